@@ -1,0 +1,3 @@
+"""The two networks: DiT, explicit, and FPDM, with a fixed point in its middle."""
+
+from .dit import DiT as DiT

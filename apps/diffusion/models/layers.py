@@ -1,0 +1,205 @@
+"""The layers that DiT and FPDM share.
+
+A latent image x of shape (B, C, H, W) is cut into T = (H / p)(W / p) patches of p x p pixels, each embedded
+as one token of D features. Time t and class y become vectors of D features, and a condition c made of them
+steers every transformer block (adaLN-Zero, Peebles & Xie 2023, arXiv 2212.09748, section 3.2):
+
+    s1, a1, g1, s2, a2, g2 = W silu(c) + b                        six vectors of D features: "the modulation"
+    x <- x + g1 * attention((1 + a1) * norm(x) + s1)
+    x <- x + g2 * mlp((1 + a2) * norm(x) + s2)
+
+with norm a layer normalisation without weights. W and b start at zero, so that a new block is the identity.
+
+Module names follow the published DiT checkpoints. Shapes: B samples, T tokens, D = hidden size, C channels.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Num
+from torch import Tensor, nn
+
+FREQUENCIES = 256  # length of the sinusoidal code of t, before the MLP
+NORM_EPS = 1e-6
+
+
+class Size(NamedTuple):
+    """A model size of Peebles & Xie 2023, table 1. FPDM uses `hidden_size` and `num_heads` alone."""
+
+    hidden_size: int
+    depth: int
+    num_heads: int
+
+
+SIZES = {
+    "S": Size(384, 12, 6),
+    "B": Size(768, 12, 12),
+    "L": Size(1024, 24, 16),
+    "XL": Size(1152, 28, 16),
+}
+
+
+def position_embedding(dim: int, rows: int, columns: int) -> Float[Tensor, "1 T D"]:
+    """Fixed 2-D sine-cosine code: [sin(jw), cos(jw), sin(iw), cos(iw)] for the token in row i and column j.
+
+    w runs over dim / 4 frequencies from 1 down to 1e-4 (geometric). T = rows * columns, in row-major order.
+    """
+    w = 1e4 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    i, j = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
+    )
+    angles = [axis.reshape(-1, 1) * w for axis in (j, i)]
+    return torch.cat([wave(a) for a in angles for wave in (torch.sin, torch.cos)], dim=1).float()[None]
+
+
+def modulate(x: Float[Tensor, "B T D"], shift: Float[Tensor, "B D"], scale: Float[Tensor, "B D"]) -> Tensor:
+    """(1 + scale) * norm(x) + shift, the same for every token."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale[:, None]) + shift[:, None]
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens: (B, C, H, W) -> (B, T, D)."""
+
+    def __init__(self, in_channels: int, patch_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B T D"]:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """t -> MLP([cos(t w), sin(t w)]), w geometric from 1 down to 1e-4 over FREQUENCIES / 2 values.
+
+    The code is made in float32 whatever the weights' precision: bfloat16 cannot tell t = 998 from 999.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Num[Tensor, "B"]) -> Float[Tensor, "B D"]:
+        half = FREQUENCIES // 2
+        w = torch.exp(-math.log(1e4) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t[:, None].float() * w  # (B, FREQUENCIES / 2)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(next(self.mlp.parameters()).dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A table of num_classes + 1 vectors; the last row is the null class, which stands for "no label".
+
+    Label dropout is not done here: the trainer replaces labels by `num_classes` with its own generator.
+    """
+
+    def __init__(self, num_classes: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: Int[Tensor, "B"]) -> Float[Tensor, "B D"]:
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of a sample."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, T, 3, heads, D / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """fc2(gelu(fc1(x))), with the tanh form of gelu."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, inner_size)
+        self.fc2 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One adaLN-Zero transformer block (the equations at the top of this file).
+
+    `block(x, c)` is `block.steer(x, block.modulation(c))`; the two halves stand apart because a fixed-point
+    layer applies the block many times with the same c.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.attn = Attention(hidden_size, num_heads)
+        self.mlp = MLP(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def modulation(self, c: Float[Tensor, "B D"]) -> Float[Tensor, "B 6*D"]:
+        """The six vectors s1, a1, g1, s2, a2, g2, side by side."""
+        return self.adaLN_modulation(c)
+
+    def steer(self, x: Float[Tensor, "B T D"], modulation: Float[Tensor, "B 6*D"]) -> Float[Tensor, "B T D"]:
+        """The block under a modulation computed before."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attn(modulate(x, shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulate(x, shift2, scale2))
+
+    def forward(self, x: Float[Tensor, "B T D"], c: Float[Tensor, "B D"]) -> Float[Tensor, "B T D"]:
+        return self.steer(x, self.modulation(c))
+
+
+class FinalLayer(nn.Module):
+    """Tokens to the values of their patches, (B, T, D) -> (B, T, p * p * C_out), under c like a block."""
+
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Float[Tensor, "B T D"], c: Float[Tensor, "B D"]) -> Float[Tensor, "B T P"]:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(x, shift, scale))
+
+
+def unpatchify(
+    tokens: Float[Tensor, "B T P"], height: int, width: int, patch_size: int
+) -> Float[Tensor, "B C H W"]:
+    """The inverse of cutting into patches; a token holds its patch as (row, column, channel)."""
+    rows, columns = height // patch_size, width // patch_size
+    patches = tokens.unflatten(1, (rows, columns)).unflatten(-1, (patch_size, patch_size, -1))
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def initialise(model: nn.Module) -> None:
+    """DiT's starting weights: every block the identity, the output zero.
+
+    Linear layers Xavier-uniform with zero bias; the patch embedding like a linear layer of its patch; label
+    table and timestep MLP normal(0, 0.02); all modulation layers and the output layer zero. Draws from the
+    default generator, as torch's own layers do: seed that one before building a model.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+            nn.init.xavier_uniform_(module.weight.flatten(1))
+            nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, LabelEmbedder):
+            nn.init.normal_(module.embedding_table.weight, std=0.02)
+        elif isinstance(module, TimestepEmbedder):
+            for linear in (module.mlp[0], module.mlp[2]):
+                nn.init.normal_(linear.weight, std=0.02)  # pyright: ignore[reportArgumentType]
+        elif isinstance(module, Block | FinalLayer):
+            zeroed = [module.adaLN_modulation[1]] + (
+                [module.linear] if isinstance(module, FinalLayer) else []
+            )
+            for linear in zeroed:
+                for parameter in linear.parameters():
+                    nn.init.zeros_(parameter)
