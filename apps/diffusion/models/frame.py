@@ -1,13 +1,14 @@
 """What DiT and FPDM have around their blocks: embeddings in front, output layer behind, and the checks."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, Int, Num
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from . import layers
 
@@ -87,8 +88,14 @@ class Frame(ModelMixin, ConfigMixin):
     def call(self, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
         """function(*args), its activations made anew in the backward if gradient checkpointing is enabled."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(function, *args)  # pyright: ignore[reportOptionalCall]
+            return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile every block; `options` are those of torch.compile. State-dict keys stay."""
+        for module in self.modules():
+            if isinstance(module, layers.Block):
+                module.compile(**options)
 
     def block_macs(self) -> int:
         """Multiply-accumulates of one block for one sample: projections, MLP, attention, modulation."""

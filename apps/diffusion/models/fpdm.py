@@ -1,0 +1,220 @@
+"""FPDM: a diffusion transformer whose middle is one layer at its fixed point.
+
+    x <- patches(x_t) + positions;     c = t_emb + y_emb;     o = c or y_emb alone (`condition_on_time`)
+    x <- Block_pre(x, o)                                      `pre` blocks
+    z*  solves  z = f(z),   f(z) = Block(fc2(gelu(fc1([z ; W_pre x]))), c)
+    prediction = Final(Block_post(z*, o), o)                  `post` blocks
+
+(Bai & Melas-Kyriazi, CVPR 2024, arXiv 2401.08741, sections 3 and 4.1.) Written out, fc1([z ; W_pre x]) is
+A z + (B W_pre x + b) with fc1's weight (A B): the bracket, and the block's modulation by c, are the same in
+every iteration and are made once per solve.
+Block, Final and the embeddings are those of layers.py. Shapes: x, z (B, T, D); c, o (B, D).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from jaxtyping import Float, Int, Num
+from torch import Tensor, nn
+
+from implicit import AbstractGrad, AbstractSolver, Picard, Solution, Stop, Unrolled, fixed_point
+
+from . import layers
+from .frame import Frame
+
+Start = Tensor | Callable[[Tensor], Tensor]
+
+
+class FPDM(Frame):
+    """The fixed-point diffusion model: prediction = model(x, t, y).
+
+    Args:
+        input_size: height and width of the latent in pixels; an int for a square. Multiples of `patch_size`.
+        in_channels: C, the latent's channels.
+        patch_size: side of a patch in pixels; T = (H / patch_size)(W / patch_size) tokens.
+        hidden_size: D, a multiple of `num_heads` and of 4. `layers.SIZES` has the published sizes.
+        pre: explicit blocks before the fixed point.
+        post: explicit blocks behind it.
+        iterations: evaluations of f in a call that names neither `iterations` nor `stop`.
+        condition_on_time: pre- and post-blocks and the output layer see t_emb + y_emb; False: y_emb alone, as
+            the published training does. The fixed point always sees both. An unconditional model has t_emb
+            alone to give, and gives it to all.
+        num_heads: attention heads.
+        mlp_ratio: inner size of a block's MLP over D.
+        num_classes: labels are 0 ... num_classes - 1, and num_classes is the null class; 0 makes the model
+            unconditional.
+        learn_sigma: predict 2C channels, the second C of them the variance's interpolation coefficient.
+
+    Weights start as `layers.initialise` says. State-dict keys are those of the published FPDM code.
+
+    Raises:
+        ValueError: naming the argument that does not fit.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        input_size: int | tuple[int, int],
+        in_channels: int = 4,
+        patch_size: int = 2,
+        hidden_size: int = 1152,
+        pre: int = 1,
+        post: int = 1,
+        iterations: int = 10,
+        condition_on_time: bool = False,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        learn_sigma: bool = False,
+    ) -> None:
+        super().__init__(
+            input_size=input_size,
+            in_channels=in_channels,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            num_classes=num_classes,
+            learn_sigma=learn_sigma,
+        )
+        for name, value, least in (("pre", pre, 0), ("post", post, 0), ("iterations", iterations, 1)):
+            if value < least:
+                raise ValueError(f"{name}={value} is too small; give at least {least}.")
+        self.iterations = iterations
+        self.condition_on_time = condition_on_time
+        self._compiled: Callable[..., Tensor] | None = None
+        d = hidden_size
+        self.blocks_pre = nn.ModuleList(layers.Block(d, num_heads, mlp_ratio) for _ in range(pre))
+        self.block_pre_projection = nn.Linear(d, d)
+        self.block_fixed_point_projection_fc1 = nn.Linear(2 * d, 2 * d)
+        self.block_fixed_point_projection_fc2 = nn.Linear(2 * d, d)
+        self.block_fixed_point = layers.Block(d, num_heads, mlp_ratio)
+        self.blocks_post = nn.ModuleList(layers.Block(d, num_heads, mlp_ratio) for _ in range(post))
+        layers.initialise(self)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B C H W"],
+        t: Num[Tensor, "B"],
+        y: Int[Tensor, "B"] | None = None,
+        *,
+        iterations: int | None = None,
+        stop: Stop | None = None,
+        solver: AbstractSolver[Any] | None = None,
+        grad: AbstractGrad | None = None,
+        start: Start | None = None,
+        return_solution: bool = False,
+    ) -> Tensor | tuple[Tensor, Solution]:
+        """The prediction for noisy latents `x` at times `t` with labels `y` (None: unconditional model).
+
+        Args:
+            iterations: exactly so many evaluations of f (no tolerance). Default: the model's `iterations`.
+            stop: when the solve is good enough, per sample; instead of `iterations`.
+            solver: how the next iterate is made (default `implicit.Picard()`, the naive iteration).
+            grad: what autograd sees of the solve (default `implicit.Unrolled()`, all of it).
+            start: (B, T, D) where the solve starts, such as the solution at the previous timestep, or a
+                function that makes it from the fresh start. Default: the fresh start, the pre-blocks' output.
+            return_solution: return (prediction, solution) with solution.value of shape (B, T, D).
+
+        Raises:
+            ValueError: a shape that does not fit, a label out of range, missing or superfluous labels,
+                `iterations` together with `stop`.
+        """
+        stop = self._stop(iterations, stop)
+        h, t_emb, y_emb = self.embed(x, t, y)
+        c = t_emb if y_emb is None else t_emb + y_emb
+        outer = c if y_emb is None or self.condition_on_time else y_emb
+        for block in self.blocks_pre:
+            h = self.call(block, h, outer)
+        injected, modulation = self.prepare(h, c)
+        solution = fixed_point(
+            self._iterate,
+            self._start(start, h),
+            injected,
+            modulation,
+            solver=Picard() if solver is None else solver,
+            grad=Unrolled() if grad is None else grad,
+            stop=stop,
+        )
+        h = solution.value
+        for block in self.blocks_post:
+            h = self.call(block, h, outer)
+        prediction = self.image(h, outer)
+        return (prediction, solution) if return_solution else prediction
+
+    def prepare(
+        self, x: Float[Tensor, "B T D"], c: Float[Tensor, "B D"]
+    ) -> tuple[Float[Tensor, "B T 2*D"], Float[Tensor, "B 6*D"]]:
+        """What does not change between iterations: B W_pre x + b, and the block's modulation by c."""
+        fc1 = self.block_fixed_point_projection_fc1
+        injected = F.linear(self.block_pre_projection(x), fc1.weight[:, self.hidden_size :], fc1.bias)
+        return injected, self.block_fixed_point.modulation(c)
+
+    def iteration(
+        self,
+        z: Float[Tensor, "B T D"],
+        injected: Float[Tensor, "B T 2*D"],
+        modulation: Float[Tensor, "B 6*D"],
+    ) -> Float[Tensor, "B T D"]:
+        """f(z), given what `prepare` made. Tensors in, a tensor out, in z's dtype also under autocast."""
+        weight = self.block_fixed_point_projection_fc1.weight[:, : self.hidden_size]
+        h = F.gelu(F.linear(z, weight) + injected, approximate="tanh")
+        h = self.block_fixed_point_projection_fc2(h).to(z.dtype)
+        return self.block_fixed_point.steer(h, modulation)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile every block and the iteration (not the loop: its length varies, it would recompile).
+
+        `options` are those of torch.compile. State-dict keys stay; copies of the model are not compiled.
+        """
+        super().compile_blocks(**options)
+        self._compiled = torch.compile(self.iteration, **options)
+
+    def block_passes(self, iterations: int | None = None) -> int:
+        """Transformer blocks applied in one call; an iteration counts as one, but costs more (`macs`)."""
+        return len(self.blocks_pre) + (iterations or self.iterations) + len(self.blocks_post)
+
+    def macs(self, iterations: int | None = None, *, hoisted: bool = True) -> int:
+        """Multiply-accumulates of one call for one sample.
+
+        `hoisted=False` counts the loop-invariant work in every iteration, as written naively.
+        """
+        k = iterations or self.iterations
+        d, td2 = self.hidden_size, self.tokens * self.hidden_size**2
+        explicit = (len(self.blocks_pre) + len(self.blocks_post)) * self.block_macs() + td2
+        invariant = 2 * td2 + 6 * d * d
+        iteration = self.block_macs() + 6 * td2
+        solve = k * (iteration - invariant) + invariant if hoisted else k * iteration
+        return self.frame_macs() + explicit + solve
+
+    def _iterate(self, z: Tensor, injected: Tensor, modulation: Tensor) -> Tensor:
+        return self.call(self._compiled or self.iteration, z, injected, modulation)
+
+    def _stop(self, iterations: int | None, stop: Stop | None) -> Stop:
+        if stop is None:
+            count = self.iterations if iterations is None else iterations
+            if count < 1:
+                raise ValueError(f"iterations={count} leaves the fixed point unsolved; give at least 1.")
+            return Stop(rtol=0.0, atol=0.0, max_evals=count)
+        if iterations is not None:
+            raise ValueError("iterations and stop were both given; give one of them (Stop has max_evals).")
+        return stop
+
+    def _start(self, start: Start | None, fresh: Tensor) -> Tensor:
+        if start is None:
+            return fresh
+        z = start(fresh) if callable(start) else start
+        if z.shape != fresh.shape:
+            raise ValueError(
+                f"start has shape {tuple(z.shape)}; the fixed point lives in {tuple(fresh.shape)}, that is "
+                "(batch, tokens, hidden_size). Give a solution of this model for this batch."
+            )
+        return z.to(fresh.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles leave the compiled iteration behind: it is bound to this very model."""
+        return {**super().__getstate__(), "_compiled": None}
