@@ -1,0 +1,339 @@
+"""Everything that a run can be told, as one tree of frozen dataclasses: it is the command line, and it is saved with the weights.
+
+No field means different things in different places, none is ignored in silence, and a tree that exists is valid: each class checks
+its own fields, and `Config` those that must fit each other. Counts are in images, so that a run means the same on any number of
+processes. This file does not import torch, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal["fpdm", "dit"]
+Size = Literal["tiny", "S", "B", "L", "XL"]
+
+
+def _at_least(where: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(where, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{type(where).__name__}.{name} must be at least {least}, got {value}.")
+
+
+def _within(where: object, low: float, high: float, *names: str) -> None:
+    """low <= value < high."""
+    for name in names:
+        value = getattr(where, name)
+        if not low <= value < high:
+            raise ValueError(f"{type(where).__name__}.{name} must lie in [{low}, {high}), got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The network: FPDM, with one implicit fixed-point layer, or DiT, the explicit baseline."""
+
+    kind: Kind = "fpdm"
+    """fpdm or dit."""
+    size: Size = "tiny"
+    """Hidden size, depth and heads by name; tiny is 128, 6, 4."""
+    hidden: int | None = None
+    """Hidden size, instead of that of `size`."""
+    heads: int | None = None
+    """Attention heads, instead of those of `size`."""
+    depth: int | None = None
+    """Blocks, instead of those of `size`; DiT only."""
+    patch: int = 2
+    """Pixels along the side of a patch, which is one token."""
+    mlp_ratio: float = 4.0
+    """Width of a block's MLP, in hidden sizes."""
+    pre: int = 1
+    """Explicit blocks before the fixed-point layer; FPDM only."""
+    post: int = 1
+    """Explicit blocks behind it; FPDM only."""
+    condition_on_time: bool = False
+    """Tell the explicit blocks the time as well as the class; FPDM only."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "hidden", "heads", "depth", "patch")
+        _at_least(self, 0, "pre", "post")
+        if not self.mlp_ratio > 0:
+            raise ValueError(f"Model.mlp_ratio must be positive, got {self.mlp_ratio}.")
+        if self.kind == "fpdm" and self.depth is not None:
+            raise ValueError("Model.depth is for DiT; give an FPDM its explicit blocks by Model.pre and Model.post.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The noise that is added, and what the network predicts of it."""
+
+    betas: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    """How the noise grows with time."""
+    timesteps: int = 1000
+    """Number of noise levels."""
+    prediction: Literal["v_prediction", "epsilon"] = "v_prediction"
+    """What the network predicts: velocity or noise."""
+    zero_snr: bool = True
+    """Rescale the noise so that nothing is left of the image at the last timestep."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 2, "timesteps")
+        if self.zero_snr and self.prediction == "epsilon":
+            raise ValueError(
+                "Schedule.prediction = epsilon does not go with Schedule.zero_snr: at the last timestep the image would be 0/0. "
+                "Predict v_prediction, or switch zero_snr off."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What to learn from."""
+
+    source: Literal["digits"] = "digits"
+    """digits: scikit-learn's 1797 handwritten digits of 8 x 8 pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """AdamW, and how much of it."""
+
+    images: int = 100_000
+    """Images to train on in all."""
+    batch: int = 64
+    """Images per step, over all processes."""
+    lr: float = 1e-3
+    """Highest learning rate."""
+    warmup: int = 6_400
+    """Images over which the learning rate rises from 0."""
+    decay: Literal["constant", "cosine"] = "cosine"
+    """What the learning rate does then: stay, or fall to 0 at the end of `images` or `max_time`, whichever comes first."""
+    beta2: float = 0.99
+    """AdamW's memory of squared gradients."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    label_dropout: float = 0.1
+    """Share of labels that are hidden, so that the model can also be asked without one (for guidance)."""
+    precision: Literal["no", "bf16"] = "no"
+    """bf16: autocast to bfloat16."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "images", "batch")
+        _at_least(self, 0, "warmup", "weight_decay")
+        _within(self, 0, 1, "beta2", "label_dropout")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Optimisation.{name} must be positive, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMA:
+    """Moving average of the weights, which is what samples: after step k, average = d average + (1 - d) weights."""
+
+    decay: float = 0.999
+    """d, but never more than (1 + k) / (10 + k): the first weights, which are noise, are soon forgotten."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0, 1, "decay")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picard:
+    """The naive iteration, z' = damping z + (1 - damping) f(z)."""
+
+    damping: float = 0.0
+    """Share of the old iterate that is kept."""
+
+    def __post_init__(self) -> None:
+        _within(self, 0, 1, "damping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anderson:
+    """Anderson acceleration."""
+
+    memory: int = 5
+    """Iterates that are mixed."""
+    damping: float = 0.0
+    """Share of the old iterates that is kept."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "memory")
+        _within(self, 0, 1, "damping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broyden:
+    """Broyden's method with a limited memory."""
+
+    memory: int = 20
+    """Rank-one terms that are kept."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StochasticJFB:
+    """S-JFB: n ~ U{0..N} iterations without a graph, then m ~ U{1..M} with one, drawn at every step."""
+
+    N: int = 12
+    """Most iterations without a graph."""
+    M: int = 12
+    """Most iterations with one."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "N")
+        _at_least(self, 1, "M")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JFB:
+    """Solve without a graph, then backpropagate through the last steps only."""
+
+    steps: int = 1
+    """Evaluations with a graph."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IFT:
+    """The exact gradient, by the implicit function theorem."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unrolled:
+    """Backpropagate through the whole solve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """When a training solve is good enough: |f(z) - z| <= atol + rtol |f(z)|. S-JFB draws its iterations and asks nothing of this."""
+
+    rtol: float = 1e-3
+    """Relative tolerance."""
+    atol: float = 0.0
+    """Absolute tolerance."""
+    max_evals: int = 20
+    """Most evaluations of the layer."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "rtol", "atol")
+        _at_least(self, 1, "max_evals")
+
+
+Solver = Picard | Anderson | Broyden
+Grad = StochasticJFB | JFB | IFT | Unrolled
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How samples are made when the training is over (`python -m apps.diffusion.sample` has the same choices, and more)."""
+
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    """ddim: deterministic; ddpm: ancestral, fresh noise at every step."""
+    steps: int = 20
+    """Timesteps."""
+    iterations: int = 10
+    """Iterations of the fixed-point layer per timestep; FPDM only."""
+    reuse: bool = False
+    """Start each timestep's solve from the solution of the one before; FPDM only."""
+    guidance: float = 1.0
+    """Weight of classifier-free guidance; 1 is none."""
+    images: int = 300
+    """Images that are scored."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "iterations")
+        _at_least(self, 0, "guidance")
+        _at_least(self, 2, "images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a diffusion model: a Fixed Point Diffusion Model (FPDM), or the DiT baseline."""
+
+    model: Model = field(default_factory=Model)
+    schedule: Schedule = field(default_factory=Schedule)
+    data: Data = field(default_factory=Data)
+    optimisation: Optimisation = field(default_factory=Optimisation)
+    ema: EMA = field(default_factory=EMA)
+    grad: Grad = field(default_factory=StochasticJFB)
+    """What autograd sees of the fixed point; FPDM only."""
+    solver: Solver = field(default_factory=Picard)
+    """How the fixed point is found in training; FPDM only."""
+    stop: Stop = field(default_factory=Stop)
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int = 0
+    """All randomness of the run."""
+    max_time: float | None = None
+    """Seconds after which training ends, however many images it has seen."""
+    checkpoint_every: int = 32_000
+    """Images between two checkpoints."""
+    keep: int = 1
+    """Checkpoints that are kept."""
+    out: Path = Path("runs/digits")
+    """Folder of the run."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "seed")
+        _at_least(self, 1, "checkpoint_every", "keep")
+        if self.max_time is not None and not self.max_time > 0:
+            raise ValueError(f"Config.max_time must be positive, got {self.max_time}; leave it out for no limit.")
+
+    def to_json(self) -> str:
+        """The whole tree as JSON; `from_json` gives an equal tree back."""
+        return json.dumps(_to_plain(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """The tree that `to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, a field that does not exist or has another type, or a value that is not allowed.
+        """
+        try:
+            plain = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"This is not the config of a run, because it is not JSON: {error}.") from None
+        return _from_plain(cls, plain, "config")
+
+
+def _to_plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    return str(value) if isinstance(value, Path) else value
+
+
+def _from_plain(kind: Any, plain: Any, where: str) -> Any:
+    """The value of type `kind` that `plain` (JSON) stands for; `where` is its place in the tree, for messages."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    classes = {option.__name__: option for option in options if dataclasses.is_dataclass(option)}
+    if classes:
+        named = plain.get("type") if isinstance(plain, dict) else None
+        if named not in classes:
+            raise ValueError(f"{where} should be one of {', '.join(classes)}, but its type is {named!r}.")
+        hints = typing.get_type_hints(classes[named])
+        unknown = sorted(set(plain) - set(hints) - {"type"})
+        if unknown:
+            raise ValueError(f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(hints)}.")
+        return classes[named](
+            **{name: _from_plain(hints[name], plain[name], f"{where}.{name}") for name in hints if name in plain}
+        )
+    if kind is Path and isinstance(plain, str):
+        return Path(plain)
+    if float in options and isinstance(plain, int) and not isinstance(plain, bool):
+        return float(plain)
+    allowed = [a for o in options for a in (typing.get_args(o) if typing.get_origin(o) is Literal else (o,))]
+    if not any(plain == a if not isinstance(a, type) else type(plain) is a for a in allowed):
+        raise ValueError(f"{where} should be one of {[getattr(a, '__name__', a) for a in allowed]}, got {plain!r}.")
+    return plain

@@ -1,0 +1,31 @@
+"""Handwritten digits: 1797 real images of 8 x 8 pixels in ten classes, which come with scikit-learn.
+
+Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits" (UCI, 1998), its test set. Intensities
+0..16 become -1..1. One split, fixed for ever: 300 images, 30 of each class up to rounding, are held out, and nothing is
+ever trained on them, neither a diffusion model nor the classifier that scores it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .images import Images
+
+HELD_OUT = 300
+
+
+def digits(split: str = "train") -> Images:
+    """The digits of one split, "train" (1497 images) or "held-out" (300), as float32 images (n, 1, 8, 8) in [-1, 1]."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    if split not in ("train", "held-out"):
+        raise ValueError(f'The digits have the splits "train" and "held-out", and {split!r} is neither.')
+    pixels, labels = load_digits(return_X_y=True)
+    train, held_out = train_test_split(
+        range(len(labels)), test_size=HELD_OUT, random_state=0, stratify=labels, shuffle=True
+    )
+    chosen = torch.tensor(train if split == "train" else held_out)
+    x = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 8 - 1
+    y = torch.from_numpy(labels).long()
+    return Images(x[chosen], y[chosen], num_classes=int(y.max()) + 1)
