@@ -1,0 +1,135 @@
+"""Noise schedules, as diffusers schedulers, and the timesteps that sampling visits.
+
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,     abar_t = prod_{s <= t} (1 - beta_s),     t = 0 ... T -
+    1 v   = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
+
+Zero terminal SNR (Lin et al. 2024, arXiv 2305.08891) rescales the betas so that abar_{T-1} = 0: the last x_t
+is pure noise, as the one that sampling starts from is. Then eps says nothing about x_0 there (0/0), v still
+does, and sampling has to start at T - 1.
+"""
+
+from typing import Any, Literal, get_args
+
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from torch import Tensor
+
+Kind = Literal["ddim", "ddpm", "dpm++"]
+Prediction = Literal["v_prediction", "epsilon", "sample"]
+Spacing = Literal["trailing", "linspace", "leading"]
+Betas = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+
+
+def make_scheduler(
+    kind: Kind = "ddpm",
+    *,
+    prediction: Prediction = "v_prediction",
+    zero_snr: bool = True,
+    spacing: Spacing = "trailing",
+    learn_sigma: bool = False,
+    betas: Betas = "linear",
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    train_steps: int = 1000,
+    clip: float | None = None,
+) -> Any:
+    """A diffusers scheduler: one of DDIMScheduler, DDPMScheduler and DPMSolverMultistepScheduler (order 2).
+
+    Args:
+        kind: how sampling steps; for training all are alike, take "ddpm".
+        prediction: what the network gives: v, eps or x_0 ("sample").
+        zero_snr: rescale the betas to abar = 0 at the last timestep.
+        spacing: which timesteps sampling visits; see `timesteps`.
+        learn_sigma: the network gives the variance too (C further channels); ancestral sampling then uses it.
+        betas: "linear" between beta_start and beta_end, "scaled_linear" in their roots, or the cosine
+            schedule.
+        train_steps: T.
+        clip: bound of |x_0| at each step of "ddim" and "ddpm"; None leaves the prediction alone, as latents
+            want it.
+
+    Raises:
+        ValueError: an argument out of range, or a pair that cannot work, with what to do.
+    """
+    for name, value, kinds in (
+        ("kind", kind, Kind),
+        ("prediction", prediction, Prediction),
+        ("spacing", spacing, Spacing),
+        ("betas", betas, Betas),
+    ):
+        if value not in get_args(kinds):
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(get_args(kinds))}.")
+    check_pair(prediction, zero_snr, spacing)
+    if train_steps < 2 or not 0 < beta_start <= beta_end < 1:
+        raise ValueError(
+            f"train_steps={train_steps}, beta_start={beta_start}, beta_end={beta_end} make no noise "
+            "schedule; give at least 2 steps and 0 < beta_start <= beta_end < 1."
+        )
+    if clip is not None and (clip <= 0 or kind == "dpm++"):
+        raise ValueError(
+            f"clip={clip} does not fit kind={kind!r}; give a positive bound to ddim or ddpm, or None."
+        )
+    common: dict[str, Any] = {
+        "num_train_timesteps": train_steps,
+        "beta_start": beta_start,
+        "beta_end": beta_end,
+        "beta_schedule": betas,
+        "prediction_type": prediction,
+        "rescale_betas_zero_snr": zero_snr,
+        "timestep_spacing": spacing,
+    }
+    if kind == "dpm++":
+        return DPMSolverMultistepScheduler(**common, solver_order=2)
+    common |= {"clip_sample": clip is not None, "clip_sample_range": clip or 1.0}
+    if kind == "ddim":
+        return DDIMScheduler(**common)
+    return DDPMScheduler(**common, variance_type="learned_range" if learn_sigma else "fixed_small")
+
+
+def check_pair(prediction: str, zero_snr: bool, spacing: str) -> None:
+    """Raises ValueError where zero terminal SNR meets a prediction or a spacing that cannot work with it."""
+    if zero_snr and prediction == "epsilon":
+        raise ValueError(
+            "prediction='epsilon' cannot go with zero_snr=True: at the last timestep x_t is pure noise, and "
+            "eps says nothing about the image (0/0). Use prediction='v_prediction', or zero_snr=False."
+        )
+    if zero_snr and spacing == "leading":
+        raise ValueError(
+            "spacing='leading' cannot go with zero_snr=True: it never visits the last timestep, where "
+            "sampling has to start. Use spacing='trailing' or 'linspace', or zero_snr=False."
+        )
+
+
+def timesteps(n: int, spacing: Spacing = "trailing", train_steps: int = 1000) -> tuple[int, ...]:
+    """The n timesteps that sampling visits, from the noisiest down.
+
+        trailing   round(T (n - i) / n) - 1          ends above 0, begins at T - 1
+        linspace   round((T - 1) (n - 1 - i) / (n - 1))   both ends, as published FPDM samples
+        leading    (n - 1 - i) floor(T / n)          begins below T - 1
+
+    for i = 0 ... n - 1. One step alone is at T - 1 (leading: 0).
+
+    Raises:
+        ValueError: n is not between 1 and T, or the spacing is unknown.
+    """
+    if not 1 <= n <= train_steps:
+        raise ValueError(f"n={n} steps do not fit a schedule of {train_steps}; give 1 to {train_steps}.")
+    last = train_steps - 1
+    if spacing == "trailing":
+        return tuple(round(train_steps * i / n) - 1 for i in range(n, 0, -1))
+    if spacing == "linspace":
+        return tuple(round(last * i / (n - 1)) for i in range(n - 1, -1, -1)) if n > 1 else (last,)
+    if spacing == "leading":
+        return tuple(i * (train_steps // n) for i in range(n - 1, -1, -1))
+    raise ValueError(f"spacing={spacing!r} is unknown; choose one of {', '.join(get_args(Spacing))}.")
+
+
+def clean_and_noise(prediction: Tensor, x: Tensor, abar: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(x_0, eps) of x = sqrt(abar) x_0 + sqrt(1 - abar) eps, from a prediction of v, eps or x_0 "
+    "("sample")."""
+    a, b = (float(c) if c.ndim == 0 else c for c in (abar.sqrt(), (1 - abar).sqrt()))
+    if kind == "v_prediction":
+        return a * x - b * prediction, a * prediction + b * x
+    if kind == "epsilon":
+        return (x - b * prediction) / a, prediction
+    return prediction, (x - a * prediction) / b
