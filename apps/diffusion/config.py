@@ -65,7 +65,9 @@ class Model:
         if not self.mlp_ratio > 0:
             raise ValueError(f"Model.mlp_ratio must be positive, got {self.mlp_ratio}.")
         if self.kind == "fpdm" and self.depth is not None:
-            raise ValueError("Model.depth is for DiT; give an FPDM its explicit blocks by Model.pre and Model.post.")
+            raise ValueError(
+                "Model.depth is for DiT; give an FPDM its explicit blocks by Model.pre and Model.post."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +244,8 @@ class Sampling:
     """ddim: deterministic; ddpm: ancestral, fresh noise at every step."""
     steps: int = 20
     """Timesteps."""
+    spacing: Literal["trailing", "linspace", "leading"] = "trailing"
+    """Which timesteps: from the last one down in equal steps, or both ends included, or up to the last but some."""
     iterations: int = 10
     """Iterations of the fixed-point layer per timestep; FPDM only."""
     reuse: bool = False
@@ -286,8 +290,19 @@ class Config:
     def __post_init__(self) -> None:
         _at_least(self, 0, "seed")
         _at_least(self, 1, "checkpoint_every", "keep")
+        if self.schedule.zero_snr and self.sampling.spacing == "leading":
+            raise ValueError(
+                "Sampling.spacing = leading never visits the last timestep, where Schedule.zero_snr makes sampling start; "
+                "take trailing or linspace, or switch zero_snr off."
+            )
+        if self.sampling.steps > self.schedule.timesteps:
+            raise ValueError(
+                f"Sampling.steps = {self.sampling.steps} is more than the {self.schedule.timesteps} timesteps there are; take fewer."
+            )
         if self.max_time is not None and not self.max_time > 0:
-            raise ValueError(f"Config.max_time must be positive, got {self.max_time}; leave it out for no limit.")
+            raise ValueError(
+                f"Config.max_time must be positive, got {self.max_time}; leave it out for no limit."
+            )
 
     def to_json(self) -> str:
         """The whole tree as JSON; `from_json` gives an equal tree back."""
@@ -327,7 +342,11 @@ def _from_plain(kind: Any, plain: Any, where: str) -> Any:
         if unknown:
             raise ValueError(f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(hints)}.")
         return classes[named](
-            **{name: _from_plain(hints[name], plain[name], f"{where}.{name}") for name in hints if name in plain}
+            **{
+                name: _from_plain(hints[name], plain[name], f"{where}.{name}")
+                for name in hints
+                if name in plain
+            }
         )
     if kind is Path and isinstance(plain, str):
         return Path(plain)
@@ -335,5 +354,7 @@ def _from_plain(kind: Any, plain: Any, where: str) -> Any:
         return float(plain)
     allowed = [a for o in options for a in (typing.get_args(o) if typing.get_origin(o) is Literal else (o,))]
     if not any(plain == a if not isinstance(a, type) else type(plain) is a for a in allowed):
-        raise ValueError(f"{where} should be one of {[getattr(a, '__name__', a) for a in allowed]}, got {plain!r}.")
+        raise ValueError(
+            f"{where} should be one of {[getattr(a, '__name__', a) for a in allowed]}, got {plain!r}."
+        )
     return plain

@@ -57,7 +57,7 @@ class Classifier(nn.Module):
         return (self(x).argmax(1) == y).double().mean().item()
 
 
-def train_classifier(images: Images, seed: int = 0, epochs: int = 20, batch_size: int = 64) -> Classifier:
+def train_classifier(images: Images, seed: int = 0, epochs: int = 12, batch_size: int = 64) -> Classifier:
     """A classifier of these real images (AdamW, one-cycle learning rate, shifts by one pixel); seconds for the digits.
 
     It never sees a generated image, and no diffusion model ever sees it: it is a judge.
@@ -137,9 +137,9 @@ class Judge:
     real: Gaussian
 
     @classmethod
-    def of(cls, images: Images, seed: int = 0) -> Judge:
+    def of(cls, images: Images, seed: int = 0, epochs: int = 12) -> Judge:
         """Train the classifier on real images and keep their statistics."""
-        classifier = train_classifier(images, seed)
+        classifier = train_classifier(images, seed, epochs)
         return cls(classifier, Gaussian.of(classifier.features(images.x)))
 
     def score(self, x: Tensor, y: Tensor) -> Score:

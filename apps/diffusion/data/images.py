@@ -29,9 +29,13 @@ class Images:
 
     def __post_init__(self) -> None:
         if self.x.ndim != 4 or len(self.x) == 0:
-            raise ValueError(f"Images have the shape (n, C, H, W) with n > 0, but this has {tuple(self.x.shape)}.")
+            raise ValueError(
+                f"Images have the shape (n, C, H, W) with n > 0, but this has {tuple(self.x.shape)}."
+            )
         if len(self.y) != len(self.x):
-            raise ValueError(f"Every image needs one label: there are {len(self.x)} images and {len(self.y)} labels.")
+            raise ValueError(
+                f"Every image needs one label: there are {len(self.x)} images and {len(self.y)} labels."
+            )
         if self.num_classes and not (0 <= int(self.y.min()) and int(self.y.max()) < self.num_classes):
             raise ValueError(
                 f"Labels lie in 0..{self.num_classes - 1}, but these reach from {int(self.y.min())} to "

@@ -1,0 +1,106 @@
+"""From a configuration to the objects it describes."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import implicit
+
+from . import config as c
+from .data import Images, digits
+from .models.dit import DiT
+from .models.fpdm import FPDM
+from .models.layers import SIZES, Size
+from .schedule import make_scheduler
+from .seeds import Stream, drawing_from, generator
+
+_SIZES = {"tiny": Size(hidden_size=128, depth=6, num_heads=4), **SIZES}
+_NETWORKS = {"DiT": DiT, "FPDM": FPDM}
+
+
+def images(config: c.Data) -> tuple[Images, Images]:
+    """The images to train on, and those held out."""
+    return digits("train"), digits("held-out")
+
+
+def network(
+    config: c.Model, shape: tuple[int, int, int], num_classes: int, iterations: int, seed: int
+) -> DiT | FPDM:
+    """A new network for images of `shape` (C, H, W); its first weights depend on the seed alone.
+
+    `iterations` is what an FPDM does where nobody says otherwise.
+    """
+    size = _SIZES[config.size]
+    common: dict[str, Any] = {
+        "input_size": shape[1:],
+        "in_channels": shape[0],
+        "patch_size": config.patch,
+        "hidden_size": config.hidden or size.hidden_size,
+        "num_heads": config.heads or size.num_heads,
+        "mlp_ratio": config.mlp_ratio,
+        "num_classes": num_classes,
+    }
+    with drawing_from(generator(seed, Stream.WEIGHTS)):
+        if config.kind == "dit":
+            return DiT(**common, depth=config.depth or size.depth)
+        return FPDM(
+            **common,
+            pre=config.pre,
+            post=config.post,
+            iterations=iterations,
+            condition_on_time=config.condition_on_time,
+        )
+
+
+def describe(model: DiT | FPDM) -> dict[str, Any]:
+    """What `rebuild` needs to build the same network, as JSON."""
+    arguments = {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
+    return {"class": type(model).__name__, "config": arguments}
+
+
+def rebuild(description: dict[str, Any]) -> DiT | FPDM:
+    """The network that `describe` described, with fresh weights."""
+    return _NETWORKS[description["class"]](**description["config"])
+
+
+def scheduler(config: c.Config, kind: Literal["ddim", "ddpm"]) -> Any:
+    """The noise schedule of a run, as a diffusers scheduler. What is predicted of pixels is kept within [-1, 1]."""
+    schedule = config.schedule
+    return make_scheduler(
+        kind,
+        prediction=schedule.prediction,
+        zero_snr=schedule.zero_snr,
+        spacing=config.sampling.spacing,
+        betas=schedule.betas,
+        train_steps=schedule.timesteps,
+        clip=1.0,
+    )
+
+
+def solver(config: c.Solver) -> implicit.AbstractSolver[Any]:
+    """The solver that is meant."""
+    match config:
+        case c.Picard():
+            return implicit.Picard(damping=config.damping)
+        case c.Anderson():
+            return implicit.Anderson(memory=config.memory, damping=config.damping)
+        case c.Broyden():
+            return implicit.Broyden(memory=config.memory)
+
+
+def grad(config: c.Grad, seed: int, images: int) -> implicit.AbstractGrad:
+    """The estimator that is meant, for the step of a run that has seen so many images; the same on all processes."""
+    match config:
+        case c.StochasticJFB():
+            return implicit.StochasticJFB(config.N, config.M, generator(seed, Stream.SOLVE, images))
+        case c.JFB():
+            return implicit.JFB(config.steps)
+        case c.IFT():
+            return implicit.IFT()
+        case c.Unrolled():
+            return implicit.Unrolled()
+
+
+def stop(config: c.Stop) -> implicit.Stop:
+    """The stopping rule that is meant."""
+    return implicit.Stop(rtol=config.rtol, atol=config.atol, max_evals=config.max_evals)

@@ -1,0 +1,223 @@
+"""The training loop.
+
+One step: images k, k + 1, ..., k + B - 1 of the run's order (k = images seen so far), their timesteps, noise and hidden labels, all drawn from
+(seed, k); the loss and its gradient; AdamW; the moving average of the weights. Each of P processes takes its B / P of the B draws, so P
+changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from . import build, objective
+from .checkpoint import Checkpoint, Progress
+from .config import Config, Optimisation
+from .data import Images, order
+from .objective import Draw
+from .seeds import Stream, generator
+
+PATIENCE = 50  # steps in a row without a finite gradient after which there is no hope
+
+
+class Diverged(RuntimeError):
+    """Training went wrong; the message says what to change."""
+
+
+def learning_rate(config: Optimisation, images: int, time_share: float) -> float:
+    """The rate of the step that starts after `images` images, when the share `time_share` of `max_time` is spent."""
+    rising = min(1.0, (images + config.batch) / config.warmup) if config.warmup else 1.0
+    if config.decay == "constant":
+        return config.lr * rising
+    done = min(1.0, max(images / config.images, time_share))
+    return config.lr * rising * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def averaged_decay(decay: float, steps: int) -> float:
+    """Weight of the old average at the update after `steps` steps."""
+    return min(decay, (1 + steps) / (10 + steps))
+
+
+class Trainer:
+    """A run in the making: `Trainer(config, images, start).run()`."""
+
+    def __init__(self, config: Config, images: Images, start: Checkpoint | None = None) -> None:
+        self.config = config
+        self.images = images
+        self.accelerator = Accelerator(mixed_precision=config.optimisation.precision)
+        processes = self.accelerator.num_processes
+        if config.optimisation.batch % processes:
+            raise ValueError(
+                f"Optimisation.batch = {config.optimisation.batch} cannot be shared by {processes} processes; make it a multiple."
+            )
+        self.scheduler = build.scheduler(config, "ddpm")
+        model = build.network(
+            config.model, images.shape, images.num_classes, config.sampling.iterations, config.seed
+        )
+        self.network = build.describe(model)
+        self.null_class = model.null_class
+        self.ema = AveragedModel(model, device=self.accelerator.device, multi_avg_fn=self._average)
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.optimisation.lr,
+            betas=(0.9, config.optimisation.beta2),
+            weight_decay=config.optimisation.weight_decay,
+        )
+        self.progress = Progress()
+        if start is not None:
+            self._restore(model, optimizer, start)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.since = [0.0, 0.0]  # sum and number of losses since the last entry of the history
+        self.stopping = False
+
+    def run(self, save: Callable[[Checkpoint], Any]) -> Progress:
+        """Train to the end of the budget, or until `stopping` is set; `save` is called on the main process."""
+        config, progress = self.config, self.progress
+        start = time.monotonic() - progress.seconds
+        failures = 0
+        bar = tqdm(
+            total=config.optimisation.images,
+            initial=progress.images,
+            unit="img",
+            unit_scale=True,
+            desc=config.model.kind,
+            disable=not self.accelerator.is_main_process,
+        )
+        while not self.finished and not self.stopping:
+            loss, finite = self.step()
+            failures = 0 if finite else failures + 1
+            if failures == PATIENCE:
+                raise Diverged(
+                    f"The gradient has not been finite for {PATIENCE} steps in a row, at {progress.images} images; "
+                    "lower Optimisation.lr, or clip harder."
+                )
+            progress.seconds = self._agreed(time.monotonic() - start)
+            bar.update(config.optimisation.batch)
+            self._record(loss, bar)
+            if progress.images % config.checkpoint_every < config.optimisation.batch:
+                self._save(save)
+        self._save(save)
+        bar.close()
+        return progress
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget of images or time is spent."""
+        return self.progress.images >= self.config.optimisation.images or self._time_share() >= 1
+
+    def step(self) -> tuple[float, bool]:
+        """One step of training; returns the loss on this process, and whether the gradient was finite, on any."""
+        config, progress = self.config, self.progress
+        x, y, draw = self._batch()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimisation, progress.images, self._time_share())
+        with self.accelerator.autocast():
+            loss = objective.loss(
+                self.model, x, y, draw, scheduler=self.scheduler, null_class=self.null_class, **self._solve()
+            ).total
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimisation.clip)
+        finite = norm is None or math.isfinite(
+            float(norm)
+        )  # the same on all processes: gradients are averaged
+        if finite:
+            self.optimizer.step()
+            progress.steps += 1
+            self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
+        else:
+            progress.skipped += 1
+        progress.images += config.optimisation.batch
+        return float(loss.detach()), finite
+
+    def _batch(self) -> tuple[Tensor, Tensor | None, Draw]:
+        """This process's part of the step: images (b, C, H, W), labels (b,), and their draws."""
+        size, seen, seed = self.config.optimisation.batch, self.progress.images, self.config.seed
+        draws = generator(seed, Stream.STEP, seen)
+        noise = torch.randn(size, *self.images.shape, generator=draws)
+        # one timestep from each of `size` equal parts of 0..T-1: uniform, with less variance than independent ones
+        levels = (torch.arange(size) + torch.rand(size, generator=draws, dtype=torch.float64)) / size
+        t = (levels * self.config.schedule.timesteps).long()
+        dropped = torch.rand(size, generator=draws) < self.config.optimisation.label_dropout
+        share = size // self.accelerator.num_processes
+        mine = slice(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
+        x, y = self.images[order(len(self.images), seed, seen, size)[mine]]
+        device = self.accelerator.device
+        labels = y.to(device) if self.images.num_classes else None
+        return x.to(device), labels, Draw(noise=noise[mine], t=t[mine], dropped=dropped[mine]).to(device)
+
+    def _solve(self) -> dict[str, Any]:
+        """How this step solves the fixed point."""
+        if self.config.model.kind == "dit":
+            return {}
+        return {
+            "solver": build.solver(self.config.solver),
+            "grad": build.grad(self.config.grad, self.config.seed, self.progress.images),
+            "stop": build.stop(self.config.stop),
+        }
+
+    def _average(self, average: Any, current: Any, updates: Any) -> None:
+        """average <- d average + (1 - d) current; torch calls this with two lists of tensors."""
+        get_ema_multi_avg_fn(averaged_decay(self.config.ema.decay, int(updates)))(average, current, updates)
+
+    def _time_share(self) -> float:
+        return self.progress.seconds / self.config.max_time if self.config.max_time else 0.0
+
+    def _agreed(self, seconds: float) -> float:
+        """The main process's clock, so that all processes stop at the same step."""
+        if self.accelerator.num_processes == 1 or self.config.max_time is None:
+            return seconds
+        return float(broadcast(torch.tensor(seconds, device=self.accelerator.device)))
+
+    def _record(self, loss: float, bar: tqdm[Any]) -> None:
+        if math.isfinite(loss):
+            self.since[0] += loss
+            self.since[1] += 1
+        if self.since[1] >= 25:
+            self._flush_history()
+        mean = self.progress.history[-1][1] if self.progress.history else loss
+        bar.set_postfix(loss=f"{mean:.4f}", skipped=self.progress.skipped, refresh=False)
+
+    def _flush_history(self) -> None:
+        if self.since[1]:
+            self.progress.history.append((self.progress.images, self.since[0] / self.since[1]))
+            self.since = [0.0, 0.0]
+
+    def _save(self, save: Callable[[Checkpoint], Any]) -> None:
+        self._flush_history()
+        if self.accelerator.is_main_process:
+            save(self.checkpoint())
+        self.accelerator.wait_for_everyone()
+
+    def checkpoint(self) -> Checkpoint:
+        """The run as it stands."""
+        return Checkpoint(
+            network=self.network,
+            model=self.accelerator.unwrap_model(self.model).state_dict(),
+            ema=self.ema.module.state_dict(),
+            optimizer=self.optimizer.state_dict()["state"],
+            progress=self.progress,
+        )
+
+    def _restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, start: Checkpoint) -> None:
+        if start.network != self.network:
+            raise ValueError(
+                f"The checkpoint holds another network ({start.network}) than the configuration describes ({self.network}); "
+                "resume it with the settings it was started with."
+            )
+        model.load_state_dict(start.model)
+        self.ema.module.load_state_dict(start.ema)
+        self.ema.n_averaged.fill_(start.progress.steps)
+        optimizer.load_state_dict(
+            {"state": dict(start.optimizer), "param_groups": optimizer.state_dict()["param_groups"]}
+        )
+        self.progress = start.progress
