@@ -18,6 +18,7 @@ spacing is "linspace"; so these two are stepped here, with the scheduler's abar.
 import copy
 import inspect
 import math
+import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -73,7 +74,7 @@ class Reverse:
         return x if self.closed_form else self.scheduler.scale_model_input(x, self.timesteps[k])
 
     def step(self, k: int, prediction: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """x at the timestep after the k-th, from x (B, C, H, W) at the k-th and the prediction (B, C or 2C, ...).
+        """x at the timestep after the k-th, from x (B, C, H, W) at the k-th and the network's prediction there.
 
         `generators` are CPU generators, one per sample, that fresh noise is drawn from where the step adds
         any.
@@ -121,7 +122,9 @@ def follow(scheduler: Any, timesteps: Sequence[int]) -> None:
             f"{type(scheduler).__name__} cannot follow an explicit array of timesteps; use ddim, ddpm or "
             "dpm++."
         )
-    scheduler.set_timesteps(timesteps=list(timesteps))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # numpy 2 on diffusers' own np.array(tensor)
+        scheduler.set_timesteps(timesteps=list(timesteps))
 
 
 def fresh_noise(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

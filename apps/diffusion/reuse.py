@@ -1,0 +1,43 @@
+"""Where a timestep's solve starts: from the solutions of the timesteps before it.
+
+    z0 = (1 - share) x + share (z_1 + extrapolation (z_1 - z_2))
+
+with x the fresh start (the output of the pre-blocks), z_1 the solution one timestep earlier and z_2 that of
+two earlier (z_1 where there is none). The first timestep starts fresh.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reuse:
+    """The rule above. `Reuse()` starts from the previous solution.
+
+    Args:
+        share: 0 (fresh start) to 1 (no fresh start).
+        extrapolation: 0 (the last solution) to 1 (the line through the last two).
+
+    Raises:
+        ValueError: one of them outside [0, 1].
+    """
+
+    share: float = 1.0
+    extrapolation: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("share", "extrapolation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Reuse.{name}={getattr(self, name)} must lie in [0, 1].")
+
+    def start(self, solutions: Sequence[Tensor]) -> Tensor | Callable[[Tensor], Tensor] | None:
+        """What an FPDM takes as `start`, given the last solutions, newest last (two are enough)."""
+        if not solutions or self.share == 0:
+            return None
+        last = solutions[-1]
+        guess = last + self.extrapolation * (last - solutions[-2]) if len(solutions) > 1 else last
+        if self.share == 1:
+            return guess
+        return lambda fresh: (1 - self.share) * fresh + self.share * guess
