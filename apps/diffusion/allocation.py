@@ -67,7 +67,7 @@ def within_block_passes(
 def within_macs(
     model: FPDM, budget: float, steps: int, shape: Shape = "constant", *, guided: bool = False
 ) -> tuple[int, ...]:
-    """Iterations per timestep that spend as much of `budget` multiply-accumulates a sample as whole iterations can.
+    """Iterations per timestep that spend as much of `budget` MACs a sample as whole iterations can.
 
     What is left over is less than one iteration (of two rows, with guidance).
 

@@ -74,7 +74,7 @@ class Reverse:
         return x if self.closed_form else self.scheduler.scale_model_input(x, self.timesteps[k])
 
     def step(self, k: int, prediction: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """x at the timestep after the k-th, from x (B, C, H, W) at the k-th and the network's prediction there.
+        """x at the timestep after the k-th, from x (B, C, H, W) at the k-th and the prediction there.
 
         `generators` are CPU generators, one per sample, that fresh noise is drawn from where the step adds
         any.
@@ -128,6 +128,5 @@ def follow(scheduler: Any, timesteps: Sequence[int]) -> None:
 
 
 def fresh_noise(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard normal noise like x (B, C, H, W), sample b drawn on the CPU in float32 from generator b "
-    "alone."""
+    """Standard normal noise like x (B, C, H, W), sample b from generator b alone: on the CPU, in float32."""
     return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device, x.dtype)

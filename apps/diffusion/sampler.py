@@ -22,6 +22,7 @@ from implicit import AbstractSolver, Solution, Stop
 
 from .guidance import Guidance
 from .models.fpdm import FPDM
+from .models.frame import Frame
 from .reuse import Reuse
 from .reverse import Reverse, fresh_noise
 from .seeds import Stream, generator
@@ -51,15 +52,15 @@ class Effort:
     seconds: float
 
     def summary(self) -> dict[str, float]:
-        """Means per sample (residual: median over samples and timesteps), and seconds, for a log or a JSON "
-        "file."""
-        return {
-            "block_passes": float(self.block_passes.double().mean()),
-            "macs": float(self.macs.double().mean()),
-            "evaluations": float(self.evaluations.sum(1).double().mean()),
-            "residual": float(self.residuals.median()),
-            "seconds": self.seconds,
-        }
+        """Means per sample (residual: median over samples and timesteps) and seconds, for a log or JSON.
+
+        An explicit network has no evaluations and no residual to report.
+        """
+        means = {"block_passes": self.block_passes, "macs": self.macs, "evaluations": self.evaluations.sum(1)}
+        summary = {name: float(value.double().mean()) for name, value in means.items() if value.any()}
+        if self.evaluations.any():
+            summary["residual"] = float(self.residuals.median())
+        return {**summary, "seconds": self.seconds}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class SampleResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Solve:
-    """How an FPDM solves at each of K timesteps; no part of it touches an explicit network.
+    """How an FPDM solves at each of K timesteps. A DiT has nothing to solve and takes no notice of it.
 
     Args:
         iterations: evaluations at every timestep, or one number for each (see allocation.py). None: the
@@ -157,9 +158,14 @@ def sample(
 
     Raises:
         ValueError: labels that do not fit the indices or the model, an impossible array of timesteps,
-            guidance without labels, lists that are not as long as the timesteps.
+            guidance without labels, lists that are not as long as the timesteps, `solve` with a model that is
+            neither FPDM nor DiT.
     """
     began = time.perf_counter()
+    if solve is not None and not isinstance(model, Frame):
+        raise ValueError(
+            f"solve is for an FPDM, not for {type(model).__name__}; leave it out, or unwrap the model."
+        )
     solve = solve or Solve()
     solve.check(len(timesteps))
     labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
@@ -214,8 +220,7 @@ def _grouped(indices: Sequence[int], labels: Tensor | None, chunk: int) -> dict[
 
 
 def cost(model: Any, evaluations: Int[Tensor, "N K"], rows: int) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
-    """Block passes and multiply-accumulates of each sample, with `rows` model rows per sample and "
-    "timestep."""
+    """Block passes and multiply-accumulates of each sample; each timestep calls the model on `rows` rows."""
     n, steps = evaluations.shape
     calls = torch.full((n,), rows * steps, dtype=torch.int64)
     if isinstance(model, FPDM):

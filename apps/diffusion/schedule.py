@@ -125,8 +125,7 @@ def timesteps(n: int, spacing: Spacing = "trailing", train_steps: int = 1000) ->
 
 
 def clean_and_noise(prediction: Tensor, x: Tensor, abar: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """(x_0, eps) of x = sqrt(abar) x_0 + sqrt(1 - abar) eps, from a prediction of v, eps or x_0 "
-    "("sample")."""
+    """(x_0, eps) of x = sqrt(abar) x_0 + sqrt(1 - abar) eps, given a prediction of v, eps or x_0."""
     a, b = (float(c) if c.ndim == 0 else c for c in (abar.sqrt(), (1 - abar).sqrt()))
     if kind == "v_prediction":
         return a * x - b * prediction, a * prediction + b * x
