@@ -1,1 +1,19 @@
-"""implicit"""
+"""Fixed points in PyTorch: solvers x gradient estimators x diagnostics."""
+
+from implicit.deq import DEQ as DEQ
+from implicit.fixed_point import fixed_point as fixed_point
+from implicit.grads import IFT as IFT
+from implicit.grads import JFB as JFB
+from implicit.grads import AbstractGrad as AbstractGrad
+from implicit.grads import StochasticJFB as StochasticJFB
+from implicit.grads import Unrolled as Unrolled
+from implicit.iterate import Loop as Loop
+from implicit.iterate import Stop as Stop
+from implicit.iterate import iterate as iterate
+from implicit.solution import NotConverged as NotConverged
+from implicit.solution import Result as Result
+from implicit.solution import Solution as Solution
+from implicit.solvers import AbstractSolver as AbstractSolver
+from implicit.solvers import Anderson as Anderson
+from implicit.solvers import Broyden as Broyden
+from implicit.solvers import Picard as Picard

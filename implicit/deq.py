@@ -1,0 +1,54 @@
+"""`DEQ`: a deep-equilibrium layer."""
+
+from typing import Any
+
+from torch import nn
+
+from implicit.fixed_point import fixed_point
+from implicit.grads.base import AbstractGrad
+from implicit.iterate import Map, Stop
+from implicit.solution import Solution
+from implicit.solvers.base import AbstractSolver
+from implicit.state import State
+
+
+class DEQ(nn.Module):
+    """``deq(z0, *args)`` is ``fixed_point(f, z0, *args, ...)``; f may be a module, whose parameters become the layer's.
+
+    Nothing else is kept on the module. Gradients flow in training and in evaluation mode alike.
+
+    Args:
+        f: the map f(z, *args).
+        solver, grad, stop: as in `fixed_point`.
+        eval_stop: used instead of `stop` in evaluation mode; default `stop`.
+    """
+
+    def __init__(
+        self,
+        f: Map,
+        *,
+        solver: AbstractSolver[Any] | None = None,
+        grad: AbstractGrad | None = None,
+        stop: Stop | None = None,
+        eval_stop: Stop | None = None,
+    ) -> None:
+        super().__init__()
+        self.f, self.solver, self.grad = f, solver, grad
+        self.stop, self.eval_stop = stop, eval_stop
+
+    def forward(self, z0: State, *args: Any, batch_dims: int = 1, trace: bool = False) -> Solution:
+        """Solve z = f(z, *args) from z0; see `fixed_point`."""
+        stop = self.stop if self.training or self.eval_stop is None else self.eval_stop
+        return fixed_point(
+            self.f,
+            z0,
+            *args,
+            solver=self.solver,
+            grad=self.grad,
+            stop=stop,
+            batch_dims=batch_dims,
+            trace=trace,
+        )
+
+    def extra_repr(self) -> str:
+        return f"solver={self.solver}, grad={self.grad}, stop={self.stop}, eval_stop={self.eval_stop}"

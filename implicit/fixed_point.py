@@ -1,0 +1,59 @@
+"""`fixed_point`: the one public entry point."""
+
+from typing import Any
+
+from implicit.grads.base import AbstractGrad
+from implicit.grads.ift import IFT
+from implicit.iterate import Loop, Map, Stop
+from implicit.solution import Solution
+from implicit.solvers.anderson import Anderson
+from implicit.solvers.base import AbstractSolver
+from implicit.state import State
+
+
+def fixed_point(
+    f: Map,
+    z0: State,
+    *args: Any,
+    solver: AbstractSolver[Any] | None = None,
+    grad: AbstractGrad | None = None,
+    stop: Stop | None = None,
+    batch_dims: int = 1,
+    trace: bool = False,
+) -> Solution:
+    """Solve z = f(z, *args), differentiably.
+
+    Args:
+        f: keeps the structure, shapes and dtypes of z. Parameters it closes over and tensors in `args` both get their
+            gradient.
+        z0: where to start: a tensor ``(B, *)`` or any nested tuple, list or dict of such tensors with one batch size.
+            Each sample is its own system, with its own tolerance, failure and answer.
+        args: passed on to f.
+        solver: how the next iterate is made; default ``Anderson()``.
+        grad: what autograd sees of the solve; default ``IFT()``, the exact gradient.
+        stop: when it is good enough; default ``Stop()``.
+        batch_dims: 0 makes the whole state one system.
+        trace: record the residual at every evaluation.
+
+    Returns:
+        A `Solution`: ``.value`` is attached to the graph, ``.check()`` raises if a sample failed.
+
+    Raises:
+        ValueError: f changes the shape, dtype, device or structure of the state or writes into it, or z0 is not a
+            state that can be solved for.
+
+    Example:
+        >>> import torch, implicit
+        >>> implicit.fixed_point(torch.cos, torch.ones(1, 1)).value
+        tensor([[0.7391]])
+    """
+    for name, given, kind in (
+        ("solver", solver, AbstractSolver),
+        ("grad", grad, AbstractGrad),
+        ("stop", stop, Stop),
+    ):
+        if given is not None and not isinstance(given, kind):
+            hint = f"an instance such as {given.__name__}()" if isinstance(given, type) else f"a {kind.__name__}"
+            raise ValueError(f"{name} must be {hint}, got {given!r}.")
+    loop = Loop(batch_dims=batch_dims, trace=trace)
+    return (grad or IFT())(f, z0, args, solver or Anderson(), stop or Stop(), loop)

@@ -1,0 +1,165 @@
+"""Putting a fixed point into the graph, differentiable to any order.
+
+Setting: z* = phi(z*), where phi closes over tensors theta. y = phi(z*) is evaluated once with a graph. `_Identity`
+returns z* itself, and its backward pass sends
+
+    u = g + J^T u,     J = dphi/dz at z*
+
+into y instead of g; from there autograd finds every theta by itself. No hook is set and nothing is stored on a module.
+
+Second derivatives: u^T dphi/dtheta depends on z* too, and y's own graph, which was built at a detached z*, cannot say
+so. When the gradient is to be differentiated, phi is evaluated again as an explicit function of z* and theta (found by
+watching phi run), at the *attached* z*, and the products are taken there. u itself is a fixed point, of
+psi(u) = g + J^T u, and is attached by the same function; so the recursion gives every order.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from implicit.grads.outside import Outside, explicit, unseen
+from implicit.iterate import Stop, iterate
+from implicit.solution import NotConverged, Solution
+from implicit.solvers.base import AbstractSolver
+from implicit.state import Flat
+
+
+@dataclass(frozen=True)
+class LinearSolve:
+    """Solves u = g + A u, A a linear map given by its action, free of the scale of g.
+
+    g is divided by a power of two per sample, so that rounding, tolerance and iterates are the same at every scale.
+    """
+
+    solver: AbstractSolver[Any]
+    stop: Stop
+    on_failure: Literal["warn", "raise", "ignore"]
+    report: Callable[[Solution], None] | None
+
+    def __call__(self, act: Callable[[Flat], Flat], g: Flat) -> Flat:
+        with torch.no_grad():
+            size = torch.linalg.vector_norm(g, ord=torch.inf, dim=1, keepdim=True)
+            scale = torch.where(size > 0, torch.exp2(torch.floor(torch.log2(size))), 1.0)
+            unit = g / scale
+            solution = iterate(lambda u: unit + act(u), unit, self.solver, self.stop)
+            if self.report is not None:
+                self.report(solution)
+            if self.on_failure != "ignore":
+                self._judge(solution)
+            return solution.value * scale
+
+    def _judge(self, solution: Solution) -> None:
+        try:
+            solution.check()
+        except NotConverged as failure:
+            text = f"The linear solve of the IFT backward pass failed, so this gradient is inexact: {failure}"
+            if self.on_failure == "raise":
+                raise NotConverged(text) from None
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def attach(phi: Callable[[Flat], Flat], z: Flat, solve: LinearSolve) -> Flat:
+    """z, a fixed point of phi, as a differentiable function of all that phi closes over."""
+    with torch.enable_grad():
+        with Outside() as seen:
+            x = _Cut.apply(z.detach().requires_grad_())
+            y = phi(x)
+        if not seen.tensors and not unseen(y, (x,)):
+            return z.detach()
+        again = explicit(_under_autocast(phi, z.device.type), seen.tensors)
+        return _Identity.apply(y, x, z.detach(), again, solve, *(t.view_as(t) for t in seen.tensors))
+
+
+def _attach_explicit(phi: Callable[..., Flat], z: Flat, solve: LinearSolve, theta: tuple[Tensor, ...]) -> Flat:
+    """The same for a phi(z, *theta) that closes over nothing."""
+    x = _Cut.apply(z.detach().requires_grad_())
+    return _Identity.apply(phi(x, *theta), x, z.detach(), phi, solve, *theta)
+
+
+def _under_autocast(phi: Callable[[Flat], Flat], kind: str) -> Callable[[Flat], Flat]:
+    """phi, to be evaluated later as if under the autocast state of now."""
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def again(z: Flat) -> Flat:
+        with torch.autocast(kind, dtype=dtype, enabled=enabled):
+            return phi(z)
+
+    return again
+
+
+_UNSEEN = (
+    "Second derivatives through IFT need every tensor that f closes over, and one is used where it cannot be seen "
+    "(in a compiled function or a custom autograd.Function): pass it to fixed_point through `args`."
+)
+
+
+class _Cut(torch.autograd.Function):
+    """Identity that stops the engine: products with J are taken on demand, not accumulated in a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+
+class _Identity(torch.autograd.Function):
+    """z, with the gradient of the fixed point of y = phi(x, *theta) at x = z."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        z: Tensor,
+        phi: Callable[..., Flat],
+        solve: LinearSolve,
+        *theta: Tensor,
+    ) -> Tensor:
+        value = z.clone()
+        ctx.phi, ctx.solve = phi, solve
+        ctx.save_for_backward(y, x, value, *theta)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        y, x, value, *theta = ctx.saved_tensors
+        u = ctx.solve(lambda v: _pull(y, x, v), g)
+        if not torch.is_grad_enabled():
+            return (u, *[None] * (4 + len(theta)))
+
+        # This gradient will be differentiated again: it becomes a function of g, z* and theta.
+        def psi(v: Flat, g: Flat, value: Flat, *theta: Tensor) -> Flat:
+            point = value.view_as(value)
+            return g + _pull(ctx.phi(point, *theta), point, v, create_graph=True)
+
+        u = _attach_explicit(psi, u, ctx.solve, (g, value, *theta))
+        # Fresh views: derivatives with respect to them are partial, even if one tensor depends on another.
+        point, *stands = (t.view_as(t) for t in (value, *theta))
+        again = ctx.phi(point, *stands)
+        if unseen(again, (point, *stands)):
+            raise RuntimeError(_UNSEEN)
+        wanted = [t for t in stands if t.requires_grad]
+        pulled = iter(_grad(again, wanted, u))
+        return (None, None, None, None, None, *(next(pulled) if t.requires_grad else None for t in stands))
+
+
+def _grad(y: Tensor, inputs: list[Tensor], v: Flat) -> tuple[Tensor | None, ...]:
+    if not inputs or not y.requires_grad:
+        return (None,) * len(inputs)
+    return torch.autograd.grad(y, inputs, v, create_graph=True, allow_unused=True)
+
+
+def _pull(y: Tensor, x: Tensor, v: Flat, create_graph: bool = False) -> Flat:
+    """v^T dy/dx."""
+    if not y.requires_grad:
+        return torch.zeros_like(v)
+    (pulled,) = torch.autograd.grad(y, x, v, retain_graph=True, create_graph=create_graph, allow_unused=True)
+    return torch.zeros_like(v) if pulled is None else pulled

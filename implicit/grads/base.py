@@ -1,0 +1,80 @@
+"""What a gradient estimator is: it owns the solve, and decides what autograd sees of it.
+
+Setting: z* = f(z*, theta), J = df/dz and df/dtheta both at z*. With g = dL/dz*, the exact gradient is
+
+    dL/dtheta = u^T df/dtheta,     u = g + J^T u                 (implicit function theorem)
+
+and every estimator is a way to find, shorten or avoid the solve for u.
+"""
+
+import abc
+from typing import Any
+
+import torch
+
+from implicit.iterate import Loop, Map, PackedMap, Stop
+from implicit.solution import Result, Solution
+from implicit.solvers.base import AbstractSolver
+from implicit.state import Flat, Layout, State, norm
+
+
+class AbstractGrad(abc.ABC):
+    """Subclasses are frozen dataclasses whose fields are their configuration.
+
+    The value of the solution must be the same number with and without a graph.
+    """
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        f: Map,
+        z0: State,
+        args: tuple[Any, ...],
+        solver: AbstractSolver[Any],
+        stop: Stop,
+        loop: Loop = Loop(),
+    ) -> Solution:
+        """Solve z = f(z, *args) from z0 and attach the value to the graph as this estimator does."""
+
+
+def track(f: Map, args: tuple[Any, ...], loop: Loop, solved: Solution, steps: int) -> Solution:
+    """Apply f `steps` more times to the value of `solved`, recorded by autograd if it is on.
+
+    A sample whose steps are not finite keeps the value it had.
+    """
+    layout = Layout.of(solved.value, loop.batch_dims)
+    apply = PackedMap(f, args, layout)
+    start = layout.pack(solved.value)
+    before, after = start, start
+    for _ in range(steps):
+        before, after = after, apply(after)
+    return _close(solved, layout, start, before, after, steps)
+
+
+def _close(solved: Solution, layout: Layout, start: Flat, before: Flat, after: Flat, steps: int) -> Solution:
+    with torch.no_grad():
+        residual = norm(after - before)
+        finite = torch.isfinite(residual)
+        keep = finite | (solved.result == Result.NONFINITE)
+        result = torch.where(keep, solved.result, int(Result.NONFINITE)).to(solved.result.dtype)
+    return Solution(
+        value=layout.unpack(torch.where(finite.unsqueeze(1), after, start.detach())),
+        residual=residual,
+        result=result,
+        evals=solved.evals + steps,
+        trace=solved.trace,
+        state=solved.state,
+    )
+
+
+def unsolved(z0: State, loop: Loop) -> Solution:
+    """The solution of a solve that has not begun: z0 itself, still in the graph."""
+    layout = Layout.of(z0, loop.batch_dims)
+    rows = layout.pack(z0).shape[0]
+    blank = torch.zeros(rows, dtype=torch.int64, device=layout.device)
+    return Solution(
+        value=z0,
+        residual=torch.full((rows,), torch.inf, dtype=layout.dtype, device=layout.device),
+        result=torch.full((rows,), int(Result.MAX_EVALS), dtype=torch.int8, device=layout.device),
+        evals=blank,
+    )

@@ -1,0 +1,82 @@
+"""The exact gradient, by the implicit function theorem.
+
+u = g + J^T u,     dL/dtheta = u^T df/dtheta,     J = df/dz at z*
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from implicit.grads.attach import LinearSolve, attach
+from implicit.grads.base import AbstractGrad
+from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
+from implicit.solution import Solution
+from implicit.solvers.anderson import Anderson
+from implicit.solvers.base import AbstractSolver
+from implicit.state import Layout, State
+
+
+@dataclass(frozen=True)
+class IFT(AbstractGrad):
+    """Exact gradient of the fixed point: one linear solve in the backward pass, by vector-Jacobian products.
+
+    Drops nothing; the error is that of the two solves. Scale-free: the solve works on g divided by a power of two per
+    sample, so a loss times 1e-8 gives that gradient times 1e-8. The starting state gets no gradient. Memory: one
+    evaluation of f and the backward solver's history. Cost: one evaluation and as many vector-Jacobian products as
+    the linear solve takes.
+
+    Source: Bai et al., "Deep Equilibrium Models", NeurIPS 2019, arXiv 1909.01377.
+
+    Args:
+        solver: of the linear problem; None takes ``Anderson(memory=10)``.
+        stop: of the linear problem; None takes a relative residual of 1e-6 in float32, 1e-10 in float64 and four
+            rounding errors in narrower dtypes (autocast included), at most 200 products.
+        on_failure: what to do when the linear solve does not converge: "warn", "raise" `NotConverged` or "ignore".
+        report: called with the `Solution` of every linear solve.
+    """
+
+    solver: AbstractSolver[Any] | None = None
+    stop: Stop | None = None
+    on_failure: Literal["warn", "raise", "ignore"] = "warn"
+    report: Callable[[Solution], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_failure not in ("warn", "raise", "ignore"):
+            raise ValueError(f'IFT.on_failure must be "warn", "raise" or "ignore", got {self.on_failure!r}.')
+
+    def __call__(
+        self,
+        f: Map,
+        z0: State,
+        args: tuple[Any, ...],
+        solver: AbstractSolver[Any],
+        stop: Stop,
+        loop: Loop = Loop(),
+    ) -> Solution:
+        with torch.no_grad():
+            solved = iterate(f, z0, solver, stop, args=args, loop=loop)
+        if not torch.is_grad_enabled():
+            return solved
+        layout = Layout.of(solved.value, loop.batch_dims)
+        z = layout.pack(solved.value)
+        value = attach(PackedMap(f, args, layout), z, self._linear_solve(layout))
+        return replace(solved, value=layout.unpack(value), evals=solved.evals + 1)
+
+    def _linear_solve(self, layout: Layout) -> LinearSolve:
+        eps = _coarseness(layout)
+        rtol = 1e-10 if eps < 1e-12 else 1e-6 if eps < 1e-6 else 4 * eps
+        return LinearSolve(
+            solver=self.solver or Anderson(memory=10),
+            stop=self.stop or Stop(rtol=rtol, atol=0, max_evals=200),
+            on_failure=self.on_failure,
+            report=self.report,
+        )
+
+
+def _coarseness(layout: Layout) -> float:
+    """Relative rounding error of one evaluation of f: that of the state, or of the autocast dtype if that is coarser."""
+    kind = layout.device.type
+    casts = torch.is_autocast_enabled(kind)
+    return max(layout.eps, torch.finfo(torch.get_autocast_dtype(kind)).eps if casts else 0.0)

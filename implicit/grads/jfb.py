@@ -1,0 +1,48 @@
+"""Jacobian-free backpropagation: the 1-step gradient."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from implicit.grads.base import AbstractGrad, track
+from implicit.iterate import Loop, Map, Stop, iterate
+from implicit.solution import Solution
+from implicit.solvers.base import AbstractSolver
+from implicit.state import State
+
+
+@dataclass(frozen=True)
+class JFB(AbstractGrad):
+    """Solve without a graph, then apply f `steps` more times with one and backpropagate through those.
+
+        dL/dtheta ~ g^T sum_{i < steps} J^i df/dtheta            (steps = 1: the inverse is dropped)
+
+    Also called the 1-step, phantom or inexact gradient. A descent direction where f is a contraction that is well
+    conditioned; its bias grows with the spectral radius of J. Memory: `steps` evaluations of f, whatever the length
+    of the solve. Cost: `steps` evaluations and as many vector-Jacobian products. The starting state gets no gradient.
+
+    Source: Fung et al., "JFB: Jacobian-Free Backpropagation for Implicit Networks", AAAI 2022, arXiv 2103.12803.
+
+    Args:
+        steps: tracked evaluations, >= 1.
+    """
+
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"JFB.steps must be at least 1, got {self.steps}.")
+
+    def __call__(
+        self,
+        f: Map,
+        z0: State,
+        args: tuple[Any, ...],
+        solver: AbstractSolver[Any],
+        stop: Stop,
+        loop: Loop = Loop(),
+    ) -> Solution:
+        with torch.no_grad():
+            solved = iterate(f, z0, solver, stop, args=args, loop=loop)
+        return track(f, args, loop, solved, self.steps)

@@ -1,0 +1,64 @@
+"""Stochastic Jacobian-free backpropagation: a random number of free and of tracked iterations."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from implicit.grads.base import AbstractGrad, track, unsolved
+from implicit.iterate import Loop, Map, Stop, iterate
+from implicit.solution import Solution
+from implicit.solvers.base import AbstractSolver
+from implicit.state import State
+
+
+@dataclass(frozen=True)
+class StochasticJFB(AbstractGrad):
+    """Draw n ~ U{0..N} and m ~ U{1..M}; take n steps of the solver without a graph, then apply f m times with one.
+
+        z_n = solver^n(z0),   z_{n+1} = f(z_n), ..., z_{n+m} = f(z_{n+m-1});   backpropagate through the last m only.
+
+    The budget is the draw: tolerances and `Stop.max_evals` play no part. With n = 0 the starting state gets a
+    gradient. Memory: m evaluations of f (the n free ones store nothing). Cost: n + m evaluations and m
+    vector-Jacobian products.
+
+    Source: Bai and Melas-Kyriazi, "Fixed Point Diffusion Models", CVPR 2024, arXiv 2401.08741, Algorithm 1.
+
+    Args:
+        N: largest number of free iterations, >= 0.
+        M: largest number of tracked iterations, >= 1.
+        generator: CPU generator of the draws; its state is the only state. Give the same seed to all ranks of a
+            distributed run so that all take the same number of steps. None: PyTorch's global generator.
+    """
+
+    N: int = 12
+    M: int = 12
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        if self.N < 0:
+            raise ValueError(f"StochasticJFB.N must be at least 0, got {self.N}.")
+        if self.M < 1:
+            raise ValueError(f"StochasticJFB.M must be at least 1, got {self.M}.")
+
+    def draw(self) -> tuple[int, int]:
+        """The next (n, m)."""
+        n = torch.randint(0, self.N + 1, (), generator=self.generator)
+        m = torch.randint(1, self.M + 1, (), generator=self.generator)
+        return int(n), int(m)
+
+    def __call__(
+        self,
+        f: Map,
+        z0: State,
+        args: tuple[Any, ...],
+        solver: AbstractSolver[Any],
+        stop: Stop,
+        loop: Loop = Loop(),
+    ) -> Solution:
+        n, m = self.draw()
+        if n == 0:
+            return track(f, args, loop, unsolved(z0, loop), m)
+        with torch.no_grad():
+            solved = iterate(f, z0, solver, replace(stop, rtol=0, atol=0, max_evals=n), args=args, loop=loop)
+        return track(f, args, loop, solved, m)

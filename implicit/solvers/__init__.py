@@ -1,0 +1,8 @@
+"""Solvers: how the next iterate is made. One algorithm a file."""
+
+from implicit.solvers.anderson import Anderson as Anderson
+from implicit.solvers.base import AbstractSolver as AbstractSolver
+from implicit.solvers.base import Evaluator as Evaluator
+from implicit.solvers.base import Point as Point
+from implicit.solvers.broyden import Broyden as Broyden
+from implicit.solvers.picard import Picard as Picard

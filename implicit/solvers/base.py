@@ -1,0 +1,63 @@
+"""What a solver is: a rule that proposes the next iterate from the points seen so far.
+
+A solver never evaluates the stopping rule, never counts and never touches a sample that has finished: that is the
+loop's work (`implicit.iterate`), one for all solvers. All vectors are (B, N): row b belongs to sample b, and nothing a
+solver does may mix rows.
+"""
+
+import abc
+from typing import Generic, Protocol, TypeVar
+
+from implicit.state import Flat
+
+S = TypeVar("S")
+
+
+class Point:
+    """An iterate and what f said about it: z, f(z) and the residual r = f(z) - z (made when first asked for)."""
+
+    __slots__ = ("_r", "fz", "z")
+
+    def __init__(self, z: Flat, fz: Flat) -> None:
+        self.z, self.fz = z, fz
+        self._r: Flat | None = None
+
+    @property
+    def r(self) -> Flat:
+        """f(z) - z, (B, N)."""
+        if self._r is None:
+            self._r = self.fz - self.z
+        return self._r
+
+
+class Evaluator(Protocol):
+    """f as solvers see it, on (B, N) matrices. Every call is counted against the budget."""
+
+    def __call__(self, z: Flat) -> Flat:
+        """f(z)."""
+        ...
+
+    @property
+    def left(self) -> int:
+        """How many more evaluations the budget allows."""
+        ...
+
+
+class AbstractSolver(abc.ABC, Generic[S]):
+    """Subclasses are frozen dataclasses whose fields are their configuration.
+
+    `S` is the memory the solver carries from step to step: tensors whose first dimension is the batch, in a
+    dataclass, tuple, list or dict; or None.
+    """
+
+    @abc.abstractmethod
+    def init(self, point: Point) -> S:
+        """The memory after the first evaluation."""
+
+    @abc.abstractmethod
+    def step(self, f: Evaluator, point: Point, memory: S) -> tuple[Flat, S]:
+        """Propose the next iterate, which the loop will evaluate, and the memory that goes with it.
+
+        `f` is there for solvers that need evaluations beyond the one per step that the loop makes (a Jacobian-vector
+        product, a trial point); those are counted too. Tensors of `point` may be kept but never written to.
+        """

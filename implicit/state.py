@@ -1,0 +1,156 @@
+"""Nested states <-> one (B, N) matrix of real numbers, one row per sample.
+
+Solvers see only the matrix: a state of several tensors behaves exactly as the same numbers in one tensor would.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+State: TypeAlias = Any
+"""A tensor ``(B, *)`` or any nested tuple / list / dict of such tensors with one common batch size."""
+Flat: TypeAlias = Float[Tensor, "B N"]
+PerSample: TypeAlias = Float[Tensor, " B"]
+
+
+def leaves(state: State, like: State = None) -> list[Tensor]:
+    """The tensors of a nested state, depth first; dicts in the key order of `like` (default: their own)."""
+    like = state if like is None else like
+    if isinstance(state, Tensor) and isinstance(like, Tensor):
+        return [state]
+    if type(state) is not type(like) or isinstance(state, Tensor):
+        raise ValueError(f"f must keep the structure of the state: expected {_name(like)}, got {_name(state)}.")
+    if isinstance(state, dict):
+        if state.keys() != like.keys():
+            raise ValueError(f"f must keep the keys of the state: expected {list(like)}, got {list(state)}.")
+        return [leaf for key in like for leaf in leaves(state[key], like[key])]
+    if isinstance(state, (tuple, list)):
+        if len(state) != len(like):
+            raise ValueError(f"f must keep the structure of the state: expected {len(like)} parts, got {len(state)}.")
+        return [leaf for part, model in zip(state, like, strict=True) for leaf in leaves(part, model)]
+    raise ValueError(f"A state is a tensor or a nested tuple, list or dict of tensors; it holds a {_name(state)}.")
+
+
+def rebuild(like: State, tensors: Iterator[Tensor]) -> State:
+    """The inverse of `leaves`: the structure of `like`, filled from `tensors`."""
+    if isinstance(like, Tensor):
+        return next(tensors)
+    if isinstance(like, dict):
+        return type(like)((key, rebuild(part, tensors)) for key, part in like.items())
+    parts = [rebuild(part, tensors) for part in like]
+    return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
+
+
+def _name(thing: object) -> str:
+    return type(thing).__name__
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a nested state lies in one (B, N) matrix.
+
+    Complex numbers count as two reals. The matrix's dtype is the widest of the leaves', at least float32, so that
+    histories and norms of half-precision states do not overflow.
+    """
+
+    like: State
+    shapes: tuple[torch.Size, ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+    batch_dims: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, state: State, batch_dims: int = 1) -> "Layout":
+        """Read the layout off a starting state; refuses what no solver could handle."""
+        if batch_dims not in (0, 1):
+            raise ValueError(f"batch_dims must be 1 (a system per row) or 0 (one system), got {batch_dims}.")
+        tensors = leaves(state)
+        if not tensors:
+            raise ValueError("The starting state holds no tensor.")
+        for t in tensors:
+            if not (t.is_floating_point() or t.is_complex()):
+                raise ValueError(f"The starting state must be floating point or complex, got {t.dtype}: convert it.")
+            if batch_dims and t.ndim == 0:
+                raise ValueError("The starting state has no batch dimension: pass batch_dims=0, or add one to it.")
+            if t.device != tensors[0].device:
+                raise ValueError(f"The state must live on one device, got {tensors[0].device} and {t.device}.")
+        if batch_dims and len({t.shape[0] for t in tensors}) > 1:
+            sizes = [t.shape[0] for t in tensors]
+            raise ValueError(f"All tensors of the state must share one batch size, got {sizes}; or pass batch_dims=0.")
+        shapes = tuple(t.shape[batch_dims:] for t in tensors)
+        if sum(map(math.prod, shapes)) == 0:
+            raise ValueError("The starting state has no elements, so there is nothing to solve for.")
+        dtype = torch.float32
+        for t in tensors:
+            dtype = torch.promote_types(dtype, t.dtype.to_real())
+        return cls(state, shapes, tuple(t.dtype for t in tensors), tensors[0].device, batch_dims, dtype)
+
+    @property
+    def lossy(self) -> bool:
+        """Whether the state is narrower than the matrix, so that the matrix must be rounded before f sees it."""
+        return any(d.to_real() != self.dtype for d in self.dtypes)
+
+    @property
+    def eps(self) -> float:
+        """Relative rounding error of the coarsest leaf."""
+        return max(torch.finfo(d).eps for d in self.dtypes)
+
+    def pack(self, state: State) -> Flat:
+        """(B, N) matrix of a state; a view where it can be one."""
+        if isinstance(state, Tensor) and isinstance(self.like, Tensor):
+            return self._rows(state)
+        return torch.cat([self._rows(t) for t in leaves(state, self.like)], dim=1)
+
+    def _rows(self, t: Tensor) -> Flat:
+        if t.is_complex():
+            t = torch.view_as_real(t.resolve_conj())
+        rows = t.shape[0] if self.batch_dims else 1
+        return t.reshape(rows, math.prod(t.shape[self.batch_dims :])).to(self.dtype)
+
+    def unpack(self, flat: Flat) -> State:
+        """The state of a (B, N) matrix; the number of rows may differ from the starting state's."""
+        if isinstance(self.like, Tensor):
+            return self._leaf(flat, self.shapes[0], self.dtypes[0])
+        widths = [math.prod(s) * (2 if d.is_complex else 1) for s, d in zip(self.shapes, self.dtypes, strict=True)]
+        parts = zip(torch.split(flat, widths, dim=1), self.shapes, self.dtypes, strict=True)
+        return rebuild(self.like, iter([self._leaf(*part) for part in parts]))
+
+    def _leaf(self, rows: Flat, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        lead = rows.shape[:1] if self.batch_dims else ()
+        rows = rows.to(dtype.to_real())
+        if dtype.is_complex:
+            return torch.view_as_complex(rows.reshape(*lead, *shape, 2).contiguous())
+        return rows.reshape(*lead, *shape)
+
+    def round(self, flat: Flat) -> Flat:
+        """`flat` as f will see it."""
+        return self.pack(self.unpack(flat)) if self.lossy else flat
+
+    def check(self, out: State, rows: int) -> State:
+        """`out`, if f kept structure, shapes, dtypes and device; under autocast the dtype may differ.
+
+        Raises:
+            ValueError: naming the first difference.
+        """
+        lead = (rows,) if self.batch_dims else ()
+        for t, shape, dtype in zip(leaves(out, self.like), self.shapes, self.dtypes, strict=True):
+            if t.shape != lead + shape:
+                want = tuple(lead + shape)
+                raise ValueError(f"f must keep the shape of the state: expected {want}, got {tuple(t.shape)}.")
+            casts = t.is_floating_point() and torch.is_autocast_enabled(self.device.type)
+            if t.dtype != dtype and not casts:
+                raise ValueError(f"f must keep the dtype of the state: expected {dtype}, got {t.dtype}: cast it in f.")
+            if t.device != self.device:
+                raise ValueError(f"f must keep the device of the state: {self.device}, got {t.device}: move it in f.")
+        return out
+
+
+def norm(flat: Flat) -> PerSample:
+    """Euclidean norm of every row, (B,)."""
+    return torch.linalg.vector_norm(flat, dim=1)
