@@ -125,8 +125,8 @@ class Layout:
         lead = rows.shape[:1] if self.batch_dims else ()
         rows = rows.to(dtype.to_real())
         if dtype.is_complex:
-            return torch.view_as_complex(rows.reshape(*lead, *shape, 2).contiguous())
-        return rows.reshape(*lead, *shape)
+            return torch.view_as_complex(rows.reshape((*lead, *shape, 2)).contiguous())
+        return rows.reshape((*lead, *shape))
 
     def round(self, flat: Flat) -> Flat:
         """`flat` as f will see it."""

@@ -65,8 +65,9 @@ class LinearSolve:
 def attach(phi: Callable[[Flat], Flat], z: Flat, solve: LinearSolve) -> Flat:
     """z, a fixed point of phi, as a differentiable function of all that phi closes over."""
     with torch.enable_grad():
-        with Outside() as seen:
-            x = _Cut.apply(z.detach().requires_grad_())
+        seen = Outside()
+        x = _Cut.apply(z.detach().requires_grad_())
+        with seen:
             y = phi(x)
         if not seen.tensors and not unseen(y, (x,)):
             return z.detach()

@@ -76,7 +76,7 @@ class IFT(AbstractGrad):
 
 
 def _coarseness(layout: Layout) -> float:
-    """Relative rounding error of one evaluation of f: that of the state, or of the autocast dtype if that is coarser."""
+    """Relative rounding error of one evaluation of f: that of the state or, if coarser, of autocast."""
     kind = layout.device.type
     casts = torch.is_autocast_enabled(kind)
     return max(layout.eps, torch.finfo(torch.get_autocast_dtype(kind)).eps if casts else 0.0)

@@ -11,19 +11,15 @@ from torch.overrides import TorchFunctionMode
 
 
 class Outside(TorchFunctionMode):
-    """Collects the tensors that require gradients and were made before the mode was entered."""
+    """Collects the tensors that require gradients and were made before this object was."""
 
     def __init__(self) -> None:
         super().__init__()
         self._found: dict[int, Tensor] = {}
         self._made: dict[int, weakref.ref[Tensor]] = {}
-
-    def __enter__(self) -> "Outside":
         mark = torch.zeros((), requires_grad=True) * 1
         assert mark.grad_fn is not None
         self._start = mark.grad_fn._sequence_nr()
-        super().__enter__()
-        return self
 
     def __torch_function__(
         self,
