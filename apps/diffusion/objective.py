@@ -45,25 +45,6 @@ class Draw:
         return replace(self, **moved)
 
 
-def draw(
-    shape: tuple[int, ...], *, generator: torch.Generator, dropout: float = 0.0, train_steps: int = 1000
-) -> Draw:
-    """Draws noise of `shape` (B, C, H, W), uniform timesteps, and labels to drop with probability `dropout`.
-
-    `generator` is a CPU generator: the draw is the same on every device.
-
-    Raises:
-        ValueError: `dropout` is no probability.
-    """
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout={dropout} is no probability; give 0 (keep all labels) to 1.")
-    return Draw(
-        noise=torch.randn(shape, generator=generator),
-        t=torch.randint(train_steps, shape[:1], generator=generator),
-        dropped=torch.rand(shape[0], generator=generator) < dropout,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Loss:
     """The loss of a batch.

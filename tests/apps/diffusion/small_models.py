@@ -1,0 +1,33 @@
+"""Small networks with drawn weights, batches for them, and what autograd stores: shared by the tests of "
+"this folder."""
+
+import torch
+
+
+def randomised(model, seed=0):
+    """The model with all weights drawn, so that no layer is the identity."""
+    source = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=source) * (0.3 if p.ndim == 1 else p[0].numel() ** -0.5))
+    return model
+
+
+def batch(model, n=3, seed=1, dtype=torch.float32):
+    source = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, *model.latent, generator=source).to(dtype)
+    t = torch.randint(1000, (n,), generator=source)
+    return x, t, torch.randint(model.num_classes + 1, (n,), generator=source)
+
+
+def saved_bytes(run):
+    """Bytes that autograd keeps for the backward of run(), each storage once, parameters included."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = run()
+    return sum(storages.values()), result
