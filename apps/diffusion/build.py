@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
 import implicit
@@ -23,9 +24,7 @@ def images(config: c.Data) -> tuple[Images, Images]:
     return digits("train"), digits("held-out")
 
 
-def network(
-    config: c.Model, shape: tuple[int, int, int], num_classes: int, iterations: int, seed: int
-) -> DiT | FPDM:
+def network(config: c.Model, shape: tuple[int, int, int], num_classes: int, iterations: int, seed: int) -> DiT | FPDM:
     """A new network for images of `shape` (C, H, W); its first weights depend on the seed alone.
 
     `iterations` is what an FPDM does where nobody says otherwise.
@@ -55,7 +54,7 @@ def network(
 def describe(model: DiT | FPDM) -> dict[str, Any]:
     """What `rebuild` needs to build the same network, as JSON."""
     arguments = {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
-    return {"class": type(model).__name__, "config": arguments}
+    return json.loads(json.dumps({"class": type(model).__name__, "config": arguments}))
 
 
 def rebuild(description: dict[str, Any]) -> DiT | FPDM:
@@ -64,7 +63,9 @@ def rebuild(description: dict[str, Any]) -> DiT | FPDM:
 
 
 def scheduler(config: c.Config, kind: Literal["ddim", "ddpm"]) -> Any:
-    """The noise schedule of a run, as a diffusers scheduler. What is predicted of pixels is kept within [-1, 1]."""
+    """The noise schedule of a run, as a diffusers scheduler. What is predicted of pixels is kept within [-1,
+    1].
+    """
     schedule = config.schedule
     return make_scheduler(
         kind,
@@ -89,7 +90,9 @@ def solver(config: c.Solver) -> implicit.AbstractSolver[Any]:
 
 
 def grad(config: c.Grad, seed: int, images: int) -> implicit.AbstractGrad:
-    """The estimator that is meant, for the step of a run that has seen so many images; the same on all processes."""
+    """The estimator that is meant, for the step of a run that has seen so many images; the same on all
+    processes.
+    """
     match config:
         case c.StochasticJFB():
             return implicit.StochasticJFB(config.N, config.M, generator(seed, Stream.SOLVE, images))

@@ -4,8 +4,9 @@
         model.safetensors  ema.safetensors  optimizer.safetensors
         state.json                       how the network is built, progress, the loss so far
 
-A checkpoint is written under another name, flushed to the disk, and renamed: a reader finds the old one or the new one. No state of a
-random generator is in it, because every random number of a run follows from the seed and the images seen.
+A checkpoint is written under another name, flushed to the disk, and renamed: a reader finds the old one or
+the new one. No state of a random generator is in it, because every random number of a run follows from the
+seed and the images seen.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Progress:
 class Checkpoint:
     """Everything from which a run goes on, or samples.
 
-    `network` is {"class": name, "config": arguments}, from which the model is built; `optimizer` is torch's state by parameter number:
-    {0: {"step": ..., "exp_avg": ..., ...}, ...}.
+    `network` is {"class": name, "config": arguments}, from which the model is built; `optimizer` is torch's
+    state by parameter number: {0: {"step": ..., "exp_avg": ..., ...}, ...}.
     """
 
     network: dict[str, Any]
@@ -75,9 +76,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 1) -> Path:
         shutil.rmtree(left_over)
     partial = folder / f".{final.name}.partial"
     partial.mkdir()
-    flat = {
-        f"{i}.{name}": value for i, entry in checkpoint.optimizer.items() for name, value in entry.items()
-    }
+    flat = {f"{i}.{name}": value for i, entry in checkpoint.optimizer.items() for name, value in entry.items()}
     for name, tensors in zip(_TENSORS, (checkpoint.model, checkpoint.ema, flat), strict=True):
         tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         save_file(tensors, partial / f"{name}.safetensors", metadata={"format": "pt"})
@@ -111,7 +110,8 @@ def load(path: Path, device: str = "cpu") -> Checkpoint:
         state = json.loads((path / "state.json").read_text())
         if state["format"] != FORMAT:
             raise Unreadable(
-                f"The checkpoint {path} has format {state['format']}, and this version reads format {FORMAT}; "
+                f"The checkpoint {path} has format {state['format']}, and this version reads format "
+                f"{FORMAT}; "
                 "read it with the version that wrote it."
             )
         model, ema, flat = (load_file(path / f"{name}.safetensors", device=device) for name in _TENSORS)
@@ -131,9 +131,7 @@ def load(path: Path, device: str = "cpu") -> Checkpoint:
             if others
             else ("there is no other in this run; train again into a new folder")
         )
-        raise Unreadable(
-            f"The checkpoint {path} cannot be read ({type(error).__name__}: {error}); {remedy}."
-        ) from None
+        raise Unreadable(f"The checkpoint {path} cannot be read ({type(error).__name__}: {error}); {remedy}.") from None
     return Checkpoint(network=network, model=model, ema=ema, optimizer=optimizer, progress=progress)
 
 

@@ -1,19 +1,20 @@
-"""Everything that a run can be told, as one tree of frozen dataclasses: it is the command line, and it is saved with the weights.
+"""Everything that a run can be told, as one tree of frozen dataclasses: it is the command line, and it is
+saved with the weights.
 
-No field means different things in different places, none is ignored in silence, and a tree that exists is valid: each class checks
-its own fields, and `Config` those that must fit each other. Counts are in images, so that a run means the same on any number of
-processes. This file does not import torch, so that `--help` is quick.
+No field means different things in different places, none is ignored in silence, and a tree that exists is
+valid: each class checks its own fields, and `Config` those that must fit each other. Counts are in images, so
+that a run means the same on any number of processes. This file does not import torch, so that `--help` is
+quick.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from .plain import from_plain, to_plain
 
 Kind = Literal["fpdm", "dit"]
 Size = Literal["tiny", "S", "B", "L", "XL"]
@@ -65,9 +66,7 @@ class Model:
         if not self.mlp_ratio > 0:
             raise ValueError(f"Model.mlp_ratio must be positive, got {self.mlp_ratio}.")
         if self.kind == "fpdm" and self.depth is not None:
-            raise ValueError(
-                "Model.depth is for DiT; give an FPDM its explicit blocks by Model.pre and Model.post."
-            )
+            raise ValueError("Model.depth is for DiT; give an FPDM its explicit blocks by Model.pre and Model.post.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +86,8 @@ class Schedule:
         _at_least(self, 2, "timesteps")
         if self.zero_snr and self.prediction == "epsilon":
             raise ValueError(
-                "Schedule.prediction = epsilon does not go with Schedule.zero_snr: at the last timestep the image would be 0/0. "
+                "Schedule.prediction = epsilon does not go with Schedule.zero_snr: at the last timestep the "
+                "image would be 0/0. "
                 "Predict v_prediction, or switch zero_snr off."
             )
 
@@ -113,7 +113,9 @@ class Optimisation:
     warmup: int = 6_400
     """Images over which the learning rate rises from 0."""
     decay: Literal["constant", "cosine"] = "cosine"
-    """What the learning rate does then: stay, or fall to 0 at the end of `images` or `max_time`, whichever comes first."""
+    """What the learning rate does then: stay, or fall to 0 at the end of `images` or `max_time`, whichever
+    comes first.
+    """
     beta2: float = 0.99
     """AdamW's memory of squared gradients."""
     weight_decay: float = 0.0
@@ -136,7 +138,9 @@ class Optimisation:
 
 @dataclass(frozen=True, kw_only=True)
 class EMA:
-    """Moving average of the weights, which is what samples: after step k, average = d average + (1 - d) weights."""
+    """Moving average of the weights, which is what samples: after step k, average = d average + (1 - d)
+    weights.
+    """
 
     decay: float = 0.999
     """d, but never more than (1 + k) / (10 + k): the first weights, which are noise, are soon forgotten."""
@@ -218,7 +222,9 @@ class Unrolled:
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """When a training solve is good enough: |f(z) - z| <= atol + rtol |f(z)|. S-JFB draws its iterations and asks nothing of this."""
+    """When a training solve is good enough: |f(z) - z| <= atol + rtol |f(z)|. S-JFB draws its iterations and
+    asks nothing of this.
+    """
 
     rtol: float = 1e-3
     """Relative tolerance."""
@@ -238,14 +244,18 @@ Grad = StochasticJFB | JFB | IFT | Unrolled
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How samples are made when the training is over (`python -m apps.diffusion.sample` has the same choices, and more)."""
+    """How samples are made when the training is over (`python -m apps.diffusion.sample` has the same choices,
+    and more).
+    """
 
     sampler: Literal["ddim", "ddpm"] = "ddim"
     """ddim: deterministic; ddpm: ancestral, fresh noise at every step."""
     steps: int = 20
     """Timesteps."""
     spacing: Literal["trailing", "linspace", "leading"] = "trailing"
-    """Which timesteps: from the last one down in equal steps, or both ends included, or up to the last but some."""
+    """Which timesteps: from the last one down in equal steps, or both ends included, or up to the last but
+    some.
+    """
     iterations: int = 10
     """Iterations of the fixed-point layer per timestep; FPDM only."""
     reuse: bool = False
@@ -292,69 +302,32 @@ class Config:
         _at_least(self, 1, "checkpoint_every", "keep")
         if self.schedule.zero_snr and self.sampling.spacing == "leading":
             raise ValueError(
-                "Sampling.spacing = leading never visits the last timestep, where Schedule.zero_snr makes sampling start; "
+                "Sampling.spacing = leading never visits the last timestep, where Schedule.zero_snr makes "
+                "sampling start; "
                 "take trailing or linspace, or switch zero_snr off."
             )
         if self.sampling.steps > self.schedule.timesteps:
             raise ValueError(
-                f"Sampling.steps = {self.sampling.steps} is more than the {self.schedule.timesteps} timesteps there are; take fewer."
+                f"Sampling.steps = {self.sampling.steps} is more than the {self.schedule.timesteps} "
+                f"timesteps there are; take fewer."
             )
         if self.max_time is not None and not self.max_time > 0:
-            raise ValueError(
-                f"Config.max_time must be positive, got {self.max_time}; leave it out for no limit."
-            )
+            raise ValueError(f"Config.max_time must be positive, got {self.max_time}; leave it out for no limit.")
 
     def to_json(self) -> str:
         """The whole tree as JSON; `from_json` gives an equal tree back."""
-        return json.dumps(_to_plain(self), indent=2) + "\n"
+        return json.dumps(to_plain(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Config:
         """The tree that `to_json` wrote.
 
         Raises:
-            ValueError: not JSON, a field that does not exist or has another type, or a value that is not allowed.
+            ValueError: not JSON, a field that does not exist or has another type, or a value that is not
+            allowed.
         """
         try:
             plain = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"This is not the config of a run, because it is not JSON: {error}.") from None
-        return _from_plain(cls, plain, "config")
-
-
-def _to_plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
-    return str(value) if isinstance(value, Path) else value
-
-
-def _from_plain(kind: Any, plain: Any, where: str) -> Any:
-    """The value of type `kind` that `plain` (JSON) stands for; `where` is its place in the tree, for messages."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    classes = {option.__name__: option for option in options if dataclasses.is_dataclass(option)}
-    if classes:
-        named = plain.get("type") if isinstance(plain, dict) else None
-        if named not in classes:
-            raise ValueError(f"{where} should be one of {', '.join(classes)}, but its type is {named!r}.")
-        hints = typing.get_type_hints(classes[named])
-        unknown = sorted(set(plain) - set(hints) - {"type"})
-        if unknown:
-            raise ValueError(f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(hints)}.")
-        return classes[named](
-            **{
-                name: _from_plain(hints[name], plain[name], f"{where}.{name}")
-                for name in hints
-                if name in plain
-            }
-        )
-    if kind is Path and isinstance(plain, str):
-        return Path(plain)
-    if float in options and isinstance(plain, int) and not isinstance(plain, bool):
-        return float(plain)
-    allowed = [a for o in options for a in (typing.get_args(o) if typing.get_origin(o) is Literal else (o,))]
-    if not any(plain == a if not isinstance(a, type) else type(plain) is a for a in allowed):
-        raise ValueError(
-            f"{where} should be one of {[getattr(a, '__name__', a) for a in allowed]}, got {plain!r}."
-        )
-    return plain
+        return from_plain(cls, plain, "config")

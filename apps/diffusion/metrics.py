@@ -1,12 +1,15 @@
-"""How good are generated images? A Fréchet distance and the accuracy of their labels, on the features of a small classifier.
+"""How good are generated images? A Fréchet distance and the accuracy of their labels, on the features of a
+small classifier.
 
 Frechet: two sets of features, taken as Gaussians N(m1, C1) and N(m2, C2), lie apart by
 
-    d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)),      tr (C1 C2)^(1/2) = sum_i sqrt(lambda_i(C1^(1/2) C2 C1^(1/2)))
+    d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)),      tr (C1 C2)^(1/2) = sum_i sqrt(lambda_i(C1^(1/2) C2
+    C1^(1/2)))
 
-(Dowson and Landau 1982; Heusel et al. 2017, arXiv 1706.08500). With Inception features and 50,000 images this is the FID. Here the features are the 32 that a classifier of
-the *real* images ends in, each standardised over the real training images. The distance is 0 for equal Gaussians; with few images
-it is biased upwards, so always compare equal numbers of images.
+(Dowson and Landau 1982; Heusel et al. 2017, arXiv 1706.08500). With Inception features and 50,000 images this
+is the FID. Here the features are the 32 that a classifier of the *real* images ends in, each standardised
+over the real training images. The distance is 0 for equal Gaussians; with few images it is biased upwards, so
+always compare equal numbers of images.
 """
 
 from __future__ import annotations
@@ -48,7 +51,9 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
-        """The 32 features (B, 32), each with mean 0 and variance 1 over the images that the classifier learnt from."""
+        """The 32 features (B, 32), each with mean 0 and variance 1 over the images that the classifier learnt
+        from.
+        """
         return (self.body(x) - self.mean) / self.std
 
     @torch.no_grad()
@@ -58,7 +63,8 @@ class Classifier(nn.Module):
 
 
 def train_classifier(images: Images, seed: int = 0, epochs: int = 12, batch_size: int = 64) -> Classifier:
-    """A classifier of these real images (AdamW, one-cycle learning rate, shifts by one pixel); seconds for the digits.
+    """A classifier of these real images (AdamW, one-cycle learning rate, shifts by one pixel); seconds for
+    the digits.
 
     It never sees a generated image, and no diffusion model ever sees it: it is a judge.
     """
@@ -105,7 +111,8 @@ class Gaussian:
         """The Gaussian with the mean and the unbiased covariance of features (n, D), n >= 2."""
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(
-                f"A covariance needs features (n, D) of at least 2 images, but their shape is {tuple(features.shape)}; "
+                f"A covariance needs features (n, D) of at least 2 images, but their shape is "
+                f"{tuple(features.shape)}; "
                 "generate more images."
             )
         features = features.double()
@@ -122,7 +129,9 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 @dataclass(frozen=True)
 class Score:
-    """What a classifier says of a set of images: label accuracy in [0, 1], and distance from the real training images."""
+    """What a classifier says of a set of images: label accuracy in [0, 1], and distance from the real
+    training images.
+    """
 
     images: int
     accuracy: float

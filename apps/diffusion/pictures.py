@@ -17,14 +17,20 @@ def to_pil(x: Tensor) -> Image.Image:
     """The image (C, H, W) with C = 1 or 3 in 8 bits; what lies outside [-1, 1] is clipped."""
     pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     if pixels.shape[2] not in (1, 3):
-        raise ValueError(
-            f"A picture has 1 or 3 channels, but this image has {pixels.shape[2]}; decode latents first."
-        )
+        raise ValueError(f"A picture has 1 or 3 channels, but this image has {pixels.shape[2]}; decode latents first.")
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
+def read(path: Path) -> Image.Image:
+    """The picture in a file, which is closed again."""
+    with Image.open(path) as file:
+        return file.copy()
+
+
 def columns_by_class(labels: Sequence[int], rows: int) -> list[int]:
-    """Indices of up to `rows` images of each class, row by row, one class per column; classes with fewer limit the rows."""
+    """Indices of up to `rows` images of each class, row by row, one class per column; classes with fewer
+    limit the rows.
+    """
     members = {y: [i for i, other in enumerate(labels) if other == y] for y in sorted(set(labels))}
     rows = min(rows, *(len(found) for found in members.values()))
     return [found[row] for row in range(rows) for found in members.values()]
@@ -80,12 +86,14 @@ def loss_curve(history: Sequence[tuple[int, float]], path: Path, title: str) -> 
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     images, losses = (np.array(column, dtype=float) for column in zip(*history, strict=True))
-    axes.plot(images, losses, color="tab:blue", alpha=0.35, linewidth=1, label="mean of 25 steps")
+    axes.plot(images, losses, color="tab:blue", alpha=0.35, linewidth=1, marker=".", label="mean of 25 steps")
     width = max(1, len(losses) // 20)
     if len(losses) > 2 * width:
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
         axes.plot(images[width - 1 :], smooth, color="tab:blue", linewidth=2, label=f"mean of {25 * width}")
     axes.set(xlabel="images seen", ylabel="mean squared error", yscale="log", title=title)
+    for side in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        side("{x:g}")
     axes.grid(which="both", alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)

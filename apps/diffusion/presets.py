@@ -1,4 +1,4 @@
-"""Whole configurations by name. A preset is a function that returns one, with every choice it makes in sight."""
+"""Whole configurations by name: a preset is a function that returns one, every choice in sight."""
 
 from __future__ import annotations
 

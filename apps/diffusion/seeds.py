@@ -1,7 +1,8 @@
-"""Every random number of a run is a function of (seed, what it is for, where the run stands), and of nothing else.
+"""Every random number of a run is a function of (seed, what it is for, where the run stands), and of nothing
+else.
 
-A generator is made afresh from those three where it is needed. So no generator's state has to be saved for a run to go on
-exactly where it was cut off, and two uses of randomness can never shift one another.
+A generator is made afresh from those three where it is needed. So no generator's state has to be saved for a
+run to go on exactly where it was cut off, and two uses of randomness can never shift one another.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ class Stream(enum.IntEnum):
 
 
 def generator(seed: int, stream: Stream, position: int = 0) -> torch.Generator:
-    """A CPU generator that depends on the three arguments alone (they are hashed, so near ones are independent)."""
+    """A CPU generator that depends on the three arguments alone (they are hashed, so near ones are
+    independent).
+    """
     word = np.random.SeedSequence((seed, int(stream), position)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(word >> np.uint64(1)))
 
 
 @contextmanager
 def drawing_from(source: torch.Generator) -> Iterator[None]:
-    """Within the block, code that draws from torch's global CPU generator (such as `nn.Linear`) draws from `source`.
+    """Within the block, code that draws from torch's global CPU generator (such as `nn.Linear`) draws from
+    `source`.
 
     The global generator is left as it was found.
     """

@@ -1,6 +1,8 @@
-"""Train a diffusion model: `python -m apps.diffusion.train [PRESET] [--flags]`, where a preset is `digits` (the default) or `digits-dit`.
+"""Train a diffusion model: `python -m apps.diffusion.train [PRESET] [--flags]`, where a preset is `digits`
+(the default) or `digits-dit`.
 
-A run writes one folder (`--out`): config.json, checkpoints/, metrics.json, loss.png, samples.png. `--resume` continues the run in that folder.
+A run writes one folder (`--out`): config.json, checkpoints/, metrics.json, loss.png, samples.png. `--resume`
+continues the run in that folder.
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +46,8 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     """The configuration that the arguments describe, and whether to resume.
 
     Raises:
-        ValueError: a preset that does not exist, a value that is not allowed, a resumed run that would become another.
+        ValueError: a preset that does not exist, a value that is not allowed, a resumed run that would become
+        another.
     """
     preset = argv.pop(0) if argv and not argv[0].startswith("-") and ":" not in argv[0] else "digits"
     if preset not in PRESETS:
@@ -57,7 +62,8 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     if dataclasses.replace(saved, **extended, optimisation=images, out=config.out) != config:
         raise ValueError(
             f"A run is resumed with the settings it was started with ({config.out / 'config.json'}); only "
-            f"optimisation.images, {', '.join(_EXTENDABLE)} may be changed. Give another --out for another run."
+            f"optimisation.images, {', '.join(_EXTENDABLE)} may be changed. Give another --out for another "
+            f"run."
         )
     return config, True
 
@@ -68,7 +74,8 @@ def _parse(argv: list[str], default: Config) -> tuple[Config, bool]:
     ) -> tuple[Config, bool]:
         """Train a diffusion model: a Fixed Point Diffusion Model (FPDM), or the DiT baseline.
 
-        The first argument may name a preset: digits (FPDM on handwritten digits, the default) or digits-dit (the baseline).
+        The first argument may name a preset: digits (FPDM on handwritten digits, the default) or digits-dit
+        (the baseline).
 
         Args:
             config: The configuration.
@@ -91,10 +98,12 @@ def saved_config(run: Path) -> Config:
 
 
 def prepare_folder(config: Config, resume: bool) -> Checkpoint | None:
-    """Make the run's folder, or find the checkpoint to go on from. Several processes: the first one speaks for all.
+    """Make the run's folder, or find the checkpoint to go on from. Several processes: the first one speaks
+    for all.
 
     Raises:
-        ValueError: the folder holds something already and `resume` is not asked for, or it holds nothing to resume.
+        ValueError: the folder holds something already and `resume` is not asked for, or it holds nothing to
+        resume.
     """
     out = config.out
     if resume:
@@ -107,7 +116,8 @@ def prepare_folder(config: Config, resume: bool) -> Checkpoint | None:
         if out.exists() and any(out.iterdir()):
             what = "a run" if (out / "config.json").exists() else "files"
             raise ValueError(
-                f"{out} holds {what} already, and nothing is overwritten: continue it with --resume, give another folder "
+                f"{out} holds {what} already, and nothing is overwritten: continue it with --resume, give "
+                f"another folder "
                 f"with --out, or delete {out}."
             )
     return None
@@ -128,13 +138,15 @@ def run(config: Config, start: Checkpoint | None) -> int:
         checkpoint.write_atomically(config.out / "config.json", config.to_json())
         count = sum(p.numel() for p in trainer.model.parameters())
         print(
-            f"{'Resuming' if start else 'Training'} {trainer.network['class']} with {count:,} parameters on {len(images)} images "
-            f"of {' x '.join(map(str, images.shape))} in {images.num_classes} classes; the run's folder is {config.out}.",
+            f"{'Resuming' if start else 'Training'} {trainer.network['class']} with {count:,} parameters on "
+            f"{len(images)} images "
+            f"of {' x '.join(map(str, images.shape))} in {images.num_classes} classes; the run's folder is "
+            f"{config.out}.",
             flush=True,
         )
-    caught = _stop_on_signals(trainer)
     try:
-        trainer.run(lambda state: checkpoint.save(config.out, state, config.keep))
+        with _stop_on_signals(trainer) as caught:
+            trainer.run(lambda state: checkpoint.save(config.out, state, config.keep))
     except Diverged as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
@@ -152,8 +164,12 @@ def run(config: Config, start: Checkpoint | None) -> int:
     return 0
 
 
-def _stop_on_signals(trainer: Trainer) -> list[int]:
-    """On SIGTERM or Ctrl-C, have the trainer stop after its step; the signal is put into the list returned. A second one kills."""
+@contextmanager
+def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
+    """Within the block, SIGTERM and Ctrl-C have the trainer stop after its step; a second one kills.
+
+    The list holds the signals that came.
+    """
     caught: list[int] = []
 
     def handle(number: int, frame: Any) -> None:
@@ -161,9 +177,12 @@ def _stop_on_signals(trainer: Trainer) -> list[int]:
         trainer.stopping = True
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
-    return caught
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

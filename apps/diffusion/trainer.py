@@ -1,13 +1,14 @@
 """The training loop.
 
-One step: images k, k + 1, ..., k + B - 1 of the run's order (k = images seen so far), their timesteps, noise and hidden labels, all drawn from
-(seed, k); the loss and its gradient; AdamW; the moving average of the weights. Each of P processes takes its B / P of the B draws, so P
-changes nothing but rounding.
+One step: images k, k + 1, ..., k + B - 1 of the run's order (k = images seen so far), their timesteps, noise
+and hidden labels, all drawn from (seed, k); the loss and its gradient; AdamW; the moving average of the
+weights. Each of P processes takes its B / P of the B draws, so P changes nothing but rounding.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +35,9 @@ class Diverged(RuntimeError):
 
 
 def learning_rate(config: Optimisation, images: int, time_share: float) -> float:
-    """The rate of the step that starts after `images` images, when the share `time_share` of `max_time` is spent."""
+    """The rate of the step that starts after `images` images, when the share `time_share` of `max_time` is
+    spent.
+    """
     rising = min(1.0, (images + config.batch) / config.warmup) if config.warmup else 1.0
     if config.decay == "constant":
         return config.lr * rising
@@ -57,12 +60,11 @@ class Trainer:
         processes = self.accelerator.num_processes
         if config.optimisation.batch % processes:
             raise ValueError(
-                f"Optimisation.batch = {config.optimisation.batch} cannot be shared by {processes} processes; make it a multiple."
+                f"Optimisation.batch = {config.optimisation.batch} cannot be shared by {processes} "
+                f"processes; make it a multiple."
             )
         self.scheduler = build.scheduler(config, "ddpm")
-        model = build.network(
-            config.model, images.shape, images.num_classes, config.sampling.iterations, config.seed
-        )
+        model = build.network(config.model, images.shape, images.num_classes, config.sampling.iterations, config.seed)
         self.network = build.describe(model)
         self.null_class = model.null_class
         self.ema = AveragedModel(model, device=self.accelerator.device, multi_avg_fn=self._average)
@@ -77,10 +79,11 @@ class Trainer:
             self._restore(model, optimizer, start)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.since = [0.0, 0.0]  # sum and number of losses since the last entry of the history
+        self.saved = -1  # images seen at the last checkpoint
         self.stopping = False
 
     def run(self, save: Callable[[Checkpoint], Any]) -> Progress:
-        """Train to the end of the budget, or until `stopping` is set; `save` is called on the main process."""
+        """Train to the end of the budget, or until `stopping` is set; the main process calls `save`."""
         config, progress = self.config, self.progress
         start = time.monotonic() - progress.seconds
         failures = 0
@@ -90,6 +93,7 @@ class Trainer:
             unit="img",
             unit_scale=True,
             desc=config.model.kind,
+            mininterval=0.5 if sys.stderr.isatty() else 20,
             disable=not self.accelerator.is_main_process,
         )
         while not self.finished and not self.stopping:
@@ -97,7 +101,8 @@ class Trainer:
             failures = 0 if finite else failures + 1
             if failures == PATIENCE:
                 raise Diverged(
-                    f"The gradient has not been finite for {PATIENCE} steps in a row, at {progress.images} images; "
+                    f"The gradient has not been finite for {PATIENCE} steps in a row, at {progress.images} "
+                    f"images; "
                     "lower Optimisation.lr, or clip harder."
                 )
             progress.seconds = self._agreed(time.monotonic() - start)
@@ -105,7 +110,8 @@ class Trainer:
             self._record(loss, bar)
             if progress.images % config.checkpoint_every < config.optimisation.batch:
                 self._save(save)
-        self._save(save)
+        if self.saved != progress.images:
+            self._save(save)
         bar.close()
         return progress
 
@@ -115,7 +121,9 @@ class Trainer:
         return self.progress.images >= self.config.optimisation.images or self._time_share() >= 1
 
     def step(self) -> tuple[float, bool]:
-        """One step of training; returns the loss on this process, and whether the gradient was finite, on any."""
+        """One step of training; returns the loss on this process, and whether the gradient was finite, on
+        any.
+        """
         config, progress = self.config, self.progress
         x, y, draw = self._batch()
         for group in self.optimizer.param_groups:
@@ -127,9 +135,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimisation.clip)
-        finite = norm is None or math.isfinite(
-            float(norm)
-        )  # the same on all processes: gradients are averaged
+        finite = norm is None or math.isfinite(float(norm))  # the same on all processes: gradients are averaged
         if finite:
             self.optimizer.step()
             progress.steps += 1
@@ -144,7 +150,7 @@ class Trainer:
         size, seen, seed = self.config.optimisation.batch, self.progress.images, self.config.seed
         draws = generator(seed, Stream.STEP, seen)
         noise = torch.randn(size, *self.images.shape, generator=draws)
-        # one timestep from each of `size` equal parts of 0..T-1: uniform, with less variance than independent ones
+        # one timestep from each of `size` equal parts of 0..T-1: uniform, with less variance
         levels = (torch.arange(size) + torch.rand(size, generator=draws, dtype=torch.float64)) / size
         t = (levels * self.config.schedule.timesteps).long()
         dropped = torch.rand(size, generator=draws) < self.config.optimisation.label_dropout
@@ -176,7 +182,9 @@ class Trainer:
         """The main process's clock, so that all processes stop at the same step."""
         if self.accelerator.num_processes == 1 or self.config.max_time is None:
             return seconds
-        return float(broadcast(torch.tensor(seconds, device=self.accelerator.device)))
+        clock = torch.tensor(seconds, dtype=torch.float64, device=self.accelerator.device)
+        broadcast(clock)
+        return float(clock)
 
     def _record(self, loss: float, bar: tqdm[Any]) -> None:
         if math.isfinite(loss):
@@ -196,6 +204,7 @@ class Trainer:
         self._flush_history()
         if self.accelerator.is_main_process:
             save(self.checkpoint())
+        self.saved = self.progress.images
         self.accelerator.wait_for_everyone()
 
     def checkpoint(self) -> Checkpoint:
@@ -209,9 +218,10 @@ class Trainer:
         )
 
     def _restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, start: Checkpoint) -> None:
-        if start.network != self.network:
+        if _architecture(start.network) != _architecture(self.network):
             raise ValueError(
-                f"The checkpoint holds another network ({start.network}) than the configuration describes ({self.network}); "
+                f"The checkpoint holds another network ({start.network}) than the configuration describes "
+                f"({self.network}); "
                 "resume it with the settings it was started with."
             )
         model.load_state_dict(start.model)
@@ -221,3 +231,8 @@ class Trainer:
             {"state": dict(start.optimizer), "param_groups": optimizer.state_dict()["param_groups"]}
         )
         self.progress = start.progress
+
+
+def _architecture(network: dict[str, Any]) -> dict[str, Any]:
+    """What decides which weights there are and what they mean; how often an FPDM iterates is free."""
+    return {**network, "config": {k: v for k, v in network["config"].items() if k != "iterations"}}

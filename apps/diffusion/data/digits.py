@@ -1,8 +1,8 @@
 """Handwritten digits: 1797 real images of 8 x 8 pixels in ten classes, which come with scikit-learn.
 
-Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits" (UCI, 1998), its test set. Intensities
-0..16 become -1..1. One split, fixed for ever: 300 images, 30 of each class up to rounding, are held out, and nothing is
-ever trained on them, neither a diffusion model nor the classifier that scores it.
+Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits" (UCI, 1998), its test set.
+Intensities 0..16 become -1..1. One split, fixed for ever: 300 images, 30 of each class up to rounding, are
+held out, and nothing is ever trained on them, neither a diffusion model nor the classifier that scores it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ HELD_OUT = 300
 
 
 def digits(split: str = "train") -> Images:
-    """The digits of one split, "train" (1497 images) or "held-out" (300), as float32 images (n, 1, 8, 8) in [-1, 1]."""
+    """The digits of one split, "train" (1497 images) or "held-out" (300), as float32 images (n, 1, 8, 8) in
+    [-1, 1].
+    """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

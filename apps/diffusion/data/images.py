@@ -1,8 +1,8 @@
 """What a data set is to the trainer: images and labels by index, and how many classes there are.
 
-The order in which a run sees its images is a function of (seed, number of images seen) alone: the k-th image of the run is
-number `k mod n` of the permutation drawn for epoch `k div n`. So a run may stop and go on anywhere, on any number of
-processes, and there is no loader whose state would have to be saved.
+The order in which a run sees its images is a function of (seed, number of images seen) alone: the k-th image
+of the run is number `k mod n` of the permutation drawn for epoch `k div n`. So a run may stop and go on
+anywhere, on any number of processes, and there is no loader whose state would have to be saved.
 """
 
 from __future__ import annotations
@@ -29,13 +29,9 @@ class Images:
 
     def __post_init__(self) -> None:
         if self.x.ndim != 4 or len(self.x) == 0:
-            raise ValueError(
-                f"Images have the shape (n, C, H, W) with n > 0, but this has {tuple(self.x.shape)}."
-            )
+            raise ValueError(f"Images have the shape (n, C, H, W) with n > 0, but this has {tuple(self.x.shape)}.")
         if len(self.y) != len(self.x):
-            raise ValueError(
-                f"Every image needs one label: there are {len(self.x)} images and {len(self.y)} labels."
-            )
+            raise ValueError(f"Every image needs one label: there are {len(self.x)} images and {len(self.y)} labels.")
         if self.num_classes and not (0 <= int(self.y.min()) and int(self.y.max()) < self.num_classes):
             raise ValueError(
                 f"Labels lie in 0..{self.num_classes - 1}, but these reach from {int(self.y.min())} to "
@@ -58,7 +54,9 @@ class Images:
 
 
 def order(n: int, seed: int, start: int, count: int) -> list[int]:
-    """Indices of the images that a run shows as its `start`-th to `start + count - 1`-th, out of a set of `n`."""
+    """Indices of the images that a run shows as its `start`-th to `start + count - 1`-th, out of a set of
+    `n`.
+    """
     shown: list[int] = []
     while count > 0:
         epoch, position = divmod(start, n)

@@ -56,11 +56,7 @@ def test_a_failed_write_leaves_the_one_before(tmp_path, monkeypatch, fails_at):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    target = (
-        "safetensors.torch.save_file"
-        if fails_at == "save_file"
-        else f"apps.diffusion.checkpoint.os.{fails_at}"
-    )
+    target = "safetensors.torch.save_file" if fails_at == "save_file" else f"apps.diffusion.checkpoint.os.{fails_at}"
     with monkeypatch.context() as patch:
         patch.setattr(target, full)
         with pytest.raises(OSError, match="No space"):
@@ -70,9 +66,7 @@ def test_a_failed_write_leaves_the_one_before(tmp_path, monkeypatch, fails_at):
     assert os.listdir(tmp_path / "checkpoints") == [f"{128:012d}"]
 
 
-@pytest.mark.parametrize(
-    "file", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"]
-)
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "missing", "foreign", "empty"])
 def test_damage_is_named_and_the_one_before_is_offered(tmp_path, file, damage):
     older = checkpoint.save(tmp_path, _state(64), keep=2)

@@ -17,9 +17,7 @@ def test_digits_are_split_once_and_cover_everything():
     def rows(x, y):
         return sorted((*image, int(label)) for image, label in zip(x, y, strict=True))
 
-    both = rows(
-        ((torch.cat([train.x, held_out.x]).flatten(1) + 1) * 8).tolist(), torch.cat([train.y, held_out.y])
-    )
+    both = rows(((torch.cat([train.x, held_out.x]).flatten(1) + 1) * 8).tolist(), torch.cat([train.y, held_out.y]))
     assert both == rows(pixels.tolist(), labels)
     assert torch.equal(digits("train").x, train.x)
     assert all(28 <= int(count) <= 32 for count in held_out.y.bincount())

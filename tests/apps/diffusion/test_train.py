@@ -1,0 +1,243 @@
+"""Training: every random number from the seed, exact resumption, a budget that holds, and a folder that is
+never overwritten.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from apps.diffusion import checkpoint, train
+from apps.diffusion import config as c
+from apps.diffusion.build import rebuild
+from apps.diffusion.data import Images, digits
+from apps.diffusion.trainer import Diverged, Trainer, averaged_decay, learning_rate
+
+SMALL = c.Config(
+    model=c.Model(hidden=16, heads=2),
+    optimisation=c.Optimisation(images=160, batch=16, warmup=32),
+    grad=c.StochasticJFB(N=2, M=2),
+    checkpoint_every=64,
+)
+
+
+def run(config, images=None, start=None, until=None):
+    """Train; returns the trainer and every checkpoint that it wrote."""
+    saved = []
+    trainer = Trainer(config, images or digits("train"), start)
+    if until is not None:
+        trainer.images = _StopAt(trainer, until)
+
+    def save(state):
+        copy = {name: {k: v.clone() for k, v in getattr(state, name).items()} for name in ("model", "ema")}
+        optimizer = {i: {k: v.clone() for k, v in e.items()} for i, e in state.optimizer.items()}
+        progress = dataclasses.replace(state.progress, history=list(state.progress.history))
+        saved.append(dataclasses.replace(state, **copy, optimizer=optimizer, progress=progress))
+
+    trainer.run(save)
+    return trainer, saved
+
+
+class _StopAt:
+    """Images that ask their trainer to stop when it has seen `until`."""
+
+    def __init__(self, trainer, until):
+        self.trainer, self.until, self.images = trainer, until, trainer.images
+        self.shape, self.num_classes = trainer.images.shape, trainer.images.num_classes
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.trainer.stopping = self.trainer.progress.images + len(index) >= self.until
+        return self.images[index]
+
+
+def same(a, b):
+    for name in ("model", "ema"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
+    for i, entry in a.optimizer.items():
+        assert all(torch.equal(entry[k], b.optimizer[i][k]) for k in entry)
+    assert (a.progress.images, a.progress.steps, a.progress.skipped) == (
+        b.progress.images,
+        b.progress.steps,
+        b.progress.skipped,
+    )
+
+
+@pytest.mark.parametrize("kind", ["fpdm", "dit"])
+def test_a_resumed_run_equals_an_uninterrupted_one(kind, tmp_path):
+    model = dataclasses.replace(SMALL.model, kind=kind, depth=2 if kind == "dit" else None)
+    config = dataclasses.replace(SMALL, model=model)
+    _, whole = run(config)
+    assert [s.progress.images for s in whole] == [64, 128, 160]
+    _, first = run(config, until=80)
+    assert first[-1].progress.images == 80
+    checkpoint.save(tmp_path, first[-1])
+    torch.randn(7)  # the global generator is nobody's business
+    _, rest = run(config, start=checkpoint.newest(tmp_path))
+    same(rest[-1], whole[-1])
+
+
+def test_the_seed_is_all_randomness_there_is():
+    short = dataclasses.replace(SMALL, optimisation=dataclasses.replace(SMALL.optimisation, images=48))
+    before = torch.get_rng_state()
+    (_, a), (_, b) = run(short), run(short)
+    assert torch.equal(torch.get_rng_state(), before)
+    same(a[-1], b[-1])
+    _, other = run(dataclasses.replace(short, seed=1))
+    assert not torch.equal(other[-1].model["x_embedder.proj.weight"], a[-1].model["x_embedder.proj.weight"])
+
+
+def test_training_lowers_the_loss():
+    config = dataclasses.replace(SMALL, optimisation=c.Optimisation(images=64 * 100, batch=64, lr=3e-3, warmup=640))
+    trainer, _ = run(config)
+    history = trainer.progress.history
+    assert history[-1][1] < 0.8 * history[0][1]
+    assert history[-1][0] == trainer.progress.images == 6400
+
+
+def test_the_average_is_the_recursion_it_says():
+    config = dataclasses.replace(SMALL, ema=c.EMA(decay=0.5), checkpoint_every=16)
+    _, saved = run(config)
+    average = saved[0].model["x_embedder.proj.weight"]
+    for step, state in enumerate(saved[1:], start=1):
+        d = min(0.5, (1 + step) / (10 + step))
+        average = d * average + (1 - d) * state.model["x_embedder.proj.weight"]
+    torch.testing.assert_close(saved[-1].ema["x_embedder.proj.weight"], average)
+    assert [averaged_decay(0.9, k) for k in (0, 8, 10**6)] == [0.1, 0.5, 0.9]
+
+
+def test_steps_without_a_finite_gradient_are_counted_and_leave_no_trace():
+    images = digits("train")
+    spoilt = torch.full_like(images.x, float("nan"))
+    trainer = Trainer(SMALL, Images(spoilt, images.y, 10))
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    for _ in range(3):
+        loss, finite = trainer.step()
+        assert not finite and loss != loss
+    assert (trainer.progress.skipped, trainer.progress.steps, trainer.progress.images) == (3, 0, 48)
+    assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+    trainer.images = images
+    assert trainer.step()[1] and trainer.progress.steps == 1
+    long = dataclasses.replace(SMALL, optimisation=dataclasses.replace(SMALL.optimisation, images=10**6))
+    with pytest.raises(Diverged, match=r"Optimisation\.lr"):
+        run(long, images=Images(spoilt, images.y, 10))
+
+
+def test_the_learning_rate_follows_images_or_time_whichever_is_further():
+    config = c.Optimisation(images=1000, batch=10, lr=2.0, warmup=100)
+    assert learning_rate(config, 0, 0.0) == pytest.approx(0.2, rel=1e-2)
+    assert learning_rate(config, 500, 0.0) == pytest.approx(1.0)
+    assert learning_rate(config, 500, 0.75) == learning_rate(config, 750, 0.0) < 0.3
+    assert learning_rate(config, 1000, 0.0) == 0
+    constant = dataclasses.replace(config, decay="constant")
+    assert learning_rate(constant, 990, 0.99) == 2.0
+
+
+def test_time_ends_a_run():
+    config = dataclasses.replace(
+        SMALL, max_time=0.5, optimisation=dataclasses.replace(SMALL.optimisation, images=10**9)
+    )
+    began = time.monotonic()
+    trainer, saved = run(config)
+    assert 0.5 <= trainer.progress.seconds < 5 and time.monotonic() - began < 20
+    assert saved[-1].progress.images == trainer.progress.images > 0
+
+
+def test_a_checkpoint_of_another_network_is_refused():
+    _, saved = run(SMALL, until=16)
+    with pytest.raises(ValueError, match="another network"):
+        Trainer(dataclasses.replace(SMALL, model=c.Model(hidden=32, heads=2)), digits("train"), saved[-1])
+
+
+TINY = (
+    "--model.hidden 16 --model.heads 2 --optimisation.images 192 --optimisation.batch 32 --sampling.steps 2 "
+    "--sampling.iterations 2 --sampling.images 30"
+).split()
+
+
+def test_the_command_leaves_a_whole_run_and_never_overwrites_it(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train.main([*TINY, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "loss.png",
+        "metrics.json",
+        "samples.png",
+    ]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["training"]["images"] == 192
+    assert metrics["generated"]["images"] == metrics["real_held_out"]["images"] == 30
+    assert metrics["real_held_out"]["accuracy"] > 0.9
+    assert f"python -m apps.diffusion.sample {out}" in printed
+    state = checkpoint.newest(out)
+    rebuild(state.network).load_state_dict(state.ema)
+
+    stamp = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in out.rglob("*")}
+    assert train.main([*TINY, "--out", str(out)]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in out.rglob("*")} == stamp
+
+    assert train.main(["--resume", "--out", str(out), "--model.hidden", "32"]) == 2
+    assert "settings it was started with" in capsys.readouterr().err
+    assert train.main(["--resume", "--out", str(out), "--optimisation.images", "256"]) == 0
+    assert json.loads((out / "metrics.json").read_text())["training"]["images"] == 256
+    assert train.main(["--resume", "--out", str(tmp_path / "nothing")]) == 2
+
+
+def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "apps.diffusion.train", *TINY, "--out", str(out)]
+    command[command.index("192")] = "1000000"
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("Training FPDM")
+        time.sleep(1.0)
+        process.send_signal(signal.SIGTERM)
+        printed, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "--resume" in printed
+    state = checkpoint.newest(out)
+    assert 0 < state.progress.images < 10**6
+    assert not os.path.exists(out / "metrics.json")
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    """The same draws, shared out: the loss is the same up to the order of sums."""
+    program = (
+        "import dataclasses, json, sys\n"
+        "from apps.diffusion.config import *\n"
+        "from apps.diffusion.data import digits\n"
+        "from apps.diffusion.trainer import Trainer\n"
+        "config = Config.from_json(open(sys.argv[1]).read())\n"
+        "def save(state):\n"
+        "    w = state.model['x_embedder.proj.weight']\n"
+        "    open(sys.argv[2], 'w').write(json.dumps(w.flatten().tolist()))\n"
+        "Trainer(config, digits('train')).run(save)\n"
+    )
+    script, settings = tmp_path / "script.py", tmp_path / "config.json"
+    script.write_text(program)
+    settings.write_text(dataclasses.replace(SMALL, checkpoint_every=10**6).to_json())
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_cpu_threads_per_process=1"]
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / f"{processes}.json"
+        command = [*launcher, f"--num_processes={processes}", str(script), str(settings), str(out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(torch.tensor(json.loads(out.read_text())))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-3, atol=1e-5)
