@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from implicit.grads import transforms
 from implicit.grads.attach import LinearSolve, attach
 from implicit.grads.base import AbstractGrad
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
@@ -55,6 +56,10 @@ class IFT(AbstractGrad):
         stop: Stop,
         loop: Loop = Loop(),
     ) -> Solution:
+        if transforms.active():
+            solved, layout, pure, theta = transforms.solve(f, z0, args, solver, stop, loop)
+            value = transforms.attach(pure, layout.pack(solved.value), theta, self._linear_solve(layout))
+            return replace(solved, value=layout.unpack(value))
         with torch.no_grad():
             solved = iterate(f, z0, solver, stop, args=args, loop=loop)
         if not torch.is_grad_enabled():

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Outside(TorchFunctionMode):
-    """Collects the tensors that require gradients and were made before this object was."""
+    """Collects the tensors that require gradients, or that torch.func has wrapped, and that were made before this object was."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Outside(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         for t in _tensors((args, kwargs)):
-            if t.requires_grad and self._is_outside(t):
+            if _differentiable(t) and self._is_outside(t):
                 self._found[id(t)] = t
         out = func(*args, **(kwargs or {}))
         for t in _tensors(out):
@@ -38,14 +38,23 @@ class Outside(TorchFunctionMode):
 
     def _is_outside(self, t: Tensor) -> bool:
         made = self._made.get(id(t))
-        if made is not None and made() is t and not t.is_leaf:
+        if made is not None and made() is t and (_wrapped(t) or not t.is_leaf):
             return False
-        return t.grad_fn is None or t.grad_fn._sequence_nr() < self._start
+        return t.grad_fn is None or _wrapped(t) or t.grad_fn._sequence_nr() < self._start
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """What was found, in order of first use."""
         return tuple(self._found.values())
+
+
+def _wrapped(t: Tensor) -> bool:
+    """Whether a torch.func transform has wrapped t."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def _differentiable(t: Tensor) -> bool:
+    return t.requires_grad or _wrapped(t)
 
 
 class Substitute(TorchFunctionMode):
