@@ -6,7 +6,7 @@ solver does may mix rows.
 """
 
 import abc
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from implicit.state import Flat
 
@@ -30,6 +30,7 @@ class Point:
         return self._r
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """f as solvers see it, on (B, N) matrices. Every call is counted against the budget."""
 
