@@ -15,7 +15,7 @@ import torch
 from implicit.iterate import Loop, Map, PackedMap, Stop
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
-from implicit.state import Flat, Layout, State, norm
+from implicit.state import Flat, Layout, PerSample, State, norm
 
 
 class AbstractGrad(abc.ABC):
@@ -37,28 +37,34 @@ class AbstractGrad(abc.ABC):
         """Solve z = f(z, *args) from z0 and attach the value to the graph as this estimator does."""
 
 
-def track(f: Map, args: tuple[Any, ...], loop: Loop, solved: Solution, steps: int) -> Solution:
-    """Apply f `steps` more times to the value of `solved`, recorded by autograd if it is on.
+def track(
+    f: Map, args: tuple[Any, ...], loop: Loop, solved: Solution, steps: int, damping: float = 0.0
+) -> Solution:
+    """Take z' = damping z + (1 - damping) f(z) `steps` more times from the value of `solved`.
 
-    A sample whose steps are not finite keeps the value it had.
+    Recorded by autograd if it is on. A sample whose steps are not finite keeps the value it had.
     """
     layout = Layout.of(solved.value, loop.batch_dims)
     apply = PackedMap(f, args, layout)
     start = layout.pack(solved.value)
-    before, after = start, start
+    z, residual = start, torch.zeros_like(solved.residual)
     for _ in range(steps):
-        before, after = after, apply(after)
-    return _close(solved, layout, start, before, after, steps)
+        fz = apply(z)
+        with torch.no_grad():
+            residual = norm(fz - z)
+        z = torch.lerp(fz, z, damping) if damping else fz
+    return _close(solved, layout, start, z, residual, steps)
 
 
-def _close(solved: Solution, layout: Layout, start: Flat, before: Flat, after: Flat, steps: int) -> Solution:
+def _close(
+    solved: Solution, layout: Layout, start: Flat, value: Flat, residual: PerSample, steps: int
+) -> Solution:
     with torch.no_grad():
-        residual = norm(after - before)
         finite = torch.isfinite(residual)
         keep = finite | (solved.result == Result.NONFINITE)
         result = torch.where(keep, solved.result, int(Result.NONFINITE)).to(solved.result.dtype)
     return Solution(
-        value=layout.unpack(torch.where(finite.unsqueeze(1), after, start.detach())),
+        value=layout.unpack(torch.where(finite.unsqueeze(1), value, start.detach())),
         residual=residual,
         result=result,
         evals=solved.evals + steps,

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Outside(TorchFunctionMode):
-    """Collects the tensors that require gradients, or that torch.func has wrapped, and that were made before this object was."""
+    """Collects the tensors made before this object was that require gradients or that torch.func has wrapped."""
 
     def __init__(self) -> None:
         super().__init__()

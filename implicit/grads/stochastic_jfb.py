@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from implicit.grads.base import AbstractGrad, track, unsolved
-from implicit.iterate import Loop, Map, Stop, iterate
+from implicit.grads.transforms import search
+from implicit.iterate import Loop, Map, Stop
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.state import State
@@ -59,6 +60,5 @@ class StochasticJFB(AbstractGrad):
         n, m = self.draw()
         if n == 0:
             return track(f, args, loop, unsolved(z0, loop), m)
-        with torch.no_grad():
-            solved = iterate(f, z0, solver, replace(stop, rtol=0, atol=0, max_evals=n), args=args, loop=loop)
+        solved = search(f, z0, args, solver, replace(stop, rtol=0, atol=0, max_evals=n), loop)
         return track(f, args, loop, solved, m)

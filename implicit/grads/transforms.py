@@ -32,15 +32,40 @@ def active() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def search(
+    f: Map, z0: State, args: tuple[Any, ...], solver: AbstractSolver[Any], stop: Stop, loop: Loop
+) -> Solution:
+    """The solution without derivatives, inside or outside of a transform."""
+    if active():
+        return solve(f, z0, args, solver, stop, loop)[0]
+    with torch.no_grad():
+        return iterate(f, z0, solver, stop, args=args, loop=loop)
+
+
 def solve(
     f: Map, z0: State, args: tuple[Any, ...], solver: AbstractSolver[Any], stop: Stop, loop: Loop
 ) -> tuple[Solution, Layout, Pure, tuple[Tensor, ...]]:
-    """The solution without derivatives, and F(z, *theta) as a pure function of all tensors it depends on."""
+    """The solution without derivatives, and F(z, *theta) as a pure function of all tensors it depends on.
+
+    Raises:
+        NotImplementedError: forward mode over forward mode.
+    """
+    _refuse_forward_over_forward()
     layout = Layout.of(z0, loop.batch_dims)
     pure, theta = _purify(f, z0, args, layout)
     value, residual, result, evals = _Search.apply(pure, solver, stop, layout.pack(z0).detach(), *theta)
     solution = Solution(value=layout.unpack(value), residual=residual, result=result, evals=evals + 1)
     return solution, layout, pure, theta
+
+
+def _refuse_forward_over_forward() -> None:
+    """PyTorch runs the jvp of an autograd.Function without the outer forward level, and would return zeros."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1:
+        raise NotImplementedError(
+            "Forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) is not possible through a fixed point: "
+            "use reverse mode for one of the two, for example torch.func.hessian or jacrev(jacfwd(...))."
+        )
 
 
 def attach(pure: Pure, z: Tensor, theta: tuple[Tensor, ...], config: LinearSolve) -> Tensor:

@@ -1,0 +1,200 @@
+"""torch.func through a fixed point, against the same transform of an unrolled reference in float64."""
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+
+import implicit
+from implicit import IFT, JFB, Stop, fixed_point
+
+TIGHT = Stop(rtol=1e-13, atol=0, max_evals=200)
+EXACT = IFT(stop=Stop(rtol=1e-13, atol=0, max_evals=200), on_failure="ignore")
+
+
+def _random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+W = 0.7 * _random(3, 3) / torch.linalg.matrix_norm(_random(3, 3), 2)
+B = _random(2, 3, seed=1)
+WS = torch.stack([W, 0.5 * W, -W, W.T])
+BS = _random(4, 2, 3, seed=2)
+ZERO = torch.zeros(2, 3, dtype=torch.float64)
+
+
+def f(z, w, b):
+    return torch.tanh(z @ w.T + b)
+
+
+def unrolled(w, b):
+    z = ZERO
+    for _ in range(200):
+        z = f(z, w, b)
+    return z
+
+
+def one_step(w, b):
+    z = ZERO
+    for _ in range(200):
+        z = f(z, w, b)
+    return f(z.detach(), w, b)
+
+
+def through_args(estimator):
+    return lambda w, b: fixed_point(f, ZERO, w, b, stop=TIGHT, grad=estimator).value
+
+
+def through_closure(estimator):
+    return lambda w, b: fixed_point(lambda z: f(z, w, b), ZERO, stop=TIGHT, grad=estimator).value
+
+
+def loss(solve):
+    return lambda w, b: (solve(w, b) ** 3).sum()
+
+
+TRANSFORMS = {
+    "grad": lambda s: grad(loss(s), (0, 1))(W, B),
+    "vjp": lambda s: vjp(s, W, B)[1](torch.ones_like(B)),
+    "jvp": lambda s: jvp(s, (W, B), (W.cos(), B.sin()))[1],
+    "jacrev": lambda s: jacrev(s)(W, B),
+    "jacfwd": lambda s: jacfwd(s)(W, B),
+    "hessian": lambda s: hessian(loss(s))(W, B),
+    "jacrev of jacrev": lambda s: jacrev(jacrev(loss(s)))(W, B),
+    "jacrev of jacfwd": lambda s: jacrev(jacfwd(loss(s)))(W, B),
+    "vmap over inputs": lambda s: vmap(s, (None, 0))(W, BS),
+    "vmap over parameters": lambda s: vmap(s, (0, None))(WS, B),
+    "vmap over a middle axis": lambda s: vmap(s, (0, 1))(WS, BS.transpose(0, 1)),
+    "vmap of grad": lambda s: vmap(grad(loss(s), (0, 1)))(WS, BS),
+    "grad of vmap": lambda s: grad(lambda w, b: vmap(loss(s))(w, b).sum(), (0, 1))(WS, BS),
+    "vmap of vmap": lambda s: vmap(lambda w: vmap(lambda b: s(w, b))(BS))(WS),
+    "vmap of hessian": lambda s: vmap(hessian(loss(s)))(WS, BS),
+    "grad of grad of grad": lambda s: _third(s),
+}
+
+
+def _third(s):
+    def first(b):
+        return (grad(lambda b: loss(s)(W, b))(b) ** 2).sum()
+
+    return grad(lambda b: (grad(first)(b) ** 2).sum())(B)
+
+
+def _flat(out):
+    return torch.cat([t.reshape(-1) for t in (out if isinstance(out, tuple) else (out,))])
+
+
+@pytest.mark.parametrize("route", [through_args, through_closure])
+@pytest.mark.parametrize(("estimator", "reference"), [(EXACT, unrolled), (JFB(), one_step)], ids=["IFT", "JFB"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transform_equals_the_reference(name, estimator, reference, route):
+    mine, truth = _flat(TRANSFORMS[name](route(estimator))), _flat(TRANSFORMS[name](reference))
+    assert truth.norm() > 0
+    torch.testing.assert_close(mine, truth, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", [EXACT, JFB()], ids=["IFT", "JFB"])
+def test_forward_over_forward_says_that_it_is_not_possible(estimator):
+    with pytest.raises(NotImplementedError, match="Forward mode over forward mode"):
+        jacfwd(jacfwd(loss(through_args(estimator))))(W, B)
+
+
+def test_vmap_over_the_parameters_of_a_module():
+    layers = [nn.Linear(3, 3, dtype=torch.float64) for _ in range(4)]
+    for i, layer in enumerate(layers):
+        with torch.no_grad():
+            layer.weight.copy_(WS[i])
+    stacked, _ = torch.func.stack_module_state(layers)
+
+    def solve(params, x):
+        def g(z, x):
+            return torch.tanh(functional_call(layers[0], params, z) + x)
+
+        return fixed_point(g, ZERO, x, stop=TIGHT, grad=EXACT).value
+
+    together = vmap(solve, (0, None))(stacked, B)
+    apart = [fixed_point(lambda z, m=m: torch.tanh(m(z) + B), ZERO, stop=TIGHT).value for m in layers]
+    torch.testing.assert_close(together, torch.stack(apart), rtol=1e-10, atol=1e-12)
+
+
+def test_nested_states_and_integer_args_under_grad():
+    def g(state, b, shift):
+        return {"p": torch.tanh(0.5 * state["q"] + b), "q": 0.3 * torch.sin(state["p"]) + shift}
+
+    start = {"p": ZERO, "q": ZERO}
+
+    def mine(b):
+        return sum(t.square().sum() for t in fixed_point(g, start, b, 1, stop=TIGHT, grad=EXACT).value.values())
+
+    def truth(b):
+        state = start
+        for _ in range(100):
+            state = g(state, b, 1)
+        return sum(t.square().sum() for t in state.values())
+
+    torch.testing.assert_close(grad(mine)(B), grad(truth)(B), rtol=1e-10, atol=1e-12)
+
+
+def test_an_equilibrium_inside_an_equilibrium_under_grad():
+    def outer(z, w, b):
+        inner = fixed_point(lambda v, z: 0.4 * torch.sin(v) + z, ZERO, z, stop=TIGHT, grad=EXACT).value
+        return 0.5 * torch.tanh(inner @ w.T) + b
+
+    def truth(w, b):
+        z = ZERO
+        for _ in range(60):
+            v = ZERO
+            for _ in range(60):
+                v = 0.4 * torch.sin(v) + z
+            z = 0.5 * torch.tanh(v @ w.T) + b
+        return z
+
+    def mine(w, b):
+        return fixed_point(outer, ZERO, w, b, stop=TIGHT, grad=EXACT).value
+
+    a, c = grad(loss(mine), (0, 1))(W, B), grad(loss(truth), (0, 1))(W, B)
+    torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-10)
+
+
+def test_an_operator_without_forward_mode_is_pushed_by_two_pullbacks():
+    class NoForward(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x.sin()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * ctx.saved_tensors[0].cos()
+
+    def mine(b):
+        return fixed_point(lambda z, b: 0.5 * NoForward.apply(z) + b, ZERO, b, stop=TIGHT, grad=EXACT).value
+
+    b = torch.autograd.functional.jacobian(mine, B)
+    z = mine(B)
+    truth = torch.diag((1 / (1 - 0.5 * z.cos())).reshape(-1)).reshape(2, 3, 2, 3)
+    torch.testing.assert_close(b, truth, rtol=1e-9, atol=1e-10)
+    pushed = jvp(mine, (B,), (torch.ones_like(B),))[1]
+    torch.testing.assert_close(pushed, 1 / (1 - 0.5 * z.cos()), rtol=1e-9, atol=1e-10)
+
+
+def test_forward_mode_levels_outside_torch_func():
+    import torch.autograd.forward_ad as fwad
+
+    with fwad.dual_level():
+        dual = fwad.make_dual(B, B.sin())
+        tangent = fwad.unpack_dual(through_args(EXACT)(W, dual)).tangent
+    torch.testing.assert_close(tangent, jvp(lambda b: unrolled(W, b), (B,), (B.sin(),))[1], rtol=1e-9, atol=1e-10)
+
+
+def test_the_other_fields_of_the_solution_keep_their_axes_under_vmap():
+    def solve(b):
+        s = fixed_point(f, ZERO, W, b, stop=TIGHT)
+        return s.residual, s.evals, s.result
+
+    residual, evals, result = vmap(solve)(BS)
+    assert residual.shape == evals.shape == result.shape == (4, 2)
+    assert (result == implicit.Result.CONVERGED).all()
