@@ -27,8 +27,7 @@ def spread(total: int, steps: int, shape: Shape = "constant") -> tuple[int, ...]
         raise ValueError(f"shape={shape!r} is unknown; choose one of {', '.join(get_args(Shape))}.")
     if steps < 1 or total < steps:
         raise ValueError(
-            f"{total} iterations cannot give each of {steps} timesteps one; raise the budget or take fewer "
-            "steps."
+            f"{total} iterations cannot give each of {steps} timesteps one; raise the budget or take fewer steps."
         )
     weights = [1] * steps if shape == "constant" else list(range(1, steps + 1))
     if shape == "decreasing":
@@ -36,7 +35,7 @@ def spread(total: int, steps: int, shape: Shape = "constant") -> tuple[int, ...]
     spare, whole = total - steps, sum(weights)
     shares = [spare * w // whole for w in weights]
     remainders = [spare * w % whole for w in weights]
-    by_remainder = sorted(range(steps), key=lambda k: (-remainders[k], k))
+    by_remainder = sorted(range(steps), key=lambda k: (-remainders[k], -weights[k], k))
     for k in by_remainder[: spare - sum(shares)]:
         shares[k] += 1
     return tuple(1 + share for share in shares)

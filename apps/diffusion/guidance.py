@@ -33,9 +33,7 @@ class Guidance:
         if not 0 <= self.scale < float("inf"):
             raise ValueError(f"Guidance.scale={self.scale} must be 0 or more; 1 is no guidance, 4 is strong.")
         if self.channels is not None and self.channels < 1:
-            raise ValueError(
-                f"Guidance.channels={self.channels} guides nothing; give 1 or more, or None for all."
-            )
+            raise ValueError(f"Guidance.channels={self.channels} guides nothing; give 1 or more, or None for all.")
 
     @property
     def doubles(self) -> bool:
@@ -63,9 +61,7 @@ class Guidance:
             )
         return torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_class)])
 
-    def combine(
-        self, prediction: Float[Tensor, "N C_out H W"], image_channels: int
-    ) -> Float[Tensor, "B C_out H W"]:
+    def combine(self, prediction: Float[Tensor, "N C_out H W"], image_channels: int) -> Float[Tensor, "B C_out H W"]:
         """The guided prediction (N = 2B if `doubles`) of a model of images with `image_channels` channels."""
         if not self.doubles:
             return prediction

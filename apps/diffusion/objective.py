@@ -85,9 +85,7 @@ def loss(
         ValueError: labels are to be dropped and there is no null class, or shapes do not fit.
     """
     if draw.noise.shape != x0.shape or draw.t.shape != x0.shape[:1]:
-        raise ValueError(
-            f"The draw is for {tuple(draw.noise.shape)}, the batch is {tuple(x0.shape)}; draw anew."
-        )
+        raise ValueError(f"The draw is for {tuple(draw.noise.shape)}, the batch is {tuple(x0.shape)}; draw anew.")
     if y is not None and null_class is not None:
         y = torch.where(draw.dropped, null_class, y)
     elif y is not None and bool(draw.dropped.any()):
@@ -96,7 +94,7 @@ def loss(
     answer = model(noisy, draw.t, y, **solve)
     prediction, solution = answer if isinstance(answer, tuple) else (answer, None)
     mean_part, variance_part = prediction[:, : x0.shape[1]], prediction[:, x0.shape[1] :]
-    error = (mean_part.float() - target(x0, draw, scheduler)).square().flatten(1).mean(1)
+    error = (mean_part.to(x0.dtype) - target(x0, draw, scheduler)).square().flatten(1).mean(1)
     total, bound = error.mean(), None
     if variance_part.shape[1]:
         bound = variational_bound(mean_part.detach(), variance_part, x0, noisy, draw.t, scheduler)
@@ -131,16 +129,12 @@ def variational_bound(
     small = beta * (1 - before) / (1 - now)
     first = (1 - abar[1] / abar[0]) * (1 - abar[0]) / (1 - abar[1])  # btilde_1
     small = torch.where(small > 0, small, first)
-    predicted, _ = clean_and_noise(
-        mean_part.double(), noisy.double(), now, scheduler.config["prediction_type"]
-    )
+    predicted, _ = clean_and_noise(mean_part.double(), noisy.double(), now, scheduler.config["prediction_type"])
     to_clean = before.sqrt() * beta / (1 - now)  # coefficient of x_0 in the posterior's mean; x_t's cancels
     gap = (to_clean * (x0.double() - predicted)).square()
     share = (rho.double() + 1) / 2
     log_var = share * beta.log() + (1 - share) * small.log()
     divergence = 0.5 * (log_var - small.log() + (small + gap) / log_var.exp() - 1)
-    likelihood = 0.5 * (
-        math.log(2 * math.pi) + log_var + gap / log_var.exp()
-    )  # at t = 0 the mean is x_0 itself
+    likelihood = 0.5 * (math.log(2 * math.pi) + log_var + gap / log_var.exp())  # at t = 0 the mean is x_0 itself
     bits = torch.where(t.view(-1, 1, 1, 1) > 0, divergence, likelihood) / math.log(2)
     return bits.flatten(1).mean(1).to(x0.dtype)

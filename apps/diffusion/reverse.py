@@ -53,12 +53,10 @@ class Reverse:
                 "`schedule.timesteps` makes such an array."
             )
         if not 0 <= eta <= 1 or (eta and not isinstance(scheduler, DDIMScheduler)):
-            raise ValueError(
-                f"eta={eta} does not fit {type(scheduler).__name__}; DDIM takes 0 to 1, others none."
-            )
+            raise ValueError(f"eta={eta} does not fit {type(scheduler).__name__}; DDIM takes 0 to 1, others none.")
         self.timesteps = tuple(int(t) for t in timesteps)
         self.previous = (*self.timesteps[1:], -1)
-        self.scheduler = copy.deepcopy(scheduler)
+        self.scheduler: Any = copy.deepcopy(scheduler)
         self.closed_form = isinstance(scheduler, DDIMScheduler | DDPMScheduler)
         self.eta = eta if isinstance(scheduler, DDIMScheduler) else 1.0
         if not self.closed_form:
@@ -71,7 +69,7 @@ class Reverse:
 
     def input(self, k: int, x: Tensor) -> Tensor:
         """What the network is shown at step k."""
-        return x if self.closed_form else self.scheduler.scale_model_input(x, self.timesteps[k])
+        return x if self.closed_form else self.scheduler.scale_model_input(x, self.scheduler.timesteps[k])
 
     def step(self, k: int, prediction: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """x at the timestep after the k-th, from x (B, C, H, W) at the k-th and the prediction there.
@@ -84,7 +82,7 @@ class Reverse:
             accepted = inspect.signature(self.scheduler.step).parameters
             noise: dict[str, Any] = {"generator": list(generators)} if "generator" in accepted else {}
             mean_part = prediction[:, : x.shape[1]]
-            return self.scheduler.step(mean_part, self.timesteps[k], x, **noise, return_dict=False)[0]
+            return self.scheduler.step(mean_part, self.scheduler.timesteps[k], x, **noise, return_dict=False)[0]
         mean, sigma = self.moments(k, prediction, x)
         if self.previous[k] < 0 or not self.eta:
             return mean
@@ -119,8 +117,7 @@ def follow(scheduler: Any, timesteps: Sequence[int]) -> None:
     """Sets a scheduler that keeps its own account to an explicit array."""
     if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters or scheduler.order != 1:
         raise ValueError(
-            f"{type(scheduler).__name__} cannot follow an explicit array of timesteps; use ddim, ddpm or "
-            "dpm++."
+            f"{type(scheduler).__name__} cannot follow an explicit array of timesteps; use ddim, ddpm or dpm++."
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # numpy 2 on diffusers' own np.array(tensor)

@@ -115,9 +115,7 @@ class Solve:
         for name in ("iterations", "stop"):
             value = getattr(self, name)
             if isinstance(value, Sequence) and len(value) != steps:
-                raise ValueError(
-                    f"Solve.{name} has {len(value)} entries for {steps} timesteps; give one for each."
-                )
+                raise ValueError(f"Solve.{name} has {len(value)} entries for {steps} timesteps; give one for each.")
 
 
 @torch.no_grad()
@@ -163,9 +161,7 @@ def sample(
     """
     began = time.perf_counter()
     if solve is not None and not isinstance(model, Frame):
-        raise ValueError(
-            f"solve is for an FPDM, not for {type(model).__name__}; leave it out, or unwrap the model."
-        )
+        raise ValueError(f"solve is for an FPDM, not for {type(model).__name__}; leave it out, or unwrap the model.")
     solve = solve or Solve()
     solve.check(len(timesteps))
     labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
@@ -210,9 +206,7 @@ def _grouped(indices: Sequence[int], labels: Tensor | None, chunk: int) -> dict[
     if not indices or min(indices) < 0:
         raise ValueError("indices must name at least one sample, and none below 0.")
     if labels is not None and labels.shape != (len(indices),):
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)} for {len(indices)} indices; give one for each."
-        )
+        raise ValueError(f"labels has shape {tuple(labels.shape)} for {len(indices)} indices; give one for each.")
     groups: dict[int, list[int]] = {}
     for position, index in enumerate(indices):
         groups.setdefault(index // chunk, []).append(position)

@@ -66,9 +66,7 @@ def make_scheduler(
             "schedule; give at least 2 steps and 0 < beta_start <= beta_end < 1."
         )
     if clip is not None and (clip <= 0 or kind == "dpm++"):
-        raise ValueError(
-            f"clip={clip} does not fit kind={kind!r}; give a positive bound to ddim or ddpm, or None."
-        )
+        raise ValueError(f"clip={clip} does not fit kind={kind!r}; give a positive bound to ddim or ddpm, or None.")
     common: dict[str, Any] = {
         "num_train_timesteps": train_steps,
         "beta_start": beta_start,

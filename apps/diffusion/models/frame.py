@@ -131,9 +131,7 @@ def check_width(hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         raise ValueError(f"mlp_ratio={mlp_ratio} must be positive; 4 is usual.")
 
 
-def check_inputs(
-    x: Tensor, t: Tensor, y: Tensor | None, *, latent: tuple[int, int, int], num_classes: int
-) -> None:
+def check_inputs(x: Tensor, t: Tensor, y: Tensor | None, *, latent: tuple[int, int, int], num_classes: int) -> None:
     """Raises ValueError where a call does not fit a model for latents of shape `latent` = (C, H, W).
 
     The range of `y` is looked at on the CPU alone: on an accelerator that would stall the device at every

@@ -78,9 +78,7 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
     def forward(self, t: Num[Tensor, "B"]) -> Float[Tensor, "B D"]:
         half = FREQUENCIES // 2
@@ -170,9 +168,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(x, shift, scale))
 
 
-def unpatchify(
-    tokens: Float[Tensor, "B T P"], height: int, width: int, patch_size: int
-) -> Float[Tensor, "B C H W"]:
+def unpatchify(tokens: Float[Tensor, "B T P"], height: int, width: int, patch_size: int) -> Float[Tensor, "B C H W"]:
     """The inverse of cutting into patches; a token holds its patch as (row, column, channel)."""
     rows, columns = height // patch_size, width // patch_size
     patches = tokens.unflatten(1, (rows, columns)).unflatten(-1, (patch_size, patch_size, -1))
@@ -197,9 +193,7 @@ def initialise(model: nn.Module) -> None:
             for linear in (module.mlp[0], module.mlp[2]):
                 nn.init.normal_(linear.weight, std=0.02)  # pyright: ignore[reportArgumentType]
         elif isinstance(module, Block | FinalLayer):
-            zeroed = [module.adaLN_modulation[1]] + (
-                [module.linear] if isinstance(module, FinalLayer) else []
-            )
+            zeroed = [module.adaLN_modulation[1]] + ([module.linear] if isinstance(module, FinalLayer) else [])
             for linear in zeroed:
                 for parameter in linear.parameters():
                     nn.init.zeros_(parameter)

@@ -1,5 +1,4 @@
-"""Small networks with drawn weights, batches for them, and what autograd stores: shared by the tests of "
-"this folder."""
+"""Small networks with drawn weights, batches for them, and what autograd stores."""
 
 import torch
 
