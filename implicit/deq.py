@@ -1,8 +1,9 @@
 """`DEQ`: a deep-equilibrium layer."""
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from implicit.fixed_point import fixed_point
 from implicit.grads.base import AbstractGrad
@@ -36,7 +37,18 @@ class DEQ(nn.Module):
         self.f, self.solver, self.grad = f, solver, grad
         self.stop, self.eval_stop = stop, eval_stop
 
-    def forward(self, z0: State, *args: Any, batch_dims: int = 1, trace: bool = False) -> Solution:
+    def forward(
+        self,
+        z0: State,
+        *args: Any,
+        batch_dims: int = 1,
+        trace: bool = False,
+        state: Any = None,
+        keep_state: bool = False,
+        compact: bool | tuple[bool, ...] = False,
+        callback: Callable[[int, Tensor], None] | None = None,
+        progress: bool = False,
+    ) -> Solution:
         """Solve z = f(z, *args) from z0; see `fixed_point`."""
         stop = self.stop if self.training or self.eval_stop is None else self.eval_stop
         return fixed_point(
@@ -48,6 +60,11 @@ class DEQ(nn.Module):
             stop=stop,
             batch_dims=batch_dims,
             trace=trace,
+            state=state,
+            keep_state=keep_state,
+            compact=compact,
+            callback=callback,
+            progress=progress,
         )
 
     def extra_repr(self) -> str:

@@ -1,6 +1,9 @@
 """`fixed_point`: the one public entry point."""
 
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 from implicit.grads.base import AbstractGrad
 from implicit.grads.ift import IFT
@@ -20,6 +23,11 @@ def fixed_point(
     stop: Stop | None = None,
     batch_dims: int = 1,
     trace: bool = False,
+    state: Any = None,
+    keep_state: bool = False,
+    compact: bool | tuple[bool, ...] = False,
+    callback: Callable[[int, Tensor], None] | None = None,
+    progress: bool = False,
 ) -> Solution:
     """Solve z = f(z, *args), differentiably.
 
@@ -34,6 +42,11 @@ def fixed_point(
         stop: when it is good enough; default ``Stop()``.
         batch_dims: 0 makes the whole state one system.
         trace: record the residual at every evaluation.
+        state: the solver's memory to go on with, from ``Solution.state`` of an earlier, related solve.
+        keep_state: put the solver's memory into ``Solution.state``.
+        compact: evaluate f on the samples still running only; see `Loop` for how `args` are cut.
+        callback: called with (number of evaluations, (B,) residuals on the host) whenever residuals are read.
+        progress: show a tqdm bar.
 
     Returns:
         A `Solution`: ``.value`` is attached to the graph, ``.check()`` raises if a sample failed.
@@ -53,7 +66,17 @@ def fixed_point(
         ("stop", stop, Stop),
     ):
         if given is not None and not isinstance(given, kind):
-            hint = f"an instance such as {given.__name__}()" if isinstance(given, type) else f"a {kind.__name__}"
+            hint = (
+                f"an instance such as {given.__name__}()" if isinstance(given, type) else f"a {kind.__name__}"
+            )
             raise ValueError(f"{name} must be {hint}, got {given!r}.")
-    loop = Loop(batch_dims=batch_dims, trace=trace)
+    loop = Loop(
+        batch_dims=batch_dims,
+        trace=trace,
+        state=state,
+        keep_state=keep_state,
+        compact=compact,
+        callback=callback,
+        progress=progress,
+    )
     return (grad or IFT())(f, z0, args, solver or Anderson(), stop or Stop(), loop)

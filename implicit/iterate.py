@@ -8,7 +8,8 @@ r = f(z) - z its residual, a sample has converged when
 A finished sample is held at its answer while the others go on, so an answer never depends on batch-mates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,53 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicit.judge import Judge
+from implicit.judge import Stop as Stop
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver, Point
-from implicit.state import Flat, Layout, State, leaves, norm
+from implicit.state import Flat, Layout, State, leaves, map_tensors, norm, warm
 
 Map = Callable[..., State]
-_PATIENCE = 10  # evaluations without a new smallest residual before rounding error is blamed
-_RUNNING = np.int8(-1)
-_TINY, _HUGE = 1e-15, 1e15  # norms outside may have lost their squares in float32
-_ROUNDING = 100.0  # residuals below this many eps ||f(z)|| count as possibly rounding
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stop:
-    """When a solve is good enough: ``||f(z) - z|| <= atol + rtol ||f(z)||`` per sample.
-
-    The norm is Euclidean over all numbers of a sample, so `atol` is in that norm's unit: multiply a tolerance per
-    entry by the square root of their number. ``rtol = atol = 0`` means no tolerance: exactly `max_evals` evaluations,
-    with no synchronisation between host and device.
-
-    Args:
-        rtol: relative tolerance, >= 0.
-        atol: absolute tolerance, >= 0.
-        max_evals: budget of evaluations of f, >= 1.
-        check_every: look at the residual at every k-th evaluation only (and at the last): one device synchronisation
-            per look. A sample may then run up to k - 1 evaluations past its tolerance.
-        late: read each residual one evaluation after it was computed, when the device has it ready, so that the host
-            never waits; a finished sample costs one evaluation more. The answers are the same.
-    """
-
-    rtol: float = 1e-4
-    atol: float = 1e-6
-    max_evals: int = 50
-    check_every: int = 1
-    late: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("rtol", "atol"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"Stop.{name} must be at least 0, got {getattr(self, name)}.")
-        for name in ("max_evals", "check_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Stop.{name} must be at least 1, got {getattr(self, name)}.")
-
-    @property
-    def has_tolerance(self) -> bool:
-        """False when only the budget ends the solve."""
-        return self.rtol > 0 or self.atol > 0
 
 
 @dataclass
@@ -122,10 +83,29 @@ class Loop:
     Args:
         batch_dims: 1, each row of the state is its own system; 0, the whole state is one.
         trace: record the residual at every evaluation.
+        state: a solver's memory from an earlier ``Solution.state``, to go on with. It is copied, never written to.
+        keep_state: put the solver's memory into ``Solution.state``.
+        compact: evaluate f on the samples still running only: finished ones are cut out of the state, of the solver's
+            memory and of the tensors in `args` that have one row per sample. True: every tensor in `args` whose first
+            dimension is the batch size is cut; a tuple holds one True or False for each of `args`. What f closes over
+            is not cut, so batched inputs must come through `args`.
+        callback: called with (number of evaluations, (B,) float64 host tensor of residuals, NaN where finished) each
+            time residuals are read: at every evaluation, or every `Stop.check_every`-th.
+        progress: show a tqdm bar.
     """
 
     batch_dims: int = 1
     trace: bool = False
+    state: Any = None
+    keep_state: bool = False
+    compact: bool | tuple[bool, ...] = False
+    callback: Callable[[int, Tensor], None] | None = None
+    progress: bool = False
+
+    @property
+    def watched(self) -> bool:
+        """Whether residuals are wanted even without a tolerance."""
+        return self.trace or self.progress or self.callback is not None
 
 
 def iterate(
@@ -146,29 +126,36 @@ def iterate(
         f: the map; keeps structure, shapes and dtypes of the state.
         z0: the starting state, ``(B, *)`` tensors.
         args: passed on to f.
-        loop: batch dimensions and what to record.
+        loop: batch dimensions, warm start, compaction and what to record.
         image: return f(z) for converged samples too, not the z whose residual was judged.
 
     Raises:
         ValueError: f changes the shape, dtype, device or structure of the state or writes into it, or the state is
-            not one that can be solved for.
+            not one that can be solved for, or `loop.state` is not the memory of such a solve.
     """
     layout = Layout.of(z0, loop.batch_dims)
     counted = PackedMap(f, args, layout, stop.max_evals)
     z = layout.pack(z0)
-    if stop.has_tolerance or loop.trace:
-        return _until(counted, z, solver, stop, image, loop.trace)
-    return _count(counted, z, solver)
+    if stop.has_tolerance or loop.watched:
+        return _until(counted, z, solver, stop, loop, image)
+    return _count(counted, z, solver, loop)
 
 
-def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any]) -> Solution:
+def _begin(solver: AbstractSolver[Any], point: Point, loop: Loop) -> Any:
+    """The solver's memory before its first step."""
+    if loop.state is None:
+        return solver.init(point)
+    return solver.resume(point, warm(loop.state, solver.init(point)))
+
+
+def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any], loop: Loop) -> Solution:
     """The loop without a tolerance: no decision on the host, so a device never waits and one graph compiles.
 
     A sample whose f(z) is not finite is held at that z.
     """
     point = f.at(z)
     alive = _finite(point)
-    memory = solver.init(point)
+    memory = _begin(solver, point, loop)
     while f.left > 0:
         z, memory = solver.step(f, point, memory)
         point = f.at(torch.where(alive, z, point.z))
@@ -179,7 +166,13 @@ def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any]) -> Solution:
         ended = torch.where(residual == 0, int(Result.CONVERGED), int(Result.MAX_EVALS))
         result = torch.where(alive[:, 0], ended, int(Result.NONFINITE)).to(torch.int8)
         evals = torch.full_like(result, f.calls, dtype=torch.int64)
-    return Solution(value=f.layout.unpack(value), residual=residual, result=result, evals=evals)
+    return Solution(
+        value=f.layout.unpack(value),
+        residual=residual,
+        result=result,
+        evals=evals,
+        state=memory if loop.keep_state else None,
+    )
 
 
 def _finite(point: Point) -> Tensor:
@@ -187,127 +180,75 @@ def _finite(point: Point) -> Tensor:
     return torch.linalg.vector_norm(point.fz.detach(), ord=torch.inf, dim=1, keepdim=True) < torch.inf
 
 
-@torch.compiler.disable(recursive=False)
-def _until(f: PackedMap, z: Flat, solver: AbstractSolver[Any], stop: Stop, image: bool, trace: bool) -> Solution:
+@torch.compiler.disable
+def _until(
+    f: PackedMap, z: Flat, solver: AbstractSolver[Any], stop: Stop, loop: Loop, image: bool
+) -> Solution:
     """The loop with a tolerance: the host reads two norms per sample and evaluation, in one copy."""
-    judge = _Judge(f, stop, z, trace)
-    point = judge.see(f.at(z))
-    memory = solver.init(point)
-    while f.left > 0 and not judge.done:
-        z, memory = solver.step(f, point, memory)
-        point = judge.see(f.at(judge.hold(z)))
-    return judge.solution(image)
+    with _watching(loop, stop) as watch:
+        judge = Judge(f.layout, stop, z, watch)
+        cut = _Cut(f, judge, loop)
+        point = judge.see(f.at(z), f.calls, f.left <= 0)
+        memory = _begin(solver, point, loop)
+        while f.left > 0 and not judge.done:
+            point, memory = cut(point, memory)
+            z, memory = solver.step(f, point, memory)
+            point = judge.see(f.at(judge.hold(z)), f.calls, f.left <= 0)
+        return judge.solution(image=image, trace=loop.trace, state=memory if loop.keep_state else None)
 
 
-class _Judge:
-    """The host's books of one solve: who still runs, the best point of each sample, and how each one ended."""
+class _Cut:
+    """Compaction: f, the point and the solver's memory for the running samples only."""
 
-    def __init__(self, f: PackedMap, stop: Stop, z: Flat, trace: bool) -> None:
-        self.f, self.stop = f, stop
-        rows = z.shape[0]
-        self.code = np.full(rows, _RUNNING, dtype=np.int8)
-        self.evals = np.zeros(rows, dtype=np.int64)
-        self.residual = np.full(rows, np.inf)
-        self.floor = np.zeros(rows)  # residuals below this may be rounding
-        self.since = np.zeros(rows, dtype=np.int64)  # evaluations since the residual was smallest
-        self.best_z, self.best_fz = z, z
-        self.running: Tensor | None = None  # (B, 1) on the device, once a sample has finished
-        self.pending: tuple[Point, Callable[[], np.ndarray], int] | None = None
-        self.seen, self.looks = 0, 0
-        self.trace: list[np.ndarray] | None = [] if trace else None
+    def __init__(self, f: PackedMap, judge: Judge, loop: Loop) -> None:
+        self.f, self.judge = f, judge
+        self.on = bool(loop.compact) and f.layout.batch_dims == 1
+        self.which = loop.compact if isinstance(loop.compact, tuple) else (True,) * len(f.args)
+        if loop.compact and loop.keep_state:
+            raise ValueError(
+                "compact and keep_state cannot go together: finished samples have no memory left."
+            )
+        if self.on and len(self.which) != len(f.args):
+            raise ValueError(
+                f"compact must hold one flag for each of the {len(f.args)} args, got {len(self.which)}."
+            )
 
-    @property
-    def done(self) -> bool:
-        return bool((self.code != _RUNNING).all())
+    def __call__(self, point: Point, memory: Any) -> tuple[Point, Any]:
+        if not (self.on and self.judge.idle):
+            return point, memory
+        batch = point.z.shape[0]
+        keep = self.judge.compact()
 
-    def see(self, point: Point) -> Point:
-        """Judge a fresh point, now or one evaluation later; returns it."""
-        self.looks += 1
-        last = self.f.left <= 0
-        if self.looks % self.stop.check_every and not last:
-            return point
-        ready, self.pending = self.pending, (point, _fetch(point), self.f.calls)
-        if ready is not None:
-            self._read(*ready)
-        if last or not self.stop.late:
-            self._read(*self.pending)
-            self.pending = None
-        return point
+        def select(t: Tensor) -> Tensor:
+            return t.index_select(0, keep) if t.ndim and t.shape[0] == batch else t
 
-    def hold(self, z: Flat) -> Flat:
-        """z, with finished samples kept where they ended."""
-        return z if self.running is None else torch.where(self.running, z, self.best_z)
-
-    def _read(self, point: Point, fetch: Callable[[], np.ndarray], calls: int) -> None:
-        r, s = fetch()
-        running = self.code == _RUNNING
-        finite = np.isfinite(r) & np.isfinite(s)
-        live = running & finite
-        converged = live & (r <= self.stop.atol + self.stop.rtol * s)
-        better = (live & (r < self.residual)) | converged
-        self._keep(point, better, r, s)
-        self.since = np.where(better, 0, self.since + calls - self.seen)
-        stalled = live & ~converged & (self.since >= _PATIENCE) & (self.residual <= self.floor)
-        for code, rows in (
-            (Result.CONVERGED, converged),
-            (Result.NONFINITE, running & ~finite),
-            (Result.STALLED, stalled),
-        ):
-            self.code[rows] = code
-        self.evals[running] = self.f.calls
-        self.seen = calls
-        if self.trace is not None:
-            self.trace.append(np.where(running, r, np.nan))
-        now = self.code == _RUNNING
-        if not np.array_equal(now, running):
-            self.running = torch.from_numpy(now).to(point.z.device).unsqueeze(1)
-
-    def _keep(self, point: Point, better: np.ndarray, r: np.ndarray, s: np.ndarray) -> None:
-        if better.all():
-            self.best_z, self.best_fz = point.z, point.fz
-        elif better.any():
-            mask = torch.from_numpy(better).to(point.z.device).unsqueeze(1)
-            self.best_z = torch.where(mask, point.z, self.best_z)
-            self.best_fz = torch.where(mask, point.fz, self.best_fz)
-        self.residual = np.where(better, r, self.residual)
-        self.floor = np.where(better, _ROUNDING * self.f.layout.eps * s, self.floor)
-
-    def solution(self, image: bool) -> Solution:
-        """The books closed."""
-        converged = self.code == Result.CONVERGED
-        value = self.best_fz
-        if not image and converged.any():
-            mask = torch.from_numpy(converged).to(value.device).unsqueeze(1)
-            value = self.best_z if converged.all() else torch.where(mask, self.best_z, value)
-        code = np.where(self.code == _RUNNING, np.int8(Result.MAX_EVALS), self.code)
-        device, dtype = value.device, value.dtype
-        return Solution(
-            value=self.f.layout.unpack(value),
-            residual=torch.from_numpy(self.residual).to(device, dtype),
-            result=torch.from_numpy(code).to(device),
-            evals=torch.from_numpy(self.evals).to(device),
-            trace=None if self.trace is None else torch.from_numpy(np.stack(self.trace)).to(device, dtype),
+        self.f.args = tuple(
+            map_tensors(select, arg) if cut else arg for arg, cut in zip(self.f.args, self.which, strict=True)
         )
+        return Point(select(point.z), select(point.fz)), map_tensors(select, memory)
 
 
-def _fetch(point: Point) -> Callable[[], np.ndarray]:
-    """Start moving (||r||, ||f(z)||), (2, B), to the host; the result waits for the move."""
-    with torch.no_grad():
-        both = torch.stack((norm(point.r), norm(point.fz)))
-        if both.is_cuda:
-            host = both.to("cpu", non_blocking=True)
-            moved = torch.cuda.Event()
-            moved.record()
-        else:
-            host, moved = both, None
+@contextmanager
+def _watching(loop: Loop, stop: Stop) -> Iterator[Callable[[int, np.ndarray], None] | None]:
+    """What to call with the residuals as they are read; None when nobody watches."""
+    if not loop.watched:
+        yield None
+        return
+    with ExitStack() as stack:
+        bar = None
+        if loop.progress:
+            from tqdm.auto import tqdm
 
-    def wait() -> np.ndarray:
-        if moved is not None:
-            moved.synchronize()
-        values = host.double().numpy()
-        if ((values < _TINY) | (values > _HUGE)).any() and point.r.dtype != torch.float64:
-            with torch.no_grad():  # squares under- or overflowed: norms in double
-                values = torch.stack((norm(point.r.double()), norm(point.fz.double()))).cpu().numpy()
-        return values
+            bar = stack.enter_context(tqdm(total=stop.max_evals, unit="eval", leave=False))
 
-    return wait
+        def watch(calls: int, residual: np.ndarray) -> None:
+            if bar is not None:
+                running = residual[~np.isnan(residual)]
+                bar.update(calls - bar.n)
+                bar.set_postfix(
+                    running=len(running), residual=f"{running.max(initial=0.0):.1e}", refresh=False
+                )
+            if loop.callback is not None:
+                loop.callback(calls, torch.from_numpy(residual.copy()))
+
+        yield watch

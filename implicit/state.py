@@ -4,8 +4,8 @@ Solvers see only the matrix: a state of several tensors behaves exactly as the s
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -24,16 +24,22 @@ def leaves(state: State, like: State = None) -> list[Tensor]:
     if isinstance(state, Tensor) and isinstance(like, Tensor):
         return [state]
     if type(state) is not type(like) or isinstance(state, Tensor):
-        raise ValueError(f"f must keep the structure of the state: expected {_name(like)}, got {_name(state)}.")
+        raise ValueError(
+            f"f must keep the structure of the state: expected {_name(like)}, got {_name(state)}."
+        )
     if isinstance(state, dict):
         if state.keys() != like.keys():
             raise ValueError(f"f must keep the keys of the state: expected {list(like)}, got {list(state)}.")
         return [leaf for key in like for leaf in leaves(state[key], like[key])]
     if isinstance(state, (tuple, list)):
         if len(state) != len(like):
-            raise ValueError(f"f must keep the structure of the state: expected {len(like)} parts, got {len(state)}.")
+            raise ValueError(
+                f"f must keep the structure of the state: expected {len(like)} parts, got {len(state)}."
+            )
         return [leaf for part, model in zip(state, like, strict=True) for leaf in leaves(part, model)]
-    raise ValueError(f"A state is a tensor or a nested tuple, list or dict of tensors; it holds a {_name(state)}.")
+    raise ValueError(
+        f"A state is a tensor or a nested tuple, list or dict of tensors; it holds a {_name(state)}."
+    )
 
 
 def rebuild(like: State, tensors: Iterator[Tensor]) -> State:
@@ -44,6 +50,53 @@ def rebuild(like: State, tensors: Iterator[Tensor]) -> State:
         return type(like)((key, rebuild(part, tensors)) for key, part in like.items())
     parts = [rebuild(part, tensors) for part in like]
     return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
+
+
+_REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
+
+
+def real(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a number's real part (a table: torch.compile cannot look into `dtype.to_real`)."""
+    return _REAL.get(dtype, dtype)
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], thing: Any) -> Any:
+    """`thing`, a nest of dataclasses, tuples, lists and dicts, with every tensor changed; all else as it is."""
+    if isinstance(thing, Tensor):
+        return change(thing)
+    if is_dataclass(thing) and not isinstance(thing, type):
+        return replace(thing, **{f.name: map_tensors(change, getattr(thing, f.name)) for f in fields(thing)})
+    if isinstance(thing, dict):
+        return type(thing)((key, map_tensors(change, part)) for key, part in thing.items())
+    if isinstance(thing, (tuple, list)):
+        parts = [map_tensors(change, part) for part in thing]
+        return type(thing)(*parts) if hasattr(thing, "_fields") else type(thing)(parts)
+    return thing
+
+
+def warm(memory: Any, like: Any) -> Any:
+    """A detached copy of a solver's memory, if it could belong to the same solver and state as `like` does.
+
+    Raises:
+        ValueError: it could not.
+    """
+    if type(memory) is not type(like):
+        raise ValueError(
+            f"state must be Solution.state of an earlier solve by this solver, got {_name(memory)}."
+        )
+    for old, new in zip(_tensors(memory), _tensors(like), strict=True):
+        same = old.shape[:1] == new.shape[:1] and old.shape[-1:] == new.shape[-1:]
+        if not same or old.dtype != new.dtype or old.device != new.device:
+            raise ValueError(
+                "state must come from a solve with the same solver, batch size, shapes, dtype and device."
+            )
+    return map_tensors(lambda t: t.detach().clone(), memory)
+
+
+def _tensors(thing: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(lambda t: (found.append(t), t)[1], thing)
+    return found
 
 
 def _name(thing: object) -> str:
@@ -75,26 +128,34 @@ class Layout:
             raise ValueError("The starting state holds no tensor.")
         for t in tensors:
             if not (t.is_floating_point() or t.is_complex()):
-                raise ValueError(f"The starting state must be floating point or complex, got {t.dtype}: convert it.")
+                raise ValueError(
+                    f"The starting state must be floating point or complex, got {t.dtype}: convert it."
+                )
             if batch_dims and t.ndim == 0:
-                raise ValueError("The starting state has no batch dimension: pass batch_dims=0, or add one to it.")
+                raise ValueError(
+                    "The starting state has no batch dimension: pass batch_dims=0, or add one to it."
+                )
             if t.device != tensors[0].device:
-                raise ValueError(f"The state must live on one device, got {tensors[0].device} and {t.device}.")
+                raise ValueError(
+                    f"The state must live on one device, got {tensors[0].device} and {t.device}."
+                )
         if batch_dims and len({t.shape[0] for t in tensors}) > 1:
             sizes = [t.shape[0] for t in tensors]
-            raise ValueError(f"All tensors of the state must share one batch size, got {sizes}; or pass batch_dims=0.")
+            raise ValueError(
+                f"All tensors of the state must share one batch size, got {sizes}; or pass batch_dims=0."
+            )
         shapes = tuple(t.shape[batch_dims:] for t in tensors)
         if sum(map(math.prod, shapes)) == 0:
             raise ValueError("The starting state has no elements, so there is nothing to solve for.")
         dtype = torch.float32
         for t in tensors:
-            dtype = torch.promote_types(dtype, t.dtype.to_real())
+            dtype = torch.promote_types(dtype, real(t.dtype))
         return cls(state, shapes, tuple(t.dtype for t in tensors), tensors[0].device, batch_dims, dtype)
 
     @property
     def lossy(self) -> bool:
         """Whether the state is narrower than the matrix, so that the matrix must be rounded before f sees it."""
-        return any(d.to_real() != self.dtype for d in self.dtypes)
+        return any(real(d) != self.dtype for d in self.dtypes)
 
     @property
     def eps(self) -> float:
@@ -117,13 +178,15 @@ class Layout:
         """The state of a (B, N) matrix; the number of rows may differ from the starting state's."""
         if isinstance(self.like, Tensor):
             return self._leaf(flat, self.shapes[0], self.dtypes[0])
-        widths = [math.prod(s) * (2 if d.is_complex else 1) for s, d in zip(self.shapes, self.dtypes, strict=True)]
+        widths = [
+            math.prod(s) * (2 if d.is_complex else 1) for s, d in zip(self.shapes, self.dtypes, strict=True)
+        ]
         parts = zip(torch.split(flat, widths, dim=1), self.shapes, self.dtypes, strict=True)
         return rebuild(self.like, iter([self._leaf(*part) for part in parts]))
 
     def _leaf(self, rows: Flat, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         lead = rows.shape[:1] if self.batch_dims else ()
-        rows = rows.to(dtype.to_real())
+        rows = rows.to(real(dtype))
         if dtype.is_complex:
             return torch.view_as_complex(rows.reshape((*lead, *shape, 2)).contiguous())
         return rows.reshape((*lead, *shape))
@@ -142,12 +205,18 @@ class Layout:
         for t, shape, dtype in zip(leaves(out, self.like), self.shapes, self.dtypes, strict=True):
             if t.shape != lead + shape:
                 want = tuple(lead + shape)
-                raise ValueError(f"f must keep the shape of the state: expected {want}, got {tuple(t.shape)}.")
+                raise ValueError(
+                    f"f must keep the shape of the state: expected {want}, got {tuple(t.shape)}."
+                )
             casts = t.is_floating_point() and torch.is_autocast_enabled(self.device.type)
             if t.dtype != dtype and not casts:
-                raise ValueError(f"f must keep the dtype of the state: expected {dtype}, got {t.dtype}: cast it in f.")
+                raise ValueError(
+                    f"f must keep the dtype of the state: expected {dtype}, got {t.dtype}: cast it in f."
+                )
             if t.device != self.device:
-                raise ValueError(f"f must keep the device of the state: {self.device}, got {t.device}: move it in f.")
+                raise ValueError(
+                    f"f must keep the device of the state: {self.device}, got {t.device}: move it in f."
+                )
         return out
 
 

@@ -65,6 +65,9 @@ class Anderson(AbstractSolver[AndersonMemory]):
         gram = torch.zeros(rows, columns, columns, dtype=torch.float64, device=point.z.device)
         return AndersonMemory(point.fz, point.r, history, history.clone(), gram, -1)
 
+    def resume(self, point: Point, memory: AndersonMemory) -> AndersonMemory:
+        return replace(memory, fz=point.fz, r=point.r)
+
     def step(self, f: Evaluator, point: Point, memory: AndersonMemory) -> tuple[Flat, AndersonMemory]:
         steps = memory.steps + 1
         if self.memory == 1 or steps == 0:
@@ -87,7 +90,9 @@ class Anderson(AbstractSolver[AndersonMemory]):
         unit = torch.where(size > 0, 1 / size, 0.0)
         ridge = self.ridge or (1e-14 if dtype == torch.float64 else 1e-7)
         eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-        scaled = gram * unit.unsqueeze(1) * unit.unsqueeze(2) + eye * torch.where(size > 0, ridge, 1.0).unsqueeze(1)
+        scaled = gram * unit.unsqueeze(1) * unit.unsqueeze(2) + eye * torch.where(
+            size > 0, ridge, 1.0
+        ).unsqueeze(1)
         solved, _ = torch.linalg.solve_ex(scaled, (rhs * unit).unsqueeze(2))
         return (solved * unit.unsqueeze(2)).to(dtype)
 

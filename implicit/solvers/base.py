@@ -55,6 +55,13 @@ class AbstractSolver(abc.ABC, Generic[S]):
     def init(self, point: Point) -> S:
         """The memory after the first evaluation."""
 
+    def resume(self, point: Point, memory: S) -> S:
+        """The memory after the first evaluation of a solve that goes on with the memory of an earlier, related one.
+
+        `memory` is a private copy. By default nothing carries over.
+        """
+        return self.init(point)
+
     @abc.abstractmethod
     def step(self, f: Evaluator, point: Point, memory: S) -> tuple[Flat, S]:
         """Propose the next iterate, which the loop will evaluate, and the memory that goes with it.

@@ -65,7 +65,9 @@ class Broyden(AbstractSolver[BroydenMemory]):
         hy = apply(u, v, y)
         sh = apply(v, u, s)
         scale = (sh * y).sum(1, keepdim=True)
-        lost = scale.abs() <= torch.finfo(s.dtype).eps * sh.norm(dim=1, keepdim=True) * y.norm(dim=1, keepdim=True)
+        lost = scale.abs() <= torch.finfo(s.dtype).eps * sh.norm(dim=1, keepdim=True) * y.norm(
+            dim=1, keepdim=True
+        )
         u = put(u, slot, torch.where(lost, 0.0, -(s + hy) / scale))
         v = put(v, slot, sh)
         return point.z + apply(u, v, point.r), BroydenMemory(point.z, point.r, u, v, updates)

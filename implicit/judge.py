@@ -1,0 +1,228 @@
+"""When a solve is good enough, and the books that are kept of it, sample by sample, on the host."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from implicit.solution import Result, Solution
+from implicit.solvers.base import Point
+from implicit.state import Flat, Layout, norm
+
+_PATIENCE = 10  # evaluations without a new smallest residual before rounding error is blamed
+_RUNNING = np.int8(-1)
+_TINY, _HUGE = 1e-15, 1e15  # norms outside may have lost their squares in float32
+_ROUNDING = 100.0  # residuals below this many eps ||f(z)|| count as possibly rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """When a solve is good enough: ``||f(z) - z|| <= atol + rtol ||f(z)||`` per sample.
+
+    The norm is Euclidean over all numbers of a sample, so `atol` is in that norm's unit: multiply a tolerance per
+    entry by the square root of their number. ``rtol = atol = 0`` means no tolerance: exactly `max_evals` evaluations,
+    with no synchronisation between host and device.
+
+    Args:
+        rtol: relative tolerance, >= 0.
+        atol: absolute tolerance, >= 0.
+        max_evals: budget of evaluations of f, >= 1.
+        check_every: look at the residual at every k-th evaluation only (and at the last): one device synchronisation
+            per look. A sample may then run up to k - 1 evaluations past its tolerance.
+        late: read each residual one evaluation after it was computed, when the device has it ready, so that the host
+            never waits; a finished sample costs one evaluation more. The answers are the same.
+    """
+
+    rtol: float = 1e-4
+    atol: float = 1e-6
+    max_evals: int = 50
+    check_every: int = 1
+    late: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"Stop.{name} must be at least 0, got {getattr(self, name)}.")
+        for name in ("max_evals", "check_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Stop.{name} must be at least 1, got {getattr(self, name)}.")
+
+    @property
+    def has_tolerance(self) -> bool:
+        """False when only the budget ends the solve."""
+        return self.rtol > 0 or self.atol > 0
+
+
+@dataclass
+class _Look:
+    """A point on its way to being judged: its norms may still be moving to the host."""
+
+    point: Point
+    rows: np.ndarray  # the samples it holds
+    calls: int
+    fetch: Callable[[], np.ndarray]
+
+
+@dataclass
+class Judge:
+    """The books of one solve of B samples: who still runs, the best point of each, and how each one ended.
+
+    `rows` are the samples that the loop evaluates at present: all of them, or with compaction those still running.
+    """
+
+    layout: Layout
+    stop: Stop
+    best_z: Flat
+    watch: Callable[[int, np.ndarray], Any] | None = None
+    running: Tensor | None = None  # (rows, 1) on the device, once a sample has finished
+    _pending: _Look | None = None
+    _looks: int = 0
+    _seen: int = 0
+    trace: list[np.ndarray] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        size = self.best_z.shape[0]
+        self.best_fz = self.best_z
+        self.rows = np.arange(size)
+        self.code = np.full(size, _RUNNING, dtype=np.int8)
+        self.evals = np.zeros(size, dtype=np.int64)
+        self.residual = np.full(size, np.inf)
+        self.floor = np.zeros(size)  # residuals below this may be rounding
+        self.since = np.zeros(size, dtype=np.int64)  # evaluations since the residual was smallest
+
+    @property
+    def done(self) -> bool:
+        return bool((self.code != _RUNNING).all())
+
+    @property
+    def idle(self) -> bool:
+        """Whether samples are evaluated that have finished."""
+        return bool((self.code[self.rows] != _RUNNING).any())
+
+    def see(self, point: Point, calls: int, last: bool) -> Point:
+        """Judge a fresh point, the result of call number `calls`, now or one evaluation later; returns it."""
+        self._looks += 1
+        if self._looks % self.stop.check_every and not last:
+            return point
+        ready, self._pending = self._pending, _Look(point, self.rows, calls, _fetch(point))
+        if ready is not None:
+            self._read(ready, calls)
+        if last or not self.stop.late:
+            self._read(self._pending, calls)
+            self._pending = None
+        return point
+
+    def hold(self, z: Flat) -> Flat:
+        """z, with finished samples kept where they ended."""
+        if self.running is None:
+            return z
+        return torch.where(
+            self.running, z, self.best_z[self.index] if len(self.rows) < len(self.code) else self.best_z
+        )
+
+    def compact(self) -> Tensor:
+        """Turn to the running samples alone; returns their positions among the rows evaluated so far."""
+        keep = np.flatnonzero(self.code[self.rows] == _RUNNING)
+        self.rows = self.rows[keep]
+        self.running = None
+        return torch.from_numpy(keep).to(self.layout.device)
+
+    @property
+    def index(self) -> Tensor:
+        """`rows` on the device."""
+        return torch.from_numpy(self.rows).to(self.layout.device)
+
+    def _read(self, look: _Look, calls: int) -> None:
+        rows = look.rows
+        r, s = look.fetch()
+        running = self.code[rows] == _RUNNING
+        finite = np.isfinite(r) & np.isfinite(s)
+        live = running & finite
+        converged = live & (r <= self.stop.atol + self.stop.rtol * s)
+        better = (live & (r < self.residual[rows])) | converged
+        self._keep(look, better, r, s)
+        self.since[rows] = np.where(better, 0, self.since[rows] + look.calls - self._seen)
+        self._seen = look.calls
+        stalled = (
+            live & ~converged & (self.since[rows] >= _PATIENCE) & (self.residual[rows] <= self.floor[rows])
+        )
+        self.evals[rows[running]] = calls
+        for code, which in (
+            (Result.CONVERGED, converged),
+            (Result.NONFINITE, running & ~finite),
+            (Result.STALLED, stalled),
+        ):
+            self.code[rows[which]] = code
+        if self.watch is not None:
+            full = np.full(len(self.code), np.nan)
+            full[rows] = np.where(running, r, np.nan)
+            self.trace.append(full)
+            self.watch(look.calls, full)
+        if (converged | stalled | (running & ~finite)).any():
+            now = self.code[self.rows] == _RUNNING
+            self.running = torch.from_numpy(now).to(self.layout.device).unsqueeze(1)
+
+    def _keep(self, look: _Look, better: np.ndarray, r: np.ndarray, s: np.ndarray) -> None:
+        if not better.any():
+            return
+        rows, point = look.rows, look.point
+        if len(rows) < len(self.code):
+            which = torch.from_numpy(np.flatnonzero(better)).to(point.z.device)
+            into = torch.from_numpy(rows[better]).to(point.z.device)
+            self.best_z = self.best_z.index_copy(0, into, point.z[which])
+            self.best_fz = self.best_fz.index_copy(0, into, point.fz[which])
+        elif better.all():
+            self.best_z, self.best_fz = point.z, point.fz
+        else:
+            mask = torch.from_numpy(better).to(point.z.device).unsqueeze(1)
+            self.best_z = torch.where(mask, point.z, self.best_z)
+            self.best_fz = torch.where(mask, point.fz, self.best_fz)
+        self.residual[rows[better]] = r[better]
+        self.floor[rows[better]] = _ROUNDING * self.layout.eps * s[better]
+
+    def solution(self, *, image: bool, trace: bool, state: Any) -> Solution:
+        """The books closed."""
+        converged = self.code == Result.CONVERGED
+        value = self.best_fz
+        if not image and converged.any():
+            mask = torch.from_numpy(converged).to(value.device).unsqueeze(1)
+            value = self.best_z if converged.all() else torch.where(mask, self.best_z, value)
+        code = np.where(self.code == _RUNNING, np.int8(Result.MAX_EVALS), self.code)
+        device, dtype = value.device, value.dtype
+        return Solution(
+            value=self.layout.unpack(value),
+            residual=torch.from_numpy(self.residual).to(device, dtype),
+            result=torch.from_numpy(code).to(device),
+            evals=torch.from_numpy(self.evals).to(device),
+            trace=torch.from_numpy(np.stack(self.trace)).to(device, dtype) if trace else None,
+            state=state,
+        )
+
+
+def _fetch(point: Point) -> Callable[[], np.ndarray]:
+    """Start moving (||r||, ||f(z)||), (2, B), to the host; the result waits for the move."""
+    with torch.no_grad():
+        r, fz = point.r.detach(), point.fz.detach()
+        both = r.new_empty(2, r.shape[0])
+        torch.linalg.vector_norm(r, dim=1, out=both[0])
+        torch.linalg.vector_norm(fz, dim=1, out=both[1])
+        if both.is_cuda:
+            host = both.to("cpu", non_blocking=True)
+            moved = torch.cuda.Event()
+            moved.record()
+        else:
+            host, moved = both, None
+
+    def wait() -> np.ndarray:
+        if moved is not None:
+            moved.synchronize()
+        values = host.numpy().astype(np.float64)
+        if ((values < _TINY) | (values > _HUGE)).any() and r.dtype != torch.float64:
+            with torch.no_grad():  # squares under- or overflowed: norms in double
+                values = torch.stack((norm(r.double()), norm(fz.double()))).cpu().numpy()
+        return values
+
+    return wait
