@@ -4,7 +4,11 @@ from implicit.deq import DEQ as DEQ
 from implicit.fixed_point import fixed_point as fixed_point
 from implicit.grads import IFT as IFT
 from implicit.grads import JFB as JFB
+from implicit.grads import SHINE as SHINE
 from implicit.grads import AbstractGrad as AbstractGrad
+from implicit.grads import Neumann as Neumann
+from implicit.grads import Phantom as Phantom
+from implicit.grads import Reversible as Reversible
 from implicit.grads import StochasticJFB as StochasticJFB
 from implicit.grads import Unrolled as Unrolled
 from implicit.iterate import Loop as Loop

@@ -36,6 +36,10 @@ class AbstractGrad(abc.ABC):
     ) -> Solution:
         """Solve z = f(z, *args) from z0 and attach the value to the graph as this estimator does."""
 
+    def settled(self) -> "AbstractGrad":
+        """The estimator to use where an `eval_stop` is to decide: itself, unless its own budget would ignore that."""
+        return self
+
 
 def track(
     f: Map, args: tuple[Any, ...], loop: Loop, solved: Solution, steps: int, damping: float = 0.0

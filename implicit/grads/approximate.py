@@ -1,0 +1,68 @@
+"""Putting a fixed point into the graph with an approximate inverse in the backward pass.
+
+Setting: z* = phi(z*), J = dphi/dz at z*. y = phi(z*) is evaluated once with a graph; `_Approximate` returns z* itself
+and sends u = rule(v -> J^T v, g) into y. Differentiated again, the estimate is that of its formula at a fixed z*.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from implicit.state import Flat
+
+Rule: TypeAlias = Callable[[Callable[[Flat], Flat], Flat], Flat]
+"""(v -> J^T v, g) -> u, an estimate of (I - J^T)^-1 g."""
+
+
+def attach_approximately(phi: Callable[[Flat], Flat], z: Flat, rule: Rule) -> Flat:
+    """z, a fixed point of phi, whose gradient reaches all that phi closes over by way of `rule`."""
+    x = _Cut.apply(z.detach().requires_grad_())
+    y = phi(x)
+    return _Approximate.apply(y, x, z.detach(), rule) if y.requires_grad else z.detach()
+
+
+def under_autocast(phi: Callable[..., Flat], kind: str) -> Callable[..., Flat]:
+    """phi, to be evaluated at any time as if under the autocast state of now; `kind` is the device type."""
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def again(*args: Flat) -> Flat:
+        with torch.autocast(kind, dtype=dtype, enabled=enabled):
+            return phi(*args)
+
+    return again
+
+
+class _Cut(torch.autograd.Function):
+    """Identity that stops the engine: products with J are taken on demand, not accumulated in a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+
+class _Approximate(torch.autograd.Function):
+    """z, with a gradient that reaches y = phi(x) through `rule`."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, z: Tensor, rule: Rule) -> Tensor:
+        ctx.rule = rule
+        ctx.save_for_backward(y, x)
+        return z.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        y, x = ctx.saved_tensors
+        again = torch.is_grad_enabled()
+
+        def act(v: Flat) -> Flat:
+            (pulled,) = torch.autograd.grad(y, x, v, retain_graph=True, create_graph=again, allow_unused=True)
+            return torch.zeros_like(v) if pulled is None else pulled
+
+        return ctx.rule(act, g), None, None, None

@@ -1,0 +1,63 @@
+"""The truncated Neumann series of the inverse, by vector-Jacobian products alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from implicit.grads.approximate import attach_approximately
+from implicit.grads.base import AbstractGrad
+from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
+from implicit.solution import Solution
+from implicit.solvers.base import AbstractSolver
+from implicit.state import Flat, Layout, State
+
+
+@dataclass(frozen=True)
+class Neumann(AbstractGrad):
+    """Solve without a graph, evaluate f once with one, and sum the first terms of the series in the backward pass.
+
+        u = sum_{i < terms} (J^T)^i g,     dL/dtheta ~ u^T df/dtheta
+
+    Drops the terms from J^terms on: relative error about rho(J)^terms. ``Neumann(1)`` is ``JFB(1)``; ``Neumann(k)``
+    at an exact fixed point is ``JFB(k)`` in the memory of one evaluation. Diverges with `terms` where rho(J) > 1.
+    Memory: one evaluation of f. Cost: one evaluation and `terms` vector-Jacobian products. The starting state gets
+    no gradient. When to use: a known, cheap bias, with no solve that could fail.
+
+    Source: Geng et al., "On Training Implicit Models", NeurIPS 2021, arXiv 2111.05177, section 3.2 (Neumann-series
+    phantom gradient).
+
+    Args:
+        terms: terms of the series, >= 1.
+    """
+
+    terms: int = 5
+
+    def __post_init__(self) -> None:
+        if self.terms < 1:
+            raise ValueError(f"Neumann.terms must be at least 1, got {self.terms}.")
+
+    def __call__(
+        self,
+        f: Map,
+        z0: State,
+        args: tuple[Any, ...],
+        solver: AbstractSolver[Any],
+        stop: Stop,
+        loop: Loop = Loop(),
+    ) -> Solution:
+        with torch.no_grad():
+            solved = iterate(f, z0, solver, stop, args=args, loop=loop)
+        if not torch.is_grad_enabled():
+            return solved
+        layout = Layout.of(solved.value, loop.batch_dims)
+        value = attach_approximately(PackedMap(f, args, layout), layout.pack(solved.value), self._series)
+        return replace(solved, value=layout.unpack(value), evals=solved.evals + 1)
+
+    def _series(self, act: Callable[[Flat], Flat], g: Flat) -> Flat:
+        term, u = g, g
+        for _ in range(self.terms - 1):
+            term = act(term)
+            u = u + term
+        return u

@@ -1,0 +1,56 @@
+"""The unrolled phantom gradient: a few damped steps at the solution."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from implicit.grads.base import AbstractGrad, track
+from implicit.iterate import Loop, Map, Stop, iterate
+from implicit.solution import Solution
+from implicit.solvers.base import AbstractSolver
+from implicit.state import State
+
+
+@dataclass(frozen=True)
+class Phantom(AbstractGrad):
+    """Solve without a graph, then take `steps` damped steps with one and backpropagate through those.
+
+        z' = d z + (1 - d) f(z)
+        dL/dtheta ~ (1 - d) g^T sum_{i < steps} ((1 - d) J + d I)^i df/dtheta            (d = damping)
+
+    Drops the rest of the series. Damping makes the series converge where the eigenvalues of J have negative or large
+    imaginary parts, and makes it slower otherwise; for J = 0 the gradient is 1 - d^steps times the exact one.
+    ``Phantom(steps, 0)`` is ``JFB(steps)``. Memory: `steps` evaluations of f. Cost: `steps` evaluations and as many
+    vector-Jacobian products. The starting state gets no gradient. When to use: training where the exact gradient is
+    too dear and one step too crude; `implicit.diagnostics.gradient_bias` says by how much.
+
+    Source: Geng et al., "On Training Implicit Models", NeurIPS 2021, arXiv 2111.05177, equation 12 (their lambda is
+    1 - damping).
+
+    Args:
+        steps: tracked steps, >= 1.
+        damping: share of the old iterate kept, in [0, 1).
+    """
+
+    steps: int = 5
+    damping: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"Phantom.steps must be at least 1, got {self.steps}.")
+        if not 0 <= self.damping < 1:
+            raise ValueError(f"Phantom.damping must lie in [0, 1), got {self.damping}.")
+
+    def __call__(
+        self,
+        f: Map,
+        z0: State,
+        args: tuple[Any, ...],
+        solver: AbstractSolver[Any],
+        stop: Stop,
+        loop: Loop = Loop(),
+    ) -> Solution:
+        with torch.no_grad():
+            solved = iterate(f, z0, solver, stop, args=args, loop=loop)
+        return track(f, args, loop, solved, self.steps, self.damping)

@@ -1,0 +1,162 @@
+"""SHINE: the inverse that a quasi-Newton solver has built up forward, used once more backward.
+
+Setting: a solver's step is z' = z + H r with H ~ (I - J)^-1. The backward pass wants u = (I - J^T)^-1 g ~ H^T g, and
+
+    Broyden    H = I + sum_i u_i v_i^T                H^T g = g + sum_i v_i (u_i^T g)
+    Anderson   H = I - dF G^-1 dR^T                   H^T g = g - dR G^-1 dF^T g,     G = dR^T dR with its ridge
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit.grads.approximate import attach_approximately
+from implicit.grads.base import AbstractGrad
+from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
+from implicit.solution import Solution
+from implicit.solvers.anderson import Anderson, AndersonMemory
+from implicit.solvers.base import AbstractSolver, Evaluator, Point
+from implicit.solvers.broyden import Broyden, BroydenMemory, apply
+from implicit.state import Flat, Layout, State, map_tensors, norm
+
+
+@dataclass(frozen=True)
+class SHINE(AbstractGrad):
+    """Solve without a graph, evaluate f once with one, and multiply by the forward solver's own inverse estimate.
+
+        u = H^T g,     dL/dtheta ~ u^T df/dtheta;     u = g for a sample with ||H^T g|| > fallback ||g||
+
+    Drops what the forward solve has not learnt of J: it knows secants along its own path, not the direction g, so the
+    bias is of the order of JFB's where the solve was short and falls as Broyden's memory fills. `refine` steps
+    u <- g + J^T u start from there and remove error by rho(J) each. Memory: one evaluation of f, and the solver's
+    history until the backward pass: bounded by its `memory`. Cost: one evaluation and 1 + `refine` vector-Jacobian
+    products. The starting state gets no gradient. When to use: Broyden forward, many evaluations, and a backward pass
+    that must cost next to nothing; measure it first.
+
+    Source: Ramzi et al., "SHINE: SHaring the INverse Estimate from the forward pass for bi-level optimization and
+    implicit models", ICLR 2022, arXiv 2106.00553, section 2 and the fallback of section 3.
+
+    Args:
+        refine: fixed-point steps on top of the estimate, >= 0.
+        fallback: largest ||H^T g|| / ||g|| of a sample before its u falls back to g; None never falls back.
+    """
+
+    refine: int = 0
+    fallback: float | None = 1.3
+
+    def __post_init__(self) -> None:
+        if self.refine < 0:
+            raise ValueError(f"SHINE.refine must be at least 0, got {self.refine}.")
+        if self.fallback is not None and not self.fallback > 0:
+            raise ValueError(f"SHINE.fallback must be positive or None, got {self.fallback}.")
+
+    def __call__(
+        self,
+        f: Map,
+        z0: State,
+        args: tuple[Any, ...],
+        solver: AbstractSolver[Any],
+        stop: Stop,
+        loop: Loop = Loop(),
+    ) -> Solution:
+        if not isinstance(solver, Anderson | Broyden):
+            raise ValueError(
+                f"SHINE reuses the inverse that Broyden or Anderson builds up, and {solver!r} builds none: pass "
+                "solver=Broyden()."
+            )
+        if not torch.is_grad_enabled():
+            return iterate(f, z0, solver, stop, args=args, loop=loop)
+        with torch.no_grad():
+            keep = replace(
+                loop, keep_state=True, compact=False, state=_wrapped(loop.state, z0, loop.batch_dims)
+            )
+            solved = iterate(f, z0, _Frozen(solver), stop, args=args, loop=keep)
+        memory = solved.state.memory
+        inverse = _transposed(solver, memory)
+        layout = Layout.of(solved.value, loop.batch_dims)
+        phi, z = PackedMap(f, args, layout), layout.pack(solved.value)
+        value = attach_approximately(phi, z, lambda act, g: self._estimate(inverse, act, g))
+        return replace(
+            solved,
+            value=layout.unpack(value),
+            evals=solved.evals + 1,
+            state=memory if loop.keep_state else None,
+        )
+
+    def _estimate(self, inverse: Callable[[Flat], Flat], act: Callable[[Flat], Flat], g: Flat) -> Flat:
+        u = inverse(g)
+        if self.fallback is not None:
+            u = torch.where((norm(u) <= self.fallback * norm(g)).unsqueeze(1), u, g)
+        for _ in range(self.refine):
+            u = g + act(u)
+        return u
+
+
+def _transposed(solver: Anderson | Broyden, memory: Any) -> Callable[[Flat], Flat]:
+    """g -> H^T g for the H of a solver's memory."""
+    if isinstance(memory, BroydenMemory):
+        u, v = memory.u, memory.v
+        return lambda g: apply(v, u, g)
+    assert isinstance(memory, AndersonMemory) and isinstance(solver, Anderson)
+    df, dr, gram = memory.df, memory.dr, memory.gram
+
+    def of_anderson(g: Flat) -> Flat:
+        along = torch.bmm(df, g.unsqueeze(2)).squeeze(2).double()
+        return g - torch.bmm(solver._weights(gram, along, g.dtype).mT, dr).squeeze(1)
+
+    return of_anderson
+
+
+@dataclass(frozen=True)
+class _FrozenMemory:
+    memory: Any
+    z: Flat
+
+
+@dataclass(frozen=True)
+class _Frozen(AbstractSolver[_FrozenMemory]):
+    """A solver that leaves the memory of a sample alone once the loop holds that sample.
+
+    The solver itself would overwrite its history, which it needs no more, by differences of zero.
+    """
+
+    solver: AbstractSolver[Any]
+
+    def init(self, point: Point) -> _FrozenMemory:
+        return _FrozenMemory(self.solver.init(point), torch.full_like(point.z, torch.nan))
+
+    def resume(self, point: Point, memory: _FrozenMemory) -> _FrozenMemory:
+        return _FrozenMemory(self.solver.resume(point, memory.memory), memory.z)
+
+    def step(self, f: Evaluator, point: Point, memory: _FrozenMemory) -> tuple[Flat, _FrozenMemory]:
+        held = torch.nonzero((point.z == memory.z).all(dim=1)).flatten()
+        before = map_tensors(lambda t: t[held], memory.memory) if len(held) else None
+        z, after = self.solver.step(f, point, memory.memory)
+        if before is not None:
+            after = _restore(after, before, held)
+        return z, _FrozenMemory(after, point.z)
+
+
+def _wrapped(state: Any, z0: State, batch_dims: int) -> _FrozenMemory | None:
+    if state is None:
+        return None
+    flat = Layout.of(z0, batch_dims).pack(z0)
+    return _FrozenMemory(state, torch.full_like(flat, torch.nan))
+
+
+def _restore(after: Any, before: Any, held: Tensor) -> Any:
+    """`after` with the history of the held samples as it was; a history may have grown by an empty row."""
+    old: list[Tensor] = []
+    map_tensors(lambda t: (old.append(t), t)[1], before)
+    rest = iter(old)
+
+    def put_back(t: Tensor) -> Tensor:
+        kept = next(rest)
+        if t.ndim == 3:
+            t[held, : kept.shape[1]] = kept
+        return t
+
+    return map_tensors(put_back, after)
