@@ -21,7 +21,8 @@ class DEQ(nn.Module):
     Args:
         f: the map f(z, *args).
         solver, grad, stop: as in `fixed_point`.
-        eval_stop: used instead of `stop` in evaluation mode; default `stop`.
+        eval_stop: used instead of `stop` in evaluation mode; default `stop`. It decides there even if `grad` draws its
+            own budget: StochasticJFB then gives way to JFB.
     """
 
     def __init__(
@@ -50,13 +51,15 @@ class DEQ(nn.Module):
         progress: bool = False,
     ) -> Solution:
         """Solve z = f(z, *args) from z0; see `fixed_point`."""
-        stop = self.stop if self.training or self.eval_stop is None else self.eval_stop
+        grad, stop = self.grad, self.stop
+        if not self.training and self.eval_stop is not None:
+            grad, stop = grad and grad.settled(), self.eval_stop
         return fixed_point(
             self.f,
             z0,
             *args,
             solver=self.solver,
-            grad=self.grad,
+            grad=grad,
             stop=stop,
             batch_dims=batch_dims,
             trace=trace,

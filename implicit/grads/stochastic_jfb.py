@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from implicit.grads.base import AbstractGrad, track, unsolved
+from implicit.grads.jfb import JFB
 from implicit.grads.transforms import search
 from implicit.iterate import Loop, Map, Stop
 from implicit.solution import Solution
@@ -41,6 +42,10 @@ class StochasticJFB(AbstractGrad):
             raise ValueError(f"StochasticJFB.N must be at least 0, got {self.N}.")
         if self.M < 1:
             raise ValueError(f"StochasticJFB.M must be at least 1, got {self.M}.")
+
+    def settled(self) -> JFB:
+        """The 1-step gradient, which leaves the budget to `Stop`."""
+        return JFB()
 
     def draw(self) -> tuple[int, int]:
         """The next (n, m)."""
