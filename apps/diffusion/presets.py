@@ -12,10 +12,10 @@ def digits() -> Config:
     """FPDM on scikit-learn's digits: minutes on two CPU cores. The default."""
     return Config(
         model=Model(kind="fpdm"),
-        optimisation=Optimisation(images=100_000, batch=64, lr=1e-3, warmup=6_400),
+        optimisation=Optimisation(images=1_700 * 64, batch=64, lr=2e-3, warmup=6_400),
         ema=EMA(decay=0.99),
         grad=StochasticJFB(N=6, M=3),
-        sampling=Sampling(steps=20, iterations=10),
+        sampling=Sampling(sampler="ddpm", steps=20, iterations=10),
         max_time=220.0,
         out=Path("runs/digits"),
     )
@@ -25,9 +25,9 @@ def digits_dit() -> Config:
     """The DiT baseline on the same data for the same time."""
     return Config(
         model=Model(kind="dit"),
-        optimisation=Optimisation(images=100_000, batch=64, lr=1e-3, warmup=6_400),
+        optimisation=Optimisation(images=1_700 * 64, batch=64, lr=2e-3, warmup=6_400),
         ema=EMA(decay=0.99),
-        sampling=Sampling(steps=20),
+        sampling=Sampling(sampler="ddpm", steps=20),
         max_time=220.0,
         out=Path("runs/digits-dit"),
     )

@@ -32,6 +32,8 @@ _EXTENDABLE = ("max_time", "checkpoint_every", "keep", "sampling")
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code: 0, 2 for bad input, 128 + the signal that stopped it."""
+    # where other programs want the cores too, threads that spin while they wait make torch several times slower
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         config, resume = parse(argv)
@@ -40,6 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"train: {error}; what the run has saved before is intact.", file=sys.stderr)
+        return 1
 
 
 def parse(argv: list[str]) -> tuple[Config, bool]:
