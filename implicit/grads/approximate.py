@@ -10,10 +10,25 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from implicit.grads.transforms import active
 from implicit.state import Flat
 
 Rule: TypeAlias = Callable[[Callable[[Flat], Flat], Flat], Flat]
 """(v -> J^T v, g) -> u, an estimate of (I - J^T)^-1 g."""
+
+
+def refuse_transforms(estimator: object) -> None:
+    """Say that an estimator does not work inside torch.func.
+
+    Raises:
+        NotImplementedError: a transform is on.
+    """
+    if active():
+        name = type(estimator).__name__
+        raise NotImplementedError(
+            f"{name} works with ordinary backward passes, not inside torch.func transforms or forward mode: use IFT, "
+            "JFB or Phantom there."
+        )
 
 
 def attach_approximately(phi: Callable[[Flat], Flat], z: Flat, rule: Rule) -> Flat:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from implicit.grads.outside import Outside, explicit, unseen
 from implicit.iterate import Stop, iterate
-from implicit.solution import NotConverged, Solution
+from implicit.solution import NotConverged, Result, Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.state import Flat
 
@@ -56,10 +56,15 @@ class LinearSolve:
         try:
             solution.check()
         except NotConverged as failure:
-            text = f"The linear solve of the IFT backward pass failed, so this gradient is inexact: {failure}"
             if self.on_failure == "raise":
-                raise NotConverged(text) from None
-            warnings.warn(text, RuntimeWarning, stacklevel=2)
+                raise NotConverged(f"{_INEXACT} {failure}") from None
+            kinds = sorted({Result(code) for code in solution.result.tolist()} - {Result.CONVERGED})
+            advice = " ".join(f"{kind.name}: {kind.message}" for kind in kinds)
+            # One text for all such failures, so that the default filter shows it once.
+            warnings.warn(f"{_INEXACT} {advice} IFT(report=...) hears of every solve.", RuntimeWarning, stacklevel=2)
+
+
+_INEXACT = "The linear solve of the IFT backward pass failed for some samples, so their gradient is inexact."
 
 
 def attach(phi: Callable[[Flat], Flat], z: Flat, solve: LinearSolve) -> Flat:

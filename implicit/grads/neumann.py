@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from implicit.grads.approximate import attach_approximately
+from implicit.grads.approximate import attach_approximately, refuse_transforms
 from implicit.grads.base import AbstractGrad
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
 from implicit.solution import Solution
@@ -47,6 +47,7 @@ class Neumann(AbstractGrad):
         stop: Stop,
         loop: Loop = Loop(),
     ) -> Solution:
+        refuse_transforms(self)
         with torch.no_grad():
             solved = iterate(f, z0, solver, stop, args=args, loop=loop)
         if not torch.is_grad_enabled():

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from implicit.grads.base import AbstractGrad, track
-from implicit.iterate import Loop, Map, Stop, iterate
+from implicit.grads.transforms import search
+from implicit.iterate import Loop, Map, Stop
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.state import State
@@ -51,6 +50,5 @@ class Phantom(AbstractGrad):
         stop: Stop,
         loop: Loop = Loop(),
     ) -> Solution:
-        with torch.no_grad():
-            solved = iterate(f, z0, solver, stop, args=args, loop=loop)
+        solved = search(f, z0, args, solver, stop, loop)
         return track(f, args, loop, solved, self.steps, self.damping)

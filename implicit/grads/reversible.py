@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from implicit.grads.approximate import under_autocast
+from implicit.grads.approximate import refuse_transforms, under_autocast
 from implicit.grads.base import AbstractGrad
 from implicit.grads.outside import Outside, explicit, unseen
 from implicit.iterate import Loop, Map, PackedMap, Stop
@@ -86,6 +86,7 @@ class Reversible(AbstractGrad):
                 "Reversible runs an iteration of its own: leave state, keep_state, compact, callback and "
                 "progress unset."
             )
+        refuse_transforms(self)
         layout = Layout.of(z0, loop.batch_dims)
         phi = under_autocast(PackedMap(f, args, layout), layout.device.type)
         start = layout.pack(z0)
@@ -175,7 +176,9 @@ class _Reverse(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         start, y, z, steps, *theta = ctx.saved_tensors
         pull = _Pull(ctx.phi, theta, start.dtype)
         beta = ctx.grad.beta

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit.grads.approximate import attach_approximately
+from implicit.grads.approximate import attach_approximately, refuse_transforms
 from implicit.grads.base import AbstractGrad
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
 from implicit.solution import Solution
@@ -67,6 +67,7 @@ class SHINE(AbstractGrad):
                 f"SHINE reuses the inverse that Broyden or Anderson builds up, and {solver!r} builds none: pass "
                 "solver=Broyden()."
             )
+        refuse_transforms(self)
         if not torch.is_grad_enabled():
             return iterate(f, z0, solver, stop, args=args, loop=loop)
         with torch.no_grad():
