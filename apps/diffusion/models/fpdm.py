@@ -12,7 +12,7 @@ Block, Final and the embeddings are those of layers.py. Shapes: x, z (B, T, D); 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,9 @@ class FPDM(Frame):
     Raises:
         ValueError: naming the argument that does not fit.
     """
+
+    # one unit for whoever shards or places modules: the solve calls the parts of a block, not the block
+    _no_split_modules: ClassVar[list[str]] = ["FPDM"]
 
     @register_to_config
     def __init__(

@@ -306,6 +306,8 @@ def test_autocast_keeps_the_state_in_full_precision():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, solution = model(*inputs, iterations=4, grad=JFB(), return_solution=True)
         out.float().square().mean().backward()
+        injected, modulation = model.prepare(solution.value.detach(), torch.randn(3, 32))
+        assert model.iteration(solution.value.detach(), injected, modulation).dtype == torch.float32
     assert solution.value.dtype == torch.float32
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     exact = model(*inputs, iterations=5)
