@@ -1,4 +1,4 @@
-"""FPDM in DistributedDataParallel on two processes: a shared block, a random number of tracked iterations, checkpoints."""
+"""FPDM in DistributedDataParallel on two processes: a shared block, a random number of tracked iterations."""
 
 import warnings
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from small_models import batch, randomised
 from torch.nn.parallel import DistributedDataParallel
 
 from apps.diffusion.models import FPDM
 from implicit import StochasticJFB
-from small_models import batch, randomised
 
 TINY = {"input_size": 8, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
 DRAWS = ((0, 1), (0, 3), (4, 1), (4, 3))  # (N, M) with seeds below: free iterations none and some, tracked one and more
