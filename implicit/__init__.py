@@ -19,5 +19,6 @@ from implicit.solution import Result as Result
 from implicit.solution import Solution as Solution
 from implicit.solvers import AbstractSolver as AbstractSolver
 from implicit.solvers import Anderson as Anderson
+from implicit.solvers import AndersonGS as AndersonGS
 from implicit.solvers import Broyden as Broyden
 from implicit.solvers import Picard as Picard

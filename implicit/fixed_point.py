@@ -9,7 +9,7 @@ from implicit.grads.base import AbstractGrad
 from implicit.grads.ift import IFT
 from implicit.iterate import Loop, Map, Stop
 from implicit.solution import Solution
-from implicit.solvers.anderson import Anderson
+from implicit.solvers.anderson_gs import AndersonGS
 from implicit.solvers.base import AbstractSolver
 from implicit.state import State
 
@@ -37,7 +37,7 @@ def fixed_point(
         z0: where to start: a tensor ``(B, *)`` or any nested tuple, list or dict of such tensors with one batch size.
             Each sample is its own system, with its own tolerance, failure and answer.
         args: passed on to f.
-        solver: how the next iterate is made; default ``Anderson()``.
+        solver: how the next iterate is made; default ``AndersonGS()``.
         grad: what autograd sees of the solve; default ``IFT()``, the exact gradient.
         stop: when it is good enough; default ``Stop()``.
         batch_dims: 0 makes the whole state one system.
@@ -79,4 +79,4 @@ def fixed_point(
         callback=callback,
         progress=progress,
     )
-    return (grad or IFT())(f, z0, args, solver or Anderson(), stop or Stop(), loop)
+    return (grad or IFT())(f, z0, args, solver or AndersonGS(), stop or Stop(), loop)

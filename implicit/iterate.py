@@ -180,20 +180,20 @@ def _finite(point: Point) -> Tensor:
     return torch.linalg.vector_norm(point.fz.detach(), ord=torch.inf, dim=1, keepdim=True) < torch.inf
 
 
-@torch.compiler.disable
+@torch.compiler.disable(recursive=True)
 def _until(
     f: PackedMap, z: Flat, solver: AbstractSolver[Any], stop: Stop, loop: Loop, image: bool
 ) -> Solution:
     """The loop with a tolerance: the host reads two norms per sample and evaluation, in one copy."""
     with _watching(loop, stop) as watch:
-        judge = Judge(f.layout, stop, z, watch)
+        judge = Judge(f.layout, stop, z, watch, solver.patience)
         cut = _Cut(f, judge, loop)
         point = judge.see(f.at(z), f.calls, f.left <= 0)
         memory = _begin(solver, point, loop)
         while f.left > 0 and not judge.done:
-            point, memory = cut(point, memory)
+            point, memory = judge.back(*cut(point, memory), solver)
             z, memory = solver.step(f, point, memory)
-            point = judge.see(f.at(judge.hold(z)), f.calls, f.left <= 0)
+            point = judge.see(f.at(judge.hold(z, point)), f.calls, f.left <= 0)
         return judge.solution(image=image, trace=loop.trace, state=memory if loop.keep_state else None)
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicit.guard import Guard
 from implicit.solution import Result, Solution
-from implicit.solvers.base import Point
+from implicit.solvers.base import AbstractSolver, Point
 from implicit.state import Flat, Layout, norm
 
 _PATIENCE = 10  # evaluations without a new smallest residual before rounding error is blamed
@@ -77,7 +78,11 @@ class Judge:
     stop: Stop
     best_z: Flat
     watch: Callable[[int, np.ndarray], Any] | None = None
+    patience: int = 0  # of the safeguard; 0: none
     running: Tensor | None = None  # (rows, 1) on the device, once a sample has finished
+    plain: Tensor | None = (
+        None  # (rows, 1) on the device, once the safeguard has made a sample take plain steps
+    )
     _pending: _Look | None = None
     _looks: int = 0
     _seen: int = 0
@@ -92,6 +97,7 @@ class Judge:
         self.residual = np.full(size, np.inf)
         self.floor = np.zeros(size)  # residuals below this may be rounding
         self.since = np.zeros(size, dtype=np.int64)  # evaluations since the residual was smallest
+        self.guard = Guard(size, self.patience) if self.patience else None
 
     @property
     def done(self) -> bool:
@@ -115,25 +121,40 @@ class Judge:
             self._pending = None
         return point
 
-    def hold(self, z: Flat) -> Flat:
-        """z, with finished samples kept where they ended."""
-        if self.running is None:
-            return z
-        return torch.where(
-            self.running, z, self.best_z[self.index] if len(self.rows) < len(self.code) else self.best_z
-        )
+    def hold(self, z: Flat, point: Point) -> Flat:
+        """z, with plain steps where the safeguard wants them and finished samples kept where they ended."""
+        if self.plain is not None:
+            z = torch.where(self.plain, point.fz, z)
+        return z if self.running is None else torch.where(self.running, z, self._best().z)
+
+    def back(self, point: Point, memory: Any, solver: AbstractSolver[Any]) -> tuple[Point, Any]:
+        """The samples that the safeguard sends back, at their best point and without a history."""
+        if self.guard is None or not self.guard.back.any():
+            return point, memory
+        mask, self.plain = self._mask(self.guard.back), self._mask(self.guard.plain)
+        self.guard.back[:] = False
+        best = self._best()
+        point = Point(torch.where(mask, best.z, point.z), torch.where(mask, best.fz, point.fz))
+        return point, solver.restart(point, memory, mask)
+
+    def _mask(self, which: np.ndarray) -> Tensor:
+        return torch.from_numpy(which[self.rows]).to(self.layout.device).unsqueeze(1)
+
+    def _best(self) -> Point:
+        """The best points of `rows`."""
+        if len(self.rows) == len(self.code):
+            return Point(self.best_z, self.best_fz)
+        index = torch.from_numpy(self.rows).to(self.layout.device)
+        return Point(self.best_z[index], self.best_fz[index])
 
     def compact(self) -> Tensor:
         """Turn to the running samples alone; returns their positions among the rows evaluated so far."""
         keep = np.flatnonzero(self.code[self.rows] == _RUNNING)
         self.rows = self.rows[keep]
         self.running = None
+        if self.plain is not None and self.guard is not None:
+            self.plain = self._mask(self.guard.plain)
         return torch.from_numpy(keep).to(self.layout.device)
-
-    @property
-    def index(self) -> Tensor:
-        """`rows` on the device."""
-        return torch.from_numpy(self.rows).to(self.layout.device)
 
     def _read(self, look: _Look, calls: int) -> None:
         rows = look.rows
@@ -149,10 +170,15 @@ class Judge:
         stalled = (
             live & ~converged & (self.since[rows] >= _PATIENCE) & (self.residual[rows] <= self.floor[rows])
         )
+        broken = running & ~finite
+        if self.guard is not None:
+            broken &= ~self.guard.forgives(rows, broken, self.residual)
+            still = live & ~converged & ~stalled
+            self.guard.watch(rows[still], r[still], self.residual, look.calls)
         self.evals[rows[running]] = calls
         for code, which in (
             (Result.CONVERGED, converged),
-            (Result.NONFINITE, running & ~finite),
+            (Result.NONFINITE, broken),
             (Result.STALLED, stalled),
         ):
             self.code[rows[which]] = code
@@ -161,7 +187,7 @@ class Judge:
             full[rows] = np.where(running, r, np.nan)
             self.trace.append(full)
             self.watch(look.calls, full)
-        if (converged | stalled | (running & ~finite)).any():
+        if (converged | stalled | broken).any():
             now = self.code[self.rows] == _RUNNING
             self.running = torch.from_numpy(now).to(self.layout.device).unsqueeze(1)
 

@@ -1,6 +1,7 @@
 """Solvers: how the next iterate is made. One algorithm a file."""
 
 from implicit.solvers.anderson import Anderson as Anderson
+from implicit.solvers.anderson_gs import AndersonGS as AndersonGS
 from implicit.solvers.base import AbstractSolver as AbstractSolver
 from implicit.solvers.base import Evaluator as Evaluator
 from implicit.solvers.base import Point as Point

@@ -13,7 +13,7 @@ Setting: r_k = f(z_k) - z_k. With the differences of the last m points as column
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
@@ -49,6 +49,7 @@ class Anderson(AbstractSolver[AndersonMemory]):
     memory: int = 5
     damping: float = 0.0
     ridge: float | None = None
+    safeguard: bool = True
 
     def __post_init__(self) -> None:
         if self.memory < 1:
@@ -67,6 +68,21 @@ class Anderson(AbstractSolver[AndersonMemory]):
 
     def resume(self, point: Point, memory: AndersonMemory) -> AndersonMemory:
         return replace(memory, fz=point.fz, r=point.r)
+
+    @property
+    def patience(self) -> int:
+        return 2 * self.memory + 5 if self.safeguard and self.memory > 1 else 0
+
+    def restart(self, point: Point, memory: AndersonMemory, mask: Bool[Tensor, "B 1"]) -> AndersonMemory:
+        lost = mask.unsqueeze(2)
+        return replace(
+            memory,
+            fz=torch.where(mask, point.fz, memory.fz),
+            r=torch.where(mask, point.r, memory.r),
+            df=memory.df.masked_fill(lost, 0),
+            dr=memory.dr.masked_fill(lost, 0),
+            gram=memory.gram.masked_fill(lost, 0),
+        )
 
     def step(self, f: Evaluator, point: Point, memory: AndersonMemory) -> tuple[Flat, AndersonMemory]:
         steps = memory.steps + 1

@@ -8,6 +8,9 @@ solver does may mix rows.
 import abc
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
+from jaxtyping import Bool
+from torch import Tensor
+
 from implicit.state import Flat
 
 S = TypeVar("S")
@@ -61,6 +64,15 @@ class AbstractSolver(abc.ABC, Generic[S]):
         `memory` is a private copy. By default nothing carries over.
         """
         return self.init(point)
+
+    @property
+    def patience(self) -> int:
+        """Evaluations without progress after which the loop's safeguard (`implicit.guard`) steps in; 0: never."""
+        return 0
+
+    def restart(self, point: Point, memory: S, mask: Bool[Tensor, "B 1"]) -> S:
+        """The memory with the history of the samples in `mask` forgotten; they go on from `point`."""
+        return memory
 
     @abc.abstractmethod
     def step(self, f: Evaluator, point: Point, memory: S) -> tuple[Flat, S]:

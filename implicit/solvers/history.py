@@ -1,8 +1,19 @@
-"""Writing into a solver's ring of vectors: in place when nobody differentiates through it, else into a copy."""
+"""A growing ring of vectors per sample, the history of quasi-Newton solvers.
+
+Rows live in blocks of 8, 8, 16, 32, ... rows that are allocated when first needed and never copied, so k rows take k
+to 2k states and at most `memory`. Writing is in place when nobody differentiates through it, else into a copy.
+"""
+
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from implicit.state import Flat
+
+_FIRST = 8
+Coefficients = Float[Tensor, "B 1 K"]
 
 
 def put(ring: Float[Tensor, "B K M"], slot: int, value: Float[Tensor, "B M"]) -> Float[Tensor, "B K M"]:
@@ -11,3 +22,46 @@ def put(ring: Float[Tensor, "B K M"], slot: int, value: Float[Tensor, "B M"]) ->
         return torch.cat((ring[:, :slot], value.unsqueeze(1), ring[:, slot + 1 :]), dim=1)
     ring[:, slot] = value
     return ring
+
+
+@dataclass(frozen=True)
+class Ring:
+    """At most `memory` rows of N numbers per sample; unused rows are zero."""
+
+    memory: int
+    blocks: tuple[Float[Tensor, "B _ N"], ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many rows there is room for at present."""
+        return sum(block.shape[1] for block in self.blocks)
+
+    def room(self, slot: int, like: Flat) -> "Ring":
+        """The ring with a row number `slot`."""
+        if slot < self.rows:
+            return self
+        more = min(max(_FIRST, self.rows), self.memory - self.rows)
+        return replace(self, blocks=(*self.blocks, like.new_zeros(like.shape[0], more, like.shape[1])))
+
+    def put(self, slot: int, value: Flat) -> "Ring":
+        """The ring with row `slot` replaced by `value`."""
+        blocks = list(self.blocks)
+        for i, block in enumerate(blocks):
+            if slot < block.shape[1]:
+                blocks[i] = put(block, slot, value)
+                break
+            slot -= block.shape[1]
+        return replace(self, blocks=tuple(blocks))
+
+    def dot(self, x: Flat) -> Coefficients:
+        """<row_i, x> for every row."""
+        parts = [torch.bmm(block, x.unsqueeze(2)) for block in self.blocks]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).mT
+
+    def add(self, x: Flat, c: Coefficients, sign: int) -> Flat:
+        """x + sign sum_i c_i row_i."""
+        out, start = x.unsqueeze(1), 0
+        for block in self.blocks:
+            out = torch.baddbmm(out, c[:, :, start : start + block.shape[1]], block, alpha=sign)
+            start += block.shape[1]
+        return out.squeeze(1)

@@ -1,0 +1,117 @@
+"""Anderson acceleration by Gram-Schmidt: no small systems, a long memory at little cost. The default solver.
+
+Setting: r_k = f(z_k) - z_k. Each step gives a pair of differences (q, d) = (r_k - r_{k-1}, f(z_k) - f(z_{k-1})), made
+orthogonal to the earlier ones,
+
+    q <- q - sum_i h_i q_i,    d <- d - sum_i h_i d_i,    h_i = <q_i, q> / <q_i, q_i>
+
+so that the mixture with the smallest residual needs no least-squares solve:
+
+    z_{k+1} = f(z_k) - sum_i c_i d_i,    c_i = <q_i, r_k> / <q_i, q_i>
+
+With all pairs kept this is Anderson acceleration of type II, GMRES on a linear map; on a symmetric linear map three
+pairs give the same as all (Tang, Xu, He, Saad and Xi, "Anderson acceleration with truncated Gram-Schmidt", SIAM J.
+Matrix Anal. Appl. 45(4), 2024). The oldest pair makes room for the newest.
+
+A new q that lies almost in the span of the old ones, ||q after|| <= drop ||q before||, says that the old ones are
+out of date (f is not linear) or that rounding error is all that is left: that sample forgets them and keeps the
+newest, as a secant method would.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from implicit.solvers.base import AbstractSolver, Evaluator, Point
+from implicit.solvers.history import Ring
+from implicit.state import Flat
+
+
+@dataclass(frozen=True)
+class AndersonGSMemory:
+    """The last point, the pairs, and 1 / <q_i, q_i>, 0 for pairs not in use."""
+
+    fz: Flat
+    r: Flat
+    q: Ring
+    d: Ring
+    inverse: Float[Tensor, "B K"]
+    pairs: int = 0
+    fresh: bool = True  # the last point is not from this solve or not apart from the next: no pair yet
+
+
+@dataclass(frozen=True)
+class AndersonGS(AbstractSolver[AndersonGSMemory]):
+    """Anderson acceleration by Gram-Schmidt, at most `memory` pairs per sample.
+
+    Free of the unit of z. Memory grows with the steps taken, to at most 2 memory + 2 states.
+
+    Args:
+        memory: number of pairs kept, >= 1.
+        drop: how nearly dependent a new pair must be to end the old ones, in [0, 1); None takes eps^(1/4): 1e-4 for
+            float64 histories, 2e-2 for float32.
+        safeguard: go back to the best point after a blow-up, and to plain steps where nothing is gained.
+    """
+
+    memory: int = 30
+    drop: float | None = None
+    safeguard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.memory < 1:
+            raise ValueError(f"AndersonGS.memory must be at least 1, got {self.memory}.")
+        if self.drop is not None and not 0 <= self.drop < 1:
+            raise ValueError(f"AndersonGS.drop must lie in [0, 1), got {self.drop}.")
+
+    def init(self, point: Point) -> AndersonGSMemory:
+        none = Ring(self.memory)
+        return AndersonGSMemory(
+            point.fz, point.r, none, none, point.z.new_zeros(point.z.shape[0], self.memory)
+        )
+
+    def resume(self, point: Point, memory: AndersonGSMemory) -> AndersonGSMemory:
+        return replace(memory, fz=point.fz, r=point.r, fresh=True)
+
+    @property
+    def patience(self) -> int:
+        return 30 if self.safeguard else 0
+
+    def restart(self, point: Point, memory: AndersonGSMemory, mask: Bool[Tensor, "B 1"]) -> AndersonGSMemory:
+        return replace(
+            memory,
+            fz=torch.where(mask, point.fz, memory.fz),
+            r=torch.where(mask, point.r, memory.r),
+            inverse=memory.inverse.masked_fill(mask, 0),
+        )
+
+    def step(self, f: Evaluator, point: Point, memory: AndersonGSMemory) -> tuple[Flat, AndersonGSMemory]:
+        if not memory.fresh:
+            memory = self._learn(point, memory)
+        elif not memory.pairs:
+            return point.fz, replace(memory, fz=point.fz, r=point.r, fresh=False)
+        c = memory.q.dot(point.r) * memory.inverse[:, : memory.q.rows].unsqueeze(1)
+        return memory.d.add(point.fz, c, -1), replace(memory, fz=point.fz, r=point.r, fresh=False)
+
+    def _learn(self, point: Point, memory: AndersonGSMemory) -> AndersonGSMemory:
+        """The memory with the newest pair."""
+        slot = memory.pairs % self.memory
+        q, d = memory.q.room(slot, point.r), memory.d.room(slot, point.r)
+        drop = torch.finfo(point.r.dtype).eps ** 0.25 if self.drop is None else self.drop
+        inverse = memory.inverse.clone()
+        inverse[:, slot] = 0
+        new, new_fz = point.r - memory.r, point.fz - memory.fz
+        size = torch.linalg.vector_norm(new, dim=1, keepdim=True)
+        dots = q.dot(new)
+        h = dots * inverse[:, : q.rows].unsqueeze(1)
+        inside = torch.bmm(h, dots.mT).squeeze(2)  # squared length in the old span
+        stale = inside >= (1 - drop**2) * size**2
+        h = h.masked_fill(stale.unsqueeze(2), 0)
+        new, new_fz = q.add(new, h, -1), d.add(new_fz, h, -1)
+        size = torch.linalg.vector_norm(new, dim=1)
+        inverse = inverse.masked_fill(stale, 0)
+        inverse[:, slot] = size.clamp_min(torch.finfo(size.dtype).tiny ** 0.5) ** -2
+        return replace(
+            memory, q=q.put(slot, new), d=d.put(slot, new_fz), inverse=inverse, pairs=memory.pairs + 1
+        )
