@@ -1,0 +1,306 @@
+"""Published checkpoints give the published networks' outputs, computed apart; nothing foreign gets through."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import published as pub
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
+
+from apps.diffusion import checkpoint, convert, layouts
+from apps.diffusion import config as c
+from apps.diffusion.data import digits
+from apps.diffusion.models import FPDM, DiT
+from apps.diffusion.trainer import Trainer
+
+HEADS = ["--heads", str(pub.HEADS)]
+
+
+def call(path, out, *options):
+    return convert.main([str(path), "--out", str(out), *options])
+
+
+def agree(ours, expected):
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def saved(tensors, folder, form):
+    """The tensors in a file, in one of the forms that people have."""
+    if form == "safetensors":
+        save_file(tensors, folder / "a.safetensors")
+        return folder / "a.safetensors"
+    wrapped = {
+        "pt": tensors,
+        "ddp": {f"module.{name}": value for name, value in tensors.items()},
+        "training": {
+            "model": {name: torch.zeros(1) for name in tensors},
+            "ema": tensors,
+            "opt": {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 1e-4}]},
+            "args": argparse.Namespace(model="DiT-XL/2", data_path="/data"),
+        },
+    }[form]
+    torch.save(wrapped, folder / "a.pt")
+    return folder / "a.pt"
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pt", "ddp", "training"])
+@pytest.mark.parametrize("learn_sigma", [True, False])
+def test_published_dit(tmp_path, form, learn_sigma):
+    weights = pub.drawn(pub.dit_shapes(learn_sigma=learn_sigma))
+    assert call(saved(weights, tmp_path, form), tmp_path / "out", *HEADS) == 0
+    model = DiT.from_pretrained(tmp_path / "out").eval()
+    config = {"input_size": [8, 8], "in_channels": 4, "patch_size": 2, "hidden_size": pub.D, "depth": 3}
+    config |= {"num_heads": 4, "mlp_ratio": 4.0, "num_classes": pub.CLASSES, "learn_sigma": learn_sigma}
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {k: v for k, v in found.items() if not k.startswith("_")} == config
+    with torch.no_grad():
+        agree(model(*pub.inputs()), pub.dit(weights, *pub.inputs()))
+
+
+@pytest.mark.parametrize("condition_on_time", [False, True])
+@pytest.mark.parametrize(("pre", "post"), [(1, 1), (3, 0), (0, 2)])
+def test_published_fpdm(tmp_path, pre, post, condition_on_time):
+    weights = pub.drawn(pub.fpdm_shapes(pre, post), seed=1)
+    options = [*HEADS, *(["--condition-on-time"] if condition_on_time else [])]
+    assert call(saved(weights, tmp_path, "training"), tmp_path / "out", *options) == 0
+    model = FPDM.from_pretrained(tmp_path / "out").eval()
+    assert (len(model.blocks_pre), len(model.blocks_post)) == (pre, post)
+    for iterations in (1, 4):
+        with torch.no_grad():
+            ours = model(*pub.inputs(), iterations=iterations)
+        agree(ours, pub.fpdm(weights, *pub.inputs(), iterations, condition_on_time))
+
+
+def test_the_two_ways_to_condition_an_fpdm_differ():
+    weights = pub.drawn(pub.fpdm_shapes(1, 1))
+    one, other = (pub.fpdm(weights, *pub.inputs(), 2, flag) for flag in (False, True))
+    assert (one - other).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("shapes", "layout"), [(pub.dit_shapes(), "dit"), (pub.fpdm_shapes(), "fpdm")])
+def test_there_and_back_is_the_same_bits(tmp_path, shapes, layout):
+    weights = pub.drawn(shapes)
+    assert call(saved(weights, tmp_path, "pt"), tmp_path / "ours", *HEADS) == 0
+    assert call(tmp_path / "ours", tmp_path / "back", "--to", layout) == 0
+    back = torch.load(tmp_path / "back" / "model.pt", weights_only=True)
+    assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_dit_through_diffusers(tmp_path):
+    weights = pub.drawn(pub.dit_shapes())
+    assert call(saved(weights, tmp_path, "pt"), tmp_path / "diffusers", "--to", "diffusers", *HEADS) == 0
+    theirs = DiTTransformer2DModel.from_pretrained(tmp_path / "diffusers").eval()
+    x, t, y = pub.inputs()
+    expected = pub.dit(weights, x, t, y)
+    with torch.no_grad():
+        as_it_loads = theirs(x, t, y).sample
+        agree(layouts.use_dit_frequencies(theirs)(x, t, y).sample, expected)
+    assert (as_it_loads - expected).abs().max() > 1e-3  # what use_dit_frequencies is for
+    # a model that diffusers itself wrote, in several files, in a pipeline's folder
+    theirs.save_pretrained(tmp_path / "pipeline" / "transformer", max_shard_size="200KB")
+    assert len(list((tmp_path / "pipeline" / "transformer").glob("*.safetensors"))) > 1
+    assert call(tmp_path / "pipeline", tmp_path / "ours") == 0  # heads: from its config
+    with torch.no_grad():
+        agree(DiT.from_pretrained(tmp_path / "ours")(x, t, y), expected)
+    assert call(tmp_path / "ours", tmp_path / "back", "--to", "dit") == 0
+    back = torch.load(tmp_path / "back" / "model.pt", weights_only=True)
+    assert all(torch.equal(back[name], weights[name]) for name in weights if name != "pos_embed")
+
+
+def test_a_bare_diffusers_file_needs_the_size(tmp_path, capsys):
+    weights = pub.drawn(pub.dit_shapes())
+    assert call(saved(weights, tmp_path, "pt"), tmp_path / "diffusers", "--to", "diffusers", *HEADS) == 0
+    file = tmp_path / "diffusers" / "diffusion_pytorch_model.safetensors"
+    assert call(file, tmp_path / "ours", *HEADS) == 2
+    assert "--input-size" in capsys.readouterr().err
+    assert call(file, tmp_path / "ours", *HEADS, "--input-size", "8", "8") == 0
+    with torch.no_grad():
+        agree(DiT.from_pretrained(tmp_path / "ours")(*pub.inputs()), pub.dit(weights, *pub.inputs()))
+
+
+def test_embedders_that_differ_between_blocks_are_refused(tmp_path, capsys):
+    assert (
+        call(saved(pub.drawn(pub.dit_shapes()), tmp_path, "pt"), tmp_path / "a", "--to", "diffusers", *HEADS)
+        == 0
+    )
+    file = tmp_path / "a" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.bias"][3] += 1
+    save_file(tensors, file)
+    assert call(tmp_path / "a", tmp_path / "b") == 2
+    assert "transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.bias differs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shapes", [pub.dit_shapes(), pub.fpdm_shapes()])
+def test_unknown_and_missing_tensors_are_all_listed(tmp_path, capsys, shapes):
+    weights = pub.drawn(shapes)
+    gone = [name for name in weights if name.endswith("attn.proj.bias")]
+    added = ["blocks.0.attn.norm.weight", "scale"] if "blocks.0.mlp.fc1.weight" in weights else ["scale"]
+    left = {name: value for name, value in weights.items() if name not in gone} | {
+        n: torch.ones(2) for n in added
+    }
+    assert call(saved(left, tmp_path, "pt"), tmp_path / "out", *HEADS) == 2
+    error = capsys.readouterr().err
+    assert all(name in error for name in [*gone, *added]) and "mlp.fc2" not in error
+    assert not (tmp_path / "out").exists() and sorted(p.name for p in tmp_path.iterdir()) == ["a.pt"]
+
+
+def _misshapen(weights):
+    weights["blocks.1.mlp.fc2.weight"] = torch.zeros(3, 3)
+
+
+def _odd_outputs(weights):
+    weights["final_layer.linear.weight"] = torch.zeros(30, pub.D)
+
+
+def _no_square(weights):
+    weights["pos_embed"] = torch.zeros(1, 12, pub.D)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda w: w.clear() or w.update(a=torch.ones(1)), HEADS, "none of the layouts"),
+        (lambda w: w.pop("pos_embed"), HEADS, "missing: pos_embed"),
+        (_misshapen, HEADS, r"blocks.1.mlp.fc2.weight (3, 3) instead of (48, 192)"),
+        (_odd_outputs, HEADS, "30 rows"),
+        (_no_square, HEADS, "--input-size"),
+        (_no_square, [*HEADS, "--input-size", "4", "4"], "does not make the 12 tokens"),
+        (lambda w: None, [], "--heads"),
+        (lambda w: None, ["--heads", "5"], "num_heads=5"),
+        (lambda w: None, [*HEADS, "--to", "fpdm"], "--to fpdm"),
+        (lambda w: None, [*HEADS, "--weights", "ema"], "--weights"),
+        (lambda w: w.update(y_embedder="text"), HEADS, "y_embedder"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, capsys, change, options, message):
+    weights = pub.drawn(pub.dit_shapes())
+    change(weights)
+    assert call(saved(weights, tmp_path, "pt"), tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("convert: ") and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_no_heads_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call(tmp_path / "a.pt", tmp_path / "out", "--heads", "0")
+    assert stopped.value.code == 2 and "--heads must be at least 1" in capsys.readouterr().err
+
+
+def test_a_latent_that_is_no_square(tmp_path):
+    weights = pub.drawn(pub.dit_shapes())
+    weights["pos_embed"] = torch.randn(1, 12, pub.D, generator=torch.Generator().manual_seed(0))
+    assert call(saved(weights, tmp_path, "pt"), tmp_path / "out", *HEADS, "--input-size", "6", "8") == 0
+    model = DiT.from_pretrained(tmp_path / "out")
+    assert model.latent == (4, 6, 8) and torch.equal(model.pos_embed, weights["pos_embed"])
+    assert call(tmp_path / "out", tmp_path / "b", "--to", "diffusers") == 2
+
+
+def test_an_fpdm_or_an_unconditional_network_does_not_fit_diffusers(tmp_path, capsys):
+    assert (
+        call(saved(pub.drawn(pub.fpdm_shapes()), tmp_path, "pt"), tmp_path / "a", "--to", "diffusers", *HEADS)
+        == 2
+    )
+    assert "fixed-point layer" in capsys.readouterr().err
+    weights = pub.drawn(pub.dit_shapes())
+    del weights["y_embedder.embedding_table.weight"]
+    assert call(saved(weights, tmp_path, "pt"), tmp_path / "b", "--to", "diffusers", *HEADS) == 2
+    assert "unconditional" in capsys.readouterr().err
+    assert call(saved(weights, tmp_path, "pt"), tmp_path / "c", *HEADS) == 0
+    assert DiT.from_pretrained(tmp_path / "c").num_classes == 0
+
+
+@pytest.mark.parametrize(("hidden", "heads"), [(384, 6), (1024, 16)])
+def test_heads_of_the_published_sizes_are_known(hidden, heads):
+    with torch.device("meta"):
+        weights = {name: torch.empty(shape) for name, shape in pub.dit_shapes(1, d=hidden).items()}
+    assert layouts.network(weights).config["num_heads"] == heads
+
+
+class Runs:
+    """Executes something where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"ema": pub.drawn(pub.dit_shapes()), "args": Runs()}, tmp_path / "a.pt")
+    assert call(tmp_path / "a.pt", tmp_path / "out", *HEADS) == 2
+    assert "executed, which is refused" in capsys.readouterr().err
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.999])
+def test_a_truncated_file_is_refused(tmp_path, capsys, name, share):
+    file = saved(pub.drawn(pub.dit_shapes()), tmp_path, name[2:])
+    os.truncate(file, int(share * file.stat().st_size))
+    assert call(file, tmp_path / "out", *HEADS) == 2
+    error = capsys.readouterr().err
+    assert name in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+    file = saved(pub.drawn(pub.dit_shapes()), tmp_path, "pt")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for out in (tmp_path / "full", file):
+        assert call(file, out, *HEADS) == 2
+        assert "nothing is overwritten" in capsys.readouterr().err
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    assert call(file, tmp_path / "empty", *HEADS) == 0
+    assert call(tmp_path / "missing.pt", tmp_path / "out") == 2
+    assert call(tmp_path / "full", tmp_path / "out") == 2
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
+    file = saved(pub.drawn(pub.dit_shapes()), tmp_path, "pt")
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    assert call(file, tmp_path / "out", *HEADS, "--to", "dit") == 1
+    assert "No space left" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("kind", ["fpdm", "dit"])
+def test_a_training_run_to_the_published_layout(tmp_path, kind):
+    run = tmp_path / "run"
+    config = c.Config(
+        model=c.Model(kind=kind, hidden=16, heads=2),
+        optimisation=c.Optimisation(images=96, batch=16),
+        out=run,
+    )
+    Trainer(config, digits("train")).run(lambda state: checkpoint.save(run, state))
+    state = checkpoint.newest(run)
+    for options, expected in (([], state.ema), (["--weights", "model"], state.model)):
+        out = tmp_path / f"out{len(options)}"
+        assert call(run, out, "--to", kind, *options) == 0
+        found = torch.load(out / "model.pt", weights_only=True)
+        assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+    assert not torch.equal(state.ema["final_layer.linear.weight"], state.model["final_layer.linear.weight"])
+    assert call(tmp_path / "out0" / "model.pt", tmp_path / "again", "--heads", "2") == 0
+
+
+def test_help_is_quick():
+    code = (
+        "import sys; from apps.diffusion import convert\n"
+        "try: convert.main(['--help'])\n"
+        "except SystemExit: print('torch' in sys.modules or 'diffusers' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip().endswith("False")
