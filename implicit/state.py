@@ -84,12 +84,15 @@ def warm(memory: Any, like: Any) -> Any:
         raise ValueError(
             f"state must be Solution.state of an earlier solve by this solver, got {_name(memory)}."
         )
-    for old, new in zip(_tensors(memory), _tensors(like), strict=True):
-        same = old.shape[:1] == new.shape[:1] and old.shape[-1:] == new.shape[-1:]
-        if not same or old.dtype != new.dtype or old.device != new.device:
-            raise ValueError(
-                "state must come from a solve with the same solver, batch size, shapes, dtype and device."
-            )
+    old, new = _tensors(memory), _tensors(like)
+    same = all(
+        (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+        for a, b in zip(old[:1], new[:1], strict=True)
+    )
+    if not same or any(t.shape[0] != new[0].shape[0] for t in old):
+        raise ValueError(
+            "state must come from a solve with the same solver, batch size, shapes, dtype and device."
+        )
     return map_tensors(lambda t: t.detach().clone(), memory)
 
 

@@ -7,7 +7,8 @@ Setting: a solver's step is z' = z + H r with H ~ (I - J)^-1. The backward pass 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from implicit.grads.approximate import attach_approximately, refuse_transforms
 from implicit.grads.base import AbstractGrad
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
 from implicit.solution import Solution
-from implicit.solvers.anderson import Anderson, AndersonMemory
+from implicit.solvers.anderson import Anderson
+from implicit.solvers.anderson_gs import AndersonGS
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.broyden import Broyden, BroydenMemory, apply
+from implicit.solvers.broyden import Broyden
+from implicit.solvers.history import Ring
 from implicit.state import Flat, Layout, State, map_tensors, norm
 
 
@@ -62,7 +65,7 @@ class SHINE(AbstractGrad):
         stop: Stop,
         loop: Loop = Loop(),
     ) -> Solution:
-        if not isinstance(solver, Anderson | Broyden):
+        if not isinstance(solver, Anderson | AndersonGS | Broyden):
             raise ValueError(
                 f"SHINE reuses the inverse that Broyden or Anderson builds up, and {solver!r} builds none: pass "
                 "solver=Broyden()."
@@ -76,7 +79,7 @@ class SHINE(AbstractGrad):
             )
             solved = iterate(f, z0, _Frozen(solver), stop, args=args, loop=keep)
         memory = solved.state.memory
-        inverse = _transposed(solver, memory)
+        inverse = partial(solver.transposed, memory)
         layout = Layout.of(solved.value, loop.batch_dims)
         phi, z = PackedMap(f, args, layout), layout.pack(solved.value)
         value = attach_approximately(phi, z, lambda act, g: self._estimate(inverse, act, g))
@@ -94,21 +97,6 @@ class SHINE(AbstractGrad):
         for _ in range(self.refine):
             u = g + act(u)
         return u
-
-
-def _transposed(solver: Anderson | Broyden, memory: Any) -> Callable[[Flat], Flat]:
-    """g -> H^T g for the H of a solver's memory."""
-    if isinstance(memory, BroydenMemory):
-        u, v = memory.u, memory.v
-        return lambda g: apply(v, u, g)
-    assert isinstance(memory, AndersonMemory) and isinstance(solver, Anderson)
-    df, dr, gram = memory.df, memory.dr, memory.gram
-
-    def of_anderson(g: Flat) -> Flat:
-        along = torch.bmm(df, g.unsqueeze(2)).squeeze(2).double()
-        return g - torch.bmm(solver._weights(gram, along, g.dtype).mT, dr).squeeze(1)
-
-    return of_anderson
 
 
 @dataclass(frozen=True)
@@ -149,15 +137,14 @@ def _wrapped(state: Any, z0: State, batch_dims: int) -> _FrozenMemory | None:
 
 
 def _restore(after: Any, before: Any, held: Tensor) -> Any:
-    """`after` with the history of the held samples as it was; a history may have grown by an empty row."""
-    old: list[Tensor] = []
-    map_tensors(lambda t: (old.append(t), t)[1], before)
-    rest = iter(old)
-
-    def put_back(t: Tensor) -> Tensor:
-        kept = next(rest)
-        if t.ndim == 3:
-            t[held, : kept.shape[1]] = kept
-        return t
-
-    return map_tensors(put_back, after)
+    """`after` with the history of the held samples as it was; the history may have grown since."""
+    if isinstance(after, Ring):
+        for new, old in zip(after.blocks, before.blocks, strict=False):
+            new[held] = old
+    elif isinstance(after, Tensor):
+        if after.ndim == 3:
+            after[held] = before
+    elif is_dataclass(after):
+        for field in fields(after):
+            _restore(getattr(after, field.name), getattr(before, field.name), held)
+    return after

@@ -37,7 +37,7 @@ class AndersonGSMemory:
     r: Flat
     q: Ring
     d: Ring
-    inverse: Float[Tensor, "B K"]
+    inverse: Float[Tensor, "B 1 K"]
     pairs: int = 0
     fresh: bool = True  # the last point is not from this solve or not apart from the next: no pair yet
 
@@ -68,10 +68,14 @@ class AndersonGS(AbstractSolver[AndersonGSMemory]):
     def init(self, point: Point) -> AndersonGSMemory:
         none = Ring(self.memory)
         return AndersonGSMemory(
-            point.fz, point.r, none, none, point.z.new_zeros(point.z.shape[0], self.memory)
+            point.fz, point.r, none, none, point.z.new_zeros(point.z.shape[0], 1, self.memory)
         )
 
     def resume(self, point: Point, memory: AndersonGSMemory) -> AndersonGSMemory:
+        if memory.q.memory != self.memory:
+            raise ValueError(
+                f"state must come from a solver with memory={self.memory}, got {memory.q.memory}."
+            )
         return replace(memory, fz=point.fz, r=point.r, fresh=True)
 
     @property
@@ -83,7 +87,7 @@ class AndersonGS(AbstractSolver[AndersonGSMemory]):
             memory,
             fz=torch.where(mask, point.fz, memory.fz),
             r=torch.where(mask, point.r, memory.r),
-            inverse=memory.inverse.masked_fill(mask, 0),
+            inverse=memory.inverse.masked_fill(mask.unsqueeze(2), 0),
         )
 
     def step(self, f: Evaluator, point: Point, memory: AndersonGSMemory) -> tuple[Flat, AndersonGSMemory]:
@@ -91,7 +95,7 @@ class AndersonGS(AbstractSolver[AndersonGSMemory]):
             memory = self._learn(point, memory)
         elif not memory.pairs:
             return point.fz, replace(memory, fz=point.fz, r=point.r, fresh=False)
-        c = memory.q.dot(point.r) * memory.inverse[:, : memory.q.rows].unsqueeze(1)
+        c = memory.q.dot(point.r) * memory.inverse[:, :, : memory.q.rows]
         return memory.d.add(point.fz, c, -1), replace(memory, fz=point.fz, r=point.r, fresh=False)
 
     def _learn(self, point: Point, memory: AndersonGSMemory) -> AndersonGSMemory:
@@ -100,18 +104,24 @@ class AndersonGS(AbstractSolver[AndersonGSMemory]):
         q, d = memory.q.room(slot, point.r), memory.d.room(slot, point.r)
         drop = torch.finfo(point.r.dtype).eps ** 0.25 if self.drop is None else self.drop
         inverse = memory.inverse.clone()
-        inverse[:, slot] = 0
+        inverse[:, :, slot] = 0
         new, new_fz = point.r - memory.r, point.fz - memory.fz
-        size = torch.linalg.vector_norm(new, dim=1, keepdim=True)
+        size = torch.linalg.vector_norm(new, dim=1).view(-1, 1, 1)
         dots = q.dot(new)
-        h = dots * inverse[:, : q.rows].unsqueeze(1)
-        inside = torch.bmm(h, dots.mT).squeeze(2)  # squared length in the old span
+        h = dots * inverse[:, :, : q.rows]
+        inside = torch.bmm(h, dots.mT)  # squared length in the old span
         stale = inside >= (1 - drop**2) * size**2
-        h = h.masked_fill(stale.unsqueeze(2), 0)
+        h = h.masked_fill(stale, 0)
         new, new_fz = q.add(new, h, -1), d.add(new_fz, h, -1)
-        size = torch.linalg.vector_norm(new, dim=1)
+        size = torch.linalg.vector_norm(new, dim=1, keepdim=True)
         inverse = inverse.masked_fill(stale, 0)
-        inverse[:, slot] = size.clamp_min(torch.finfo(size.dtype).tiny ** 0.5) ** -2
+        inverse[:, :, slot] = size.clamp_min(torch.finfo(size.dtype).tiny ** 0.5) ** -2
         return replace(
             memory, q=q.put(slot, new), d=d.put(slot, new_fz), inverse=inverse, pairs=memory.pairs + 1
         )
+
+    def transposed(self, memory: AndersonGSMemory, g: Flat) -> Flat:
+        """H^T g, with H r = r - sum_i d_i <q_i, r> / <q_i, q_i>."""
+        if not memory.pairs:
+            return g
+        return memory.q.add(g, memory.d.dot(g) * memory.inverse[:, :, : memory.q.rows], -1)

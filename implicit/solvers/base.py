@@ -81,3 +81,11 @@ class AbstractSolver(abc.ABC, Generic[S]):
         `f` is there for solvers that need evaluations beyond the one per step that the loop makes (a Jacobian-vector
         product, a trial point); those are counted too. Tensors of `point` may be kept but never written to.
         """
+
+    def transposed(self, memory: S, g: Flat) -> Flat:
+        """H^T g, for solvers whose memory holds an approximate inverse H of I - df/dz.
+
+        Raises:
+            ValueError: this solver's memory holds none.
+        """
+        raise ValueError(f"{type(self).__name__} keeps no approximate inverse: use Broyden or Anderson.")

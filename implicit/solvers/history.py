@@ -7,7 +7,7 @@ to 2k states and at most `memory`. Writing is in place when nobody differentiate
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit.state import Flat
@@ -36,6 +36,10 @@ class Ring:
         """How many rows there is room for at present."""
         return sum(block.shape[1] for block in self.blocks)
 
+    def __getitem__(self, sample: int) -> Float[Tensor, "K N"]:
+        """The rows of one sample."""
+        return torch.cat([block[sample] for block in self.blocks])
+
     def room(self, slot: int, like: Flat) -> "Ring":
         """The ring with a row number `slot`."""
         if slot < self.rows:
@@ -58,7 +62,11 @@ class Ring:
         parts = [torch.bmm(block, x.unsqueeze(2)) for block in self.blocks]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).mT
 
-    def add(self, x: Flat, c: Coefficients, sign: int) -> Flat:
+    def forget(self, mask: Bool[Tensor, "B 1"]) -> "Ring":
+        """The ring with all rows of the samples in `mask` zero."""
+        return replace(self, blocks=tuple(block.masked_fill(mask.unsqueeze(2), 0) for block in self.blocks))
+
+    def add(self, x: Flat, c: Coefficients, sign: int = 1) -> Flat:
         """x + sign sum_i c_i row_i."""
         out, start = x.unsqueeze(1), 0
         for block in self.blocks:
