@@ -53,6 +53,22 @@ class PackedMap:
             )
         return self.layout.pack(self.layout.check(out, z.shape[0]))
 
+    def push(self, z: Flat, v: Flat) -> Flat:
+        """J v at z, by forward mode or, where an operator of f has none, by two vector-Jacobian products."""
+        try:
+            return torch.func.jvp(self, (z,), (v,))[1]
+        except (NotImplementedError, RuntimeError) as error:
+            if not any(word in str(error) for word in ("orward", "setup_context")):
+                raise
+        self.calls -= 1  # the attempt above is not charged for
+        with torch.enable_grad():
+            x, w = z.detach().requires_grad_(), torch.zeros_like(v, requires_grad=True)
+            out = self(x)
+            if not out.requires_grad:
+                return torch.zeros_like(v)
+            (pulled,) = torch.autograd.grad(out, x, w, create_graph=True, allow_unused=True)
+            return torch.zeros_like(v) if pulled is None else torch.autograd.grad(pulled, w, v)[0]
+
     def at(self, z: Flat) -> Point:
         """Evaluate f at z, rounded to what the state's dtype can hold."""
         z = self.layout.round(z)

@@ -6,4 +6,5 @@ from implicit.solvers.base import AbstractSolver as AbstractSolver
 from implicit.solvers.base import Evaluator as Evaluator
 from implicit.solvers.base import Point as Point
 from implicit.solvers.broyden import Broyden as Broyden
+from implicit.solvers.newton_krylov import NewtonKrylov as NewtonKrylov
 from implicit.solvers.picard import Picard as Picard

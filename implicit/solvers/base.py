@@ -41,6 +41,10 @@ class Evaluator(Protocol):
         """f(z)."""
         ...
 
+    def push(self, z: Flat, v: Flat) -> Flat:
+        """J v, J = df/dz at z; counts as one evaluation."""
+        ...
+
     @property
     def left(self) -> int:
         """How many more evaluations the budget allows."""
