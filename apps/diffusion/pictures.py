@@ -88,7 +88,7 @@ def loss_curve(history: Sequence[tuple[int, float]], path: Path, title: str) -> 
     images, losses = (np.array(column, dtype=float) for column in zip(*history, strict=True))
     axes.plot(images, losses, color="tab:blue", alpha=0.35, linewidth=1, marker=".", label="mean of 25 steps")
     width = max(1, len(losses) // 20)
-    if len(losses) > 2 * width:
+    if width > 1:
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
         axes.plot(images[width - 1 :], smooth, color="tab:blue", linewidth=2, label=f"mean of {25 * width}")
     axes.set(xlabel="images seen", ylabel="mean squared error", yscale="log", title=title)
