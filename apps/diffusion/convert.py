@@ -15,12 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -277,6 +272,7 @@ def write(model: DiT | FPDM, request: Request) -> str:
     import torch
 
     from . import build, layouts
+    from .atomic import folder_at_once
 
     layout = {"DiT": "dit", "FPDM": "fpdm"}[type(model).__name__]
     if request.to in ("dit", "fpdm") and request.to != layout:
@@ -308,21 +304,6 @@ def _provenance(request: Request) -> dict[str, Any]:
         with path.open("rb") as file:
             source["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     return source
-
-
-@contextmanager
-def folder_at_once(out: Path) -> Iterator[Path]:
-    """A folder to write into; it gets the name `out` when the block ends well, and vanishes otherwise."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp makes folders for the owner alone
-        check_out(out)
-        os.replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class Stream(enum.IntEnum):
     SOLVE = 3  # how many iterations the estimator runs
     SAMPLE = 4  # one generated image
     CLASSIFIER = 5  # the classifier that scores
+    VIEW = 6  # how an epoch shows an image: mirrored or not, which latent of its distribution
 
 
 def generator(seed: int, stream: Stream, position: int = 0) -> torch.Generator:

@@ -1,0 +1,292 @@
+"""Images to latents: the VAE's own numbers, on any number of processes, through interruptions and bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import picture_files as pf
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from apps.diffusion import encode, vae
+from apps.diffusion.data import crop
+from apps.diffusion.data.latents import Latents, sha256
+
+SMALL = ["--size", "16", "--batch", "3", "--shard-size", "4", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    pf.tiny_vae().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    pf.tree(tmp_path / "images")
+    return tmp_path / "images"
+
+
+def call(images, vae_folder, out, *options):
+    return encode.main([str(images), "--vae", str(vae_folder), "--out", str(out), *SMALL, *options])
+
+
+def contents(out):
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
+def test_mean_and_deviation_of_both_sides_are_the_vaes(images, vae_folder, tmp_path):
+    assert call(images, vae_folder, tmp_path / "out") == 0
+    latents, model = Latents(tmp_path / "out"), pf.tiny_vae()
+    assert (len(latents), latents.num_classes, latents.shape) == (15, 3, (4, 4, 4))
+    assert latents.y.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and latents.classes == ("cat", "dog", "owl")
+    files = sorted(p.relative_to(images) for p in images.rglob("*.*"))
+    for i in (0, 7, 14):
+        pixels = torch.from_numpy(crop.read(images / files[i], 16, 1).copy()).float() / 127.5 - 1
+        for side, x in enumerate((pixels, pixels.flip(2))):
+            with torch.no_grad():
+                mean, logvar = model.quant_conv(model.encoder(x[None])).chunk(2, dim=1)
+            mean_found, std_found = (moment[side] for moment in latents.moments(i))
+            torch.testing.assert_close(mean_found, mean[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(std_found, (0.5 * logvar[0]).exp(), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(*latents.moments(0)[0])
+
+
+def test_the_index_says_where_the_latents_come_from(images, vae_folder, tmp_path):
+    bad = pf.damage(images)
+    assert call(images, vae_folder, tmp_path / "out") == 0
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["images"] == 15 and index["source"]["listed"] == 19 and index["class_counts"] == [5, 5, 5]
+    assert {entry["file"] for entry in index["skipped"]} == bad
+    assert (index["scaling_factor"], index["shift_factor"]) == (0.5, 0.25)
+    assert index["vae"]["name"] == str(vae_folder) and index["vae"] == {
+        "name": str(vae_folder),
+        **vae.digests(pf.tiny_vae()),
+    }
+    assert vae.digests(pf.tiny_vae(1))["weights_sha256"] != index["vae"]["weights_sha256"]
+    assert index["preprocessing"] == {"size": 16, "crop": "centre", "least_side": 4, "range": [-1, 1]}
+    assert [shard["images"] for shard in index["shards"]] == [4, 3, 3, 3, 2]
+    for shard in index["shards"]:
+        assert sha256(tmp_path / "out" / shard["file"]) == shard["sha256"]
+        assert (tmp_path / "out" / shard["file"]).stat().st_size == shard["bytes"]
+    Latents(tmp_path / "out").verify()
+
+
+def test_bad_files_are_named_as_they_come_and_at_the_end(images, vae_folder, tmp_path, capsys):
+    bad = pf.damage(images)
+    assert call(images, vae_folder, tmp_path / "out") == 0
+    out, err = capsys.readouterr()
+    assert "4 of 19 images were skipped" in out
+    assert all(name in out and f"skipped {name}" in err for name in bad)
+
+
+def test_a_shard_of_bad_files_alone(images, vae_folder, tmp_path):
+    for i in range(8):
+        (images / "cat" / f"a{i}.png").write_text("no picture")
+    assert call(images, vae_folder, tmp_path / "out") == 0
+    latents = Latents(tmp_path / "out")
+    assert len(latents) == 15 and 0 in [shard["images"] for shard in latents.index["shards"]]
+    assert latents.draw(range(15), [0] * 15, 0)[0].shape == (15, 4, 4, 4)
+    assert torch.bincount(latents.y).tolist() == [5, 5, 5]
+
+
+def test_an_interrupted_run_goes_on(images, vae_folder, tmp_path, monkeypatch, capsys):
+    assert call(images, vae_folder, tmp_path / "whole") == 0
+    write, written = encode.write_shard, []
+
+    def interrupted(work, k, *rest):
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(k)
+        write(work, k, *rest)
+
+    monkeypatch.setattr(encode, "write_shard", interrupted)
+    assert call(images, vae_folder, tmp_path / "out") == 1
+    assert "No space left" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="not finished"):
+        Latents(tmp_path / "out")
+    monkeypatch.undo()
+    first = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in contents(tmp_path / "out")}
+    pf.truncate(tmp_path / "out" / "shards" / "00001.safetensors")  # as by a crash of the machine
+    assert call(images, vae_folder, tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    kept = tmp_path / "out" / "shards" / "00000.safetensors"
+    assert kept.stat().st_mtime_ns == first["shards/00000.safetensors"]
+
+
+def test_a_failed_write_leaves_no_half_file(images, vae_folder, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def half(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", half)
+    assert call(images, vae_folder, tmp_path / "out") == 1
+    assert set(contents(tmp_path / "out")) == {"settings.json"}
+
+
+def test_several_processes_share_the_work_and_write_the_same(images, vae_folder, tmp_path):
+    assert call(images, vae_folder, tmp_path / "whole") == 0
+    command = [sys.executable, "-m", "apps.diffusion.encode", str(images), "--vae", str(vae_folder)]
+    command += ["--out", str(tmp_path / "shared"), *SMALL]
+    environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert contents(tmp_path / "shared") == contents(tmp_path / "whole")
+
+
+def test_a_process_takes_its_own_shards_only(images, vae_folder, tmp_path, capsys):
+    def names():
+        return sorted(p.name for p in (tmp_path / "out" / "shards").glob("*.safetensors"))
+
+    assert call(images, vae_folder, tmp_path / "out", "--rank", "1", "--world", "3") == 0
+    assert names() == ["00001.safetensors"] and "1 of 4 shards" in capsys.readouterr().out
+    assert call(images, vae_folder, tmp_path / "out", "--rank", "0", "--world", "3") == 0
+    assert names() == ["00000.safetensors", "00001.safetensors", "00003.safetensors"]
+    assert not (tmp_path / "out" / "index.json").exists()
+    assert call(images, vae_folder, tmp_path / "out", "--rank", "2", "--world", "3") == 0
+    assert len(Latents(tmp_path / "out")) == 15
+    assert call(images, vae_folder, tmp_path / "out", "--rank", "3", "--world", "3") == 2
+
+
+def test_half_precision_and_images_of_no_class(vae_folder, tmp_path):
+    for i in range(5):
+        pf.save(tmp_path / "images" / f"{i}.png", pf.picture(i))
+    assert call(tmp_path / "images", vae_folder, tmp_path / "full") == 0
+    assert call(tmp_path / "images", vae_folder, tmp_path / "half", "--dtype", "float16") == 0
+    full, half = Latents(tmp_path / "full"), Latents(tmp_path / "half")
+    assert (full.num_classes, len(full)) == (0, 5)
+    assert load_file(tmp_path / "half" / "shards" / "00000.safetensors")["mean"].dtype == torch.float16
+    torch.testing.assert_close(half[range(5)][0], full[range(5)][0], rtol=2e-3, atol=2e-3)
+    assert half.draw([0], [0], 0)[0].dtype == torch.float32
+
+
+def test_latents_made_otherwise_are_not_mixed(images, vae_folder, tmp_path, capsys):
+    assert call(images, vae_folder, tmp_path / "out") == 0
+    before = contents(tmp_path / "out")
+    other = tmp_path / "other-vae"
+    pf.tiny_vae(1).save_pretrained(other)
+    for vae_used, options, what in (
+        (other, [], "vae was"),
+        (vae_folder, ["--size", "32"], "preprocessing was"),
+        (vae_folder, ["--shard-size", "5"], "stored was"),
+    ):
+        assert call(images, vae_used, tmp_path / "out", *options) == 2
+        assert what in capsys.readouterr().err
+    pf.save(images / "cat" / "new.png", pf.picture(77))
+    assert call(images, vae_folder, tmp_path / "out") == 2
+    assert "images was" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+
+
+def _no_weights(folder):
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def _lost_tensors(folder):
+    from safetensors.torch import save_file
+
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "conv_in" not in k},
+        folder / "diffusion_pytorch_model.safetensors",
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _no_weights,
+        _lost_tensors,
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: pf.truncate(folder / "diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_an_unreadable_vae_is_refused(images, tmp_path, capsys, change):
+    pf.tiny_vae().save_pretrained(tmp_path / "vae")
+    change(tmp_path / "vae")
+    capsys.readouterr()
+    assert call(images, tmp_path / "vae", tmp_path / "out") == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("encode: ")]
+    assert len(error) == 1 and "The VAE" in error[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_is_refused(images, vae_folder, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("mine")
+    for folder, out, options, message in (
+        (tmp_path / "missing", "a", [], "no folder"),
+        (tmp_path / "other", "a", [], "no images"),
+        (images, "other", [], "something else"),
+        (images, "other/mine.txt", [], "is a file"),
+        (images, "a", ["--size", "18"], "multiples of 4"),
+        (images, "a", ["--rank", "-1"], "does not exist"),
+    ):
+        assert call(folder, vae_folder, tmp_path / out, *options) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "a").exists() and len(contents(tmp_path / "other")) == 1
+    with pytest.raises(SystemExit) as stopped:
+        call(images, vae_folder, tmp_path / "a", "--batch", "0")
+    assert stopped.value.code == 2
+
+
+def test_a_vae_in_the_folder_of_a_pipeline(images, tmp_path):
+    pf.tiny_vae().save_pretrained(tmp_path / "pipeline" / "vae")
+    assert call(images, tmp_path / "pipeline", tmp_path / "out") == 0
+    assert Latents(tmp_path / "out").index["vae"]["name"].endswith("pipeline/vae")
+
+
+def test_only_bad_files(vae_folder, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_text("no picture")
+    assert call(tmp_path / "images", vae_folder, tmp_path / "out") == 2
+    assert "None of the 1 images" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_decoding_inverts_the_scaling():
+    model = pf.tiny_vae()
+    z = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.decode(z / 0.5 + 0.25).sample
+    torch.testing.assert_close(vae.decode(model, z), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(vae.decode(model, z)[1:2], vae.decode(model, z[1:2]))
+    assert vae.constants(model) == (0.5, 0.25)
+
+
+def test_help_is_quick():
+    code = (
+        "import sys; from apps.diffusion import encode\n"
+        "try: encode.main(['--help'])\n"
+        "except SystemExit: print('torch' in sys.modules or 'diffusers' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip().endswith("False")
+
+
+def test_pixels_reach_the_vae_between_minus_one_and_one(images, vae_folder, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(model, x):
+        seen.append(x)
+        return torch.zeros(len(x), 2, 4, 4, 4), torch.ones(len(x), 2, 4, 4, 4)
+
+    monkeypatch.setattr(vae, "moments", spy)
+    assert call(images, vae_folder, tmp_path / "out") == 0
+    x = torch.cat(seen)
+    assert -1 <= x.min() < -0.5 and 0.5 < x.max() <= 1 and max(len(part) for part in seen) == 3
+    assert np.allclose((x + 1) * 127.5, ((x + 1) * 127.5).round(), atol=1e-3)

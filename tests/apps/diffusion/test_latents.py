@@ -1,0 +1,126 @@
+"""Latents on the disk: drawn afresh by (seed, epoch, index), with the stored moments."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from apps.diffusion.data.latents import Latents, sha256
+
+SHAPE = (2, 3, 5)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Seven images in two shards, with known moments."""
+    source = torch.Generator().manual_seed(0)
+    mean = torch.randn(7, 2, *SHAPE, generator=source)
+    std = 0.1 + torch.rand(7, 2, *SHAPE, generator=source)
+    label = torch.tensor([0, 0, 1, 1, 1, 2, 2])
+    (tmp_path / "shards").mkdir()
+    shards = []
+    for k, rows in enumerate((slice(0, 4), slice(4, 7))):
+        path = tmp_path / "shards" / f"{k:05d}.safetensors"
+        save_file({"mean": mean[rows].clone(), "std": std[rows].clone(), "label": label[rows].clone()}, path)
+        images = rows.stop - rows.start
+        entry = {
+            "file": f"shards/{path.name}",
+            "images": images,
+            "bytes": path.stat().st_size,
+            "sha256": sha256(path),
+        }
+        shards.append(entry)
+    index = {"format": 1, "images": 7, "shape": SHAPE, "classes": ["a", "b", "c"], "scaling_factor": 0.5}
+    index |= {"shift_factor": 0.2, "shards": shards}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    return tmp_path, mean, std, label
+
+
+def test_means_and_labels_by_index(folder):
+    root, mean, _, label = folder
+    latents = Latents(root)
+    x, y = latents[[6, 0, 3, 4]]
+    assert torch.equal(x, 0.5 * (mean[[6, 0, 3, 4], 0] - 0.2)) and torch.equal(y, label[[6, 0, 3, 4]])
+    assert (len(latents), latents.num_classes, latents.shape, latents.classes) == (
+        7,
+        3,
+        SHAPE,
+        ("a", "b", "c"),
+    )
+    for i in (-1, 7):
+        with pytest.raises(IndexError, match=f"no number {i}"):
+            latents.moments(i)
+
+
+def test_draws_have_the_stored_moments(folder):
+    root, mean, std, label = folder
+    latents, n = Latents(root), 4000
+    x, y = latents.draw([4] * n, range(n), seed=1)
+    assert torch.equal(y, label[[4] * n])
+    z = x / 0.5 + 0.2
+    # which side a draw is of shows in its distance, in standard deviations, from either mean
+    distance = (((z[:, None] - mean[4]) / std[4]) ** 2).flatten(2).mean(2) + 2 * std[4].log().flatten(1).mean(
+        1
+    )
+    side = distance.argmin(1)
+    assert side.float().mean() == pytest.approx(0.5, abs=0.04)
+    for k in range(2):
+        own = z[side == k]
+        error = (own.mean(0) - mean[4, k]) / std[4, k]
+        assert error.abs().max() < 5 / len(own) ** 0.5
+        assert (own.std(0) / std[4, k] - 1).abs().max() < 5 / (2 * len(own)) ** 0.5
+
+
+def test_a_draw_depends_on_seed_epoch_and_index_alone(folder):
+    latents, again = Latents(folder[0]), Latents(folder[0])
+    x, _ = latents.draw([0, 3, 6, 3], [0, 0, 0, 1], seed=5)
+    assert torch.equal(again.draw([6], [0], seed=5)[0][0], x[2])
+    assert torch.equal(again.draw([3, 3], [1, 0], seed=5)[0], x[[3, 1]])
+    assert not torch.equal(x[1], x[3]) and not torch.equal(again.draw([0], [0], seed=6)[0][0], x[0])
+    # image 0 of epoch 1 is not image 7 of epoch 0, nor anybody else
+    flat = latents.draw([i for _ in range(5) for i in range(7)], [e for e in range(5) for _ in range(7)], 0)[
+        0
+    ]
+    assert len({tuple(row.flatten().tolist()) for row in flat}) == 35
+
+
+def test_without_noise_or_mirror(folder):
+    root, mean, _, _ = folder
+    plain = Latents(root, mirror=False, sample=False)
+    assert torch.equal(plain.draw([2, 5], [0, 9], 0)[0], 0.5 * (mean[[2, 5], 0] - 0.2))
+    sides = Latents(root, sample=False).draw([2] * 20, range(20), 0)[0]
+    scaled = 0.5 * (mean[2] - 0.2)
+    which = [int(torch.equal(row, scaled[1])) for row in sides]
+    assert (
+        all(torch.equal(row, scaled[k]) for row, k in zip(sides, which, strict=True)) and 0 < sum(which) < 20
+    )
+
+
+def test_a_damaged_shard_is_named(folder):
+    root = folder[0]
+    shard = root / "shards" / "00001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"00001\.safetensors is damaged"):
+        Latents(root).verify()
+    shard.write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match=r"00001.safetensors cannot be read .* instead of"):
+        Latents(root)
+    shard.unlink()
+    with pytest.raises(ValueError, match="encode again"):
+        Latents(root)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "not the index"), ("[]", "not the index"), ('{"format": 9}', "9")]
+)
+def test_a_foreign_index_is_refused(tmp_path, text, message):
+    (tmp_path / "index.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Latents(tmp_path)
+
+
+def test_a_folder_without_latents_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no latents"):
+        Latents(tmp_path)
