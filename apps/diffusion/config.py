@@ -290,6 +290,8 @@ class Config:
     """All randomness of the run."""
     max_time: float | None = None
     """Seconds after which training ends, however many images it has seen."""
+    threads: int | None = None
+    """Threads per process on a CPU; left out, PyTorch's choice. One is fastest for networks as small as the digits'."""
     checkpoint_every: int = 32_000
     """Images between two checkpoints."""
     keep: int = 1
@@ -299,7 +301,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "seed")
-        _at_least(self, 1, "checkpoint_every", "keep")
+        _at_least(self, 1, "checkpoint_every", "keep", "threads")
         if self.schedule.zero_snr and self.sampling.spacing == "leading":
             raise ValueError(
                 "Sampling.spacing = leading never visits the last timestep, where Schedule.zero_snr makes "

@@ -66,8 +66,6 @@ class Request:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code: 0, or 2 for bad input."""
-    # where other programs want the cores too, threads that spin while they wait make torch several times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         run(tyro.cli(Request, args=argv, prog="python -m apps.diffusion.sample"))
     except ValueError as error:
@@ -90,6 +88,8 @@ def run(request: Request) -> None:
     from . import build
     from .checkpoint import newest
 
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     state = newest(request.run)
     model = build.rebuild(state.network)
     model.load_state_dict(state.ema)

@@ -27,13 +27,11 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 # what may differ between a run and its continuation: how long, and what is done with the result
-_EXTENDABLE = ("max_time", "checkpoint_every", "keep", "sampling")
+_EXTENDABLE = ("max_time", "threads", "checkpoint_every", "keep", "sampling")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code: 0, 2 for bad input, 128 + the signal that stopped it."""
-    # where other programs want the cores too, threads that spin while they wait make torch several times slower
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         config, resume = parse(argv)
@@ -131,10 +129,14 @@ def prepare_folder(config: Config, resume: bool) -> Checkpoint | None:
 def run(config: Config, start: Checkpoint | None) -> int:
     """Train, sample, score, draw; returns the exit code."""
     began = time.monotonic()
+    import torch
+
     from . import build, checkpoint
     from .report import finish
     from .trainer import Diverged, Trainer
 
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     images, held_out = build.images(config.data)
     trainer = Trainer(config, images, start)
     main_process = trainer.accelerator.is_main_process

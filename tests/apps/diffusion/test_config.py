@@ -75,7 +75,7 @@ def test_the_command_line_is_the_tree():
     config, _ = parse("--model.kind dit --seed 3 grad:ift solver:anderson --solver.memory 2".split())
     expected = dataclasses.replace(
         PRESETS["digits"](),
-        model=c.Model(kind="dit"),
+        model=dataclasses.replace(PRESETS["digits"]().model, kind="dit"),
         seed=3,
         grad=c.IFT(),
         solver=c.Anderson(memory=2),
