@@ -90,7 +90,13 @@ def loss_curve(history: Sequence[tuple[int, float]], path: Path, title: str) -> 
     width = max(1, len(losses) // 20)
     if width > 1:
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-        axes.plot(images[width - 1 :], smooth, color="tab:blue", linewidth=2, label=f"mean of {25 * width}")
+        axes.plot(
+            images[(width - 1) // 2 :][: len(smooth)],
+            smooth,
+            color="tab:blue",
+            linewidth=2,
+            label=f"mean of {25 * width}",
+        )
     axes.set(xlabel="images seen", ylabel="mean squared error", yscale="log", title=title)
     for side in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         side("{x:g}")
