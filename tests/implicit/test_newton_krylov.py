@@ -1,0 +1,71 @@
+"""Newton-Krylov against dense Newton steps, and its count of evaluations."""
+
+import pytest
+import torch
+
+from implicit import Loop, NewtonKrylov, Result, Stop, iterate
+from implicit.testing import jacobian, problem
+
+F64 = torch.float64
+
+
+def test_every_step_is_newtons():
+    p, seen = problem("adaLN block"), []
+    stop = Stop(rtol=1e-9, atol=0, max_evals=300)
+    loop = Loop(callback=lambda calls, residual: seen.append(residual))
+    with torch.no_grad():
+        iterate(p, p.z0, NewtonKrylov(128, 1e-12), stop, args=p.args, loop=loop)
+    z = p.z0
+    for got in seen[:2]:
+        r = p.map(z, *p.args) - z
+        torch.testing.assert_close(got, r.norm(dim=1), rtol=1e-6, atol=1e-9)
+        z = z + torch.linalg.solve(torch.eye(z.shape[1], dtype=F64) - jacobian(p.map, z, p.args), r)
+    assert len(seen) >= 2
+
+
+def test_on_a_linear_map_one_step_is_enough():
+    p = problem("linear 0.9")
+    with torch.no_grad():
+        found = iterate(p, p.z0, NewtonKrylov(60, 1e-11), Stop(rtol=1e-9, atol=0, max_evals=60), args=p.args)
+    assert found.converged.all() and int(found.evals.max()) == p.calls <= 50
+    torch.testing.assert_close(found.value, p.solution, rtol=1e-7, atol=1e-7)
+
+
+class _Tanh(torch.autograd.Function):
+    """An operator without a forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (x,) = ctx.saved_tensors
+        return grads[0] * (1 - x.tanh() ** 2)
+
+
+def test_without_a_forward_mode_the_products_are_the_same():
+    w = 0.6 * torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=F64))[0]
+    stop = Stop(rtol=1e-10, atol=0, max_evals=80)
+    one, two = (
+        iterate(lambda z, t=t: t(z @ w) + 1, torch.zeros(2, 6, dtype=F64), NewtonKrylov(), stop)
+        for t in (torch.tanh, _Tanh.apply)
+    )
+    assert one.converged.all() and torch.equal(one.evals, two.evals)
+    torch.testing.assert_close(one.value, two.value, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 7])
+def test_products_stay_within_the_budget(budget):
+    p = problem("repelling")
+    with torch.no_grad():
+        found = iterate(p, p.z0, NewtonKrylov(), Stop(rtol=1e-10, max_evals=budget), args=p.args)
+    assert (found.evals <= budget).all() and (found.result == Result.MAX_EVALS).all()
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="inner"):
+        NewtonKrylov(0)
+    with pytest.raises(ValueError, match="forcing"):
+        NewtonKrylov(forcing=1.0)
