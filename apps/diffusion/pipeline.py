@@ -1,0 +1,323 @@
+"""A trained FPDM or DiT as a diffusers pipeline.
+
+    pipe = FixedPointPipeline.from_pretrained(RUN)          # a training run, or what save_pretrained wrote
+    pipe(class_labels=[3, 5], num_inference_steps=20, iterations=10, reuse=True, generator=0).images
+    pipe.save_pretrained(DIR)                               # model, scheduler and VAE, all in DIR
+
+It samples by sampler.py, as the sample command does: with the seed s as `generator`, image i of a call is
+image i of `python -m apps.diffusion.sample RUN --seed s` for the same class and choices.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.outputs import BaseOutput
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from implicit import AbstractSolver, Stop
+
+from . import build, checkpoint, schedule
+from .config import Config
+from .guidance import Guidance
+from .models.dit import DiT
+from .models.fpdm import FPDM
+from .pictures import to_pil
+from .reuse import Reuse
+from .sampler import CHUNK, Effort, Solve, sample
+from .vae import decode, open_vae
+
+Output = Literal["pil", "np", "pt", "latent"]
+_CLASSES = {"DiT": DiT, "FPDM": FPDM}
+
+
+@dataclass
+class FixedPointOutput(BaseOutput):
+    """What a call gives.
+
+    Attributes:
+        images: a list of pictures ("pil"), an array (n, H, W, C) ("np") or a tensor (n, C, H, W) ("pt") in
+            [0, 1], or what the network made, (n, C, h, w), unscaled and not clipped ("latent").
+        effort: what sampling cost (see sampler.py).
+        seed: as `generator`, it gives the same images again.
+    """
+
+    images: Any
+    effort: Effort
+    seed: int
+
+
+class FixedPointPipeline(DiffusionPipeline):
+    """An FPDM, or the DiT baseline, with its scheduler and, for latents, its VAE.
+
+    Args:
+        model: the network, in evaluation mode.
+        scheduler: from `schedule.make_scheduler`; its timestep_spacing says which timesteps are visited.
+        vae: decodes latents; None for a network of pixels.
+        steps: timesteps of a call that does not say how many.
+        iterations: of the fixed-point layer at each of them, likewise; None is the model's own count.
+    """
+
+    model_cpu_offload_seq = "model->vae"
+    _optional_components = ["vae"]  # noqa: RUF012 - as diffusers declares it
+
+    def __init__(
+        self,
+        model: DiT | FPDM,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        steps: int = 20,
+        iterations: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(model=model.eval(), scheduler=scheduler, vae=vae)
+        self.register_to_config(steps=steps, iterations=iterations)
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        source: str | Path,
+        *,
+        vae: AutoencoderKL | str | Path | None = None,
+        scheduler: SchedulerMixin | None = None,
+        torch_dtype: torch.dtype | None = None,
+    ) -> FixedPointPipeline:
+        """The pipeline in a folder that `save_pretrained` wrote, or of a training run (see `from_run`).
+
+        Args:
+            source: the folder.
+            vae: instead of the folder's own: a model, a folder, or a name on the hub.
+            scheduler: instead of the folder's own.
+            torch_dtype: of the network's weights; None leaves them as they are.
+
+        Raises:
+            ValueError: neither a pipeline nor a run, or one that cannot be read.
+        """
+        folder = Path(source)
+        decoder = open_vae(vae)[0] if isinstance(vae, str | Path) else vae
+        if (folder / "checkpoints").is_dir():
+            pipe = cls.from_run(folder, vae=decoder)
+            pipe.model.to(torch_dtype or pipe.model.dtype)
+            return pipe if scheduler is None else cls(pipe.model, scheduler, decoder, **pipe.defaults)
+        try:
+            index = json.loads((folder / "model_index.json").read_text())
+            network, noise = _CLASSES[index["model"][1]], getattr(diffusers, index["scheduler"][1])
+            defaults = {name: index[name] for name in ("steps", "iterations")}
+            has_vae = bool(index["vae"][0])
+        except FileNotFoundError:
+            raise ValueError(
+                f"{folder} holds neither a pipeline (model_index.json) nor a training run (checkpoints); give a folder "
+                "that FixedPointPipeline.save_pretrained or python -m apps.diffusion.train wrote."
+            ) from None
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{folder / 'model_index.json'} is not that of a FixedPointPipeline ({error!r})."
+            ) from None
+        try:
+            model = network.from_pretrained(folder / "model", torch_dtype=torch_dtype)
+            scheduler = scheduler or noise.from_pretrained(folder / "scheduler")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"The pipeline in {folder} cannot be read ({error}); save it again.") from None
+        if decoder is None and has_vae:
+            decoder, _ = open_vae(folder / "vae")
+        return cls(model, scheduler, decoder, **defaults)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What a call does that does not say otherwise: `steps` and `iterations`."""
+        return {name: self.config[name] for name in ("steps", "iterations")}
+
+    @classmethod
+    def from_run(
+        cls,
+        run: Path,
+        *,
+        vae: AutoencoderKL | str | Path | None = None,
+        weights: Literal["ema", "model"] = "ema",
+        sampler: schedule.Kind | None = None,
+    ) -> FixedPointPipeline:
+        """The pipeline of a training run's newest checkpoint.
+
+        Args:
+            run: the run's folder.
+            vae: decodes latents: a model, a folder, or a name on the hub.
+            weights: the averaged weights, or the last ones.
+            sampler: how sampling steps; None is the run's own way.
+
+        Raises:
+            ValueError: no run in the folder, or one that cannot be read.
+        """
+        run = Path(run)
+        if not (run / "config.json").is_file():
+            raise ValueError(f"{run} holds no run (it has no config.json); give the folder of one.")
+        config = Config.from_json((run / "config.json").read_text())
+        state = checkpoint.newest(run)
+        model = build.rebuild(state.network)
+        model.load_state_dict(state.ema if weights == "ema" else state.model)
+        scheduler: Any = build.scheduler(config, sampler or config.sampling.sampler)  # pyright: ignore
+        decoder = open_vae(vae)[0] if isinstance(vae, str | Path) else vae
+        iterations = config.sampling.iterations if isinstance(model, FPDM) else None
+        return cls(model, scheduler, decoder, config.sampling.steps, iterations)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Writes model, scheduler and VAE with safetensors; `options` are those of diffusers."""
+        super().save_pretrained(str(save_directory), **{"safe_serialization": True, **options})
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | None = None,
+        *,
+        num_images: int | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | int | None = None,
+        guidance_scale: float = 1.0,
+        guidance_channels: int | None = None,
+        iterations: int | Sequence[int] | None = None,
+        stop: Stop | Sequence[Stop] | None = None,
+        solver: AbstractSolver[Any] | None = None,
+        reuse: bool | Reuse = False,
+        timesteps: Sequence[int] | None = None,
+        eta: float = 0.0,
+        chunk: int = CHUNK,
+        output_type: Output = "pil",
+        return_dict: bool = True,
+    ) -> FixedPointOutput | tuple[Any]:
+        """Images.
+
+        Args:
+            class_labels: the class of each image, or one for all; None for an unconditional network.
+            num_images: how many; None: one for each label.
+            num_inference_steps: how many timesteps; None is the pipeline's own number.
+            generator: a seed, or a torch generator, which then advances; None is a fresh seed.
+            guidance_scale: of classifier-free guidance; 1 is none.
+            guidance_channels: guide the first so many channels; None is all.
+            iterations: of the fixed-point layer, at every timestep or one number for each; FPDM only.
+            stop: a tolerance instead, for all or for each timestep; FPDM only.
+            solver: how the next iterate is made; FPDM only.
+            reuse: start from the previous timestep's solution, or as the rule says; FPDM only.
+            timesteps: the array to walk, falling, instead of the scheduler's spacing.
+            eta: DDIM's share of fresh noise.
+            chunk: images computed at a time. A single image costs as much as a chunk, so take 1 for one alone;
+                another chunk changes the last bits.
+            output_type: "pil", "np", "pt" or "latent"; see FixedPointOutput.
+            return_dict: False gives (images,).
+
+        Raises:
+            ValueError: labels that do not fit, guidance of an unconditional network, impossible timesteps,
+                options of a fixed point for a DiT, several generators.
+        """
+        model: DiT | FPDM = self.model
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} is unknown; choose pil, np, pt or latent.")
+        self._check_solve(iterations=iterations, stop=stop, solver=solver, reuse=reuse or None)
+        labels = _labels(class_labels, num_images, model.num_classes)
+        walk = timesteps or self._timesteps(num_inference_steps or self.config["steps"])
+        if iterations is None and stop is None and isinstance(model, FPDM):
+            iterations = self.config["iterations"]
+        start = (Reuse() if reuse else None) if isinstance(reuse, bool) else reuse
+        seed = _seed(generator)
+        total = len(labels) if labels is not None else num_images or 1
+        with self.progress_bar(total=len(walk) * -(-total // chunk)) as bar:
+
+            def progress(done: int, of: int) -> None:
+                bar.update(done - bar.n)
+
+            result = sample(
+                model,
+                range(total),
+                labels,
+                seed=seed,
+                scheduler=self.scheduler,
+                timesteps=walk,
+                eta=eta,
+                guidance=Guidance(scale=guidance_scale, channels=guidance_channels),
+                solve=Solve(iterations=iterations, stop=stop, solver=solver, reuse=start),
+                device=self._execution_device,
+                chunk=chunk,
+                progress=progress,
+            )
+        self.maybe_free_model_hooks()
+        images = self._images(result.samples, output_type)
+        return FixedPointOutput(images=images, effort=result.effort, seed=seed) if return_dict else (images,)
+
+    def _timesteps(self, steps: int) -> tuple[int, ...]:
+        config = self.scheduler.config
+        return schedule.timesteps(steps, config["timestep_spacing"], config["num_train_timesteps"])
+
+    def _check_solve(self, **given: Any) -> None:
+        named = [name for name, value in given.items() if value is not None]
+        if named and not isinstance(self.model, FPDM):
+            raise ValueError(
+                f"{', '.join(named)}: a DiT has no fixed point to solve; leave it out, or load an FPDM."
+            )
+
+    def _images(self, x: Tensor, output_type: Output) -> Any:
+        if output_type == "latent":
+            return x
+        if self.vae is not None:
+            x = decode(self.vae, x)
+        if x.shape[1] not in (1, 3):
+            raise ValueError(
+                f"The network makes latents of {x.shape[1]} channels, and the pipeline has no VAE to decode them; give "
+                'it one (vae=...), or ask for output_type="latent".'
+            )
+        if output_type == "pil":
+            pictures: list[Image.Image] = [to_pil(image) for image in x]
+            return pictures
+        x = (x.clamp(-1, 1) + 1) / 2
+        return x if output_type == "pt" else np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy())
+
+
+def _labels(given: int | Sequence[int] | None, count: int | None, num_classes: int) -> list[int] | None:
+    """The class of each image.
+
+    Raises:
+        ValueError: they do not fit the network or each other.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"num_images={count} asks for nothing; give at least 1.")
+    if num_classes == 0:
+        if given is not None:
+            raise ValueError("This network knows no classes; leave out class_labels, and say num_images.")
+        return None
+    if given is None:
+        raise ValueError(
+            f"This network wants a class for each image: give class_labels from 0 to {num_classes - 1}."
+        )
+    labels = [given] * (count or 1) if isinstance(given, int) else [int(y) for y in given]
+    if count is not None and len(labels) != count:
+        raise ValueError(f"There are {len(labels)} class_labels for num_images={count}; give one for each.")
+    wrong = [y for y in labels if not 0 <= y <= num_classes]
+    if wrong or not labels:
+        raise ValueError(
+            f"class_labels={labels} must name classes from 0 to {num_classes - 1}, or {num_classes} for no class."
+        )
+    return labels
+
+
+def _seed(generator: torch.Generator | int | None) -> int:
+    """What all noise of a call follows from."""
+    if generator is None:
+        return secrets.randbits(62)
+    if isinstance(generator, torch.Generator):
+        return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    if isinstance(generator, bool) or not isinstance(generator, int) or generator < 0:
+        raise ValueError(
+            f"generator={generator!r} must be one torch.Generator or a seed, at least 0; every image has its own noise "
+            "already."
+        )
+    return generator

@@ -1,0 +1,238 @@
+"""The diffusers pipeline: the same images as the sampler, before and after saving, from the folder alone."""
+
+import subprocess
+import sys
+
+import numpy as np
+import picture_files as pf
+import pytest
+import torch
+from small_models import randomised
+
+from apps.diffusion import checkpoint
+from apps.diffusion import config as c
+from apps.diffusion import sample as sample_command
+from apps.diffusion.data import digits
+from apps.diffusion.models import FPDM, DiT
+from apps.diffusion.pictures import read
+from apps.diffusion.pipeline import FixedPointPipeline
+from apps.diffusion.reuse import Reuse
+from apps.diffusion.sampler import Solve, sample
+from apps.diffusion.schedule import make_scheduler, timesteps
+from apps.diffusion.trainer import Trainer
+from implicit import Anderson, Stop
+
+SMALL = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
+
+
+def network(kind="fpdm", **options):
+    return randomised(
+        FPDM(**{**SMALL, **options}) if kind == "fpdm" else DiT(depth=2, **{**SMALL, **options})
+    ).eval()
+
+
+def pipeline(kind="fpdm", vae=True, **options):
+    pipe = FixedPointPipeline(
+        network(kind, **options), make_scheduler("ddpm"), pf.tiny_vae() if vae else None, steps=3
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run, barely trained."""
+    folder = tmp_path_factory.mktemp("run")
+    config = c.Config(
+        model=c.Model(hidden=16, heads=2),
+        optimisation=c.Optimisation(images=320, batch=16, lr=1e-2, warmup=0),
+        sampling=c.Sampling(steps=2, iterations=3, sampler="ddpm"),
+        out=folder,
+    )
+    Trainer(config, digits("train")).run(lambda state: checkpoint.save(folder, state))
+    (folder / "config.json").write_text(config.to_json())
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["fpdm", "dit"])
+def test_saved_and_loaded_gives_the_same_bits(tmp_path, kind):
+    pipe = pipeline(kind)
+    call = {"class_labels": [0, 4, 2], "generator": 7, "output_type": "pt"}
+    first = pipe(**call).images
+    assert first.shape == (3, 3, 16, 16) and 0 <= first.min() < first.max() <= 1
+    pipe.save_pretrained(tmp_path)
+    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".json", ".safetensors"}
+    again = FixedPointPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert type(again.model) is type(pipe.model) and again.config["steps"] == 3
+    assert torch.equal(again(**call).images, first)
+
+
+@pytest.mark.parametrize("kind", ["fpdm", "dit"])
+def test_a_process_with_only_the_folder_gives_the_same_bits(tmp_path, kind):
+    pipe = pipeline(kind)
+    pipe.save_pretrained(tmp_path / "saved")
+    np.save(tmp_path / "here.npy", pipe([1, 3], generator=5, output_type="np").images)
+    code = (
+        "import sys, numpy\n"
+        "from apps.diffusion.pipeline import FixedPointPipeline\n"
+        "pipe = FixedPointPipeline.from_pretrained('saved')\n"
+        "numpy.save('there.npy', pipe([1, 3], generator=5, output_type='np').images)\n"
+    )
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=offline, capture_output=True)
+    here, there = (np.load(tmp_path / name) for name in ("here.npy", "there.npy"))
+    assert here.shape == (2, 16, 16, 3) and np.array_equal(here, there)
+
+
+def test_it_samples_as_the_sampler_does():
+    pipe = pipeline()
+    walk = timesteps(4)
+    options = {"iterations": (4, 3, 2, 1), "solver": Anderson(memory=2)}
+    expected = sample(
+        pipe.model,
+        range(3),
+        [2, 2, 2],
+        seed=11,
+        scheduler=make_scheduler("ddpm"),
+        timesteps=walk,
+        solve=Solve(reuse=Reuse(), **options),
+    )
+    found = pipe(
+        2, num_images=3, num_inference_steps=4, generator=11, reuse=True, output_type="latent", **options
+    )
+    assert torch.equal(found.images, expected.samples) and found.seed == 11
+    assert torch.equal(found.effort.evaluations, torch.tensor([[4, 3, 2, 1]] * 3))
+    with torch.no_grad():
+        decoded = pf.tiny_vae().decode(expected.samples / 0.5 + 0.25).sample
+    pixels = pipe(
+        2, num_images=3, num_inference_steps=4, generator=11, reuse=True, output_type="pt", **options
+    )
+    torch.testing.assert_close(pixels.images, (decoded.clamp(-1, 1) + 1) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_every_choice_has_an_effect():
+    pipe = pipeline()
+
+    def images(**options):
+        return pipe(**{"class_labels": [1, 2], "generator": 0, "output_type": "latent", **options}).images
+
+    plain = images()
+    assert torch.equal(plain, images()) and torch.equal(plain, images(timesteps=timesteps(3)))
+    for options in (
+        {"class_labels": [1, 3]},
+        {"generator": 1},
+        {"num_inference_steps": 4},
+        {"timesteps": [999, 500, 3]},
+        {"guidance_scale": 3.0},
+        {"iterations": 1},
+        {"stop": Stop(rtol=1e-1, atol=0.0, max_evals=30)},
+        {"solver": Anderson()},
+        {"reuse": True},
+        {"reuse": Reuse(share=0.5)},
+    ):
+        assert not torch.equal(plain, images(**options)), options
+    assert not torch.equal(images(guidance_scale=3.0), images(guidance_scale=3.0, guidance_channels=2))
+
+
+def test_a_generator_advances_and_a_seed_repeats():
+    pipe = pipeline()
+
+    def images(generator, chunk=2):
+        return pipe([1], generator=generator, output_type="latent", chunk=chunk)
+
+    source = torch.Generator().manual_seed(3)
+    first, second = images(source), images(source)
+    assert not torch.equal(first.images, second.images)
+    assert torch.equal(images(torch.Generator().manual_seed(3)).images, first.images)
+    assert torch.equal(images(first.seed).images, first.images)
+    fresh = images(None)
+    assert fresh.seed != images(None).seed and torch.equal(images(fresh.seed).images, fresh.images)
+    torch.testing.assert_close(images(first.seed, chunk=1).images, first.images, rtol=1e-3, atol=1e-4)
+
+
+def test_a_run_gives_the_images_of_the_sample_command(run, tmp_path):
+    assert sample_command.main([str(run), "--num", "5", "--seed", "4", "--out", str(tmp_path / "files")]) == 0
+    pipe = FixedPointPipeline.from_pretrained(run)
+    pipe.set_progress_bar_config(disable=True)
+    pictures = pipe(range(5), generator=4).images
+    for i, picture in enumerate(pictures):
+        assert np.array_equal(
+            np.asarray(picture), np.asarray(read(tmp_path / "files" / f"{i:05d}-class-{i}.png"))
+        )
+    pipe.save_pretrained(tmp_path / "saved")
+    again = FixedPointPipeline.from_pretrained(tmp_path / "saved")
+    assert (again.config["steps"], again.config["iterations"], again.vae) == (2, 3, None)
+    assert [np.asarray(p).tobytes() for p in again(range(5), generator=4).images] == [
+        np.asarray(p).tobytes() for p in pictures
+    ]
+    last = FixedPointPipeline.from_run(run, weights="model", sampler="ddim")
+    assert type(last.scheduler).__name__ == "DDIMScheduler"
+    state = checkpoint.newest(run)
+    for name, value in last.model.state_dict().items():
+        assert torch.equal(value, state.model[name])
+
+
+def test_a_vae_by_its_folder(tmp_path):
+    pipeline(vae=False).save_pretrained(tmp_path / "saved")
+    pf.tiny_vae().save_pretrained(tmp_path / "vae")
+    pipe = FixedPointPipeline.from_pretrained(tmp_path / "saved", vae=tmp_path / "vae")
+    assert torch.equal(
+        pipe([1], generator=0, output_type="pt").images, pipeline()([1], generator=0, output_type="pt")[0]
+    )
+    with pytest.raises(ValueError, match="cannot be read"):
+        FixedPointPipeline.from_pretrained(tmp_path / "saved", vae=tmp_path / "nowhere")
+
+
+def test_an_unconditional_network_takes_a_number(tmp_path):
+    pipe = pipeline(num_classes=0)
+    assert len(pipe(num_images=3, generator=0).images) == 3 and len(pipe(generator=0).images) == 1
+    with pytest.raises(ValueError, match="knows no classes"):
+        pipe([1])
+    with pytest.raises(ValueError, match="guidance"):
+        pipe(guidance_scale=2.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("fpdm", {}, "class_labels from 0 to 4"),
+        ("fpdm", {"class_labels": [0, 6]}, "0 to 4, or 5"),
+        ("fpdm", {"class_labels": []}, "0 to 4, or 5"),
+        ("fpdm", {"class_labels": [0, 1], "num_images": 3}, "num_images=3"),
+        ("fpdm", {"class_labels": 0, "num_images": 0}, "at least 1"),
+        ("fpdm", {"class_labels": 0, "output_type": "jpg"}, "output_type"),
+        ("fpdm", {"class_labels": 0, "generator": -1}, "at least 0"),
+        ("fpdm", {"class_labels": 0, "generator": [torch.Generator()]}, "one torch.Generator"),
+        ("fpdm", {"class_labels": 0, "num_inference_steps": 1001}, "1001"),
+        ("fpdm", {"class_labels": 0, "iterations": [1, 2]}, "3 timesteps"),
+        ("dit", {"class_labels": 0, "iterations": 3}, "no fixed point"),
+        ("dit", {"class_labels": 0, "reuse": True}, "no fixed point"),
+    ],
+)
+def test_what_does_not_fit_is_refused(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(kind)(**options)
+
+
+def test_latents_without_a_vae_are_not_shown():
+    pipe = pipeline(vae=False)
+    with pytest.raises(ValueError, match="no VAE"):
+        pipe([0], generator=0)
+    assert pipe([0], generator=0, output_type="latent", return_dict=False)[0].shape == (1, 4, 4, 4)
+
+
+def test_what_is_no_pipeline_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="neither a pipeline"):
+        FixedPointPipeline.from_pretrained(tmp_path)
+    for text in ("{", "[]", '{"model": ["a", "UNet"], "scheduler": ["diffusers", "DDIMScheduler"]}'):
+        (tmp_path / "model_index.json").write_text(text)
+        with pytest.raises(ValueError, match="not that of a FixedPointPipeline"):
+            FixedPointPipeline.from_pretrained(tmp_path)
+    pipeline().save_pretrained(tmp_path / "saved")
+    pf.truncate(tmp_path / "saved" / "model" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="cannot be read"):
+        FixedPointPipeline.from_pretrained(tmp_path / "saved")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match="no run"):
+        FixedPointPipeline.from_pretrained(tmp_path)
