@@ -128,12 +128,12 @@ class FixedPointPipeline(DiffusionPipeline):
             ) from None
         try:
             model = network.from_pretrained(folder / "model", torch_dtype=torch_dtype)
-            scheduler = scheduler or noise.from_pretrained(folder / "scheduler")
+            own: Any = scheduler or noise.from_pretrained(folder / "scheduler")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"The pipeline in {folder} cannot be read ({error}); save it again.") from None
         if decoder is None and has_vae:
             decoder, _ = open_vae(folder / "vae")
-        return cls(model, scheduler, decoder, **defaults)
+        return cls(model, own, decoder, **defaults)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -171,10 +171,6 @@ class FixedPointPipeline(DiffusionPipeline):
         decoder = open_vae(vae)[0] if isinstance(vae, str | Path) else vae
         iterations = config.sampling.iterations if isinstance(model, FPDM) else None
         return cls(model, scheduler, decoder, config.sampling.steps, iterations)
-
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Writes model, scheduler and VAE with safetensors; `options` are those of diffusers."""
-        super().save_pretrained(str(save_directory), **{"safe_serialization": True, **options})
 
     @torch.no_grad()
     def __call__(
@@ -231,7 +227,8 @@ class FixedPointPipeline(DiffusionPipeline):
         start = (Reuse() if reuse else None) if isinstance(reuse, bool) else reuse
         seed = _seed(generator)
         total = len(labels) if labels is not None else num_images or 1
-        with self.progress_bar(total=len(walk) * -(-total // chunk)) as bar:
+        bar_of: Any = self.progress_bar  # untyped: pyright takes it for a decorator
+        with bar_of(total=len(walk) * -(-total // chunk)) as bar:
 
             def progress(done: int, of: int) -> None:
                 bar.update(done - bar.n)

@@ -142,7 +142,7 @@ def test_several_processes_share_the_work_and_write_the_same(images, vae_folder,
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120) for process in processes]
+    outputs = [process.communicate(timeout=500) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert contents(tmp_path / "shared") == contents(tmp_path / "whole")
 

@@ -177,9 +177,10 @@ def test_a_vae_by_its_folder(tmp_path):
     pipeline(vae=False).save_pretrained(tmp_path / "saved")
     pf.tiny_vae().save_pretrained(tmp_path / "vae")
     pipe = FixedPointPipeline.from_pretrained(tmp_path / "saved", vae=tmp_path / "vae")
-    assert torch.equal(
-        pipe([1], generator=0, output_type="pt").images, pipeline()([1], generator=0, output_type="pt")[0]
-    )
+    expected = pipeline()([1], generator=0, output_type="pt").images
+    assert torch.equal(pipe([1], generator=0, output_type="pt").images, expected)
+    other = FixedPointPipeline.from_pretrained(tmp_path / "saved", scheduler=make_scheduler("ddim"))
+    assert type(other.scheduler).__name__ == "DDIMScheduler"
     with pytest.raises(ValueError, match="cannot be read"):
         FixedPointPipeline.from_pretrained(tmp_path / "saved", vae=tmp_path / "nowhere")
 
