@@ -126,7 +126,7 @@ class Anderson(AbstractSolver[AndersonMemory]):
         gram = put(put(gram, slot, row).mT, slot, row)
         diagonal = slot * self.memory  # of the flattened matrix
         value = row[:, slot : slot + 1] * (1 + ridge) + _EMPTY
-        return put(gram.reshape(len(gram), -1, 1), diagonal, value).view(gram.shape)
+        return put(gram.reshape(gram.shape[0], (self.memory - 1) ** 2, 1), diagonal, value).view(gram.shape)
 
     def _damp(self, z: Flat, r: Flat) -> Flat:
         return z - self.damping * r if self.damping else z

@@ -1,0 +1,1 @@
+"""Other packages' solvers here, ours there."""

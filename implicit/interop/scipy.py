@@ -1,0 +1,77 @@
+"""scipy's root finders on our maps: the reference on a CPU.
+
+Every sample is solved alone, as g(z) = f(z) - z = 0 in float64 numbers.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import optimize
+
+from implicit.iterate import Map, PackedMap, Stop
+from implicit.solution import Result, Solution
+from implicit.state import Layout, State, norm
+
+
+def root(
+    f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(), **options: Any
+) -> Solution:
+    """Solve z = f(z, *args) with ``scipy.optimize.root``; no gradient.
+
+    Args:
+        f: the map. Each sample is solved alone, so tensors in `args` must not have one row per sample.
+        z0: the starting state.
+        method: one of scipy's: "hybr", "krylov", "broyden1", "broyden2", "anderson", "df-sane", ...
+        stop: judged at scipy's answer; `max_evals` evaluations per sample end the search.
+        options: handed to scipy as its ``options``, which refuses names it does not know.
+
+    Raises:
+        ValueError: f or z0 are not what `fixed_point` would accept.
+    """
+    layout = Layout.of(z0)
+    packed = layout.pack(z0)
+    rows, results, evals = [], [], []
+    for b in range(packed.shape[0]):
+        row, calls = _one(PackedMap(f, args, layout, stop.max_evals), packed[b : b + 1], method, options)
+        rows.append(row)
+        evals.append(calls)
+    value = torch.cat(rows)
+    with torch.no_grad():
+        fz = torch.cat([PackedMap(f, args, layout)(row) for row in rows])
+    residual = norm(fz - value)
+    good = residual <= stop.atol + stop.rtol * norm(fz)
+    for ok, r in zip(good.tolist(), residual.tolist(), strict=True):
+        results.append(Result.CONVERGED if ok else Result.MAX_EVALS if np.isfinite(r) else Result.NONFINITE)
+    return Solution(
+        value=layout.unpack(value),
+        residual=residual,
+        result=torch.tensor(results, dtype=torch.int8),
+        evals=torch.tensor(evals),
+    )
+
+
+class _Spent(Exception):
+    """The budget of evaluations is used up."""
+
+
+def _one(f: PackedMap, z0: torch.Tensor, method: str, options: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    """scipy's answer for one sample, or the best point that it visited, and its evaluations."""
+    best, smallest = z0, np.inf
+
+    def g(x: np.ndarray) -> np.ndarray:
+        nonlocal best, smallest
+        if f.left <= 0:
+            raise _Spent
+        z = torch.from_numpy(x.astype(np.float64)).to(z0.device, z0.dtype).reshape(z0.shape)
+        with torch.no_grad():
+            r = (f(z) - z).double().cpu().numpy().ravel()
+        if np.linalg.norm(r) < smallest:
+            best, smallest = z, np.linalg.norm(r)
+        return r
+
+    try:
+        optimize.root(g, z0.double().cpu().numpy().ravel(), method=method, options=options)
+    except _Spent:
+        pass
+    return best, f.calls

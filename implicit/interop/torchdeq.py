@@ -1,0 +1,88 @@
+"""torchdeq's solvers as ours, and ours in torchdeq.
+
+register("implicit", Anderson())            then torchdeq.get_deq(f_solver="implicit") uses it unchanged
+solve(f, z0, method="broyden")              runs torchdeq's own and judges its answer as ours are judged
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchdeq.solver import get_solver, register_solver
+
+from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
+from implicit.solution import Result, Solution
+from implicit.solvers.base import AbstractSolver
+from implicit.state import Layout, State, norm
+
+
+def register(name: str, solver: AbstractSolver[Any]) -> None:
+    """Make `solver` known to torchdeq as `name`, for ``get_deq(f_solver=name, b_solver=name)``.
+
+    torchdeq's settings keep their meaning: ``max_iter`` evaluations at most, ``tol`` on the relative or absolute
+    residual of every sample.
+    """
+    register_solver(name, adapter(solver))
+
+
+def adapter(solver: AbstractSolver[Any]) -> Callable[..., tuple[Tensor, list[Tensor], dict[str, Tensor]]]:
+    """`solver` as a function with torchdeq's signature."""
+
+    def run(
+        func: Callable[[Tensor], Tensor],
+        x0: Tensor,
+        max_iter: int = 50,
+        tol: float = 1e-3,
+        stop_mode: str = "abs",
+        indexing: list[int] | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+        if indexing is not None and len(indexing) > 1:
+            raise ValueError("Solvers of implicit record no intermediate states: use torchdeq's n_states=1.")
+        tolerance = dict(rtol=tol, atol=0.0) if stop_mode == "rel" else dict(rtol=0.0, atol=tol)
+        found = iterate(func, x0, solver, Stop(max_evals=max_iter, **tolerance), loop=Loop(trace=True))
+        fz = norm(func(found.value).flatten(1))
+        absolute = found.residual
+        assert found.trace is not None
+        info = {
+            "abs_lowest": absolute,
+            "rel_lowest": absolute / fz,
+            "abs_trace": found.trace.T,
+            "rel_trace": found.trace.T / fz.unsqueeze(1),
+            "nstep": found.evals.to(absolute.dtype),
+        }
+        return found.value, [found.value] if indexing else [], info
+
+    return run
+
+
+def solve(
+    f: Map, z0: State, *args: Any, method: str = "broyden", stop: Stop = Stop(), **options: Any
+) -> Solution:
+    """Solve z = f(z, *args) with torchdeq's solver `method`; no gradient.
+
+    torchdeq stops the whole batch at once, so every sample reports the same number of evaluations, as counted by f.
+
+    Raises:
+        ValueError: f or z0 are not what `fixed_point` would accept.
+    """
+    layout = Layout.of(z0)
+    counted = PackedMap(f, args, layout, stop.max_evals)
+    tolerance = dict(tol=stop.rtol, stop_mode="rel") if stop.rtol else dict(tol=stop.atol, stop_mode="abs")
+    with torch.no_grad():
+        value = get_solver(method)(counted, layout.pack(z0), max_iter=stop.max_evals, **tolerance, **options)[
+            0
+        ]
+        calls, fz = counted.calls, counted(value)
+    residual = norm(fz - value)
+    result = torch.where(
+        residual <= stop.atol + stop.rtol * norm(fz), int(Result.CONVERGED), int(Result.MAX_EVALS)
+    )
+    result = torch.where(torch.isfinite(residual), result, int(Result.NONFINITE)).to(torch.int8)
+    return Solution(
+        value=layout.unpack(value),
+        residual=residual,
+        result=result,
+        evals=torch.full_like(residual, calls).long(),
+    )
