@@ -1,0 +1,372 @@
+"""The loop: stopping, failure per sample, bad input, compaction, warm starts, and what it costs."""
+
+import pytest
+import torch
+
+from implicit import (
+    DEQ,
+    Anderson,
+    AndersonGS,
+    Broyden,
+    NewtonKrylov,
+    NotConverged,
+    Picard,
+    Result,
+    Stop,
+    Unrolled,
+    fixed_point,
+)
+from implicit.testing import problem, problems
+
+F64 = torch.float64
+
+SOLVERS = [Picard(), Picard(0.3), Anderson(), AndersonGS(), Broyden(), NewtonKrylov()]
+each = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+
+
+def solve(f, z0, *args, **kwargs):
+    with torch.no_grad():
+        return fixed_point(f, z0, *args, **kwargs)
+
+
+def half(z):
+    return 0.5 * z + 1
+
+
+# ---- what is promised of convergence
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+@each
+def test_no_false_claim_on_any_problem(solver, dtype):
+    rtol = 1e-10 if dtype == F64 else 1e-5
+    for p in problems(dtype):
+        found = solve(p, p.z0, *p.args, solver=solver, stop=Stop(rtol=rtol, atol=0, max_evals=40))
+        limit = rtol * (1.01 if dtype == F64 else 1.2)
+        assert (p.residual(found.value)[found.converged] <= limit).all(), p.name
+        assert p.calls <= 40, p.name
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_the_default_solver_solves_all_fourteen(dtype):
+    rtol, evals = 1e-10 if dtype == F64 else 1e-5, 0
+    for p in problems(dtype):
+        found = solve(p, p.z0, *p.args, stop=Stop(rtol=rtol, atol=0, max_evals=300))
+        assert found.converged.all(), p.name
+        evals += p.calls
+    assert evals <= 491
+
+
+@pytest.mark.parametrize(
+    "name", ["linear 0.5", "non-normal", "tanh layers", "Bratu", "H 0.99", "adaLN block", "cosine"]
+)
+def test_the_default_beats_plain_iteration_where_that_converges(name):
+    plain, ours = problem(name), problem(name)
+    stop = Stop(rtol=1e-10, atol=0, max_evals=150)
+    assert solve(plain, plain.z0, *plain.args, solver=Picard(), stop=stop).converged.all()
+    assert solve(ours, ours.z0, *ours.args, stop=stop).converged.all() and ours.calls < plain.calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@each
+def test_divergence_past_the_largest_number_is_no_convergence(solver, dtype):
+    found = solve(
+        lambda z: z * z + 3, torch.full((2, 4), 3.0, dtype=dtype), solver=solver, stop=Stop(max_evals=60)
+    )
+    assert not found.converged.any()
+    if solver == Picard():
+        assert (found.result == Result.NONFINITE).all() and torch.isfinite(found.value).all()
+
+
+@each
+def test_a_norm_whose_square_overflows_is_still_right(solver):
+    z = torch.full((1, 4), 1e25)
+    found = solve(lambda z: 0.5 * z + 1e25, z, solver=solver, stop=Stop(rtol=1e-4, atol=0, max_evals=60))
+    if isinstance(solver, Picard):
+        assert found.converged.all()
+    if found.converged.all():  # inner products of such vectors overflow, so not every solver gets there
+        torch.testing.assert_close(found.value, torch.full((1, 4), 2e25), rtol=1e-3, atol=0)
+
+
+def test_damping_does_not_loosen_the_test():
+    found = solve(
+        half, torch.zeros(1, 3, dtype=F64), solver=Picard(0.99), stop=Stop(rtol=1e-3, atol=0, max_evals=5)
+    )
+    assert (found.result == Result.MAX_EVALS).all() and float(found.residual) > 0.5
+
+
+@each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_tolerance_out_of_reach_ends_early_with_advice(solver, dtype):
+    w = 0.5 * torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0)))[0]
+    stop = Stop(rtol=1e-12, atol=0, max_evals=400)
+    found = solve(
+        lambda z: torch.tanh(z.float() @ w + 0.7).to(z.dtype),
+        torch.zeros(3, 16, dtype=dtype),
+        solver=solver,
+        stop=stop,
+    )
+    assert torch.isin(found.result, torch.tensor([Result.STALLED, Result.CONVERGED], dtype=torch.int8)).all()
+    assert int(found.evals.max()) < 150
+    assert "Stop.rtol" in Result.STALLED.message and "dtype" in Result.STALLED.message
+
+
+# ---- samples are strangers
+
+
+@each
+def test_an_answer_does_not_depend_on_batch_mates(solver):
+    if isinstance(solver, NewtonKrylov):
+        pytest.skip(
+            "GMRES goes on until its slowest sample is content: same answers to the tolerance, not to the bit"
+        )
+    p = problem("one hard of 16")
+    stop = Stop(rtol=1e-8, atol=0, max_evals=150)
+    whole = solve(p, p.z0, *p.args, solver=solver, stop=stop)
+    for rows in (slice(3, 4), slice(7, 10)):
+        part = solve(p, p.z0[rows], *(a[rows] for a in p.args), solver=solver, stop=stop)
+        torch.testing.assert_close(part.value, whole.value[rows], rtol=1e-6, atol=1e-7)
+        easy = whole.converged[rows]
+        assert (part.evals - whole.evals[rows])[easy].abs().max() <= 1
+
+
+@each
+def test_nan_from_the_first_evaluation(solver):
+    found = solve(lambda z: z * torch.nan, torch.ones(2, 3), solver=solver)
+    assert (found.result == Result.NONFINITE).all() and (found.evals == 1).all()
+    with pytest.raises(NotConverged, match="NONFINITE: samples 0, 1"):
+        found.check()
+
+
+@each
+def test_nan_later_in_one_sample_ends_that_sample_alone(solver):
+    rate = torch.tensor([[0.5], [0.9], [0.3]], dtype=F64)
+    z0 = torch.zeros(3, 4, dtype=F64)
+
+    def f(z, rate, key):
+        out = rate * torch.sin(z) + 1
+        return torch.where((key == 1) & (z.abs().sum(1, keepdim=True) > 1), torch.nan, out)
+
+    key = torch.arange(3).unsqueeze(1)
+    stop = Stop(rtol=1e-8, atol=0, max_evals=200)
+    found = solve(f, z0, rate, key, solver=solver, stop=stop)
+    assert found.result.tolist() == [Result.CONVERGED, Result.NONFINITE, Result.CONVERGED]
+    assert torch.isfinite(found.value).all() and int(found.evals[1]) < 10
+    alone = solve(f, z0[[0, 2]], rate[[0, 2]], key[[0, 2]], solver=solver, stop=stop)
+    torch.testing.assert_close(found.value[[0, 2]], alone.value, rtol=1e-7, atol=1e-8)
+
+
+# ---- bad and odd input
+
+
+@each
+@pytest.mark.parametrize("budget", [1, 2])
+def test_a_budget_of_one_or_two(solver, budget):
+    p = problem("tanh layers")
+    found = solve(p, p.z0, *p.args, solver=solver, stop=Stop(max_evals=budget))
+    assert p.calls == budget and (found.result == Result.MAX_EVALS).all() and (found.evals == budget).all()
+    if budget == 1:
+        torch.testing.assert_close(found.value, p.map(p.z0, *p.args))
+
+
+@each
+def test_a_start_that_is_the_answer_and_a_zero_residual(solver):
+    zero, two = torch.zeros(2, 3), torch.full((2, 3), 2.0)
+    for f, z in ((half, two), (lambda z: z.clone(), two + 0.3), (lambda z: z * 0, zero)):
+        found = solve(f, z, solver=solver)
+        assert found.converged.all() and (found.evals == 1).all() and (found.residual == 0).all()
+        assert torch.equal(found.value, z)
+        fixed = solve(f, z, solver=solver, stop=Stop(rtol=0, atol=0, max_evals=6))
+        assert torch.equal(fixed.value, z)
+
+
+@each
+def test_a_constant_map_and_one_that_ignores_z(solver):
+    c = torch.randn(2, 3)
+    found = solve(lambda z: c, torch.zeros(2, 3), solver=solver)
+    assert found.converged.all() and int(found.evals.max()) <= 12
+    torch.testing.assert_close(found.value, c, rtol=1e-3, atol=1e-3)
+
+
+@each
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (lambda z: z.double(), "dtype"),
+        (lambda z: z[:, :2], "shape"),
+        (lambda z: z.repeat(2, 1), "shape"),
+        (lambda z: z.reshape(3, 2), "shape"),
+        (lambda z: (z, z), "structure"),
+        (lambda z: z.to("meta"), "device"),
+        (lambda z: z.mul_(0.5), "in place"),
+        (lambda z: None, "structure"),
+    ],
+)
+def test_a_map_that_changes_what_it_must_keep_is_refused(solver, f, message):
+    with pytest.raises(ValueError, match=message):
+        solve(f, torch.ones(2, 3), solver=solver)
+
+
+@pytest.mark.parametrize(
+    ("z0", "message"),
+    [
+        (torch.ones(()), "batch_dims=0"),
+        (torch.ones(2, 3, dtype=torch.int64), "floating point"),
+        (torch.ones(2, 0), "no elements"),
+        ((torch.ones(2, 3), torch.ones(3, 3)), "one batch size"),
+        ([], "no tensor"),
+        ({"a": "text"}, "str"),
+    ],
+)
+def test_a_state_that_cannot_be_solved_for_is_refused(z0, message):
+    with pytest.raises(ValueError, match=message):
+        solve(lambda z: z, z0)
+
+
+@each
+def test_an_empty_batch_gives_an_empty_answer(solver):
+    for stop in (Stop(), Stop(rtol=0, atol=0, max_evals=4)):
+        found = solve(half, torch.ones(0, 3), solver=solver, stop=stop)
+        assert found.value.shape == (0, 3) and found.result.shape == (0,) and found.check() is found
+
+
+@each
+def test_a_0_dim_state_is_one_system(solver):
+    found = solve(
+        torch.cos,
+        torch.tensor(1.0, dtype=F64),
+        solver=solver,
+        batch_dims=0,
+        stop=Stop(rtol=1e-10, max_evals=99),
+    )
+    assert found.value.shape == () and float(found.value) == pytest.approx(0.7390851332151607, abs=1e-6)
+
+
+def test_bad_stops_are_named():
+    for kwargs in ({"rtol": -1.0}, {"atol": float("nan")}, {"max_evals": 0}, {"check_every": 0}):
+        with pytest.raises(ValueError, match=next(iter(kwargs))):
+            Stop(**kwargs)
+
+
+# ---- reading seldom, or late
+
+
+@each
+@pytest.mark.parametrize("options", [{"check_every": 3}, {"late": True}])
+def test_reading_seldom_or_late_changes_no_answer(solver, options):
+    p = problem("tanh layers")
+    tol = dict(rtol=1e-8, atol=0.0, max_evals=80)
+    now = solve(p, p.z0, *p.args, solver=solver, stop=Stop(**tol))
+    then = solve(p, p.z0, *p.args, solver=solver, stop=Stop(**tol, **options))
+    assert then.converged.all() and (p.residual(then.value) <= 1.01e-8).all()
+    assert ((then.evals - now.evals) >= 0).all()
+    if not isinstance(solver, NewtonKrylov):
+        assert int((then.evals - now.evals).max()) <= 2
+
+
+# ---- compaction
+
+
+@each
+def test_compaction_gives_the_same_answer_and_wastes_nothing(solver):
+    p, q = problem("one hard of 16"), problem("one hard of 16")
+    stop = Stop(rtol=1e-7, atol=0, max_evals=250)
+    whole = solve(p, p.z0, *p.args, solver=solver, stop=stop)
+    small = solve(q, q.z0, *q.args, solver=solver, stop=stop, compact=True)
+    torch.testing.assert_close(small.value, whole.value, rtol=1e-5, atol=1e-6)
+    if isinstance(solver, NewtonKrylov):
+        assert q.samples < p.samples
+    else:
+        assert q.samples == int(small.evals.sum()) < p.samples == 16 * p.calls
+        assert int((small.evals - whole.evals).abs().max()) <= 3
+
+
+def test_compaction_cuts_only_the_args_it_is_told_to():
+    b = torch.tensor([[1.0], [1e6], [1.0]])
+    rate = torch.tensor([[0.9], [0.1], [0.0]])
+    table = torch.ones(3, 3) * 0.5
+
+    def f(z, rate, b, table):
+        assert table.shape == (3, 3) and len(rate) == len(b) == len(z)
+        return rate * z + b
+
+    stop = Stop(rtol=1e-6, max_evals=300)
+    found = solve(
+        f, torch.zeros(3, 3), rate, b, table, solver=Picard(), stop=stop, compact=(True, True, False)
+    )
+    torch.testing.assert_close(found.value, (b / (1 - rate)).expand(3, 3), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="one flag for each"):
+        solve(f, torch.zeros(3, 3), rate, b, table, compact=(True,))
+
+
+def test_compaction_is_differentiable():
+    p = problem("tanh layers")
+    grads = []
+    for compact in (False, True):
+        x = p.args[0].clone().requires_grad_()
+        stop = Stop(rtol=1e-11, atol=0, max_evals=99)
+        value = fixed_point(p, p.z0, x, grad=Unrolled(), solver=Picard(), stop=stop, compact=compact).value
+        grads.append(torch.autograd.grad(value.sum(), x)[0])
+    torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-8)
+
+
+# ---- warm starts, callbacks, traces
+
+
+@pytest.mark.parametrize("solver", [Anderson(8), AndersonGS(), Broyden(60)], ids=lambda s: type(s).__name__)
+def test_a_warm_memory_helps_and_is_not_written_to(solver):
+    p = problem("adaLN block")
+    stop = Stop(rtol=1e-6, atol=0, max_evals=200)
+    first = solve(p, p.z0, *p.args, solver=solver, stop=stop, keep_state=True)
+    a, b = p.args[0], (p.args[0] + 0.01, p.args[1])
+    before = [t.clone() for t in _tensors(first.state)]
+    warm = solve(p, first.value, *b, solver=solver, stop=stop, state=first.state)
+    cold = solve(p, first.value, *b, solver=solver, stop=stop)
+    assert int(warm.evals.sum()) < int(cold.evals.sum())
+    assert all(torch.equal(x, y) for x, y in zip(before, _tensors(first.state), strict=True))
+    torch.testing.assert_close(warm.value, cold.value, rtol=1e-2, atol=1e-2)
+    assert a is p.args[0] and warm.state is None
+
+
+def _tensors(thing):
+    from implicit.state import map_tensors
+
+    found = []
+    map_tensors(lambda t: found.append(t) or t, thing)
+    return found
+
+
+def test_a_memory_that_does_not_fit_is_refused():
+    kept = solve(half, torch.zeros(2, 3), solver=Broyden(), keep_state=True).state
+    for z0, solver in (
+        (torch.zeros(2, 4), Broyden()),
+        (torch.zeros(3, 3), Broyden()),
+        (torch.zeros(2, 3), Anderson()),
+    ):
+        with pytest.raises(ValueError, match="state must"):
+            solve(half, z0, solver=solver, state=kept)
+    with pytest.raises(ValueError, match="memory=5"):
+        solve(half, torch.zeros(2, 3), solver=Broyden(5), state=kept)
+
+
+def test_trace_and_callback_tell_the_same_story():
+    p, seen = problem("tanh layers"), []
+    found = solve(p, p.z0, *p.args, trace=True, callback=lambda n, r: seen.append((n, r)))
+    assert [n for n, _ in seen] == list(range(1, p.calls + 1))
+    torch.testing.assert_close(torch.stack([r for _, r in seen]), found.trace.to(F64), equal_nan=True)
+    last = found.evals - 1
+    torch.testing.assert_close(found.trace[last, torch.arange(len(last))], found.residual)
+
+
+def test_progress_draws_a_bar(capsys):
+    solve(half, torch.zeros(2, 3), progress=True)
+    assert "eval" in capsys.readouterr().err
+
+
+def test_a_layer_takes_the_same_options():
+    p = problem("one hard of 16")
+    seen = []
+    layer = DEQ(p, stop=Stop(rtol=1e-6, atol=0, max_evals=99))
+    with torch.no_grad():
+        found = layer(p.z0, *p.args, compact=True, callback=lambda n, r: seen.append(n), trace=True)
+    assert found.converged.all() and len(seen) == len(found.trace)
