@@ -123,7 +123,7 @@ EVALS = 30
 def layer(batch, numbers, width):
     rng = torch.Generator().manual_seed(0)
     w = 0.5 * torch.linalg.qr(torch.randn(width, width, generator=rng))[0]
-    return lambda z: torch.tanh(z.view(-1, width) @ w + 0.1).view(batch, numbers), torch.zeros(batch, numbers)
+    return lambda z: torch.tanh(z.reshape(-1, width) @ w + 0.1).view(batch, numbers), torch.zeros(batch, numbers)
 
 
 def contenders(f, z0):

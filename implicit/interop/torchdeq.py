@@ -40,8 +40,10 @@ def adapter(solver: AbstractSolver[Any]) -> Callable[..., tuple[Tensor, list[Ten
     ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
         if indexing is not None and len(indexing) > 1:
             raise ValueError("Solvers of implicit record no intermediate states: use torchdeq's n_states=1.")
-        tolerance = dict(rtol=tol, atol=0.0) if stop_mode == "rel" else dict(rtol=0.0, atol=tol)
-        found = iterate(func, x0, solver, Stop(max_evals=max_iter, **tolerance), loop=Loop(trace=True))
+        rtol, atol = (tol, 0.0) if stop_mode == "rel" else (0.0, tol)
+        found = iterate(
+            func, x0, solver, Stop(rtol=rtol, atol=atol, max_evals=max_iter), loop=Loop(trace=True)
+        )
         fz = norm(func(found.value).flatten(1))
         absolute = found.residual
         assert found.trace is not None
