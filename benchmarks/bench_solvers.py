@@ -63,7 +63,7 @@ def scipys(method) -> Callable[[Problem, float], torch.Tensor]:
 
         try:
             answer = optimize.root(
-                g, p.z0.double().numpy().ravel(), method=method, options={"maxiter": BUDGET}
+                g, p.z0.double().numpy().ravel(), method=method, options={"maxiter": BUDGET, "fatol": 1e-300}
             ).x
         except Reached as reached:
             return reached.z
