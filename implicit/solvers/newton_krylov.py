@@ -63,7 +63,7 @@ class NewtonKrylov(AbstractSolver[None]):
                 w = _orthogonalise(w, basis, hessenberg[:, :, k])
                 basis.append(w)
                 y, rest = _least_squares(hessenberg[:, : k + 2, : k + 1])
-                spent = hessenberg[:, k + 1, k] == 0  # more vectors would not help
+                spent = (hessenberg[:, k + 1, k] == 0) | ~rest.isfinite()  # more vectors would not help
                 if bool(((rest <= self.forcing) | spent).all()):
                     break
             if not y.shape[1]:

@@ -69,3 +69,18 @@ def test_bad_arguments_are_named():
         NewtonKrylov(0)
     with pytest.raises(ValueError, match="forcing"):
         NewtonKrylov(forcing=1.0)
+
+
+def test_a_sample_that_fails_does_not_spend_the_budget_of_the_others():
+    weight = 0.3 * torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    broken = torch.cat((x, torch.full((1, 5), torch.nan)))
+
+    def f(z, x):
+        return torch.tanh(z @ weight) + x
+
+    alone = implicit.fixed_point(f, torch.zeros(4, 5), x, solver=implicit.NewtonKrylov()).check()
+    beside = implicit.fixed_point(f, torch.zeros(5, 5), broken, solver=implicit.NewtonKrylov())
+    assert beside.result.tolist() == [0, 0, 0, 0, implicit.Result.NONFINITE]
+    assert beside.evals[:4].tolist() == alone.evals.tolist()
+    torch.testing.assert_close(beside.value[:4], alone.value)
