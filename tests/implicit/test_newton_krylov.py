@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from implicit import Loop, NewtonKrylov, Result, Stop, iterate
+from implicit import Loop, NewtonKrylov, Result, Stop, fixed_point, iterate
 from implicit.testing import jacobian, problem
 
 F64 = torch.float64
@@ -79,8 +79,8 @@ def test_a_sample_that_fails_does_not_spend_the_budget_of_the_others():
     def f(z, x):
         return torch.tanh(z @ weight) + x
 
-    alone = implicit.fixed_point(f, torch.zeros(4, 5), x, solver=implicit.NewtonKrylov()).check()
-    beside = implicit.fixed_point(f, torch.zeros(5, 5), broken, solver=implicit.NewtonKrylov())
-    assert beside.result.tolist() == [0, 0, 0, 0, implicit.Result.NONFINITE]
+    alone = fixed_point(f, torch.zeros(4, 5), x, solver=NewtonKrylov()).check()
+    beside = fixed_point(f, torch.zeros(5, 5), broken, solver=NewtonKrylov())
+    assert beside.result.tolist() == [0, 0, 0, 0, Result.NONFINITE]
     assert beside.evals[:4].tolist() == alone.evals.tolist()
     torch.testing.assert_close(beside.value[:4], alone.value)
