@@ -48,8 +48,8 @@ class PackedMap:
         out = self.f(state, *self.args)
         if any(_changed(b, t) for b, t in zip(before, seen, strict=True)):
             raise ValueError(
-                "f modifies its input in place, so that z and f(z) would be one tensor and every residual 0: "
-                "use out-of-place operations in f, or clone the state first."
+                "f modifies its input in place, or writes its result into a tensor that it returned before; z and "
+                "f(z) would be one tensor and every residual 0: use out-of-place operations in f, or clone."
             )
         return self.layout.pack(self.layout.check(out, z.shape[0]))
 

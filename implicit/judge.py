@@ -45,11 +45,11 @@ class Stop:
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"Stop.{name} must be at least 0, got {getattr(self, name)}.")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"Stop.{name} must be finite and at least 0, got {getattr(self, name)}.")
         for name in ("max_evals", "check_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Stop.{name} must be at least 1, got {getattr(self, name)}.")
+            if getattr(self, name) != int(getattr(self, name)) or getattr(self, name) < 1:
+                raise ValueError(f"Stop.{name} must be a whole number, at least 1, got {getattr(self, name)}.")
 
     @property
     def has_tolerance(self) -> bool:

@@ -24,8 +24,8 @@ class NewtonKrylov(AbstractSolver[None]):
     """Newton-GMRES: each step costs one evaluation and as many Jacobian-vector products as GMRES takes.
 
     Products are taken by forward mode or, where an operator of f has none, by differentiating backward mode twice; each
-    counts as one evaluation. GMRES runs until its slowest sample is content (the host looks at every product) or the
-    budget is spent. Not differentiable through `Unrolled`. Memory: `inner` + 6 states.
+    counts as one evaluation. Each sample keeps the step it had when it was content; the products go on until all are (the
+    host looks at every one) or the budget is spent, so batch-mates share the count of evaluations, here alone. Not differentiable through `Unrolled`. Memory: `inner` + 6 states.
 
     Args:
         inner: largest number of Krylov vectors a step, >= 1.
@@ -57,14 +57,16 @@ class NewtonKrylov(AbstractSolver[None]):
             hessenberg = torch.zeros(
                 len(size), self.inner + 1, self.inner, dtype=torch.float64, device=size.device
             )
-            y = hessenberg[:, :0, 0]
+            y, running = hessenberg[:, :0, 0], torch.ones_like(size, dtype=torch.bool)
             for k in range(min(self.inner, f.left - 1)):
                 w = basis[k] - f.push(point.z, basis[k])
                 w = _orthogonalise(w, basis, hessenberg[:, :, k])
                 basis.append(w)
-                y, rest = _least_squares(hessenberg[:, : k + 2, : k + 1])
+                better, rest = _least_squares(hessenberg[:, : k + 2, : k + 1])
+                y = torch.where(running.unsqueeze(1), better, torch.nn.functional.pad(y, (0, 1)))
                 spent = (hessenberg[:, k + 1, k] == 0) | ~rest.isfinite()  # more vectors would not help
-                if bool(((rest <= self.forcing) | spent).all()):
+                running = running & (rest > self.forcing) & ~spent
+                if not bool(running.any()):
                     break
             if not y.shape[1]:
                 return point.fz, None
