@@ -78,11 +78,20 @@ class SHINE(AbstractGrad):
                 loop, keep_state=True, compact=False, state=_wrapped(loop.state, z0, loop.batch_dims)
             )
             solved = iterate(f, z0, _Frozen(solver), stop, args=args, loop=keep)
-        memory = solved.state.memory
-        inverse = partial(solver.transposed, memory)
         layout = Layout.of(solved.value, loop.batch_dims)
-        phi, z = PackedMap(f, args, layout), layout.pack(solved.value)
+        packed, z = PackedMap(f, args, layout), layout.pack(solved.value)
+        images: list[Flat] = []
+
+        def phi(z: Flat) -> Flat:
+            fz = packed(z)
+            images.append(fz.detach())
+            return fz
+
         value = attach_approximately(phi, z, lambda act, g: self._estimate(inverse, act, g))
+        with torch.no_grad():  # the answer's own secant, which the loop had no more use for
+            _, frozen = _Frozen(solver).step(packed, Point(z, images[0]), solved.state)
+        memory = frozen.memory
+        inverse = partial(solver.transposed, memory)
         return replace(
             solved,
             value=layout.unpack(value),

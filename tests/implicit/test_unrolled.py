@@ -1,0 +1,60 @@
+"""Unrolled, plain and checkpointed, against a loop written by hand."""
+
+import pytest
+import torch
+from small_layers import F64, flat, layer, off
+from torch import nn
+
+from implicit import Anderson, Broyden, Picard, Stop, Unrolled, fixed_point
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_by_hand(checkpoint):
+    f, x = layer("adaln")
+    x.requires_grad_()
+    start = torch.zeros_like(x).requires_grad_()
+    stop = Stop(rtol=0, atol=0, max_evals=7)
+    value = fixed_point(f, start, x, solver=Picard(), grad=Unrolled(checkpoint), stop=stop).value
+    z = start
+    for _ in range(7):
+        z = f(z, x)
+    assert torch.equal(value, z)
+    wanted = (*f.parameters(), x, start)
+    got = flat(torch.autograd.grad(value.square().sum(), wanted))
+    assert off(got, flat(torch.autograd.grad(z.square().sum(), wanted))) < 1e-14
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=str)
+def test_checkpointing_changes_no_gradient(solver):
+    f, x = layer("hard")
+
+    def gradient(checkpoint):
+        z = fixed_point(f, torch.zeros_like(x), x, solver=solver, grad=Unrolled(checkpoint)).value
+        return flat(torch.autograd.grad(z.square().sum(), tuple(f.parameters())))
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+def test_the_random_numbers_of_a_checkpointed_map_are_drawn_twice_alike():
+    layer = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)).to(F64)
+    stop = Stop(rtol=0, atol=0, max_evals=4)
+    start = torch.ones(2, 6, dtype=F64)
+
+    def gradient(checkpoint):
+        state = torch.get_rng_state()
+        z = fixed_point(
+            lambda z: 0.5 * layer(z), start, solver=Picard(), grad=Unrolled(checkpoint), stop=stop
+        ).value
+        (got,) = torch.autograd.grad(z.sum(), layer[0].weight)
+        torch.set_rng_state(state)
+        return got
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+def test_a_solve_that_starts_at_its_answer_still_depends_on_the_parameters():
+    f, x = layer("easy")
+    with torch.no_grad():
+        start = fixed_point(f, torch.zeros_like(x), x, stop=Stop(rtol=1e-12)).value
+    z = fixed_point(f, start, x, grad=Unrolled(), stop=Stop(rtol=1e-3)).value
+    assert torch.autograd.grad(z.sum(), f.bias)[0].norm() > 0
