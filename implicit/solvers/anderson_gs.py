@@ -46,7 +46,8 @@ class AndersonGSMemory:
 class AndersonGS(AbstractSolver[AndersonGSMemory]):
     """Anderson acceleration by Gram-Schmidt, at most `memory` pairs per sample.
 
-    Free of the unit of z, as long as squared norms stay in the dtype's range (1e-18 to 1e18 in float32). Memory grows with the steps taken, to at most 2 memory + 2 states.
+    Free of the unit of z, as long as squared norms stay in the dtype's range (norms of 1e-18 to 1e18 in float32).
+    Memory grows with the steps taken, to at most 2 memory + 2 states.
 
     Args:
         memory: number of pairs kept, >= 1.

@@ -23,9 +23,10 @@ from implicit.state import Flat, norm
 class NewtonKrylov(AbstractSolver[None]):
     """Newton-GMRES: each step costs one evaluation and as many Jacobian-vector products as GMRES takes.
 
-    Products are taken by forward mode or, where an operator of f has none, by differentiating backward mode twice; each
-    counts as one evaluation. Each sample keeps the step it had when it was content; the products go on until all are (the
-    host looks at every one) or the budget is spent, so batch-mates share the count of evaluations, here alone. Not differentiable through `Unrolled`. Memory: `inner` + 6 states.
+    Products are taken by forward mode or, where an operator of f has none, by differentiating backward mode twice;
+    each counts as one evaluation. Each sample keeps the step it had when it was content; the products go on until all
+    are (the host looks at every one) or the budget is spent: batch-mates share the count of evaluations, here alone.
+    Not differentiable through `Unrolled`. Memory: `inner` + 6 states.
 
     Args:
         inner: largest number of Krylov vectors a step, >= 1.
