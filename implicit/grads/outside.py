@@ -50,7 +50,7 @@ class Outside(TorchFunctionMode):
 
 def _wrapped(t: Tensor) -> bool:
     """Whether a torch.func transform has wrapped t."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return torch._C._functorch.is_functorch_wrapped_tensor(t)  # pyright: ignore[reportAttributeAccessIssue]: no stub
 
 
 def _differentiable(t: Tensor) -> bool:

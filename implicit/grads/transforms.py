@@ -32,9 +32,7 @@ def active() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def search(
-    f: Map, z0: State, args: tuple[Any, ...], solver: AbstractSolver[Any], stop: Stop, loop: Loop
-) -> Solution:
+def search(f: Map, z0: State, args: tuple[Any, ...], solver: AbstractSolver[Any], stop: Stop, loop: Loop) -> Solution:
     """The solution without derivatives, inside or outside of a transform."""
     if active():
         return solve(f, z0, args, solver, stop, loop)[0]
@@ -60,8 +58,9 @@ def solve(
 
 def _refuse_forward_over_forward() -> None:
     """PyTorch runs the jvp of an autograd.Function without the outer forward level, and would return zeros."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1:
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]: no stub in PyTorch
+    levels = functorch.get_interpreter_stack() or []
+    if sum(level.key() == functorch.TransformType.Jvp for level in levels) > 1:
         raise NotImplementedError(
             "Forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) is not possible through a fixed point: "
             "use reverse mode for one of the two, for example torch.func.hessian or jacrev(jacfwd(...))."
@@ -169,9 +168,8 @@ class _Search(torch.autograd.Function):
         return (None,) * 4
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], pure: Pure, solver: Any, stop: Stop, z0: Tensor, *theta: Tensor
-    ) -> tuple[Any, ...]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
+        pure, solver, stop, z0, *theta = args
         size, dims = info.batch_size, in_dims[4:]
         theta = tuple(_front(t, d) for t, d in zip(theta, dims, strict=True))
         pure = _fold(pure, size, _axes(dims))
@@ -196,7 +194,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         z, *theta = ctx.saved_tensors
         u = _Linear.apply(_Adjoint(ctx.pure), ctx.config, grads[0], z, *theta)
-        _, pull = torch.func.vjp(lambda *t: ctx.pure(z, *t), *theta)
+        pull = torch.func.vjp(lambda *t: ctx.pure(z, *t), *theta)[1]
         return None, None, None, *pull(u)
 
     @staticmethod
@@ -207,9 +205,8 @@ class _Attach(torch.autograd.Function):
         return _Linear.apply(_Direct(ctx.pure), ctx.config, push, z, *theta)
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], pure: Pure, config: LinearSolve, z: Tensor, *theta: Tensor
-    ) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        pure, config, z, *theta = args
         size, dims = info.batch_size, in_dims[3:]
         theta = tuple(_front(t, d) for t, d in zip(theta, dims, strict=True))
         pure = _fold(pure, size, _axes(dims))
@@ -240,7 +237,7 @@ class _Adjoint:
     pure: Pure
 
     def __call__(self, v: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
-        _, pull = torch.func.vjp(lambda x: self.pure(x, *theta), z)
+        pull = torch.func.vjp(lambda x: self.pure(x, *theta), z)[1]
         return pull(v)[0]
 
     def adjoint(self) -> _Direct:
@@ -267,7 +264,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         u, *at = ctx.saved_tensors
         w = _Linear.apply(ctx.act.adjoint(), ctx.config, grads[0], *at)
-        _, pull = torch.func.vjp(lambda *t: ctx.act(u, *t), *at)
+        pull = torch.func.vjp(lambda *t: ctx.act(u, *t), *at)[1]
         return None, None, w, *pull(w)
 
     @staticmethod
@@ -278,9 +275,8 @@ class _Linear(torch.autograd.Function):
         return _Linear.apply(ctx.act, ctx.config, b if tangents[2] is None else b + tangents[2], *at)
 
     @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], act: Any, config: LinearSolve, b: Tensor, z: Tensor, *theta: Tensor
-    ) -> tuple[Tensor, int]:
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        act, config, b, z, *theta = args
         size, dims = info.batch_size, in_dims[4:]
         theta = tuple(_front(t, d) for t, d in zip(theta, dims, strict=True))
         b, z = _flat(b, in_dims[2], size), _flat(z, in_dims[3], size)
@@ -301,6 +297,6 @@ def _push(f: Callable[..., Tensor], at: tuple[Tensor, ...], moves: tuple[Tensor,
     except (NotImplementedError, RuntimeError) as error:
         if "forward" not in str(error).lower():
             raise
-    out, pull = torch.func.vjp(f, *at)
-    _, push = torch.func.vjp(pull, torch.zeros_like(out))
+    out, pull = torch.func.vjp(f, *at)[:2]
+    push = torch.func.vjp(pull, torch.zeros_like(out))[1]
     return push(moves)[0]

@@ -1,0 +1,118 @@
+"""What an estimator keeps for the backward pass, and layers that are used more than once."""
+
+import pytest
+import torch
+from torch import nn
+
+from implicit import IFT, JFB, SHINE, Anderson, Broyden, Picard, Reversible, StochasticJFB, Stop, Unrolled, fixed_point
+
+EXACT = IFT(stop=Stop(rtol=1e-12, atol=0, max_evals=200), on_failure="ignore")
+TIGHT = Stop(rtol=1e-12, atol=0, max_evals=200)
+
+
+class Drawn(StochasticJFB):
+    """StochasticJFB with a draw that is given."""
+
+    def draw(self):
+        return self.N, self.M
+
+
+def saved_numbers(f, x, **options):
+    """How many numbers autograd holds for the backward pass, parameters and inputs apart."""
+    kept: dict[int, int] = {}
+    known = {x.data_ptr()} | {p.data_ptr() for p in f.parameters()}
+
+    def pack(t):
+        if t.data_ptr() not in known:
+            kept[t.data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        value = fixed_point(lambda z, x: torch.tanh(f(z) + x), torch.zeros_like(x), x, **options).value
+    assert value.requires_grad
+    return sum(kept.values())
+
+
+@pytest.fixture
+def layer():
+    generator = torch.Generator().manual_seed(0)
+    f = nn.Linear(16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        f.weight.copy_(0.1 * torch.randn(16, 16, generator=generator, dtype=torch.float64))
+    return f, torch.randn(8, 16, generator=generator, dtype=torch.float64, requires_grad=True)
+
+
+def test_free_iterations_store_nothing(layer):
+    counts = {
+        (n, m): saved_numbers(*layer, solver=Picard(), grad=Drawn(N=n, M=m)) for n, m in ((0, 1), (12, 1), (12, 6))
+    }
+    assert counts[12, 1] == counts[0, 1] > 0
+    f, x = layer
+    assert counts[12, 6] - counts[12, 1] == 5 * x.numel()  # tanh keeps its output, and Linear its input: one tensor
+
+
+@pytest.mark.parametrize(
+    ("grad", "solver"),
+    [(IFT(), Anderson()), (JFB(), Anderson()), (SHINE(), Broyden(memory=3)), (Reversible(on_drift="ignore"), Picard())],
+    ids=lambda g: type(g).__name__,
+)
+def test_storage_does_not_grow_with_the_solve(layer, grad, solver):
+    short, long = (
+        saved_numbers(*layer, solver=solver, grad=grad, stop=Stop(rtol=0, atol=0, max_evals=n)) for n in (6, 24)
+    )
+    assert short == long > 0
+
+
+def test_unrolling_does_grow(layer):
+    short, long = (
+        saved_numbers(*layer, solver=Picard(), grad=Unrolled(), stop=Stop(rtol=0, atol=0, max_evals=n)) for n in (6, 24)
+    )
+    assert long > 3 * short
+
+
+def _twice(f, x, solve):
+    return solve(solve(x).tanh()).square().mean()
+
+
+def test_a_layer_twice_in_one_graph_and_two_backward_passes(layer):
+    f, x = layer
+
+    def solve(x):
+        return fixed_point(lambda z: torch.tanh(f(z) + x), torch.zeros_like(x), stop=TIGHT, grad=EXACT).value
+
+    def unrolled(x):
+        z = torch.zeros_like(x)
+        for _ in range(60):
+            z = torch.tanh(f(z) + x)
+        return z
+
+    inputs = [x, *f.parameters()]
+    truth = torch.autograd.grad(_twice(f, x, unrolled), inputs)
+    loss = _twice(f, x, solve)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(loss, inputs, retain_graph=True)
+    for a, b, c in zip(first, second, truth, strict=True):
+        assert torch.equal(a, b)  # the second pass is not the 1-step gradient
+        torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("grad", [IFT(), JFB(), StochasticJFB(generator=torch.Generator().manual_seed(0)), Unrolled()])
+def test_forward_under_autocast_backward_outside(grad):
+    generator = torch.Generator().manual_seed(0)
+    f = nn.Linear(16, 16)
+    with torch.no_grad():
+        f.weight.copy_(0.1 * torch.randn(16, 16, generator=generator))
+    x = torch.randn(8, 16, generator=generator)
+
+    def gradient(casts, scale):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=casts):
+            stop = Stop(rtol=1e-2 if casts else 1e-6)
+            if isinstance(grad, StochasticJFB):
+                grad.generator.manual_seed(3)
+            value = fixed_point(lambda z: torch.tanh(f(z) + x), torch.zeros(8, 16), grad=grad, stop=stop).value
+        assert value.dtype == torch.float32
+        return torch.autograd.grad(value.square().mean() * scale, f.weight)[0] / scale
+
+    full, half, scaled = gradient(False, 1.0), gradient(True, 1.0), gradient(True, 2.0**16)
+    assert (half - full).norm() < 0.05 * full.norm()
+    torch.testing.assert_close(half, scaled, rtol=1e-6, atol=0)
