@@ -107,9 +107,7 @@ def summary(table) -> dict[str, str]:
     for who in ("implicit", "torchdeq", "scipy"):
         rows = [row for name, row in table.items() if name.startswith(who)]
         best = [min((r[p] for r in rows if isinstance(r[p], int)), default=None) for p in rows[0]]
-        lines[f"{who}, best by problem"] = (
-            f"{sum(b is not None for b in best)} solved, {sum(b or 0 for b in best)}"
-        )
+        lines[f"{who}, best by problem"] = f"{sum(b is not None for b in best)} solved, {sum(b or 0 for b in best)}"
     return lines
 
 
