@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from implicit.grads.outside import unseen
 from implicit.grads.transforms import active
 from implicit.state import Flat
 
@@ -35,7 +36,7 @@ def attach_approximately(phi: Callable[[Flat], Flat], z: Flat, rule: Rule) -> Fl
     """z, a fixed point of phi, whose gradient reaches all that phi closes over by way of `rule`."""
     x = _Cut.apply(z.detach().requires_grad_())
     y = phi(x)
-    return _Approximate.apply(y, x, z.detach(), rule) if y.requires_grad else z.detach()
+    return _Approximate.apply(y, x, z.detach(), rule) if y.requires_grad and unseen(y, (x,)) else z.detach()
 
 
 def under_autocast(phi: Callable[..., Flat], kind: str) -> Callable[..., Flat]:

@@ -4,7 +4,20 @@ import pytest
 import torch
 from torch import nn
 
-from implicit import IFT, JFB, SHINE, Anderson, Broyden, Picard, Reversible, StochasticJFB, Stop, Unrolled, fixed_point
+from implicit import (
+    IFT,
+    JFB,
+    SHINE,
+    Anderson,
+    Broyden,
+    Neumann,
+    Picard,
+    Reversible,
+    StochasticJFB,
+    Stop,
+    Unrolled,
+    fixed_point,
+)
 
 EXACT = IFT(stop=Stop(rtol=1e-12, atol=0, max_evals=200), on_failure="ignore")
 TIGHT = Stop(rtol=1e-12, atol=0, max_evals=200)
@@ -115,3 +128,9 @@ def test_forward_under_autocast_backward_outside(grad):
     full, half, scaled = gradient(False, 1.0), gradient(True, 1.0), gradient(True, 2.0**16)
     assert (half - full).norm() < 0.05 * full.norm()
     torch.testing.assert_close(half, scaled, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("grad", [IFT(), JFB(), SHINE(), Neumann(), StochasticJFB(), Unrolled()])
+def test_no_graph_where_nothing_requires_gradients(grad):
+    value = fixed_point(lambda z: torch.cos(z), torch.ones(2, 3), solver=Broyden(), grad=grad).value
+    assert not value.requires_grad
