@@ -1,5 +1,14 @@
-"""The tests check every shape and type that `implicit` declares, at run time; benchmarks and users do not."""
+"""The tests check every shape and type that `implicit` declares, at run time; benchmarks and users do not.
 
-import jaxtyping
+They run on one thread, and so do the processes they start: sums are then the same to the last bit everywhere.
+"""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import jaxtyping  # noqa: E402  (after the environment is set)
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
 jaxtyping.install_import_hook("implicit", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
