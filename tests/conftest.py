@@ -7,8 +7,8 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import jaxtyping  # noqa: E402  (after the environment is set)
-import torch  # noqa: E402
+import jaxtyping
+import torch
 
 torch.set_num_threads(1)
 jaxtyping.install_import_hook("implicit", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
