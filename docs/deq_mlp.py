@@ -16,9 +16,7 @@ layer = implicit.DEQ(lambda z, u: torch.tanh(0.5 * mlp(z) + u), stop=stop)
 parameters = [*inject.parameters(), *mlp.parameters(), *head.parameters()]
 optimizer = torch.optim.Adam(parameters, lr=1e-3)
 for _ in range(30):
-    solution = layer(
-        torch.zeros(256, 32), inject(x)
-    )  # solution.check() would raise where a sample did not converge
+    solution = layer(torch.zeros(256, 32), inject(x))  # solution.check() would raise where a sample did not converge
     loss = nn.functional.mse_loss(head(solution.value), y)
     optimizer.zero_grad()
     loss.backward()  # the exact gradient, by the implicit function theorem

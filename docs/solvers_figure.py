@@ -16,10 +16,7 @@ def main() -> None:
     for ax, name in zip(axes, ("adaLN block", "linear 0.99", "non-normal", "repelling"), strict=True):
         p, stop = problem(name), Stop(rtol=1e-10, atol=0, max_evals=150)
         with torch.no_grad():
-            solved = {
-                type(s).__name__: fixed_point(p, p.z0, *p.args, solver=s, stop=stop, trace=True)
-                for s in SOLVERS
-            }
+            solved = {type(s).__name__: fixed_point(p, p.z0, *p.args, solver=s, stop=stop, trace=True) for s in SOLVERS}
         plotting.convergence(solved, ax, relative=True)
         ax.set_title(f"{name} (spectral radius {float(p.radius.max()):.2f})")
         ax.set_ylim(1e-12, 1e3)

@@ -66,9 +66,7 @@ def fixed_point(
         ("stop", stop, Stop),
     ):
         if given is not None and not isinstance(given, kind):
-            hint = (
-                f"an instance such as {given.__name__}()" if isinstance(given, type) else f"a {kind.__name__}"
-            )
+            hint = f"an instance such as {given.__name__}()" if isinstance(given, type) else f"a {kind.__name__}"
             raise ValueError(f"{name} must be {hint}, got {given!r}.")
     loop = Loop(
         batch_dims=batch_dims,

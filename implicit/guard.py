@@ -50,7 +50,5 @@ class Guard:
         self.plain[stuck] ^= True
         self.back[stuck] = True
         self.mark[due] = best[due]
-        self.due[due] = calls + self.patience[due] * np.where(
-            self.plain[due] & ~np.isin(due, due[gained]), _PLAIN, 1
-        )
+        self.due[due] = calls + self.patience[due] * np.where(self.plain[due] & ~np.isin(due, due[gained]), _PLAIN, 1)
         self.next_due = int(self.due[rows].min(initial=np.iinfo(np.int64).max))

@@ -197,9 +197,7 @@ def _finite(point: Point) -> Tensor:
 
 
 @torch.compiler.disable(recursive=True)
-def _until(
-    f: PackedMap, z: Flat, solver: AbstractSolver[Any], stop: Stop, loop: Loop, image: bool
-) -> Solution:
+def _until(f: PackedMap, z: Flat, solver: AbstractSolver[Any], stop: Stop, loop: Loop, image: bool) -> Solution:
     """The loop with a tolerance: the host reads two norms per sample and evaluation, in one copy."""
     with _watching(loop, stop) as watch:
         judge = Judge(f.layout, stop, z, watch, solver.patience)
@@ -221,13 +219,9 @@ class _Cut:
         self.on = bool(loop.compact) and f.layout.batch_dims == 1
         self.which = loop.compact if isinstance(loop.compact, tuple) else (True,) * len(f.args)
         if loop.compact and loop.keep_state:
-            raise ValueError(
-                "compact and keep_state cannot go together: finished samples have no memory left."
-            )
+            raise ValueError("compact and keep_state cannot go together: finished samples have no memory left.")
         if self.on and len(self.which) != len(f.args):
-            raise ValueError(
-                f"compact must hold one flag for each of the {len(f.args)} args, got {len(self.which)}."
-            )
+            raise ValueError(f"compact must hold one flag for each of the {len(f.args)} args, got {len(self.which)}.")
 
     def __call__(self, point: Point, memory: Any) -> tuple[Point, Any]:
         if not (self.on and self.judge.idle):
@@ -261,9 +255,7 @@ def _watching(loop: Loop, stop: Stop) -> Iterator[Callable[[int, np.ndarray], No
             if bar is not None:
                 running = residual[~np.isnan(residual)]
                 bar.update(calls - bar.n)
-                bar.set_postfix(
-                    running=len(running), residual=f"{running.max(initial=0.0):.1e}", refresh=False
-                )
+                bar.set_postfix(running=len(running), residual=f"{running.max(initial=0.0):.1e}", refresh=False)
             if loop.callback is not None:
                 loop.callback(calls, torch.from_numpy(residual.copy()))
 

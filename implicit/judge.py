@@ -80,9 +80,7 @@ class Judge:
     watch: Callable[[int, np.ndarray], Any] | None = None
     patience: int = 0  # of the safeguard; 0: none
     running: Tensor | None = None  # (rows, 1) on the device, once a sample has finished
-    plain: Tensor | None = (
-        None  # (rows, 1) on the device, once the safeguard has made a sample take plain steps
-    )
+    plain: Tensor | None = None  # (rows, 1) on the device, once the safeguard has made a sample take plain steps
     _pending: _Look | None = None
     _looks: int = 0
     _seen: int = 0
@@ -167,9 +165,7 @@ class Judge:
         self._keep(look, better, r, s)
         self.since[rows] = np.where(better, 0, self.since[rows] + look.calls - self._seen)
         self._seen = look.calls
-        stalled = (
-            live & ~converged & (self.since[rows] >= _PATIENCE) & (self.residual[rows] <= self.floor[rows])
-        )
+        stalled = live & ~converged & (self.since[rows] >= _PATIENCE) & (self.residual[rows] <= self.floor[rows])
         broken = running & ~finite
         if self.guard is not None:
             broken &= ~self.guard.forgives(rows, broken, self.residual)

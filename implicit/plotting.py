@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def convergence(
-    solutions: Mapping[str, Solution], ax: "Axes | None" = None, *, relative: bool = False
-) -> "Axes":
+def convergence(solutions: Mapping[str, Solution], ax: "Axes | None" = None, *, relative: bool = False) -> "Axes":
     """Residual against evaluations, one line per solver: the worst sample still running.
 
     Args:

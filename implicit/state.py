@@ -24,22 +24,16 @@ def leaves(state: State, like: State = None) -> list[Tensor]:
     if isinstance(state, Tensor) and isinstance(like, Tensor):
         return [state]
     if type(state) is not type(like) or isinstance(state, Tensor):
-        raise ValueError(
-            f"f must keep the structure of the state: expected {_name(like)}, got {_name(state)}."
-        )
+        raise ValueError(f"f must keep the structure of the state: expected {_name(like)}, got {_name(state)}.")
     if isinstance(state, dict):
         if state.keys() != like.keys():
             raise ValueError(f"f must keep the keys of the state: expected {list(like)}, got {list(state)}.")
         return [leaf for key in like for leaf in leaves(state[key], like[key])]
     if isinstance(state, (tuple, list)):
         if len(state) != len(like):
-            raise ValueError(
-                f"f must keep the structure of the state: expected {len(like)} parts, got {len(state)}."
-            )
+            raise ValueError(f"f must keep the structure of the state: expected {len(like)} parts, got {len(state)}.")
         return [leaf for part, model in zip(state, like, strict=True) for leaf in leaves(part, model)]
-    raise ValueError(
-        f"A state is a tensor or a nested tuple, list or dict of tensors; it holds a {_name(state)}."
-    )
+    raise ValueError(f"A state is a tensor or a nested tuple, list or dict of tensors; it holds a {_name(state)}.")
 
 
 def rebuild(like: State, tensors: Iterator[Tensor]) -> State:
@@ -81,18 +75,13 @@ def warm(memory: Any, like: Any) -> Any:
         ValueError: it could not.
     """
     if type(memory) is not type(like):
-        raise ValueError(
-            f"state must be Solution.state of an earlier solve by this solver, got {_name(memory)}."
-        )
+        raise ValueError(f"state must be Solution.state of an earlier solve by this solver, got {_name(memory)}.")
     old, new = _tensors(memory), _tensors(like)
     same = all(
-        (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-        for a, b in zip(old[:1], new[:1], strict=True)
+        (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) for a, b in zip(old[:1], new[:1], strict=True)
     )
     if not same or any(t.shape[0] != new[0].shape[0] for t in old):
-        raise ValueError(
-            "state must come from a solve with the same solver, batch size, shapes, dtype and device."
-        )
+        raise ValueError("state must come from a solve with the same solver, batch size, shapes, dtype and device.")
     return map_tensors(lambda t: t.detach().clone(), memory)
 
 
@@ -131,22 +120,14 @@ class Layout:
             raise ValueError("The starting state holds no tensor.")
         for t in tensors:
             if not (t.is_floating_point() or t.is_complex()):
-                raise ValueError(
-                    f"The starting state must be floating point or complex, got {t.dtype}: convert it."
-                )
+                raise ValueError(f"The starting state must be floating point or complex, got {t.dtype}: convert it.")
             if batch_dims and t.ndim == 0:
-                raise ValueError(
-                    "The starting state has no batch dimension: pass batch_dims=0, or add one to it."
-                )
+                raise ValueError("The starting state has no batch dimension: pass batch_dims=0, or add one to it.")
             if t.device != tensors[0].device:
-                raise ValueError(
-                    f"The state must live on one device, got {tensors[0].device} and {t.device}."
-                )
+                raise ValueError(f"The state must live on one device, got {tensors[0].device} and {t.device}.")
         if batch_dims and len({t.shape[0] for t in tensors}) > 1:
             sizes = [t.shape[0] for t in tensors]
-            raise ValueError(
-                f"All tensors of the state must share one batch size, got {sizes}; or pass batch_dims=0."
-            )
+            raise ValueError(f"All tensors of the state must share one batch size, got {sizes}; or pass batch_dims=0.")
         shapes = tuple(t.shape[batch_dims:] for t in tensors)
         if sum(map(math.prod, shapes)) == 0:
             raise ValueError("The starting state has no elements, so there is nothing to solve for.")
@@ -181,9 +162,7 @@ class Layout:
         """The state of a (B, N) matrix; the number of rows may differ from the starting state's."""
         if isinstance(self.like, Tensor):
             return self._leaf(flat, self.shapes[0], self.dtypes[0])
-        widths = [
-            math.prod(s) * (2 if d.is_complex else 1) for s, d in zip(self.shapes, self.dtypes, strict=True)
-        ]
+        widths = [math.prod(s) * (2 if d.is_complex else 1) for s, d in zip(self.shapes, self.dtypes, strict=True)]
         parts = zip(torch.split(flat, widths, dim=1), self.shapes, self.dtypes, strict=True)
         return rebuild(self.like, iter([self._leaf(*part) for part in parts]))
 
@@ -208,18 +187,12 @@ class Layout:
         for t, shape, dtype in zip(leaves(out, self.like), self.shapes, self.dtypes, strict=True):
             if t.shape != lead + shape:
                 want = tuple(lead + shape)
-                raise ValueError(
-                    f"f must keep the shape of the state: expected {want}, got {tuple(t.shape)}."
-                )
+                raise ValueError(f"f must keep the shape of the state: expected {want}, got {tuple(t.shape)}.")
             casts = t.is_floating_point() and torch.is_autocast_enabled(self.device.type)
             if t.dtype != dtype and not casts:
-                raise ValueError(
-                    f"f must keep the dtype of the state: expected {dtype}, got {t.dtype}: cast it in f."
-                )
+                raise ValueError(f"f must keep the dtype of the state: expected {dtype}, got {t.dtype}: cast it in f.")
             if t.device != self.device:
-                raise ValueError(
-                    f"f must keep the device of the state: {self.device}, got {t.device}: move it in f."
-                )
+                raise ValueError(f"f must keep the device of the state: {self.device}, got {t.device}: move it in f.")
         return out
 
 

@@ -102,9 +102,7 @@ def jacobian(
     map: Callable[..., Tensor], z: Float[Tensor, "B N"], args: tuple[Tensor, ...] = ()
 ) -> Float[Tensor, "B N N"]:
     """Dense df/dz of every sample."""
-    rows = [
-        torch.autograd.functional.jacobian(lambda x, b=b: _row(map, x, args, b), z[b]) for b in range(len(z))
-    ]
+    rows = [torch.autograd.functional.jacobian(lambda x, b=b: _row(map, x, args, b), z[b]) for b in range(len(z))]
     return torch.stack(rows)  # pyright: ignore[reportArgumentType]
 
 
@@ -196,11 +194,7 @@ def _one_hard(n: int = 48, batch: int = 16) -> Made:
 def _bratu(side: int = 15) -> Made:
     """-Laplace u = c exp(u) on the unit square, 0 on its edge, as u = c (-Laplace)^-1 exp(u)."""
     one = torch.eye(side, dtype=F64)
-    second = (
-        2 * one
-        - torch.diag(torch.ones(side - 1, dtype=F64), 1)
-        - torch.diag(torch.ones(side - 1, dtype=F64), -1)
-    )
+    second = 2 * one - torch.diag(torch.ones(side - 1, dtype=F64), 1) - torch.diag(torch.ones(side - 1, dtype=F64), -1)
     inverse = torch.linalg.inv((torch.kron(second, one) + torch.kron(one, second)) * (side + 1) ** 2)
     c = torch.tensor([[1.0], [3.0], [4.5]], dtype=F64)
 

@@ -98,9 +98,7 @@ def _read_folder(path: Path, request: Request) -> DiT | FPDM:
 
     if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
         state = checkpoint.load(path) if (path / "state.json").is_file() else checkpoint.newest(path)
-        return _rebuilt(
-            state.network, dict(state.model if request.weights == "model" else state.ema), str(path)
-        )
+        return _rebuilt(state.network, dict(state.model if request.weights == "model" else state.ema), str(path))
     file = path / "config.json"
     if not file.is_file() and (path / "transformer" / "config.json").is_file():
         return _read_folder(path / "transformer", request)
@@ -127,9 +125,7 @@ def _read_folder(path: Path, request: Request) -> DiT | FPDM:
         ("attention_bias", True),
     ):
         if config.get(key, only) != only:
-            raise ValueError(
-                f"{path} is not a DiT, because its {key} is {config[key]!r} instead of {only!r}."
-            )
+            raise ValueError(f"{path} is not a DiT, because its {key} is {config[key]!r} instead of {only!r}.")
     return _assemble(tensors, request, config)
 
 
@@ -160,9 +156,7 @@ def _rebuilt(description: dict[str, Any], tensors: dict[str, Tensor], where: str
         with torch.device("meta"):
             model = build.rebuild(description)
     except (TypeError, KeyError) as error:
-        raise ValueError(
-            f"{where} does not describe a network of this version ({error}); it cannot be read."
-        ) from None
+        raise ValueError(f"{where} does not describe a network of this version ({error}); it cannot be read.") from None
     layouts.check_names(tensors, model.state_dict())
     try:
         model.load_state_dict(tensors, assign=True)
@@ -185,20 +179,14 @@ def read_tensors(path: Path, which: str | None = None) -> dict[str, Tensor]:
 
     found = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
     if not isinstance(found, dict):
-        raise ValueError(
-            f"{path} holds a {type(found).__name__} instead of tensors by name; save a state dict."
-        )
+        raise ValueError(f"{path} holds a {type(found).__name__} instead of tensors by name; save a state dict.")
     parts = {
-        name: part
-        for name, part in found.items()
-        if isinstance(part, dict) and name in ("ema", "model", "state_dict")
+        name: part for name, part in found.items() if isinstance(part, dict) and name in ("ema", "model", "state_dict")
     }
     if parts:
         wanted = which or ("ema" if "ema" in parts else next(iter(parts)))
         if wanted not in parts:
-            raise ValueError(
-                f"{path} holds no weights called {wanted}, but {', '.join(parts)}; choose with --weights."
-            )
+            raise ValueError(f"{path} holds no weights called {wanted}, but {', '.join(parts)}; choose with --weights.")
         found = parts[wanted]
     elif which is not None:
         raise ValueError(f"{path} holds one set of weights only; leave out --weights.")
@@ -241,9 +229,7 @@ def _load_pickle(path: Path) -> Any:
             f"({reason.strip()[:300]}). Save its tensors alone, with safetensors."
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({str(error)[:300]}); it may be truncated: fetch it again."
-        ) from None
+        raise ValueError(f"{path} cannot be read ({str(error)[:300]}); it may be truncated: fetch it again.") from None
 
 
 def _folder_tensors(path: Path) -> dict[str, Tensor]:
@@ -252,9 +238,7 @@ def _folder_tensors(path: Path) -> dict[str, Tensor]:
         path.glob("diffusion_pytorch_model*.bin")
     )
     if len(files) > 1 and not any("-of-" in file.name for file in files):
-        files = [file for file in files if file.stem == "diffusion_pytorch_model"] or files[
-            :1
-        ]  # others: fp16, ...
+        files = [file for file in files if file.stem == "diffusion_pytorch_model"] or files[:1]  # others: fp16, ...
     if not files:
         raise ValueError(f"{path} has a config.json but no weights (diffusion_pytorch_model.safetensors).")
     tensors: dict[str, Tensor] = {}

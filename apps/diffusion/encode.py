@@ -70,9 +70,7 @@ class Request:
         rank = int(os.environ.get("RANK", 0)) if self.rank is None else self.rank
         world = int(os.environ.get("WORLD_SIZE", 1)) if self.world is None else self.world
         if not 0 <= rank < world:
-            raise ValueError(
-                f"Process {rank} of {world} does not exist; --rank counts from 0 to --world minus 1."
-            )
+            raise ValueError(f"Process {rank} of {world} does not exist; --rank counts from 0 to --world minus 1.")
         return rank, world
 
 
@@ -244,9 +242,7 @@ def batches(work: Work, k: int, pool: Any) -> Iterator[tuple[list[int], list[np.
         yield [n for n, _ in good], [p for _, p in good], [p for _, p in pairs if isinstance(p, Skipped)]
 
 
-def write_shard(
-    work: Work, k: int, good: list[int], rows: list[tuple[Tensor, Tensor]], skipped: list[Skipped]
-) -> None:
+def write_shard(work: Work, k: int, good: list[int], rows: list[tuple[Tensor, Tensor]], skipped: list[Skipped]) -> None:
     """Write the tensors of shard k, and then its note."""
     import torch
     from safetensors.torch import save_file
@@ -290,24 +286,18 @@ def finish(work: Work, settings: dict[str, Any], name: str) -> None:
     out, total = work.request.out, len(work.listed.files)
     notes = [note for k in range(work.shards) if (note := complete(out, k))]
     if len(notes) < work.shards:
-        print(
-            f"{len(notes)} of {work.shards} shards are in {out}; other processes make the rest, and the index."
-        )
+        print(f"{len(notes)} of {work.shards} shards are in {out}; other processes make the rest, and the index.")
         return
     skipped = [Skipped(**image) for note in notes for image in note["skipped"]]
     if len(skipped) == total:
-        raise ValueError(
-            f"None of the {total} images below {work.request.images} can be used; {told(skipped, total)}"
-        )
+        raise ValueError(f"None of the {total} images below {work.request.images} can be used; {told(skipped, total)}")
     scaling, shift = constants(work.vae)
     index = {
         "format": settings["format"],
         "images": sum(note["images"] for note in notes),
         "shape": next(note["shape"] for note in notes if note["shape"]),
         "classes": list(work.listed.classes),
-        "class_counts": [
-            sum(counts) for counts in zip(*(note["class_counts"] for note in notes), strict=True)
-        ],
+        "class_counts": [sum(counts) for counts in zip(*(note["class_counts"] for note in notes), strict=True)],
         "scaling_factor": scaling,
         "shift_factor": shift,
         "vae": {"name": name, **settings["vae"]},

@@ -110,9 +110,7 @@ def network(
         if tensors[name].shape != value.shape
     ]
     if wrong:
-        raise ValueError(
-            f"The tensors do not fit each other: {_listed(wrong)}. The checkpoint is damaged or foreign."
-        )
+        raise ValueError(f"The tensors do not fit each other: {_listed(wrong)}. The checkpoint is damaged or foreign.")
     model.load_state_dict(dict(tensors), assign=True)
     return model
 
@@ -122,9 +120,7 @@ def check_names(tensors: Iterable[str], expected: Iterable[str], optional: Itera
     found, wanted = set(tensors), set(expected)
     unknown, missing = found - wanted - set(optional), wanted - found
     parts = [
-        f"{what} {_listed(sorted(names))}"
-        for what, names in (("unknown:", unknown), ("missing:", missing))
-        if names
+        f"{what} {_listed(sorted(names))}" for what, names in (("unknown:", unknown), ("missing:", missing)) if names
     ]
     if parts:
         raise ValueError(
@@ -166,9 +162,7 @@ def from_diffusers(tensors: Mapping[str, Tensor], input_size: tuple[int, int]) -
     weight = result["x_embedder.proj.weight"]
     rows, columns = (side // weight.shape[-1] for side in input_size)
     computed = position_embedding(weight.shape[0], rows, columns).to(weight.dtype)
-    result["pos_embed"] = (
-        tensors[_POSITIONS].reshape(1, -1, weight.shape[0]) if _POSITIONS in tensors else computed
-    )
+    result["pos_embed"] = tensors[_POSITIONS].reshape(1, -1, weight.shape[0]) if _POSITIONS in tensors else computed
     return result
 
 
@@ -194,9 +188,7 @@ def to_diffusers(model: DiT | FPDM) -> DiTTransformer2DModel:
     weights, heads = model.state_dict(), model.config["num_heads"]
     rows = height // model.patch_size
     computed = position_embedding(model.hidden_size, rows, rows).to(weights["pos_embed"])
-    if not torch.allclose(
-        weights["pos_embed"], computed, atol=1e-2 if computed.dtype.itemsize == 2 else 1e-4
-    ):
+    if not torch.allclose(weights["pos_embed"], computed, atol=1e-2 if computed.dtype.itemsize == 2 else 1e-4):
         raise ValueError(
             "This network cannot be written for diffusers: its pos_embed is not the sine-cosine code, which is the "
             "only one that diffusers has. Write it with --to ours."
@@ -251,9 +243,9 @@ def _diffusers_names(depth: int) -> list[str]:
 
 def _copied() -> dict[str, str]:
     """What diffusers has once in every block and DiT once for all."""
-    return {
-        f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in _COPIED.items() for kind in _KINDS
-    } | dict([_TABLE])
+    return {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in _COPIED.items() for kind in _KINDS} | dict(
+        [_TABLE]
+    )
 
 
 def _sizes(
@@ -270,9 +262,7 @@ def _sizes(
     patches, positions, inner, last = (tensors[name] for name in needed)
     if patches.ndim != 4 or positions.ndim != 3 or inner.ndim != 2 or last.ndim != 2:
         shapes = [f"{name} {tuple(tensors[name].shape)}" for name in needed]
-        raise ValueError(
-            f"The shapes {_listed(shapes)} are not those of a DiT or FPDM; the checkpoint is foreign."
-        )
+        raise ValueError(f"The shapes {_listed(shapes)} are not those of a DiT or FPDM; the checkpoint is foreign.")
     hidden, channels, patch, _ = patches.shape
     outputs, remainder = divmod(last.shape[0], patch * patch)
     if remainder or outputs not in (channels, 2 * channels):

@@ -258,9 +258,7 @@ class FixedPointPipeline(DiffusionPipeline):
     def _check_solve(self, **given: Any) -> None:
         named = [name for name, value in given.items() if value is not None]
         if named and not isinstance(self.model, FPDM):
-            raise ValueError(
-                f"{', '.join(named)}: a DiT has no fixed point to solve; leave it out, or load an FPDM."
-            )
+            raise ValueError(f"{', '.join(named)}: a DiT has no fixed point to solve; leave it out, or load an FPDM.")
 
     def _images(self, x: Tensor, output_type: Output) -> Any:
         if output_type == "latent":
@@ -292,9 +290,7 @@ def _labels(given: int | Sequence[int] | None, count: int | None, num_classes: i
             raise ValueError("This network knows no classes; leave out class_labels, and say num_images.")
         return None
     if given is None:
-        raise ValueError(
-            f"This network wants a class for each image: give class_labels from 0 to {num_classes - 1}."
-        )
+        raise ValueError(f"This network wants a class for each image: give class_labels from 0 to {num_classes - 1}.")
     labels = [given] * (count or 1) if isinstance(given, int) else [int(y) for y in given]
     if count is not None and len(labels) != count:
         raise ValueError(f"There are {len(labels)} class_labels for num_images={count}; give one for each.")

@@ -15,9 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 
-def open_vae(
-    name: str | Path, subfolder: str | None = None, device: str = "cpu"
-) -> tuple[AutoencoderKL, str]:
+def open_vae(name: str | Path, subfolder: str | None = None, device: str = "cpu") -> tuple[AutoencoderKL, str]:
     """The VAE in evaluation mode, and what to call it.
 
     Args:
@@ -34,9 +32,7 @@ def open_vae(
     told = f"{name}/{subfolder}" if subfolder else str(name)
     try:
         loaded: Any = AutoencoderKL.from_pretrained(str(name), subfolder=subfolder, output_loading_info=True)
-    except (
-        Exception
-    ) as error:  # files, JSON, tensors, network: diffusers lets through whatever its parts raise
+    except Exception as error:  # files, JSON, tensors, network: diffusers lets through whatever its parts raise
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"The VAE {told} cannot be read ({type(error).__name__}: {reason}); give the folder of a diffusers "

@@ -41,9 +41,7 @@ class AbstractGrad(abc.ABC):
         return self
 
 
-def track(
-    f: Map, args: tuple[Any, ...], loop: Loop, solved: Solution, steps: int, damping: float = 0.0
-) -> Solution:
+def track(f: Map, args: tuple[Any, ...], loop: Loop, solved: Solution, steps: int, damping: float = 0.0) -> Solution:
     """Take z' = damping z + (1 - damping) f(z) `steps` more times from the value of `solved`.
 
     Recorded by autograd if it is on. A sample whose steps are not finite keeps the value it had.
@@ -60,9 +58,7 @@ def track(
     return _close(solved, layout, start, z, residual, steps)
 
 
-def _close(
-    solved: Solution, layout: Layout, start: Flat, value: Flat, residual: PerSample, steps: int
-) -> Solution:
+def _close(solved: Solution, layout: Layout, start: Flat, value: Flat, residual: PerSample, steps: int) -> Solution:
     with torch.no_grad():
         finite = torch.isfinite(residual)
         keep = finite | (solved.result == Result.NONFINITE)

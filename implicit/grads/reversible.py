@@ -66,9 +66,7 @@ class Reversible(AbstractGrad):
         if not 0 < self.beta < 1:
             raise ValueError(f"Reversible.beta must lie in (0, 1), got {self.beta}.")
         if self.on_drift not in ("warn", "raise", "ignore"):
-            raise ValueError(
-                f'Reversible.on_drift must be "warn", "raise" or "ignore", got {self.on_drift!r}.'
-            )
+            raise ValueError(f'Reversible.on_drift must be "warn", "raise" or "ignore", got {self.on_drift!r}.')
         if not self.tolerance > 0:
             raise ValueError(f"Reversible.tolerance must be positive, got {self.tolerance}.")
 
@@ -125,9 +123,7 @@ class _Run:
     the number of steps each sample took.
     """
 
-    def __init__(
-        self, phi: Phi, start: Flat, first: Flat | None, beta: float, stop: Stop, trace: bool
-    ) -> None:
+    def __init__(self, phi: Phi, start: Flat, first: Flat | None, beta: float, stop: Stop, trace: bool) -> None:
         rows = start.shape[0]
         self.y = self.z = start.double()
         self.steps = torch.zeros(rows, dtype=torch.int64, device=start.device)
@@ -177,9 +173,7 @@ class _Reverse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "Reversible cannot be differentiated twice (create_graph=True): use IFT or Unrolled."
-            )
+            raise RuntimeError("Reversible cannot be differentiated twice (create_graph=True): use IFT or Unrolled.")
         start, y, z, steps, *theta = ctx.saved_tensors
         pull = _Pull(ctx.phi, theta, start.dtype)
         beta = ctx.grad.beta

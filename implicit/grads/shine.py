@@ -74,9 +74,7 @@ class SHINE(AbstractGrad):
         if not torch.is_grad_enabled():
             return iterate(f, z0, solver, stop, args=args, loop=loop)
         with torch.no_grad():
-            keep = replace(
-                loop, keep_state=True, compact=False, state=_wrapped(loop.state, z0, loop.batch_dims)
-            )
+            keep = replace(loop, keep_state=True, compact=False, state=_wrapped(loop.state, z0, loop.batch_dims))
             solved = iterate(f, z0, _Frozen(solver), stop, args=args, loop=keep)
         layout = Layout.of(solved.value, loop.batch_dims)
         packed, z = PackedMap(f, args, layout), layout.pack(solved.value)

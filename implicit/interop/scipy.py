@@ -14,9 +14,7 @@ from implicit.solution import Result, Solution
 from implicit.state import Layout, State, norm
 
 
-def root(
-    f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(), **options: Any
-) -> Solution:
+def root(f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(), **options: Any) -> Solution:
     """Solve z = f(z, *args) with ``scipy.optimize.root``; no gradient.
 
     Args:

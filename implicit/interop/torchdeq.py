@@ -41,9 +41,7 @@ def adapter(solver: AbstractSolver[Any]) -> Callable[..., tuple[Tensor, list[Ten
         if indexing is not None and len(indexing) > 1:
             raise ValueError("Solvers of implicit record no intermediate states: use torchdeq's n_states=1.")
         rtol, atol = (tol, 0.0) if stop_mode == "rel" else (0.0, tol)
-        found = iterate(
-            func, x0, solver, Stop(rtol=rtol, atol=atol, max_evals=max_iter), loop=Loop(trace=True)
-        )
+        found = iterate(func, x0, solver, Stop(rtol=rtol, atol=atol, max_evals=max_iter), loop=Loop(trace=True))
         fz = norm(func(found.value).flatten(1))
         absolute = found.residual
         assert found.trace is not None
@@ -59,9 +57,7 @@ def adapter(solver: AbstractSolver[Any]) -> Callable[..., tuple[Tensor, list[Ten
     return run
 
 
-def solve(
-    f: Map, z0: State, *args: Any, method: str = "broyden", stop: Stop = Stop(), **options: Any
-) -> Solution:
+def solve(f: Map, z0: State, *args: Any, method: str = "broyden", stop: Stop = Stop(), **options: Any) -> Solution:
     """Solve z = f(z, *args) with torchdeq's solver `method`; no gradient.
 
     torchdeq stops the whole batch at once, so every sample reports the same number of evaluations, as counted by f.
@@ -73,14 +69,10 @@ def solve(
     counted = PackedMap(f, args, layout, stop.max_evals)
     tolerance = dict(tol=stop.rtol, stop_mode="rel") if stop.rtol else dict(tol=stop.atol, stop_mode="abs")
     with torch.no_grad():
-        value = get_solver(method)(counted, layout.pack(z0), max_iter=stop.max_evals, **tolerance, **options)[
-            0
-        ]
+        value = get_solver(method)(counted, layout.pack(z0), max_iter=stop.max_evals, **tolerance, **options)[0]
         calls, fz = counted.calls, counted(value)
     residual = norm(fz - value)
-    result = torch.where(
-        residual <= stop.atol + stop.rtol * norm(fz), int(Result.CONVERGED), int(Result.MAX_EVALS)
-    )
+    result = torch.where(residual <= stop.atol + stop.rtol * norm(fz), int(Result.CONVERGED), int(Result.MAX_EVALS))
     result = torch.where(torch.isfinite(residual), result, int(Result.NONFINITE)).to(torch.int8)
     return Solution(
         value=layout.unpack(value),

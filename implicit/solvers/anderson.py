@@ -77,9 +77,7 @@ class Anderson(AbstractSolver[AndersonMemory]):
 
     def resume(self, point: Point, memory: AndersonMemory) -> AndersonMemory:
         if memory.dr.shape[1] + 1 != self.memory:
-            raise ValueError(
-                f"state must come from a solver with memory={self.memory}, got {memory.dr.shape[1] + 1}."
-            )
+            raise ValueError(f"state must come from a solver with memory={self.memory}, got {memory.dr.shape[1] + 1}.")
         return replace(memory, fz=point.fz, r=point.r, fresh=True)
 
     @property
@@ -115,9 +113,7 @@ class Anderson(AbstractSolver[AndersonMemory]):
         z = torch.baddbmm(point.fz.unsqueeze(1), gamma, df[:, :used], alpha=-1).squeeze(1)
         if not self.damping:
             return z, now
-        return self._damp(
-            z, torch.baddbmm(point.r.unsqueeze(1), gamma, dr[:, :used], alpha=-1).squeeze(1)
-        ), now
+        return self._damp(z, torch.baddbmm(point.r.unsqueeze(1), gamma, dr[:, :used], alpha=-1).squeeze(1)), now
 
     def _renew(
         self, gram: Float[Tensor, "B K K"], slot: int, row: Float[Tensor, "B K"], dtype: torch.dtype

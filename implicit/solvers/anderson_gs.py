@@ -68,15 +68,11 @@ class AndersonGS(AbstractSolver[AndersonGSMemory]):
 
     def init(self, point: Point) -> AndersonGSMemory:
         none = Ring(self.memory)
-        return AndersonGSMemory(
-            point.fz, point.r, none, none, point.z.new_zeros(point.z.shape[0], 1, self.memory)
-        )
+        return AndersonGSMemory(point.fz, point.r, none, none, point.z.new_zeros(point.z.shape[0], 1, self.memory))
 
     def resume(self, point: Point, memory: AndersonGSMemory) -> AndersonGSMemory:
         if memory.q.memory != self.memory:
-            raise ValueError(
-                f"state must come from a solver with memory={self.memory}, got {memory.q.memory}."
-            )
+            raise ValueError(f"state must come from a solver with memory={self.memory}, got {memory.q.memory}.")
         return replace(memory, fz=point.fz, r=point.r, fresh=True)
 
     @property
@@ -117,9 +113,7 @@ class AndersonGS(AbstractSolver[AndersonGSMemory]):
         size = torch.linalg.vector_norm(new, dim=1, keepdim=True)
         inverse = inverse.masked_fill(stale, 0)
         inverse[:, :, slot] = size.clamp_min(torch.finfo(size.dtype).tiny ** 0.5) ** -2
-        return replace(
-            memory, q=q.put(slot, new), d=d.put(slot, new_fz), inverse=inverse, pairs=memory.pairs + 1
-        )
+        return replace(memory, q=q.put(slot, new), d=d.put(slot, new_fz), inverse=inverse, pairs=memory.pairs + 1)
 
     def transposed(self, memory: AndersonGSMemory, g: Flat) -> Flat:
         """H^T g, with H r = r - sum_i d_i <q_i, r> / <q_i, q_i>."""

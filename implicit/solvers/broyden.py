@@ -61,9 +61,7 @@ class Broyden(AbstractSolver[BroydenMemory]):
 
     def resume(self, point: Point, memory: BroydenMemory) -> BroydenMemory:
         if memory.u.memory != self.memory:
-            raise ValueError(
-                f"state must come from a solver with memory={self.memory}, got {memory.u.memory}."
-            )
+            raise ValueError(f"state must come from a solver with memory={self.memory}, got {memory.u.memory}.")
         return replace(memory, z=point.z, r=point.r, fresh=True)
 
     @property

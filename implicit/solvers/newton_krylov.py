@@ -55,9 +55,7 @@ class NewtonKrylov(AbstractSolver[None]):
         with torch.no_grad():
             size = norm(point.r)
             basis = [point.r / size.clamp_min(torch.finfo(size.dtype).tiny).unsqueeze(1)]
-            hessenberg = torch.zeros(
-                len(size), self.inner + 1, self.inner, dtype=torch.float64, device=size.device
-            )
+            hessenberg = torch.zeros(len(size), self.inner + 1, self.inner, dtype=torch.float64, device=size.device)
             y, running = hessenberg[:, :0, 0], torch.ones_like(size, dtype=torch.bool)
             for k in range(min(self.inner, f.left - 1)):
                 w = basis[k] - f.push(point.z, basis[k])
@@ -71,9 +69,7 @@ class NewtonKrylov(AbstractSolver[None]):
                     break
             if not y.shape[1]:
                 return point.fz, None
-            step = torch.stack(basis[: y.shape[1]], dim=2) @ (y.to(size.dtype) * size.unsqueeze(1)).unsqueeze(
-                2
-            )
+            step = torch.stack(basis[: y.shape[1]], dim=2) @ (y.to(size.dtype) * size.unsqueeze(1)).unsqueeze(2)
             return point.z + step.squeeze(2), None
 
 

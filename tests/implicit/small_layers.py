@@ -43,9 +43,7 @@ class AdaLN(nn.Module):
         shift1, scale1, shift2, scale2 = self.modulation
         h = F.layer_norm(z, z.shape[-1:]) * (1 + scale1) + shift1
         q, k, v = F.linear(h, self.qkv).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        z = x + self.gate * F.linear(
-            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), self.out
-        )
+        z = x + self.gate * F.linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), self.out)
         h = F.layer_norm(z, z.shape[-1:]) * (1 + scale2) + shift2
         return z + self.gate * F.linear(F.gelu(F.linear(h, self.up)), self.down)
 
@@ -81,9 +79,7 @@ def dense_solution(f: nn.Module, x: Tensor) -> Tensor:
 def jacobian(f: nn.Module, z: Tensor, x: Tensor) -> Tensor:
     """df/dz per sample, (B, N, N)."""
     rows = [
-        torch.autograd.functional.jacobian(
-            lambda s, b=b: f(s.view_as(z[:1]), x[b : b + 1]).flatten(), z[b].flatten()
-        )
+        torch.autograd.functional.jacobian(lambda s, b=b: f(s.view_as(z[:1]), x[b : b + 1]).flatten(), z[b].flatten())
         for b in range(len(z))
     ]
     return torch.stack(rows)

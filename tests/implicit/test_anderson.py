@@ -55,9 +55,7 @@ def textbook(f, z0, memory, damping, evals, start=1):
     return torch.stack(runs, dim=1)
 
 
-@pytest.mark.parametrize(
-    ("memory", "damping", "start"), [(2, 0, 1), (3, 0, 1), (5, 0, 1), (4, 0.3, 1), (4, 0, 4)]
-)
+@pytest.mark.parametrize(("memory", "damping", "start"), [(2, 0, 1), (3, 0, 1), (5, 0, 1), (4, 0.3, 1), (4, 0, 4)])
 def test_every_iterate_is_the_textbooks(memory, damping, start):
     f, z0 = smooth()
     got = torch.stack(visited(f, z0, Anderson(memory, damping=damping, start=start), 14))

@@ -46,9 +46,7 @@ def test_every_iterate_is_the_dense_updates(bad):
 def test_the_newest_secant_equation_holds_after_the_memory_has_wrapped(bad, evals):
     f, z0 = smooth()
     zs = visited(f, z0, Broyden(4, bad=bad), evals)
-    memory = iterate(
-        f, z0, Broyden(4, bad=bad), Stop(max_evals=evals, **FREE), loop=Loop(keep_state=True)
-    ).state
+    memory = iterate(f, z0, Broyden(4, bad=bad), Stop(max_evals=evals, **FREE), loop=Loop(keep_state=True)).state
     s = zs[-2] - zs[-3]
     y = (f(zs[-2]) - zs[-2]) - (f(zs[-3]) - zs[-3])
     assert memory.u.rows == min(4, memory.u.rows)

@@ -101,9 +101,7 @@ def by_closure(w, x):
 
 
 def by_args(w, x):
-    return fixed_point(
-        lambda z, w, x: torch.tanh(z @ w) + x, torch.zeros_like(x), w, x, grad=EXACT, stop=TIGHT
-    ).value
+    return fixed_point(lambda z, w, x: torch.tanh(z @ w) + x, torch.zeros_like(x), w, x, grad=EXACT, stop=TIGHT).value
 
 
 @pytest.mark.parametrize("solve", [by_closure, by_args])

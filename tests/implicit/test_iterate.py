@@ -70,9 +70,7 @@ def test_the_default_beats_plain_iteration_where_that_converges(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @each
 def test_divergence_past_the_largest_number_is_no_convergence(solver, dtype):
-    found = solve(
-        lambda z: z * z + 3, torch.full((2, 4), 3.0, dtype=dtype), solver=solver, stop=Stop(max_evals=60)
-    )
+    found = solve(lambda z: z * z + 3, torch.full((2, 4), 3.0, dtype=dtype), solver=solver, stop=Stop(max_evals=60))
     assert not found.converged.any()
     if solver == Picard():
         assert (found.result == Result.NONFINITE).all() and torch.isfinite(found.value).all()
@@ -89,9 +87,7 @@ def test_a_norm_whose_square_overflows_is_still_right(solver):
 
 
 def test_damping_does_not_loosen_the_test():
-    found = solve(
-        half, torch.zeros(1, 3, dtype=F64), solver=Picard(0.99), stop=Stop(rtol=1e-3, atol=0, max_evals=5)
-    )
+    found = solve(half, torch.zeros(1, 3, dtype=F64), solver=Picard(0.99), stop=Stop(rtol=1e-3, atol=0, max_evals=5))
     assert (found.result == Result.MAX_EVALS).all() and float(found.residual) > 0.5
 
 
@@ -117,9 +113,7 @@ def test_a_tolerance_out_of_reach_ends_early_with_advice(solver, dtype):
 @each
 def test_an_answer_does_not_depend_on_batch_mates(solver):
     if isinstance(solver, NewtonKrylov):
-        pytest.skip(
-            "GMRES goes on until its slowest sample is content: same answers to the tolerance, not to the bit"
-        )
+        pytest.skip("GMRES goes on until its slowest sample is content: same answers to the tolerance, not to the bit")
     p = problem("one hard of 16")
     stop = Stop(rtol=1e-8, atol=0, max_evals=150)
     whole = solve(p, p.z0, *p.args, solver=solver, stop=stop)
@@ -291,9 +285,7 @@ def test_compaction_cuts_only_the_args_it_is_told_to():
         return rate * z + b
 
     stop = Stop(rtol=1e-6, max_evals=300)
-    found = solve(
-        f, torch.zeros(3, 3), rate, b, table, solver=Picard(), stop=stop, compact=(True, True, False)
-    )
+    found = solve(f, torch.zeros(3, 3), rate, b, table, solver=Picard(), stop=stop, compact=(True, True, False))
     torch.testing.assert_close(found.value, (b / (1 - rate)).expand(3, 3), rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="one flag for each"):
         solve(f, torch.zeros(3, 3), rate, b, table, compact=(True,))

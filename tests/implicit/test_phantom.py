@@ -46,9 +46,7 @@ def test_limits():
     assert off(gradient(f, x, g, Phantom(80, 0.5)), dense_gradient(f, x, g)) < 1e-9
 
 
-@pytest.mark.parametrize(
-    ("steps", "damping", "field"), [(0, 0.5, "steps"), (1, 1.0, "damping"), (1, -0.1, "damping")]
-)
+@pytest.mark.parametrize(("steps", "damping", "field"), [(0, 0.5, "steps"), (1, 1.0, "damping"), (1, -0.1, "damping")])
 def test_impossible_configurations(steps, damping, field):
     with pytest.raises(ValueError, match=rf"Phantom\.{field}"):
         Phantom(steps, damping)

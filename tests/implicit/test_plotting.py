@@ -10,8 +10,7 @@ matplotlib.use("Agg")
 def test_the_lines_are_the_traces_worst_samples():
     z0 = torch.tensor([[0.0], [1.0]])
     solved = {
-        str(s): fixed_point(torch.cos, z0, solver=s, stop=Stop(rtol=1e-6), trace=True)
-        for s in (Picard(), Anderson())
+        str(s): fixed_point(torch.cos, z0, solver=s, stop=Stop(rtol=1e-6), trace=True) for s in (Picard(), Anderson())
     }
     ax = plotting.convergence(solved)
     for line, (label, solution) in zip(ax.get_lines(), solved.items(), strict=True):

@@ -20,9 +20,7 @@ def by_hand(f, x, start, beta, steps):
 
 
 @pytest.mark.parametrize("name", ["easy", "adaln", "hard"])
-@pytest.mark.parametrize(
-    "stop", [Stop(rtol=0, atol=0, max_evals=7), Stop(rtol=0.03)], ids=["fixed", "adaptive"]
-)
+@pytest.mark.parametrize("stop", [Stop(rtol=0, atol=0, max_evals=7), Stop(rtol=0.03)], ids=["fixed", "adaptive"])
 def test_against_unrolling_by_hand(name, stop):
     f, x = layer(name)
     x.requires_grad_()
@@ -62,9 +60,7 @@ def test_a_lost_way_back_is_said():
 
     def gradient(on_drift):
         grad = Reversible(0.8, on_drift)
-        z = fixed_point(
-            f, torch.zeros_like(x), x, grad=grad, stop=Stop(rtol=1e-9, atol=0, max_evals=1001)
-        ).value
+        z = fixed_point(f, torch.zeros_like(x), x, grad=grad, stop=Stop(rtol=1e-9, atol=0, max_evals=1001)).value
         return flat(torch.autograd.grad(z.sum(), (*f.parameters(), x)))
 
     with pytest.warns(RuntimeWarning, match="missed its start"):
@@ -78,9 +74,7 @@ def test_a_bad_sample_is_held_and_the_others_go_on():
     f, x = layer("easy")
     bad = x.clone()
     bad[1] = torch.nan
-    solution = fixed_point(
-        f, torch.zeros_like(x), bad, grad=Reversible(0.8), stop=Stop(rtol=1e-8, max_evals=200)
-    )
+    solution = fixed_point(f, torch.zeros_like(x), bad, grad=Reversible(0.8), stop=Stop(rtol=1e-8, max_evals=200))
     assert solution.result.tolist() == [Result.CONVERGED, Result.NONFINITE, Result.CONVERGED]
     good = fixed_point(f, torch.zeros_like(x), x, grad=Reversible(0.8), stop=Stop(rtol=1e-8, max_evals=200))
     assert torch.equal(solution.value[[0, 2]], good.value[[0, 2]])

@@ -51,9 +51,7 @@ def test_on_a_linear_map_broyden_learns_some_of_the_inverse():
     true = torch.linalg.solve(torch.eye(6, dtype=F64) - a.T, torch.ones(6, dtype=F64))
 
     def error(grad):
-        z = fixed_point(
-            lambda z, x: z @ a.T + x, x.detach() * 0, x, grad=grad, solver=Broyden(), stop=TIGHT
-        ).value
+        z = fixed_point(lambda z, x: z @ a.T + x, x.detach() * 0, x, grad=grad, solver=Broyden(), stop=TIGHT).value
         (got,) = torch.autograd.grad(z.sum(), x)
         return (got - true).norm(dim=1) / true.norm()
 
@@ -70,10 +68,7 @@ def test_a_sample_that_finished_early_keeps_what_it_had_learnt():
     both = fixed_point(f, torch.zeros_like(x), x, grad=SHINE(), solver=solver, stop=stop)
     assert both.evals.max() - both.evals.min() > 6  # long enough to overwrite a memory of 6
     alone = torch.cat(
-        [
-            fixed_point(f, x[b : b + 1] * 0, x[b : b + 1], grad=SHINE(), solver=solver, stop=stop).value
-            for b in range(3)
-        ]
+        [fixed_point(f, x[b : b + 1] * 0, x[b : b + 1], grad=SHINE(), solver=solver, stop=stop).value for b in range(3)]
     )
     (got,), (true,) = (torch.autograd.grad((z * g).sum(), x) for z in (both.value, alone))
     torch.testing.assert_close(got, true)

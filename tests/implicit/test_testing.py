@@ -38,9 +38,7 @@ def test_the_spectral_radius_is_the_rate_of_plain_iteration(name):
     torch.testing.assert_close((logs / 100).exp(), p.radius, rtol=5e-2, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("name", "radius"), [("linear 0.5", 0.5), ("linear 0.999", 0.999), ("non-normal", 0.5)]
-)
+@pytest.mark.parametrize(("name", "radius"), [("linear 0.5", 0.5), ("linear 0.999", 0.999), ("non-normal", 0.5)])
 def test_linear_maps_have_the_radius_in_their_name(name, radius):
     assert float(problem(name).radius.max()) == pytest.approx(radius, abs=0.02)
 

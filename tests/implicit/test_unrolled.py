@@ -42,9 +42,7 @@ def test_the_random_numbers_of_a_checkpointed_map_are_drawn_twice_alike():
 
     def gradient(checkpoint):
         state = torch.get_rng_state()
-        z = fixed_point(
-            lambda z: 0.5 * layer(z), start, solver=Picard(), grad=Unrolled(checkpoint), stop=stop
-        ).value
+        z = fixed_point(lambda z: 0.5 * layer(z), start, solver=Picard(), grad=Unrolled(checkpoint), stop=stop).value
         (got,) = torch.autograd.grad(z.sum(), layer[0].weight)
         torch.set_rng_state(state)
         return got

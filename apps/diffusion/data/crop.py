@@ -45,9 +45,7 @@ def read(path: Path, size: int, least: int) -> np.ndarray:
         with Image.open(path) as file:
             if min(file.size) < least:
                 raise Unusable(f"too small: {file.width} x {file.height}, less than {least} on a side")
-            image = (
-                file.convert("RGBA").convert("RGB") if "transparency" in file.info else file.convert("RGB")
-            )
+            image = file.convert("RGBA").convert("RGB") if "transparency" in file.info else file.convert("RGB")
         return np.asarray(centre_crop(image, size)).transpose(2, 0, 1)
     except Unusable:
         raise

@@ -22,9 +22,7 @@ from torch import Tensor
 from ..seeds import Stream, generator
 from . import crop
 
-SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
-)
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
 Classes = Literal["folders", "none"]
 
 
@@ -196,9 +194,7 @@ def folder(
             if progress:
                 progress(i + 1, total)
     if not kept:
-        raise ValueError(
-            f"None of the {total} images below {root} can be used; the first one: {skipped[0].reason}."
-        )
+        raise ValueError(f"None of the {total} images below {root} can be used; the first one: {skipped[0].reason}.")
     return Pixels(
         x=torch.from_numpy(pixels[: len(kept)]),
         y=torch.tensor([listed.labels[i] for i in kept]),

@@ -129,13 +129,9 @@ def read_index(root: Path) -> dict[str, Any]:
             else f"{root} holds no latents (no index.json); make them with python -m apps.diffusion.encode."
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{root / 'index.json'} is not the index of latents ({error}); encode them again."
-        ) from None
+        raise ValueError(f"{root / 'index.json'} is not the index of latents ({error}); encode them again.") from None
     if version != FORMAT:
-        raise ValueError(
-            f"{root} has format {version}, and this version reads {FORMAT}; encode the images again."
-        )
+        raise ValueError(f"{root} has format {version}, and this version reads {FORMAT}; encode the images again.")
     return index
 
 

@@ -23,9 +23,7 @@ def tree(root, classes=("cat", "dog", "owl"), each=5):
     """Pictures in one folder per class, of several sizes and kinds; returns how many."""
     for k, name in enumerate(classes):
         for i in range(each):
-            suffix, mode = [("png", "RGB"), ("jpg", "RGB"), ("png", "L"), ("png", "RGBA"), ("webp", "RGB")][
-                i % 5
-            ]
+            suffix, mode = [("png", "RGB"), ("jpg", "RGB"), ("png", "L"), ("png", "RGBA"), ("webp", "RGB")][i % 5]
             save(root / name / f"{i}.{suffix}", picture(10 * k + i, 33 + 7 * i, 36 + 5 * k, mode))
     return len(classes) * each
 

@@ -49,11 +49,7 @@ def dit_shapes(depth=3, learn_sigma=True, d=D):
 
 
 def fpdm_shapes(pre=2, post=1, learn_sigma=True, d=D):
-    stems = (
-        [f"blocks_pre.{i}" for i in range(pre)]
-        + [f"blocks_post.{i}" for i in range(post)]
-        + ["block_fixed_point"]
-    )
+    stems = [f"blocks_pre.{i}" for i in range(pre)] + [f"blocks_post.{i}" for i in range(post)] + ["block_fixed_point"]
     blocks = {name: shape for stem in stems for name, shape in block_shapes(stem, d).items()}
     return (
         frame_shapes(learn_sigma, d)
@@ -118,9 +114,7 @@ def block(p, stem, x, c):
     )
     mixed = torch.softmax(q @ k.transpose(2, 3) / math.sqrt(d // HEADS), dim=3) @ v
     x = x + g1 * linear(p, f"{stem}.attn.proj", mixed.transpose(1, 2).reshape(b, n, d))
-    return x + g2 * linear(
-        p, f"{stem}.mlp.fc2", gelu(linear(p, f"{stem}.mlp.fc1", normed(x) * (1 + a2) + s2))
-    )
+    return x + g2 * linear(p, f"{stem}.mlp.fc2", gelu(linear(p, f"{stem}.mlp.fc1", normed(x) * (1 + a2) + s2)))
 
 
 def embedded(p, x, t, y):

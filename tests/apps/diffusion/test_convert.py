@@ -126,10 +126,7 @@ def test_a_bare_diffusers_file_needs_the_size(tmp_path, capsys):
 
 
 def test_embedders_that_differ_between_blocks_are_refused(tmp_path, capsys):
-    assert (
-        call(saved(pub.drawn(pub.dit_shapes()), tmp_path, "pt"), tmp_path / "a", "--to", "diffusers", *HEADS)
-        == 0
-    )
+    assert call(saved(pub.drawn(pub.dit_shapes()), tmp_path, "pt"), tmp_path / "a", "--to", "diffusers", *HEADS) == 0
     file = tmp_path / "a" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     tensors["transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.bias"][3] += 1
@@ -143,9 +140,7 @@ def test_unknown_and_missing_tensors_are_all_listed(tmp_path, capsys, shapes):
     weights = pub.drawn(shapes)
     gone = [name for name in weights if name.endswith("attn.proj.bias")]
     added = ["blocks.0.attn.norm.weight", "scale"] if "blocks.0.mlp.fc1.weight" in weights else ["scale"]
-    left = {name: value for name, value in weights.items() if name not in gone} | {
-        n: torch.ones(2) for n in added
-    }
+    left = {name: value for name, value in weights.items() if name not in gone} | {n: torch.ones(2) for n in added}
     assert call(saved(left, tmp_path, "pt"), tmp_path / "out", *HEADS) == 2
     error = capsys.readouterr().err
     assert all(name in error for name in [*gone, *added]) and "mlp.fc2" not in error
@@ -205,10 +200,7 @@ def test_a_latent_that_is_no_square(tmp_path):
 
 
 def test_an_fpdm_or_an_unconditional_network_does_not_fit_diffusers(tmp_path, capsys):
-    assert (
-        call(saved(pub.drawn(pub.fpdm_shapes()), tmp_path, "pt"), tmp_path / "a", "--to", "diffusers", *HEADS)
-        == 2
-    )
+    assert call(saved(pub.drawn(pub.fpdm_shapes()), tmp_path, "pt"), tmp_path / "a", "--to", "diffusers", *HEADS) == 2
     assert "fixed-point layer" in capsys.readouterr().err
     weights = pub.drawn(pub.dit_shapes())
     del weights["y_embedder.embedding_table.weight"]

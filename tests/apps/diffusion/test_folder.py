@@ -10,9 +10,7 @@ from apps.diffusion.data import crop
 from apps.diffusion.data.folder import folder, listing, told
 
 
-@pytest.mark.parametrize(
-    ("width", "height"), [(16, 16), (40, 23), (23, 40), (64, 67), (129, 300), (9, 12), (31, 16)]
-)
+@pytest.mark.parametrize(("width", "height"), [(16, 16), (40, 23), (23, 40), (64, 67), (129, 300), (9, 12), (31, 16)])
 def test_crops_are_square_and_centred(width, height):
     size = 16
     ramp = np.linspace(0, 255, width)[None, :, None] * np.ones((height, 1, 3))
@@ -108,9 +106,7 @@ def test_an_epoch_mirrors_about_half_by_seed_epoch_and_index(tmp_path):
     assert torch.equal(alone[0], images.draw(range(n), [2] * n, seed=3)[0][4])
     assert any(
         not torch.equal(a, b)
-        for a, b in zip(
-            images.draw(range(n), [0] * n, 4)[0], images.draw(range(n), [0] * n, 3)[0], strict=True
-        )
+        for a, b in zip(images.draw(range(n), [0] * n, 4)[0], images.draw(range(n), [0] * n, 3)[0], strict=True)
     )
     assert torch.equal(folder(tmp_path, 16, mirror=False).draw(range(n), [0] * n, 3)[0], plain)
 

@@ -60,9 +60,7 @@ def test_draws_have_the_stored_moments(folder):
     assert torch.equal(y, label[[4] * n])
     z = x / 0.5 + 0.2
     # which side a draw is of shows in its distance, in standard deviations, from either mean
-    distance = (((z[:, None] - mean[4]) / std[4]) ** 2).flatten(2).mean(2) + 2 * std[4].log().flatten(1).mean(
-        1
-    )
+    distance = (((z[:, None] - mean[4]) / std[4]) ** 2).flatten(2).mean(2) + 2 * std[4].log().flatten(1).mean(1)
     side = distance.argmin(1)
     assert side.float().mean() == pytest.approx(0.5, abs=0.04)
     for k in range(2):
@@ -79,9 +77,7 @@ def test_a_draw_depends_on_seed_epoch_and_index_alone(folder):
     assert torch.equal(again.draw([3, 3], [1, 0], seed=5)[0], x[[3, 1]])
     assert not torch.equal(x[1], x[3]) and not torch.equal(again.draw([0], [0], seed=6)[0][0], x[0])
     # image 0 of epoch 1 is not image 7 of epoch 0, nor anybody else
-    flat = latents.draw([i for _ in range(5) for i in range(7)], [e for e in range(5) for _ in range(7)], 0)[
-        0
-    ]
+    flat = latents.draw([i for _ in range(5) for i in range(7)], [e for e in range(5) for _ in range(7)], 0)[0]
     assert len({tuple(row.flatten().tolist()) for row in flat}) == 35
 
 
@@ -92,9 +88,7 @@ def test_without_noise_or_mirror(folder):
     sides = Latents(root, sample=False).draw([2] * 20, range(20), 0)[0]
     scaled = 0.5 * (mean[2] - 0.2)
     which = [int(torch.equal(row, scaled[1])) for row in sides]
-    assert (
-        all(torch.equal(row, scaled[k]) for row, k in zip(sides, which, strict=True)) and 0 < sum(which) < 20
-    )
+    assert all(torch.equal(row, scaled[k]) for row, k in zip(sides, which, strict=True)) and 0 < sum(which) < 20
 
 
 def test_a_damaged_shard_is_named(folder):
@@ -112,9 +106,7 @@ def test_a_damaged_shard_is_named(folder):
         Latents(root)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("{", "not the index"), ("[]", "not the index"), ('{"format": 9}', "9")]
-)
+@pytest.mark.parametrize(("text", "message"), [("{", "not the index"), ("[]", "not the index"), ('{"format": 9}', "9")])
 def test_a_foreign_index_is_refused(tmp_path, text, message):
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -26,15 +26,11 @@ SMALL = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
 
 
 def network(kind="fpdm", **options):
-    return randomised(
-        FPDM(**{**SMALL, **options}) if kind == "fpdm" else DiT(depth=2, **{**SMALL, **options})
-    ).eval()
+    return randomised(FPDM(**{**SMALL, **options}) if kind == "fpdm" else DiT(depth=2, **{**SMALL, **options})).eval()
 
 
 def pipeline(kind="fpdm", vae=True, **options):
-    pipe = FixedPointPipeline(
-        network(kind, **options), make_scheduler("ddpm"), pf.tiny_vae() if vae else None, steps=3
-    )
+    pipe = FixedPointPipeline(network(kind, **options), make_scheduler("ddpm"), pf.tiny_vae() if vae else None, steps=3)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -98,16 +94,12 @@ def test_it_samples_as_the_sampler_does():
         timesteps=walk,
         solve=Solve(reuse=Reuse(), **options),
     )
-    found = pipe(
-        2, num_images=3, num_inference_steps=4, generator=11, reuse=True, output_type="latent", **options
-    )
+    found = pipe(2, num_images=3, num_inference_steps=4, generator=11, reuse=True, output_type="latent", **options)
     assert torch.equal(found.images, expected.samples) and found.seed == 11
     assert torch.equal(found.effort.evaluations, torch.tensor([[4, 3, 2, 1]] * 3))
     with torch.no_grad():
         decoded = pf.tiny_vae().decode(expected.samples / 0.5 + 0.25).sample
-    pixels = pipe(
-        2, num_images=3, num_inference_steps=4, generator=11, reuse=True, output_type="pt", **options
-    )
+    pixels = pipe(2, num_images=3, num_inference_steps=4, generator=11, reuse=True, output_type="pt", **options)
     torch.testing.assert_close(pixels.images, (decoded.clamp(-1, 1) + 1) / 2, rtol=1e-4, atol=1e-5)
 
 
@@ -157,9 +149,7 @@ def test_a_run_gives_the_images_of_the_sample_command(run, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     pictures = pipe(range(5), generator=4).images
     for i, picture in enumerate(pictures):
-        assert np.array_equal(
-            np.asarray(picture), np.asarray(read(tmp_path / "files" / f"{i:05d}-class-{i}.png"))
-        )
+        assert np.array_equal(np.asarray(picture), np.asarray(read(tmp_path / "files" / f"{i:05d}-class-{i}.png")))
     pipe.save_pretrained(tmp_path / "saved")
     again = FixedPointPipeline.from_pretrained(tmp_path / "saved")
     assert (again.config["steps"], again.config["iterations"], again.vae) == (2, 3, None)
