@@ -15,10 +15,11 @@ stop = implicit.Stop(rtol=1e-4, max_evals=100)
 layer = implicit.DEQ(lambda z, u: torch.tanh(0.5 * mlp(z) + u), stop=stop)
 parameters = [*inject.parameters(), *mlp.parameters(), *head.parameters()]
 optimizer = torch.optim.Adam(parameters, lr=1e-3)
-for _ in range(30):
+for step in range(30):
     solution = layer(torch.zeros(256, 32), inject(x))  # solution.check() would raise where a sample did not converge
     loss = nn.functional.mse_loss(head(solution.value), y)
     optimizer.zero_grad()
     loss.backward()  # the exact gradient, by the implicit function theorem
     optimizer.step()
-print(f"loss {loss.item():.3f}, converged {solution.converged.float().mean():.1%}")
+    if step % 10 == 9:
+        print(f"loss {loss.item():.3f}, converged {solution.converged.float().mean():.1%}")

@@ -1,6 +1,7 @@
 """Equilibrium layers of a known spectral radius, and the dense truth about their gradients."""
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class AdaLN(nn.Module):
         return z + self.gate * F.linear(F.gelu(F.linear(h, self.up)), self.down)
 
 
-def layer(name: str, dtype: torch.dtype = F64) -> tuple[nn.Module, Tensor]:
+def layer(name: str, dtype: torch.dtype = F64) -> tuple[Any, Tensor]:
     """A layer and its input x, fresh: "easy" (rho 0.32), "adaln" (0.55), "hard" (0.94)."""
     made = {
         "easy": lambda: Tanh(16, GAINS["easy"]),

@@ -1,5 +1,7 @@
 """Anderson, iterate by iterate, against the textbook written with dense least squares."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from implicit.state import Layout
 from implicit.testing import problem
 
 F64 = torch.float64
-FREE = dict(rtol=0, atol=0)
+FREE: dict[str, Any] = dict(rtol=0, atol=0)
 
 
 def smooth(n=12, batch=3, gain=0.8):

@@ -15,7 +15,19 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import implicit
-from implicit import DEQ, IFT, Anderson, Broyden, NotConverged, Picard, Stop, Unrolled, fixed_point
+from implicit import (
+    DEQ,
+    IFT,
+    AbstractGrad,
+    AbstractSolver,
+    Anderson,
+    Broyden,
+    NotConverged,
+    Picard,
+    Stop,
+    Unrolled,
+    fixed_point,
+)
 
 TIGHT = Stop(rtol=1e-13, atol=0, max_evals=400)
 
@@ -24,7 +36,7 @@ def cotangent(x, seed=1):
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(x.dtype)
 
 
-def gradient(f, x, g, *, scale=1.0, grad=IFT(), solver=Anderson(10), stop=TIGHT):
+def gradient(f, x, g, *, scale=1.0, grad: AbstractGrad = IFT(), solver: AbstractSolver = Anderson(10), stop=TIGHT):
     """Gradient of scale * <g, z*> with respect to parameters and x, one float64 vector."""
     x = x.detach().requires_grad_()
     z = fixed_point(f, torch.zeros_like(x), x, solver=solver, grad=grad, stop=stop).value
@@ -114,7 +126,7 @@ def test_finite_differences(check, solve):
 def test_third_derivatives_against_unrolling(solve):
     def third(run):
         w, x = small()
-        total = run(w, x).sin().sum()
+        d = total = run(w, x).sin().sum()
         for _ in range(3):
             (d,) = torch.autograd.grad(total, w, create_graph=True)
             total = d.sin().sum()
@@ -216,8 +228,8 @@ def test_no_graph_outlives_a_forward_that_is_thrown_away():
             return t.view_as(t)
 
         @staticmethod
-        def backward(ctx, g):
-            return g
+        def backward(ctx, *grads):
+            return grads[0]
 
     for train in (True, False):
         deq = DEQ(f).train(train)

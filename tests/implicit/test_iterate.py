@@ -1,5 +1,7 @@
 """The loop: stopping, failure per sample, bad input, compaction, warm starts, and what it costs."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -237,6 +239,7 @@ def test_a_0_dim_state_is_one_system(solver):
 
 
 def test_bad_stops_are_named():
+    kwargs: dict[str, Any]
     for kwargs in ({"rtol": -1.0}, {"atol": float("nan")}, {"max_evals": 0}, {"check_every": 0}):
         with pytest.raises(ValueError, match=next(iter(kwargs))):
             Stop(**kwargs)
@@ -249,7 +252,7 @@ def test_bad_stops_are_named():
 @pytest.mark.parametrize("options", [{"check_every": 3}, {"late": True}])
 def test_reading_seldom_or_late_changes_no_answer(solver, options):
     p = problem("tanh layers")
-    tol = dict(rtol=1e-8, atol=0.0, max_evals=80)
+    tol: dict[str, Any] = dict(rtol=1e-8, atol=0.0, max_evals=80)
     now = solve(p, p.z0, *p.args, solver=solver, stop=Stop(**tol))
     then = solve(p, p.z0, *p.args, solver=solver, stop=Stop(**tol, **options))
     assert then.converged.all() and (p.residual(then.value) <= 1.01e-8).all()
@@ -345,6 +348,7 @@ def test_trace_and_callback_tell_the_same_story():
     p, seen = problem("tanh layers"), []
     found = solve(p, p.z0, *p.args, trace=True, callback=lambda n, r: seen.append((n, r)))
     assert [n for n, _ in seen] == list(range(1, p.calls + 1))
+    assert found.trace is not None
     torch.testing.assert_close(torch.stack([r for _, r in seen]), found.trace.to(F64), equal_nan=True)
     last = found.evals - 1
     torch.testing.assert_close(found.trace[last, torch.arange(len(last))], found.residual)

@@ -35,7 +35,7 @@ def test_closed_form():
     z = fixed_point(lambda z, x: z @ a.T + x, torch.zeros_like(x), x, grad=Phantom(4, 0.5), stop=TIGHT).value
     (got,) = torch.autograd.grad(z, x, g)
     step = 0.5 * a.T + 0.5 * torch.eye(2, dtype=F64)
-    true = 0.5 * sum(torch.linalg.matrix_power(step, i) for i in range(4)) @ g[0]
+    true = 0.5 * torch.stack([torch.linalg.matrix_power(step, i) for i in range(4)]).sum(0) @ g[0]
     torch.testing.assert_close(got[0], true)
 
 

@@ -1,4 +1,7 @@
+from typing import Any
+
 import matplotlib
+import matplotlib.pyplot
 import pytest
 import torch
 
@@ -14,9 +17,12 @@ def test_the_lines_are_the_traces_worst_samples():
     }
     ax = plotting.convergence(solved)
     for line, (label, solution) in zip(ax.get_lines(), solved.items(), strict=True):
-        assert line.get_label() == label and list(line.get_xdata()) == list(range(1, len(solution.trace) + 1))
-        assert line.get_ydata()[0] == pytest.approx(1.0)  # |cos 0 - 0|
-        assert line.get_ydata()[-1] == pytest.approx(float(solution.trace[-1].nan_to_num(0).max()))
+        x: Any = line.get_xdata()
+        y: Any = line.get_ydata()
+        assert solution.trace is not None
+        assert line.get_label() == label and list(x) == list(range(1, len(solution.trace) + 1))
+        assert y[0] == pytest.approx(1.0)  # |cos 0 - 0|
+        assert y[-1] == pytest.approx(float(solution.trace[-1].nan_to_num(0).max()))
     matplotlib.pyplot.close("all")
 
 

@@ -1,5 +1,7 @@
 """Reversible: its own iteration unrolled by hand, sample by sample; what is lost on the way back."""
 
+from typing import Any
+
 import pytest
 import torch
 from small_layers import F64, dense_gradient, dense_solution, flat, layer, off
@@ -88,11 +90,13 @@ def test_value_budget_and_trace():
         quiet = fixed_point(f, torch.zeros_like(x), x, grad=Reversible(), stop=stop)
     assert torch.equal(solution.value, quiet.value)
     assert solution.evals.tolist() == [7, 7, 7]
+    assert solution.trace is not None
     assert solution.trace.shape == (4, 3) and solution.result.tolist() == [Result.MAX_EVALS] * 3
 
 
 def test_refusals():
     f, x = layer("easy")
+    bad: dict[str, Any]
     for bad in ({"beta": 0.0}, {"beta": 1.0}, {"tolerance": 0.0}):
         with pytest.raises(ValueError, match="Reversible"):
             Reversible(**bad)

@@ -1,5 +1,7 @@
 """Unrolled, plain and checkpointed, against a loop written by hand."""
 
+from typing import Any
+
 import pytest
 import torch
 from small_layers import F64, flat, layer, off
@@ -36,7 +38,7 @@ def test_checkpointing_changes_no_gradient(solver):
 
 
 def test_the_random_numbers_of_a_checkpointed_map_are_drawn_twice_alike():
-    layer = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)).to(F64)
+    layer: Any = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)).to(F64)
     stop = Stop(rtol=0, atol=0, max_evals=4)
     start = torch.ones(2, 6, dtype=F64)
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,14 +46,17 @@ def truncate(path, share=0.5):
 
 def tiny_vae(seed=0):
     """An AutoencoderKL that halves the side twice, with drawn weights."""
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        blocks: dict[str, Any] = {
+            "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3,
+            "block_out_channels": (8, 8, 8),
+        }
         return AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(8, 8, 8),
+            **blocks,
             latent_channels=4,
             norm_num_groups=4,
             scaling_factor=0.5,

@@ -10,7 +10,7 @@ from pathlib import Path
 import published as pub
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
 from apps.diffusion import checkpoint, convert, layouts

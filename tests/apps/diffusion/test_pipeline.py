@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import picture_files as pf
@@ -29,7 +30,7 @@ def network(kind="fpdm", **options):
     return randomised(FPDM(**{**SMALL, **options}) if kind == "fpdm" else DiT(depth=2, **{**SMALL, **options})).eval()
 
 
-def pipeline(kind="fpdm", vae=True, **options):
+def pipeline(kind="fpdm", vae=True, **options) -> Any:
     pipe = FixedPointPipeline(network(kind, **options), make_scheduler("ddpm"), pf.tiny_vae() if vae else None, steps=3)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -58,7 +59,7 @@ def test_saved_and_loaded_gives_the_same_bits(tmp_path, kind):
     assert first.shape == (3, 3, 16, 16) and 0 <= first.min() < first.max() <= 1
     pipe.save_pretrained(tmp_path)
     assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".json", ".safetensors"}
-    again = FixedPointPipeline.from_pretrained(tmp_path)
+    again: Any = FixedPointPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert type(again.model) is type(pipe.model) and again.config["steps"] == 3
     assert torch.equal(again(**call).images, first)
@@ -98,7 +99,8 @@ def test_it_samples_as_the_sampler_does():
     assert torch.equal(found.images, expected.samples) and found.seed == 11
     assert torch.equal(found.effort.evaluations, torch.tensor([[4, 3, 2, 1]] * 3))
     with torch.no_grad():
-        decoded = pf.tiny_vae().decode(expected.samples / 0.5 + 0.25).sample
+        vae: Any = pf.tiny_vae()
+        decoded = vae.decode(expected.samples / 0.5 + 0.25).sample
     pixels = pipe(2, num_images=3, num_inference_steps=4, generator=11, reuse=True, output_type="pt", **options)
     torch.testing.assert_close(pixels.images, (decoded.clamp(-1, 1) + 1) / 2, rtol=1e-4, atol=1e-5)
 
@@ -145,13 +147,13 @@ def test_a_generator_advances_and_a_seed_repeats():
 
 def test_a_run_gives_the_images_of_the_sample_command(run, tmp_path):
     assert sample_command.main([str(run), "--num", "5", "--seed", "4", "--out", str(tmp_path / "files")]) == 0
-    pipe = FixedPointPipeline.from_pretrained(run)
+    pipe: Any = FixedPointPipeline.from_pretrained(run)
     pipe.set_progress_bar_config(disable=True)
     pictures = pipe(range(5), generator=4).images
     for i, picture in enumerate(pictures):
         assert np.array_equal(np.asarray(picture), np.asarray(read(tmp_path / "files" / f"{i:05d}-class-{i}.png")))
     pipe.save_pretrained(tmp_path / "saved")
-    again = FixedPointPipeline.from_pretrained(tmp_path / "saved")
+    again: Any = FixedPointPipeline.from_pretrained(tmp_path / "saved")
     assert (again.config["steps"], again.config["iterations"], again.vae) == (2, 3, None)
     assert [np.asarray(p).tobytes() for p in again(range(5), generator=4).images] == [
         np.asarray(p).tobytes() for p in pictures
@@ -166,7 +168,7 @@ def test_a_run_gives_the_images_of_the_sample_command(run, tmp_path):
 def test_a_vae_by_its_folder(tmp_path):
     pipeline(vae=False).save_pretrained(tmp_path / "saved")
     pf.tiny_vae().save_pretrained(tmp_path / "vae")
-    pipe = FixedPointPipeline.from_pretrained(tmp_path / "saved", vae=tmp_path / "vae")
+    pipe: Any = FixedPointPipeline.from_pretrained(tmp_path / "saved", vae=tmp_path / "vae")
     expected = pipeline()([1], generator=0, output_type="pt").images
     assert torch.equal(pipe([1], generator=0, output_type="pt").images, expected)
     other = FixedPointPipeline.from_pretrained(tmp_path / "saved", scheduler=make_scheduler("ddim"))
