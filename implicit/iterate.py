@@ -10,7 +10,7 @@ A finished sample is held at its answer while the others go on, so an answer nev
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ class PackedMap:
     layout: Layout
     budget: int = 0
     calls: int = 0
+    last: list[Tensor] = field(default_factory=list)  # what f returned last
 
     @property
     def left(self) -> int:
@@ -43,7 +44,7 @@ class PackedMap:
     def __call__(self, z: Flat) -> Flat:
         self.calls += 1
         state = self.layout.unpack(z)
-        seen = leaves(state)
+        seen = leaves(state) + self.last
         before = [_version(t, self.calls == 1) for t in seen]
         out = self.f(state, *self.args)
         if any(_changed(b, t) for b, t in zip(before, seen, strict=True)):
@@ -51,12 +52,15 @@ class PackedMap:
                 "f modifies its input in place, or writes its result into a tensor that it returned before; z and "
                 "f(z) would be one tensor and every residual 0: use out-of-place operations in f, or clone."
             )
-        return self.layout.pack(self.layout.check(out, z.shape[0]))
+        self.last = leaves(self.layout.check(out, z.shape[0]), self.layout.like)
+        return self.layout.pack(out)
 
     def push(self, z: Flat, v: Flat) -> Flat:
         """J v at z, by forward mode or, where an operator of f has none, by two vector-Jacobian products."""
         try:
-            return torch.func.jvp(self, (z,), (v,))[1]
+            pushed = torch.func.jvp(self, (z,), (v,))[1]
+            self.last = []  # it belongs to the transform
+            return pushed
         except (NotImplementedError, RuntimeError) as error:
             if not any(word in str(error) for word in ("orward", "setup_context")):
                 raise

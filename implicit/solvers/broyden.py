@@ -38,9 +38,10 @@ class BroydenMemory:
 class Broyden(AbstractSolver[BroydenMemory]):
     """Broyden with the latest `memory` rank-one terms per sample.
 
-    When the memory is full the oldest term is dropped *before* the new one is computed, so the newest secant equation
-    always holds. A direction that is lost to rounding (s^T H y = 0) adds nothing. Memory grows with the steps taken,
-    to at most 2 memory + 2 states.
+    When the memory is full, terms are dropped *before* the new one is computed, so the newest secant equation always
+    holds: the oldest one of the bad update, all of the good update, whose later terms mislead without the earlier ones
+    that they were made with (dropping one at a time diverges on slow linear maps). A direction that is lost to rounding
+    (s^T H y = 0) adds nothing. Memory grows with the steps taken, to at most 2 memory + 2 states.
 
     Args:
         memory: number of rank-one terms kept, >= 1.
@@ -91,8 +92,11 @@ class Broyden(AbstractSolver[BroydenMemory]):
         s, y = point.z - memory.z, point.r - memory.r
         u = memory.u.room(slot, y)
         v = memory.v.room(slot, y)
-        if memory.updates >= self.memory:
+        if memory.updates >= self.memory and self.bad:
             u = u.put(slot, torch.zeros_like(y))
+        elif memory.updates and slot == 0:
+            every = torch.ones_like(y[:, :1], dtype=torch.bool)
+            u, v = u.forget(every), v.forget(every)
         hy = u.add(y, v.dot(y))
         row = y if self.bad else v.add(s, u.dot(s))
         scale = torch.linalg.vecdot(row, y).unsqueeze(1)
