@@ -1,10 +1,14 @@
-"""Pictures of solves. matplotlib is imported when a function is called."""
+"""Pictures of solves and of what `implicit.diagnostics` says. matplotlib is imported when a function is called."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from implicit.diagnostics.path_independence import PathIndependence
+from implicit.diagnostics.spectral_radius import Spectrum
 from implicit.solution import Solution
 
 if TYPE_CHECKING:
@@ -22,10 +26,7 @@ def convergence(solutions: Mapping[str, Solution], ax: "Axes | None" = None, *, 
     Raises:
         ValueError: a solution has no trace.
     """
-    import matplotlib.pyplot as plt
-
-    if ax is None:
-        _, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    ax = _axes(ax)
     for label, solution in solutions.items():
         if solution.trace is None:
             raise ValueError(f"The solution {label!r} has no trace: solve with trace=True.")
@@ -37,3 +38,75 @@ def convergence(solutions: Mapping[str, Solution], ax: "Axes | None" = None, *, 
     ax.grid(True, which="major", alpha=0.3)
     ax.legend()
     return ax
+
+
+def spectrum(found: Mapping[str, Spectrum], ax: "Axes | None" = None) -> "Axes":
+    """Ritz values of all samples in the complex plane, with the unit circle: Picard converges inside.
+
+    Args:
+        found: label -> what `implicit.diagnostics.spectrum` returned.
+        ax: where to draw; default a new figure.
+    """
+    ax = _axes(ax)
+    for label, one in found.items():
+        values = one.values.flatten()
+        values = values[~values.isnan()].cpu()
+        ax.plot(values.real.tolist(), values.imag.tolist(), ".", ms=4, alpha=0.7, label=label)
+    turn = [2 * math.pi * i / 200 for i in range(201)]
+    ax.plot([math.cos(t) for t in turn], [math.sin(t) for t in turn], "k-", lw=0.8)
+    ax.set_aspect("equal")
+    ax.set_xlabel("Re, eigenvalues of df/dz")
+    ax.set_ylabel("Im")
+    ax.legend()
+    return ax
+
+
+def path_independence(found: Mapping[str, PathIndependence], ax: "Axes | None" = None) -> "Axes":
+    """The scores in rising order, one line per label: flat at 1 where no sample depends on its start.
+
+    Samples that did not converge in both solves are marked with a cross.
+
+    Args:
+        found: label -> what `implicit.diagnostics.path_independence` returned.
+        ax: where to draw; default a new figure.
+    """
+    ax = _axes(ax)
+    for label, one in found.items():
+        order = one.score.argsort()
+        score, short = one.score[order].tolist(), (~one.converged)[order].tolist()
+        share = [(i + 0.5) / len(score) for i in range(len(score))]
+        (line,) = ax.plot(share, score, ".-", label=label)
+        open_ones = [i for i, is_short in enumerate(short) if is_short]
+        ax.plot([share[i] for i in open_ones], [score[i] for i in open_ones], "x", color=line.get_color())
+    ax.set_xlabel("share of the samples")
+    ax.set_ylabel("asymptotic alignment (cosine)")
+    ax.grid(True, alpha=0.3)
+    ax.legend()
+    return ax
+
+
+def penalty(history: Mapping[str, Sequence[Tensor]], ax: "Axes | None" = None) -> "Axes":
+    """||df/dz||_F / sqrt(N) over training: the mean over the batch, and its smallest and largest sample.
+
+    Args:
+        history: label -> one (B,) tensor of `implicit.diagnostics.jacobian_penalty` per training step.
+        ax: where to draw; default a new figure.
+    """
+    ax = _axes(ax)
+    for label, steps in history.items():
+        size = [step.detach().double().sqrt().cpu() for step in steps]
+        at = range(len(size))
+        (line,) = ax.plot(at, [float(s.mean()) for s in size], label=label)
+        low, high = [float(s.min()) for s in size], [float(s.max()) for s in size]
+        ax.fill_between(at, low, high, color=line.get_color(), alpha=0.2)
+    ax.set_xlabel("step")
+    ax.set_ylabel("||df/dz||_F / sqrt(N)")
+    ax.grid(True, alpha=0.3)
+    ax.legend()
+    return ax
+
+
+def _axes(ax: "Axes | None") -> "Axes":
+    import matplotlib.pyplot as plt
+
+    return ax if ax is not None else plt.subplots(figsize=(6, 4), layout="constrained")[1]

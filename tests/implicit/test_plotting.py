@@ -5,7 +5,7 @@ import matplotlib.pyplot
 import pytest
 import torch
 
-from implicit import Anderson, Picard, Stop, fixed_point, plotting
+from implicit import Anderson, Picard, Stop, diagnostics, fixed_point, plotting
 
 matplotlib.use("Agg")
 
@@ -29,4 +29,35 @@ def test_the_lines_are_the_traces_worst_samples():
 def test_a_solution_without_a_trace_is_refused():
     with pytest.raises(ValueError, match="trace=True"):
         plotting.convergence({"one": fixed_point(torch.cos, torch.ones(1, 1))})
+    matplotlib.pyplot.close("all")
+
+
+def along(line) -> tuple[list[float], list[float]]:
+    """The coordinates of a drawn line."""
+    return [float(x) for x in line.get_xdata()], [float(y) for y in line.get_ydata()]
+
+
+def test_the_spectrum_is_drawn_where_it_is():
+    d = torch.tensor([[0.9, -0.5, 0.2]], dtype=torch.float64)
+    ax = plotting.spectrum({"diagonal": diagnostics.spectrum(lambda z: z * d, torch.ones(2, 3, dtype=torch.float64))})
+    dots, circle = ax.get_lines()
+    assert sorted(along(dots)[0]) == pytest.approx([-0.5, -0.5, 0.2, 0.2, 0.9, 0.9])
+    assert max(map(abs, along(dots)[1])) == pytest.approx(0, abs=1e-12)
+    assert max(along(circle)[0]) == pytest.approx(1) and min(along(circle)[1]) == pytest.approx(-1, abs=1e-3)
+    matplotlib.pyplot.close("all")
+
+
+def test_alignment_is_drawn_in_rising_order_and_short_solves_are_marked():
+    x = torch.tensor([[1.0, 0.2], [0.1, 0.9], [0.5, 0.5]])
+    for budget, crosses in ((500, 0), (3, 3)):
+        stop = Stop(max_evals=budget, rtol=1e-5, atol=0)
+        found = diagnostics.path_independence(lambda z: 0.5 * z + x, torch.zeros(3, 2), solver=Picard(), stop=stop)
+        line, marks = plotting.path_independence({"affine": found}).get_lines()
+        assert along(line)[1] == sorted(found.score.tolist()) and len(along(marks)[0]) == crosses
+    matplotlib.pyplot.close("all")
+
+
+def test_the_penalty_is_drawn_as_a_root():
+    line = plotting.penalty({"run": [torch.tensor([4.0, 16.0]), torch.tensor([1.0, 1.0])]}).get_lines()[0]
+    assert along(line)[1] == [3.0, 1.0]
     matplotlib.pyplot.close("all")

@@ -1,0 +1,8 @@
+"""What kind of fixed point is this, and what do gradient estimators make of it? One question a file."""
+
+from implicit.diagnostics.jacobian_penalty import jacobian_penalty as jacobian_penalty
+from implicit.diagnostics.path_independence import PathIndependence as PathIndependence
+from implicit.diagnostics.path_independence import path_independence as path_independence
+from implicit.diagnostics.spectral_radius import Spectrum as Spectrum
+from implicit.diagnostics.spectral_radius import spectral_radius as spectral_radius
+from implicit.diagnostics.spectral_radius import spectrum as spectrum

@@ -1,0 +1,88 @@
+"""Does the answer depend on where the solve started?
+
+Setting: z_1 solves z = f(z, x) from the usual start, z_2 from somewhere else entirely, for the same x. The asymptotic
+alignment score is their cosine, 1 for a path-independent layer:
+
+    AA = <z_1, z_2> / (||z_1|| ||z_2||)                 per sample
+
+The other start is the solution of *another* sample, a point that the layer likes, but for the wrong x. Anil et al.,
+"Path Independent Equilibrium Models Can Better Exploit Test-Time Computation", NeurIPS 2022, arXiv 2211.09961, found
+that it goes with generalisation to harder problems at test time.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from implicit.fixed_point import fixed_point
+from implicit.iterate import Map, Stop
+from implicit.solution import Solution
+from implicit.solvers.base import AbstractSolver
+from implicit.state import Layout, State, norm
+
+
+@dataclass(frozen=True, eq=False)
+class PathIndependence:
+    """Two solves of the same problems from different starts.
+
+    Attributes:
+        score: (B,) cosine of the two answers.
+        distance: (B,) ||z_2 - z_1|| / ||z_1||, which sees differences of length too.
+        first, second: the two solves; read `converged` before the score, since two long runs that both stopped short
+            differ for that reason alone.
+    """
+
+    score: Float[Tensor, " B"]
+    distance: Float[Tensor, " B"]
+    first: Solution
+    second: Solution
+
+    @property
+    def converged(self) -> Bool[Tensor, " B"]:
+        """(B,) True where both solves met the tolerance."""
+        return self.first.converged & self.second.converged
+
+
+def path_independence(
+    f: Map,
+    z0: State,
+    *args: Any,
+    start: State | None = None,
+    solver: AbstractSolver[Any] | None = None,
+    stop: Stop | None = None,
+    batch_dims: int = 1,
+) -> PathIndependence:
+    """Solve z = f(z, *args) from two starts and compare the answers; no gradients.
+
+    Args:
+        f: the map f(z, *args).
+        z0: the usual start, ``(B, *)`` tensors.
+        args: passed on to f.
+        start: the other start, like z0. Default: sample b starts at the solution of sample b - 1 (and 0 at the last
+            one's), the one place in `implicit.diagnostics` where samples meet.
+        solver, stop: as in `fixed_point`; default ``Stop(max_evals=500)``, since the score is about the limit.
+        batch_dims: 0 makes the whole state one system; `start` must then be given.
+
+    Raises:
+        ValueError: there is no other sample to start from and `start` is not given, or f or z0 are not what
+            `fixed_point` would accept.
+    """
+    layout = Layout.of(z0, batch_dims)
+    if start is None and (batch_dims == 0 or layout.pack(z0).shape[0] < 2):
+        raise ValueError("With a single system there is no other sample's solution to start from: pass start=.")
+    how: dict[str, Any] = dict(solver=solver, stop=stop or Stop(max_evals=500), batch_dims=batch_dims)
+    with torch.no_grad():
+        first = fixed_point(f, z0, *args, **how)
+        one = layout.pack(first.value)
+        other = layout.unpack(one.roll(1, dims=0)) if start is None else start
+        second = fixed_point(f, other, *args, **how)
+        two = layout.pack(second.value)
+        return PathIndependence(
+            score=torch.nn.functional.cosine_similarity(one, two, dim=1),
+            distance=norm(two - one) / norm(one),
+            first=first,
+            second=second,
+        )

@@ -1,0 +1,163 @@
+"""The largest eigenvalues of df/dz by Arnoldi's method, matrix-free.
+
+Setting: J = df/dz at z. J^T has the eigenvalues of J, and its products are vector-Jacobian products. From a start q_1,
+
+    h_jk = <q_j, J^T q_k>,     h_{k+1,k} q_{k+1} = J^T q_k - sum_{j <= k} h_jk q_j
+
+gives an orthonormal basis Q and J^T Q = Q H + h_{m+1,m} q_{m+1} e_m^T. The eigenvalues t of the small H (Ritz values)
+approach those of J from the outside of the spectrum inwards, complex pairs and pairs +-t included; with H s = t s the
+vector Q s has the residual |h_{m+1,m} s_m|. Arnoldi, "The principle of minimized iterations in the solution of the
+matrix eigenvalue problem", Quart. Appl. Math. 9, 1951.
+"""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from implicit.diagnostics.jacobian import pullback
+from implicit.iterate import Map
+from implicit.state import Flat, PerSample, State, norm
+
+_CHECK = 5  # products between two looks at the Ritz values
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Ritz values of df/dz.
+
+    Attributes:
+        values: (B, m) the largest modulus first; NaN where a sample needed fewer than m products.
+        error: (B,) residual of the leading Ritz pair, relative to its modulus; 0 where the basis spans all that J can
+            reach. A bound on the error of the radius for normal J, an estimate for others.
+    """
+
+    values: Complex[Tensor, "B m"]
+    error: Float[Tensor, " B"]
+
+    @property
+    def radius(self) -> Float[Tensor, " B"]:
+        """(B,) the spectral radius: Picard's iteration converges where it is below 1, by this factor a step."""
+        return self.values[:, 0].abs()
+
+
+def spectral_radius(
+    f: Map,
+    z: State,
+    *args: Any,
+    products: int = 100,
+    tol: float = 1e-3,
+    batch_dims: int = 1,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, " B"]:
+    """(B,) spectral radius of df/dz at z, in float64 on z's device; see `spectrum` for the arguments.
+
+    Warns (RuntimeWarning) where `tol` was not met within the budget of products.
+
+    Example:
+        >>> import torch
+        >>> from implicit.diagnostics import spectral_radius
+        >>> turn = 0.9 * torch.tensor([[0.5, -0.75**0.5], [0.75**0.5, 0.5]])  # eigenvalues 0.9 exp(+-i pi / 3)
+        >>> spectral_radius(lambda z: z @ turn, torch.ones(1, 2)).item()
+        0.9000...
+    """
+    found = spectrum(f, z, *args, products=products, tol=tol, batch_dims=batch_dims, generator=generator)
+    loose = ~(found.error <= tol)
+    if loose.any():
+        warnings.warn(
+            f"The spectral radius of {int(loose.sum())} of {len(loose)} samples is known to a residual of "
+            f"{float(found.error.max()):.1g} only, not {tol:g}: raise products or tol.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return found.radius
+
+
+def spectrum(
+    f: Map,
+    z: State,
+    *args: Any,
+    products: int = 100,
+    tol: float = 1e-3,
+    batch_dims: int = 1,
+    generator: torch.Generator | None = None,
+) -> Spectrum:
+    """The outer eigenvalues of df/dz at z, per sample.
+
+    Cost: one evaluation of f and at most `products` vector-Jacobian products; memory: one state per product. Nothing
+    is left behind: no gradient, no `requires_grad`. A sample's answer does not depend on the others.
+
+    Args:
+        f: the map f(z, *args).
+        z: the point, ``(B, *)`` tensors; usually ``fixed_point(...).value``.
+        args: passed on to f.
+        products: budget, >= 1; N of them, the size of a sample, always suffice on paper.
+        tol: a sample is done when its leading Ritz pair has this residual, relative to its modulus.
+        batch_dims: 0 makes the whole state one system.
+        generator: of the start, the same for all samples; None: a fixed start.
+
+    Raises:
+        ValueError: f or z are not what `fixed_point` would accept, or an argument is out of range.
+    """
+    if products < 1:
+        raise ValueError(f"products must be at least 1, got {products}.")
+    if not tol > 0:
+        raise ValueError(f"tol must be positive, got {tol}.")
+    layout, y, act = pullback(f, z, args, batch_dims)
+    rng = generator or torch.Generator().manual_seed(0)
+    start = torch.randn(y.shape[1], generator=rng, device=rng.device, dtype=torch.float64)
+    start = (start / start.norm()).to(layout.device, layout.dtype).expand(y.shape)
+    with torch.no_grad():
+        return _arnoldi(act, start, min(products, y.shape[1]), tol)
+
+
+def _arnoldi(act: Callable[[Flat], Flat], start: Flat, products: int, tol: float) -> Spectrum:
+    rows, eps = start.shape[0], torch.finfo(start.dtype).eps
+    basis = [start]
+    h = torch.zeros(rows, products + 1, products, dtype=torch.float64, device=start.device)
+    values = torch.full((rows, products), torch.nan, dtype=torch.complex128, device=start.device)
+    error = torch.full((rows,), torch.inf, dtype=torch.float64, device=start.device)
+    size = torch.zeros(rows, dtype=torch.int64, device=start.device)  # dimension reached
+    running = torch.ones(rows, dtype=torch.bool, device=start.device)
+    for k in range(products):
+        w = act(basis[k])
+        size += norm(basis[k]) > 0
+        whole = norm(w)
+        q = torch.stack(basis, dim=1)  # (B, k+1, N)
+        for _ in range(2):  # Gram-Schmidt twice is enough
+            dots = torch.bmm(q, w.unsqueeze(2))
+            w = w - torch.bmm(q.mT, dots).squeeze(2)
+            h[:, : k + 1, k] += dots.squeeze(2)
+        left = norm(w)
+        left = torch.where(left <= 10 * eps * whole, 0.0, left)  # rounding: the basis spans all that J reaches
+        h[:, k + 1, k] = left
+        basis.append(torch.where(left.unsqueeze(1) > 0, w / left.unsqueeze(1), 0.0).nan_to_num(nan=torch.nan))
+        if (k + 1) % _CHECK == 0 or k + 1 == products:
+            new, residual = _ritz(h[:, : k + 2, : k + 1], size)
+            values[:, : k + 1] = torch.where(running.unsqueeze(1), new, values[:, : k + 1])
+            error = torch.where(running, residual, error)
+            running = running & ~(error <= tol) & torch.isfinite(whole)
+            if not running.any():
+                return Spectrum(values[:, : k + 1], error)
+    return Spectrum(values, error)
+
+
+def _ritz(h: Float[Tensor, "B m1 m"], size: Tensor) -> tuple[Complex[Tensor, "B m"], PerSample]:
+    """Eigenvalues of the square part, largest first, and the leading one's relative residual."""
+    m = h.shape[2]
+    good = torch.isfinite(h).all(dim=2).all(dim=1)
+    square = torch.where(good.view(-1, 1, 1), h[:, :m], 0.0).cpu()  # small
+    theta, s = torch.linalg.eig(square)
+    order = theta.abs().argsort(dim=1, descending=True, stable=True)
+    theta = theta.gather(1, order).to(h.device)
+    last = s[:, -1].gather(1, order)[:, 0].abs().to(h.device)
+    modulus = theta[:, 0].abs()
+    residual = h[:, m, m - 1] * last
+    error = torch.where(residual > 0, residual / modulus, 0.0)
+    known = torch.arange(m, device=h.device) < size.unsqueeze(1)
+    theta = torch.where(known & good.unsqueeze(1), theta, torch.nan)
+    return theta, torch.where(good, error, torch.nan)
