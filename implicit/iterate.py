@@ -197,7 +197,7 @@ def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any], loop: Loop) -> So
 
 def _finite(point: Point) -> Tensor:
     """(B, 1) whether f(z) is finite."""
-    return torch.linalg.vector_norm(point.fz.detach(), ord=torch.inf, dim=1, keepdim=True) < torch.inf
+    return point.fz.detach().abs().amax(dim=1, keepdim=True) < torch.inf
 
 
 @torch.compiler.disable(recursive=True)

@@ -165,8 +165,7 @@ class FPDM(Frame):
     ) -> Float[Tensor, "B T D"]:
         """f(z), given what `prepare` made. Tensors in, a tensor out, in z's dtype also under autocast."""
         weight = self.block_fixed_point_projection_fc1.weight[:, : self.hidden_size]
-        h = F.gelu(F.linear(z, weight) + injected, approximate="tanh")
-        h = self.block_fixed_point_projection_fc2(h).to(z.dtype)
+        h = self.block_fixed_point_projection_fc2(layers.gelu(F.linear(z, weight) + injected)).to(z.dtype)
         return self.block_fixed_point.steer(h, modulation)
 
     def compile_blocks(self, **options: Any) -> None:

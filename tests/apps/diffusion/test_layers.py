@@ -25,8 +25,9 @@ def test_position_embedding_is_the_sine_cosine_code_of_column_then_row(rows, col
 
 def test_timestep_code_is_cosines_then_sines_and_tells_neighbours_apart_in_bfloat16():
     embedder = layers.TimestepEmbedder(8)
-    embedder.mlp = torch.nn.Sequential(torch.nn.Linear(256, 256, bias=False))
-    torch.nn.init.eye_(embedder.mlp[0].weight)
+    identity = torch.nn.Linear(256, 256, bias=False)
+    torch.nn.init.eye_(identity.weight)
+    embedder.mlp = torch.nn.Sequential(identity)
     code = embedder(torch.tensor([0, 500]))
     expected = [f(500 * 1e4 ** (-k / 128)) for f in (math.cos, math.sin) for k in range(128)]
     torch.testing.assert_close(code[1], torch.tensor(expected), rtol=0, atol=1e-4)
@@ -48,6 +49,7 @@ def test_patch_embedding_is_a_linear_map_of_each_patch(patch):
     embed = layers.PatchEmbed(3, patch, 16)
     image = torch.randn(2, 3, 8, 4)
     patches = F.unfold(image, patch, stride=patch).transpose(1, 2)
+    assert embed.proj.bias is not None
     expected = patches @ embed.proj.weight.flatten(1).T + embed.proj.bias
     torch.testing.assert_close(embed(image), expected, rtol=1e-4, atol=1e-5)
 
@@ -92,4 +94,18 @@ def test_initialisation_makes_blocks_the_identity_and_the_output_zero():
     assert 0.9 * math.sqrt(6 / 32) < embed.proj.weight.abs().max() <= math.sqrt(6 / 32)
     assert 0.9 * bound < block.mlp.fc1.weight.abs().max() <= bound
     assert abs(float(table.embedding_table.weight.detach().std()) - 0.02) < 5e-4
-    assert all(m.bias.eq(0).all() for m in (block.attn.qkv, block.mlp.fc2, embed.proj))
+    assert all(m.state_dict()["bias"].eq(0).all() for m in (block.attn.qkv, block.mlp.fc2, embed.proj))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_gelu_is_the_same_with_and_without_a_graph_and_leaves_its_input(dtype):
+    x = torch.linspace(-30, 30, 4001, dtype=torch.float64).to(dtype)
+    kept = x.clone()
+    expected = 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    recorded = layers.gelu(x)
+    with torch.no_grad():
+        free = layers.gelu(x)
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(recorded, expected, rtol=tolerance, atol=30 * tolerance)
+    torch.testing.assert_close(free, expected, rtol=tolerance, atol=30 * tolerance)
+    assert torch.equal(x, kept) and free.dtype == dtype

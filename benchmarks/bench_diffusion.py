@@ -1,0 +1,128 @@
+"""What a step of FPDM costs: against the same step written plainly, against DiT, and against its peers.
+
+python -m benchmarks.bench_diffusion           writes benchmarks/results/diffusion.json and prints it
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import diffusion_steps as steps
+from benchmarks.diffusion_steps import CPU, Scale
+from benchmarks.measure import paired, peak_bytes, provenance, ratio
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One step that is to cost at most a share of the same step written plainly.
+
+    A training step has (n, m) free and tracked iterations; m = 0 is a sampling step of n iterations.
+    """
+
+    free: int
+    tracked: int
+    time: float
+    memory: float | None = None
+
+    @property
+    def name(self) -> str:
+        if self.tracked:
+            return f"training, (n, m) = ({self.free}, {self.tracked})"
+        return f"sampling, {self.free} iterations"
+
+    def pair(self, scale: Scale) -> dict[str, steps.Step]:
+        """Our step and the plain one, on the same weights and inputs."""
+        network, batch = steps.fpdm(scale), steps.inputs(scale)
+        if self.tracked:
+            kind, chosen = steps.training, steps.draw(network, batch, self.free, self.tracked)
+            return {
+                "ours": kind(network, chosen, scale),
+                "plain": kind(network, steps.plainly(network, batch, self.free, self.tracked), scale),
+            }
+        return {
+            "ours": steps.sampling(steps.ours(network, batch, self.free), scale),
+            "plain": steps.sampling(steps.plainly(network, batch, 0, self.free), scale),
+        }
+
+
+CLAIMS = (
+    Claim(10, 0, time=0.95),
+    Claim(26, 0, time=0.9),
+    Claim(12, 1, time=0.92, memory=0.25),
+    Claim(6, 6, time=1.0),
+)
+CHECKPOINTED = 0.15
+"""FPDM's peak at (6, 6), tracked iterations checkpointed, as a share of DiT-28's without checkpointing."""
+
+
+def against_plain(claim: Claim, scale: Scale, repeats: int) -> dict[str, Any]:
+    """Time and memory of our step over the plain one's."""
+    pair = claim.pair(scale)
+    peaks = {name: peak_bytes(step, scale.device) for name, step in pair.items()}
+    times = paired(pair, repeats, scale.device)
+    return {
+        "step": claim.name,
+        "time ratio": ratio(times, "ours", "plain"),
+        "time limit": claim.time,
+        "memory ratio": round(peaks["ours"] / peaks["plain"], 3),
+        "memory limit": claim.memory,
+        "peak MiB": {name: round(peak / MIB, 1) for name, peak in peaks.items()},
+        "fastest seconds": {name: round(min(t), 4) for name, t in times.items()},
+    }
+
+
+def checkpointed_memory(scale: Scale) -> dict[str, Any]:
+    """Peak of FPDM at (6, 6) with every block and iteration checkpointed, over the DiT's."""
+    batch = steps.inputs(scale)
+    network, dit = steps.fpdm(scale, checkpointing=True), steps.dit(scale)
+    ours = peak_bytes(steps.training(network, steps.draw(network, batch, 6, 6), scale), scale.device)
+    theirs = peak_bytes(steps.training(dit, lambda: dit(*batch), scale), scale.device)
+    return {
+        "step": f"training, (n, m) = (6, 6), checkpointed, against DiT-{scale.depth}",
+        "memory ratio": round(ours / theirs, 3),
+        "memory limit": CHECKPOINTED,
+        "peak MiB": {"FPDM": round(ours / MIB, 1), "DiT": round(theirs / MIB, 1)},
+    }
+
+
+TABLES: dict[str, Callable[[Scale, int], Any]] = {
+    "against the plain step": lambda scale, repeats: [
+        *(against_plain(claim, scale, repeats) for claim in CLAIMS),
+        checkpointed_memory(scale),
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "diffusion.json")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--tables", nargs="*", choices=TABLES, default=list(TABLES), help="others stay as they are")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    old = json.loads(options.out.read_text()) if options.out.exists() else {}
+    tables = dict(old.get("tables", {}))
+    for name in options.tables:
+        rows = TABLES[name](CPU, options.repeats)
+        tables[name] = provenance(CPU.device, "diffusers", "torchdeq") | {"repeats": options.repeats, "rows": rows}
+        print(json.dumps({name: rows}, indent=1), flush=True)
+    result = {
+        "command": "python -m benchmarks.bench_diffusion",
+        "config": asdict(CPU),
+        "memory": "peak bytes of the tensors a step makes that are alive at once (benchmarks.measure.Live)",
+        "time": "CPU time of the process, steps in turn; ratios are medians of the pairs",
+        "tables": {name: tables[name] for name in TABLES if name in tables},
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
