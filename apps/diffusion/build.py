@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import implicit
 
 from . import config as c
-from .data import Images, digits
+from .data import DataSet, Images, digits
+from .data.folder import Pixels, folder
+from .data.latents import Latents
 from .models.dit import DiT
 from .models.fpdm import FPDM
 from .models.layers import SIZES, Size
@@ -19,9 +24,51 @@ _SIZES = {"tiny": Size(hidden_size=128, depth=6, num_heads=4), **SIZES}
 _NETWORKS = {"DiT": DiT, "FPDM": FPDM}
 
 
-def images(config: c.Data) -> tuple[Images, Images]:
-    """The images to train on, and those held out."""
-    return digits("train"), digits("held-out")
+def images(config: c.Data, progress: Callable[[int, int], None] | None = None) -> tuple[DataSet, Images | None]:
+    """The images to train on, and those held out, where there are some.
+
+    Args:
+        config: what to learn from.
+        progress: called as progress(done, total) while pictures are read.
+
+    Raises:
+        ValueError: no such folder, or nothing in it that can be used.
+    """
+    mirror = config.mirror is not False
+    try:
+        match config.source:
+            case "digits":
+                known = [digits(split) for split in ("train", "held-out")]
+                if config.unconditional:
+                    known = [replace(part, num_classes=0) for part in known]
+                return known[0], known[1]
+            case "folder":
+                assert config.path is not None and config.size is not None
+                classes = "none" if config.unconditional else "folders"
+                return folder(config.path, config.size, classes=classes, mirror=mirror, progress=progress), None
+            case "latents":
+                assert config.path is not None
+                return Latents(config.path, mirror=mirror, labels=not config.unconditional), None
+    except ValueError as error:
+        raise ValueError(f"Data.path: {error}") from None
+
+
+def fingerprint(images: DataSet) -> dict[str, Any]:
+    """What a run that goes on must find again: how many images of which shape and classes, and which ones.
+
+    A folder is told by the names and classes of its files, latents by the checksums of their shards.
+    """
+    known: list[Any] = []
+    if isinstance(images, Pixels):
+        known = [images.files, images.y.tolist()]
+    if isinstance(images, Latents):
+        known = [shard["sha256"] for shard in images.index["shards"]]
+    return {
+        "images": len(images),
+        "shape": list(images.shape),
+        "classes": images.num_classes,
+        "sha256": hashlib.sha256(json.dumps(known).encode()).hexdigest() if known else None,
+    }
 
 
 def network(config: c.Model, shape: tuple[int, int, int], num_classes: int, iterations: int, seed: int) -> DiT | FPDM:
@@ -63,8 +110,8 @@ def rebuild(description: dict[str, Any]) -> DiT | FPDM:
 
 
 def scheduler(config: c.Config, kind: Literal["ddim", "ddpm"]) -> Any:
-    """The noise schedule of a run, as a diffusers scheduler. What is predicted of pixels is kept within [-1,
-    1].
+    """The noise schedule of a run, as a diffusers scheduler. What is predicted of pixels is kept within [-1, 1];
+    latents know no bound.
     """
     schedule = config.schedule
     return make_scheduler(
@@ -74,7 +121,7 @@ def scheduler(config: c.Config, kind: Literal["ddim", "ddpm"]) -> Any:
         spacing=config.sampling.spacing,
         betas=schedule.betas,
         train_steps=schedule.timesteps,
-        clip=1.0,
+        clip=None if config.data.source == "latents" else 1.0,
     )
 
 

@@ -14,25 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from .limits import at_least, within
 from .plain import from_plain, to_plain
+from .solving import IFT as IFT
+from .solving import JFB as JFB
+from .solving import Anderson as Anderson
+from .solving import Broyden as Broyden
+from .solving import Grad as Grad
+from .solving import Picard as Picard
+from .solving import Solver as Solver
+from .solving import StochasticJFB as StochasticJFB
+from .solving import Stop as Stop
+from .solving import Unrolled as Unrolled
 
 Kind = Literal["fpdm", "dit"]
 Size = Literal["tiny", "S", "B", "L", "XL"]
-
-
-def _at_least(where: object, least: float, *names: str) -> None:
-    for name in names:
-        value = getattr(where, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{type(where).__name__}.{name} must be at least {least}, got {value}.")
-
-
-def _within(where: object, low: float, high: float, *names: str) -> None:
-    """low <= value < high."""
-    for name in names:
-        value = getattr(where, name)
-        if not low <= value < high:
-            raise ValueError(f"{type(where).__name__}.{name} must lie in [{low}, {high}), got {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +57,8 @@ class Model:
     """Tell the explicit blocks the time as well as the class; FPDM only."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "hidden", "heads", "depth", "patch")
-        _at_least(self, 0, "pre", "post")
+        at_least(self, 1, "hidden", "heads", "depth", "patch")
+        at_least(self, 0, "pre", "post")
         if not self.mlp_ratio > 0:
             raise ValueError(f"Model.mlp_ratio must be positive, got {self.mlp_ratio}.")
         if self.kind == "fpdm" and self.depth is not None:
@@ -83,7 +79,7 @@ class Schedule:
     """Rescale the noise so that nothing is left of the image at the last timestep."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 2, "timesteps")
+        at_least(self, 2, "timesteps")
         if self.zero_snr and self.prediction == "epsilon":
             raise ValueError(
                 "Schedule.prediction = epsilon does not go with Schedule.zero_snr: at the last timestep the "
@@ -96,8 +92,34 @@ class Schedule:
 class Data:
     """What to learn from."""
 
-    source: Literal["digits"] = "digits"
-    """digits: scikit-learn's 1797 handwritten digits of 8 x 8 pixels."""
+    source: Literal["digits", "folder", "latents"] = "digits"
+    """digits: scikit-learn's 1797 handwritten digits of 8 x 8 pixels; folder: pictures, held in memory; latents: what
+    `python -m apps.diffusion.encode` has written.
+    """
+    path: Path | None = None
+    """Folder of the pictures (one subfolder a class, or none) or of the latents."""
+    size: int | None = None
+    """Side in pixels to which pictures are cropped and resized; folder only."""
+    unconditional: bool = False
+    """Leave out the classes that the data has, and train an unconditional model."""
+    mirror: bool | None = None
+    """Show every other image mirrored; left out, pictures and latents are, digits cannot be."""
+    vae: str | None = None
+    """VAE that decodes sample grids; left out, the one that encoded the latents. Latents only."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "size")
+        needs = {"digits": (), "folder": ("path", "size"), "latents": ("path",)}[self.source]
+        takes = {"digits": (), "folder": ("path", "size", "mirror"), "latents": ("path", "mirror", "vae")}[self.source]
+        for name in needs:
+            if getattr(self, name) is None:
+                raise ValueError(f"Data.source = {self.source} needs Data.{name}; give --data.{name}.")
+        for name in ("path", "size", "mirror", "vae"):
+            if name not in takes and getattr(self, name) not in (None, False):
+                raise ValueError(
+                    f"Data.{name} = {getattr(self, name)} means nothing where Data.source = {self.source}; leave "
+                    f"it out, or choose another source with --data.source."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +150,9 @@ class Optimisation:
     """bf16: autocast to bfloat16."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "images", "batch")
-        _at_least(self, 0, "warmup", "weight_decay")
-        _within(self, 0, 1, "beta2", "label_dropout")
+        at_least(self, 1, "images", "batch")
+        at_least(self, 0, "warmup", "weight_decay")
+        within(self, 0, 1, "beta2", "label_dropout")
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Optimisation.{name} must be positive, got {getattr(self, name)}.")
@@ -146,100 +168,7 @@ class EMA:
     """d, but never more than (1 + k) / (10 + k): the first weights, which are noise, are soon forgotten."""
 
     def __post_init__(self) -> None:
-        _within(self, 0, 1, "decay")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picard:
-    """The naive iteration, z' = damping z + (1 - damping) f(z)."""
-
-    damping: float = 0.0
-    """Share of the old iterate that is kept."""
-
-    def __post_init__(self) -> None:
-        _within(self, 0, 1, "damping")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Anderson:
-    """Anderson acceleration."""
-
-    memory: int = 5
-    """Iterates that are mixed."""
-    damping: float = 0.0
-    """Share of the old iterates that is kept."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "memory")
-        _within(self, 0, 1, "damping")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Broyden:
-    """Broyden's method with a limited memory."""
-
-    memory: int = 20
-    """Rank-one terms that are kept."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "memory")
-
-
-@dataclass(frozen=True, kw_only=True)
-class StochasticJFB:
-    """S-JFB: n ~ U{0..N} iterations without a graph, then m ~ U{1..M} with one, drawn at every step."""
-
-    N: int = 12
-    """Most iterations without a graph."""
-    M: int = 12
-    """Most iterations with one."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 0, "N")
-        _at_least(self, 1, "M")
-
-
-@dataclass(frozen=True, kw_only=True)
-class JFB:
-    """Solve without a graph, then backpropagate through the last steps only."""
-
-    steps: int = 1
-    """Evaluations with a graph."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "steps")
-
-
-@dataclass(frozen=True, kw_only=True)
-class IFT:
-    """The exact gradient, by the implicit function theorem."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Unrolled:
-    """Backpropagate through the whole solve."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stop:
-    """When a training solve is good enough: |f(z) - z| <= atol + rtol |f(z)|. S-JFB draws its iterations and
-    asks nothing of this.
-    """
-
-    rtol: float = 1e-3
-    """Relative tolerance."""
-    atol: float = 0.0
-    """Absolute tolerance."""
-    max_evals: int = 20
-    """Most evaluations of the layer."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 0, "rtol", "atol")
-        _at_least(self, 1, "max_evals")
-
-
-Solver = Picard | Anderson | Broyden
-Grad = StochasticJFB | JFB | IFT | Unrolled
+        within(self, 0, 1, "decay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,9 +195,9 @@ class Sampling:
     """Images that are scored."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "iterations")
-        _at_least(self, 0, "guidance")
-        _at_least(self, 2, "images")
+        at_least(self, 1, "steps", "iterations")
+        at_least(self, 0, "guidance")
+        at_least(self, 2, "images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,13 +229,18 @@ class Config:
     """Folder of the run."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "seed")
-        _at_least(self, 1, "checkpoint_every", "keep", "threads")
+        at_least(self, 0, "seed")
+        at_least(self, 1, "checkpoint_every", "keep", "threads")
         if self.schedule.zero_snr and self.sampling.spacing == "leading":
             raise ValueError(
                 "Sampling.spacing = leading never visits the last timestep, where Schedule.zero_snr makes "
                 "sampling start; "
                 "take trailing or linspace, or switch zero_snr off."
+            )
+        if self.sampling.guidance != 1 and self.data.unconditional:
+            raise ValueError(
+                f"Sampling.guidance = {self.sampling.guidance:g} needs classes, and Data.unconditional leaves "
+                f"them out; leave guidance at 1."
             )
         if self.sampling.steps > self.schedule.timesteps:
             raise ValueError(

@@ -34,7 +34,7 @@ def from_plain(kind: Any, plain: Any, where: str) -> Any:
         return classes[named](
             **{name: from_plain(hints[name], plain[name], f"{where}.{name}") for name in hints if name in plain}
         )
-    if kind is Path and isinstance(plain, str):
+    if Path in options and isinstance(plain, str):
         return Path(plain)
     if float in options and isinstance(plain, int) and not isinstance(plain, bool):
         return float(plain)

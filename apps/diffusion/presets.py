@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from .config import EMA, Config, Model, Optimisation, Sampling, StochasticJFB
+from .config import EMA, Config, Data, Model, Optimisation, Sampling, StochasticJFB
 
 
 def digits() -> Config:
@@ -39,4 +40,34 @@ def digits_dit() -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"digits": digits, "digits-dit": digits_dit}
+def pictures() -> Config:
+    """FPDM on a folder of pictures: `folder --data.path PICTURES --data.size 32 --out RUN`."""
+    return Config(
+        model=Model(kind="fpdm", size="S", patch=4, condition_on_time=True),
+        data=Data(source="folder", path=Path("pictures"), size=32),
+        optimisation=Optimisation(images=20_000_000, batch=128, lr=3e-4, warmup=128_000),
+        ema=EMA(decay=0.9999),
+        grad=StochasticJFB(N=12, M=12),
+        sampling=Sampling(steps=50, iterations=12, images=64),
+        checkpoint_every=512_000,
+        keep=2,
+        out=Path("runs/folder"),
+    )
+
+
+def latents() -> Config:
+    """FPDM on VAE latents: `latents --data.path LATENTS --out RUN`."""
+    return replace(
+        pictures(),
+        model=Model(kind="fpdm", size="S", patch=2, condition_on_time=True),
+        data=Data(source="latents", path=Path("latents")),
+        out=Path("runs/latents"),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    "digits": digits,
+    "digits-dit": digits_dit,
+    "folder": pictures,
+    "latents": latents,
+}

@@ -1,5 +1,5 @@
-"""What a run shows when its training is over: its score beside that of real images, metrics.json, loss.png,
-samples.png.
+"""What a run shows when its training is over: metrics.json, loss.png, samples.png, and for digits its score beside
+that of real ones.
 """
 
 from __future__ import annotations
@@ -13,31 +13,44 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from tqdm import tqdm
 
+from . import gallery
 from .checkpoint import write_atomically
 from .config import Config
-from .data import Images
-from .generate import generate, labels_in_turn
+from .data import DataSet, Images
 from .metrics import Judge, Score
-from .pictures import columns_by_class, grid, loss_curve, to_pil
+from .pictures import loss_curve
 from .sampler import SampleResult
 from .trainer import Trainer
 
-ROWS = 8  # of samples.png
 
+def finish(
+    config: Config,
+    trainer: Trainer,
+    images: DataSet,
+    held_out: Images | None,
+    decoder: AutoencoderKL | None,
+    began: float,
+) -> None:
+    """Sample from the averaged weights, score, draw, write and print.
 
-def finish(config: Config, trainer: Trainer, images: Images, held_out: Images, began: float) -> None:
-    """Sample from the averaged weights, score, draw, write and print. `began`: monotonic clock at the run's
-    start.
+    Args:
+        config: of the run.
+        trainer: when it is done.
+        images: what it learnt from.
+        held_out: what it has not seen; with classes, samples are scored beside these.
+        decoder: of latents; without it their samples are not drawn.
+        began: monotonic clock at the run's start.
     """
-    out = config.out
-    result = _samples(config, trainer, images.num_classes)
-    generated, real = _scores(config, result, images, held_out)
-    _pictures(config, trainer, result)
+    real = (images, held_out) if isinstance(images, Images) and held_out is not None and images.num_classes else None
+    count = config.sampling.images if real else min(config.sampling.images, gallery.ROWS**2)
+    result = _samples(config, trainer, images.num_classes, count)
+    scores = _scores(result, *real) if real else {}
+    _pictures(config, trainer, result, decoder)
     metrics = {
-        "generated": asdict(generated),
-        "real_held_out": asdict(real),
+        **{name: asdict(score) for name, score in scores.items()},
         "training": {
             "network": trainer.network["class"],
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -47,45 +60,40 @@ def finish(config: Config, trainer: Trainer, images: Images, held_out: Images, b
             "loss": trainer.progress.history[-1][1],
             "seconds": trainer.progress.seconds,
         },
-        "sampling": {**asdict(config.sampling), "effort_per_image": result.effort.summary()},
+        "sampling": {**asdict(config.sampling), "images": count, "effort_per_image": result.effort.summary()},
         "seconds_in_all": time.monotonic() - began,
         "versions": _versions(trainer),
     }
-    write_atomically(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    _print(config, metrics, generated, real)
+    write_atomically(config.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    _print(config, metrics, scores)
 
 
-def _samples(config: Config, trainer: Trainer, num_classes: int) -> SampleResult:
-    model = trainer.ema.module.eval()
-    indices = range(config.sampling.images)
-    labels = labels_in_turn(indices, range(num_classes)) if num_classes else None
+def _samples(config: Config, trainer: Trainer, num_classes: int, count: int) -> SampleResult:
     with tqdm(desc="sampling", unit="step", leave=False, mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        device = trainer.accelerator.device
-        return generate(model, config, config.sampling, indices, labels, config.seed, device, progress)
+        model = trainer.ema.module.eval()
+        return gallery.draw(config, model, num_classes, count, trainer.accelerator.device, progress)
 
 
-def _scores(config: Config, result: SampleResult, images: Images, held_out: Images) -> tuple[Score, Score]:
+def _scores(result: SampleResult, images: Images, held_out: Images) -> dict[str, Score]:
     """Of the generated images, and of as many real ones as there are, up to that number."""
     assert result.labels is not None
     judge = Judge.of(images)
     count = min(len(held_out), len(result.samples))
     real = judge.score(held_out.x[:count], held_out.y[:count])
-    return judge.score(result.samples.clamp(-1, 1), result.labels), real
+    return {"generated": judge.score(result.samples.clamp(-1, 1), result.labels), "real_held_out": real}
 
 
-def _pictures(config: Config, trainer: Trainer, result: SampleResult) -> None:
+def _pictures(config: Config, trainer: Trainer, result: SampleResult, decoder: AutoencoderKL | None) -> None:
     loss_curve(trainer.progress.history, config.out / "loss.png", f"{trainer.network['class']}: training loss")
-    assert result.labels is not None
-    labels = result.labels.tolist()
-    chosen = columns_by_class(labels, ROWS)
-    classes = sorted(set(labels))
-    sheet = grid([to_pil(result.samples[i]) for i in chosen], len(classes), head=[str(y) for y in classes])
-    sheet.save(config.out / "samples.png")
+    if decoder is None and config.data.source == "latents":
+        return
+    labels = None if result.labels is None else result.labels.tolist()
+    gallery.sheet(gallery.pixels(result.samples, decoder), labels).save(config.out / "samples.png")
 
 
 def _versions(trainer: Trainer) -> dict[str, Any]:
@@ -98,16 +106,19 @@ def _versions(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _print(config: Config, metrics: dict[str, Any], generated: Score, real: Score) -> None:
+def _print(config: Config, metrics: dict[str, Any], scores: dict[str, Score]) -> None:
     training, out = metrics["training"], Path(config.out)
     print(
         f"\nTrained for {training['seconds']:.0f} s on {training['images']:,} images, {training['skipped']} "
         f"steps skipped."
     )
-    print(f"{'':24}{'images':>8}{'right label':>14}{'Fréchet distance':>19}")
-    for name, score in (("generated", generated), ("real, held out", real)):
-        print(f"{name:24}{score.images:8}{100 * score.accuracy:12.1f} %{score.frechet:19.2f}")
-    print(f"\nPictures:      {out / 'samples.png'}  {out / 'loss.png'}")
+    if scores:
+        print(f"{'':24}{'images':>8}{'right label':>14}{'Fréchet distance':>19}")
+    for name, score in scores.items():
+        told = name.replace("real_held_out", "real, held out")
+        print(f"{told:24}{score.images:8}{100 * score.accuracy:12.1f} %{score.frechet:19.2f}")
+    pictures = [str(p) for p in (out / "samples.png", out / "loss.png") if p.exists()]
+    print(f"\nPictures:      {'  '.join(pictures)}")
     print(f"Numbers:       {out / 'metrics.json'}")
     print(f"Weights:       {out / 'checkpoints'}")
     print(f"More samples:  python -m apps.diffusion.sample {out} --num 100")

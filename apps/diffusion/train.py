@@ -1,13 +1,15 @@
-"""Train a diffusion model: `python -m apps.diffusion.train [PRESET] [--flags]`, where a preset is `digits`
-(the default) or `digits-dit`.
+"""Train a diffusion model: `python -m apps.diffusion.train [PRESET] [--flags]`; presets.py has the presets, `digits`
+is the default.
 
-A run writes one folder (`--out`): config.json, checkpoints/, metrics.json, loss.png, samples.png. `--resume`
-continues the run in that folder.
+A run writes one folder (`--out`): config.json, data.json, checkpoints/, metrics.json, loss.png, samples.png.
+`--resume` continues the run in that folder.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
 import os
 import signal
 import sys
@@ -23,7 +25,10 @@ from .config import Config
 from .presets import PRESETS
 
 if TYPE_CHECKING:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
     from .checkpoint import Checkpoint
+    from .data import DataSet, Images
     from .trainer import Trainer
 
 # what may differ between a run and its continuation: how long, and what is done with the result
@@ -55,18 +60,23 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     preset = argv.pop(0) if argv and not argv[0].startswith("-") and ":" not in argv[0] else "digits"
     if preset not in PRESETS:
         raise ValueError(f"There is no preset {preset!r}; take one of {', '.join(PRESETS)}.")
-    config, resume = _parse(argv, PRESETS[preset]())
-    if not resume:
-        return config, False
-    saved = saved_config(config.out)
-    config, _ = _parse(argv, dataclasses.replace(saved, out=config.out))
+    default = PRESETS[preset]()
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--resume", action="store_true")
+    early.add_argument("--out", type=Path, default=default.out)
+    known, _ = early.parse_known_args(argv)
+    if not known.resume or "--help" in argv or "-h" in argv:
+        return _parse(argv, default)
+    saved = dataclasses.replace(saved_config(known.out), out=known.out)
+    config, _ = _parse(argv, saved)
     extended = {name: getattr(config, name) for name in _EXTENDABLE}
-    images = dataclasses.replace(saved.optimisation, images=config.optimisation.images)
-    if dataclasses.replace(saved, **extended, optimisation=images, out=config.out) != config:
+    extended["optimisation"] = dataclasses.replace(saved.optimisation, images=config.optimisation.images)
+    extended["data"] = dataclasses.replace(saved.data, path=config.data.path, vae=config.data.vae)
+    if dataclasses.replace(saved, **extended) != config:
         raise ValueError(
             f"A run is resumed with the settings it was started with ({config.out / 'config.json'}); only "
-            f"optimisation.images, {', '.join(_EXTENDABLE)} may be changed. Give another --out for another "
-            f"run."
+            f"optimisation.images, data.path, data.vae, {', '.join(_EXTENDABLE)} may be changed. Give another --out "
+            f"for another run."
         )
     return config, True
 
@@ -137,17 +147,18 @@ def run(config: Config, start: Checkpoint | None) -> int:
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    images, held_out = build.images(config.data)
+    images, held_out = load_images(config)
     trainer = Trainer(config, images, start)
     main_process = trainer.accelerator.is_main_process
+    decoder = open_decoder(config) if main_process else None
     if main_process:
-        config.out.mkdir(parents=True, exist_ok=True)
+        note_data(config.out, build.fingerprint(images))
         checkpoint.write_atomically(config.out / "config.json", config.to_json())
         count = sum(p.numel() for p in trainer.model.parameters())
+        classes = f"in {images.num_classes} classes" if images.num_classes else "without classes"
         print(
             f"{'Resuming' if start else 'Training'} {trainer.network['class']} with {count:,} parameters on "
-            f"{len(images)} images "
-            f"of {' x '.join(map(str, images.shape))} in {images.num_classes} classes; the run's folder is "
+            f"{len(images)} images of {' x '.join(map(str, images.shape))} {classes}; the run's folder is "
             f"{config.out}.",
             flush=True,
         )
@@ -165,10 +176,77 @@ def run(config: Config, start: Checkpoint | None) -> int:
             )
         return 128 + caught[0]
     if main_process:
-        finish(config, trainer, images, held_out, began)
+        finish(config, trainer, images, held_out, decoder, began)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return 0
+
+
+def load_images(config: Config) -> tuple[DataSet, Images | None]:
+    """The images to train on, and those held out; says which pictures are left out.
+
+    Raises:
+        ValueError: nothing that can be used, or guidance of images without classes.
+    """
+    from tqdm import tqdm
+
+    from . import build
+    from .data.folder import Pixels, told
+
+    quiet = config.data.source != "folder" or int(os.environ.get("RANK", 0)) > 0
+    with tqdm(desc="reading", unit="img", disable=quiet, mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        images, held_out = build.images(config.data, progress)
+    if isinstance(images, Pixels) and images.skipped and not quiet:
+        print(told(images.skipped, len(images) + len(images.skipped)), file=sys.stderr)
+    if not images.num_classes and config.sampling.guidance != 1:
+        raise ValueError(
+            f"Sampling.guidance = {config.sampling.guidance:g} needs classes, and these images have none; leave it "
+            "at 1."
+        )
+    return images, held_out
+
+
+def open_decoder(config: Config) -> AutoencoderKL | None:
+    """The VAE that decodes sample grids; None for pixels, and where the VAE is out of reach and nobody named it.
+
+    Raises:
+        ValueError: the VAE that --data.vae names cannot be read, or is another one.
+    """
+    if config.data.source != "latents" or config.data.path is None:
+        return None
+    from .vae import open_decoder as open_vae
+
+    try:
+        return open_vae(config.data.path, config.data.vae)
+    except ValueError as error:
+        if config.data.vae is not None:
+            raise
+        print(f"train: there will be no pictures of samples: {error} --data.vae names a copy.", file=sys.stderr)
+        return None
+
+
+def note_data(out: Path, found: dict[str, Any]) -> None:
+    """Note in the run's folder what it learns from, or compare with what is noted there.
+
+    Raises:
+        ValueError: the run has learnt from other images.
+    """
+    from .checkpoint import write_atomically
+
+    out.mkdir(parents=True, exist_ok=True)
+    note = out / "data.json"
+    if not note.exists():
+        write_atomically(note, json.dumps(found, indent=2) + "\n")
+    elif (before := json.loads(note.read_text())) != found:
+        raise ValueError(
+            f"The run in {out} has learnt from other images ({before}) than there are now ({found}); give their folder "
+            "with --data.path, or another --out for another run."
+        )
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from . import build, objective
 from .checkpoint import Checkpoint, Progress
 from .config import Config, Optimisation
-from .data import Images, order
+from .data import DataSet, order
 from .objective import Draw
 from .seeds import Stream, generator
 
@@ -53,7 +53,7 @@ def averaged_decay(decay: float, steps: int) -> float:
 class Trainer:
     """A run in the making: `Trainer(config, images, start).run()`."""
 
-    def __init__(self, config: Config, images: Images, start: Checkpoint | None = None) -> None:
+    def __init__(self, config: Config, images: DataSet, start: Checkpoint | None = None) -> None:
         self.config = config
         self.images = images
         self.accelerator = Accelerator(mixed_precision=config.optimisation.precision)
@@ -156,7 +156,9 @@ class Trainer:
         dropped = torch.rand(size, generator=draws) < self.config.optimisation.label_dropout
         share = size // self.accelerator.num_processes
         mine = slice(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
-        x, y = self.images[order(len(self.images), seed, seen, size)[mine]]
+        n = len(self.images)
+        epochs = [(seen + i) // n for i in range(size)]
+        x, y = self.images.draw(order(n, seed, seen, size)[mine], epochs[mine], seed)
         device = self.accelerator.device
         labels = y.to(device) if self.images.num_classes else None
         return x.to(device), labels, Draw(noise=noise[mine], t=t[mine], dropped=dropped[mine]).to(device)

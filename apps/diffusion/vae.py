@@ -14,6 +14,8 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
+from .data.latents import read_index
+
 
 def open_vae(name: str | Path, subfolder: str | None = None, device: str = "cpu") -> tuple[AutoencoderKL, str]:
     """The VAE in evaluation mode, and what to call it.
@@ -43,6 +45,30 @@ def open_vae(name: str | Path, subfolder: str | None = None, device: str = "cpu"
     if lacking:
         raise ValueError(f"The VAE {told} is incomplete: {', '.join(map(str, lacking))}; fetch it again.")
     return vae.requires_grad_(False).eval().to(device), told
+
+
+def open_decoder(root: Path, name: str | None = None, device: str = "cpu") -> AutoencoderKL:
+    """The VAE that decodes the latents in the folder `root`: by default the one that encoded them.
+
+    Args:
+        root: what `python -m apps.diffusion.encode` has written.
+        name: of a copy, where the VAE is no longer where it was.
+        device: where to compute.
+
+    Raises:
+        ValueError: it cannot be read, or it is not the one that encoded these latents.
+    """
+    made_by = read_index(root)["vae"]
+    where, subfolder = name or made_by["name"], None
+    if not Path(where).is_dir() and where.count("/") == 2:  # owner/repository/subfolder, on the hub
+        where, subfolder = where.rsplit("/", 1)
+    vae, told = open_vae(where, subfolder, device)
+    if digests(vae)["weights_sha256"] != made_by["weights_sha256"]:
+        raise ValueError(
+            f"The VAE {told} has other weights than the one that encoded {root}, {made_by['name']}; give that one "
+            "with --data.vae."
+        )
+    return vae
 
 
 def check_images(vae: AutoencoderKL, size: int) -> None:

@@ -1,5 +1,7 @@
 """What a data set is to the trainer: images and labels by index, and how many classes there are.
 
+Training sees image i in epoch e as `draw([i], [e], seed)`: a function of these numbers alone.
+
 The order in which a run sees its images is a function of (seed, number of images seen) alone: the k-th image
 of the run is number `k mod n` of the permutation drawn for epoch `k div n`. So a run may stop and go on
 anywhere, on any number of processes, and there is no loader whose state would have to be saved.
@@ -9,11 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..seeds import Stream, generator
+
+
+class DataSet(Protocol):
+    """Images of one shape, by index; `Images`, `folder.Pixels` and `latents.Latents` are such."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one image."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """0 where the images have no classes."""
+        ...
+
+    def draw(self, index: Sequence[int], epoch: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
+        """Images (b, C, H, W), float32, and classes (b,): image k as epoch[k] shows it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +70,10 @@ class Images:
         chosen = torch.as_tensor(index)
         return self.x[chosen], self.y[chosen]
 
+    def draw(self, index: Sequence[int], epoch: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
+        """The same: every epoch shows them alike."""
+        return self[index]
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
@@ -60,8 +88,12 @@ def order(n: int, seed: int, start: int, count: int) -> list[int]:
     shown: list[int] = []
     while count > 0:
         epoch, position = divmod(start, n)
-        permutation = torch.randperm(n, generator=generator(seed, Stream.ORDER, epoch))
-        part = permutation[position : position + count].tolist()
+        part = _permutation(n, seed, epoch)[position : position + count].tolist()
         shown += part
         start, count = start + len(part), count - len(part)
     return shown
+
+
+@lru_cache(maxsize=2)
+def _permutation(n: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(n, generator=generator(seed, Stream.ORDER, epoch))

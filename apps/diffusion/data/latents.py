@@ -36,15 +36,16 @@ class Latents:
         root: the folder.
         mirror: show every other image mirrored.
         sample: draw from each distribution; False shows its mean.
+        labels: tell the classes; False hides them.
 
     Raises:
         ValueError: no such folder, encoding is not finished, or a shard is missing or truncated.
     """
 
-    def __init__(self, root: Path, *, mirror: bool = True, sample: bool = True) -> None:
+    def __init__(self, root: Path, *, mirror: bool = True, sample: bool = True, labels: bool = True) -> None:
         self.root, self.mirror, self.sample = root, mirror, sample
         self.index = read_index(root)
-        self.classes: tuple[str, ...] = tuple(self.index["classes"])
+        self.classes: tuple[str, ...] = tuple(self.index["classes"] if labels else ())
         self.shape: tuple[int, int, int] = tuple(self.index["shape"])
         self._shards = [self._open(shard) for shard in self.index["shards"]]
         self._starts = np.cumsum([0, *(shard["images"] for shard in self.index["shards"])])

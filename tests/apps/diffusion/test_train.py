@@ -54,9 +54,9 @@ class _StopAt:
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, index):
+    def draw(self, index, epoch, seed):
         self.trainer.stopping = self.trainer.progress.images + len(index) >= self.until
-        return self.images[index]
+        return self.images.draw(index, epoch, seed)
 
 
 def same(a, b):
@@ -171,6 +171,7 @@ def test_the_command_leaves_a_whole_run_and_never_overwrites_it(tmp_path, capsys
     assert sorted(p.name for p in out.iterdir()) == [
         "checkpoints",
         "config.json",
+        "data.json",
         "loss.png",
         "metrics.json",
         "samples.png",
