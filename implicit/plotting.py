@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from implicit.diagnostics.bias_table import GradientBias
 from implicit.diagnostics.path_independence import PathIndependence
 from implicit.diagnostics.spectral_radius import Spectrum
 from implicit.solution import Solution
@@ -102,6 +103,32 @@ def penalty(history: Mapping[str, Sequence[Tensor]], ax: "Axes | None" = None) -
     ax.set_xlabel("step")
     ax.set_ylabel("||df/dz||_F / sqrt(N)")
     ax.grid(True, alpha=0.3)
+    ax.legend()
+    return ax
+
+
+def gradient_bias(tables: Mapping[str, GradientBias], ax: "Axes | None" = None) -> "Axes":
+    """Relative error of each estimator against its time: further down is better, further left is cheaper.
+
+    Rows without a gradient are left out. Without times (``repeats=0``) the vector-Jacobian products stand for them.
+
+    Args:
+        tables: label -> what `implicit.diagnostics.gradient_bias` returned; one colour each.
+        ax: where to draw; default a new figure.
+    """
+    ax = _axes(ax)
+    timed = all(not math.isnan(r.time) for t in tables.values() for r in t.rows if not math.isnan(r.error))
+    for i, (label, table) in enumerate(tables.items()):
+        rows = [r for r in table.rows if not math.isnan(r.error)]
+        cost = [r.time if timed else r.products for r in rows]
+        ax.plot(cost, [max(r.error, 1e-16) for r in rows], "o", color=f"C{i}", label=label)
+        for x, r in zip(cost, rows, strict=True):
+            ax.annotate(r.name, (x, max(r.error, 1e-16)), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("time of forward and backward / forward" if timed else "vector-Jacobian products")
+    ax.set_ylabel("relative error of the gradient")
+    ax.grid(True, which="major", alpha=0.3)
     ax.legend()
     return ax
 

@@ -69,8 +69,8 @@ def test_attention_can_be_trained_with_it():
             p.copy_(0.3 * torch.randn(p.shape, generator=rng(i)))
 
     def f(z):
-        q, k, v = attention.in_proj_weight.chunk(3)
-        return nn.functional.scaled_dot_product_attention(z @ q, z @ k, z @ v)
+        q, k, v = (z @ attention.in_proj_weight.T).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     z = torch.randn(2, 5, 8, generator=rng(9))
     penalty = jacobian_penalty(f, z, generator=rng()).mean()

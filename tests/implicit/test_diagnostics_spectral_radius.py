@@ -90,6 +90,12 @@ def test_samples_are_strangers_and_bad_ones_alone_are_nan():
     together = spectral_radius(p, p.solution, *p.args)
     alone = [spectral_radius(p, p.solution[b : b + 1], *(a[b : b + 1] for a in p.args)) for b in (0, 8)]
     torch.testing.assert_close(together[[0, 8]], torch.cat(alone), rtol=1e-10, atol=0)
+    d = torch.stack((torch.linspace(0, 0.5, 200, dtype=F64), torch.linspace(0, 0.5, 200, dtype=F64)))
+    d[0, 0] = 0.9  # found at once; the other row takes longer
+    z = torch.ones(2, 200, dtype=F64)
+    both, one = spectrum(lambda z: z * d, z, tol=1e-2), spectrum(lambda z: z * d[:1], z[:1], tol=1e-2)
+    assert both.values.shape[1] > one.values.shape[1]
+    torch.testing.assert_close(both.radius[:1], one.radius, rtol=1e-12, atol=0)
     z = p.solution.clone()
     scale = torch.ones(16, 1, dtype=F64)
     scale[3] = torch.nan

@@ -5,7 +5,7 @@ import matplotlib.pyplot
 import pytest
 import torch
 
-from implicit import Anderson, Picard, Stop, diagnostics, fixed_point, plotting
+from implicit import JFB, Anderson, Picard, Stop, diagnostics, fixed_point, plotting
 
 matplotlib.use("Agg")
 
@@ -60,4 +60,20 @@ def test_alignment_is_drawn_in_rising_order_and_short_solves_are_marked():
 def test_the_penalty_is_drawn_as_a_root():
     line = plotting.penalty({"run": [torch.tensor([4.0, 16.0]), torch.tensor([1.0, 1.0])]}).get_lines()[0]
     assert along(line)[1] == [3.0, 1.0]
+    matplotlib.pyplot.close("all")
+
+
+def test_bias_against_cost():
+    d = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    table = diagnostics.gradient_bias(
+        lambda z: d * z + 1,
+        torch.zeros(1, 1, dtype=torch.float64),
+        estimators=[JFB(), JFB(3)],
+        stop=Stop(rtol=1e-12, atol=0),
+        repeats=0,
+    )
+    ax = plotting.gradient_bias({"affine": table})
+    x, y = along(ax.get_lines()[0])
+    assert x == [1, 3] and y == pytest.approx([0.5, 0.125])
+    assert [text.get_text() for text in ax.texts] == ["JFB", "JFB(steps=3)"]
     matplotlib.pyplot.close("all")

@@ -1,0 +1,261 @@
+"""How far is each gradient estimator from the exact gradient, on your layer and your batch, and what does it cost?
+
+Setting: z* = f(z*, theta), J = df/dz at z*, g = dL/dz*. The truth that estimators are compared with is
+
+    dL/dtheta = u^T df/dtheta,     (I - J^T) u = g
+
+at a z* solved as far as its dtype goes. Where the samples are small, J is formed and the system solved directly, in
+float64; elsewhere u is iterated to the same end. Neither uses an estimator.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit.diagnostics.bias_table import BiasRow, GradientBias
+from implicit.diagnostics.meter import Measured, flat, measure, paced
+from implicit.fixed_point import fixed_point
+from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, Reversible, StochasticJFB, Unrolled
+from implicit.grads.outside import Outside
+from implicit.iterate import Map, PackedMap, Stop, iterate
+from implicit.solution import NotConverged, Result, Solution
+from implicit.solvers import AbstractSolver, AndersonGS
+from implicit.state import Flat, Layout, State, map_tensors, norm
+
+Loss = Callable[[State], Tensor]
+
+_DENSE = 2**23  # numbers in all samples' Jacobians up to which they are formed
+
+
+def every_estimator() -> list[AbstractGrad]:
+    """One of each kind, with its defaults."""
+    exact: list[AbstractGrad] = [IFT(), Unrolled(), Unrolled(checkpoint=True), Reversible()]
+    draws = StochasticJFB(generator=torch.Generator().manual_seed(0))
+    return [*exact, JFB(), JFB(5), Phantom(), Neumann(), SHINE(), draws]
+
+
+def gradient_bias(
+    f: Map,
+    z0: State,
+    *args: Any,
+    estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad] | None = None,
+    params: Iterable[Tensor] | None = None,
+    loss: Loss | None = None,
+    solver: AbstractSolver[Any] | None = None,
+    stop: Stop | None = None,
+    batch_dims: int = 1,
+    draws: int = 8,
+    repeats: int = 5,
+) -> GradientBias:
+    """Compare gradient estimators with the exact gradient on one batch.
+
+    Every estimator runs a solve of its own as ``fixed_point(f, z0, *args, grad=..., solver=solver, stop=stop)`` would,
+    so the error includes that of stopping early. An estimator that fails is a row that says why. f must be
+    deterministic (no fresh dropout). The truth has the precision of the state's dtype: errors below 1e-6 want a layer
+    in float64. Cost: a tight solve, and `draws` or `repeats` + 2 gradients per estimator.
+
+    Args:
+        f: the map f(z, *args).
+        z0: the start, ``(B, *)`` tensors.
+        args: passed on to f.
+        estimators: which, by label or labelled by their settings; default `every_estimator()`.
+        params: gradients with respect to what; default every tensor that f uses and that requires gradients.
+        loss: a scalar from the solution's value; default a fixed random projection, which favours no direction.
+        solver, stop: as in `fixed_point`.
+        batch_dims: 0 makes the whole state one system.
+        draws: gradients averaged for `StochasticJFB`, whose bias is that of its mean.
+        repeats: rounds of timing, in which all estimators take turns; 0 leaves time out.
+
+    Returns:
+        A `GradientBias`; print it for a Markdown table.
+
+    Raises:
+        ValueError: nothing requires gradients, or the loss does not depend on what does.
+        NotConverged: the truth itself was not found.
+
+    Example:
+        >>> import torch
+        >>> from implicit.diagnostics import gradient_bias
+        >>> w = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
+        >>> table = gradient_bias(lambda z, w: w * z + 1, torch.zeros(1, 1, dtype=torch.float64), w)
+        >>> round(table["JFB"].error, 6)  # 1 / (1 - w) is dropped
+        0.5
+    """
+    z0 = map_tensors(Tensor.detach, z0)
+    layout = Layout.of(z0, batch_dims)
+    wanted = _found(f, z0, args) if params is None else tuple(params)
+    if not wanted or not all(p.requires_grad for p in wanted):
+        raise ValueError("params must be tensors that require gradients and that f uses; there are none.")
+    loss = loss or partial(_projection, layout)
+    solver, stop = solver or AndersonGS(), stop or Stop()
+    how: dict[str, Any] = dict(solver=solver, stop=stop, batch_dims=batch_dims)
+    truth, kind = _truth(f, z0, args, wanted, loss, solver, layout)
+    if not truth.norm() > 0:
+        raise ValueError("The gradient is 0: the loss must depend on params through the solution.")
+
+    def forward(grad: AbstractGrad, f: Map) -> Tensor:
+        solution = fixed_point(f, z0, *args, grad=grad, **how)
+        if not isinstance(grad, StochasticJFB):  # whose budget is its draw
+            _say_how_it_ended(solution)
+        return loss(solution.value)
+
+    def solve() -> None:
+        with torch.no_grad():
+            fixed_point(f, z0, *args, **how)
+
+    chosen = _labelled(every_estimator() if estimators is None else estimators)
+    taken: dict[str, list[Measured]] = {}
+    runs: dict[str, Callable[[], object]] = {"": solve}
+    for label, grad in chosen.items():
+        count = draws if isinstance(grad, StochasticJFB) else 1
+        taken[label] = [measure(partial(forward, grad), f, wanted) for _ in range(count)]
+        if all(one.gradient is not None for one in taken[label]):
+            runs[label] = partial(_gradient, partial(forward, grad), f, wanted)
+    times = paced(runs, repeats, layout.device) if repeats else {}
+    rows = tuple(
+        row(label, taken[label], truth, times[label] / times[""] if label in times else torch.nan) for label in chosen
+    )
+    return GradientBias(rows=rows, truth=kind)
+
+
+def row(label: str, taken: Sequence[Measured], truth: Float[Tensor, " n"], time: float) -> BiasRow:
+    """The mean of some measured gradients beside the truth."""
+    gradients = [one.gradient for one in taken if one.gradient is not None]
+    cosine = error = torch.nan
+    if len(gradients) == len(taken):
+        mean = torch.stack(gradients).mean(dim=0)
+        cosine = float(torch.nn.functional.cosine_similarity(mean, truth, dim=0))
+        error = float((mean - truth).norm() / truth.norm())
+
+    def average(name: str) -> float:
+        return sum(getattr(one, name) for one in taken) / len(taken)
+
+    return BiasRow(
+        name=label,
+        cosine=cosine,
+        error=error,
+        saved=average("saved"),
+        peak=average("peak"),
+        evals=average("evals"),
+        products=average("products"),
+        time=time,
+        note=" ".join(dict.fromkeys(one.note for one in taken if one.note)),
+    )
+
+
+def _say_how_it_ended(solution: Solution) -> None:
+    codes = [Result(code).name for code in solution.result.tolist()]
+    bad = sorted({code for code in codes if code != Result.CONVERGED.name})
+    if bad:
+        short = sum(code in bad for code in codes)
+        warnings.warn(f"{short} of {len(codes)} samples ended with {', '.join(bad)}.", RuntimeWarning, stacklevel=2)
+
+
+def _gradient(forward: Callable[[Map], Tensor], f: Map, wanted: Sequence[Tensor]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were noted already
+        torch.autograd.grad(forward(f), wanted, allow_unused=True)
+
+
+def _found(f: Map, z0: State, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Every tensor that f uses and that requires gradients, found by watching it run."""
+    seen = Outside()
+    with torch.enable_grad(), seen:
+        f(z0, *args)
+    return tuple(t for t in seen.tensors if t.requires_grad)
+
+
+def _projection(layout: Layout, value: State) -> Tensor:
+    """<v, z> for a fixed random v, per sample over sqrt(N), averaged."""
+    z = layout.pack(value)
+    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
+    return (v * z).sum(dim=1).mean() / z.shape[1] ** 0.5
+
+
+def _truth(
+    f: Map,
+    z0: State,
+    args: tuple[Any, ...],
+    wanted: tuple[Tensor, ...],
+    loss: Loss,
+    solver: AbstractSolver[Any],
+    layout: Layout,
+) -> tuple[Float[Tensor, " n"], str]:
+    """The exact gradient, and how it was found."""
+    tight = Stop(rtol=2 * layout.eps, atol=0, max_evals=2000)
+    with torch.no_grad():
+        solved = fixed_point(f, z0, *args, solver=solver, stop=tight, batch_dims=layout.batch_dims)
+        z = layout.pack(solved.value)
+        off = _accepted(solved.residual / norm(z), layout, "solution")
+    with torch.enable_grad():
+        x = z.detach().requires_grad_()
+        y = PackedMap(f, args, layout)(x)
+        end = z.detach().requires_grad_()
+        total = loss(layout.unpack(end))
+        g, *direct = torch.autograd.grad(total, (end, *wanted), allow_unused=True)
+
+    def act(v: Flat) -> Flat:
+        (pulled,) = torch.autograd.grad(y, x, v, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(v) if pulled is None else pulled
+
+    g = torch.zeros_like(z) if g is None else g
+    dense = z.shape[0] * z.shape[1] ** 2 <= _DENSE
+    u = _directly(act, g) if dense else _iterated(act, g, replace(tight, rtol=4 * layout.eps), layout)
+    through = torch.autograd.grad(y, wanted, u.to(y.dtype), allow_unused=True)
+    kind = "a dense linear solve" if dense else "an iterated linear solve"
+    return flat(direct, wanted) + flat(through, wanted), f"{kind} at a solution of relative residual {off:.0e}"
+
+
+def _directly(act: Callable[[Flat], Flat], g: Flat) -> Flat:
+    """(I - J^T) u = g by elimination, J from N products."""
+    n = g.shape[1]
+    columns = []
+    for i in range(n):
+        e = torch.zeros_like(g)
+        e[:, i] = 1
+        columns.append(act(e))
+    transposed = torch.stack(columns, dim=2).double()  # (B, N, N), column i is J^T e_i
+    eye = torch.eye(n, dtype=torch.float64, device=g.device)
+    return torch.linalg.solve(eye - transposed, g.double().unsqueeze(2)).squeeze(2).to(g.dtype)
+
+
+def _iterated(act: Callable[[Flat], Flat], g: Flat, stop: Stop, layout: Layout) -> Flat:
+    """u = g + J^T u, by iteration, free of the scale of g."""
+    size = norm(g).clamp_min(torch.finfo(g.dtype).tiny).unsqueeze(1)
+    with torch.no_grad():
+        solved = iterate(lambda u: g / size + act(u), g / size, AndersonGS(60), stop)
+    _accepted(solved.residual / norm(solved.value).clamp_min(1), layout, "linear system for the exact gradient")
+    return solved.value * size
+
+
+def _accepted(relative: Tensor, layout: Layout, what: str) -> float:
+    worst, most = float(relative.max()), layout.eps**0.5
+    if not worst <= most:
+        raise NotConverged(
+            f"The {what} was found to a relative residual of {worst:.1g} only, and {most:.0e} is needed to judge "
+            "estimators: use a stronger solver, or a layer that has a fixed point."
+        )
+    return worst
+
+
+def _labelled(estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad]) -> dict[str, AbstractGrad]:
+    if isinstance(estimators, Mapping):
+        return {str(name): grad for name, grad in estimators.items()}
+    return {label(grad): grad for grad in estimators}
+
+
+def label(grad: AbstractGrad) -> str:
+    """An estimator's name with the settings that are not its defaults: ``JFB(steps=5)``."""
+    set_apart = []
+    for f in fields(grad):  # pyright: ignore[reportArgumentType]: estimators are dataclasses
+        value = getattr(grad, f.name)
+        default = f.default_factory() if f.default_factory is not MISSING else f.default
+        if value != default and not isinstance(value, torch.Generator):
+            set_apart.append(f"{f.name}={value}")
+    return type(grad).__name__ + (f"({', '.join(set_apart)})" if set_apart else "")
