@@ -46,13 +46,18 @@ def within_block_passes(
 ) -> tuple[int, ...]:
     """Iterations per timestep that spend `budget` block passes a sample exactly.
 
-    Guidance calls the model on two rows a sample, and both count: an odd budget then leaves one pass over.
+    Guidance calls the model on two rows a sample, and both count.
 
     Raises:
-        ValueError: the budget does not pay for one iteration at each timestep.
+        ValueError: the budget does not pay for one iteration at each timestep, or is odd with guidance.
     """
     explicit = model.block_passes(1) - 1
     rows = 2 if guided else 1
+    if budget % rows:
+        raise ValueError(
+            f"A budget of {budget} block passes cannot be spent exactly with guidance, which applies every block to "
+            "two rows; make it even."
+        )
     total = budget // rows - steps * explicit
     least = rows * steps * (explicit + 1)
     if total < steps:

@@ -114,14 +114,22 @@ class Reverse:
 
 
 def follow(scheduler: Any, timesteps: Sequence[int]) -> None:
-    """Sets a scheduler that keeps its own account to an explicit array."""
-    if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters or scheduler.order != 1:
-        raise ValueError(
-            f"{type(scheduler).__name__} cannot follow an explicit array of timesteps; use ddim, ddpm or dpm++."
-        )
+    """Sets a scheduler that keeps its own account to an explicit array.
+
+    One that takes no array is asked for as many timesteps, and serves if its own are the same.
+    """
+    explicit = "timesteps" in inspect.signature(scheduler.set_timesteps).parameters
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # numpy 2 on diffusers' own np.array(tensor)
-        scheduler.set_timesteps(timesteps=list(timesteps))
+        if explicit and scheduler.order == 1:
+            scheduler.set_timesteps(timesteps=list(timesteps))
+        elif scheduler.order == 1:
+            scheduler.set_timesteps(len(timesteps))
+    if [round(float(t)) for t in scheduler.timesteps] != list(timesteps):
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot follow an explicit array of timesteps, and its own would differ from "
+            f"{list(timesteps)}; use ddim, ddpm or dpm++."
+        )
 
 
 def fresh_noise(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

@@ -1,29 +1,29 @@
 """Sample from a trained run: `python -m apps.diffusion.sample RUN --num 100 --out DIR`.
 
-Writes one PNG per image at its own size, 00042-class-7.png, and grid.png, enlarged. Sample number i depends
-on (seed, i), its class and the settings alone, so files that exist are kept, and an interrupted command goes
-on where it stopped.
+Writes one PNG per image at its own size, 00042-class-7.png, grid.png, enlarged, and effort.json: the block
+passes, multiply-accumulates, evaluations, residuals and seconds that were spent. Sample number i depends on
+(seed, i), its class and the settings alone, so files that exist are kept, and an interrupted command goes on
+where it stopped. Several processes share the images by RANK and WORLD_SIZE as `accelerate launch` and torchrun
+set them, or by --rank and --world; the files are the same, and whichever finishes last writes the rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from .config import Config, Sampling
+from .recipe import Recipe
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
-
-GRID = 100  # most images in grid.png
-PART = 64  # images sampled before their files are written
+    from .album import Album
+    from .generate import Plan
+    from .trained import Trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,32 +36,40 @@ class Request:
     """Images in all."""
     classes: tuple[int, ...] = ()
     """Classes to go through in turn; all by default."""
-    sampler: Literal["ddim", "ddpm"] | None = None
-    """ddim: deterministic; ddpm: ancestral."""
-    steps: int | None = None
-    """Timesteps."""
-    iterations: int | None = None
-    """Iterations of the fixed-point layer per timestep; FPDM only."""
-    reuse: bool | None = None
-    """Start each solve from the solution of the timestep before; FPDM only."""
-    guidance: float | None = None
-    """Weight of classifier-free guidance; 1 is none."""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    """How samples are made."""
     seed: int = 0
     """Seed of the samples."""
+    batch: int = 64
+    """Images that are made before their files are written, in whole chunks; the files do not depend on it."""
+    chunk: int = 16
+    """Images in one call of the network. Another number changes the last bits, so a folder has one."""
+    vae: str | None = None
+    """Decodes latents, instead of the run's own: a folder, or a name on the hub."""
+    npz: bool = False
+    """Write samples.npz too, for the ADM evaluation suite."""
     out: Path | None = None
     """Folder for the images; samples, inside the run, by default."""
     device: str = "cpu"
     """Where to compute, such as cpu or cuda."""
+    rank: int | None = None
+    """Number of this process; RANK by default, or 0."""
+    world: int | None = None
+    """How many processes share the work; WORLD_SIZE by default, or 1."""
 
     def __post_init__(self) -> None:
         if self.num < 1 or self.seed < 0:
             raise ValueError(f"--num must be at least 1 and --seed at least 0, got {self.num} and {self.seed}.")
+        if self.batch < 1 or self.chunk < 1:
+            raise ValueError(f"--batch and --chunk must be at least 1, got {self.batch} and {self.chunk}.")
 
-    def sampling(self, default: Sampling) -> Sampling:
-        """How to sample: what was asked for, and the run's own choice for the rest."""
-        names = ("sampler", "steps", "iterations", "reuse", "guidance")
-        asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(default, **asked)
+    def place(self) -> tuple[int, int]:
+        """(rank, world)."""
+        rank = int(os.environ.get("RANK", 0)) if self.rank is None else self.rank
+        world = int(os.environ.get("WORLD_SIZE", 1)) if self.world is None else self.world
+        if not 0 <= rank < world:
+            raise ValueError(f"Process {rank} of {world} does not exist; --rank counts from 0 to --world minus 1.")
+        return rank, world
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,125 +83,138 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(request: Request) -> None:
-    """Write the images that are not there yet, and the grid.
+    """Write the images that are not there yet and, where all are there, what is made of them.
 
     Raises:
-        ValueError: no run in the folder, a class that it does not know, a folder with samples made otherwise.
+        ValueError: no run in the folder, choices that do not fit it, a folder with samples made otherwise.
     """
-    config = _config(request.run)
-    sampling = request.sampling(config.sampling)
-    dataclasses.replace(config, sampling=sampling)  # raises where the two do not fit
+    rank, world = request.place()
     import torch
 
-    from . import build
-    from .checkpoint import newest
+    from .album import Album
+    from .generate import plan
+    from .trained import open_run
 
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    state = newest(request.run)
-    model = build.rebuild(state.network)
-    model.load_state_dict(state.ema)
-    model = model.eval()
-    torch.nn.Module.to(model, torch.device(request.device))
-    out = request.out or request.run / "samples"
-    labels = _labels(request, model.num_classes)
-    names = [f"{i:05d}.png" if y is None else f"{i:05d}-class-{y}.png" for i, y in enumerate(labels)]
-    _settle(out, request, sampling, state)
-    missing = [i for i, name in enumerate(names) if not (out / name).exists()]
-    _write(out, names, labels, missing, request, config, sampling, model)
-    _write_grid(out, names, labels)
-    kept = len(names) - len(missing)
-    print(f"{len(missing)} new images" + (f", {kept} kept," if kept else "") + f" and grid.png are in {out}")
-
-
-def _config(folder: Path) -> Config:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"{folder} holds no run (it has no config.json); train one: python -m apps.diffusion.train --out {folder}"
-        )
-    return Config.from_json(file.read_text())
+    trained = open_run(request.run)
+    if trained.config.threads is not None:
+        torch.set_num_threads(trained.config.threads)
+    made = plan(trained.model, trained.config, request.recipe)
+    album = Album(request.out or request.run / "samples", _labels(request, range(request.num), trained))
+    decoder = _decoder(request, trained)
+    album.settle(_settings(request, trained, decoder))
+    missing = album.missing()
+    mine = [i for i in missing if (i // request.chunk) % world == rank]
+    _write(album, mine, request, trained, made, decoder, rank)
+    left = len(album.missing())
+    kept = request.num - len(missing)
+    print(f"{len(mine)} new images" + (f", {kept} kept," if kept else "") + f" are in {album.folder}")
+    if left:
+        print(f"{left} of {request.num} are not there yet; other processes make them, and the grid.")
+        return
+    album.write_grid()
+    if request.npz:
+        album.write_npz()
+    _tell(album.write_effort(made.timesteps))
 
 
-def _labels(request: Request, num_classes: int) -> list[int | None]:
-    """The class of each image; None for all of an unconditional network."""
+def _labels(request: Request, indices: Any, trained: Trained) -> list[int | None]:
+    """The class of each of these samples; None for all of an unconditional network."""
+    num_classes = trained.model.num_classes
     if num_classes == 0:
         if request.classes:
             raise ValueError("This run knows no classes; leave out --classes.")
-        return [None] * request.num
+        return [None] * len(indices)
     wrong = [y for y in request.classes if not 0 <= y < num_classes]
     if wrong:
         raise ValueError(f"--classes {wrong[0]} does not exist: this run knows the classes 0 to {num_classes - 1}.")
     classes = request.classes or range(num_classes)
-    return [classes[i % len(classes)] for i in range(request.num)]
+    return [classes[i % len(classes)] for i in indices]
 
 
-def _settle(out: Path, request: Request, sampling: Sampling, state: Checkpoint) -> None:
-    """Make the folder and note in it how its images are made; refuse one whose images are made otherwise."""
-    from .checkpoint import write_atomically
+def _decoder(request: Request, trained: Trained) -> Any:
+    """The VAE between the network's latents and pictures; None for a network of pixels."""
+    channels = trained.model.latent[0]
+    if request.vae is None and channels in (1, 3):
+        return None
+    if request.vae is None:
+        raise ValueError(f"This run makes latents of {channels} channels; name the VAE that decodes them with --vae.")
+    from .vae import open_vae
 
-    settings: dict[str, Any] = {
+    vae, told = open_vae(request.vae, device=_device(request))
+    held: Any = vae.config
+    if held.latent_channels != channels:
+        raise ValueError(
+            f"The VAE {told} decodes latents of {held.latent_channels} channels, and this run makes {channels}; give "
+            "--vae the one that the run's latents were encoded with."
+        )
+    return vae
+
+
+def _device(request: Request) -> str:
+    """Where this process computes: cuda alone means its own of several."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if request.device == "cuda" else request.device
+
+
+def _settings(request: Request, trained: Trained, decoder: Any) -> dict[str, Any]:
+    """All that the images depend on."""
+    from .vae import digests
+
+    return {
         "seed": request.seed,
         "classes": list(request.classes),
-        **{k: v for k, v in dataclasses.asdict(sampling).items() if k != "images"},
-        "network": state.network["class"],
-        "trained_images": state.progress.images,
+        "chunk": request.chunk,
+        **dataclasses.asdict(request.recipe.filled(trained.config.sampling)),
+        "network": type(trained.model).__name__,
+        "trained_images": trained.images,
+        "weights": trained.digest,
+        "vae": None if decoder is None else digests(decoder),
     }
-    note = out / "settings.json"
-    if note.exists():
-        before = json.loads(note.read_text())
-        changed = [f"{k} was {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]
-        if changed:
-            raise ValueError(
-                f"{out} holds samples made otherwise ({'; '.join(changed)}); give another folder with --out."
-            )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} holds something else than samples; give another folder with --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(note, json.dumps(settings, indent=2) + "\n")
 
 
 def _write(
-    out: Path,
-    names: list[str],
-    labels: list[int | None],
-    missing: list[int],
-    request: Request,
-    config: Config,
-    sampling: Sampling,
-    model: Any,
+    album: Album, mine: list[int], request: Request, trained: Trained, made: Plan, decoder: Any, rank: int
 ) -> None:
-    """Sample the missing images, part by part, and write each as soon as it is there."""
+    """Make this process's images, part by part, and write each as soon as it is there."""
+    import torch
     from tqdm import tqdm
 
-    from .generate import generate
-    from .pictures import to_pil
+    from .vae import decode
 
-    with tqdm(total=len(missing), unit="img", desc="sampling", disable=not missing) as bar:
-        for group in sorted({i // PART for i in missing}):
-            part = [i for i in missing if i // PART == group]
-            classes = [y for i in part if (y := labels[i]) is not None] or None
-            result = generate(model, config, sampling, part, classes, request.seed, request.device)
-            for i, image in zip(part, result.samples, strict=True):
-                partial = out / f".{names[i]}.partial"
-                to_pil(image).save(partial, format="PNG")
-                os.replace(partial, out / names[i])
+    device = _device(request)
+    torch.nn.Module.to(trained.model, torch.device(device))
+    chunk, chunks = request.chunk, sorted({i // request.chunk for i in mine})
+    step = max(1, request.batch // chunk)
+    wanted, width = set(mine), sys.stderr.isatty()
+    with tqdm(total=len(mine), unit="img", desc="sampling", mininterval=0.5 if width else 20, disable=not mine) as bar:
+        for first in range(0, len(chunks), step):
+            # whole chunks with their own labels: what shares a call with a sample is always the same
+            indices = [c * chunk + place for c in chunks[first : first + step] for place in range(chunk)]
+            labels = [y for y in _labels(request, indices, trained) if y is not None] or None
+            result = made.sample(trained.model, indices, labels, seed=request.seed, chunk=chunk, device=device)
+            part = [i for i in indices if i in wanted]
+            x = result.samples[[indices.index(i) for i in part]]
+            images = x if decoder is None else decode(decoder, x)
+            album.note_effort(rank, result, part)
+            for i, image in zip(part, images, strict=True):
+                album.write(i, image)
             bar.update(len(part))
 
 
-def _write_grid(out: Path, names: list[str], labels: list[int | None]) -> None:
-    """The first images, ten to a row or one class to a column."""
-    from .pictures import columns_by_class, grid, read
-
-    known = [-1 if y is None else y for y in labels]
-    classes = sorted(set(known))
-    by_class = 1 < len(classes) <= 20
-    columns = len(classes) if by_class else min(10, len(names))
-    order = columns_by_class(known, GRID // columns) if by_class else list(range(min(GRID, len(names))))
-    head = [str(y) for y in classes] if by_class else ()
-    partial = out / ".grid.png.partial"
-    grid([read(out / names[i]) for i in order], columns, head=head).save(partial, format="PNG")
-    os.replace(partial, out / "grid.png")
+def _tell(effort: dict[str, Any]) -> None:
+    """What was spent, in words."""
+    if not effort["images"]:
+        return
+    one, by = effort["per_image"], effort["by_timestep"]
+    print(
+        f"An image took {one['block_passes']:.1f} block passes and {one['macs']:.3e} multiply-accumulates; "
+        f"{effort['images']} took {effort['seconds']:.1f} s."
+    )
+    if one["evaluations"]:
+        mean = sum(by["residual_mean"]) / len(by["residual_mean"])
+        print(
+            f"The fixed-point layer was evaluated {one['evaluations']:.1f} times an image; relative residual {mean:.2e} "
+            f"on average, at most {max(by['residual_max']):.2e}. effort.json has it by timestep."
+        )
 
 
 if __name__ == "__main__":

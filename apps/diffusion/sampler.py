@@ -34,7 +34,8 @@ CHUNK = 16
 class Effort:
     """What sampling N images over K timesteps cost.
 
-    Counts are per sample, guidance's second row included, computed but unrequested places excluded.
+    Counts are per sample, guidance's second row included, computed but unrequested places excluded; `computed`
+    counts everything.
 
     Attributes:
         evaluations: (N, K) evaluations of the fixed-point layer; 0 for an explicit network.
@@ -43,6 +44,8 @@ class Effort:
         block_passes: (N,) transformer blocks applied.
         macs: (N,) multiply-accumulates.
         seconds: wall time of the whole call.
+        computed: transformer blocks applied in all, to all rows of all chunks: places that nobody asked for
+            and samples that had met their tolerance before their batch-mates are in it.
     """
 
     evaluations: Int[Tensor, "N K"]
@@ -50,6 +53,7 @@ class Effort:
     block_passes: Int[Tensor, "N"]
     macs: Int[Tensor, "N"]
     seconds: float
+    computed: int = 0
 
     def summary(self) -> dict[str, float]:
         """Means per sample (residual: median over samples and timesteps) and seconds, for a log or JSON.
@@ -175,7 +179,7 @@ def sample(
         device=torch.device(device),
         dtype=dtype,
     )
-    total, parts = len(groups) * len(timesteps), []
+    total, parts, ran = len(groups) * len(timesteps), [], 0
     for number, (group, positions) in enumerate(groups.items()):
         places = torch.tensor([indices[p] % chunk for p in positions])
         y = None
@@ -185,16 +189,21 @@ def sample(
         done = number * len(timesteps)
         tick = (lambda k, done=done: progress(done + k, total)) if progress else None
         own = [generator(seed, Stream.SAMPLE, group * chunk + place) for place in range(chunk)]
-        parts.append([part[places] for part in walk.run(own, y, tick)])
+        *columns, evaluated = walk.run(own, y, tick)
+        parts.append([column[places] for column in columns])
+        ran += evaluated
     order = torch.tensor([p for positions in groups.values() for p in positions]).argsort()
     x, evaluations, residuals = (torch.cat(column)[order] for column in zip(*parts, strict=True))
-    block_passes, macs = cost(model, evaluations, rows=2 if walk.guidance.doubles else 1)
+    rows = 2 if walk.guidance.doubles else 1
+    block_passes, macs = cost(model, evaluations, rows)
+    calls = rows * chunk * total
     effort = Effort(
         evaluations=evaluations,
         residuals=residuals,
         block_passes=block_passes,
         macs=macs,
         seconds=time.perf_counter() - began,
+        computed=ran + calls * explicit_blocks(model),
     )
     return SampleResult(samples=x, indices=tuple(indices), labels=labels, effort=effort)
 
@@ -213,6 +222,13 @@ def _grouped(indices: Sequence[int], labels: Tensor | None, chunk: int) -> dict[
     return groups
 
 
+def explicit_blocks(model: Any) -> int:
+    """Transformer blocks of one call that no solve repeats; 0 for a function that does not say."""
+    if isinstance(model, FPDM):
+        return model.block_passes(1) - 1
+    return model.block_passes() if hasattr(model, "block_passes") else 0
+
+
 def cost(model: Any, evaluations: Int[Tensor, "N K"], rows: int) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
     """Block passes and multiply-accumulates of each sample; each timestep calls the model on `rows` rows."""
     n, steps = evaluations.shape
@@ -220,7 +236,7 @@ def cost(model: Any, evaluations: Int[Tensor, "N K"], rows: int) -> tuple[Int[Te
     if isinstance(model, FPDM):
         spent = evaluations.sum(1)
         slope = model.macs(2) - model.macs(1)
-        return calls * (model.block_passes(1) - 1) + spent, calls * (model.macs(1) - slope) + spent * slope
+        return calls * explicit_blocks(model) + spent, calls * (model.macs(1) - slope) + spent * slope
     if hasattr(model, "block_passes"):
         return calls * model.block_passes(), calls * model.macs()
     return torch.zeros_like(calls), torch.zeros_like(calls)
@@ -243,8 +259,10 @@ class _Walk:
         generators: Sequence[torch.Generator],
         y: Int[Tensor, "B"] | None,
         tick: Callable[[int], None] | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Samples (B, C, H, W), evaluations (B, K) and relative residuals (B, K) of one chunk, on the CPU."""
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Samples (B, C, H, W), evaluations (B, K) and relative residuals (B, K) of one chunk, on the CPU, and
+        the evaluations that were made for all its rows.
+        """
         reverse = self.reverse()  # schedulers of several steps have a memory: each chunk takes its own
         books = _Books(rows=2 if self.guidance.doubles else 1)
         y = None if y is None else y.to(self.device)
@@ -255,7 +273,7 @@ class _Walk:
             x = reverse.step(k, prediction, x, generators)
             if tick:
                 tick(k + 1)
-        return x.cpu(), *books.close(len(generators))
+        return x.cpu(), *books.close(len(generators)), int(books.ran)
 
     def _predict(self, x: Tensor, t: int, y: Tensor | None, k: int, books: "_Books") -> Tensor:
         time_of_row = torch.full(x.shape[:1], t, device=self.device)
@@ -282,6 +300,7 @@ class _Books:
     solutions: list[Tensor] = field(default_factory=list)
     evaluations: list[Tensor | None] = field(default_factory=list)
     residuals: list[Tensor | None] = field(default_factory=list)
+    ran: Tensor | int = 0  # evaluations, times the rows that go through each
 
     def enter(self, solution: Solution, *, keep: bool) -> None:
         """Book one timestep's solve."""
@@ -289,6 +308,7 @@ class _Books:
         relative = solution.residual.float() / size.clamp_min(torch.finfo(torch.float32).tiny)
         self.evaluations.append(solution.evals.unflatten(0, (self.rows, -1)).sum(0))
         self.residuals.append(relative.unflatten(0, (self.rows, -1)).amax(0))
+        self.ran = self.ran + solution.evals.max() * len(solution.evals)
         if keep:
             self.solutions = [*self.solutions[-1:], solution.value]
 

@@ -8,8 +8,11 @@ is pure noise, as the one that sampling starts from is. Then eps says nothing ab
 does, and sampling has to start at T - 1.
 """
 
+import inspect
+import warnings
 from typing import Any, Literal, get_args
 
+import diffusers
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
@@ -19,6 +22,18 @@ Kind = Literal["ddim", "ddpm", "dpm++"]
 Prediction = Literal["v_prediction", "epsilon", "sample"]
 Spacing = Literal["trailing", "linspace", "leading"]
 Betas = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
+
+# what `same_noise` makes: diffusers schedulers that walk an explicit array, each tested on data with a known denoiser
+SAMPLERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "dpm++-single": "DPMSolverSinglestepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-ancestral": "EulerAncestralDiscreteScheduler",
+}
 
 
 def make_scheduler(
@@ -82,6 +97,41 @@ def make_scheduler(
     if kind == "ddim":
         return DDIMScheduler(**common)
     return DDPMScheduler(**common, variance_type="learned_range" if learn_sigma else "fixed_small")
+
+
+def same_noise(scheduler: Any, name: str) -> Any:
+    """Another scheduler for the network that `scheduler` is for: its noise, prediction, spacing and, where it
+    knows them, bound of |x_0| and learned variance.
+
+    Args:
+        scheduler: from `make_scheduler`.
+        name: one of SAMPLERS.
+
+    Raises:
+        ValueError: there is no such sampler, or it cannot work with zero terminal SNR.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"{name!r} is no sampler; choose one of {', '.join(SAMPLERS)}.")
+    kind = getattr(diffusers, SAMPLERS[name])
+    accepted = inspect.signature(kind.__init__).parameters
+    config = scheduler.config
+    if config["rescale_betas_zero_snr"] and "rescale_betas_zero_snr" not in accepted:
+        raise ValueError(
+            f"The sampler {name} divides by zero where nothing is left of the image (zero_snr, which this network was "
+            "trained with); choose ddim, ddpm, dpm++, unipc or euler."
+        )
+    shared = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"]
+    shared += ["rescale_betas_zero_snr", "timestep_spacing"]
+    if name in ("ddim", "ddpm"):
+        shared += ["clip_sample", "clip_sample_range"]
+        if config.get("variance_type") == "learned_range":
+            shared += ["variance_type"]
+    options = {key: config[key] for key in shared if key in accepted and key in config}
+    if name == "dpm++-single":
+        options["lower_order_final"] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # numpy 2 on diffusers' own np.array(tensor)
+        return kind(**options)
 
 
 def check_pair(prediction: str, zero_snr: bool, spacing: str) -> None:

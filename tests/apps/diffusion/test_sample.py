@@ -6,11 +6,15 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from sampling_process import one_of_two
 
 from apps.diffusion import checkpoint, evaluate, sample
 from apps.diffusion import config as c
 from apps.diffusion.data import digits
 from apps.diffusion.pictures import columns_by_class, grid, loss_curve, read, to_pil
+from apps.diffusion.trained import open_run
 from apps.diffusion.trainer import Trainer
 
 QUICK = ["--steps", "2", "--iterations", "2"]
@@ -49,16 +53,80 @@ def test_files_are_named_by_number_and_class_at_native_size(trained, tmp_path):
     assert [n[-5] for n in sorted(contents(tmp_path / "b"))] == ["7", "3", "7", "3", "7"]
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_an_image_depends_on_the_seed_and_its_number_alone(trained, tmp_path, sampler, monkeypatch):
-    assert call(trained, tmp_path / "whole", "--num", "25", "--sampler", sampler) == 0
-    monkeypatch.setattr(sample, "PART", 3)
-    assert call(trained, tmp_path / "parts", "--num", "7", "--sampler", sampler) == 0
-    assert call(trained, tmp_path / "parts", "--num", "25", "--sampler", sampler) == 0
-    assert contents(tmp_path / "whole") == contents(tmp_path / "parts")
-    assert call(trained, tmp_path / "other", "--num", "25", "--sampler", sampler, "--seed", "1") == 0
-    other = contents(tmp_path / "other")
-    assert all(other[name] != data for name, data in contents(tmp_path / "whole").items())
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--sampler", "ddim", "--steps", "2"],
+        ["--sampler", "ddpm", "--guidance", "3", "--steps", "3", "--iterations", "2", "--reuse", "extrapolated"],
+        ["--sampler", "dpm++", "--steps", "3", "--rtol", "0.1", "--solver", "anderson", "--reuse", "on"],
+    ],
+)
+def test_an_image_depends_on_the_seed_and_its_number_alone(trained, tmp_path, options):
+    def images(name, *more):
+        assert sample.main([str(trained), "--out", str(tmp_path / name), *options, *more]) == 0
+        return contents(tmp_path / name)
+
+    whole = images("whole", "--num", "37")
+    assert len(set(whole.values())) == 37
+    images("parts", "--num", "7", "--batch", "3")
+    assert images("parts", "--num", "37", "--batch", "16") == whole
+    other = images("other", "--num", "37", "--seed", "1")
+    assert all(other[name] != data for name, data in whole.items())
+
+
+SHARED = ["--steps", "2", "--rtol", "0.1", "--num", "41", "--npz", "--guidance", "2"]
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+def test_two_processes_write_what_one_does(trained, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert sample.main([str(trained), *SHARED, "--out", str(one)]) == 0
+    mp.spawn(one_of_two, (trained, two, SHARED), nprocs=2)
+    assert {p.name for p in two.glob(".effort*")} == {".effort-0.jsonl", ".effort-1.jsonl"}
+    names = {p.name for p in one.iterdir() if not p.name.startswith(".")}
+    assert len(names) == 41 + 4 and names == {p.name for p in two.iterdir() if not p.name.startswith(".")}
+    for name in names - {"effort.json"}:
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    here, there = (json.loads((folder / "effort.json").read_text()) for folder in (one, two))
+    assert there["images"] == here["images"] == 41 and there["per_image"] == here["per_image"]
+
+
+def test_a_share_of_the_work_is_that_share_of_the_files(trained, tmp_path, capsys):
+    for rank in (1, 0):
+        assert call(trained, tmp_path, "--num", "40", "--rank", str(rank), "--world", "2", "--chunk", "8") == 0
+        numbers = {int(name[:5]) for name in contents(tmp_path)}
+        assert numbers == {i for i in range(40) if rank == 0 or i // 8 % 2 == 1}
+        assert (tmp_path / "grid.png").exists() == (rank == 0)
+    assert "24 of 40 are not there yet" in capsys.readouterr().out
+    assert sample.main([str(trained), "--rank", "2", "--world", "2", "--out", str(tmp_path / "no")]) == 2
+
+
+def test_the_archive_is_what_the_evaluation_suite_reads(trained, tmp_path):
+    assert call(trained, tmp_path, "--num", "11", "--npz") == 0
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as archive:
+        assert set(archive.files) == {"arr_0", "arr_1"}
+        images, labels = archive["arr_0"], archive["arr_1"]
+    assert images.shape == (11, 8, 8, 3) and images.dtype == np.uint8 and labels.tolist() == [*range(10), 0]
+    for i in range(11):
+        grey = np.asarray(read(tmp_path / f"{i:05d}-class-{i % 10}.png"))
+        np.testing.assert_array_equal(images[i], np.repeat(grey[:, :, None], 3, axis=2))
+
+
+def test_the_report_says_what_was_spent(trained, tmp_path, capsys):
+    options = ["--steps", "4", "--block-passes", "50", "--allocation", "increasing"]
+    assert sample.main([str(trained), *options, "--num", "3", "--out", str(tmp_path)]) == 0
+    assert "An image took 50.0 block passes" in capsys.readouterr().out
+    assert sample.main([str(trained), *options, "--num", "20", "--out", str(tmp_path)]) == 0
+    effort = json.loads((tmp_path / "effort.json").read_text())
+    model = open_run(trained).model
+    counts = (5, 9, 12, 16)  # 1 + 38 (0.1, 0.2, 0.3, 0.4), rounded by largest remainder
+    assert effort["by_timestep"]["evaluations"] == list(counts) and effort["by_timestep"]["timestep"][0] == 999
+    assert effort["images"] == 20 and effort["per_image"]["block_passes"] == 50
+    assert effort["per_image"]["macs"] == sum(model.macs(k) for k in counts)
+    assert effort["block_passes_computed"] == 50 * 16 * 3  # a chunk for three images, then two for the others
+    residuals = effort["by_timestep"]
+    assert all(0 < m <= w for m, w in zip(residuals["residual_mean"], residuals["residual_max"], strict=True))
+    assert effort["seconds"] > 0
 
 
 def test_files_that_exist_are_kept(trained, tmp_path, capsys):
@@ -90,9 +158,26 @@ def test_samples_made_otherwise_are_not_mixed(trained, tmp_path, capsys):
     [
         (["--classes", "10"], "classes 0 to 9"),
         (["--num", "0"], "--num"),
-        (["--steps", "0"], "Sampling.steps"),
+        (["--steps", "0"], "--steps"),
         (["--steps", "1001"], "1001"),
-        (["--guidance", "-1"], "Sampling.guidance"),
+        (["--guidance", "-1"], "--guidance"),
+        (["--batch", "0"], "--batch"),
+        (["--iterations", "3", "--rtol", "0.1"], "--iterations, --rtol"),
+        (["--iterations", "3", "2"], "2 entries for 20 timesteps"),
+        (["--rtol", "0.1", "0.2"], "2 entries for 20 timesteps"),
+        (["--block-passes", "59"], "too small for 20 timesteps"),
+        (["--block-passes", "141", "--guidance", "2"], "make it even"),
+        (["--macs", "10"], "too small"),
+        (["--timesteps", "500", "10"], "pure noise"),
+        (["--timesteps", "999", "10", "50"], "fall strictly"),
+        (["--timesteps", "999", "--steps", "3"], "instead of --steps"),
+        (["--spacing", "leading"], "never visits"),
+        (["--sampler", "lms"], "divides by zero"),
+        (["--eta", "0.5", "--sampler", "ddpm"], "eta"),
+        (["--memory", "3"], "--solver anderson"),
+        (["--rtol", "2"], "--rtol"),
+        (["--vae", "no/such/vae"], "The VAE no/such/vae cannot be read"),
+        (["--rtol", "0.1", "--allocation", "increasing"], "leave none to share"),
     ],
 )
 def test_bad_input_ends_with_code_2_and_writes_nothing(trained, tmp_path, capsys, options, message):

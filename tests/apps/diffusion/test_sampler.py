@@ -16,7 +16,7 @@ from apps.diffusion.guidance import Guidance
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.reuse import Reuse
 from apps.diffusion.sampler import Solve, cost, sample
-from apps.diffusion.schedule import make_scheduler, timesteps
+from apps.diffusion.schedule import SAMPLERS, make_scheduler, same_noise, timesteps
 from apps.diffusion.seeds import Stream, generator
 from implicit import Anderson, Stop
 
@@ -358,3 +358,23 @@ def test_bad_requests_are_refused():
             Reuse(**change)
     with pytest.raises(ValueError, match="unwrap"):
         sample(lambda x, t, y: x, [0], solve=Solve(iterations=2), shape=SHAPE, **options)
+
+
+@pytest.mark.parametrize("zero_snr", [True, False])
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_every_sampler_brings_gaussian_data(name, zero_snr):
+    """Mean and covariance at 100 timesteps; the deterministic ones lead each noise where the exact map does."""
+    base = make_scheduler("ddim", zero_snr=zero_snr)
+    if zero_snr and name in ("dpm++-single", "lms"):
+        with pytest.raises(ValueError, match="divides by zero"):
+            same_noise(base, name)
+        return
+    gaussian, n, array = Gaussian(base), 256, timesteps(200)
+    options = {"seed": 5, "scheduler": same_noise(base, name), "shape": SHAPE, "chunk": n, "dtype": torch.float64}
+    x = sample(gaussian, range(n), timesteps=array, **options).samples.flatten(1)
+    if name not in ("ddpm", "euler-ancestral"):
+        error = (x - exact_map(gaussian, drawn(n, 0, 5)[:, 0])).abs().max()
+        assert error < (0.07 if name in ("ddim", "euler") else 0.03)  # first order, second order
+    standard = (x - gaussian.mu) @ gaussian.basis / torch.tensor(SPREAD)
+    assert standard.mean(0).abs().max() < 3 / n**0.5
+    assert (torch.cov(standard.T) - torch.eye(4)).abs().max() < 4 * (2 / n) ** 0.5

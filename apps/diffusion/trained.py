@@ -1,0 +1,97 @@
+"""A trained run, opened for sampling."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import build, checkpoint
+from .config import Config
+from .models.dit import DiT
+from .models.fpdm import FPDM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run has come to.
+
+    Attributes:
+        config: how it was trained.
+        model: the network, in evaluation mode, on the CPU.
+        images: how many it had seen.
+        digest: SHA-256 of the weights.
+    """
+
+    config: Config
+    model: DiT | FPDM
+    images: int
+    digest: str
+
+
+def read_config(run: Path) -> Config:
+    """The configuration in a run's folder.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    file = run / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{run} holds no run (it has no config.json); train one: python -m apps.diffusion.train --out {run}"
+        )
+    return Config.from_json(file.read_text())
+
+
+def open_run(run: Path, weights: Literal["ema", "model"] = "ema") -> Trained:
+    """The newest checkpoint of a run: its averaged weights, or its last ones.
+
+    Raises:
+        ValueError: no run in the folder, one that cannot be read, or weights of another network.
+    """
+    config = read_config(run)
+    state = checkpoint.newest(run)
+    try:
+        model = build.rebuild(state.network)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"The checkpoint in {run} describes no network that this version knows ({error!r}).") from None
+    chosen = state.ema if weights == "ema" else state.model
+    fit(model, chosen, run)
+    return Trained(config=config, model=model.eval(), images=state.progress.images, digest=digest(chosen))
+
+
+def fit(model: torch.nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
+    """Loads weights into a network.
+
+    Raises:
+        ValueError: they are those of another network; the sentence names the first tensors that differ.
+    """
+    own = model.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in weights]
+    wrong += [f"{name} is unknown" for name in weights if name not in own]
+    wrong += [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"The weights in {where} are those of a network of another kind or size: {'; '.join(wrong[:3])}{more}. "
+            "Give the folder of a run whose checkpoints are its own."
+        )
+    model.load_state_dict(weights)
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and numbers."""
+    found = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        found.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
