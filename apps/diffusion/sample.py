@@ -212,8 +212,8 @@ def _tell(effort: dict[str, Any]) -> None:
     if one["evaluations"]:
         mean = sum(by["residual_mean"]) / len(by["residual_mean"])
         print(
-            f"The fixed-point layer was evaluated {one['evaluations']:.1f} times an image; relative residual {mean:.2e} "
-            f"on average, at most {max(by['residual_max']):.2e}. effort.json has it by timestep."
+            f"The fixed-point layer was evaluated {one['evaluations']:.1f} times an image; residual {mean:.2e} "
+            f"relative, on average, at most {max(by['residual_max']):.2e}. effort.json has it by timestep."
         )
 
 
