@@ -1,7 +1,7 @@
 """Recipes: what is asked for is what the sampler is given, budgets are spent exactly, and solvers agree."""
 
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,10 +13,10 @@ from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.recipe import Recipe, Sampler
 from apps.diffusion.reuse import Reuse
 from apps.diffusion.schedule import SAMPLERS, make_scheduler, same_noise, timesteps
-from implicit import Anderson, Broyden
+from implicit import Anderson, Broyden, Picard
 
 CONFIG = c.Config(sampling=c.Sampling(steps=4, iterations=3, sampler="ddpm", reuse=True, guidance=2.0))
-SMALL = {"input_size": 4, "in_channels": 2, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
+SMALL: dict[str, Any] = {"input_size": 4, "in_channels": 2, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
 
 
 def fpdm(**change):
@@ -33,13 +33,13 @@ def samples(recipe, model=None, n=3):
 
 def test_what_is_left_out_is_the_runs_own():
     model = fpdm()
-    own = plan(model, CONFIG, Recipe())
+    own: Any = plan(model, CONFIG, Recipe())
     assert own.timesteps == timesteps(4) and own.guidance.scale == 2.0 and own.solve.iterations == (3, 3, 3, 3)
     assert type(own.scheduler).__name__ == "DDPMScheduler" and own.solve.reuse == Reuse()
     by_hand = generate(model, c.Config(), CONFIG.sampling, range(3), [1, 2, 3], 0)
     expected = own.sample(model, range(3), [1, 2, 3], seed=0).samples
     assert torch.equal(by_hand.samples, expected)
-    other = plan(
+    other: Any = plan(
         model,
         CONFIG,
         Recipe(
@@ -60,9 +60,12 @@ def test_what_is_left_out_is_the_runs_own():
     assert (other.guidance.scale, other.guidance.channels) == (1.5, 1)
     assert other.solve.solver == Broyden(memory=7) and other.solve.reuse == Reuse(share=0.25)
     assert [(s.rtol, s.atol, s.max_evals) for s in other.solve.stop] == [(0.1, 0.0, 9)] * 5
-    assert plan(model, CONFIG, Recipe(reuse="extrapolated")).solve.reuse == Reuse(extrapolation=1.0)
-    assert plan(model, CONFIG, Recipe(reuse="off")).solve.reuse is None
-    assert plan(model, CONFIG, Recipe(solver="anderson")).solve.solver == Anderson()
+    for recipe, reuse, solver in (
+        (Recipe(reuse="extrapolated"), Reuse(extrapolation=1.0), Picard()),
+        (Recipe(reuse="off", solver="anderson"), None, Anderson()),
+    ):
+        solve: Any = plan(model, CONFIG, recipe).solve
+        assert (solve.reuse, solve.solver) == (reuse, solver)
     assert plan(model, CONFIG, Recipe(timesteps=(999, 7))).timesteps == (999, 7)
 
 
@@ -164,6 +167,7 @@ def test_recipes_are_checked():
     assert plan(fpdm(), config, Recipe(spacing="leading")).timesteps == (750, 500, 250, 0)
     with pytest.raises(ValueError, match="cannot follow"):
         plan(fpdm(), config, Recipe(sampler="unipc", spacing="linspace"))
+    bad: dict[str, Any]
     for bad in ({"eta": 2.0}, {"share": -1.0}, {"extrapolation": 1.5}, {"iterations": (0,)}, {"max_evals": 0}):
         with pytest.raises(ValueError):
             Recipe(**bad)

@@ -2,13 +2,14 @@
 
 import json
 import os
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from sampling_process import one_of_two
+from torch.multiprocessing.spawn import spawn
 
 from apps.diffusion import checkpoint, evaluate, sample
 from apps.diffusion import config as c
@@ -81,7 +82,7 @@ SHARED = ["--steps", "2", "--rtol", "0.1", "--num", "41", "--npz", "--guidance",
 def test_two_processes_write_what_one_does(trained, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert sample.main([str(trained), *SHARED, "--out", str(one)]) == 0
-    mp.spawn(one_of_two, (trained, two, SHARED), nprocs=2)
+    spawn(one_of_two, (trained, two, SHARED), nprocs=2)
     assert {p.name for p in two.glob(".effort*")} == {".effort-0.jsonl", ".effort-1.jsonl"}
     names = {p.name for p in one.iterdir() if not p.name.startswith(".")}
     assert len(names) == 41 + 4 and names == {p.name for p in two.iterdir() if not p.name.startswith(".")}
@@ -118,7 +119,7 @@ def test_the_report_says_what_was_spent(trained, tmp_path, capsys):
     assert "An image took 50.0 block passes" in capsys.readouterr().out
     assert sample.main([str(trained), *options, "--num", "20", "--out", str(tmp_path)]) == 0
     effort = json.loads((tmp_path / "effort.json").read_text())
-    model = open_run(trained).model
+    model: Any = open_run(trained).model
     counts = (5, 9, 12, 16)  # 1 + 38 (0.1, 0.2, 0.3, 0.4), rounded by largest remainder
     assert effort["by_timestep"]["evaluations"] == list(counts) and effort["by_timestep"]["timestep"][0] == 999
     assert effort["images"] == 20 and effort["per_image"]["block_passes"] == 50

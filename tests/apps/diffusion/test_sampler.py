@@ -6,6 +6,7 @@ S.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from implicit import Anderson, Stop
 
 SHAPE = (1, 2, 2)
 SPREAD = np.array([0.1, 0.5, 1.0, 2.0])  # standard deviations along the eigenvectors
-TINY = {"input_size": 4, "in_channels": 2, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
+TINY: dict[str, Any] = {"input_size": 4, "in_channels": 2, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
 
 
 class Gaussian:
@@ -173,7 +174,7 @@ def test_guidance_on_gaussian_data_moves_the_mean_as_the_formula_says():
     torch.testing.assert_close(guided, plain[5] + 3.0 * (plain[1] - plain[5]), rtol=1e-9, atol=1e-9)
 
 
-def tiny(kind=FPDM, **change):
+def tiny(kind: Any = FPDM, **change):
     model = randomised(kind(**TINY | change))
     with torch.no_grad():
         if kind is FPDM:
@@ -200,7 +201,7 @@ def test_the_same_bits_however_samples_are_asked_for(case, kind):
     assert whole.samples.shape == (21, 2, 4, 4) and not whole.samples.requires_grad
     assert whole.samples.flatten(1).std(0).min() > 1e-2
     for indices in ([0], [20, 3, 11], list(range(5, 17))):
-        part = sample(model, indices, [labels[i] for i in indices], **options)
+        part: Any = sample(model, indices, [labels[i] for i in indices], **options)
         assert torch.equal(part.samples, whole.samples[indices])
         assert torch.equal(part.effort.evaluations, whole.effort.evaluations[indices])
         assert part.indices == tuple(indices) and part.labels.tolist() == [labels[i] for i in indices]
