@@ -85,6 +85,7 @@ def network(config: c.Model, shape: tuple[int, int, int], num_classes: int, iter
         "num_heads": config.heads or size.num_heads,
         "mlp_ratio": config.mlp_ratio,
         "num_classes": num_classes,
+        "learn_sigma": config.learn_sigma,
     }
     with drawing_from(generator(seed, Stream.WEIGHTS)):
         if config.kind == "dit":
@@ -119,6 +120,7 @@ def scheduler(config: c.Config, kind: Literal["ddim", "ddpm"]) -> Any:
         prediction=schedule.prediction,
         zero_snr=schedule.zero_snr,
         spacing=config.sampling.spacing,
+        learn_sigma=config.model.learn_sigma,
         betas=schedule.betas,
         train_steps=schedule.timesteps,
         clip=None if config.data.source == "latents" else 1.0,

@@ -55,6 +55,8 @@ class Model:
     """Explicit blocks behind it; FPDM only."""
     condition_on_time: bool = False
     """Tell the explicit blocks the time as well as the class; FPDM only."""
+    learn_sigma: bool = False
+    """Predict the variance too; the variational bound on it is then added to the loss."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "hidden", "heads", "depth", "patch")
@@ -142,8 +144,8 @@ class Optimisation:
     """AdamW's memory of squared gradients."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
-    clip: float = 1.0
-    """Largest norm of the gradient."""
+    clip: float | None = 1.0
+    """Largest norm of the gradient; None: any."""
     label_dropout: float = 0.1
     """Share of labels that are hidden, so that the model can also be asked without one (for guidance)."""
     precision: Literal["no", "bf16"] = "no"
@@ -154,8 +156,9 @@ class Optimisation:
         at_least(self, 0, "warmup", "weight_decay")
         within(self, 0, 1, "beta2", "label_dropout")
         for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"Optimisation.{name} must be positive, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"Optimisation.{name} must be positive, got {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)

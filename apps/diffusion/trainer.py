@@ -134,7 +134,7 @@ class Trainer:
             ).total
         self.optimizer.zero_grad()
         self.accelerator.backward(loss)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimisation.clip)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimisation.clip or math.inf)
         finite = norm is None or math.isfinite(float(norm))  # the same on all processes: gradients are averaged
         if finite:
             self.optimizer.step()
