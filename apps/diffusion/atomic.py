@@ -1,7 +1,8 @@
 """Files and folders that are written whole or not at all.
 
 Each is written under a name of its own, so that several processes may write the same one, and renamed when it
-is complete.
+is complete. A disk that is full, or another failure to write, is an OSError whoever writes: safetensors and torch.save
+raise errors of their own kinds.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ def file_at_once(path: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        raise_as_os_error(error, path)
         raise
 
 
@@ -39,9 +41,19 @@ def folder_at_once(path: Path) -> Iterator[Path]:
     try:
         yield partial
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        raise_as_os_error(error, path)
         raise
+
+
+def raise_as_os_error(error: BaseException, path: Path) -> None:
+    """Raise what safetensors or torch.save say of a failed write as the OSError it is; do nothing otherwise."""
+    from safetensors import SafetensorError
+
+    torchs = isinstance(error, RuntimeError) and any(w in str(error) for w in ("StreamWriter", "inline_container"))
+    if isinstance(error, SafetensorError) or torchs:
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]})") from None
 
 
 def _partial(path: Path) -> Path:

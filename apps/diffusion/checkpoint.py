@@ -21,6 +21,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .atomic import folder_at_once
+
 FORMAT = 1
 _TENSORS = ("model", "ema", "optimizer")
 
@@ -64,6 +66,9 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 1) -> Path:
     """Write a checkpoint into the run's folder, then delete all but the newest `keep`; returns where it is.
 
     A moment that has a checkpoint already keeps it.
+
+    Raises:
+        OSError: it cannot be written, the disk being full or the like; the checkpoints before it are intact.
     """
     from safetensors.torch import save_file
 
@@ -74,18 +79,16 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 1) -> Path:
         return final
     for left_over in folder.glob(".*.partial"):
         shutil.rmtree(left_over)
-    partial = folder / f".{final.name}.partial"
-    partial.mkdir()
     flat = {f"{i}.{name}": value for i, entry in checkpoint.optimizer.items() for name, value in entry.items()}
-    for name, tensors in zip(_TENSORS, (checkpoint.model, checkpoint.ema, flat), strict=True):
-        tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        save_file(tensors, partial / f"{name}.safetensors", metadata={"format": "pt"})
     state = {"format": FORMAT, "network": checkpoint.network, "progress": asdict(checkpoint.progress)}
-    (partial / "state.json").write_text(json.dumps(state))
-    for file in partial.iterdir():
-        _flush(file)
-    _flush(partial)
-    os.replace(partial, final)
+    with folder_at_once(final) as partial:
+        for name, tensors in zip(_TENSORS, (checkpoint.model, checkpoint.ema, flat), strict=True):
+            tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+            save_file(tensors, partial / f"{name}.safetensors", metadata={"format": "pt"})
+        (partial / "state.json").write_text(json.dumps(state))
+        for file in partial.iterdir():
+            _flush(file)
+        _flush(partial)
     _flush(folder)
     for old in all_of(run)[:-keep]:
         shutil.rmtree(old)

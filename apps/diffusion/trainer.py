@@ -121,9 +121,7 @@ class Trainer:
         return self.progress.images >= self.config.optimisation.images or self._time_share() >= 1
 
     def step(self) -> tuple[float, bool]:
-        """One step of training; returns the loss on this process, and whether the gradient was finite, on
-        any.
-        """
+        """One step of training; returns the loss of the whole batch, and whether its gradient was finite."""
         config, progress = self.config, self.progress
         x, y, draw = self._batch()
         for group in self.optimizer.param_groups:
@@ -143,7 +141,7 @@ class Trainer:
         else:
             progress.skipped += 1
         progress.images += config.optimisation.batch
-        return float(loss.detach()), finite
+        return float(self.accelerator.reduce(loss.detach(), reduction="mean")), finite  # pyright: ignore
 
     def _batch(self) -> tuple[Tensor, Tensor | None, Draw]:
         """This process's part of the step: images (b, C, H, W), labels (b,), and their draws."""
