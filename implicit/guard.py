@@ -25,22 +25,36 @@ class Guard:
         self.patience = np.full(size, patience)
         self.plain = np.zeros(size, dtype=bool)
         self.back = np.zeros(size, dtype=bool)
+        self.waiting = False  # whether `back` holds a sample
         self.retried = np.zeros(size, dtype=bool)
         self.mark = np.full(size, np.inf)
         self.due = np.full(size, patience)
         self.next_due = patience
 
+    def calm(self, calls: int) -> bool:
+        """Whether the guard has nothing to say to residuals that are all the smallest so far."""
+        return calls < self.next_due and not self.retried.any()
+
+    def take(self) -> np.ndarray:
+        """Who must go back, once."""
+        back, self.back, self.waiting = self.back, np.zeros_like(self.back), False
+        return back
+
+    def _send(self, rows: np.ndarray) -> None:
+        if len(rows):
+            self.back[rows] = self.waiting = True
+
     def forgives(self, rows: np.ndarray, broken: np.ndarray, best: np.ndarray) -> np.ndarray:
         """Of the samples whose f(z) is not finite, those that may go back and try again."""
         again = broken & ~self.retried[rows] & np.isfinite(best[rows]) & ~self.plain[rows]
         self.retried[rows] = broken
-        self.back[rows[again]] = True
+        self._send(rows[again])
         return again
 
     def watch(self, rows: np.ndarray, r: np.ndarray, best: np.ndarray, calls: int) -> None:
         """Take in the residuals r of `rows` and the smallest ones of all samples."""
         blown = (r > _BLOWN * best[rows]) & ~self.plain[rows]
-        self.back[rows[blown]] = True
+        self._send(rows[blown])
         if calls < self.next_due:
             return
         due = rows[calls >= self.due[rows]]
@@ -48,7 +62,7 @@ class Guard:
         stuck = due[~gained]
         self.patience[stuck[self.plain[stuck]]] *= 2
         self.plain[stuck] ^= True
-        self.back[stuck] = True
+        self._send(stuck)
         self.mark[due] = best[due]
         self.due[due] = calls + self.patience[due] * np.where(self.plain[due] & ~np.isin(due, due[gained]), _PLAIN, 1)
         self.next_due = int(self.due[rows].min(initial=np.iinfo(np.int64).max))

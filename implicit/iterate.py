@@ -10,7 +10,7 @@ A finished sample is held at its answer while the others go on, so an answer nev
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,6 @@ class PackedMap:
     layout: Layout
     budget: int = 0
     calls: int = 0
-    last: list[Tensor] = field(default_factory=list)  # what f returned last
 
     @property
     def left(self) -> int:
@@ -44,23 +43,20 @@ class PackedMap:
     def __call__(self, z: Flat) -> Flat:
         self.calls += 1
         state = self.layout.unpack(z)
-        seen = leaves(state) + self.last
-        before = [_version(t, self.calls == 1) for t in seen]
+        seen = [state] if self.layout.plain else leaves(state)
+        versions = [] if torch.compiler.is_compiling() else [_version(t, self.calls == 1) for t in seen]
         out = self.f(state, *self.args)
-        if any(_changed(b, t) for b, t in zip(before, seen, strict=True)):
+        if any([_changed(version, t) for version, t in zip(versions, seen, strict=False)]):
             raise ValueError(
                 "f modifies its input in place, or writes its result into a tensor that it returned before; z and "
                 "f(z) would be one tensor and every residual 0: use out-of-place operations in f, or clone."
             )
-        self.last = leaves(self.layout.check(out, z.shape[0]), self.layout.like)
-        return self.layout.pack(out)
+        return self.layout.pack(self.layout.check(out, z.shape[0]))
 
     def push(self, z: Flat, v: Flat) -> Flat:
         """J v at z, by forward mode or, where an operator of f has none, by two vector-Jacobian products."""
         try:
-            pushed = torch.func.jvp(self, (z,), (v,))[1]
-            self.last = []  # it belongs to the transform
-            return pushed
+            return torch.func.jvp(self, (z,), (v,))[1]
         except (NotImplementedError, RuntimeError) as error:
             if not any(word in str(error) for word in ("orward", "setup_context")):
                 raise
@@ -75,14 +71,12 @@ class PackedMap:
 
     def at(self, z: Flat) -> Point:
         """Evaluate f at z, rounded to what the state's dtype can hold."""
-        z = self.layout.round(z)
+        z = self.layout.round(z) if self.layout.lossy else z
         return Point(z, self(z))
 
 
 def _version(t: Tensor, first: bool) -> int | Tensor | None:
     """Something to compare a tensor with later; inference tensors have no version counter, so they are copied once."""
-    if torch.compiler.is_compiling():
-        return None
     if t.is_inference():
         return t.clone() if first else None
     return t._version
@@ -197,7 +191,7 @@ def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any], loop: Loop) -> So
 
 def _finite(point: Point) -> Tensor:
     """(B, 1) whether f(z) is finite."""
-    return point.fz.detach().abs().amax(dim=1, keepdim=True) < torch.inf
+    return torch.linalg.vector_norm(point.fz.detach(), ord=torch.inf, dim=1, keepdim=True) < torch.inf
 
 
 @torch.compiler.disable(recursive=True)
@@ -209,7 +203,9 @@ def _until(f: PackedMap, z: Flat, solver: AbstractSolver[Any], stop: Stop, loop:
         point = judge.see(f.at(z), f.calls, f.left <= 0)
         memory = _begin(solver, point, loop)
         while f.left > 0 and not judge.done:
-            point, memory = judge.back(*cut(point, memory), solver)
+            if cut.on and judge.idle:
+                point, memory = cut(point, memory)
+            point, memory = judge.back(point, memory, solver)
             z, memory = solver.step(f, point, memory)
             point = judge.see(f.at(judge.hold(z, point)), f.calls, f.left <= 0)
         return judge.solution(image=image, trace=loop.trace, state=memory if loop.keep_state else None)
@@ -228,8 +224,6 @@ class _Cut:
             raise ValueError(f"compact must hold one flag for each of the {len(f.args)} args, got {len(self.which)}.")
 
     def __call__(self, point: Point, memory: Any) -> tuple[Point, Any]:
-        if not (self.on and self.judge.idle):
-            return point, memory
         batch = point.z.shape[0]
         keep = self.judge.compact()
 

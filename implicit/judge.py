@@ -64,7 +64,7 @@ class _Look:
     point: Point
     rows: np.ndarray  # the samples it holds
     calls: int
-    fetch: Callable[[], np.ndarray]
+    fetch: Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass
@@ -81,9 +81,10 @@ class Judge:
     patience: int = 0  # of the safeguard; 0: none
     running: Tensor | None = None  # (rows, 1) on the device, once a sample has finished
     plain: Tensor | None = None  # (rows, 1) on the device, once the safeguard has made a sample take plain steps
+    done: bool = False
     _pending: _Look | None = None
     _looks: int = 0
-    _seen: int = 0
+    _calls: int = 0  # evaluations made when residuals were last read
     trace: list[np.ndarray] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -93,13 +94,11 @@ class Judge:
         self.code = np.full(size, _RUNNING, dtype=np.int8)
         self.evals = np.zeros(size, dtype=np.int64)
         self.residual = np.full(size, np.inf)
-        self.floor = np.zeros(size)  # residuals below this may be rounding
-        self.since = np.zeros(size, dtype=np.int64)  # evaluations since the residual was smallest
+        self.size = np.zeros(size)  # ||f(z)|| at the smallest residual
+        self.since = np.zeros(size, dtype=np.int64)  # number of the evaluation whose residual was smallest
         self.guard = Guard(size, self.patience) if self.patience else None
-
-    @property
-    def done(self) -> bool:
-        return bool((self.code != _RUNNING).all())
+        self.done = size == 0
+        self._least = 0.0 if self.layout.dtype == torch.float64 else _TINY
 
     @property
     def idle(self) -> bool:
@@ -127,10 +126,9 @@ class Judge:
 
     def back(self, point: Point, memory: Any, solver: AbstractSolver[Any]) -> tuple[Point, Any]:
         """The samples that the safeguard sends back, at their best point and without a history."""
-        if self.guard is None or not self.guard.back.any():
+        if self.guard is None or not self.guard.waiting:
             return point, memory
-        mask, self.plain = self._mask(self.guard.back), self._mask(self.guard.plain)
-        self.guard.back[:] = False
+        mask, self.plain = self._mask(self.guard.take()), self._mask(self.guard.plain)
         best = self._best()
         point = Point(torch.where(mask, best.z, point.z), torch.where(mask, best.fz, point.fz))
         return point, solver.restart(point, memory, mask)
@@ -155,37 +153,52 @@ class Judge:
         return torch.from_numpy(keep).to(self.layout.device)
 
     def _read(self, look: _Look, calls: int) -> None:
-        rows = look.rows
+        self._calls = calls
         r, s = look.fetch()
+        if self._all_gained(look, r, s):
+            return
+        rows = look.rows
+        r, s = _exact(look.point, r, s)
         running = self.code[rows] == _RUNNING
         finite = np.isfinite(r) & np.isfinite(s)
         live = running & finite
         converged = live & (r <= self.stop.atol + self.stop.rtol * s)
         better = (live & (r < self.residual[rows])) | converged
         self._keep(look, better, r, s)
-        self.since[rows] = np.where(better, 0, self.since[rows] + look.calls - self._seen)
-        self._seen = look.calls
-        stalled = live & ~converged & (self.since[rows] >= _PATIENCE) & (self.residual[rows] <= self.floor[rows])
+        floor = _ROUNDING * self.layout.eps * self.size[rows]
+        old = look.calls - self.since[rows] >= _PATIENCE
+        stalled = live & ~converged & old & (self.residual[rows] <= floor)
         broken = running & ~finite
         if self.guard is not None:
             broken &= ~self.guard.forgives(rows, broken, self.residual)
             still = live & ~converged & ~stalled
             self.guard.watch(rows[still], r[still], self.residual, look.calls)
-        self.evals[rows[running]] = calls
-        for code, which in (
-            (Result.CONVERGED, converged),
-            (Result.NONFINITE, broken),
-            (Result.STALLED, stalled),
-        ):
-            self.code[rows[which]] = code
         if self.watch is not None:
             full = np.full(len(self.code), np.nan)
             full[rows] = np.where(running, r, np.nan)
             self.trace.append(full)
             self.watch(look.calls, full)
-        if (converged | stalled | broken).any():
-            now = self.code[self.rows] == _RUNNING
-            self.running = torch.from_numpy(now).to(self.layout.device).unsqueeze(1)
+        for code, which in ((Result.CONVERGED, converged), (Result.NONFINITE, broken), (Result.STALLED, stalled)):
+            self.code[rows[which]] = code
+        ended = rows[converged | broken | stalled]
+        if len(ended):
+            self.evals[ended] = calls
+            self.done = not (self.code == _RUNNING).any()
+            self.running = self._mask(self.code == _RUNNING)
+
+    def _all_gained(self, look: _Look, r: np.ndarray, s: np.ndarray) -> bool:
+        """Take in the commonest news at little cost: every sample runs, is better than ever and not there yet."""
+        if self.running is not None or self.watch is not None or len(look.rows) < len(self.code):
+            return False
+        short = np.maximum(self.stop.atol + self.stop.rtol * s, self._least)
+        if np.count_nonzero((r < self.residual) & (r > short)) < len(r):
+            return False
+        if self.guard is not None and not self.guard.calm(look.calls):
+            return False
+        self.best_z, self.best_fz = look.point.z, look.point.fz
+        self.residual, self.size = r, s
+        self.since.fill(look.calls)
+        return True
 
     def _keep(self, look: _Look, better: np.ndarray, r: np.ndarray, s: np.ndarray) -> None:
         if not better.any():
@@ -202,8 +215,8 @@ class Judge:
             mask = torch.from_numpy(better).to(point.z.device).unsqueeze(1)
             self.best_z = torch.where(mask, point.z, self.best_z)
             self.best_fz = torch.where(mask, point.fz, self.best_fz)
-        self.residual[rows[better]] = r[better]
-        self.floor[rows[better]] = _ROUNDING * self.layout.eps * s[better]
+        kept = rows[better]
+        self.residual[kept], self.size[kept], self.since[kept] = r[better], s[better], look.calls
 
     def solution(self, *, image: bool, trace: bool, state: Any) -> Solution:
         """The books closed."""
@@ -212,6 +225,7 @@ class Judge:
         if not image and converged.any():
             mask = torch.from_numpy(converged).to(value.device).unsqueeze(1)
             value = self.best_z if converged.all() else torch.where(mask, self.best_z, value)
+        self.evals[self.code == _RUNNING] = self._calls
         code = np.where(self.code == _RUNNING, np.int8(Result.MAX_EVALS), self.code)
         device, dtype = value.device, value.dtype
         return Solution(
@@ -224,27 +238,31 @@ class Judge:
         )
 
 
-def _fetch(point: Point) -> Callable[[], np.ndarray]:
-    """Start moving (||r||, ||f(z)||), (2, B), to the host; the result waits for the move."""
-    with torch.no_grad():
-        r, fz = point.r.detach(), point.fz.detach()
-        both = r.new_empty(2, r.shape[0])
-        torch.linalg.vector_norm(r, dim=1, out=both[0])
-        torch.linalg.vector_norm(fz, dim=1, out=both[1])
-        if both.is_cuda:
-            host = both.to("cpu", non_blocking=True)
-            moved = torch.cuda.Event()
-            moved.record()
-        else:
-            host, moved = both, None
+def _fetch(point: Point) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
+    """Start moving ||r|| and ||f(z)||, (B,) each, to the host; the result waits for the move."""
+    r, fz = point.r, point.fz
+    if fz.requires_grad:
+        r, fz = r.detach(), fz.detach()
+    sizes = norm(r), norm(fz)
+    moved = None
+    if fz.is_cuda:
+        sizes = torch.stack(sizes).to("cpu", non_blocking=True).unbind()
+        moved = torch.cuda.Event()
+        moved.record()
 
-    def wait() -> np.ndarray:
+    def wait() -> tuple[np.ndarray, np.ndarray]:
         if moved is not None:
             moved.synchronize()
-        values = host.numpy().astype(np.float64)
-        if ((values < _TINY) | (values > _HUGE)).any() and r.dtype != torch.float64:
-            with torch.no_grad():  # squares under- or overflowed: norms in double
-                values = torch.stack((norm(r.double()), norm(fz.double()))).cpu().numpy()
-        return values
+        return sizes[0].numpy().astype(np.float64), sizes[1].numpy().astype(np.float64)
 
     return wait
+
+
+def _exact(point: Point, r: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The norms r and s, once more in double where squares may have under- or overflowed."""
+    low, high = min(r.min(), s.min()), max(r.max(), s.max())
+    if point.fz.dtype == torch.float64 or (low >= _TINY and high <= _HUGE):
+        return r, s
+    with torch.no_grad():
+        sizes = norm(point.r.double()), norm(point.fz.double())
+    return sizes[0].cpu().numpy(), sizes[1].cpu().numpy()

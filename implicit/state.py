@@ -109,6 +109,12 @@ class Layout:
     device: torch.device
     batch_dims: int
     dtype: torch.dtype
+    lossy: bool
+    """Whether the state is narrower than the matrix, so that the matrix must be rounded before f sees it."""
+    eps: float
+    """Relative rounding error of the coarsest leaf."""
+    plain: bool
+    """Whether the state is one tensor that lies in the matrix as it is, so that only its shape may differ."""
 
     @classmethod
     def of(cls, state: State, batch_dims: int = 1) -> "Layout":
@@ -134,22 +140,24 @@ class Layout:
         dtype = torch.float32
         for t in tensors:
             dtype = torch.promote_types(dtype, real(t.dtype))
-        return cls(state, shapes, tuple(t.dtype for t in tensors), tensors[0].device, batch_dims, dtype)
-
-    @property
-    def lossy(self) -> bool:
-        """Whether the state is narrower than the matrix, so that the matrix must be rounded before f sees it."""
-        return any(real(d) != self.dtype for d in self.dtypes)
-
-    @property
-    def eps(self) -> float:
-        """Relative rounding error of the coarsest leaf."""
-        return max(torch.finfo(d).eps for d in self.dtypes)
+        dtypes = tuple(t.dtype for t in tensors)
+        return cls(
+            like=state,
+            shapes=shapes,
+            dtypes=dtypes,
+            device=tensors[0].device,
+            batch_dims=batch_dims,
+            dtype=dtype,
+            lossy=any(real(d) != dtype for d in dtypes),
+            eps=max(torch.finfo(d).eps for d in dtypes),
+            plain=isinstance(state, Tensor) and state.dtype == dtype,
+        )
 
     def pack(self, state: State) -> Flat:
         """(B, N) matrix of a state; a view where it can be one."""
         if isinstance(state, Tensor) and isinstance(self.like, Tensor):
-            return self._rows(state)
+            flat = self.plain and self.batch_dims and state.ndim == 2 and state.dtype == self.dtype
+            return state if flat else self._rows(state)
         return torch.cat([self._rows(t) for t in leaves(state, self.like)], dim=1)
 
     def _rows(self, t: Tensor) -> Flat:
@@ -161,6 +169,8 @@ class Layout:
     def unpack(self, flat: Flat) -> State:
         """The state of a (B, N) matrix; the number of rows may differ from the starting state's."""
         if isinstance(self.like, Tensor):
+            if self.plain and self.batch_dims and self.like.ndim == 2:
+                return flat
             return self._leaf(flat, self.shapes[0], self.dtypes[0])
         widths = [math.prod(s) * (2 if d.is_complex else 1) for s, d in zip(self.shapes, self.dtypes, strict=True)]
         parts = zip(torch.split(flat, widths, dim=1), self.shapes, self.dtypes, strict=True)
@@ -184,6 +194,10 @@ class Layout:
             ValueError: naming the first difference.
         """
         lead = (rows,) if self.batch_dims else ()
+        if self.plain and isinstance(out, Tensor):
+            kept = out.dtype == self.dtype and out.device == self.device and out.shape == lead + self.shapes[0]
+            if kept:
+                return out
         for t, shape, dtype in zip(leaves(out, self.like), self.shapes, self.dtypes, strict=True):
             if t.shape != lead + shape:
                 want = tuple(lead + shape)
