@@ -27,13 +27,14 @@ class Guard:
         self.back = np.zeros(size, dtype=bool)
         self.waiting = False  # whether `back` holds a sample
         self.retried = np.zeros(size, dtype=bool)
+        self.tried = False  # whether `retried` holds a sample
         self.mark = np.full(size, np.inf)
         self.due = np.full(size, patience)
         self.next_due = patience
 
     def calm(self, calls: int) -> bool:
         """Whether the guard has nothing to say to residuals that are all the smallest so far."""
-        return calls < self.next_due and not self.retried.any()
+        return calls < self.next_due and not self.tried
 
     def take(self) -> np.ndarray:
         """Who must go back, once."""
@@ -48,6 +49,7 @@ class Guard:
         """Of the samples whose f(z) is not finite, those that may go back and try again."""
         again = broken & ~self.retried[rows] & np.isfinite(best[rows]) & ~self.plain[rows]
         self.retried[rows] = broken
+        self.tried = bool(self.retried.any())
         self._send(rows[again])
         return again
 

@@ -43,10 +43,9 @@ class PackedMap:
     def __call__(self, z: Flat) -> Flat:
         self.calls += 1
         state = self.layout.unpack(z)
-        seen = [state] if self.layout.plain else leaves(state)
-        versions = [] if torch.compiler.is_compiling() else [_version(t, self.calls == 1) for t in seen]
+        before = None if torch.compiler.is_compiling() else _stamp(state, self.calls == 1)
         out = self.f(state, *self.args)
-        if any([_changed(version, t) for version, t in zip(versions, seen, strict=False)]):
+        if before is not None and _written(before, state):
             raise ValueError(
                 "f modifies its input in place, or writes its result into a tensor that it returned before; z and "
                 "f(z) would be one tensor and every residual 0: use out-of-place operations in f, or clone."
@@ -75,19 +74,19 @@ class PackedMap:
         return Point(z, self(z))
 
 
-def _version(t: Tensor, first: bool) -> int | Tensor | None:
-    """Something to compare a tensor with later; inference tensors have no version counter, so they are copied once."""
-    if t.is_inference():
-        return t.clone() if first else None
-    return t._version
+def _stamp(state: State, first: bool) -> Any:
+    """What tells later whether tensors were written to; inference tensors have no version and are copied once."""
+    if isinstance(state, Tensor):
+        return state._version if not state.is_inference() else state.clone() if first else None
+    return [_stamp(t, first) for t in leaves(state)]
 
 
-def _changed(before: int | Tensor | None, t: Tensor) -> bool:
-    if before is None:
-        return False
+def _written(before: Any, state: State) -> bool:
+    if isinstance(before, int):
+        return before != state._version
     if isinstance(before, Tensor):
-        return not torch.allclose(before, t, rtol=0, atol=0, equal_nan=True)
-    return before != t._version
+        return not torch.allclose(before, state, rtol=0, atol=0, equal_nan=True)
+    return isinstance(before, list) and any(map(_written, before, leaves(state)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,8 @@ class _Look:
     point: Point
     rows: np.ndarray  # the samples it holds
     calls: int
-    fetch: Callable[[], tuple[np.ndarray, np.ndarray]]
+    sizes: tuple[Tensor, ...]  # ||r|| and ||f(z)||, (B,) each, on the host
+    moved: "torch.cuda.Event | None"  # when they are there
 
 
 @dataclass
@@ -110,7 +111,7 @@ class Judge:
         self._looks += 1
         if self._looks % self.stop.check_every and not last:
             return point
-        ready, self._pending = self._pending, _Look(point, self.rows, calls, _fetch(point))
+        ready, self._pending = self._pending, _Look(point, self.rows, calls, *_fetch(point))
         if ready is not None:
             self._read(ready, calls)
         if last or not self.stop.late:
@@ -154,7 +155,9 @@ class Judge:
 
     def _read(self, look: _Look, calls: int) -> None:
         self._calls = calls
-        r, s = look.fetch()
+        if look.moved is not None:
+            look.moved.synchronize()
+        r, s = [size.numpy().astype(np.float64) for size in look.sizes]
         if self._all_gained(look, r, s):
             return
         rows = look.rows
@@ -190,7 +193,11 @@ class Judge:
         """Take in the commonest news at little cost: every sample runs, is better than ever and not there yet."""
         if self.running is not None or self.watch is not None or len(look.rows) < len(self.code):
             return False
-        short = np.maximum(self.stop.atol + self.stop.rtol * s, self._least)
+        short = self.stop.rtol * s
+        if self.stop.atol:
+            short += self.stop.atol
+        if self._least:
+            short = np.maximum(short, self._least)
         if np.count_nonzero((r < self.residual) & (r > short)) < len(r):
             return False
         if self.guard is not None and not self.guard.calm(look.calls):
@@ -238,24 +245,18 @@ class Judge:
         )
 
 
-def _fetch(point: Point) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
-    """Start moving ||r|| and ||f(z)||, (B,) each, to the host; the result waits for the move."""
+def _fetch(point: Point) -> tuple[tuple[Tensor, ...], "torch.cuda.Event | None"]:
+    """(||r||, ||f(z)||) on their way to the host, and the event that says that they are there."""
     r, fz = point.r, point.fz
     if fz.requires_grad:
         r, fz = r.detach(), fz.detach()
     sizes = norm(r), norm(fz)
-    moved = None
-    if fz.is_cuda:
-        sizes = torch.stack(sizes).to("cpu", non_blocking=True).unbind()
-        moved = torch.cuda.Event()
-        moved.record()
-
-    def wait() -> tuple[np.ndarray, np.ndarray]:
-        if moved is not None:
-            moved.synchronize()
-        return sizes[0].numpy().astype(np.float64), sizes[1].numpy().astype(np.float64)
-
-    return wait
+    if not fz.is_cuda:
+        return sizes, None
+    sizes = torch.stack(sizes).to("cpu", non_blocking=True).unbind()
+    moved = torch.cuda.Event()
+    moved.record()
+    return sizes, moved
 
 
 def _exact(point: Point, r: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,21 +17,26 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history import put
+from implicit.solvers.history import dots, put, put_difference
 from implicit.state import Flat
 
-_EMPTY = 1e-250  # added to the diagonal of the Gram matrix, so that columns of zeros get the weight 0
+_EMPTY = 1e-250  # on the diagonal of the small systems, so that columns of zeros get the weight 0
 
 
 @dataclass(frozen=True)
 class AndersonMemory:
-    """The last point, rings of K = memory - 1 differences, and the Gram matrix of dR with the ridge on its diagonal."""
+    """The last point, rings of K = memory - 1 differences, and the Gram matrix of dR.
+
+    The small systems are gram * boost + empty: the ridge on the diagonal, and something where columns are zero.
+    """
 
     fz: Flat
     r: Flat
     df: Float[Tensor, "B K N"]
     dr: Float[Tensor, "B K N"]
     gram: Float[Tensor, "B K K"]
+    boost: Float[Tensor, "B K K"]
+    empty: Float[Tensor, "B K K"]
     steps: int = 0
     columns: int = 0
     fresh: bool = True  # the last point is not apart from the next: no difference yet
@@ -72,8 +77,9 @@ class Anderson(AbstractSolver[AndersonMemory]):
         k = self.memory - 1
         df, dr = point.z.new_zeros(rows, k, numbers), point.z.new_zeros(rows, k, numbers)
         gram = torch.zeros(rows, k, k, dtype=torch.float64, device=point.z.device)
-        gram.diagonal(dim1=1, dim2=2).fill_(_EMPTY)
-        return AndersonMemory(point.fz, point.r, df, dr, gram)
+        eye = torch.eye(k, dtype=torch.float64, device=point.z.device).expand(rows, k, k)
+        ridge = self.ridge or (1e-14 if point.z.dtype == torch.float64 else 1e-7)
+        return AndersonMemory(point.fz, point.r, df, dr, gram, 1 + ridge * eye, _EMPTY * eye)
 
     def resume(self, point: Point, memory: AndersonMemory) -> AndersonMemory:
         if memory.dr.shape[1] + 1 != self.memory:
@@ -86,43 +92,33 @@ class Anderson(AbstractSolver[AndersonMemory]):
 
     def restart(self, point: Point, memory: AndersonMemory, mask: Bool[Tensor, "B 1"]) -> AndersonMemory:
         lost = mask.unsqueeze(2)
-        blank = torch.eye(self.memory - 1, dtype=torch.float64, device=mask.device) * _EMPTY
         return replace(
             memory,
             fz=torch.where(mask, point.fz, memory.fz),
             r=torch.where(mask, point.r, memory.r),
             df=memory.df.masked_fill(lost, 0),
             dr=memory.dr.masked_fill(lost, 0),
-            gram=torch.where(lost, blank, memory.gram),
+            gram=memory.gram.masked_fill(lost, 0),
         )
 
     def step(self, f: Evaluator, point: Point, memory: AndersonMemory) -> tuple[Flat, AndersonMemory]:
-        steps, k = memory.steps + 1, self.memory - 1
-        df, dr, gram, columns, dots = memory.df, memory.dr, memory.gram, memory.columns, None
+        steps, k, r = memory.steps + 1, self.memory - 1, point.r
+        df, dr, gram, columns = memory.df, memory.dr, memory.gram, memory.columns
         if k and not memory.fresh:
             slot = columns % k
-            df, dr = put(df, slot, point.fz - memory.fz), put(dr, slot, point.r - memory.r)
-            dots = torch.bmm(dr, torch.stack((dr[:, slot], point.r), dim=2)).double()
-            gram, columns = self._renew(gram, slot, dots[:, :, 0], point.r.dtype), columns + 1
+            df = put_difference(df, slot, point.fz, memory.fz)
+            dr = put_difference(dr, slot, r, memory.r)
+            gram, columns = _renew(gram, slot, dots(dr, dr[:, slot]).squeeze(1)), columns + 1
+        now = replace(memory, fz=point.fz, r=r, df=df, dr=dr, gram=gram, steps=steps, columns=columns, fresh=False)
         used = min(columns, k)
-        now = AndersonMemory(point.fz, point.r, df, dr, gram, steps, columns, False)
         if steps < self.start or not used:
-            return self._damp(point.fz, point.r), now
-        along = (torch.bmm(dr, point.r.unsqueeze(2)).double() if dots is None else dots[:, :, 1:])[:, :used]
-        gamma = _weights(gram[:, :used, :used], along).to(point.r.dtype).mT
-        z = torch.baddbmm(point.fz.unsqueeze(1), gamma, df[:, :used], alpha=-1).squeeze(1)
+            return self._damp(point.fz, r), now
+        df, dr = df[:, :used], dr[:, :used]
+        gamma = _weights(now, used, dots(dr, r))
+        z = torch.baddbmm(point.fz.unsqueeze(1), gamma, df, alpha=-1).squeeze(1)
         if not self.damping:
             return z, now
-        return self._damp(z, torch.baddbmm(point.r.unsqueeze(1), gamma, dr[:, :used], alpha=-1).squeeze(1)), now
-
-    def _renew(
-        self, gram: Float[Tensor, "B K K"], slot: int, row: Float[Tensor, "B K"], dtype: torch.dtype
-    ) -> Float[Tensor, "B K K"]:
-        ridge = self.ridge or (1e-14 if dtype == torch.float64 else 1e-7)
-        gram = put(put(gram, slot, row).mT, slot, row)
-        diagonal = slot * self.memory  # of the flattened matrix
-        value = row[:, slot : slot + 1] * (1 + ridge) + _EMPTY
-        return put(gram.reshape(gram.shape[0], (self.memory - 1) ** 2, 1), diagonal, value).view(gram.shape)
+        return self._damp(z, torch.baddbmm(r.unsqueeze(1), gamma, dr, alpha=-1).squeeze(1)), now
 
     def _damp(self, z: Flat, r: Flat) -> Flat:
         return z - self.damping * r if self.damping else z
@@ -131,9 +127,16 @@ class Anderson(AbstractSolver[AndersonMemory]):
         """H^T g, with H r = r - dF gamma(r)."""
         if not memory.columns:
             return g
-        gamma = _weights(memory.gram, torch.bmm(memory.df, g.unsqueeze(2)).double()).to(g.dtype)
-        return torch.baddbmm(g.unsqueeze(1), gamma.mT, memory.dr, alpha=-1).squeeze(1)
+        gamma = _weights(memory, self.memory - 1, dots(memory.df, g))
+        return torch.baddbmm(g.unsqueeze(1), gamma, memory.dr, alpha=-1).squeeze(1)
 
 
-def _weights(gram: Float[Tensor, "B K K"], rhs: Float[Tensor, "B K 1"]) -> Float[Tensor, "B K 1"]:
-    return torch.linalg.solve_ex(gram, rhs)[0]
+def _renew(gram: Float[Tensor, "B K K"], slot: int, row: Float[Tensor, "B K"]) -> Float[Tensor, "B K K"]:
+    """The Gram matrix with a new row and column."""
+    return put(put(gram, slot, row).mT, slot, row).mT
+
+
+def _weights(memory: AndersonMemory, used: int, rhs: Float[Tensor, "B 1 K"]) -> Float[Tensor, "B 1 K"]:
+    """The solution of the first `used` equations of the small systems, in float64."""
+    gram = torch.addcmul(memory.empty, memory.gram, memory.boost)[:, :used, :used]
+    return torch.linalg.solve_ex(gram, rhs.double().mT)[0].mT.to(rhs.dtype)
