@@ -35,6 +35,7 @@ class PackedMap:
     layout: Layout
     budget: int = 0
     calls: int = 0
+    last: tuple[State, Any] = (None, None)  # what f returned last, outside the graph, and its stamp
 
     @property
     def left(self) -> int:
@@ -43,19 +44,26 @@ class PackedMap:
     def __call__(self, z: Flat) -> Flat:
         self.calls += 1
         state = self.layout.unpack(z)
-        before = None if torch.compiler.is_compiling() else _stamp(state, self.calls == 1)
+        if torch.compiler.is_compiling():
+            return self.layout.pack(self.layout.check(self.f(state, *self.args), z.shape[0]))
+        before = _stamp(state, self.calls == 1)
         out = self.f(state, *self.args)
-        if before is not None and _written(before, state):
+        if _written(before, state) or _written(self.last[1], self.last[0]):
             raise ValueError(
                 "f modifies its input in place, or writes its result into a tensor that it returned before; z and "
                 "f(z) would be one tensor and every residual 0: use out-of-place operations in f, or clone."
             )
-        return self.layout.pack(self.layout.check(out, z.shape[0]))
+        out = self.layout.check(out, z.shape[0])
+        last = map_tensors(Tensor.detach, out)
+        self.last = last, _stamp(last, False)
+        return self.layout.pack(out)
 
     def push(self, z: Flat, v: Flat) -> Flat:
         """J v at z, by forward mode or, where an operator of f has none, by two vector-Jacobian products."""
         try:
-            return torch.func.jvp(self, (z,), (v,))[1]
+            pushed = torch.func.jvp(self, (z,), (v,))[1]
+            self.last = None, None  # it belongs to the transform
+            return pushed
         except (NotImplementedError, RuntimeError) as error:
             if not any(word in str(error) for word in ("orward", "setup_context")):
                 raise
@@ -190,7 +198,7 @@ def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any], loop: Loop) -> So
 
 def _finite(point: Point) -> Tensor:
     """(B, 1) whether f(z) is finite."""
-    return torch.linalg.vector_norm(point.fz.detach(), ord=torch.inf, dim=1, keepdim=True) < torch.inf
+    return point.fz.detach().abs().amax(dim=1, keepdim=True) < torch.inf
 
 
 @torch.compiler.disable(recursive=True)
