@@ -2,6 +2,7 @@
 
 from implicit.deq import DEQ as DEQ
 from implicit.fixed_point import fixed_point as fixed_point
+from implicit.grads import GMRES as GMRES
 from implicit.grads import IFT as IFT
 from implicit.grads import JFB as JFB
 from implicit.grads import SHINE as SHINE

@@ -1,6 +1,7 @@
 """Gradient estimators: what autograd sees of a solve. One estimator a file."""
 
 from implicit.grads.base import AbstractGrad as AbstractGrad
+from implicit.grads.gmres import GMRES as GMRES
 from implicit.grads.ift import IFT as IFT
 from implicit.grads.jfb import JFB as JFB
 from implicit.grads.neumann import Neumann as Neumann

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from implicit.grads.gmres import GMRES
 from implicit.grads.outside import Outside, explicit, unseen
 from implicit.iterate import Stop, iterate
 from implicit.solution import NotConverged, Result, Solution
@@ -35,17 +36,21 @@ class LinearSolve:
     g is divided by a power of two per sample, so that rounding, tolerance and iterates are the same at every scale.
     """
 
-    solver: AbstractSolver[Any]
+    solver: AbstractSolver[Any] | GMRES
     stop: Stop
     on_failure: Literal["warn", "raise", "ignore"]
     report: Callable[[Solution], None] | None
+    eps: float = 0.0  # relative rounding error of a product
 
     def __call__(self, act: Callable[[Flat], Flat], g: Flat) -> Flat:
         with torch.no_grad():
             size = torch.linalg.vector_norm(g, ord=torch.inf, dim=1, keepdim=True)
             scale = torch.where(size > 0, torch.exp2(torch.floor(torch.log2(size))), 1.0)
             unit = g / scale
-            solution = iterate(lambda u: unit + act(u), unit, self.solver, self.stop)
+            if isinstance(self.solver, GMRES):
+                solution = self.solver(act, unit, self.stop, self.eps)
+            else:
+                solution = iterate(lambda u: unit + act(u), unit, self.solver, self.stop)
             if self.report is not None:
                 self.report(solution)
             if self.on_failure != "ignore":

@@ -12,9 +12,9 @@ import torch
 from implicit.grads import transforms
 from implicit.grads.attach import LinearSolve, attach
 from implicit.grads.base import AbstractGrad
+from implicit.grads.gmres import GMRES
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
 from implicit.solution import Solution
-from implicit.solvers.anderson import Anderson
 from implicit.solvers.base import AbstractSolver
 from implicit.state import Layout, State
 
@@ -23,22 +23,28 @@ from implicit.state import Layout, State
 class IFT(AbstractGrad):
     """Exact gradient of the fixed point: one linear solve in the backward pass, by vector-Jacobian products.
 
-    Drops nothing; the error is that of the two solves. Scale-free: the solve works on g divided by a power of two per
-    sample, so a loss times 1e-8 gives that gradient times 1e-8. The starting state gets no gradient. Memory: one
-    evaluation of f and the backward solver's history. Cost: one evaluation and as many vector-Jacobian products as
-    the linear solve takes.
+    Drops nothing; the error is that of the two solves: about their relative residual times ||(I - J)^-1||. Scale-free:
+    the solve works on g divided by a power of two per sample, so a loss times 1e-8 gives that gradient times 1e-8. The
+    starting state gets no gradient. Differentiable to any order, and by `torch.func`.
+
+    Memory: one evaluation of f; in the backward pass a state for every product (GMRES). Cost: one evaluation, k
+    products v^T J and one v^T df/dtheta. The equation is linear, so that GMRES needs the fewest products of all methods
+    for a residual; k was 10 at spectral radius 0.32 and 0.55, 16 to 36 at 0.94, for a gradient right to 1e-6.
+
+    When to use: by default. Where k products are too dear, `implicit.diagnostics.gradient_bias` says what the
+    cheaper estimators would get wrong.
 
     Source: Bai et al., "Deep Equilibrium Models", NeurIPS 2019, arXiv 1909.01377.
 
     Args:
-        solver: of the linear problem; None takes ``Anderson(memory=10)``.
+        solver: of the linear problem; None takes ``GMRES()``, any solver of fixed points does.
         stop: of the linear problem; None takes a relative residual of 1e-6 in float32, 1e-10 in float64 and four
             rounding errors in narrower dtypes (autocast included), at most 200 products.
         on_failure: what to do when the linear solve does not converge: "warn", "raise" `NotConverged` or "ignore".
         report: called with the `Solution` of every linear solve.
     """
 
-    solver: AbstractSolver[Any] | None = None
+    solver: AbstractSolver[Any] | GMRES | None = None
     stop: Stop | None = None
     on_failure: Literal["warn", "raise", "ignore"] = "warn"
     report: Callable[[Solution], None] | None = None
@@ -73,10 +79,11 @@ class IFT(AbstractGrad):
         eps = _coarseness(layout)
         rtol = 1e-10 if eps < 1e-12 else 1e-6 if eps < 1e-6 else 4 * eps
         return LinearSolve(
-            solver=self.solver or Anderson(memory=10),
+            solver=self.solver or GMRES(),
             stop=self.stop or Stop(rtol=rtol, atol=0, max_evals=200),
             on_failure=self.on_failure,
             report=self.report,
+            eps=eps,
         )
 
 
