@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +31,21 @@ from torch import Tensor
 
 from implicit import AbstractSolver, Stop
 
-from . import build, checkpoint, schedule
-from .config import Config
+from . import schedule
+from .allocation import Shape, within_block_passes, within_macs
+from .generate import labels_for, scheduler_of
 from .guidance import Guidance
 from .models.dit import DiT
 from .models.fpdm import FPDM
 from .pictures import to_pil
+from .recipe import Sampler
 from .reuse import Reuse
 from .sampler import CHUNK, Effort, Solve, sample
+from .trained import decoder_of, open_run
 from .vae import decode, open_vae
 
 Output = Literal["pil", "np", "pt", "latent"]
+_DEFAULTS = ("steps", "iterations", "guidance", "reuse")
 _CLASSES = {"DiT": DiT, "FPDM": FPDM}
 
 
@@ -69,6 +74,8 @@ class FixedPointPipeline(DiffusionPipeline):
         vae: decodes latents; None for a network of pixels.
         steps: timesteps of a call that does not say how many.
         iterations: of the fixed-point layer at each of them, likewise; None is the model's own count.
+        guidance: scale of classifier-free guidance, likewise.
+        reuse: start from the previous timestep's solution, likewise.
     """
 
     model_cpu_offload_seq = "model->vae"
@@ -81,10 +88,12 @@ class FixedPointPipeline(DiffusionPipeline):
         vae: AutoencoderKL | None = None,
         steps: int = 20,
         iterations: int | None = None,
+        guidance: float = 1.0,
+        reuse: bool = False,
     ) -> None:
         super().__init__()
         self.register_modules(model=model.eval(), scheduler=scheduler, vae=vae)
-        self.register_to_config(steps=steps, iterations=iterations)
+        self.register_to_config(steps=steps, iterations=iterations, guidance=guidance, reuse=reuse)
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -107,15 +116,14 @@ class FixedPointPipeline(DiffusionPipeline):
             ValueError: neither a pipeline nor a run, or one that cannot be read.
         """
         folder = Path(source)
-        decoder = open_vae(vae)[0] if isinstance(vae, str | Path) else vae
         if (folder / "checkpoints").is_dir():
-            pipe = cls.from_run(folder, vae=decoder)
+            pipe = cls.from_run(folder, vae=vae)
             pipe.model.to(torch_dtype or pipe.model.dtype)
-            return pipe if scheduler is None else cls(pipe.model, scheduler, decoder, **pipe.defaults)
+            return pipe if scheduler is None else cls(pipe.model, scheduler, pipe.vae, **pipe.defaults)
         try:
             index = json.loads((folder / "model_index.json").read_text())
             network, noise = _CLASSES[index["model"][1]], getattr(diffusers, index["scheduler"][1])
-            defaults = {name: index[name] for name in ("steps", "iterations")}
+            defaults = {name: index[name] for name in _DEFAULTS if name in index}
             has_vae = bool(index["vae"][0])
         except FileNotFoundError:
             raise ValueError(
@@ -131,14 +139,15 @@ class FixedPointPipeline(DiffusionPipeline):
             own: Any = scheduler or noise.from_pretrained(folder / "scheduler")
         except (OSError, SafetensorError) as error:
             raise ValueError(f"The pipeline in {folder} cannot be read ({error}); save it again.") from None
-        if decoder is None and has_vae:
-            decoder, _ = open_vae(folder / "vae")
+        decoder = vae or (folder / "vae" if has_vae else None)
+        if isinstance(decoder, str | Path):
+            decoder, _ = open_vae(decoder)
         return cls(model, own, decoder, **defaults)
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """What a call does that does not say otherwise: `steps` and `iterations`."""
-        return {name: self.config[name] for name in ("steps", "iterations")}
+        """What a call does that does not say otherwise."""
+        return {name: self.config[name] for name in _DEFAULTS}
 
     @classmethod
     def from_run(
@@ -147,7 +156,7 @@ class FixedPointPipeline(DiffusionPipeline):
         *,
         vae: AutoencoderKL | str | Path | None = None,
         weights: Literal["ema", "model"] = "ema",
-        sampler: schedule.Kind | None = None,
+        sampler: Sampler | None = None,
     ) -> FixedPointPipeline:
         """The pipeline of a training run's newest checkpoint.
 
@@ -160,17 +169,28 @@ class FixedPointPipeline(DiffusionPipeline):
         Raises:
             ValueError: no run in the folder, or one that cannot be read.
         """
-        run = Path(run)
-        if not (run / "config.json").is_file():
-            raise ValueError(f"{run} holds no run (it has no config.json); give the folder of one.")
-        config = Config.from_json((run / "config.json").read_text())
-        state = checkpoint.newest(run)
-        model = build.rebuild(state.network)
-        model.load_state_dict(state.ema if weights == "ema" else state.model)
-        scheduler: Any = build.scheduler(config, sampler or config.sampling.sampler)  # pyright: ignore
-        decoder = open_vae(vae)[0] if isinstance(vae, str | Path) else vae
-        iterations = config.sampling.iterations if isinstance(model, FPDM) else None
-        return cls(model, scheduler, decoder, config.sampling.steps, iterations)
+        trained = open_run(Path(run), weights)
+        own = trained.config.sampling
+        scheduler = scheduler_of(trained.config, sampler or own.sampler)
+        name = str(vae) if isinstance(vae, str | Path) else None
+        decoder = vae if isinstance(vae, AutoencoderKL) else None
+        if decoder is None:
+            try:
+                decoder = decoder_of(trained, name)
+            except ValueError as error:
+                if name is not None:
+                    raise
+                warnings.warn(f"{error} Until then, the pipeline has latents alone to give.", stacklevel=2)
+        fixed_point = isinstance(trained.model, FPDM)
+        return cls(
+            trained.model,
+            scheduler,
+            decoder,
+            own.steps,
+            own.iterations if fixed_point else None,
+            own.guidance,
+            own.reuse and fixed_point,
+        )
 
     @torch.no_grad()
     def __call__(
@@ -180,12 +200,15 @@ class FixedPointPipeline(DiffusionPipeline):
         num_images: int | None = None,
         num_inference_steps: int | None = None,
         generator: torch.Generator | int | None = None,
-        guidance_scale: float = 1.0,
+        guidance_scale: float | None = None,
         guidance_channels: int | None = None,
         iterations: int | Sequence[int] | None = None,
+        block_passes: int | None = None,
+        macs: float | None = None,
+        allocation: Shape = "constant",
         stop: Stop | Sequence[Stop] | None = None,
         solver: AbstractSolver[Any] | None = None,
-        reuse: bool | Reuse = False,
+        reuse: bool | Reuse | None = None,
         timesteps: Sequence[int] | None = None,
         eta: float = 0.0,
         chunk: int = CHUNK,
@@ -199,12 +222,16 @@ class FixedPointPipeline(DiffusionPipeline):
             num_images: how many; None: one for each label.
             num_inference_steps: how many timesteps; None is the pipeline's own number.
             generator: a seed, or a torch generator, which then advances; None is a fresh seed.
-            guidance_scale: of classifier-free guidance; 1 is none.
+            guidance_scale: of classifier-free guidance; 1 is none, None the pipeline's own.
             guidance_channels: guide the first so many channels; None is all.
             iterations: of the fixed-point layer, at every timestep or one number for each; FPDM only.
+            block_passes: a budget of each image instead, in transformer blocks, spent exactly; FPDM only.
+            macs: a budget in multiply-accumulates instead; FPDM only.
+            allocation: how a budget is shared out from the noisiest timestep on; see allocation.py.
             stop: a tolerance instead, for all or for each timestep; FPDM only.
             solver: how the next iterate is made; FPDM only.
-            reuse: start from the previous timestep's solution, or as the rule says; FPDM only.
+            reuse: start from the previous timestep's solution, or as the rule says; None is the pipeline's own;
+                FPDM only.
             timesteps: the array to walk, falling, instead of the scheduler's spacing.
             eta: DDIM's share of fresh noise.
             chunk: images computed at a time. A single image costs as much as a chunk, so take 1 for one alone;
@@ -219,11 +246,21 @@ class FixedPointPipeline(DiffusionPipeline):
         model: DiT | FPDM = self.model
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} is unknown; choose pil, np, pt or latent.")
-        self._check_solve(iterations=iterations, stop=stop, solver=solver, reuse=reuse or None)
-        labels = _labels(class_labels, num_images, model.num_classes)
+        counts = {"iterations": iterations, "block_passes": block_passes, "macs": macs, "stop": stop}
+        self._check_solve(counts, solver=solver, reuse=reuse or None)
+        labels = labels_for(class_labels, num_images, model.num_classes)
         walk = timesteps or self._timesteps(num_inference_steps or self.config["steps"])
-        if iterations is None and stop is None and isinstance(model, FPDM):
-            iterations = self.config["iterations"]
+        guidance = Guidance(
+            scale=self.config["guidance"] if guidance_scale is None else guidance_scale, channels=guidance_channels
+        )
+        if isinstance(model, FPDM):
+            if block_passes is not None:
+                iterations = within_block_passes(model, block_passes, len(walk), allocation, guided=guidance.doubles)
+            elif macs is not None:
+                iterations = within_macs(model, macs, len(walk), allocation, guided=guidance.doubles)
+            elif iterations is None and stop is None:
+                iterations = self.config["iterations"]
+        reuse = self.config["reuse"] if reuse is None else reuse
         start = (Reuse() if reuse else None) if isinstance(reuse, bool) else reuse
         seed = _seed(generator)
         total = len(labels) if labels is not None else num_images or 1
@@ -241,7 +278,7 @@ class FixedPointPipeline(DiffusionPipeline):
                 scheduler=self.scheduler,
                 timesteps=walk,
                 eta=eta,
-                guidance=Guidance(scale=guidance_scale, channels=guidance_channels),
+                guidance=guidance,
                 solve=Solve(iterations=iterations, stop=stop, solver=solver, reuse=start),
                 device=self._execution_device,
                 chunk=chunk,
@@ -255,8 +292,11 @@ class FixedPointPipeline(DiffusionPipeline):
         config = self.scheduler.config
         return schedule.timesteps(steps, config["timestep_spacing"], config["num_train_timesteps"])
 
-    def _check_solve(self, **given: Any) -> None:
-        named = [name for name, value in given.items() if value is not None]
+    def _check_solve(self, counts: dict[str, Any], **given: Any) -> None:
+        several = [name for name, value in counts.items() if value is not None]
+        if len(several) > 1:
+            raise ValueError(f"{', '.join(several)} say the same thing in different ways; give one of them.")
+        named = [name for name, value in {**counts, **given}.items() if value is not None]
         if named and not isinstance(self.model, FPDM):
             raise ValueError(f"{', '.join(named)}: a DiT has no fixed point to solve; leave it out, or load an FPDM.")
 
@@ -275,31 +315,6 @@ class FixedPointPipeline(DiffusionPipeline):
             return pictures
         x = (x.clamp(-1, 1) + 1) / 2
         return x if output_type == "pt" else np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy())
-
-
-def _labels(given: int | Sequence[int] | None, count: int | None, num_classes: int) -> list[int] | None:
-    """The class of each image.
-
-    Raises:
-        ValueError: they do not fit the network or each other.
-    """
-    if count is not None and count < 1:
-        raise ValueError(f"num_images={count} asks for nothing; give at least 1.")
-    if num_classes == 0:
-        if given is not None:
-            raise ValueError("This network knows no classes; leave out class_labels, and say num_images.")
-        return None
-    if given is None:
-        raise ValueError(f"This network wants a class for each image: give class_labels from 0 to {num_classes - 1}.")
-    labels = [given] * (count or 1) if isinstance(given, int) else [int(y) for y in given]
-    if count is not None and len(labels) != count:
-        raise ValueError(f"There are {len(labels)} class_labels for num_images={count}; give one for each.")
-    wrong = [y for y in labels if not 0 <= y <= num_classes]
-    if wrong or not labels:
-        raise ValueError(
-            f"class_labels={labels} must name classes from 0 to {num_classes - 1}, or {num_classes} for no class."
-        )
-    return labels
 
 
 def _seed(generator: torch.Generator | int | None) -> int:

@@ -93,14 +93,14 @@ def run(request: Request) -> None:
 
     from .album import Album
     from .generate import plan
-    from .trained import open_run
+    from .trained import decoder_of, open_run
 
     trained = open_run(request.run)
     if trained.config.threads is not None:
         torch.set_num_threads(trained.config.threads)
     made = plan(trained.model, trained.config, request.recipe)
     album = Album(request.out or request.run / "samples", _labels(request, range(request.num), trained))
-    decoder = _decoder(request, trained)
+    decoder = decoder_of(trained, request.vae, _device(request))
     album.settle(_settings(request, trained, decoder))
     missing = album.missing()
     mine = [i for i in missing if (i // request.chunk) % world == rank]
@@ -129,25 +129,6 @@ def _labels(request: Request, indices: Any, trained: Trained) -> list[int | None
         raise ValueError(f"--classes {wrong[0]} does not exist: this run knows the classes 0 to {num_classes - 1}.")
     classes = request.classes or range(num_classes)
     return [classes[i % len(classes)] for i in indices]
-
-
-def _decoder(request: Request, trained: Trained) -> Any:
-    """The VAE between the network's latents and pictures; None for a network of pixels."""
-    channels = trained.model.latent[0]
-    if request.vae is None and channels in (1, 3):
-        return None
-    if request.vae is None:
-        raise ValueError(f"This run makes latents of {channels} channels; name the VAE that decodes them with --vae.")
-    from .vae import open_vae
-
-    vae, told = open_vae(request.vae, device=_device(request))
-    held: Any = vae.config
-    if held.latent_channels != channels:
-        raise ValueError(
-            f"The VAE {told} decodes latents of {held.latent_channels} channels, and this run makes {channels}; give "
-            "--vae the one that the run's latents were encoded with."
-        )
-    return vae
 
 
 def _device(request: Request) -> str:

@@ -6,15 +6,17 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 from . import build, checkpoint
 from .config import Config
 from .models.dit import DiT
 from .models.fpdm import FPDM
+from .vae import open_decoder, open_vae
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,44 @@ def open_run(run: Path, weights: Literal["ema", "model"] = "ema") -> Trained:
     chosen = state.ema if weights == "ema" else state.model
     fit(model, chosen, run)
     return Trained(config=config, model=model.eval(), images=state.progress.images, digest=digest(chosen))
+
+
+def decoder_of(trained: Trained, name: str | None = None, device: str = "cpu") -> AutoencoderKL | None:
+    """The VAE between the latents of a run and pictures; None for a run of pixels.
+
+    By default the one that encoded the run's latents. Where those lie within reach, a copy must have the same
+    weights; elsewhere its latents must have the right number of channels.
+
+    Args:
+        trained: the run.
+        name: of a copy of the VAE, where it is no longer where it was.
+        device: where to compute.
+
+    Raises:
+        ValueError: it cannot be read, nobody knows where it is, it is another one, or there is nothing to decode.
+    """
+    data, channels = trained.config.data, trained.model.latent[0]
+    latent = data.source == "latents" or channels not in (1, 3)
+    if not latent and name is not None:
+        raise ValueError(f"This run makes pictures, not latents, so there is nothing for the VAE {name} to decode.")
+    if not latent:
+        return None
+    name = name or data.vae
+    if data.path is not None and (data.path / "index.json").exists():
+        return open_decoder(data.path, name, device)
+    if name is None:
+        raise ValueError(
+            f"This run makes latents, and the folder they were learnt from, {data.path}, which names their VAE, is not "
+            "here; name the VAE, a folder or one on the hub."
+        )
+    vae, told = open_vae(name, device=device)
+    config: Any = vae.config
+    if config.latent_channels != channels:
+        raise ValueError(
+            f"The VAE {told} decodes latents of {config.latent_channels} channels, and this run makes {channels}; give "
+            "the one that the run's latents were encoded with."
+        )
+    return vae
 
 
 def fit(model: torch.nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:

@@ -44,7 +44,7 @@ def truncate(path, share=0.5):
     os.truncate(path, int(path.stat().st_size * share))
 
 
-def tiny_vae(seed=0):
+def tiny_vae(seed=0, latent_channels=4):
     """An AutoencoderKL that halves the side twice, with drawn weights."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
@@ -57,7 +57,7 @@ def tiny_vae(seed=0):
         }
         return AutoencoderKL(
             **blocks,
-            latent_channels=4,
+            latent_channels=latent_channels,
             norm_num_groups=4,
             scaling_factor=0.5,
             shift_factor=0.25,

@@ -229,3 +229,23 @@ def test_what_is_no_pipeline_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="no run"):
         FixedPointPipeline.from_pretrained(tmp_path)
+
+
+def test_budgets_and_the_pipelines_own_choices(tmp_path):
+    pipe = pipeline()
+    spent = pipe([0, 1], generator=0, block_passes=31, allocation="increasing", output_type="latent").effort
+    assert spent.block_passes.tolist() == [31, 31] and spent.evaluations[0].tolist() == [5, 8, 12]
+    model: Any = pipe.model
+    spent = pipe([0], generator=0, macs=3.0 * model.macs(4), output_type="latent").effort
+    assert spent.evaluations.tolist() == [[4, 4, 4]]
+    with pytest.raises(ValueError, match="iterations, block_passes say the same"):
+        pipe([0], iterations=3, block_passes=31)
+    with pytest.raises(ValueError, match="no fixed point"):
+        pipeline("dit")([0], block_passes=30)
+    own: Any = FixedPointPipeline(model, make_scheduler("ddpm"), None, 3, 2, guidance=3.0, reuse=True)
+    own.set_progress_bar_config(disable=True)
+    told = pipe([1], generator=0, iterations=2, guidance_scale=3.0, reuse=True, output_type="latent")
+    own.save_pretrained(tmp_path)
+    again: Any = FixedPointPipeline.from_pretrained(tmp_path)
+    for same in (own, again):
+        assert torch.equal(same([1], generator=0, output_type="latent").images, told.images)
