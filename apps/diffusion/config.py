@@ -150,9 +150,19 @@ class Optimisation:
     """Share of labels that are hidden, so that the model can also be asked without one (for guidance)."""
     precision: Literal["no", "bf16"] = "no"
     """bf16: autocast to bfloat16."""
+    accumulate: int = 1
+    """Parts in which each process computes its share of a step, one after another; the step is the same."""
+    checkpointing: bool = False
+    """Keep no activations within a block, or within an iteration of the fixed point, and make them anew in the backward
+    pass: less memory, a third more time.
+    """
+    compile: Literal["no", "inductor", "aot_eager", "eager"] = "no"
+    """torch.compile the blocks and the iteration (never the loop around it) with this backend; inductor is the fast
+    one.
+    """
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "images", "batch")
+        at_least(self, 1, "images", "batch", "accumulate")
         at_least(self, 0, "warmup", "weight_decay")
         within(self, 0, 1, "beta2", "label_dropout")
         for name in ("lr", "clip"):

@@ -44,6 +44,10 @@ class Draw:
         moved = {name: getattr(self, name).to(device) for name in ("noise", "t", "dropped")}
         return replace(self, **moved)
 
+    def part(self, rows: slice) -> "Draw":
+        """That of some samples of the batch."""
+        return replace(self, noise=self.noise[rows], t=self.t[rows], dropped=self.dropped[rows])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:

@@ -168,13 +168,13 @@ def run(config: Config, start: Checkpoint | None) -> int:
     except Diverged as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
-    if caught:
+    if trainer.stopping:
         if main_process:
             print(
                 f"Stopped at {trainer.progress.images} images; the checkpoint is in {config.out}.\n"
                 f"Continue:      python -m apps.diffusion.train --resume --out {config.out}"
             )
-        return 128 + caught[0]
+        return 128 + (caught[0] if caught else signal.SIGTERM)  # another process may have been the one to be told
     if main_process:
         finish(config, trainer, images, held_out, decoder, began)
     trainer.accelerator.wait_for_everyone()

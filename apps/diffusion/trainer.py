@@ -2,7 +2,8 @@
 
 One step: images k, k + 1, ..., k + B - 1 of the run's order (k = images seen so far), their timesteps, noise
 and hidden labels, all drawn from (seed, k); the loss and its gradient; AdamW; the moving average of the
-weights. Each of P processes takes its B / P of the B draws, so P changes nothing but rounding.
+weights. Each of P processes takes its B / P of the B draws, in k parts one after another where they would not fit
+the memory, so P and k change nothing but rounding.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import DistributedType, gather
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -27,6 +29,13 @@ from .data import DataSet, order
 from .objective import Draw
 from .seeds import Stream, generator
 
+_REPLICATED = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+}
 PATIENCE = 50  # steps in a row without a finite gradient after which there is no hope
 
 
@@ -50,6 +59,22 @@ def averaged_decay(decay: float, steps: int) -> float:
     return min(decay, (1 + steps) / (10 + steps))
 
 
+def check_processes(config: Optimisation, accelerator: Accelerator) -> None:
+    """Raises ValueError where the batch cannot be shared out, or the weights would be."""
+    processes, parts = accelerator.num_processes, config.accumulate
+    if config.batch % (processes * parts):
+        raise ValueError(
+            f"Optimisation.batch = {config.batch} cannot be shared by {processes} processes in {parts} parts each; "
+            f"make it a multiple of {processes * parts}."
+        )
+    if accelerator.distributed_type not in _REPLICATED:
+        raise ValueError(
+            f"accelerate was asked for {accelerator.distributed_type.value}, which splits the weights over processes, "
+            "and checkpoints and averages here need them whole; launch without it (accelerate launch --multi_gpu) and "
+            "take Optimisation.accumulate, checkpointing and precision bf16 to save memory."
+        )
+
+
 class Trainer:
     """A run in the making: `Trainer(config, images, start).run()`."""
 
@@ -57,12 +82,7 @@ class Trainer:
         self.config = config
         self.images = images
         self.accelerator = Accelerator(mixed_precision=config.optimisation.precision)
-        processes = self.accelerator.num_processes
-        if config.optimisation.batch % processes:
-            raise ValueError(
-                f"Optimisation.batch = {config.optimisation.batch} cannot be shared by {processes} "
-                f"processes; make it a multiple."
-            )
+        check_processes(config.optimisation, self.accelerator)
         self.scheduler = build.scheduler(config, "ddpm")
         model = build.network(config.model, images.shape, images.num_classes, config.sampling.iterations, config.seed)
         self.network = build.describe(model)
@@ -77,6 +97,10 @@ class Trainer:
         self.progress = Progress()
         if start is not None:
             self._restore(model, optimizer, start)
+        if config.optimisation.checkpointing:
+            model.enable_gradient_checkpointing()
+        if config.optimisation.compile != "no":
+            model.compile_blocks(backend=config.optimisation.compile)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.since = [0.0, 0.0]  # sum and number of losses since the last entry of the history
         self.saved = -1  # images seen at the last checkpoint
@@ -105,7 +129,7 @@ class Trainer:
                     f"images; "
                     "lower Optimisation.lr, or clip harder."
                 )
-            progress.seconds = self._agreed(time.monotonic() - start)
+            progress.seconds = self._agree(time.monotonic() - start)
             bar.update(config.optimisation.batch)
             self._record(loss, bar)
             if progress.images % config.checkpoint_every < config.optimisation.batch:
@@ -126,12 +150,15 @@ class Trainer:
         x, y, draw = self._batch()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.optimisation, progress.images, self._time_share())
-        with self.accelerator.autocast():
-            loss = objective.loss(
-                self.model, x, y, draw, scheduler=self.scheduler, null_class=self.null_class, **self._solve()
-            ).total
         self.optimizer.zero_grad()
-        self.accelerator.backward(loss)
+        parts, loss = config.optimisation.accumulate, torch.zeros((), device=x.device)
+        for k in range(parts):
+            part = slice(k * len(x) // parts, (k + 1) * len(x) // parts)
+            # gradients are averaged over processes once, with the last part
+            with nullcontext() if k == parts - 1 else self.accelerator.no_sync(self.model):
+                found = self._loss(x[part], None if y is None else y[part], draw.part(part))
+                self.accelerator.backward(found.total / parts)
+            loss += found.total.detach() / parts
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimisation.clip or math.inf)
         finite = norm is None or math.isfinite(float(norm))  # the same on all processes: gradients are averaged
         if finite:
@@ -141,7 +168,13 @@ class Trainer:
         else:
             progress.skipped += 1
         progress.images += config.optimisation.batch
-        return float(self.accelerator.reduce(loss.detach(), reduction="mean")), finite  # pyright: ignore
+        return float(self.accelerator.reduce(loss, reduction="mean")), finite  # pyright: ignore
+
+    def _loss(self, x: Tensor, y: Tensor | None, draw: Draw) -> objective.Loss:
+        with self.accelerator.autocast():
+            return objective.loss(
+                self.model, x, y, draw, scheduler=self.scheduler, null_class=self.null_class, **self._solve()
+            )
 
     def _batch(self) -> tuple[Tensor, Tensor | None, Draw]:
         """This process's part of the step: images (b, C, H, W), labels (b,), and their draws."""
@@ -178,13 +211,14 @@ class Trainer:
     def _time_share(self) -> float:
         return self.progress.seconds / self.config.max_time if self.config.max_time else 0.0
 
-    def _agreed(self, seconds: float) -> float:
-        """The main process's clock, so that all processes stop at the same step."""
-        if self.accelerator.num_processes == 1 or self.config.max_time is None:
+    def _agree(self, seconds: float) -> float:
+        """The longest clock, and whether anyone was told to stop, so that all processes stop at the same step."""
+        if self.accelerator.num_processes == 1:
             return seconds
-        clock = torch.tensor(seconds, dtype=torch.float64, device=self.accelerator.device)
-        broadcast(clock)
-        return float(clock)
+        mine = torch.tensor([[seconds, float(self.stopping)]], dtype=torch.float64, device=self.accelerator.device)
+        clock, stopping = gather(mine).amax(0).tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        self.stopping = bool(stopping)
+        return clock
 
     def _record(self, loss: float, bar: tqdm[Any]) -> None:
         if math.isfinite(loss):
