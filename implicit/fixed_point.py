@@ -3,15 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from implicit.grads.autocast import as_now
 from implicit.grads.base import AbstractGrad
 from implicit.grads.ift import IFT
 from implicit.iterate import Loop, Map, Stop
 from implicit.solution import Solution
 from implicit.solvers.anderson_gs import AndersonGS
 from implicit.solvers.base import AbstractSolver
-from implicit.state import State
+from implicit.state import State, leaves
 
 
 def fixed_point(
@@ -77,4 +79,10 @@ def fixed_point(
         callback=callback,
         progress=progress,
     )
-    return (grad or IFT())(f, z0, args, solver or AndersonGS(), stop or Stop(), loop)
+    kind = next((t.device.type for t in leaves(z0)), "cpu")
+    estimator, solver, stop = grad or IFT(), solver or AndersonGS(), stop or Stop()
+    if not torch.is_autocast_enabled(kind):
+        return estimator(f, z0, args, solver, stop, loop)
+    f = as_now(f, kind)
+    with torch.autocast(kind, enabled=False):
+        return estimator(f, z0, args, solver, stop, loop)

@@ -39,17 +39,6 @@ def attach_approximately(phi: Callable[[Flat], Flat], z: Flat, rule: Rule) -> Fl
     return _Approximate.apply(y, x, z.detach(), rule) if y.requires_grad and unseen(y, (x,)) else z.detach()
 
 
-def under_autocast(phi: Callable[..., Flat], kind: str) -> Callable[..., Flat]:
-    """phi, to be evaluated at any time as if under the autocast state of now; `kind` is the device type."""
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-
-    def again(*args: Flat) -> Flat:
-        with torch.autocast(kind, dtype=dtype, enabled=enabled):
-            return phi(*args)
-
-    return again
-
-
 class _Cut(torch.autograd.Function):
     """Identity that stops the engine: products with J are taken on demand, not accumulated in a leaf."""
 

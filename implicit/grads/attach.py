@@ -43,7 +43,7 @@ class LinearSolve:
     eps: float = 0.0  # relative rounding error of a product
 
     def __call__(self, act: Callable[[Flat], Flat], g: Flat) -> Flat:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
             size = torch.linalg.vector_norm(g, ord=torch.inf, dim=1, keepdim=True)
             scale = torch.where(size > 0, torch.exp2(torch.floor(torch.log2(size))), 1.0)
             unit = g / scale
@@ -81,7 +81,7 @@ def attach(phi: Callable[[Flat], Flat], z: Flat, solve: LinearSolve) -> Flat:
             y = phi(x)
         if not seen.tensors and not unseen(y, (x,)):
             return z.detach()
-        again = explicit(_under_autocast(phi, z.device.type), seen.tensors)
+        again = explicit(phi, seen.tensors)
         return _Identity.apply(y, x, z.detach(), again, solve, *(t.view_as(t) for t in seen.tensors))
 
 
@@ -89,17 +89,6 @@ def _attach_explicit(phi: Callable[..., Flat], z: Flat, solve: LinearSolve, thet
     """The same for a phi(z, *theta) that closes over nothing."""
     x = _Cut.apply(z.detach().requires_grad_())
     return _Identity.apply(phi(x, *theta), x, z.detach(), phi, solve, *theta)
-
-
-def _under_autocast(phi: Callable[[Flat], Flat], kind: str) -> Callable[[Flat], Flat]:
-    """phi, to be evaluated later as if under the autocast state of now."""
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-
-    def again(z: Flat) -> Flat:
-        with torch.autocast(kind, dtype=dtype, enabled=enabled):
-            return phi(z)
-
-    return again
 
 
 _UNSEEN = (

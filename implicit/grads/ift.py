@@ -11,6 +11,7 @@ import torch
 
 from implicit.grads import transforms
 from implicit.grads.attach import LinearSolve, attach
+from implicit.grads.autocast import Autocast
 from implicit.grads.base import AbstractGrad
 from implicit.grads.gmres import GMRES
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
@@ -64,7 +65,7 @@ class IFT(AbstractGrad):
     ) -> Solution:
         if transforms.active():
             solved, layout, pure, theta = transforms.solve(f, z0, args, solver, stop, loop)
-            value = transforms.attach(pure, layout.pack(solved.value), theta, self._linear_solve(layout))
+            value = transforms.attach(pure, layout.pack(solved.value), theta, self._linear_solve(f, layout))
             return replace(solved, value=layout.unpack(value))
         with torch.no_grad():
             solved = iterate(f, z0, solver, stop, args=args, loop=loop)
@@ -72,11 +73,11 @@ class IFT(AbstractGrad):
             return solved
         layout = Layout.of(solved.value, loop.batch_dims)
         z = layout.pack(solved.value)
-        value = attach(PackedMap(f, args, layout), z, self._linear_solve(layout))
+        value = attach(PackedMap(f, args, layout), z, self._linear_solve(f, layout))
         return replace(solved, value=layout.unpack(value), evals=solved.evals + 1)
 
-    def _linear_solve(self, layout: Layout) -> LinearSolve:
-        eps = _coarseness(layout)
+    def _linear_solve(self, f: Map, layout: Layout) -> LinearSolve:
+        eps = max(layout.eps, f.eps) if isinstance(f, Autocast) else layout.eps
         rtol = 1e-10 if eps < 1e-12 else 1e-6 if eps < 1e-6 else 4 * eps
         return LinearSolve(
             solver=self.solver or GMRES(),
@@ -85,10 +86,3 @@ class IFT(AbstractGrad):
             report=self.report,
             eps=eps,
         )
-
-
-def _coarseness(layout: Layout) -> float:
-    """Relative rounding error of one evaluation of f: that of the state or, if coarser, of autocast."""
-    kind = layout.device.type
-    casts = torch.is_autocast_enabled(kind)
-    return max(layout.eps, torch.finfo(torch.get_autocast_dtype(kind)).eps if casts else 0.0)

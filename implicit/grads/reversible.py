@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from implicit.grads.approximate import refuse_transforms, under_autocast
+from implicit.grads.approximate import refuse_transforms
 from implicit.grads.base import AbstractGrad
 from implicit.grads.outside import Outside, explicit, unseen
 from implicit.iterate import Loop, Map, PackedMap, Stop
@@ -86,7 +86,7 @@ class Reversible(AbstractGrad):
             )
         refuse_transforms(self)
         layout = Layout.of(z0, loop.batch_dims)
-        phi = under_autocast(PackedMap(f, args, layout), layout.device.type)
+        phi = PackedMap(f, args, layout)
         start = layout.pack(z0)
         first, theta = _first(phi, start) if torch.is_grad_enabled() else (None, ())
         with torch.no_grad():
