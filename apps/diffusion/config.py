@@ -238,12 +238,18 @@ class Config:
     """Images between two checkpoints."""
     keep: int = 1
     """Checkpoints that are kept."""
+    track: Literal[
+        "auto", "none", "tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"
+    ] = "auto"
+    """Where loss, learning rate, residual and speed are written: auto is TensorBoard where it is installed."""
+    sample_every: int | None = None
+    """Images between two sheets of samples, drawn by the averaged weights; left out, none until the end."""
     out: Path = Path("runs/digits")
     """Folder of the run."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "seed")
-        at_least(self, 1, "checkpoint_every", "keep", "threads")
+        at_least(self, 1, "checkpoint_every", "keep", "threads", "sample_every")
         if self.schedule.zero_snr and self.sampling.spacing == "leading":
             raise ValueError(
                 "Sampling.spacing = leading never visits the last timestep, where Schedule.zero_snr makes "

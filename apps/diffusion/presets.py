@@ -51,6 +51,7 @@ def pictures() -> Config:
         grad=StochasticJFB(N=12, M=12),
         sampling=Sampling(steps=50, iterations=12, images=64),
         checkpoint_every=512_000,
+        sample_every=512_000,
         keep=2,
         out=Path("runs/folder"),
     )
@@ -111,6 +112,7 @@ def published(data: str, kind: Kind) -> Config:
         sampling=Sampling(sampler="ddpm", steps=20, spacing="linspace", iterations=26, guidance=1.0, images=64),
         max_time=None,
         checkpoint_every=10_000 * batch,
+        sample_every=10_000 * batch,
         keep=3,
         out=Path("runs") / (data if kind == "fpdm" else f"{data}-dit"),
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
 from tqdm import tqdm
 
 from . import gallery
@@ -59,6 +60,7 @@ def finish(
             "skipped": trainer.progress.skipped,
             "loss": trainer.progress.history[-1][1],
             "seconds": trainer.progress.seconds,
+            "last": trainer.entry,
         },
         "sampling": {**asdict(config.sampling), "images": count, "effort_per_image": result.effort.summary()},
         "seconds_in_all": time.monotonic() - began,
@@ -77,6 +79,16 @@ def _samples(config: Config, trainer: Trainer, num_classes: int, count: int) -> 
 
         model = trainer.ema.module.eval()
         return gallery.draw(config, model, num_classes, count, trainer.accelerator.device, progress)
+
+
+def sheet(config: Config, trainer: Trainer, num_classes: int, decoder: AutoencoderKL | None) -> Image.Image | None:
+    """Samples of the averaged weights as they stand; None for latents without a decoder."""
+    if decoder is None and config.data.source == "latents":
+        return None
+    count = min(config.sampling.images, gallery.ROWS**2)
+    result = _samples(config, trainer, num_classes, count)
+    labels = None if result.labels is None else result.labels.tolist()
+    return gallery.sheet(gallery.pixels(result.samples, decoder), labels)
 
 
 def _scores(result: SampleResult, images: Images, held_out: Images) -> dict[str, Score]:

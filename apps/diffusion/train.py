@@ -1,8 +1,8 @@
 """Train a diffusion model: `python -m apps.diffusion.train [PRESET] [--flags]`; presets.py has the presets, `digits`
 is the default.
 
-A run writes one folder (`--out`): config.json, data.json, checkpoints/, metrics.json, loss.png, samples.png.
-`--resume` continues the run in that folder.
+A run writes one folder (`--out`): config.json, data.json, checkpoints/, logs/, sheets/, metrics.json, loss.png,
+samples.png. `--resume` continues the run in that folder.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 # what may differ between a run and its continuation: how long, and what is done with the result
-_EXTENDABLE = ("max_time", "threads", "checkpoint_every", "keep", "sampling")
+_EXTENDABLE = ("max_time", "threads", "checkpoint_every", "keep", "track", "sample_every", "sampling")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -142,7 +142,8 @@ def run(config: Config, start: Checkpoint | None) -> int:
     import torch
 
     from . import build, checkpoint
-    from .report import finish
+    from .logbook import Logbook
+    from .report import finish, sheet
     from .trainer import Diverged, Trainer
 
     if config.threads is not None:
@@ -162,12 +163,19 @@ def run(config: Config, start: Checkpoint | None) -> int:
             f"{config.out}.",
             flush=True,
         )
+    logbook = Logbook(trainer, config)
     try:
         with _stop_on_signals(trainer) as caught:
-            trainer.run(lambda state: checkpoint.save(config.out, state, config.keep))
+            trainer.run(
+                lambda state: checkpoint.save(config.out, state, config.keep),
+                logbook.log,
+                lambda: logbook.show(sheet(config, trainer, images.num_classes, decoder), trainer.progress.images),
+            )
     except Diverged as error:
         print(f"train: {error}", file=sys.stderr)
         return 1
+    finally:
+        logbook.close()
     if trainer.stopping:
         if main_process:
             print(

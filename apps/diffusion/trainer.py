@@ -26,6 +26,7 @@ from . import build, objective
 from .checkpoint import Checkpoint, Progress
 from .config import Config, Optimisation
 from .data import DataSet, order
+from .logbook import Tally, tracker
 from .objective import Draw
 from .seeds import Stream, generator
 
@@ -37,6 +38,9 @@ _REPLICATED = {
     DistributedType.MULTI_XPU,
 }
 PATIENCE = 50  # steps in a row without a finite gradient after which there is no hope
+
+
+Log = Callable[[dict[str, float], int], Any]
 
 
 class Diverged(RuntimeError):
@@ -81,7 +85,11 @@ class Trainer:
     def __init__(self, config: Config, images: DataSet, start: Checkpoint | None = None) -> None:
         self.config = config
         self.images = images
-        self.accelerator = Accelerator(mixed_precision=config.optimisation.precision)
+        self.accelerator = Accelerator(
+            mixed_precision=config.optimisation.precision,
+            log_with=tracker(config.track),
+            project_dir=config.out / "logs",
+        )
         check_processes(config.optimisation, self.accelerator)
         self.scheduler = build.scheduler(config, "ddpm")
         model = build.network(config.model, images.shape, images.num_classes, config.sampling.iterations, config.seed)
@@ -102,12 +110,24 @@ class Trainer:
         if config.optimisation.compile != "no":
             model.compile_blocks(backend=config.optimisation.compile)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.since = [0.0, 0.0]  # sum and number of losses since the last entry of the history
+        self.tally = Tally()
+        self.entry: dict[str, float] = {}  # the last one
         self.saved = -1  # images seen at the last checkpoint
         self.stopping = False
 
-    def run(self, save: Callable[[Checkpoint], Any]) -> Progress:
-        """Train to the end of the budget, or until `stopping` is set; the main process calls `save`."""
+    def run(
+        self,
+        save: Callable[[Checkpoint], Any],
+        log: Log | None = None,
+        show: Callable[[], Any] | None = None,
+    ) -> Progress:
+        """Train to the end of the budget, or until `stopping` is set.
+
+        Args:
+            save: called by the main process with every checkpoint.
+            log: called with every entry (see logbook.py) and the images seen.
+            show: called by the main process every `sample_every` images; the time it takes is not training's.
+        """
         config, progress = self.config, self.progress
         start = time.monotonic() - progress.seconds
         failures = 0
@@ -131,11 +151,13 @@ class Trainer:
                 )
             progress.seconds = self._agree(time.monotonic() - start)
             bar.update(config.optimisation.batch)
-            self._record(loss, bar)
+            self._record(loss, bar, log)
             if progress.images % config.checkpoint_every < config.optimisation.batch:
-                self._save(save)
+                self._save(save, log)
+            if show and config.sample_every and progress.images % config.sample_every < config.optimisation.batch:
+                start += self._show(show)
         if self.saved != progress.images:
-            self._save(save)
+            self._save(save, log)
         bar.close()
         return progress
 
@@ -159,6 +181,7 @@ class Trainer:
                 found = self._loss(x[part], None if y is None else y[part], draw.part(part))
                 self.accelerator.backward(found.total / parts)
             loss += found.total.detach() / parts
+            self.tally.solved(found.solution)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimisation.clip or math.inf)
         finite = norm is None or math.isfinite(float(norm))  # the same on all processes: gradients are averaged
         if finite:
@@ -202,6 +225,7 @@ class Trainer:
             "solver": build.solver(self.config.solver),
             "grad": build.grad(self.config.grad, self.config.seed, self.progress.images),
             "stop": build.stop(self.config.stop),
+            "return_solution": True,
         }
 
     def _average(self, average: Any, current: Any, updates: Any) -> None:
@@ -220,22 +244,38 @@ class Trainer:
         self.stopping = bool(stopping)
         return clock
 
-    def _record(self, loss: float, bar: tqdm[Any]) -> None:
-        if math.isfinite(loss):
-            self.since[0] += loss
-            self.since[1] += 1
-        if self.since[1] >= 25:
-            self._flush_history()
-        mean = self.progress.history[-1][1] if self.progress.history else loss
-        bar.set_postfix(loss=f"{mean:.4f}", skipped=self.progress.skipped, refresh=False)
+    def _record(self, loss: float, bar: tqdm[Any], log: Log | None) -> None:
+        self.tally.stepped(loss, self.config.optimisation.batch)
+        if self.tally.steps >= 25:
+            self._enter(log)
+        mean = self.entry.get("loss", loss)
+        told = {"loss": f"{mean:.4f}", "skipped": self.progress.skipped}
+        if "residual/mean" in self.entry:
+            told["residual"] = f"{self.entry['residual/mean']:.1e}"
+        bar.set_postfix(told, refresh=False)
 
-    def _flush_history(self) -> None:
-        if self.since[1]:
-            self.progress.history.append((self.progress.images, self.since[0] / self.since[1]))
-            self.since = [0.0, 0.0]
+    def _enter(self, log: Log | None) -> None:
+        """Add to the history what has come together since the last entry."""
+        found = self.tally.entry()
+        if found:
+            rate = self.optimizer.param_groups[0]["lr"]
+            self.entry = {**found, "learning_rate": float(rate), "skipped": float(self.progress.skipped)}
+            self.progress.history.append((self.progress.images, found["loss"]))
+            if log:
+                log(self.entry, self.progress.images)
+        self.tally = Tally()
 
-    def _save(self, save: Callable[[Checkpoint], Any]) -> None:
-        self._flush_history()
+    def _show(self, show: Callable[[], Any]) -> float:
+        """Have samples shown; returns the seconds that it took."""
+        began = time.monotonic()
+        if self.accelerator.is_main_process:
+            show()
+        self.accelerator.wait_for_everyone()
+        self.tally.began += time.monotonic() - began
+        return time.monotonic() - began
+
+    def _save(self, save: Callable[[Checkpoint], Any], log: Log | None = None) -> None:
+        self._enter(log)
         if self.accelerator.is_main_process:
             save(self.checkpoint())
         self.saved = self.progress.images

@@ -168,6 +168,7 @@ def test_the_command_leaves_a_whole_run_and_never_overwrites_it(tmp_path, capsys
         "checkpoints",
         "config.json",
         "data.json",
+        "logs",
         "loss.png",
         "metrics.json",
         "samples.png",
