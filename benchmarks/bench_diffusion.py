@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks import diffusion_steps as steps
+from benchmarks import diffusion_tables
 from benchmarks.diffusion_steps import CPU, Scale
 from benchmarks.measure import paired, peak_bytes, provenance, ratio
 
@@ -97,6 +98,10 @@ TABLES: dict[str, Callable[[Scale, int], Any]] = {
         *(against_plain(claim, scale, repeats) for claim in CLAIMS),
         checkpointed_memory(scale),
     ],
+    "training step": diffusion_tables.training,
+    "sampling step": diffusion_tables.sampling,
+    "around the block": diffusion_tables.around_the_block,
+    "parameters": diffusion_tables.parameters,
 }
 
 

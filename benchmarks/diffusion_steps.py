@@ -38,11 +38,13 @@ XL = Scale(hidden=1152, heads=16, side=32, batch=8, device="cuda")
 
 
 def _drawn(network: N) -> N:
-    """The network with all weights drawn, so that no layer is the identity and the fixed-point layer contracts."""
+    """The network with all weights drawn, so that no layer is the identity. At hidden size 256 the fixed-point layer
+    then contracts as a trained one does: relative residual 0.2 after 3 iterations, 0.06 after 5, 0.002 after 10.
+    """
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in network.parameters():
-            p.copy_(torch.randn(p.shape, generator=source) * (0.1 if p.ndim == 1 else 0.5 * p[0].numel() ** -0.5))
+            p.copy_(torch.randn(p.shape, generator=source) * (0.1 if p.ndim == 1 else p[0].numel() ** -0.5))
     return network
 
 
@@ -117,22 +119,62 @@ def draw(network: FPDM, batch: Inputs, n: int, m: int) -> Callable[[], Tensor]:
     return ours(network, batch, n, JFB(m))
 
 
+def layer(network: FPDM, batch: Inputs) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """The fixed-point layer of this batch without a graph: f and where it starts."""
+    x, t, y = batch
+    with torch.no_grad():
+        h, t_emb, y_emb = _front(network, x, t, y)
+        prepared = network.prepare(h, t_emb + y_emb)
+    return lambda z: network.iteration(z, *prepared), h
+
+
+def _front(network: FPDM, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What comes before the fixed point, the time's vector and the label's."""
+    h, t_emb, y_emb = network.embed(x, t, y)
+    assert y_emb is not None
+    for block in network.blocks_pre:
+        h = block(h, y_emb)
+    return h, t_emb, y_emb
+
+
 def solved_by(network: FPDM, batch: Inputs, solve: Callable[..., Tensor]) -> Callable[[], Tensor]:
     """The prediction of an FPDM whose fixed point is found by solve(f, z0)."""
-    x, t, y = batch
 
     def predict() -> Tensor:
-        h, t_emb, y_emb = network.embed(x, t, y)
-        assert y_emb is not None
-        for block in network.blocks_pre:
-            h = block(h, y_emb)
-        injected, modulation = network.prepare(h, t_emb + y_emb)
-        z = solve(lambda z: network.iteration(z, injected, modulation), h)
+        h, t_emb, y_emb = _front(network, *batch)
+        prepared = network.prepare(h, t_emb + y_emb)
+        iteration = network._compiled or network.iteration
+        z = solve(lambda z: iteration(z, *prepared), h)
         for block in network.blocks_post:
             z = block(z, y_emb)
         return network.image(z, y_emb)
 
     return predict
+
+
+def floor(network: FPDM, batch: Inputs, iterations: int) -> Callable[[], Tensor]:
+    """The prediction by a bare loop: the time of the blocks and iterations themselves."""
+
+    def solve(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        for _ in range(iterations):
+            z = f(z)
+        return z
+
+    return solved_by(network, batch, solve)
+
+
+def captured(step: Step) -> Step:
+    """The step recorded once as one CUDA graph, and replayed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 def by_torchdeq(iterations: int, **options: Any) -> Callable[..., Tensor]:
@@ -153,4 +195,13 @@ ESTIMATORS: dict[str, tuple[int, AbstractGrad]] = {
     "Reversible": (BUDGET + 1, Reversible(on_drift="ignore")),
     "Unrolled": (BUDGET + 1, Unrolled()),
 }
-"""Evaluations before the estimator's own, and the estimator."""
+"""Evaluations before the estimator's own, and the estimator. All have 12 or 13 evaluations forward, Phantom 17; the
+draws of S-JFB are (6, 6.5) on the average and (12, 12) at worst.
+"""
+
+TORCHDEQ: dict[str, dict[str, Any]] = {
+    "JFB": {"grad": 1},
+    "Phantom": {"grad": 5, "tau": 0.5},
+    "IFT": {"ift": True, "b_max_iter": BUDGET, "b_tol": 1e-3, "b_stop_mode": "rel"},
+}
+"""torchdeq's options for the estimators that it has too."""

@@ -90,7 +90,7 @@ def paired(steps: Mapping[str, Callable[[], Any]], repeats: int, device: str = "
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for step in steps.values():
-        step()
+        step()  # what is made at the first call alone is not counted
     for i in range(repeats):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             times[name].append(seconds(steps[name], device))

@@ -1,16 +1,32 @@
 """Steps of FPDM and DiT (`pytest benchmarks`); `python -m benchmarks.bench_diffusion` writes the tables.
 
-What a step may cost against the same one written plainly is asserted here, on a CPU in its own time, paired.
+What a step may cost against the same one written plainly is asserted here, on a CPU in its own time, paired. The
+other steps are timed at a size for one core, and at XL/2 on a GPU.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import bench_diffusion, diffusion_steps
+from benchmarks import bench_diffusion, diffusion_steps, diffusion_tables
+from benchmarks.diffusion_steps import CPU, XL
+from benchmarks.measure import peak_bytes
+
+SCALES = [
+    pytest.param(CPU, id="CPU"),
+    *(
+        pytest.param(replace(XL, batch=batch, precision=precision), id=f"XL-{batch}-{precision}", marks=pytest.mark.gpu)
+        for precision in ("fp32", "bf16")
+        for batch in (8, 16, 32, 64, 128)
+    ),
+]
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(request):
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -19,10 +35,10 @@ def one_thread():
 
 @pytest.mark.parametrize("claim", bench_diffusion.CLAIMS, ids=lambda c: c.name)
 def test_against_the_plain_step(claim, benchmark):
-    pair = claim.pair(diffusion_steps.CPU)
+    pair = claim.pair(CPU)
     if not claim.tracked:
-        torch.testing.assert_close(pair["ours"](), pair["plain"](), rtol=1e-4, atol=1e-5)
-    found = bench_diffusion.against_plain(claim, diffusion_steps.CPU, repeats=9)
+        torch.testing.assert_close(pair["ours"](), pair["plain"](), rtol=1e-4, atol=1e-4)
+    found = bench_diffusion.against_plain(claim, CPU, repeats=9)
     benchmark.extra_info.update(found)
     benchmark.pedantic(pair["ours"], rounds=3)
     assert found["time ratio"]["median"] <= claim.time
@@ -30,12 +46,39 @@ def test_against_the_plain_step(claim, benchmark):
 
 
 def test_checkpointed_memory_against_dit(benchmark):
-    network, batch = (
-        diffusion_steps.fpdm(diffusion_steps.CPU, checkpointing=True),
-        diffusion_steps.inputs(diffusion_steps.CPU),
-    )
-    found = bench_diffusion.checkpointed_memory(diffusion_steps.CPU)
+    network, batch = diffusion_steps.fpdm(CPU, checkpointing=True), diffusion_steps.inputs(CPU)
+    found = bench_diffusion.checkpointed_memory(CPU)
     benchmark.extra_info.update(found)
-    step = diffusion_steps.training(network, diffusion_steps.draw(network, batch, 6, 6), diffusion_steps.CPU)
+    step = diffusion_steps.training(network, diffusion_steps.draw(network, batch, 6, 6), CPU)
     benchmark.pedantic(step, rounds=3)
     assert found["memory ratio"] <= found["memory limit"]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("row", diffusion_tables.TRAINED, ids=lambda row: row.name)
+def test_training_step(row, scale, benchmark):
+    benchmark.group = f"training step, {scale.device}, batch {scale.batch}, {scale.precision}"
+    try:
+        step = row.step(scale)
+        benchmark.extra_info["peak bytes"] = peak_bytes(step, scale.device)
+        benchmark.pedantic(step, rounds=3)
+    except torch.cuda.OutOfMemoryError:
+        pytest.skip(f"batch {scale.batch} does not fit")
+
+
+@pytest.mark.parametrize("scale", SCALES[:1] + [p for p in SCALES if "-8-" in str(p.id)])
+@pytest.mark.parametrize("iterations", [None, *diffusion_tables.SAMPLING])
+@pytest.mark.parametrize("mode", ["eager", "compiled", "graph"])
+def test_sampling_step(iterations, mode, scale, benchmark):
+    benchmark.group = f"sampling step, {scale.device}, {scale.precision}"
+    if mode == "graph" and scale.device == "cpu":
+        pytest.skip("needs a CUDA device")
+    network = (diffusion_steps.dit if iterations is None else diffusion_steps.fpdm)(scale)
+    batch = diffusion_steps.inputs(scale)
+    if mode != "eager":
+        network.compile_blocks()
+    options = {} if iterations is None else {"iterations": iterations}
+    step = diffusion_steps.sampling(lambda: network(*batch, **options), scale)
+    step = diffusion_steps.captured(step) if mode == "graph" else step
+    step()
+    benchmark.pedantic(step, rounds=3)
