@@ -135,13 +135,14 @@ class Judge:
         return point, solver.restart(point, memory, mask)
 
     def _mask(self, which: np.ndarray) -> Tensor:
-        return torch.from_numpy(which[self.rows]).to(self.layout.device).unsqueeze(1)
+        # CUDA stages pageable memory before it returns: such a copy neither waits for the device nor needs the array
+        return torch.from_numpy(which[self.rows]).to(self.layout.device, non_blocking=True).unsqueeze(1)
 
     def _best(self) -> Point:
         """The best points of `rows`."""
         if len(self.rows) == len(self.code):
             return Point(self.best_z, self.best_fz)
-        index = torch.from_numpy(self.rows).to(self.layout.device)
+        index = torch.from_numpy(self.rows).to(self.layout.device, non_blocking=True)
         return Point(self.best_z[index], self.best_fz[index])
 
     def compact(self) -> Tensor:
@@ -151,7 +152,7 @@ class Judge:
         self.running = None
         if self.plain is not None and self.guard is not None:
             self.plain = self._mask(self.guard.plain)
-        return torch.from_numpy(keep).to(self.layout.device)
+        return torch.from_numpy(keep).to(self.layout.device, non_blocking=True)
 
     def _read(self, look: _Look, calls: int) -> None:
         self._calls = calls
@@ -212,14 +213,14 @@ class Judge:
             return
         rows, point = look.rows, look.point
         if len(rows) < len(self.code):
-            which = torch.from_numpy(np.flatnonzero(better)).to(point.z.device)
-            into = torch.from_numpy(rows[better]).to(point.z.device)
+            which = torch.from_numpy(np.flatnonzero(better)).to(point.z.device, non_blocking=True)
+            into = torch.from_numpy(rows[better]).to(point.z.device, non_blocking=True)
             self.best_z = self.best_z.index_copy(0, into, point.z[which])
             self.best_fz = self.best_fz.index_copy(0, into, point.fz[which])
         elif better.all():
             self.best_z, self.best_fz = point.z, point.fz
         else:
-            mask = torch.from_numpy(better).to(point.z.device).unsqueeze(1)
+            mask = torch.from_numpy(better).to(point.z.device, non_blocking=True).unsqueeze(1)
             self.best_z = torch.where(mask, point.z, self.best_z)
             self.best_fz = torch.where(mask, point.fz, self.best_fz)
         kept = rows[better]
@@ -230,17 +231,17 @@ class Judge:
         converged = self.code == Result.CONVERGED
         value = self.best_fz
         if not image and converged.any():
-            mask = torch.from_numpy(converged).to(value.device).unsqueeze(1)
+            mask = torch.from_numpy(converged).to(value.device, non_blocking=True).unsqueeze(1)
             value = self.best_z if converged.all() else torch.where(mask, self.best_z, value)
         self.evals[self.code == _RUNNING] = self._calls
         code = np.where(self.code == _RUNNING, np.int8(Result.MAX_EVALS), self.code)
         device, dtype = value.device, value.dtype
         return Solution(
             value=self.layout.unpack(value),
-            residual=torch.from_numpy(self.residual).to(device, dtype),
-            result=torch.from_numpy(code).to(device),
-            evals=torch.from_numpy(self.evals).to(device),
-            trace=torch.from_numpy(np.stack(self.trace)).to(device, dtype) if trace else None,
+            residual=torch.from_numpy(self.residual).to(device, dtype, non_blocking=True),
+            result=torch.from_numpy(code).to(device, non_blocking=True),
+            evals=torch.from_numpy(self.evals).to(device, non_blocking=True),
+            trace=torch.from_numpy(np.stack(self.trace)).to(device, dtype, non_blocking=True) if trace else None,
             state=state,
         )
 

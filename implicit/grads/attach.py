@@ -72,6 +72,7 @@ class LinearSolve:
 _INEXACT = "The linear solve of the IFT backward pass failed for some samples, so their gradient is inexact."
 
 
+@torch.compiler.disable(recursive=True)  # dynamo cannot watch phi run
 def attach(phi: Callable[[Flat], Flat], z: Flat, solve: LinearSolve) -> Flat:
     """z, a fixed point of phi, as a differentiable function of all that phi closes over."""
     with torch.enable_grad():

@@ -103,6 +103,7 @@ class Reversible(AbstractGrad):
         )
 
 
+@torch.compiler.disable(recursive=True)  # dynamo cannot watch phi run
 def _first(phi: Phi, start: Flat) -> tuple[Flat, tuple[Tensor, ...]]:
     """phi(start) and what phi closes over, found by watching it make a graph, which is thrown away."""
     with torch.enable_grad(), Outside() as seen:

@@ -28,7 +28,8 @@ def put_difference(
     ring: Float[Tensor, "B K M"], slot: int, a: Float[Tensor, "B M"], b: Float[Tensor, "B M"]
 ) -> Float[Tensor, "B K M"]:
     """`ring` with row `slot` of every sample replaced by a - b."""
-    if torch.is_grad_enabled() and (ring.requires_grad or a.requires_grad or b.requires_grad):
+    recorded = torch.is_grad_enabled() and (ring.requires_grad or a.requires_grad or b.requires_grad)
+    if recorded or torch.compiler.is_compiling():  # dynamo has no out= that is a view
         return put(ring, slot, a - b)
     torch.sub(a, b, out=ring[:, slot])
     return ring

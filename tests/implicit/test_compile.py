@@ -1,0 +1,141 @@
+"""torch.compile: a solve of a fixed count is one graph, and one to a tolerance compiles once, however long it takes.
+
+Compiled in a process of its own, as users run it: dynamo cannot see through the type checks of the tests. The backend
+is "eager", which captures the same graphs as any other and makes no code of them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_iterate import SOLVERS
+from torch._dynamo.utils import counters
+
+from implicit import IFT, JFB, SHINE, AndersonGS, Broyden, Neumann, NewtonKrylov, Picard, Reversible, Stop, fixed_point
+from implicit.testing import problem
+
+COUNT = Stop(rtol=0, atol=0, max_evals=4)
+GRADS = {
+    type(g).__name__: g
+    for g in (
+        IFT(stop=COUNT, on_failure="ignore"),
+        JFB(2),
+        Neumann(2),
+        SHINE(),
+        Reversible(on_drift="ignore"),
+    )
+}
+COMPILED = {type(s).__name__: s for s in SOLVERS if not isinstance(s, NewtonKrylov)}  # which looks at every product
+TO_TOLERANCE = ["Picard", "AndersonGS"]
+X = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+def one_graph(solver):
+    """A fixed count: does it agree with the eager solve, and how many graphs and breaks are there?"""
+
+    def solve(z, x):
+        return fixed_point(lambda z, x: torch.tanh(0.5 * z) + x, z, x, solver=solver, stop=COUNT).value
+
+    with torch.no_grad():
+        got = torch.compile(solve, fullgraph=True, backend="eager")(torch.zeros(3, 4), X)
+        off = float((got - solve(torch.zeros(3, 4), X)).abs().max())
+    return {"off": off, "graphs": counters["stats"]["unique_graphs"], "breaks": len(counters["graph_break"])}
+
+
+def one_compilation(solver):
+    """A tolerance: frames compiled after each of three solves, and the evaluations they took."""
+
+    def solve(z, x, gain):
+        stop = Stop(rtol=1e-5, atol=0, max_evals=99)
+        found = fixed_point(lambda z, x: torch.tanh(gain * z) + x, z, x, solver=solver, stop=stop)
+        return found.value, found.evals
+
+    frames, evals, off = [], [], 0.0
+    run = torch.compile(solve, backend="eager")
+    with torch.no_grad():
+        for gain in map(torch.tensor, (0.1, 0.5, 0.9)):
+            value, count = run(torch.zeros(3, 4), X, gain)
+            off = max(off, float((value - solve(torch.zeros(3, 4), X, gain)[0]).abs().max()))
+            frames.append((counters["stats"]["unique_graphs"], counters["frames"]["total"]))
+            evals.append(int(count.max()))
+    return {"off": off, "frames": frames, "evals": evals}
+
+
+def gradient(grad):
+    """How far the gradient of a compiled solve is from that of the eager one."""
+    weight = torch.linspace(-0.4, 0.4, 16).view(4, 4).requires_grad_()
+
+    solver = Broyden() if isinstance(grad, SHINE) else Picard()
+
+    def loss(weight, x):
+        z0 = torch.zeros(3, 4)
+        found = fixed_point(lambda z, x: torch.tanh(z @ weight) + x, z0, x, solver=solver, grad=grad, stop=COUNT)
+        return found.value.square().sum()
+
+    (eager,) = torch.autograd.grad(loss(weight, X), weight)
+    (compiled,) = torch.autograd.grad(torch.compile(loss, backend="eager")(weight, X), weight)
+    return {"off": float((compiled - eager).norm() / eager.norm())}
+
+
+def map_alone(solver):
+    """A compiled map inside an eager solve."""
+    p = problem("tanh layers", torch.float32)
+    with torch.no_grad():
+        eager, found = (
+            fixed_point(f, p.z0, *p.args, solver=solver, stop=Stop(rtol=1e-5, atol=0))
+            for f in (p.map, torch.compile(p.map, backend="eager"))
+        )
+    off = float((found.value - eager.value).abs().max())
+    return {"off": off, "graphs": counters["stats"]["unique_graphs"]}
+
+
+def all_of_it():
+    jobs = [("one_graph", name, one_graph, s) for name, s in COMPILED.items()]
+    jobs += [("one_compilation", name, one_compilation, COMPILED[name]) for name in TO_TOLERANCE]
+    jobs += [("map_alone", "", map_alone, AndersonGS())]
+    jobs += [("gradient", name, gradient, grad) for name, grad in GRADS.items()]
+    results = {}
+    for kind, name, work, what in jobs:
+        torch._dynamo.reset()
+        counters.clear()
+        results[f"{kind} {name}"] = work(what)
+    return results
+
+
+@pytest.fixture(scope="module")
+def results():
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("solver", COMPILED)
+def test_a_fixed_count_is_one_graph_without_a_break(results, solver):
+    found = results[f"one_graph {solver}"]
+    assert found["off"] < 1e-6 and found["graphs"] == 1 and found["breaks"] == 0
+
+
+@pytest.mark.parametrize("solver", TO_TOLERANCE)
+def test_a_tolerance_compiles_once_however_long_the_solve(results, solver):
+    found = results[f"one_compilation {solver}"]
+    assert found["off"] < 1e-6 and len(set(found["evals"])) > 2
+    assert all(frames == found["frames"][0] for frames in found["frames"])
+
+
+def test_a_compiled_map_in_an_eager_solve_is_one_graph(results):
+    found = results["map_alone "]
+    assert found["off"] < 1e-5 and found["graphs"] == 1
+
+
+@pytest.mark.parametrize("grad", GRADS)
+def test_gradients_of_a_compiled_solve_are_those_of_the_eager_one(results, grad):
+    assert results[f"gradient {grad}"]["off"] < 1e-5
+
+
+if __name__ == "__main__":
+    print(json.dumps(all_of_it()))
