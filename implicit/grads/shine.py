@@ -32,12 +32,20 @@ class SHINE(AbstractGrad):
 
         u = H^T g,     dL/dtheta ~ u^T df/dtheta;     u = g for a sample with ||H^T g|| > fallback ||g||
 
-    Drops what the forward solve has not learnt of J: it knows secants along its own path, not the direction g, so the
-    bias is of the order of JFB's where the solve was short and falls as Broyden's memory fills. `refine` steps
-    u <- g + J^T u start from there and remove error by rho(J) each. Memory: one evaluation of f, and the solver's
-    history until the backward pass: bounded by its `memory`. Cost: one evaluation and 1 + `refine` vector-Jacobian
-    products. The starting state gets no gradient. When to use: Broyden forward, many evaluations, and a backward pass
-    that must cost next to nothing; measure it first.
+    Drops what the forward solve has not learnt of J: it knows secants along its own path, not the direction g. `refine`
+    steps u <- g + J^T u start from there and remove error by rho(J) each. Relative error of the gradient in float64,
+    Broyden(50) to 1e-8, by products v^T J (`Neumann` of as many in brackets):
+
+        layer (spectral radius)   0             1             2             5
+        tanh (0.32)               0.22 (0.33)   0.05 (0.10)   0.01 (0.03)   0.000 (0.001)
+        convolution (0.52)        0.33 (0.48)   0.12 (0.24)   0.05 (0.12)   0.003 (0.013)
+        adaLN (0.55)              0.29 (0.32)   0.09 (0.17)   0.06 (0.07)   0.007 (0.014)
+        tanh (0.94)               0.78 (0.78)   0.59 (0.59)   0.53 (0.54)   0.31 (0.31)
+
+    On the last layer the fallback is what is seen: without it 0.57 at no product. Memory: one evaluation of f, and the
+    solver's history until the backward pass: bounded by its `memory`. Cost: one evaluation, `refine` products v^T J
+    and one v^T df/dtheta. The starting state gets no gradient. When to use: Broyden forward, many evaluations, and a
+    backward pass that must cost next to nothing; with ``refine=1`` it is worth about two terms of the series.
 
     Source: Ramzi et al., "SHINE: SHaring the INverse Estimate from the forward pass for bi-level optimization and
     implicit models", ICLR 2022, arXiv 2106.00553, section 2 and the fallback of section 3.

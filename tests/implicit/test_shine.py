@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_layers import F64, dense_gradient, flat, layer, off
 
-from implicit import JFB, SHINE, Anderson, Broyden, Picard, Stop, fixed_point
+from implicit import JFB, SHINE, Anderson, Broyden, Neumann, Picard, Stop, fixed_point
 from implicit.iterate import PackedMap
 from implicit.solvers import Point
 from implicit.state import Layout
@@ -41,6 +41,56 @@ def test_against_a_solver_run_by_hand(solver):
     true = flat(torch.autograd.grad(f(point.fz, y), (*f.parameters(), y), u))
     stop = Stop(rtol=0, atol=0, max_evals=9)
     assert off(gradient(f, x, g, SHINE(fallback=None), solver, stop), true) < 1e-9
+
+
+def dense_broyden(f, x, evals, bad):
+    """Broyden with its matrix written out, sample by sample: the answer, and H after its secant.
+
+    The answer of a spent budget is f of the last z; the secant runs to it from the z before that.
+    """
+
+    def learn(h, s, y):
+        row = y if bad else s @ h
+        return h - torch.outer(s + h @ y, row) / (row @ y)
+
+    def residual(z, b):
+        return f(z, x[b]) - z
+
+    answers, matrices = [], []
+    for b in range(len(x)):
+        h, z = torch.eye(x.shape[1], dtype=F64), torch.zeros_like(x[b])
+        for _ in range(evals - 2):
+            new = z + h @ residual(z, b)
+            h, z = learn(h, new - z, residual(new, b) - residual(z, b)), new
+        answers.append(f(z + h @ residual(z, b), x[b]))
+        matrices.append(learn(h, answers[-1] - z, residual(answers[-1], b) - residual(z, b)))
+    return torch.stack(answers), torch.stack(matrices)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.parametrize("evals", [2, 3, 5, 10])
+def test_iterate_by_iterate_against_a_dense_broyden(evals, bad):
+    """u = H^T g with H the matrix that the forward solve has built, after every number of evaluations."""
+    f, x = layer("hard")
+    with torch.no_grad():
+        z, h = dense_broyden(f, x, evals, bad)
+    g = cotangent(x)
+    u = (h.mT @ g.unsqueeze(2)).squeeze(2)
+    y = x.detach().requires_grad_()
+    true = flat(torch.autograd.grad(f(z, y), (*f.parameters(), y), u))
+    stop = Stop(rtol=0, atol=0, max_evals=evals)
+    assert off(gradient(f, x, g, SHINE(fallback=None), Broyden(40, bad=bad), stop), true) < 1e-8
+
+
+@pytest.mark.parametrize("name", ["easy", "adaln", "hard"])
+def test_refining_is_worth_more_than_a_term_of_the_series(name):
+    """k products from H^T g against the k + 1 terms of `Neumann`, which take as many."""
+    f, x = layer(name)
+    g = cotangent(x)
+    true = dense_gradient(f, x, g)
+    for k in (0, 1, 2):
+        shine = off(gradient(f, x, g, SHINE(refine=k), Broyden()), true)
+        assert shine < 1.02 * off(gradient(f, x, g, Neumann(k + 1), Broyden()), true)
 
 
 def test_on_a_linear_map_broyden_learns_some_of_the_inverse():
