@@ -1,92 +1,194 @@
-"""Score a folder of samples: `python -m apps.diffusion.evaluate DIR`, where DIR is what `python -m
-apps.diffusion.sample` wrote.
+"""Score generated images: `python -m apps.diffusion.evaluate SAMPLES --reference DATA_OR_STATISTICS`.
 
-A classifier trained on real digits says how many samples show the class in their name, and how far (Fréchet
-distance on its features) they lie from the real training digits; beside it stand the same figures for real
-held-out digits.
+SAMPLES is what `python -m apps.diffusion.sample` wrote, any folder of pictures, or an .npz file with arr_0. The
+reference is the same, or `digits`, or statistics: those that --save wrote, or the .npz of the ADM evaluation suite.
+Fréchet distance, sFID, KID, precision and recall tell how far the two lie apart on the features of a network, the
+inception score how sure and how various its verdicts are; with digits and their classes, how many are right.
+Statistics of a reference are kept (in ~/.cache/implicit, by checksum of the pictures and of the network).
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-_NAME = re.compile(r"\d+-class-(\d+)\.png")
+    from .features import Extractor
+    from .reference import Statistics
+    from .sources import Source
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Score a folder of generated digits."""
+    """Score generated images against real ones."""
 
-    samples: Annotated[Path, tyro.conf.Positional]
-    """Folder of images named 00042-class-7.png."""
+    samples: Annotated[str, tyro.conf.Positional]
+    """Folder of pictures, or .npz file."""
+    reference: str = "digits"
+    """Folder of pictures, .npz file, statistics (.safetensors, .npz), digits or digits:held-out."""
+    features: Literal["digits", "inception"] = "digits"
+    """The network that looks: a classifier of digits, trained on the spot, or Inception where it is installed."""
+    weights: Path | None = None
+    """Inception's weights, where they are not in torch.hub's folder."""
+    size: int | None = None
+    """Crop and resize the pictures of folders to this side, as ADM does."""
+    nearest: int = 3
+    """Neighbours that precision and recall look at."""
+    save: Path | None = None
+    """Write the statistics of the reference to this .safetensors file too."""
+    cache: Path | None = None
+    """Folder where statistics of references are kept."""
+    device: str = "cpu"
+    """Where Inception computes, such as cpu or cuda."""
     json: bool = False
     """Print JSON instead of a table."""
+
+    def __post_init__(self) -> None:
+        if self.nearest < 1 or (self.size is not None and self.size < 1):
+            raise ValueError(f"--nearest and --size must be at least 1, got {self.nearest} and {self.size}.")
+        if self.save is not None and (self.save.suffix != ".safetensors" or self.save.exists()):
+            raise ValueError(f"--save {self.save} must be a new file whose name ends in .safetensors.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What can be said of a set of pictures; None where it cannot.
+
+    Attributes:
+        images: how many.
+        frechet: Fréchet distance of the pooled features; with Inception this is the FID. 0 is equal.
+        sfid: that of the spatial features.
+        kid: kernel distance, unbiased; with `kid_std` over subsets.
+        precision: share of the pictures that lie among the real ones, 0 to 1.
+        recall: share of the real ones that lie among the pictures, 0 to 1.
+        inception_score: how sure and how various the verdicts are, 1 to the number of classes; with its std.
+        accuracy: share of the pictures that show the class in their name, 0 to 1.
+    """
+
+    images: int
+    frechet: float
+    sfid: float | None = None
+    kid: float | None = None
+    kid_std: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    inception_score: float | None = None
+    inception_score_std: float | None = None
+    accuracy: float | None = None
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code: 0, or 2 for bad input."""
-    request = tyro.cli(Request, args=argv, prog="python -m apps.diffusion.evaluate")
     try:
-        x, y = read(request.samples)
-        from .data import digits
-        from .metrics import Judge
-
-        train, held_out = digits("train"), digits("held-out")
-        if tuple(x.shape[1:]) != train.shape:
-            raise ValueError(
-                f"These images are {tuple(x.shape[1:])}, and digits are {train.shape}; score samples of digits."
-            )
-        if int(y.max()) >= train.num_classes:
-            raise ValueError(
-                f"There are images of class {int(y.max())}, and digits have the classes 0 to {train.num_classes - 1}."
-            )
-        judge = Judge.of(train)
-        count = min(len(x), len(held_out))  # the distance is biased upwards with few images: compare equal numbers
-        scores = {"generated": judge.score(x, y), "real, held out": judge.score(held_out.x[:count], held_out.y[:count])}
+        request = tyro.cli(Request, args=argv, prog="python -m apps.diffusion.evaluate")
+        report = run(request)
     except ValueError as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
     if request.json:
-        print(
-            json.dumps({name.replace(", ", "_").replace(" ", "_"): asdict(s) for name, s in scores.items()}, indent=2)
-        )
-        return 0
-    print(f"{'':24}{'images':>8}{'right label':>14}{'Fréchet distance':>19}")
-    for name, score in scores.items():
-        print(f"{name:24}{score.images:8}{100 * score.accuracy:12.1f} %{score.frechet:19.2f}")
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
     return 0
 
 
-def read(folder: Path) -> tuple[Tensor, Tensor]:
-    """The images (n, C, H, W) in [-1, 1] and classes (n,) of a folder of samples.
+def run(request: Request) -> dict[str, Any]:
+    """{"generated": scores, "real_held_out": those of real digits, where these are the reference, "reference": its
+    provenance}.
 
     Raises:
-        ValueError: fewer than two images with a class in their name, or images of several sizes.
+        ValueError: what is no source of pictures, or does not fit the features or each other.
     """
-    import numpy as np
-    import torch
+    from .features import open_extractor
+    from .reference import cached, is_statistics, load, measure, save
+    from .sources import of_digits, open_source
 
-    from . import pictures
+    samples = open_source(request.samples, request.size)
+    if samples.count < 2:
+        raise ValueError(f"{samples.name} holds {samples.count} pictures; at least 2 are needed.")
+    known = is_statistics(Path(request.reference))
+    real = None if known else open_source(request.reference, request.size)
+    extractor = open_extractor(request.features, request.weights, request.device)
+    if real is None:
+        reference = load(Path(request.reference), extractor)
+    else:
+        reference = cached(real, extractor, request.cache)
+    report = {"generated": asdict(compare(samples, measure(samples, extractor), reference, extractor, request.nearest))}
+    if request.reference == "digits" and real is not None and real.name.startswith("digits"):
+        held_out = of_digits("held-out", samples.count)  # distances fall with the number of images: compare equal ones
+        scores = compare(held_out, measure(held_out, extractor), reference, extractor, request.nearest)
+        report["real_held_out"] = asdict(scores)
+    if request.save is not None:
+        save(reference, request.save)
+    return {**report, "reference": reference.provenance}
 
-    found = sorted((file, int(match[1])) for file in folder.glob("*.png") if (match := _NAME.fullmatch(file.name)))
-    if len(found) < 2:
-        raise ValueError(f"{folder} holds {len(found)} images named like 00042-class-7.png; at least 2 are needed.")
-    arrays = [np.asarray(pictures.read(file)) for file, _ in found]
-    if len({array.shape for array in arrays}) > 1:
-        raise ValueError(f"The images in {folder} have several sizes; give a folder of one sampling command.")
-    x = torch.from_numpy(np.stack(arrays)).float() / 127.5 - 1
-    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
-    return x, torch.tensor([y for _, y in found])
+
+def compare(source: Source, found: Statistics, reference: Statistics, extractor: Extractor, nearest: int = 3) -> Scores:
+    """The scores of a source with the statistics `found` against the reference.
+
+    Raises:
+        ValueError: statistics of other features, or classes that the extractor does not know.
+    """
+    from .metrics import frechet_distance
+    from .quality import inception_score, kernel_distance, precision_recall
+
+    if found.pooled.mean.shape != reference.pooled.mean.shape:
+        raise ValueError(
+            f"The reference has {len(reference.pooled.mean)} features and {extractor.name} has "
+            f"{len(found.pooled.mean)}; choose the --features that the reference was measured with."
+        )
+    scores: dict[str, Any] = {"frechet": frechet_distance(found.pooled, reference.pooled)}
+    if found.spatial is not None and reference.spatial is not None:
+        scores["sfid"] = frechet_distance(found.spatial, reference.spatial)
+    if found.features is not None and reference.features is not None:
+        scores["kid"], scores["kid_std"] = kernel_distance(found.features, reference.features)
+        if min(len(found.features), len(reference.features)) > nearest:
+            sides = precision_recall(found.features, reference.features, nearest)
+            scores["precision"], scores["recall"] = sides
+    if found.logits is not None:
+        scores["inception_score"], scores["inception_score_std"] = inception_score(found.logits)
+        if source.labels is not None and extractor.name == "digits":
+            known = found.logits.shape[1]
+            if int(source.labels.max()) >= known:
+                raise ValueError(
+                    f"{source.name} has pictures of class {int(source.labels.max())}, and digits have the classes 0 to "
+                    f"{known - 1}; choose --features inception for them."
+                )
+            scores["accuracy"] = float((found.logits.argmax(1) == source.labels).double().mean())
+    return Scores(images=source.count, **scores)
+
+
+_ROWS = {
+    "images": ("images", "{:.0f}"),
+    "accuracy": ("right label", "{:.1%}"),
+    "frechet": ("Fréchet distance", "{:.3f}"),
+    "sfid": ("spatial (sFID)", "{:.3f}"),
+    "kid": ("kernel (KID)", "{:.5f}"),
+    "precision": ("precision", "{:.3f}"),
+    "recall": ("recall", "{:.3f}"),
+    "inception_score": ("inception score", "{:.3f}"),
+}
+
+
+def _print(report: dict[str, Any]) -> None:
+    columns = {"generated": "generated", "real_held_out": "real, held out"}
+    shown = [name for name in columns if name in report]
+    print(f"{'':20}" + "".join(f"{columns[name]:>18}" for name in shown))
+    for key, (title, form) in _ROWS.items():
+        values = [report[name][key] for name in shown]
+        if any(value is not None for value in values):
+            cells = ["-" if value is None else form.format(value) for value in values]
+            print(f"{title:20}" + "".join(f"{cell:>18}" for cell in cells))
+    told = report["reference"]
+    print(
+        f"\nAgainst {told['data'].get('images', '')} images of {told['data']['name']}, on the features "
+        f"{told['features']['name']}. Distances are larger with fewer images: compare equal numbers."
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from sampling_process import one_of_two
 from torch.multiprocessing.spawn import spawn
 
-from apps.diffusion import checkpoint, evaluate, sample
+from apps.diffusion import checkpoint, sample
 from apps.diffusion import config as c
 from apps.diffusion.data import digits
 from apps.diffusion.pictures import columns_by_class, grid, loss_curve, read, to_pil
@@ -199,20 +199,6 @@ def test_guidance_changes_images_and_one_does_not(trained, tmp_path):
     assert call(trained, tmp_path / "default", "--num", "2") == 0
     none, strong, default = (contents(tmp_path / n) for n in ("none", "strong", "default"))
     assert none == default and none != strong
-
-
-def test_evaluate_scores_what_was_written(tmp_path, capsys):
-    held_out = digits("held-out")
-    for i, (x, y) in enumerate(zip(held_out.x, held_out.y.tolist(), strict=True)):
-        to_pil(x).save(tmp_path / f"{i:05d}-class-{y}.png")
-    x, y = evaluate.read(tmp_path)
-    assert torch.equal(y, held_out.y) and (x - held_out.x).abs().max() <= 1 / 255 + 1e-6
-    assert evaluate.main([str(tmp_path), "--json"]) == 0
-    scores = json.loads(capsys.readouterr().out)
-    assert scores["generated"]["accuracy"] == pytest.approx(scores["real_held_out"]["accuracy"], abs=0.004)
-    assert scores["generated"]["frechet"] == pytest.approx(scores["real_held_out"]["frechet"], abs=0.01)
-    assert evaluate.main([str(tmp_path / "nothing")]) == 2
-    assert "at least 2" in capsys.readouterr().err
 
 
 def test_pictures_hold_their_pixels():

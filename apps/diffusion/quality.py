@@ -1,0 +1,106 @@
+"""Scores of generated images on the features of a network, other than the Fréchet distance (metrics.py).
+
+Inception score (Salimans et al. 2016, arXiv 1606.03498), p(y|x) what a classifier says of the image x:
+
+    IS = exp( E_x KL(p(y|x) || p(y)) ),     1 (always the same verdict) to the number of classes
+
+Kernel distance, KID on Inception features (Binkowski et al. 2018, arXiv 1801.01401): the squared maximum mean
+discrepancy, unbiased, so that it may be negative, of the kernel k(x, y) = (x . y / D + 1)^3,
+
+    KID = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
+
+Precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991): a set's manifold is the union of balls about
+its points, each as large as the distance to its k-th nearest neighbour. Precision is the share of generated
+points within the manifold of the real ones, recall the share of real points within that of the generated.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROWS = 1024  # of a distance matrix at a time
+
+
+class Spread(NamedTuple):
+    """A mean over parts, and the standard deviation of the parts."""
+
+    mean: float
+    std: float
+
+
+def inception_score(logits: Tensor, splits: int = 10) -> Spread:
+    """IS from logits (n, classes), over `splits` parts in their order (fewer images than parts: one part)."""
+    scores = []
+    for part in logits.double().chunk(splits if len(logits) >= splits else 1):
+        log_p = part.log_softmax(1)
+        divergence = (log_p.exp() * (log_p - (log_p.logsumexp(0) - _log(len(part))))).sum(1)
+        scores.append(divergence.mean().exp())
+    return _spread(torch.stack(scores))
+
+
+def kernel_distance(x: Tensor, y: Tensor, subset: int = 1000, subsets: int = 100, seed: int = 0) -> Spread:
+    """KID of features x (n, D) and y (m, D): the mean over random subsets of `subset` images each.
+
+    Where neither set has more images than a subset, the sets as they are, once.
+
+    Raises:
+        ValueError: fewer than two images.
+    """
+    if min(len(x), len(y)) < 2:
+        raise ValueError("A kernel distance needs at least 2 images on either side; generate more.")
+    x, y = x.double(), y.double()
+    if max(len(x), len(y)) <= subset:
+        return Spread(float(_mmd(x, y)), 0.0)
+    draws = torch.Generator().manual_seed(seed)
+    size = min(subset, len(x), len(y))
+    found = []
+    for _ in range(subsets):
+        chosen = (a[torch.randperm(len(a), generator=draws)[:size]] for a in (x, y))
+        found.append(_mmd(*chosen))
+    return _spread(torch.stack(found))
+
+
+def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
+    """Precision and recall of features (n, D) against features (m, D).
+
+    Raises:
+        ValueError: no more than k images on one side.
+    """
+    if min(len(generated), len(real)) <= k:
+        raise ValueError(f"Precision and recall need more than {k} images on either side; generate more.")
+    generated, real = generated.double(), real.double()
+    return _covered(generated, real, k), _covered(real, generated, k)
+
+
+def _covered(points: Tensor, centres: Tensor, k: int) -> float:
+    """The share of points within the manifold of the centres."""
+    radii = torch.cat([_squared(rows, centres).kthvalue(k + 1, dim=1).values for rows in centres.split(ROWS)])
+    inside = [(_squared(rows, centres) <= radii).any(1) for rows in points.split(ROWS)]
+    return float(torch.cat(inside).double().mean())
+
+
+def _squared(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distances (n, m)."""
+    return ((x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T).clamp_min(0)
+
+
+def _mmd(x: Tensor, y: Tensor) -> Tensor:
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a: Tensor) -> Tensor:
+        own = kernel(a, a)
+        return (own.sum() - own.diagonal().sum()) / (len(a) * (len(a) - 1))
+
+    return within(x) + within(y) - 2 * kernel(x, y).mean()
+
+
+def _spread(values: Tensor) -> Spread:
+    return Spread(float(values.mean()), float(values.std(correction=0)))
+
+
+def _log(n: int) -> float:
+    return float(torch.tensor(float(n), dtype=torch.float64).log())

@@ -1,0 +1,296 @@
+"""The command that scores: pictures from anywhere, statistics with their provenance, and what is refused."""
+
+import json
+import sys
+import types
+from typing import Any
+
+import numpy as np
+import picture_files as pf
+import pytest
+import torch
+from torch import nn
+
+from apps.diffusion import evaluate, features, reference, sources
+from apps.diffusion.data import digits
+from apps.diffusion.metrics import Gaussian, frechet_distance
+from apps.diffusion.pictures import to_pil
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The held-out digits as samples, and the same as an .npz file."""
+    root = tmp_path_factory.mktemp("samples")
+    held_out = digits("held-out")
+    for i, (x, y) in enumerate(zip(held_out.x, held_out.y.tolist(), strict=True)):
+        to_pil(x).save(root / f"{i:05d}-class-{y}.png")
+    (root / "settings.json").write_text("{}")
+    to_pil(held_out.x[0]).resize((64, 64)).save(root / "grid.png")
+    grey = ((held_out.x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    np.savez(root.parent / "held-out.npz", arr_0=grey.repeat(3, axis=3), arr_1=held_out.y.numpy())
+    return root
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "implicit" / "statistics"
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return features.Digits.of(epochs=4)
+
+
+@pytest.fixture
+def quick(judge, monkeypatch):
+    """The command's judge is this one, soon trained."""
+    monkeypatch.setattr(features.Digits, "of", lambda: judge)
+    return judge
+
+
+class Pixels:
+    """Features that are the pixels, by a known matrix; verdicts by their sign."""
+
+    name, digest = "pixels", "1"
+
+    def __call__(self, pictures):
+        x = pictures.float().flatten(1) / 127.5 - 1
+        return features.Looked(x, x[:, :3], 10 * x[:, :2])
+
+
+def source(x, name="here", labels=None):
+    return sources.Source(name, len(x), labels, f"{name} {float(x.double().sum())}", lambda: iter(x.split(50)))
+
+
+def test_samples_are_scored_against_real_digits(folder, quick, capsys):
+    """As a folder, as an archive, and as the data themselves: the same pictures, the same scores."""
+    assert evaluate.main([str(folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    generated, real = report["generated"], report["real_held_out"]
+    assert generated == real and generated["images"] == 300
+    assert generated["accuracy"] > 0.9 and generated["frechet"] < 0.3 and generated["sfid"] < 2
+    assert 0.8 < generated["precision"] <= 1 and 0.8 < generated["recall"] <= 1
+    assert 4 < generated["inception_score"] <= 10 and abs(generated["kid"]) < 0.2
+    assert report["reference"]["data"]["images"] == 1497 and len(report["reference"]["features"]["sha256"]) == 64
+    assert evaluate.main([str(folder.parent / "held-out.npz"), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)["generated"]
+    assert all(again[name] == pytest.approx(value, rel=1e-4) for name, value in generated.items())
+
+
+def test_a_table_of_spoilt_samples(folder, quick, capsys, tmp_path):
+    held_out = digits("held-out")
+    noise = torch.randn(held_out.x.shape, generator=torch.Generator().manual_seed(0))
+    for i, x in enumerate(held_out.x + 0.7 * noise):
+        to_pil(x).save(tmp_path / f"{i:05d}.png")  # without classes
+    assert evaluate.main([str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "right label" in told and "1497 images of digits (train), on the features digits" in told
+    row = next(line for line in told.splitlines() if line.startswith("Fréchet"))
+    assert float(row.split()[-2]) > 3 * float(row.split()[-1])
+    assert next(line for line in told.splitlines() if line.startswith("right")).split()[2] == "-"
+
+
+def test_statistics_are_kept_by_the_checksum_of_data_and_network(folder, quick, cache, monkeypatch):
+    there = sources.open_source(str(folder))
+    first = reference.cached(there, quick)
+    (file,) = cache.iterdir()
+    monkeypatch.setattr(reference, "measure", lambda *a: pytest.fail("measured again"))
+    again = reference.cached(sources.open_source(str(folder)), quick)
+    assert again.provenance == first.provenance and again.features is not None and again.spatial is not None
+    assert torch.equal(again.pooled.cov, first.pooled.cov)
+    assert first.features is not None and torch.equal(again.features, first.features)
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parents[1]))
+    pf.truncate(file)
+    assert torch.equal(reference.cached(there, quick).pooled.mean, first.pooled.mean)
+    reference.cached(there, Pixels())
+    reference.cached(sources.of_digits("held-out", 50), quick)
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_a_picture_that_changes_is_other_data(tmp_path):
+    pf.tree(tmp_path)
+    first = sources.open_source(str(tmp_path), size=16)
+    assert sources.open_source(str(tmp_path), size=16).digest == first.digest and first.count == 15
+    assert [tuple(b.shape) for b in first.batches()] == [(15, 3, 16, 16)] and first.labels is None
+    assert sources.open_source(str(tmp_path), size=8).digest != first.digest
+    pf.save(tmp_path / "cat" / "0.png", pf.picture(123))
+    assert sources.open_source(str(tmp_path), size=16).digest != first.digest
+
+
+def test_moments_are_those_of_all_rows():
+    rows = 1e3 + torch.randn(100, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0, 0.1, 5.0])
+    moments = reference.Moments()
+    for part in rows.split(13):
+        moments.add(part)
+    found = moments.gaussian()
+    np.testing.assert_allclose(found.mean.numpy(), rows.double().mean(0).numpy(), rtol=1e-12)
+    np.testing.assert_allclose(found.cov.numpy(), np.cov(rows.double().numpy(), rowvar=False), rtol=1e-9)
+
+
+def test_known_gaussians_have_their_known_distance():
+    """Features drawn from two normal distributions in one corner of the pixels' range, 8 bits fine."""
+    g = torch.Generator().manual_seed(0)
+    means, stds = torch.tensor([[0.0, 0.1, 0.0, -0.2], [0.3, 0.0, 0.1, 0.2]]), torch.tensor([0.1, 0.25])
+    x = [m + s * torch.randn(5_000, 4, generator=g) for m, s in zip(means, stds, strict=True)]
+    bytes_ = [((a.clamp(-1, 1) + 1) * 127.5).round().byte().view(-1, 1, 2, 2) for a in x]
+    a, b = (reference.measure(source(v, str(i)), Pixels(), kept=500) for i, v in enumerate(bytes_))
+    expected = float(((means[0] - means[1]) ** 2).sum()) + 4 * 0.15**2
+    assert frechet_distance(a.pooled, b.pooled) == pytest.approx(expected, rel=0.05)
+    scores = evaluate.compare(source(bytes_[0]), a, b, Pixels())
+    assert scores.frechet == frechet_distance(a.pooled, b.pooled) and scores.images == 5_000
+    assert scores.sfid == pytest.approx(0.09 + 0.01 + 0.01 + 3 * 0.15**2, rel=0.05)
+    assert a.features is not None and a.features.shape == (500, 4) and scores.accuracy is None
+
+
+def test_saved_statistics_and_published_ones(folder, quick, tmp_path, capsys):
+    kept = tmp_path / "real.safetensors"
+    assert evaluate.main([str(folder), "--reference", "digits", "--save", str(kept), "--json"]) == 0
+    direct = json.loads(capsys.readouterr().out)
+    assert evaluate.main([str(folder), "--reference", str(kept), "--json"]) == 0
+    loaded = json.loads(capsys.readouterr().out)
+    assert loaded == {name: direct[name] for name in ("generated", "reference")}
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([str(folder), "--save", str(kept)])
+    held = reference.load(kept, quick)
+    published = tmp_path / "published.npz"
+    np.savez(published, mu=held.pooled.mean.numpy(), sigma=held.pooled.cov.numpy(), arr_0=np.zeros((2, 8, 8, 3), "u1"))
+    capsys.readouterr()
+    assert evaluate.main([str(folder), "--reference", str(published), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)["generated"]
+    assert scores["frechet"] == pytest.approx(direct["generated"]["frechet"]) and scores["kid"] is None
+    changed = reference.Statistics(
+        {**held.provenance, "features": {"name": "digits", "sha256": "0"}}, held.pooled, None, None
+    )
+    reference.save(changed, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="with other weights"):
+        reference.load(tmp_path / "other.safetensors", quick)
+
+
+def arrange(what, folder, root) -> list[str]:
+    """Arguments that the command must refuse."""
+    if what == "nowhere":
+        return [str(root / "nowhere")]
+    if what in ("empty", "one"):
+        (root / "a").mkdir()
+        if what == "one":
+            to_pil(torch.zeros(1, 8, 8)).save(root / "a" / "00000.png")
+        return [str(root / "a")]
+    if what == "sizes":
+        pf.tree(root / "a")
+        return [str(root / "a")]
+    if what == "large":
+        pf.tree(root / "a")
+        return [str(root / "a"), "--size", "16"]
+    if what == "cut":
+        for i in range(3):
+            to_pil(torch.zeros(1, 8, 8)).save(root / f"0000{i}.png")
+        pf.truncate(root / "00001.png", 0.6)
+        return [str(root)]
+    if what == "classes":
+        for i in range(3):
+            to_pil(torch.zeros(1, 8, 8)).save(root / f"0000{i}-class-11.png")
+        return [str(root)]
+    if what == "latents":
+        (root / "index.json").write_text("{}")
+        return [str(folder), "--reference", str(root)]
+    if what == "archive":
+        np.savez(root / "a.npz", arr_0=np.zeros((3, 8, 8)))
+        return [str(root / "a.npz")]
+    if what == "pickle":
+        np.savez(root / "a.npz", mu=np.array([{}], dtype=object), sigma=np.eye(2))
+        return [str(folder), "--reference", str(root / "a.npz")]
+    if what == "statistics":
+        (root / "a.safetensors").write_bytes(b"not tensors")
+        return [str(folder), "--reference", str(root / "a.safetensors")]
+    if what == "features":
+        np.savez(root / "a.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+        return [str(folder), "--reference", str(root / "a.npz")]
+    if what == "weights":
+        return [str(folder), "--weights", "x.pth"]
+    return [str(folder), "--features", "inception"]
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("nowhere", "neither a folder of pictures"),
+        ("empty", "holds no images"),
+        ("one", "at least 2"),
+        ("sizes", "crop them all with --size"),
+        ("large", "choose --features inception"),
+        ("cut", "00001.png cannot be read"),
+        ("classes", "digits have the classes 0 to 9"),
+        ("latents", "give the pictures that they were made from"),
+        ("archive", "pictures are uint8"),
+        ("pickle", "holds no statistics"),
+        ("statistics", "holds no statistics"),
+        ("features", "has 2048 features and digits has 32"),
+        ("weights", "--weights are for --features inception"),
+        ("inception", "pip install"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(what, words, folder, quick, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as where it is not installed
+    assert evaluate.main(arrange(what, folder, tmp_path)) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("evaluate: ") and words in told
+
+
+class Network(nn.Module):
+    """Stands for torch-fidelity's Inception: the names that we use, and small tensors behind them."""
+
+    def __init__(self, name, wanted, weights):
+        super().__init__()
+        assert wanted == ["2048", "logits_unbiased"]
+        self.Mixed_6d = nn.Module()
+        self.Mixed_6d.branch1x1 = nn.Conv2d(3, 9, 3)
+        self.fc = nn.Linear(9, 4, bias=False)
+        self.load_state_dict(torch.load(weights))
+
+    def forward(self, x):
+        assert x.dtype == torch.uint8 and x.shape[1] == 3
+        pooled = self.Mixed_6d.branch1x1(x.float()).mean((2, 3))  # pyright: ignore
+        return pooled, self.fc(pooled)
+
+
+def test_inception_by_torch_fidelity(tmp_path, monkeypatch):
+    package, module = (
+        types.ModuleType("torch_fidelity"),
+        types.ModuleType("torch_fidelity.feature_extractor_inceptionv3"),
+    )
+    module.FeatureExtractorInceptionV3 = Network  # pyright: ignore
+    monkeypatch.setitem(sys.modules, "torch_fidelity", package)
+    monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(ValueError, match="not installed: there is no"):
+        features.open_extractor("inception")
+    (tmp_path / "checkpoints").mkdir()
+    file = tmp_path / "checkpoints" / features.INCEPTION
+    for content in ({"Mixed_6d": print}, {"weight": torch.zeros(1)}):
+        torch.save(content, file)
+        with pytest.raises(ValueError, match="holds no weights"):
+            features.open_extractor("inception")
+    conv, fc = nn.Conv2d(3, 9, 3), nn.Linear(9, 4, bias=False)
+    held: dict[str, Any] = {f"Mixed_6d.branch1x1.{k}": v for k, v in conv.state_dict().items()}
+    torch.save({**held, "fc.weight": fc.weight}, file)
+    inception = features.open_extractor("inception")
+    grey = torch.randint(256, (5, 1, 6, 6), dtype=torch.uint8)
+    looked = inception(grey)
+    maps = conv(grey.expand(-1, 3, -1, -1).float())
+    assert looked.spatial is not None and looked.logits is not None
+    torch.testing.assert_close(looked.pooled, maps.mean((2, 3)))
+    torch.testing.assert_close(looked.spatial, maps[:, :7].flatten(1))
+    torch.testing.assert_close(looked.logits, maps.mean((2, 3)) @ fc.weight.T)
+    assert not looked.pooled.requires_grad and len(inception.digest) == 64
+
+
+def test_equal_gaussians_of_few_pictures():
+    x = torch.randint(256, (9, 1, 2, 2), dtype=torch.uint8)
+    same = reference.measure(source(x), Pixels())
+    scores = evaluate.compare(source(x), same, same, Pixels())
+    assert scores.frechet == pytest.approx(0, abs=1e-9) and (scores.precision, scores.recall) == (1, 1)
+    few = reference.measure(source(x[:3]), Pixels())
+    assert evaluate.compare(source(x[:3]), few, same, Pixels()).precision is None
+    assert isinstance(same.pooled, Gaussian)
