@@ -116,21 +116,42 @@ def gradient_bias(tables: Mapping[str, GradientBias], ax: "Axes | None" = None) 
         tables: label -> what `implicit.diagnostics.gradient_bias` returned; one colour each.
         ax: where to draw; default a new figure.
     """
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     ax = _axes(ax)
-    timed = all(not math.isnan(r.time) for t in tables.values() for r in t.rows if not math.isnan(r.error))
-    for i, (label, table) in enumerate(tables.items()):
-        rows = [r for r in table.rows if not math.isnan(r.error)]
-        cost = [r.time if timed else r.products for r in rows]
-        ax.plot(cost, [max(r.error, 1e-16) for r in rows], "o", color=f"C{i}", label=label)
-        for x, r in zip(cost, rows, strict=True):
-            ax.annotate(r.name, (x, max(r.error, 1e-16)), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    kept = {name: [r for r in table.rows if not math.isnan(r.error)] for name, table in tables.items()}
+    timed = not any(math.isnan(r.time) for rows in kept.values() for r in rows)
+    dots: list[tuple[str, float, float]] = []
+    for name, rows in kept.items():
+        new = [(r.name, r.time if timed else r.products, max(r.error, 1e-16)) for r in rows]
+        ax.plot([x for _, x, _ in new], [y for _, _, y in new], "o", label=name)
+        dots += new
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.margins(x=0.2, y=0.1)
+    ax.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    _name_dots(ax, dots)
     ax.set_xlabel("time of forward and backward / forward" if timed else "vector-Jacobian products")
     ax.set_ylabel("relative error of the gradient")
     ax.grid(True, which="major", alpha=0.3)
-    ax.legend()
+    if len(tables) > 1:
+        ax.legend()
     return ax
+
+
+def _name_dots(ax: "Axes", dots: list[tuple[str, float, float]]) -> None:
+    """Write each dot's name beside it, moved down where it would cover another's."""
+    per_point = ax.get_figure(root=True).dpi / 72  # pyright: ignore[reportOptionalMemberAccess]: drawn axes have one
+    taken: list[tuple[float, float, float]] = []  # left, right and height of the names so far, in points
+    for name, x, y in sorted(dots, key=lambda dot: -dot[2]):
+        left, height = ax.transData.transform((x, y)) / per_point
+        width, at = 4.2 * len(name), height
+        while any(left < r and left + width > l and abs(at - h) < 8 for l, r, h in taken):
+            at -= 1
+        taken.append((left, left + width, at))
+        ax.annotate(name, (x, y), xytext=(5, at - height - 2), textcoords="offset points", fontsize=7)
 
 
 def _axes(ax: "Axes | None") -> "Axes":

@@ -1,16 +1,11 @@
 """How far is each gradient estimator from the exact gradient, on your layer and your batch, and what does it cost?
 
-Setting: z* = f(z*, theta), J = df/dz at z*, g = dL/dz*. The truth that estimators are compared with is
-
-    dL/dtheta = u^T df/dtheta,     (I - J^T) u = g
-
-at a z* solved as far as its dtype goes. Where the samples are small, J is formed and the system solved directly, in
-float64; elsewhere u is iterated to the same end. Neither uses an estimator.
+The truth that they are compared with is `implicit.diagnostics.exact_gradient`.
 """
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from functools import partial
 from typing import Any
 
@@ -19,18 +14,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit.diagnostics.bias_table import BiasRow, GradientBias
-from implicit.diagnostics.meter import Measured, flat, measure, paced
+from implicit.diagnostics.exact_gradient import Loss, exact_gradient
+from implicit.diagnostics.meter import Measured, measure, paced
 from implicit.fixed_point import fixed_point
 from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, Reversible, StochasticJFB, Unrolled
 from implicit.grads.outside import Outside
-from implicit.iterate import Map, PackedMap, Stop, iterate
-from implicit.solution import NotConverged, Result, Solution
+from implicit.iterate import Map, Stop
+from implicit.solution import Result, Solution
 from implicit.solvers import AbstractSolver, AndersonGS
-from implicit.state import Flat, Layout, State, map_tensors, norm
-
-Loss = Callable[[State], Tensor]
-
-_DENSE = 2**23  # numbers in all samples' Jacobians up to which they are formed
+from implicit.state import Layout, State, map_tensors
 
 
 def every_estimator() -> list[AbstractGrad]:
@@ -95,7 +87,7 @@ def gradient_bias(
     loss = loss or partial(_projection, layout)
     solver, stop = solver or AndersonGS(), stop or Stop()
     how: dict[str, Any] = dict(solver=solver, stop=stop, batch_dims=batch_dims)
-    truth, kind = _truth(f, z0, args, wanted, loss, solver, layout)
+    truth, kind = exact_gradient(f, z0, args, wanted, loss, solver, layout)
     if not truth.norm() > 0:
         raise ValueError("The gradient is 0: the loss must depend on params through the solution.")
 
@@ -176,72 +168,6 @@ def _projection(layout: Layout, value: State) -> Tensor:
     z = layout.pack(value)
     v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
     return (v * z).sum(dim=1).mean() / z.shape[1] ** 0.5
-
-
-def _truth(
-    f: Map,
-    z0: State,
-    args: tuple[Any, ...],
-    wanted: tuple[Tensor, ...],
-    loss: Loss,
-    solver: AbstractSolver[Any],
-    layout: Layout,
-) -> tuple[Float[Tensor, " n"], str]:
-    """The exact gradient, and how it was found."""
-    tight = Stop(rtol=2 * layout.eps, atol=0, max_evals=2000)
-    with torch.no_grad():
-        solved = fixed_point(f, z0, *args, solver=solver, stop=tight, batch_dims=layout.batch_dims)
-        z = layout.pack(solved.value)
-        off = _accepted(solved.residual / norm(z), layout, "solution")
-    with torch.enable_grad():
-        x = z.detach().requires_grad_()
-        y = PackedMap(f, args, layout)(x)
-        end = z.detach().requires_grad_()
-        total = loss(layout.unpack(end))
-        g, *direct = torch.autograd.grad(total, (end, *wanted), allow_unused=True)
-
-    def act(v: Flat) -> Flat:
-        (pulled,) = torch.autograd.grad(y, x, v, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(v) if pulled is None else pulled
-
-    g = torch.zeros_like(z) if g is None else g
-    dense = z.shape[0] * z.shape[1] ** 2 <= _DENSE
-    u = _directly(act, g) if dense else _iterated(act, g, replace(tight, rtol=4 * layout.eps), layout)
-    through = torch.autograd.grad(y, wanted, u.to(y.dtype), allow_unused=True)
-    kind = "a dense linear solve" if dense else "an iterated linear solve"
-    return flat(direct, wanted) + flat(through, wanted), f"{kind} at a solution of relative residual {off:.0e}"
-
-
-def _directly(act: Callable[[Flat], Flat], g: Flat) -> Flat:
-    """(I - J^T) u = g by elimination, J from N products."""
-    n = g.shape[1]
-    columns = []
-    for i in range(n):
-        e = torch.zeros_like(g)
-        e[:, i] = 1
-        columns.append(act(e))
-    transposed = torch.stack(columns, dim=2).double()  # (B, N, N), column i is J^T e_i
-    eye = torch.eye(n, dtype=torch.float64, device=g.device)
-    return torch.linalg.solve(eye - transposed, g.double().unsqueeze(2)).squeeze(2).to(g.dtype)
-
-
-def _iterated(act: Callable[[Flat], Flat], g: Flat, stop: Stop, layout: Layout) -> Flat:
-    """u = g + J^T u, by iteration, free of the scale of g."""
-    size = norm(g).clamp_min(torch.finfo(g.dtype).tiny).unsqueeze(1)
-    with torch.no_grad():
-        solved = iterate(lambda u: g / size + act(u), g / size, AndersonGS(60), stop)
-    _accepted(solved.residual / norm(solved.value).clamp_min(1), layout, "linear system for the exact gradient")
-    return solved.value * size
-
-
-def _accepted(relative: Tensor, layout: Layout, what: str) -> float:
-    worst, most = float(relative.max()), layout.eps**0.5
-    if not worst <= most:
-        raise NotConverged(
-            f"The {what} was found to a relative residual of {worst:.1g} only, and {most:.0e} is needed to judge "
-            "estimators: use a stronger solver, or a layer that has a fixed point."
-        )
-    return worst
 
 
 def _labelled(estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad]) -> dict[str, AbstractGrad]:
