@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import implicit
 
@@ -134,8 +137,20 @@ def solver(config: c.Solver) -> implicit.AbstractSolver[Any]:
             return implicit.Picard(damping=config.damping)
         case c.Anderson():
             return implicit.Anderson(memory=config.memory, damping=config.damping)
+        case c.AndersonGS():
+            return implicit.AndersonGS(memory=config.memory)
         case c.Broyden():
             return implicit.Broyden(memory=config.memory)
+        case c.NewtonKrylov():
+            return implicit.NewtonKrylov(inner=config.inner, forcing=config.forcing)
+
+
+def attention(config: c.Config) -> AbstractContextManager[Any]:
+    """How attention is computed in training: plainly for NewtonKrylov, which differentiates f twice, as PyTorch's fused
+    kernels cannot be.
+    """
+    twice = config.model.kind == "fpdm" and isinstance(config.solver, c.NewtonKrylov)
+    return sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
 
 
 def grad(config: c.Grad, seed: int, images: int) -> implicit.AbstractGrad:
@@ -148,9 +163,18 @@ def grad(config: c.Grad, seed: int, images: int) -> implicit.AbstractGrad:
         case c.JFB():
             return implicit.JFB(config.steps)
         case c.IFT():
-            return implicit.IFT()
+            linear = None if config.rtol is None else implicit.Stop(rtol=config.rtol, atol=0.0, max_evals=200)
+            return implicit.IFT(stop=linear, on_failure=config.on_failure)
+        case c.Phantom():
+            return implicit.Phantom(config.steps, config.damping)
+        case c.Neumann():
+            return implicit.Neumann(config.terms)
+        case c.SHINE():
+            return implicit.SHINE(config.refine, config.fallback)
+        case c.Reversible():
+            return implicit.Reversible(config.beta, config.on_drift, config.tolerance)
         case c.Unrolled():
-            return implicit.Unrolled()
+            return implicit.Unrolled(config.checkpoint)
 
 
 def stop(config: c.Stop) -> implicit.Stop:

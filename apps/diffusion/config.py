@@ -18,14 +18,21 @@ from .limits import at_least, within
 from .plain import from_plain, to_plain
 from .solving import IFT as IFT
 from .solving import JFB as JFB
+from .solving import SHINE as SHINE
 from .solving import Anderson as Anderson
+from .solving import AndersonGS as AndersonGS
 from .solving import Broyden as Broyden
 from .solving import Grad as Grad
+from .solving import Neumann as Neumann
+from .solving import NewtonKrylov as NewtonKrylov
+from .solving import Phantom as Phantom
 from .solving import Picard as Picard
+from .solving import Reversible as Reversible
 from .solving import Solver as Solver
 from .solving import StochasticJFB as StochasticJFB
 from .solving import Stop as Stop
 from .solving import Unrolled as Unrolled
+from .solving import check_pair
 
 Kind = Literal["fpdm", "dit"]
 Size = Literal["tiny", "S", "B", "L", "XL"]
@@ -250,6 +257,8 @@ class Config:
     def __post_init__(self) -> None:
         at_least(self, 0, "seed")
         at_least(self, 1, "checkpoint_every", "keep", "threads", "sample_every")
+        if self.model.kind == "fpdm":
+            check_pair(self.grad, self.solver)
         if self.schedule.zero_snr and self.sampling.spacing == "leading":
             raise ValueError(
                 "Sampling.spacing = leading never visits the last timestep, where Schedule.zero_snr makes "

@@ -6,6 +6,7 @@ A field here has the meaning and the default of the object of `implicit` by the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from .limits import at_least, within
 
@@ -36,6 +37,17 @@ class Anderson:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AndersonGS:
+    """Anderson acceleration by Gram-Schmidt, with a long memory."""
+
+    memory: int = 30
+    """Pairs that are kept."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "memory")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Broyden:
     """Broyden's method with a limited memory."""
 
@@ -44,6 +56,20 @@ class Broyden:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewtonKrylov:
+    """Newton's method, each step by GMRES."""
+
+    inner: int = 40
+    """Most Jacobian-vector products of a step."""
+    forcing: float = 0.01
+    """Relative residual of the linear problem that ends a step."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "inner")
+        within(self, 0, 1, "forcing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +101,79 @@ class JFB:
 class IFT:
     """The exact gradient, by the implicit function theorem."""
 
+    rtol: float | None = None
+    """Relative tolerance of the linear problem in the backward pass; left out, that of the arithmetic."""
+    on_failure: Literal["warn", "raise", "ignore"] = "warn"
+    """What to do when it does not converge."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "rtol")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phantom:
+    """Solve without a graph, then backpropagate through a few damped steps."""
+
+    steps: int = 5
+    """Steps with a graph."""
+    damping: float = 0.5
+    """Share of the old iterate that they keep."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps")
+        within(self, 0, 1, "damping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neumann:
+    """The first terms of the inverse's series, in the memory of one evaluation."""
+
+    terms: int = 5
+    """Terms of the series."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "terms")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SHINE:
+    """The forward solver's own estimate of the inverse; needs one that remembers (anderson, anderson-gs, broyden)."""
+
+    refine: int = 0
+    """Fixed-point steps on top of the estimate."""
+    fallback: float | None = 1.3
+    """Largest growth of a sample's gradient before it falls back to JFB's; None: never."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "refine")
+        if self.fallback is not None and not self.fallback > 0:
+            raise ValueError(f"SHINE.fallback must be positive or None, got {self.fallback}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reversible:
+    """A reversible iteration of its own, run backwards in the backward pass; leave the solver at picard."""
+
+    beta: float = 0.5
+    """Share of the new value in a step."""
+    on_drift: Literal["warn", "raise", "ignore"] = "warn"
+    """What to do when the way back was lost to rounding."""
+    tolerance: float = 1e-3
+    """Largest estimated relative error of a sample's gradient that passes."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < 1:
+            raise ValueError(f"Reversible.beta must lie in (0, 1), got {self.beta}.")
+        if not self.tolerance > 0:
+            raise ValueError(f"Reversible.tolerance must be positive, got {self.tolerance}.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unrolled:
     """Backpropagate through the whole solve."""
+
+    checkpoint: bool = False
+    """Keep the input of every evaluation alone, and evaluate again in the backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,5 +194,19 @@ class Stop:
         at_least(self, 1, "max_evals")
 
 
-Solver = Picard | Anderson | Broyden
-Grad = StochasticJFB | JFB | IFT | Unrolled
+Solver = Picard | Anderson | AndersonGS | Broyden | NewtonKrylov
+Grad = StochasticJFB | JFB | IFT | Phantom | Neumann | SHINE | Reversible | Unrolled
+
+
+def check_pair(grad: Grad, solver: Solver) -> None:
+    """Raises ValueError where an estimator cannot work with a solver, or would pay no heed to it."""
+    if isinstance(grad, SHINE) and not isinstance(solver, Anderson | AndersonGS | Broyden):
+        raise ValueError(
+            f"SHINE multiplies by its solver's estimate of the inverse, and {type(solver).__name__} has none; take "
+            "solver:anderson, solver:anderson-gs or solver:broyden."
+        )
+    if isinstance(grad, Reversible) and solver != Picard():
+        raise ValueError(
+            f"Reversible is an iteration of its own, and {type(solver).__name__} would play no part; leave the "
+            "solver at solver:picard."
+        )

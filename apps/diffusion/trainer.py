@@ -177,7 +177,8 @@ class Trainer:
         for k in range(parts):
             part = slice(k * len(x) // parts, (k + 1) * len(x) // parts)
             # gradients are averaged over processes once, with the last part
-            with nullcontext() if k == parts - 1 else self.accelerator.no_sync(self.model):
+            together = nullcontext() if k == parts - 1 else self.accelerator.no_sync(self.model)
+            with together, build.attention(config):
                 found = self._loss(x[part], None if y is None else y[part], draw.part(part))
                 self.accelerator.backward(found.total / parts)
             loss += found.total.detach() / parts

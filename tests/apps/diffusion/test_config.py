@@ -31,7 +31,7 @@ def test_unions_survive_the_round_trip(grad, solver):
         ('"seed": 0', '"seed": "x"', "config.seed should be one of"),
         ('"seed": 0', '"seed": true', "config.seed should be one of"),
         ('"kind": "fpdm"', '"kind": "unet"', "config.model.kind"),
-        ('"type": "StochasticJFB"', '"type": "Magic"', "StochasticJFB, JFB, IFT, Unrolled"),
+        ('"type": "StochasticJFB"', '"type": "Magic"', "StochasticJFB, JFB, IFT, Phantom"),
         ('"seed": 0', '"seed": -1', "Config.seed must be at least 0"),
         ("{", "", "not JSON"),
     ],
