@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,14 +50,15 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def parse(argv: list[str]) -> tuple[Config, bool]:
+def parse(argv: Sequence[str]) -> tuple[Config, bool]:
     """The configuration that the arguments describe, and whether to resume.
 
     Raises:
         ValueError: a preset that does not exist, a value that is not allowed, a resumed run that would become
         another.
     """
-    preset = argv.pop(0) if argv and not argv[0].startswith("-") and ":" not in argv[0] else "digits"
+    named = bool(argv) and not argv[0].startswith("-") and ":" not in argv[0]
+    preset, argv = (argv[0], argv[1:]) if named else ("digits", argv)
     if preset not in PRESETS:
         raise ValueError(f"There is no preset {preset!r}; take one of {', '.join(PRESETS)}.")
     default = PRESETS[preset]()
@@ -81,7 +82,7 @@ def parse(argv: list[str]) -> tuple[Config, bool]:
     return config, True
 
 
-def _parse(argv: list[str], default: Config) -> tuple[Config, bool]:
+def _parse(argv: Sequence[str], default: Config) -> tuple[Config, bool]:
     def command(
         config: Annotated[Config, tyro.conf.arg(name="")] = default, resume: bool = False
     ) -> tuple[Config, bool]:
