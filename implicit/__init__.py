@@ -21,6 +21,7 @@ from implicit.solution import Solution as Solution
 from implicit.solvers import AbstractSolver as AbstractSolver
 from implicit.solvers import Anderson as Anderson
 from implicit.solvers import AndersonGS as AndersonGS
+from implicit.solvers import BadBroyden as BadBroyden
 from implicit.solvers import Broyden as Broyden
 from implicit.solvers import NewtonKrylov as NewtonKrylov
 from implicit.solvers import Picard as Picard

@@ -2,6 +2,7 @@
 
 from implicit.solvers.anderson import Anderson as Anderson
 from implicit.solvers.anderson_gs import AndersonGS as AndersonGS
+from implicit.solvers.bad_broyden import BadBroyden as BadBroyden
 from implicit.solvers.base import AbstractSolver as AbstractSolver
 from implicit.solvers.base import Evaluator as Evaluator
 from implicit.solvers.base import Point as Point

@@ -109,12 +109,12 @@ class Anderson(AbstractSolver[AndersonMemory]):
             df = put_difference(df, slot, point.fz, memory.fz)
             dr = put_difference(dr, slot, r, memory.r)
             gram, columns = _renew(gram, slot, dots(dr, dr[:, slot]).squeeze(1)), columns + 1
-        now = replace(memory, fz=point.fz, r=r, df=df, dr=dr, gram=gram, steps=steps, columns=columns, fresh=False)
-        used = min(columns, k)
-        if steps < self.start or not used:
+        now = AndersonMemory(point.fz, r, df, dr, gram, memory.boost, memory.empty, steps, columns, False)
+        if steps < self.start or not columns:
             return self._damp(point.fz, r), now
-        df, dr = df[:, :used], dr[:, :used]
-        gamma = _weights(now, used, dots(dr, r))
+        if columns < k:
+            df, dr = df[:, :columns], dr[:, :columns]
+        gamma = _weights(now, dots(dr, r))
         z = torch.baddbmm(point.fz.unsqueeze(1), gamma, df, alpha=-1).squeeze(1)
         if not self.damping:
             return z, now
@@ -127,7 +127,7 @@ class Anderson(AbstractSolver[AndersonMemory]):
         """H^T g, with H r = r - dF gamma(r)."""
         if not memory.columns:
             return g
-        gamma = _weights(memory, self.memory - 1, dots(memory.df, g))
+        gamma = _weights(memory, dots(memory.df, g))
         return torch.baddbmm(g.unsqueeze(1), gamma, memory.dr, alpha=-1).squeeze(1)
 
 
@@ -136,7 +136,9 @@ def _renew(gram: Float[Tensor, "B K K"], slot: int, row: Float[Tensor, "B K"]) -
     return put(put(gram, slot, row).mT, slot, row).mT
 
 
-def _weights(memory: AndersonMemory, used: int, rhs: Float[Tensor, "B 1 K"]) -> Float[Tensor, "B 1 K"]:
-    """The solution of the first `used` equations of the small systems, in float64."""
-    gram = torch.addcmul(memory.empty, memory.gram, memory.boost)[:, :used, :used]
+def _weights(memory: AndersonMemory, rhs: Float[Tensor, "B 1 K"]) -> Float[Tensor, "B 1 K"]:
+    """The solution of the first equations of the small systems, as many as `rhs` has numbers, in float64."""
+    gram, used = torch.addcmul(memory.empty, memory.gram, memory.boost), rhs.shape[2]
+    if used < gram.shape[1]:
+        gram = gram[:, :used, :used]
     return torch.linalg.solve_ex(gram, rhs.double().mT)[0].mT.to(rhs.dtype)

@@ -1,69 +1,82 @@
-"""Broyden's method: a quasi-Newton iteration on g(z) = f(z) - z = 0, from residuals alone.
+"""Broyden's (good) method: a quasi-Newton iteration on g(z) = f(z) - z = 0, from residuals alone.
 
 H_k approximates -(dg/dz)^-1 and starts as the identity, so the first step is Picard's. With s = z_k - z_{k-1} and
-y = r_k - r_{k-1}, both updates satisfy the secant equation H y = -s; the good one is the smallest change of the
-Jacobian that does, the bad one the smallest change of H:
+y = r_k - r_{k-1} the update is the smallest change of the Jacobian with the secant equation H y = -s:
 
-    good   H_k = H_{k-1} - (s + H_{k-1} y) (s^T H_{k-1}) / (s^T H_{k-1} y)
-    bad    H_k = H_{k-1} - (s + H_{k-1} y) y^T / (y^T y)
-    z_{k+1} = z_k + H_k r_k
+    H_k = (I + u_{k-1} s_{k-1}^T) H_{k-1},    u = -(s + H_{k-1} y) / (s^T H_{k-1} y),    z_{k+1} = z_k + H_k r_k
 
-kept as H = I + sum_i u_i v_i^T (Broyden, Math. Comp. 19, 1965).
+(Broyden, Math. Comp. 19, 1965). After a full step s_k = H_k r_k this makes u_{k-1} = s_k / ||s_{k-1}||^2, so the steps
+themselves are all that must be kept, one vector per evaluation (Kelley, "Solving Nonlinear Equations with Newton's
+Method", 2003, chapter 4): with c_j = s_j^T x_j / ||s_j||^2,
+
+    x_0 = x,    x_{j+1} = x_j + c_j s_{j+1},    H_k x = x_{k-1}  with all factors but the newest,
+    s_k = H_k r_k = x_{k-1} / (1 - c_{k-1})  for x = r_k
+
+The inner products of the steps turn the recursion into one small triangular system,
+
+    (T - D) (-c) = S x,    S_j = s_j^T,    D_jj = ||s_j||^2,    T_ji = s_j^T s_{i+1} for i < j
 """
 
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history import Ring
+from implicit.solvers.history import Ring, put
 from implicit.state import Flat
 
 
 @dataclass(frozen=True)
 class BroydenMemory:
-    """The last point and the rank-one terms of H, `updates` of them made so far."""
+    """The last residual, the steps so far, `count` of them, and T - D (its upper triangle has no meaning)."""
 
-    z: Flat
     r: Flat
-    u: Ring
-    v: Ring
-    updates: int = 0
-    fresh: bool = True  # the last point is not apart from the next: no secant yet
+    steps: Ring
+    system: Float[Tensor, "B K K"]
+    count: int = 0
+    fresh: bool = False  # the last step was not taken: the newest residual says nothing about it
 
 
 @dataclass(frozen=True)
 class Broyden(AbstractSolver[BroydenMemory]):
-    """Broyden with the latest `memory` rank-one terms per sample.
+    """Broyden with at most `memory` secant pairs per sample.
 
-    When the memory is full, terms are dropped *before* the new one is computed, so the newest secant equation always
-    holds: the oldest one of the bad update, all of the good update, whose later terms mislead without the earlier ones
-    that they were made with (dropping one at a time diverges on slow linear maps). A direction that is lost to rounding
-    (s^T H y = 0) adds nothing. Memory grows with the steps taken, to at most 2 memory + 2 states.
+    When the memory is full it starts anew from the newest pair, so the newest secant equation always holds (later pairs
+    mislead without the earlier ones that they were made with: dropping one at a time diverges on slow linear maps). A
+    sample whose direction is lost to rounding (s^T H y = 0) leaves that pair out. Memory grows with the steps taken, to
+    at most memory + 3 states.
 
     Args:
-        memory: number of rank-one terms kept, >= 1.
-        bad: the bad update instead of the good one.
+        memory: number of secant pairs kept, >= 1.
         safeguard: go back to the best point after a blow-up, and to plain steps where nothing is gained.
     """
 
     memory: int = 20
-    bad: bool = False
     safeguard: bool = True
 
     def __post_init__(self) -> None:
         if self.memory < 1:
             raise ValueError(f"Broyden.memory must be at least 1, got {self.memory}.")
 
+    @property
+    def _rows(self) -> int:
+        return self.memory + 2  # the steps before and after the pairs, and room for the pair that starts anew
+
     def init(self, point: Point) -> BroydenMemory:
-        return BroydenMemory(point.z, point.r, Ring(self.memory), Ring(self.memory))
+        return BroydenMemory(point.r, Ring(self._rows), self._blank(point.r))
+
+    def _blank(self, r: Flat) -> Float[Tensor, "B K K"]:
+        """T - D of steps that are all zero, whose c is 0."""
+        eye = torch.eye(self._rows, dtype=r.dtype, device=r.device)
+        return (-torch.finfo(r.dtype).tiny * eye).repeat(r.shape[0], 1, 1)
 
     def resume(self, point: Point, memory: BroydenMemory) -> BroydenMemory:
-        if memory.u.memory != self.memory:
-            raise ValueError(f"state must come from a solver with memory={self.memory}, got {memory.u.memory}.")
-        return replace(memory, z=point.z, r=point.r, fresh=True)
+        if memory.steps.memory != self._rows:
+            raise ValueError(f"state must come from a solver with memory={self.memory}, got {memory.steps.memory - 2}.")
+        return replace(memory, r=point.r, fresh=True)
 
     @property
     def patience(self) -> int:
@@ -72,39 +85,71 @@ class Broyden(AbstractSolver[BroydenMemory]):
     def restart(self, point: Point, memory: BroydenMemory, mask: Bool[Tensor, "B 1"]) -> BroydenMemory:
         return replace(
             memory,
-            z=torch.where(mask, point.z, memory.z),
             r=torch.where(mask, point.r, memory.r),
-            u=memory.u.forget(mask),
-            v=memory.v.forget(mask),
+            steps=memory.steps.forget(mask),
+            system=torch.where(mask.unsqueeze(2), self._blank(point.r), memory.system),
         )
 
     def step(self, f: Evaluator, point: Point, memory: BroydenMemory) -> tuple[Flat, BroydenMemory]:
-        u, v, updates = memory.u, memory.v, memory.updates
-        if not memory.fresh:
-            slot = updates % self.memory
-            u, v = self._learn(point, memory, slot)
-            updates += 1
-        z = u.add(point.fz, v.dot(point.r)) if updates else point.fz
-        return z, BroydenMemory(point.z, point.r, u, v, updates, False)
+        r = point.r
+        if memory.count > self.memory:
+            memory = self._anew(r, memory)
+        elif memory.fresh and memory.count:
+            memory = _leave_out(memory, torch.ones_like(r[:, :1], dtype=torch.bool))
+        if not memory.count:
+            return point.fz, _append(memory, r, r)
+        c = _coefficients(memory, r)
+        s = memory.steps.add(r, c[:, :, :-1], -1, first=1)
+        share = 1 + c[:, :, -1]
+        lost = share.abs() <= torch.finfo(r.dtype).eps
+        memory = _leave_out(memory, lost)
+        s = s / share.masked_fill(lost, 1)
+        return point.z + s, _append(memory, s, r)
 
-    def _learn(self, point: Point, memory: BroydenMemory, slot: int) -> tuple[Ring, Ring]:
-        """The terms with the newest one at `slot`."""
-        s, y = point.z - memory.z, point.r - memory.r
-        u = memory.u.room(slot, y)
-        v = memory.v.room(slot, y)
-        if memory.updates >= self.memory and self.bad:
-            u = u.put(slot, torch.zeros_like(y))
-        elif memory.updates and slot == 0:
-            every = torch.ones_like(y[:, :1], dtype=torch.bool)
-            u, v = u.forget(every), v.forget(every)
-        hy = u.add(y, v.dot(y))
-        row = y if self.bad else v.add(s, u.dot(s))
-        scale = torch.linalg.vecdot(row, y).unsqueeze(1)
-        size = torch.linalg.vector_norm(row, dim=1) * torch.linalg.vector_norm(y, dim=1)
-        lost = scale.abs() <= torch.finfo(y.dtype).eps * size.unsqueeze(1)
-        column = (s + hy) / scale.masked_fill(lost, -torch.inf).neg()
-        return u.put(slot, column), v.put(slot, row)
+    def _anew(self, r: Flat, memory: BroydenMemory) -> BroydenMemory:
+        """The memory with the newest pair alone, H_{k-1} = I: u takes a row of its own, for it is not the next step."""
+        slot = memory.count - 1
+        s, y = memory.steps.row(slot), r - memory.r
+        scale = torch.linalg.vecdot(s, y).unsqueeze(1)
+        size = torch.linalg.vecdot(s, s).unsqueeze(1)
+        lost = scale.abs() <= torch.finfo(r.dtype).eps * size
+        u = (s + y) * (size / scale.masked_fill(lost, -torch.inf).neg())
+        blank = BroydenMemory(r, memory.steps.forget(torch.ones_like(lost)), self._blank(r))
+        return _leave_out(_append(_append(blank, s, r), u, r), torch.ones_like(lost))
 
     def transposed(self, memory: BroydenMemory, g: Flat) -> Flat:
-        """H^T g."""
-        return memory.v.add(g, memory.u.dot(g)) if memory.u.rows else g
+        """H^T g, without the pair of the last step, whose end is not known."""
+        pairs = memory.steps.rows - 1  # those not in use hold zeros; samples may have used different numbers of them
+        if not memory.count:
+            return g
+        ends = memory.steps.dot(g)[:, :, 1:].mT
+        c = torch.linalg.solve_triangular(memory.system[:, :pairs, :pairs].mT, ends, upper=True).mT
+        return memory.steps.add(g, c, -1)
+
+
+def _coefficients(memory: BroydenMemory, x: Flat) -> Float[Tensor, "B 1 C"]:
+    """-c, the solution of the triangular system."""
+    count = memory.count
+    dots = memory.steps.dot(x)[:, :, :count].mT
+    return torch.linalg.solve_triangular(memory.system[:, :count, :count], dots, upper=False).mT
+
+
+def _append(memory: BroydenMemory, s: Flat, r: Flat) -> BroydenMemory:
+    """The memory with one more step s, made at the residual r."""
+    count = memory.count
+    steps = memory.steps.room(count, s).put(count, s)
+    dots = steps.dot(s).squeeze(1)
+    row = pad(dots[:, 1:], (0, memory.system.shape[1] - dots.shape[1] + 1))
+    system = put(memory.system, count, row)
+    diagonal = count * (system.shape[1] + 1)  # of the flattened matrix
+    value = -torch.finfo(s.dtype).tiny - dots[:, count : count + 1]
+    system = put(system.flatten(1).unsqueeze(2), diagonal, value).view(system.shape)
+    return BroydenMemory(r, steps, system, count + 1)
+
+
+def _leave_out(memory: BroydenMemory, mask: Bool[Tensor, "B 1"]) -> BroydenMemory:
+    """The memory without the pair that begins with the newest step, for the samples in `mask`: its c is 0."""
+    slot = memory.count - 1
+    system = memory.system.clone() if torch.is_grad_enabled() else memory.system
+    system[:, slot, slot : slot + 1].masked_fill_(mask, -torch.finfo(system.dtype).max)
+    return BroydenMemory(memory.r, memory.steps, system, memory.count)

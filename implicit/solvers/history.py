@@ -1,7 +1,8 @@
 """A growing ring of vectors per sample, the history of quasi-Newton solvers.
 
 Rows live in blocks of 8, 8, 16, 32, ... rows that are allocated when first needed and never copied, so k rows take k
-to 2k states and at most `memory`. Writing is in place when nobody differentiates through it, else into a copy.
+to 2k states and at most `memory`; a ring of less than a mebibyte is one block from the start. Writing is in place when
+nobody differentiates through it, else into a copy.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from implicit.state import Flat
 
-_FIRST = 8
+_FIRST = 8  # rows of the first block
+_SMALL = 2**20  # bytes
 Coefficients = Float[Tensor, "B 1 K"]
 
 
@@ -56,11 +58,20 @@ class Ring:
         """The rows of one sample."""
         return torch.cat([block[sample] for block in self.blocks])
 
+    def row(self, slot: int) -> Flat:
+        """Row `slot` of every sample."""
+        for block in self.blocks:
+            if slot < block.shape[1]:
+                return block[:, slot]
+            slot -= block.shape[1]
+        raise IndexError(slot)
+
     def room(self, slot: int, like: Flat) -> "Ring":
         """The ring with a row number `slot`."""
         if slot < self.rows:
             return self
-        more = min(max(_FIRST, self.rows), self.memory - self.rows)
+        small = self.memory * like.numel() * like.element_size() < _SMALL
+        more = self.memory if small else min(max(_FIRST, self.rows), self.memory - self.rows)
         return replace(self, blocks=(*self.blocks, like.new_zeros(like.shape[0], more, like.shape[1])))
 
     def put(self, slot: int, value: Flat) -> "Ring":
@@ -82,10 +93,14 @@ class Ring:
         """The ring with all rows of the samples in `mask` zero."""
         return replace(self, blocks=tuple(block.masked_fill(mask.unsqueeze(2), 0) for block in self.blocks))
 
-    def add(self, x: Flat, c: Coefficients, sign: int = 1) -> Flat:
-        """x + sign sum_i c_i row_i."""
-        out, start = x.unsqueeze(1), 0
+    def add(self, x: Flat, c: Coefficients, sign: int = 1, first: int = 0) -> Flat:
+        """x + sign sum_i c_i row_{first + i}."""
+        out, start, count = x.unsqueeze(1), -first, c.shape[2]
         for block in self.blocks:
-            out = torch.baddbmm(out, c[:, :, start : start + block.shape[1]], block, alpha=sign)
+            low, high = max(0, -start), min(block.shape[1], count - start)
+            if low < high:
+                rows = block if (low, high) == (0, block.shape[1]) else block[:, low:high]
+                part = c if high - low == count else c[:, :, start + low : start + high]
+                out = torch.baddbmm(out, part, rows, alpha=sign)
             start += block.shape[1]
         return out.squeeze(1)

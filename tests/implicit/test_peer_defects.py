@@ -37,6 +37,7 @@ from implicit import (
     SHINE,
     Anderson,
     AndersonGS,
+    BadBroyden,
     Broyden,
     Neumann,
     NewtonKrylov,
@@ -304,10 +305,10 @@ def test_the_unit_of_z_changes_no_count(solver, name):
 
 
 @pytest.mark.parametrize("memory", [2, 5, 10])
-@pytest.mark.parametrize("bad", [False, True])
-def test_a_history_that_wraps_goes_on_converging(memory, bad):
+@pytest.mark.parametrize("method", [Broyden, BadBroyden])
+def test_a_history_that_wraps_goes_on_converging(memory, method):
     p = problem("linear 0.9")
-    solver = Broyden(memory, bad=bad, safeguard=False)
+    solver = method(memory, safeguard=False)
     found = solve(p, p.z0, *p.args, solver=solver, stop=Stop(rtol=1e-8, atol=0, max_evals=300))
     assert torch.isfinite(found.value).all() and (found.result != Result.NONFINITE).all()
     plain = solve(p, p.z0, *p.args, solver=Picard(), stop=Stop(rtol=1e-8, atol=0, max_evals=300))

@@ -1,0 +1,95 @@
+"""Broyden's bad method: the smallest change of the inverse, not of the Jacobian, that keeps the secant equation.
+
+H_k approximates -(dg/dz)^-1, g(z) = f(z) - z, and starts as the identity. With s = z_k - z_{k-1}, y = r_k - r_{k-1},
+
+    H_k = H_{k-1} - (s + H_{k-1} y) y^T / (y^T y),    z_{k+1} = z_k + H_k r_k
+
+kept as H = I + sum_i u_i v_i^T (Broyden, Math. Comp. 19, 1965; the name is his, and not always deserved).
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from implicit.solvers.base import AbstractSolver, Evaluator, Point
+from implicit.solvers.history import Ring
+from implicit.state import Flat
+
+
+@dataclass(frozen=True)
+class BadBroydenMemory:
+    """The last point and the rank-one terms of H, `updates` of them made so far."""
+
+    z: Flat
+    r: Flat
+    u: Ring
+    v: Ring
+    updates: int = 0
+    fresh: bool = True  # the last point is not apart from the next: no secant yet
+
+
+@dataclass(frozen=True)
+class BadBroyden(AbstractSolver[BadBroydenMemory]):
+    """Bad Broyden with the latest `memory` rank-one terms per sample.
+
+    When the memory is full the oldest term is dropped *before* the new one is computed, so the newest secant equation
+    always holds. Memory grows with the steps taken, to at most 2 memory + 3 states.
+
+    Args:
+        memory: number of rank-one terms kept, >= 1.
+        safeguard: go back to the best point after a blow-up, and to plain steps where nothing is gained.
+    """
+
+    memory: int = 20
+    safeguard: bool = True
+
+    def __post_init__(self) -> None:
+        if self.memory < 1:
+            raise ValueError(f"BadBroyden.memory must be at least 1, got {self.memory}.")
+
+    def init(self, point: Point) -> BadBroydenMemory:
+        return BadBroydenMemory(point.z, point.r, Ring(self.memory), Ring(self.memory))
+
+    def resume(self, point: Point, memory: BadBroydenMemory) -> BadBroydenMemory:
+        if memory.u.memory != self.memory:
+            raise ValueError(f"state must come from a solver with memory={self.memory}, got {memory.u.memory}.")
+        return replace(memory, z=point.z, r=point.r, fresh=True)
+
+    @property
+    def patience(self) -> int:
+        return 30 if self.safeguard else 0
+
+    def restart(self, point: Point, memory: BadBroydenMemory, mask: Bool[Tensor, "B 1"]) -> BadBroydenMemory:
+        return replace(
+            memory,
+            z=torch.where(mask, point.z, memory.z),
+            r=torch.where(mask, point.r, memory.r),
+            u=memory.u.forget(mask),
+            v=memory.v.forget(mask),
+        )
+
+    def step(self, f: Evaluator, point: Point, memory: BadBroydenMemory) -> tuple[Flat, BadBroydenMemory]:
+        u, v, updates = memory.u, memory.v, memory.updates
+        if not memory.fresh:
+            slot = updates % self.memory
+            u, v = self._learn(point, memory, slot)
+            updates += 1
+        z = u.add(point.fz, v.dot(point.r)) if updates else point.fz
+        return z, BadBroydenMemory(point.z, point.r, u, v, updates, False)
+
+    def _learn(self, point: Point, memory: BadBroydenMemory, slot: int) -> tuple[Ring, Ring]:
+        """The terms with the newest one at `slot`."""
+        s, y = point.z - memory.z, point.r - memory.r
+        u = memory.u.room(slot, y)
+        v = memory.v.room(slot, y)
+        if memory.updates >= self.memory:
+            u = u.put(slot, torch.zeros_like(y))
+        scale = torch.linalg.vecdot(y, y).unsqueeze(1).clamp_min(torch.finfo(y.dtype).tiny)
+        column = (s + u.add(y, v.dot(y))) / -scale
+        return u.put(slot, column), v.put(slot, y)
+
+    def transposed(self, memory: BadBroydenMemory, g: Flat) -> Flat:
+        """H^T g."""
+        return memory.v.add(g, memory.u.dot(g)) if memory.u.rows else g
