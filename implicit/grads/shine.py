@@ -20,6 +20,7 @@ from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
 from implicit.solution import Solution
 from implicit.solvers.anderson import Anderson
 from implicit.solvers.anderson_gs import AndersonGS
+from implicit.solvers.bad_broyden import BadBroyden
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
 from implicit.solvers.broyden import Broyden
 from implicit.solvers.history import Ring
@@ -73,7 +74,7 @@ class SHINE(AbstractGrad):
         stop: Stop,
         loop: Loop = Loop(),
     ) -> Solution:
-        if not isinstance(solver, Anderson | AndersonGS | Broyden):
+        if not isinstance(solver, Anderson | AndersonGS | BadBroyden | Broyden):
             raise ValueError(
                 f"SHINE reuses the inverse that Broyden or Anderson builds up, and {solver!r} builds none: pass "
                 "solver=Broyden()."
@@ -95,7 +96,9 @@ class SHINE(AbstractGrad):
 
         value = attach_approximately(phi, z, lambda act, g: self._estimate(inverse, act, g))
         with torch.no_grad():  # the answer's own secant, which the loop had no more use for
-            _, frozen = _Frozen(solver).step(packed, Point(z, images[0]), solved.state)
+            proposed = solved.converged.unsqueeze(1)  # any other answer is not the point that the solver asked for
+            state = replace(solved.state, z=torch.where(proposed, solved.state.z, z))
+            _, frozen = _Frozen(solver).step(packed, Point(z, images[0]), state)
         memory = frozen.memory
         inverse = partial(solver.transposed, memory)
         return replace(

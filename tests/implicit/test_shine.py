@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_layers import F64, dense_gradient, flat, layer, off
 
-from implicit import JFB, SHINE, Anderson, Broyden, Neumann, Picard, Stop, fixed_point
+from implicit import JFB, SHINE, Anderson, BadBroyden, Broyden, Neumann, Picard, Stop, fixed_point
 from implicit.iterate import PackedMap
 from implicit.solvers import Point
 from implicit.state import Layout
@@ -31,7 +31,6 @@ def test_against_a_solver_run_by_hand(solver):
     for _ in range(8):
         z, memory = solver.step(go, point, memory)
         point = Point(z, go(z))
-    _, memory = solver.step(go, Point(point.fz, go(point.fz)), memory)
     f.requires_grad_(True)
     g = cotangent(x)
     eye = torch.eye(16, dtype=F64)
@@ -44,9 +43,9 @@ def test_against_a_solver_run_by_hand(solver):
 
 
 def dense_broyden(f, x, evals, bad):
-    """Broyden with its matrix written out, sample by sample: the answer, and H after its secant.
+    """Broyden with its matrix written out, sample by sample: the answer, and H as it proposed the last z.
 
-    The answer of a spent budget is f of the last z; the secant runs to it from the z before that.
+    The answer of a spent budget is f of the last z, so there is no secant to it.
     """
 
     def learn(h, s, y):
@@ -63,12 +62,12 @@ def dense_broyden(f, x, evals, bad):
             new = z + h @ residual(z, b)
             h, z = learn(h, new - z, residual(new, b) - residual(z, b)), new
         answers.append(f(z + h @ residual(z, b), x[b]))
-        matrices.append(learn(h, answers[-1] - z, residual(answers[-1], b) - residual(z, b)))
+        matrices.append(h)
     return torch.stack(answers), torch.stack(matrices)
 
 
 @pytest.mark.parametrize("bad", [False, True])
-@pytest.mark.parametrize("evals", [2, 3, 5, 10])
+@pytest.mark.parametrize("evals", [3, 5, 10])
 def test_iterate_by_iterate_against_a_dense_broyden(evals, bad):
     """u = H^T g with H the matrix that the forward solve has built, after every number of evaluations."""
     f, x = layer("hard")
@@ -79,7 +78,7 @@ def test_iterate_by_iterate_against_a_dense_broyden(evals, bad):
     y = x.detach().requires_grad_()
     true = flat(torch.autograd.grad(f(z, y), (*f.parameters(), y), u))
     stop = Stop(rtol=0, atol=0, max_evals=evals)
-    assert off(gradient(f, x, g, SHINE(fallback=None), Broyden(40, bad=bad), stop), true) < 1e-8
+    assert off(gradient(f, x, g, SHINE(fallback=None), (BadBroyden if bad else Broyden)(40), stop), true) < 1e-8
 
 
 @pytest.mark.parametrize("name", ["easy", "adaln", "hard"])
