@@ -179,7 +179,8 @@ def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any], loop: Loop) -> So
     memory = _begin(solver, point, loop)
     while f.left > 0:
         z, memory = solver.step(f, point, memory)
-        point = f.at(torch.where(alive, z, point.z))
+        z = torch.where(alive, z, point.z)
+        point = f.at(z)
         alive = alive & _finite(point)
     value = torch.where(alive, point.fz, point.z)
     with torch.no_grad():
