@@ -1,0 +1,68 @@
+"""Studies on handwritten digits, resumable: `python -m benchmarks.study NAME` (or all).
+
+Every cell is trained for the same CPU time of one thread, which other work on the machine changes least; finished cells
+are kept, so a study that was stopped goes on where it was.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+NAMES = ("sampling", "estimators", "layers", "free-and-tracked")
+
+
+def study(name: str) -> ModuleType:
+    """The module of a study."""
+    from importlib import import_module
+
+    return import_module(f"benchmarks.studies.{name.replace('-', '_')}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
+    parser.add_argument("name", choices=(*NAMES, "all"), help="which study; sampling holds four")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--scale", choices=("full", "tiny"), default="full", help="tiny: seconds, to see it run")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for name in NAMES if options.name == "all" else (options.name,):
+        complete(name, options)
+
+
+def complete(name: str, options: Any) -> None:
+    """Run the cells of one study that have no record yet."""
+    import torch
+    from tqdm import tqdm
+
+    from benchmarks.measure import provenance
+    from benchmarks.studies.base import SCALES, Records, judge, run
+
+    torch.set_num_threads(1)
+    count = int(SCALES[options.scale]["samples"])
+    images, held_out, ruler = judge()
+    half = len(images) // 2
+    about = {
+        "command": f"python -m benchmarks.study {name}" + (" --scale tiny" if options.scale == "tiny" else ""),
+        "scale": options.scale,
+        **provenance("cpu", "diffusers", "scikit-learn"),
+        "training_cpu_seconds": SCALES[options.scale][name],
+        "samples": count,
+        "real": {
+            "held out": vars(ruler.score(held_out.x, held_out.y)),
+            "half of the training images": vars(ruler.score(images.x[:half], images.y[:half])),
+        },
+    }
+    records = Records(options.results / f"study_{name}.json", about)
+    todo = [(cell, seed) for seed in options.seeds for cell in study(name).cells(options.scale)]
+    for cell, seed in tqdm(todo, desc=name, unit="cell"):
+        key = f"{cell.name}, seed {seed}"
+        if key not in records.cells:
+            records.enter(key, run(cell, seed, count))
+
+
+if __name__ == "__main__":
+    main()
