@@ -13,6 +13,7 @@ from torch import nn
 
 from apps.diffusion import build, schedule
 from apps.diffusion.config import EMA, Config, Grad, Model, Optimisation, StochasticJFB
+from apps.diffusion.data import Images
 from apps.diffusion.metrics import Judge
 from apps.diffusion.sampler import Solve, sample
 from apps.diffusion.trainer import Trainer
@@ -70,10 +71,10 @@ def _config(model: Model, seconds: float, grad: Grad) -> Config:
 
 
 @cache
-def judge() -> tuple[Any, Any, Judge]:
+def judge() -> tuple[Images, Images, Judge]:
     """Training images, those held out, and the classifier that scores."""
     images, held_out = build.images(Config().data)
-    assert held_out is not None
+    assert isinstance(images, Images) and held_out is not None
     return images, held_out, Judge.of(images)
 
 
