@@ -243,7 +243,7 @@ class Config:
     """Threads per process on a CPU; left out, PyTorch's choice. One is fastest for networks as small as the digits'."""
     checkpoint_every: int = 32_000
     """Images between two checkpoints."""
-    keep: int = 1
+    keep: int = 2
     """Checkpoints that are kept."""
     track: Literal[
         "auto", "none", "tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"

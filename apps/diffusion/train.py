@@ -251,7 +251,12 @@ def note_data(out: Path, found: dict[str, Any]) -> None:
     note = out / "data.json"
     if not note.exists():
         write_atomically(note, json.dumps(found, indent=2) + "\n")
-    elif (before := json.loads(note.read_text())) != found:
+        return
+    try:
+        before = json.loads(note.read_text())
+    except ValueError:
+        raise ValueError(f"{note} is damaged; delete it to go on with the images there are now.") from None
+    if before != found:
         raise ValueError(
             f"The run in {out} has learnt from other images ({before}) than there are now ({found}); give their folder "
             "with --data.path, or another --out for another run."

@@ -29,6 +29,7 @@ from .data import DataSet, order
 from .logbook import Tally, tracker
 from .objective import Draw
 from .seeds import Stream, generator
+from .trained import fit
 
 _REPLICATED = {
     DistributedType.NO,
@@ -299,8 +300,15 @@ class Trainer:
                 f"({self.network}); "
                 "resume it with the settings it was started with."
             )
-        model.load_state_dict(start.model)
-        self.ema.module.load_state_dict(start.ema)
+        fit(model, start.model, self.config.out)
+        fit(self.ema.module, start.ema, self.config.out)
+        sizes = dict(enumerate(p.shape for p in model.parameters()))
+        for i, entry in start.optimizer.items():
+            if any(i not in sizes or (value.ndim and value.shape != sizes[i]) for value in entry.values()):
+                raise ValueError(
+                    f"The optimizer's state in {self.config.out} is that of another network (parameter {i} has another "
+                    "shape); delete this checkpoint to go on from the one before, or train again into a new folder."
+                )
         self.ema.n_averaged.fill_(start.progress.steps)
         optimizer.load_state_dict(
             {"state": dict(start.optimizer), "param_groups": optimizer.state_dict()["param_groups"]}

@@ -135,10 +135,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(runs, whole, tmp_path):
     assert_same(checkpoint.newest(out), whole)
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(runs, whole, tmp_path):
-    """Gloo; the batch of TINY is shared by the two."""
+@pytest.mark.parametrize("options", [[], ["--optimisation.accumulate", "2", "--optimisation.checkpointing"]])
+def test_two_processes_train_as_one_with_twice_the_batch(runs, whole, tmp_path, options):
+    """Gloo; the batch of TINY is shared by the two, in parts or not."""
     out = tmp_path / "run"
-    runs.start("--out", str(out), processes=2)
+    runs.start("--out", str(out), *options, processes=2)
     assert runs.end() == 0, runs.log.read_text()
     assert runs.log.read_text().count("Training FPDM") == 1
     two = checkpoint.newest(out)

@@ -154,6 +154,21 @@ def test_a_checkpoint_of_another_network_is_refused():
         Trainer(dataclasses.replace(SMALL, model=c.Model(hidden=32, heads=2)), digits("train"), saved[-1])
 
 
+def test_weights_or_moments_of_another_network_are_refused():
+    _, saved = run(SMALL, until=16)
+    _, wider = run(dataclasses.replace(SMALL, model=c.Model(hidden=32, heads=2)), until=16)
+    state, other = saved[-1], wider[-1]
+    few = {k: v for k, v in state.model.items() if "x_embedder" not in k}
+    for foreign, message in (
+        ({"model": other.model}, "x_embedder"),
+        ({"ema": few}, "is missing"),
+        ({"optimizer": other.optimizer}, "another network"),
+        ({"optimizer": {999: state.optimizer[0]}}, "parameter 999"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(SMALL, digits("train"), dataclasses.replace(state, **foreign))
+
+
 TINY = (
     "--model.hidden 16 --model.heads 2 --optimisation.images 192 --optimisation.batch 32 --sampling.steps 2 "
     "--sampling.iterations 2 --sampling.images 30"

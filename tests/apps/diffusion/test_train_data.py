@@ -61,6 +61,25 @@ def test_pictures_train_and_resume_bit_for_bit(pictures, tmp_path, capsys):
     assert "in 3 classes" in capsys.readouterr().out
 
 
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(pictures, tmp_path, capsys):
+    data = ("--data.path", pictures, "--data.size", 16, "--checkpoint-every", 4, "--keep", 2)
+    assert call("folder", tmp_path / "whole", *data, "--optimisation.images", 16) == 0
+    out = tmp_path / "run"
+    assert call("folder", out, *data, "--optimisation.images", 12) == 0
+    older, newest = checkpoint.all_of(out)
+    assert (older.name, newest.name) == ("000000000008", "000000000012")
+    pf.truncate(newest / "ema.safetensors")
+    again = ["--resume", "--out", str(out), "--optimisation.images", "16"]
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert train.main(again) == 2
+    said = capsys.readouterr().err
+    assert str(newest) in said and f"the one before, {older}" in said
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    shutil.rmtree(newest)
+    assert train.main(again) == 0
+    equal(tmp_path / "whole", out)
+
+
 def test_resuming_on_other_pictures_is_refused(pictures, tmp_path, capsys):
     out, copy = tmp_path / "run", tmp_path / "copy"
     shutil.copytree(pictures, copy)
