@@ -68,7 +68,7 @@ def diffusers_dit(scale: Scale, *, checkpointing: bool = False) -> nn.Module:
 def _ready(network: N, scale: Scale, checkpointing: bool) -> N:
     if checkpointing:
         network.enable_gradient_checkpointing()  # pyright: ignore[reportCallIssue]: diffusers' models have it
-    return network.to(scale.device)
+    return network if scale.device == "cpu" else network.to(scale.device)
 
 
 def inputs(scale: Scale) -> Inputs:

@@ -69,6 +69,7 @@ def training(scale: Scale, repeats: int) -> list[dict[str, Any]]:
             "network": row.network,
             "estimator": row.estimator,
             "checkpointed": row.checkpointed,
+            "batch": scale.batch,
             "peak MiB": round(peaks[row.name] / MIB, 1),
             "peak / DiT": round(peaks[row.name] / peaks[base], 3),
             "seconds": round(statistics.median(times[row.name]), 4),
