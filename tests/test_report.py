@@ -1,0 +1,52 @@
+"""The report is made from the result files alone, and says what was not measured."""
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks import report
+
+RESULTS = Path(report.__file__).parent / "results"
+
+
+def built(tmp_path, *names, change=None):
+    for name in names:
+        found = json.loads((RESULTS / name).read_text())
+        if change:
+            change(found)
+        (tmp_path / name).write_text(json.dumps(found))
+    return report.build(tmp_path, tmp_path / "docs" / "report.md")
+
+
+def section(text, title):
+    return next(part for part in text.split("\n## ") if part.startswith(title))
+
+
+def test_without_results_every_number_is_not_measured(tmp_path):
+    text = built(tmp_path)
+    assert not re.search(r"\d\.\d\d ±", text)
+    for part in text.split("\n## ")[1:]:
+        assert report.NOTHING in part
+
+
+def test_numbers_are_those_of_the_file_and_verdicts_follow_them(tmp_path):
+    text = section(built(tmp_path, "study_estimators.json"), "Gradient estimators")
+    cells = json.loads((RESULTS / "study_estimators.json").read_text())["cells"]
+    distances = [c["samples"]["20 x 10"]["frechet"] for name, c in cells.items() if name.startswith("JFB, seed")]
+    assert f"| JFB | {sum(distances) / 3:.2f} ± " in text
+
+    def worsen(found):
+        for name, cell in found["cells"].items():
+            if name.startswith("S-JFB"):
+                cell["samples"]["20 x 10"]["frechet"] += 100
+
+    spoilt = section(built(tmp_path, "study_estimators.json", change=worsen), "Gradient estimators")
+    assert "*S-JFB beats JFB*: **yes**" in text and "*S-JFB beats JFB*: **no, the reverse**" in spoilt
+
+
+def test_a_missing_seed_is_said(tmp_path):
+    def drop(found):
+        del found["cells"]["JFB, seed 2"]
+
+    text = built(tmp_path, "study_estimators.json", change=drop)
+    assert re.search(r"\| JFB \| [\d.]+ ± [\d.]+ \(2 seeds\)", text)
