@@ -103,7 +103,7 @@ def estimators(results: Path, images: Path) -> str:
     stop = Config().stop
     solve = (
         f"IFT, JFB, Phantom, Reversible and Unrolled solve to a relative residual of {stop.rtol:g} in at most "
-        f"{stop.max_evals} evaluations of the naive iteration; S-JFB draws its iterations. Equal time means fewer steps "
+        f"{stop.max_evals} evaluations of the naive iteration; S-JFB draws its own. Equal time means fewer steps "
         "where a step costs more: the column `steps` says how many were made."
     )
     figures.estimators(distances, images / "report_estimators.png")
