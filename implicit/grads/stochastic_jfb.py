@@ -20,9 +20,10 @@ class StochasticJFB(AbstractGrad):
 
         z_n = solver^n(z0),   z_{n+1} = f(z_n), ..., z_{n+m} = f(z_{n+m-1});   backpropagate through the last m only.
 
-    The budget is the draw: tolerances and `Stop.max_evals` play no part. With n = 0 the starting state gets a
-    gradient. Memory: m evaluations of f (the n free ones store nothing). Cost: n + m evaluations and m
-    vector-Jacobian products.
+    Drops the series from J^m on, as ``JFB(m)`` does. The budget is the draw: tolerances and `Stop.max_evals` play no
+    part. With n = 0 the starting state gets a gradient. Memory: m evaluations of f (the n free ones store nothing).
+    Cost: n + m evaluations and m vector-Jacobian products. When to use: to train a layer that will be solved with any
+    number of iterations later.
 
     Source: Bai and Melas-Kyriazi, "Fixed Point Diffusion Models", CVPR 2024, arXiv 2401.08741, Algorithm 1.
 

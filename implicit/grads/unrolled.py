@@ -28,7 +28,9 @@ class Unrolled(AbstractGrad):
     Source: Griewank and Walther, "Algorithm 799: revolve", ACM TOMS 26(1), 2000 (checkpointing).
 
     Args:
-        checkpoint: keep only the input of every evaluation of f and evaluate f again in the backward pass.
+        checkpoint: keep only the input of every evaluation of f and evaluate f again in the backward pass. Longer
+            segments than one evaluation would hold several evaluations of f at a time to save one state each, a loss
+            wherever an evaluation stores more states than the solve has iterations.
     """
 
     checkpoint: bool = False

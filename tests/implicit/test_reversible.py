@@ -55,21 +55,54 @@ def test_at_convergence_it_is_the_gradient_of_the_fixed_point(name, dtype, bound
     assert off(got, dense_gradient(f, x.detach(), g)) < bound
 
 
+def hard_gradient(grad, x, f):
+    stop = Stop(rtol=1e-4, atol=0, max_evals=1001)
+    z = fixed_point(f, torch.zeros_like(x), x, grad=grad, stop=stop).value
+    return flat(torch.autograd.grad(z.sum(), (*f.parameters(), x)))
+
+
 def test_a_lost_way_back_is_said():
     """The hard layer takes so many steps that float64 cannot hold the way back; the gradient is wrong, and says so."""
     f, x = layer("hard")
     x.requires_grad_()
-
-    def gradient(on_drift):
-        grad = Reversible(0.8, on_drift)
-        z = fixed_point(f, torch.zeros_like(x), x, grad=grad, stop=Stop(rtol=1e-9, atol=0, max_evals=1001)).value
-        return flat(torch.autograd.grad(z.sum(), (*f.parameters(), x)))
-
-    with pytest.warns(RuntimeWarning, match="missed its start"):
-        got = gradient("warn")
+    with pytest.warns(RuntimeWarning, match="missed its start") as seen:
+        got = hard_gradient(Reversible(0.8), x, f)
+        hard_gradient(Reversible(0.8), (0.5 * x).detach().requires_grad_(), f)
+    assert len(seen) == 2 and len({str(w.message) for w in seen}) == 1  # the default filter shows one text once
     assert off(got, dense_gradient(f, x.detach(), torch.ones_like(x))) > 1e-3
     with pytest.raises(FloatingPointError, match="take fewer steps"):
-        gradient("raise")
+        hard_gradient(Reversible(0.8, "raise"), x, f)
+
+
+@pytest.mark.parametrize(("beta", "anchor", "dtype"), [(0.5, 12, torch.float32), (0.8, 5, F64)])
+def test_anchors_make_a_long_run_exact(beta, anchor, dtype):
+    """Many steps on the hard layer: the gradient of the iteration unrolled, to rounding."""
+    f, x = layer("hard", dtype)
+    x.requires_grad_()
+    stop = Stop(rtol=1e-4, atol=0, max_evals=1001)
+    grad = Reversible(beta, "raise", 1e-9, anchor)
+    solution = fixed_point(f, torch.zeros_like(x), x, grad=grad, stop=stop)
+    steps = (solution.evals - 1) // 2
+    assert steps.max() > 70 and len(set(steps.tolist())) == 3
+    got = flat(torch.autograd.grad(solution.value.square().sum(), (*f.parameters(), x)))
+    f, x = layer("hard")
+    x.requires_grad_()
+    true = by_hand(f, x, torch.zeros_like(x), beta, steps.tolist())
+    assert off(got, flat(torch.autograd.grad(true.square().sum(), (*f.parameters(), x)))) < (
+        1e-9 if dtype == F64 else 3e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["easy", "adaln"])
+@pytest.mark.parametrize("beta", [0.5, 0.8])
+def test_a_right_gradient_raises_no_alarm(name, beta):
+    f, x = layer(name)
+    x.requires_grad_()
+    stop = Stop(rtol=1e-6, atol=0, max_evals=1001)
+    solution = fixed_point(f, torch.zeros_like(x), x, grad=Reversible(beta, "raise"), stop=stop)
+    got = flat(torch.autograd.grad(solution.value.square().sum(), (*f.parameters(), x)))
+    true = by_hand(f, x, torch.zeros_like(x), beta, ((solution.evals - 1) // 2).tolist())
+    assert off(got, flat(torch.autograd.grad(true.square().sum(), (*f.parameters(), x)))) < 1e-5
 
 
 def test_a_bad_sample_is_held_and_the_others_go_on():
@@ -97,7 +130,7 @@ def test_value_budget_and_trace():
 def test_refusals():
     f, x = layer("easy")
     bad: dict[str, Any]
-    for bad in ({"beta": 0.0}, {"beta": 1.0}, {"tolerance": 0.0}):
+    for bad in ({"beta": 0.0}, {"beta": 1.0}, {"tolerance": 0.0}, {"anchor": 0}):
         with pytest.raises(ValueError, match="Reversible"):
             Reversible(**bad)
     with pytest.raises(ValueError, match="iteration of its own"):

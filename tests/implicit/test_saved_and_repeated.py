@@ -11,6 +11,7 @@ from implicit import (
     Anderson,
     Broyden,
     Neumann,
+    Phantom,
     Picard,
     Reversible,
     StochasticJFB,
@@ -30,10 +31,10 @@ class Drawn(StochasticJFB):
         return self.N, self.M
 
 
-def saved_numbers(f, x, **options):
+def saved_numbers(f, x, *modules, **options):
     """How many numbers autograd holds for the backward pass, parameters and inputs apart."""
     kept: dict[int, int] = {}
-    known = {x.data_ptr()} | {p.data_ptr() for p in f.parameters()}
+    known = {x.data_ptr()} | {p.data_ptr() for module in modules or (f,) for p in module.parameters()}
 
     def pack(t):
         if t.data_ptr() not in known:
@@ -65,7 +66,14 @@ def test_free_iterations_store_nothing(layer):
 
 @pytest.mark.parametrize(
     ("grad", "solver"),
-    [(IFT(), Anderson()), (JFB(), Anderson()), (SHINE(), Broyden(memory=3)), (Reversible(on_drift="ignore"), Picard())],
+    [
+        (IFT(), Anderson()),
+        (JFB(), Anderson()),
+        (Phantom(), Anderson()),
+        (Neumann(), Anderson()),
+        (SHINE(), Broyden(memory=3)),
+        (Reversible(on_drift="ignore"), Picard()),
+    ],
     ids=lambda g: type(g).__name__,
 )
 def test_storage_does_not_grow_with_the_solve(layer, grad, solver):
@@ -80,6 +88,21 @@ def test_unrolling_does_grow(layer):
         saved_numbers(*layer, solver=Picard(), grad=Unrolled(), stop=Stop(rtol=0, atol=0, max_evals=n)) for n in (6, 24)
     )
     assert long > 3 * short
+
+
+def test_checkpointing_keeps_the_input_of_every_evaluation(layer):
+    """Of a map with a wide inside: its inside is stored once, at most, and one state an evaluation."""
+    f, x = layer
+    wide = nn.Sequential(nn.Linear(16, 160), nn.Tanh(), nn.Linear(160, 16)).double()
+
+    def count(checkpoint, evals):
+        stop = Stop(rtol=0, atol=0, max_evals=evals)
+        return saved_numbers(
+            lambda z: f(0.1 * wide(z)), x, wide, f, solver=Picard(), grad=Unrolled(checkpoint), stop=stop
+        )
+
+    plain, kept = (count(c, 24) - count(c, 6) for c in (False, True))
+    assert plain > 18 * 160 * len(x) and kept <= 18 * 2 * x.numel()
 
 
 def _twice(f, x, solve):
@@ -108,7 +131,9 @@ def test_a_layer_twice_in_one_graph_and_two_backward_passes(layer):
         torch.testing.assert_close(a, c, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("grad", [IFT(), JFB(), SHINE(), Neumann(), StochasticJFB(), Unrolled()])
+@pytest.mark.parametrize(
+    "grad", [IFT(), JFB(), Phantom(), SHINE(), Neumann(), StochasticJFB(), Reversible(), Unrolled()]
+)
 def test_no_graph_where_nothing_requires_gradients(grad):
     value = fixed_point(lambda z: torch.cos(z), torch.ones(2, 3), solver=Broyden(), grad=grad).value
     assert not value.requires_grad
