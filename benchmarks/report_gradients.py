@@ -1,17 +1,19 @@
 """benchmarks/results/gradients.json as Markdown tables and a figure.
 
-python -m benchmarks.report_gradients [--out FIGURE.png]           prints the tables and draws the figure
+python -m benchmarks.report_gradients          prints the tables, writes them into docs/gradients.md, draws the figure
 """
 
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 from implicit.diagnostics.bias_table import HEAD, BiasRow, GradientBias, cells, markdown
 
 RESULT = Path(__file__).parent / "results" / "gradients.json"
+PAGE = Path(__file__).parents[1] / "docs" / "gradients.md"
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "gradients_benchmark.png"
 
 
@@ -62,6 +64,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def mark(page: str, name: str, text: str) -> str:
+    """The page with `text` between the marks of that name."""
+    found = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    return found.sub(lambda marks: f"{marks[1]}{text}\n{marks[2]}", page)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", type=Path, default=RESULT)
@@ -69,6 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     result = json.loads(options.result.read_text())
     print(tables(result))
+    PAGE.write_text(mark(PAGE.read_text(), "benchmark", tables(result)))
     draw(result, options.out)
 
 
