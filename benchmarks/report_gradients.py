@@ -51,7 +51,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from implicit import plotting
 
     figure, axes = plt.subplots(2, 2, figsize=(15, 11), layout="constrained")
-    for ax, (name, found) in zip(axes.flat, result["tables"].items(), strict=True):
+    for ax, (name, found) in zip(axes.flat, result["tables"].items(), strict=False):
         good = [row for row in rows(found) if not math.isnan(row.error)]
         sides = {
             "implicit": [row for row in good if not row.name.startswith("torchdeq")],
