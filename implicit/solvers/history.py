@@ -91,7 +91,12 @@ class Ring:
 
     def forget(self, mask: Bool[Tensor, "B 1"]) -> "Ring":
         """The ring with all rows of the samples in `mask` zero."""
-        return replace(self, blocks=tuple(block.masked_fill(mask.unsqueeze(2), 0) for block in self.blocks))
+        lost = mask.unsqueeze(2)
+        if torch.is_grad_enabled() and any(block.requires_grad for block in self.blocks):
+            return replace(self, blocks=tuple(block.masked_fill(lost, 0) for block in self.blocks))
+        for block in self.blocks:  # a copy would hold the history twice
+            block.masked_fill_(lost, 0)
+        return self
 
     def add(self, x: Flat, c: Coefficients, sign: int = 1, first: int = 0) -> Flat:
         """x + sign sum_i c_i row_{first + i}."""
