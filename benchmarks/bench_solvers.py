@@ -1,6 +1,9 @@
 """Solvers beside their peers: evaluations on the fourteen problems, CPU time around f, operators, memory.
 
-python benchmarks/bench_solvers.py           writes benchmarks/results/solvers.json and prints it as tables
+python benchmarks/bench_solvers.py                       writes benchmarks/results/solvers.json and prints the summary
+python benchmarks/bench_solvers.py --parts evaluations   measures that part again and keeps the others
+
+Rows of jaxopt and optimistix come from results/peers_jax.json (`peers_jax.py` writes it, in an environment of its own).
 """
 
 import argparse
@@ -51,20 +54,18 @@ def theirs(function) -> Callable[[Problem, float], torch.Tensor]:
 
 
 def scipys(method) -> Callable[[Problem, float], torch.Tensor]:
-    """One system of all samples, as scipy knows no batches."""
+    """One system of all samples, as scipy knows no batches; full steps from J = -I: its best settings for z = f(z)."""
 
     def run(p, rtol):
         def g(x):
-            z = torch.from_numpy(x).to(p.z0).reshape(p.z0.shape)
-            out = (p(z, *p.args) - z).double().numpy().ravel()
-            if float(p.residual(z).max()) <= rtol:
+            z = torch.from_numpy(x.copy()).to(p.z0).reshape(p.z0.shape)
+            if p.calls >= BUDGET or float(p.residual(z).max()) <= rtol:
                 raise Reached(z)
-            return out
+            return (p(z, *p.args) - z).double().numpy().ravel()
 
+        options = {"maxiter": BUDGET, "fatol": 1e-300, "line_search": None, "jac_options": {"alpha": 1.0}}
         try:
-            answer = optimize.root(
-                g, p.z0.double().numpy().ravel(), method=method, options={"maxiter": BUDGET, "fatol": 1e-300}
-            ).x
+            answer = optimize.root(g, p.z0.double().numpy().ravel(), method=method, options=options).x
         except Reached as reached:
             return reached.z
         return torch.from_numpy(answer).to(p.z0).reshape(p.z0.shape)
@@ -73,7 +74,7 @@ def scipys(method) -> Callable[[Problem, float], torch.Tensor]:
 
 
 class Reached(Exception):
-    """A point within the tolerance."""
+    """A point within the tolerance, or the end of the budget."""
 
     def __init__(self, z):
         self.z = z
@@ -83,7 +84,7 @@ def evaluations(dtype, rtol) -> dict[str, dict[str, int | str]]:
     """Solver -> problem -> evaluations of f, or the residual where it failed."""
     runs = {f"implicit {name}": ours(s) for name, s in OURS.items()}
     runs |= {f"torchdeq {name}": theirs(s) for name, s in PEERS.items()}
-    runs |= {f"scipy {m}": scipys(m) for m in ("anderson", "broyden1")}
+    runs |= {f"scipy {m}": scipys(m) for m in ("anderson", "broyden1", "broyden2")}
     table: dict[str, dict[str, int | str]] = {}
     for name, run in runs.items():
         table[name] = {}
@@ -104,10 +105,11 @@ def summary(table) -> dict[str, str]:
     for name, row in table.items():
         solved = [n for n in row.values() if isinstance(n, int)]
         lines[name] = f"{len(solved)} of {len(row)}, {sum(solved)} evaluations"
-    for who in ("implicit", "torchdeq", "scipy"):
-        rows = [row for name, row in table.items() if name.startswith(who)]
+    packages = sorted({name.split()[0] for name in table})
+    for label, members in [(who, [who]) for who in packages] + [("peers", [w for w in packages if w != "implicit"])]:
+        rows = [row for name, row in table.items() if name.split()[0] in members]
         best = [min((r[p] for r in rows if isinstance(r[p], int)), default=None) for p in rows[0]]
-        lines[f"{who}, best by problem"] = f"{sum(b is not None for b in best)} solved, {sum(b or 0 for b in best)}"
+        lines[f"{label}, best by problem"] = f"{sum(b is not None for b in best)} solved, {sum(b or 0 for b in best)}"
     return lines
 
 
@@ -234,33 +236,47 @@ def memory() -> dict[str, float]:
     return held
 
 
+RESULTS = Path(__file__).parent / "results"
+
+
+def from_jax() -> dict[str, dict[str, dict[str, int | str]]]:
+    """The rows of jaxopt and optimistix, where they have been measured."""
+    file = RESULTS / "peers_jax.json"
+    return json.loads(file.read_text())["evaluations"] if file.exists() else {}
+
+
+def counted() -> dict[str, dict[str, dict[str, int | str]]]:
+    wanted = {"float64 to 1e-10": (torch.float64, 1e-10), "float32 to 1e-5": (torch.float32, 1e-5)}
+    return {name: evaluations(*what) for name, what in wanted.items()}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "solvers.json")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "solvers.json")
     parser.add_argument("--repeats", type=int, default=7)
+    parts = {
+        "evaluations": ("evaluations", counted),
+        "operators": ("operators per evaluation", operators),
+        "memory": ("states held", memory),
+        "time": ("CPU time, bare loop = 1", lambda: overhead(options.repeats)),
+    }
+    parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tables = {
-        "float64 to 1e-10": evaluations(torch.float64, 1e-10),
-        "float32 to 1e-5": evaluations(torch.float32, 1e-5),
-    }
     git = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    result = {
-        "device": f"{platform.machine()} CPU, 1 thread",
-        "versions": {
-            "torch": torch.__version__,
-            "torchdeq": version("torchdeq"),
-            "scipy": scipy.__version__,
-        },
-        "commit": commit,
-        "budget": BUDGET,
-        "evaluations": tables,
-        "summary": {name: summary(table) for name, table in tables.items()},
-        "operators per evaluation": operators(),
-        "states held": memory(),
-        "CPU time, bare loop = 1": overhead(options.repeats),
-    }
+    result = json.loads(options.out.read_text()) if options.out.exists() else {}
+    result["device"] = f"{platform.machine()} CPU, 1 thread"
+    result["versions"] = {"torch": torch.__version__, "torchdeq": version("torchdeq"), "scipy": scipy.__version__}
+    result["budget"] = BUDGET
+    result.setdefault("commits", {})
+    for part in options.parts:
+        name, measure = parts[part]
+        result[name] = measure()
+        result["commits"][name] = commit
+    for name, rows in from_jax().items():
+        result["evaluations"][name].update(rows)
+    result["summary"] = {name: summary(table) for name, table in result["evaluations"].items()}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "evaluations"}, indent=1))
