@@ -109,7 +109,7 @@ class Broyden(AbstractSolver[BroydenMemory]):
     def _anew(self, r: Flat, memory: BroydenMemory) -> BroydenMemory:
         """The memory with the newest pair alone, H_{k-1} = I: u takes a row of its own, for it is not the next step."""
         slot = memory.count - 1
-        s, y = memory.steps.row(slot), r - memory.r
+        s, y = memory.steps.row(slot).clone(), r - memory.r  # forgetting writes into the row
         scale = torch.linalg.vecdot(s, y).unsqueeze(1)
         size = torch.linalg.vecdot(s, s).unsqueeze(1)
         lost = scale.abs() <= torch.finfo(r.dtype).eps * size

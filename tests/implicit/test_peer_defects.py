@@ -160,7 +160,7 @@ def test_the_exact_gradient_makes_no_jacobian():
     with Largest() as seen:
         value = fixed_point(lambda z, x: torch.cos(z) * 0.5 + x, torch.zeros(1, n), x, solver=Picard()).value
         value.square().sum().backward()
-    assert 2 * n <= seen.numel < 30 * n  # history of the backward solve, not n x n
+    assert 2 * n <= seen.numel < 100 * n  # the basis of the backward solve, at most 61 vectors, not n x n
 
 
 def test_the_returned_value_does_not_ask_for_gradients_that_it_cannot_have():
