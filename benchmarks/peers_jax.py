@@ -88,7 +88,7 @@ class Watched:
         def f(x: Any) -> Any:
             return called(self.f, x)
 
-        @f.defjvp
+        @f.defjvp  # pyright: ignore[reportFunctionMemberAccess]
         def pushed(primals: Any, tangents: Any) -> Any:
             (x,), (v,) = primals, tangents
             return f(x), jax.custom_derivatives.linear_call(push, pull, x, v) if backward else push(x, v)
@@ -97,7 +97,7 @@ class Watched:
 
 
 def solvers() -> dict[str, Callable[[Map, Any], Any]]:
-    """The solvers of either package for fixed points, and those for roots that need no gradient of a merit function."""
+    """The solvers of either package for fixed points, and those for roots; jaxopt's Broyden without its line search."""
     never = {"maxiter": BUDGET, "tol": 0.0, "implicit_diff": False}
 
     def finds(solver: Any) -> Callable[[Map, Any], Any]:
@@ -111,7 +111,6 @@ def solvers() -> dict[str, Callable[[Map, Any], Any]]:
         "jaxopt FixedPointIteration": lambda f, x: jaxopt.FixedPointIteration(f, **never).run(x),
         "jaxopt AndersonAcceleration": lambda f, x: jaxopt.AndersonAcceleration(f, **never).run(x),
         "jaxopt Broyden, step 1": lambda f, x: jaxopt.Broyden(lambda z: f(z) - z, stepsize=1.0, **never).run(x),
-        "jaxopt Broyden": lambda f, x: jaxopt.Broyden(lambda z: f(z) - z, **never).run(x),
         "optimistix FixedPointIteration": iterates(optimistix.FixedPointIteration(**tight)),
         "optimistix Newton": finds(optimistix.Newton(**tight)),
         "optimistix Chord": finds(optimistix.Chord(**tight)),
