@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import scipy
 import torch
 from scipy import optimize
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchdeq.solver import anderson_solver, broyden_solver, fixed_point_iter
 
 from implicit import Anderson, AndersonGS, Broyden, NewtonKrylov, Picard, Stop, iterate
@@ -139,7 +141,7 @@ def contenders(f, z0):
         "Anderson": Anderson(6, safeguard=False),
         "Broyden": Broyden(30, safeguard=False),
     }
-    runs = {"bare": bare}
+    runs: dict[str, Callable[[], Any]] = {"bare": bare}
     for name, solver in pairs.items():
         stop = Stop(rtol=1e-30, atol=0, max_evals=EVALS)
         runs[f"implicit {name}"] = lambda solver=solver, stop=stop: iterate(f, z0, solver, stop)
@@ -214,7 +216,7 @@ class Peak(TorchDispatchMode):
         import weakref
 
         out = func(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(out):
+        for t in tree_leaves(out):
             if isinstance(t, torch.Tensor):
                 store = t.untyped_storage()
                 key = store._cdata

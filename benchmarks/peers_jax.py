@@ -103,15 +103,11 @@ def solvers() -> dict[str, Callable[[Map, Any], Any]]:
     def finds(solver: Any) -> Callable[[Map, Any], Any]:
         return lambda f, x: optimistix.root_find(lambda z, _: f(z) - z, solver, x, max_steps=BUDGET, throw=False)
 
-    def iterates(solver: Any) -> Callable[[Map, Any], Any]:
-        return lambda f, x: optimistix.fixed_point(lambda z, _: f(z), solver, x, max_steps=BUDGET, throw=False)
-
     tight = {"rtol": 1e-300, "atol": 1e-300}
     return {
         "jaxopt FixedPointIteration": lambda f, x: jaxopt.FixedPointIteration(f, **never).run(x),
         "jaxopt AndersonAcceleration": lambda f, x: jaxopt.AndersonAcceleration(f, **never).run(x),
         "jaxopt Broyden, step 1": lambda f, x: jaxopt.Broyden(lambda z: f(z) - z, stepsize=1.0, **never).run(x),
-        "optimistix FixedPointIteration": iterates(optimistix.FixedPointIteration(**tight)),
         "optimistix Newton": finds(optimistix.Newton(**tight)),
         "optimistix Chord": finds(optimistix.Chord(**tight)),
     }
