@@ -323,7 +323,7 @@ def core_solvers(results: Path, images: Path) -> str:
             head,
             counts,
             around,
-            f"`solvers.json`: {found['device']}, torch {found['versions']['torch']}, commit {found['commit']}.",
+            f"`solvers.json`: {found['device']}, torch {found['versions']['torch']}, commit {found['commits']['evaluations']}.",
         )
     )
 
