@@ -15,6 +15,7 @@ from benchmarks import figures
 
 ROOT = Path(__file__).parents[1]
 NOTHING = "not measured"
+_HASTY = 2.0  # distances above this are those of networks that have hardly begun
 Section = Callable[[Path, Path], str]
 
 
@@ -49,11 +50,19 @@ class Study:
         if not self.found:
             return f"`{self.file}`: {NOTHING}."
         real = self.found["real"]
+        means = [self.mean(cell, way, "frechet") for cell in self.cells() for way in self.ways(cell)]
+        best = min((m for m in means if m is not None), default=0.0)
+        hasty = (
+            f" The best distance here is {best:.1f}: networks trained so briefly tell who learns fastest, not who ends "
+            "best."
+            if best > _HASTY
+            else ""
+        )
         floor = ", ".join(f"{name} {score['frechet']:.2f}" for name, score in real.items())
         return (
             f"`{self.file}`: {self.found['command']}, {self.found['device']}, torch {self.found['versions']['torch']}, "
             f"commit {self.found['commit']}; {self.found['training_cpu_seconds']} s of CPU time for each network, "
-            f"{self.found['samples']} samples a score. Fréchet distance of real digits: {floor}."
+            f"{self.found['samples']} samples a score. Fréchet distance of real digits: {floor}.{hasty}"
         )
 
 
@@ -323,9 +332,39 @@ def core_solvers(results: Path, images: Path) -> str:
             head,
             counts,
             around,
-            f"`solvers.json`: {found['device']}, torch {found['versions']['torch']}, commit {found['commits']['evaluations']}.",
+            f"`solvers.json`: {found['device']}, torch {found['versions']['torch']}, commit "
+            f"{found['commits']['evaluations']}. Evaluations of f on fourteen problems, at most 300 on each.",
         )
     )
+
+
+def costs(results: Path, images: Path) -> str:
+    path, parts = results / "diffusion.json", ["## What FPDM costs"]
+    known = json.loads(path.read_text())["tables"] if path.exists() else {}
+    for name in ("against the plain step", "around the block", "sampling step", "training step", "parameters"):
+        found = known.get(name)
+        parts.append(f"**{name.capitalize()}**" + ("" if found else f": {NOTHING}."))
+        if found:
+            keys = list(dict.fromkeys(key for row in found["rows"] for key in row))
+            parts.append(table(keys, ([_short(row.get(key, "")) for key in keys] for row in found["rows"])))
+            parts.append(f"`diffusion.json`: {found['device']}, commit {found['commit']}.")
+    return "\n\n".join(parts)
+
+
+def _short(value: Any) -> str:
+    """A number or a small record, legible in a table."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(one)}" for key, one in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def core_gradients(results: Path, images: Path) -> str:
+    from benchmarks.report_gradients import tables
+
+    path, head = results / "gradients.json", "## Gradient estimators of the core beside torchdeq's"
+    if not path.exists():
+        return f"{head}\n\n`gradients.json`: {NOTHING}."
+    return f"{head}\n\n{tables(json.loads(path.read_text()))}\n\n`gradients.json`."
 
 
 def gpu(results: Path, images: Path) -> str:
@@ -343,7 +382,9 @@ SECTIONS: tuple[Section, ...] = (
     allocation,
     solvers,
     digits,
+    costs,
     core_solvers,
+    core_gradients,
     gpu,
 )
 
