@@ -139,6 +139,8 @@ def solver(config: c.Solver) -> implicit.AbstractSolver[Any]:
             return implicit.Anderson(memory=config.memory, damping=config.damping)
         case c.AndersonGS():
             return implicit.AndersonGS(memory=config.memory)
+        case c.BadBroyden():
+            return implicit.BadBroyden(memory=config.memory)
         case c.Broyden():
             return implicit.Broyden(memory=config.memory)
         case c.NewtonKrylov():

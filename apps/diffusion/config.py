@@ -21,6 +21,7 @@ from .solving import JFB as JFB
 from .solving import SHINE as SHINE
 from .solving import Anderson as Anderson
 from .solving import AndersonGS as AndersonGS
+from .solving import BadBroyden as BadBroyden
 from .solving import Broyden as Broyden
 from .solving import Grad as Grad
 from .solving import Neumann as Neumann

@@ -52,6 +52,17 @@ class Broyden:
     """Broyden's method with a limited memory."""
 
     memory: int = 20
+    """Secant pairs that are kept."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadBroyden:
+    """Broyden's bad method: the smallest change of the inverse."""
+
+    memory: int = 20
     """Rank-one terms that are kept."""
 
     def __post_init__(self) -> None:
@@ -194,13 +205,13 @@ class Stop:
         at_least(self, 1, "max_evals")
 
 
-Solver = Picard | Anderson | AndersonGS | Broyden | NewtonKrylov
+Solver = Picard | Anderson | AndersonGS | BadBroyden | Broyden | NewtonKrylov
 Grad = StochasticJFB | JFB | IFT | Phantom | Neumann | SHINE | Reversible | Unrolled
 
 
 def check_pair(grad: Grad, solver: Solver) -> None:
     """Raises ValueError where an estimator cannot work with a solver, or would pay no heed to it."""
-    if isinstance(grad, SHINE) and not isinstance(solver, Anderson | AndersonGS | Broyden):
+    if isinstance(grad, SHINE) and not isinstance(solver, Anderson | AndersonGS | BadBroyden | Broyden):
         raise ValueError(
             f"SHINE multiplies by its solver's estimate of the inverse, and {type(solver).__name__} has none; take "
             "solver:anderson, solver:anderson-gs or solver:broyden."

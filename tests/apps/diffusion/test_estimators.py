@@ -31,6 +31,7 @@ SOLVERS = [
     ("solver:picard --solver.damping 0.5", implicit.Picard(damping=0.5)),
     ("solver:anderson --solver.memory 3", implicit.Anderson(memory=3)),
     ("solver:anderson-gs --solver.memory 7", implicit.AndersonGS(memory=7)),
+    ("solver:bad-broyden --solver.memory 8", implicit.BadBroyden(memory=8)),
     ("solver:broyden --solver.memory 9", implicit.Broyden(memory=9)),
     ("solver:newton-krylov --solver.inner 5", implicit.NewtonKrylov(inner=5)),
 ]

@@ -177,7 +177,7 @@ def test_samples_made_otherwise_are_not_mixed(trained, tmp_path, capsys):
         (["--eta", "0.5", "--sampler", "ddpm"], "eta"),
         (["--memory", "3"], "--solver anderson"),
         (["--rtol", "2"], "--rtol"),
-        (["--vae", "no/such/vae"], "The VAE no/such/vae cannot be read"),
+        (["--vae", "no/such/vae"], "nothing for the VAE no/such/vae to decode"),
         (["--rtol", "0.1", "--allocation", "increasing"], "leave none to share"),
     ],
 )
