@@ -35,13 +35,17 @@ def test_numbers_are_those_of_the_file_and_verdicts_follow_them(tmp_path):
     distances = [c["samples"]["20 x 10"]["frechet"] for name, c in cells.items() if name.startswith("JFB, seed")]
     assert f"| JFB | {sum(distances) / 3:.2f} ± " in text
 
-    def worsen(found):
-        for name, cell in found["cells"].items():
-            if name.startswith("S-JFB"):
-                cell["samples"]["20 x 10"]["frechet"] += 100
+    def shifted(prefix, by):
+        def change(found):
+            for name, cell in found["cells"].items():
+                if name.startswith(prefix):
+                    cell["samples"]["20 x 10"]["frechet"] += by
 
-    spoilt = section(built(tmp_path, "study_estimators.json", change=worsen), "Gradient estimators")
-    assert "*S-JFB beats JFB*: **yes**" in text and "*S-JFB beats JFB*: **no, the reverse**" in spoilt
+        return section(built(tmp_path, "study_estimators.json", change=change), "Gradient estimators")
+
+    assert "*S-JFB beats JFB*: **yes**" in text
+    assert "*S-JFB beats JFB*: **no, the reverse**" in shifted("JFB", -6)
+    assert "*S-JFB beats JFB*: **undecided**" in shifted("S-JFB", 100)
 
 
 def test_a_missing_seed_is_said(tmp_path):
