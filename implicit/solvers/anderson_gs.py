@@ -112,7 +112,7 @@ class AndersonGS(AbstractSolver[AndersonGSMemory]):
         new, new_fz = q.add(new, h, -1), d.add(new_fz, h, -1)
         size = torch.linalg.vector_norm(new, dim=1, keepdim=True)
         inverse = inverse.masked_fill(stale, 0)
-        inverse[:, :, slot] = size.clamp_min(torch.finfo(size.dtype).tiny ** 0.5) ** -2
+        inverse[:, :, slot] = size.masked_fill(size < torch.finfo(size.dtype).tiny ** 0.5, torch.inf) ** -2
         return replace(memory, q=q.put(slot, new), d=d.put(slot, new_fz), inverse=inverse, pairs=memory.pairs + 1)
 
     def transposed(self, memory: AndersonGSMemory, g: Flat) -> Flat:

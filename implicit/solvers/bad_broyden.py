@@ -86,7 +86,8 @@ class BadBroyden(AbstractSolver[BadBroydenMemory]):
         v = memory.v.room(slot, y)
         if memory.updates >= self.memory:
             u = u.put(slot, torch.zeros_like(y))
-        scale = torch.linalg.vecdot(y, y).unsqueeze(1).clamp_min(torch.finfo(y.dtype).tiny)
+        scale = torch.linalg.vecdot(y, y).unsqueeze(1)
+        scale = scale.masked_fill(scale == 0, torch.inf)  # not clamped: a backward pass would divide by the clamp
         column = (s + u.add(y, v.dot(y))) / -scale
         return u.put(slot, column), v.put(slot, y)
 

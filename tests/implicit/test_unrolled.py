@@ -7,7 +7,7 @@ import torch
 from small_layers import F64, flat, layer, off
 from torch import nn
 
-from implicit import Anderson, Broyden, Picard, Stop, Unrolled, fixed_point
+from implicit import Anderson, AndersonGS, BadBroyden, Broyden, Picard, Stop, Unrolled, fixed_point
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
@@ -58,3 +58,17 @@ def test_a_solve_that_starts_at_its_answer_still_depends_on_the_parameters():
         start = fixed_point(f, torch.zeros_like(x), x, stop=Stop(rtol=1e-12)).value
     z = fixed_point(f, start, x, grad=Unrolled(), stop=Stop(rtol=1e-3)).value
     assert torch.autograd.grad(z.sum(), f.bias)[0].norm() > 0
+
+
+@pytest.mark.parametrize("solver", [BadBroyden(), AndersonGS(), Broyden()], ids=repr)
+@pytest.mark.parametrize("evals", [3, 5, 30])
+def test_a_solve_that_goes_on_after_it_has_arrived_keeps_its_gradient(solver, evals):
+    """Differences of exactly zero must not be divided by, nor by a stand-in for zero, in the backward pass."""
+    c = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = c.clone().requires_grad_()
+    stop = Stop(rtol=0, atol=0, max_evals=evals)
+    value = fixed_point(
+        lambda z, x: 0.5 * z + x, torch.zeros_like(c), x, solver=solver, grad=Unrolled(), stop=stop
+    ).value
+    (g,) = torch.autograd.grad(value.sum(), x)
+    torch.testing.assert_close(g, torch.full_like(g, 2.0), rtol=1e-6, atol=1e-6)
