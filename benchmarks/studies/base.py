@@ -20,7 +20,7 @@ from apps.diffusion.trainer import Trainer
 
 Sizes = dict[str, dict[str, float]]
 SCALES: Sizes = {  # CPU seconds of training by study, and samples per score
-    "full": {"sampling": 120, "estimators": 40, "free-and-tracked": 12, "layers": 20, "samples": 500},
+    "full": {"sampling": 120, "estimators": 100, "free-and-tracked": 60, "layers": 60, "samples": 500},
     "tiny": {"sampling": 1, "estimators": 1, "free-and-tracked": 1, "layers": 0.3, "samples": 20},
 }
 

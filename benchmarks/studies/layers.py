@@ -2,7 +2,7 @@
 
 from .base import SCALES, Cell, Way, fixed, fpdm
 
-PAIRS = ((1, 1), (2, 2), (3, 3), (1, 3), (3, 1))
+PAIRS = tuple((before, behind) for before in (1, 2, 3) for behind in (1, 2, 3))
 
 
 def cells(scale: str) -> list[Cell]:
