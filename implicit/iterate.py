@@ -172,17 +172,17 @@ def _begin(solver: AbstractSolver[Any], point: Point, loop: Loop) -> Any:
 def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any], loop: Loop) -> Solution:
     """The loop without a tolerance: no decision on the host, so a device never waits and one graph compiles.
 
-    A sample whose f(z) is not finite is held at that z.
+    A sample whose f(z) is not finite is held at the point before.
     """
     point = f.at(z)
-    alive = _finite(point)
+    began = alive = _finite(point)
     memory = _begin(solver, point, loop)
     while f.left > 0:
         z, memory = solver.step(f, point, memory)
-        z = torch.where(alive, z, point.z)
-        point = f.at(z)
-        alive = alive & _finite(point)
-    value = torch.where(alive, point.fz, point.z)
+        new = f.at(z)
+        alive = alive & _finite(new)
+        point = Point(torch.where(alive, new.z, point.z), torch.where(alive, new.fz, point.fz))
+    value = torch.where(began, point.fz, point.z)
     with torch.no_grad():
         residual = norm(point.r)
         ended = torch.where(residual == 0, int(Result.CONVERGED), int(Result.MAX_EVALS))

@@ -20,14 +20,15 @@ from implicit.solvers.base import AbstractSolver, Evaluator, Point
 from implicit.solvers.history import dots, put, put_difference
 from implicit.state import Flat
 
-_EMPTY = 1e-250  # on the diagonal of the small systems, so that columns of zeros get the weight 0
+# squared columns below this are none, for their products have underflowed; their diagonal is 1 and their weight 0
+_NONE = {torch.float64: 1e-290, torch.float32: torch.finfo(torch.float32).tiny}
 
 
 @dataclass(frozen=True)
 class AndersonMemory:
-    """The last point, rings of K = memory - 1 differences, and the Gram matrix of dR.
+    """The last point, rings of K = memory - 1 differences, and the Gram matrix of dR, with 1 for <0, 0>.
 
-    The small systems are gram * boost + empty: the ridge on the diagonal, and something where columns are zero.
+    The small systems are gram * boost: the ridge on the diagonal.
     """
 
     fz: Flat
@@ -36,7 +37,6 @@ class AndersonMemory:
     dr: Float[Tensor, "B K N"]
     gram: Float[Tensor, "B K K"]
     boost: Float[Tensor, "B K K"]
-    empty: Float[Tensor, "B K K"]
     steps: int = 0
     columns: int = 0
     fresh: bool = True  # the last point is not apart from the next: no difference yet
@@ -76,10 +76,9 @@ class Anderson(AbstractSolver[AndersonMemory]):
         rows, numbers = point.z.shape
         k = self.memory - 1
         df, dr = point.z.new_zeros(rows, k, numbers), point.z.new_zeros(rows, k, numbers)
-        gram = torch.zeros(rows, k, k, dtype=torch.float64, device=point.z.device)
-        eye = torch.eye(k, dtype=torch.float64, device=point.z.device).expand(rows, k, k)
+        gram = _none(torch.empty(rows, k, k, dtype=torch.float64, device=point.z.device))
         ridge = self.ridge or (1e-14 if point.z.dtype == torch.float64 else 1e-7)
-        return AndersonMemory(point.fz, point.r, df, dr, gram, 1 + ridge * eye, _EMPTY * eye)
+        return AndersonMemory(point.fz, point.r, df, dr, gram, 1 + ridge * gram)
 
     def resume(self, point: Point, memory: AndersonMemory) -> AndersonMemory:
         if memory.dr.shape[1] + 1 != self.memory:
@@ -98,7 +97,7 @@ class Anderson(AbstractSolver[AndersonMemory]):
             r=torch.where(mask, point.r, memory.r),
             df=memory.df.masked_fill(lost, 0),
             dr=memory.dr.masked_fill(lost, 0),
-            gram=memory.gram.masked_fill(lost, 0),
+            gram=torch.where(lost, _none(memory.gram), memory.gram),
         )
 
     def step(self, f: Evaluator, point: Point, memory: AndersonMemory) -> tuple[Flat, AndersonMemory]:
@@ -109,7 +108,7 @@ class Anderson(AbstractSolver[AndersonMemory]):
             df = put_difference(df, slot, point.fz, memory.fz)
             dr = put_difference(dr, slot, r, memory.r)
             gram, columns = _renew(gram, slot, dots(dr, dr[:, slot]).squeeze(1)), columns + 1
-        now = AndersonMemory(point.fz, r, df, dr, gram, memory.boost, memory.empty, steps, columns, False)
+        now = AndersonMemory(point.fz, r, df, dr, gram, memory.boost, steps, columns, False)
         if steps < self.start or not columns:
             return self._damp(point.fz, r), now
         if columns < k:
@@ -131,14 +130,21 @@ class Anderson(AbstractSolver[AndersonMemory]):
         return torch.baddbmm(g.unsqueeze(1), gamma, memory.dr, alpha=-1).squeeze(1)
 
 
+def _none(like: Float[Tensor, "B K K"]) -> Float[Tensor, "B K K"]:
+    """The Gram matrix of columns of zeros."""
+    return torch.eye(like.shape[1], dtype=like.dtype, device=like.device).repeat(like.shape[0], 1, 1)
+
+
 def _renew(gram: Float[Tensor, "B K K"], slot: int, row: Float[Tensor, "B K"]) -> Float[Tensor, "B K K"]:
     """The Gram matrix with a new row and column."""
+    size = row[:, slot]
+    row = put(row.unsqueeze(2), slot, size.masked_fill(size < _NONE[row.dtype], 1).unsqueeze(1)).squeeze(2)
     return put(put(gram, slot, row).mT, slot, row).mT
 
 
 def _weights(memory: AndersonMemory, rhs: Float[Tensor, "B 1 K"]) -> Float[Tensor, "B 1 K"]:
     """The solution of the first equations of the small systems, as many as `rhs` has numbers, in float64."""
-    gram, used = torch.addcmul(memory.empty, memory.gram, memory.boost), rhs.shape[2]
+    gram, used = memory.gram * memory.boost, rhs.shape[2]
     if used < gram.shape[1]:
         gram = gram[:, :used, :used]
     return torch.linalg.solve_ex(gram, rhs.double().mT)[0].mT.to(rhs.dtype)

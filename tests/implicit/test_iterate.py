@@ -9,6 +9,7 @@ from implicit import (
     DEQ,
     Anderson,
     AndersonGS,
+    BadBroyden,
     Broyden,
     NewtonKrylov,
     NotConverged,
@@ -24,6 +25,9 @@ F64 = torch.float64
 
 SOLVERS = [Picard(), Picard(0.3), Anderson(), AndersonGS(), Broyden(), NewtonKrylov()]
 each = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+
+
+each_of_all = pytest.mark.parametrize("solver", [*SOLVERS, Anderson(2), BadBroyden()], ids=repr)
 
 
 def solve(f, z0, *args, **kwargs):
@@ -174,6 +178,41 @@ def test_a_start_that_is_the_answer_and_a_zero_residual(solver):
         assert torch.equal(found.value, z)
         fixed = solve(f, z, solver=solver, stop=Stop(rtol=0, atol=0, max_evals=6))
         assert torch.equal(fixed.value, z)
+
+
+ARRIVING = [(lambda z: -z, 0.0), (half, 2.0), (lambda z: 0 * z + 3, 3.0), (lambda z: 2 * z, 0.0)]  # map and answer
+
+
+@each_of_all
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_a_fixed_count_that_goes_on_after_it_has_arrived_stays_there(solver, dtype):
+    """Residuals and differences of exactly zero, or so small that their squares are; one sample starts there."""
+    for f, answer in ARRIVING:
+        z0 = torch.tensor([[1.0, 1.0, 1.0], [1.6, 1.8, 2.0], 3 * [answer]], dtype=dtype)
+        for evals in (8, 30):
+            found = solve(f, z0, solver=solver, stop=Stop(rtol=0, atol=0, max_evals=evals))
+            assert torch.isfinite(found.value).all() and torch.isfinite(found.residual).all()
+            assert torch.equal(found.value[2], z0[2]) and found.result[2] == Result.CONVERGED
+            if not isinstance(solver, Picard):  # a line through two points finds all these answers
+                torch.testing.assert_close(found.value, torch.full_like(z0, answer), rtol=0, atol=1e-5)
+
+
+@each_of_all
+def test_a_fixed_count_keeps_the_last_finite_point(solver):
+    calls = 0
+
+    def f(z):
+        nonlocal calls
+        calls += 1
+        return torch.where(torch.tensor([[True], [calls < 5]]), 0.9 * torch.cos(z), torch.nan)
+
+    stop = Stop(rtol=0, atol=0, max_evals=8)
+    found = solve(f, torch.ones(2, 3), solver=solver, stop=stop)
+    assert found.result.tolist() == [Result.MAX_EVALS, Result.NONFINITE] or not found.residual[0]
+    z = found.value
+    assert torch.isfinite(z).all() and float(found.residual[1]) < float((0.9 * torch.cos(torch.ones(3)) - 1).norm())
+    never = solve(lambda z: z * torch.nan, torch.ones(2, 3), solver=solver, stop=stop)
+    assert torch.equal(never.value, torch.ones(2, 3)) and (never.result == Result.NONFINITE).all()
 
 
 @each
