@@ -1,12 +1,17 @@
 """GMRES for the linear systems of backward passes: no method reaches the same residual in fewer products.
 
-Setting: u = g + A u, M = I - A. Arnoldi's method builds orthonormal columns V of span{g, M g, ..., M^(k-1) g}, one
+Setting: u = g + A u, M = I - A, r = g - M u. Arnoldi's method builds orthonormal columns V of span{r, A r, ...}, one
 product a column, with
 
-    M V_k = V_{k+1} H,     u = V_k y,     y = argmin || beta e_1 - H y ||,     beta = ||g||
+    A V_k = V_{k+1} H,     u' = u + V_k y,     y = argmin || beta e_1 - (I - H) y ||,     beta = ||r||
 
-H is (k+1) x k, upper Hessenberg. With Q the product of the Givens rotations that make it triangular, Q H = [R; 0] and
-Q beta e_1 = [t; rho]: y = R^-1 t, and |rho| is the residual. Q and R^-1 grow by one row and column a product.
+H is (k+1) x k, upper Hessenberg. With Q the product of the Givens rotations that make I - H triangular,
+Q (I - H) = [R; 0] and Q beta e_1 = [t; rho]: y = R^-1 t, and |rho| is the residual. Q and R^-1 grow by one row and
+column a product.
+
+Where every product takes the residual down by a good factor, what the older columns still know is worth next to
+nothing, and a few columns, over and over, are as good as all of them. So every cycle begins short, and one that is slow
+goes on to be a long one: nothing is thrown away.
 
 (Saad and Schultz, "GMRES", SIAM J. Sci. Stat. Comput. 7(3), 1986.)
 """
@@ -24,80 +29,118 @@ from implicit.solvers.history import Ring
 from implicit.state import Flat, norm
 
 _RUNNING = np.int8(-1)
+_SMALL = 1024  # numbers of a sample whose basis is not worth saving
+_ONCE = 3  # columns that stay orthogonal enough without a second pass
 
 
 @dataclass(frozen=True)
 class GMRES:
-    """GMRES(`memory`) for u = g + A u; every sample is a system of its own and keeps the answer that contented it.
+    """GMRES for u = g + A u; every sample is a system of its own and keeps the answer that contented it.
 
     A sample is content when ||g - (I - A) u|| <= atol + rtol ||u||. The residual is the recurrence's, which costs no
     product, and is never called smaller than rounding, `eps` ||u||: a tolerance below that ends as `STALLED`. Products
     are taken for all samples until the last is content; the host looks at each (`Stop.check_every` and `Stop.late`
-    play no part). Memory: as many states as products, at most `memory`, and four more.
+    play no part).
+
+    A sample of at least 1024 numbers starts over from its residual after `short` products if they made that smaller by
+    `rate` each, and after `memory` products otherwise; a smaller one always does so after `memory`. Memory: `short`
+    states and three while all samples are fast; else as many states as the longest cycle has products.
 
     Args:
-        memory: products before it starts over from the residual, >= 1.
+        memory: products before a sample starts over from its residual, >= 1.
+        short: the same for a sample that is fast, >= 1; `memory` or more: no sample is.
+        rate: factor a product that is fast, in [0, 1].
     """
 
     memory: int = 60
+    short: int = 2
+    rate: float = 0.6
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"GMRES.memory must be at least 1, got {self.memory}.")
+        for name in ("memory", "short"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"GMRES.{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"GMRES.rate must lie in [0, 1], got {self.rate}.")
 
     def __call__(self, act: Callable[[Flat], Flat], g: Flat, stop: Stop, eps: float = 0.0) -> Solution:
         """Solve u = g + act(u) for a linear `act` with rounding errors of `eps`, relative.
 
         A sample whose products are not finite has its g for a value.
         """
-        books = _Books(_host(norm(g)), stop, max(eps, torch.finfo(g.dtype).eps))
-        u, r = torch.zeros_like(g), g
+        length, u = norm(g), torch.zeros_like(g)
+        books = _Books(_host(length), stop, max(eps, torch.finfo(g.dtype).eps))
+        fit = _LeastSquares(books.residual)
+        short = min(self.short if g.shape[1] >= _SMALL else self.memory, self.memory)
+        basis, v, size = Ring(self.memory, first=short if short < self.memory else 0), _unit(g, length), norm(u)
         while books.open:
-            u, r = self._cycle(act, u, r, books)
-        lost = torch.from_numpy(books.code == Result.NONFINITE).to(g.device).unsqueeze(1)
-        return books.solution(torch.where(lost, g, u))
-
-    def _cycle(self, act: Callable[[Flat], Flat], u: Flat, r: Flat, books: "_Books") -> tuple[Flat, Flat]:
-        """Up to `memory` products: the new u and its residual."""
-        basis, fit = Ring(self.memory + 1), _LeastSquares(_host(norm(r)))
-        v, y = _unit(r, norm(r)), np.zeros((len(r), 0))
-        books.size = _host(norm(u))
-        for k in range(self.memory):
-            basis = basis.room(k, v).put(k, v)
-            w, h = _orthogonalise(v - act(v), basis)
-            length = norm(w)
-            fit.add(_host(torch.cat((h[:, : k + 1], length.unsqueeze(1)), dim=1)))
-            y = np.where(books.running[:, None], fit.y, np.pad(y, ((0, 0), (0, 1))))
-            books.judge(fit)
-            v = _unit(w, length)
-            if not books.open:
-                break
-        u = basis.add(u, _coefficients(y, basis, u))
-        if not books.open:
-            return u, r
-        basis = basis.room(self.memory, v).put(self.memory, v)
-        left = np.where(books.running[:, None], fit.rho[:, None] * fit.q[:, -1], 0.0)
-        return u, basis.add(torch.zeros_like(u), _coefficients(left, basis, u))
+            basis, v = _append(basis, fit.place, v)
+            h, v, length = _orthogonalise(act(v), basis, again=int(fit.place.max()) >= _ONCE)
+            found = _host(torch.cat((h, length.unsqueeze(1), size.unsqueeze(1)), dim=1))
+            v = _unit(v, length)
+            spent = fit.add(found[:, :-2], found[:, -2], books.running, 4 * torch.finfo(g.dtype).eps)
+            if spent.any():
+                v = v.masked_fill(_mask(spent, v), 0)
+            books.judge(fit, found[:, -1])
+            over = fit.over(short, self.memory, self.rate, books.running) if books.open else np.ones_like(spent)
+            if over.any():
+                u = basis.add(u, _upload(fit.y * over[:, None], basis.rows, u))
+                size = norm(u)
+                basis, v = _start_over(basis, v, fit, over)
+        lost = books.code == Result.NONFINITE
+        return books.solution(torch.where(_mask(lost, g), g, u) if lost.any() else u)
 
 
-def _orthogonalise(w: Flat, basis: Ring) -> tuple[Flat, Tensor]:
-    """w without its part in the span of the basis (0 if only rounding is left), and the coefficients of that part."""
-    before = norm(w)
+def _append(basis: Ring, place: np.ndarray, v: Flat) -> tuple[Ring, Flat]:
+    """The basis with v in row `place` of every sample, and v as it lies there where that is one row."""
+    basis = basis.room(int(place.max()), v)
+    if (place == place[0]).all():
+        basis = basis.put(int(place[0]), v)
+        return basis, basis.row(int(place[0]))
+    first = 0
+    for block in basis.blocks:
+        rows = np.flatnonzero((place >= first) & (place < first + block.shape[1]))
+        b, k = (torch.from_numpy(i).to(v.device, non_blocking=True) for i in (rows, place[rows] - first))
+        block[b, k] = v[b]
+        first += block.shape[1]
+    return basis, v
+
+
+def _orthogonalise(w: Flat, basis: Ring, again: bool) -> tuple[Tensor, Flat, Tensor]:
+    """The coefficients (B, K) of w's part in the span of the basis, w without it, and the length of that.
+
+    Twice, it is orthogonal to rounding error, which a long basis needs.
+    """
     h = basis.dot(w)
     w = basis.add(w, h, -1)
-    again = basis.dot(w)  # once more: then it is orthogonal to rounding error
-    w = basis.add(w, again, -1)
-    spent = norm(w) <= 4 * torch.finfo(w.dtype).eps * before
-    return w.masked_fill(spent.unsqueeze(1), 0), (h + again).squeeze(1)
+    if again:
+        more = basis.dot(w)
+        h, w = h + more, basis.add(w, more, -1)
+    return h.squeeze(1), w, norm(w)
+
+
+def _start_over(basis: Ring, v: Flat, fit: "_LeastSquares", over: np.ndarray) -> tuple[Ring, Flat]:
+    """An empty basis and the direction of the residual, for the samples that are `over`; changes `fit` likewise."""
+    rows, last = fit.residual()
+    last, rows = np.where(over, last, 1.0), rows * over[:, None]
+    v = basis.add(v * _upload(last[:, None], 1, v)[:, 0], _upload(rows, basis.rows, v))
+    fit.start_over(over)
+    return basis.forget(_mask(over, v)), v
 
 
 def _unit(w: Flat, length: Tensor) -> Flat:
-    return w / torch.where(length > 0, length, 1.0).unsqueeze(1)
+    return w / length.clamp_min(torch.finfo(w.dtype).tiny).unsqueeze(1)
 
 
-def _coefficients(y: np.ndarray, basis: Ring, like: Flat) -> Tensor:
-    padded = np.pad(y, ((0, 0), (0, basis.rows - y.shape[1])))
-    return torch.from_numpy(padded).to(like.device, like.dtype).unsqueeze(1)
+def _upload(c: np.ndarray, width: int, like: Flat) -> Tensor:
+    """Coefficients on the device, (B, 1, width): filled up with zeros."""
+    full = np.zeros((len(c), 1, width))
+    full[:, 0, : c.shape[1]] = c[:, :width]
+    return torch.from_numpy(full).to(like.device, like.dtype, non_blocking=True)
+
+
+def _mask(which: np.ndarray, like: Flat) -> Tensor:
+    return torch.from_numpy(which).to(like.device, non_blocking=True).unsqueeze(1)
 
 
 def _host(t: Tensor) -> np.ndarray:
@@ -105,33 +148,76 @@ def _host(t: Tensor) -> np.ndarray:
 
 
 class _LeastSquares:
-    """min || beta e_1 - H y || for every sample, as H grows by columns; B samples, k columns, all on the host."""
+    """min || beta e_1 - (I - H) y || for every sample, as H grows by columns; each at its own `place` in its cycle.
+
+    All on the host: B samples, at most K columns.
+    """
 
     def __init__(self, beta: np.ndarray) -> None:
-        size = len(beta)
-        self.rho = beta  # (B,)
-        self.q = np.ones((size, 1, 1))  # (B, k + 1, k + 1)
-        self.inverse = np.zeros((size, 0, 0))  # R^-1, (B, k, k)
-        self.y = np.zeros((size, 0))  # (B, k)
+        self.samples = np.arange(len(beta))
+        self.place = np.zeros(len(beta), dtype=np.int64)  # columns so far
+        self.beta, self.rho = beta.copy(), beta.copy()
+        self.q = np.ones((len(beta), 1, 1))  # (B, K + 1, K + 1)
+        self.inverse = np.zeros((len(beta), 1, 1))  # R^-1, likewise
+        self.y = np.zeros((len(beta), 1))
 
-    def add(self, column: np.ndarray) -> None:
-        """Take in the newest column of H, (B, k + 2)."""
-        k = self.y.shape[1]
-        turned = (self.q @ column[:, :-1, None])[..., 0]
-        a, b = turned[:, k], column[:, -1]
+    def add(self, h: np.ndarray, length: np.ndarray, running: np.ndarray, rounding: float) -> np.ndarray:
+        """Take in the newest column of H; whether it is in the span of the others, up to `rounding`.
+
+        Samples that do not run any more keep their y.
+        """
+        i, k = self.samples, self.place
+        if k.max() + 1 == self.y.shape[1]:
+            self._grow()
+        column = np.zeros_like(self.y)
+        width = min(h.shape[1], column.shape[1])
+        column[:, :width] = -h[:, :width]
+        column[i, k] += 1
+        size = np.hypot(np.linalg.norm(h, axis=1), length)
+        spent = length <= rounding * size
+        turned = (self.q @ column[:, :, None])[:, :, 0]
+        a, b = turned[i, k], np.where(spent, 0.0, -length)
         pivot = np.hypot(a, b)
-        none = pivot == 0  # a column of zeros: it gets the weight 0 and rho stays
-        pivot = np.where(none, np.inf, pivot)
-        cos, sin, new = a / pivot, np.where(none, -1.0, b / pivot), 1 / pivot[:, None]
-        self.q = np.pad(self.q, ((0, 0), (0, 1), (0, 1)))
-        last = self.q[:, k].copy()
-        self.q[:, k], self.q[:, k + 1] = cos[:, None] * last, -sin[:, None] * last
-        self.q[:, k, k + 1], self.q[:, k + 1, k + 1] = sin, cos
-        new = np.concatenate((-(self.inverse @ turned[:, :k, None])[..., 0] * new, new), axis=1)
-        self.inverse = np.pad(self.inverse, ((0, 0), (0, 1), (0, 1)))
-        self.inverse[:, :, k] = new
-        self.y = np.pad(self.y, ((0, 0), (0, 1))) + (cos * self.rho)[:, None] * new
-        self.rho = -sin * self.rho
+        none = pivot <= rounding * (1 + size)  # a column of zeros: it gets the weight 0 and rho stays
+        pivot[none] = np.inf
+        cos, sin = a / pivot, np.where(none, -1.0, b / pivot)
+        last = self.q[i, k]
+        self.q[i, k], self.q[i, k + 1] = cos[:, None] * last, -sin[:, None] * last
+        self.q[i, k, k + 1], self.q[i, k + 1, k + 1] = sin, cos
+        new = -(self.inverse @ turned[:, :, None])[:, :, 0]
+        new[i, k] = 1
+        new /= pivot[:, None]
+        self.inverse[i, :, k] = new
+        self.y += (cos * self.rho * running)[:, None] * new
+        self.rho = np.where(running, -sin * self.rho, 0.0)
+        self.place = k + 1
+        return spent
+
+    def _grow(self) -> None:
+        """One more column for everybody."""
+        size = self.y.shape[1] + 1
+        q, inverse = np.zeros((2, len(self.beta), size, size))
+        q[:, size - 1, size - 1] = 1
+        q[:, :-1, :-1], inverse[:, :-1, :-1] = self.q, self.inverse
+        self.q, self.inverse, self.y = q, inverse, np.pad(self.y, ((0, 0), (0, 1)))
+
+    def over(self, short: int, memory: int, rate: float, running: np.ndarray) -> np.ndarray:
+        """Whose cycle ends here; those that do not run any more are fast."""
+        fast = ~running | (np.abs(self.rho) <= rate**short * self.beta)
+        return ((self.place == short) & fast) | (self.place >= memory)
+
+    def residual(self) -> tuple[np.ndarray, np.ndarray]:
+        """The unit vector along the residual, in terms of the basis (B, K) and of the vector after it (B,)."""
+        i, k = self.samples, self.place
+        rows = np.sign(self.rho)[:, None] * self.q[i, k]
+        last = rows[i, k]
+        rows[i, k] = 0
+        return rows[:, : k.max()], last
+
+    def start_over(self, over: np.ndarray) -> None:
+        """An empty H for the samples that are `over`."""
+        self.q[over], self.inverse[over], self.y[over], self.place[over] = np.eye(self.y.shape[1]), 0, 0, 0
+        self.rho[over] = self.beta[over] = np.abs(self.rho[over])
 
 
 class _Books:
@@ -139,7 +225,7 @@ class _Books:
 
     def __init__(self, beta: np.ndarray, stop: Stop, eps: float) -> None:
         self.stop, self.eps = stop, eps
-        self.residual, self.size = beta.copy(), np.zeros_like(beta)
+        self.residual = beta.copy()
         self.evals = np.zeros(len(beta), dtype=np.int64)
         self.products = 0
         self.code = np.where(beta == 0, int(Result.CONVERGED), int(_RUNNING)).astype(np.int8)
@@ -154,11 +240,11 @@ class _Books:
         """Whether more products are to be taken."""
         return bool(self.running.any()) and self.products < self.stop.max_evals
 
-    def judge(self, fit: _LeastSquares) -> None:
-        """Take in what one more product has brought; after a restart ||u|| is that of before."""
+    def judge(self, fit: _LeastSquares, size: np.ndarray) -> None:
+        """Take in what one more product has brought; `size` is ||u|| when the sample last started over."""
         self.products += 1
         running = self.running
-        size = np.where(self.size > 0, self.size, np.linalg.norm(fit.y, axis=1))
+        size = np.where(size > 0, size, np.linalg.norm(fit.y, axis=1))
         floor = self.eps * size
         residual = np.maximum(np.abs(fit.rho), floor)
         self.residual = np.where(running, residual, self.residual)
@@ -174,5 +260,7 @@ class _Books:
     def solution(self, value: Flat) -> Solution:
         """The books closed."""
         code = np.where(self.running, np.int8(Result.MAX_EVALS), self.code)
-        residual, code, evals = (torch.from_numpy(a).to(value.device) for a in (self.residual, code, self.evals))
+        residual, code, evals = (
+            torch.from_numpy(a).to(value.device, non_blocking=True) for a in (self.residual, code, self.evals)
+        )
         return Solution(value=value, residual=residual.to(value.dtype), result=code, evals=evals)

@@ -1,7 +1,8 @@
 """A growing ring of vectors per sample, the history of quasi-Newton solvers.
 
 Rows live in blocks of 8, 8, 16, 32, ... rows that are allocated when first needed and never copied, so k rows take k
-to 2k states and at most `memory`; a ring of less than a mebibyte is one block from the start. Writing is in place when
+to 2k states and at most `memory`; a ring of less than a mebibyte is one block from the start, or has a second one for
+all rows but the `first`, if that is given. Writing is in place when
 nobody differentiates through it, else into a copy.
 """
 
@@ -48,6 +49,8 @@ class Ring:
 
     memory: int
     blocks: tuple[Float[Tensor, "B _ N"], ...] = ()
+    first: int = 0
+    """Rows of the first block where few are often enough; 0: no such number is known."""
 
     @property
     def rows(self) -> int:
@@ -70,8 +73,11 @@ class Ring:
         """The ring with a row number `slot`."""
         if slot < self.rows:
             return self
-        small = self.memory * like.numel() * like.element_size() < _SMALL
-        more = self.memory if small else min(max(_FIRST, self.rows), self.memory - self.rows)
+        if self.first and not self.blocks:
+            more = self.first
+        else:
+            small = self.memory * like.numel() * like.element_size() < _SMALL
+            more = min(self.memory if small else max(_FIRST, self.rows), self.memory - self.rows)
         return replace(self, blocks=(*self.blocks, like.new_zeros(like.shape[0], more, like.shape[1])))
 
     def put(self, slot: int, value: Flat) -> "Ring":

@@ -7,6 +7,7 @@ import torch
 from small_layers import F64, dense_gradient, dense_solution, flat, layer, off
 
 from implicit import GMRES, IFT, Anderson, AndersonGS, Broyden, Result, Stop, fixed_point
+from implicit.diagnostics.meter import Bytes
 
 
 @pytest.fixture
@@ -105,9 +106,92 @@ def test_an_exhausted_space_ends_the_solve():
     assert found.result.tolist() == [Result.MAX_EVALS] * 2 and bool(found.value.isfinite().all())
 
 
-def test_a_memory_of_nothing_is_refused():
-    with pytest.raises(ValueError, match=r"GMRES\.memory must be at least 1"):
-        GMRES(0)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory": 0}, r"GMRES\.memory must be at least 1"),
+        ({"short": 0}, r"GMRES\.short must be at least 1"),
+        ({"rate": 1.5}, r"GMRES\.rate must lie in \[0, 1\]"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GMRES(**settings)
+
+
+# ---- short cycles, of samples of at least 1024 numbers
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A = a times I, of spectral radii near 0.05, 0.9 and 0.5: the second is slow."""
+    rng = torch.Generator().manual_seed(0)
+    a = torch.randn(3, 32, 32, generator=rng, dtype=F64) / 32**0.5 * torch.tensor([0.05, 0.9, 0.5]).view(3, 1, 1)
+    return a, torch.randn(3, 1024, generator=rng, dtype=F64)
+
+
+def act_by_blocks(a):
+    return lambda v: (a @ v.view(-1, 32, 32)).flatten(1)
+
+
+def off_by(a, g, u):
+    return (g - u + act_by_blocks(a)(u)).norm(dim=1)
+
+
+@pytest.mark.parametrize("short", [1, 2, 5])
+def test_short_cycles_against_scipy(wide, short):
+    a, g = (t[2:] for t in wide)
+    m = np.eye(1024) - np.kron(a[0].numpy(), np.eye(32))
+    for cycles in (1, 3):
+        theirs, _ = scipy.sparse.linalg.gmres(m, g[0].numpy(), restart=short, maxiter=cycles, rtol=1e-15)
+        ours = GMRES(short=short)(act_by_blocks(a), g, budget(short * cycles))
+        np.testing.assert_allclose(ours.value[0].numpy(), theirs, rtol=1e-9, atol=1e-12)
+        assert off(ours.residual, off_by(a, g, ours.value)) < 1e-9
+
+
+def test_samples_fast_and_slow_are_strangers(wide):
+    a, g = wide
+    stop = Stop(rtol=1e-8, atol=0, max_evals=200)
+    for solver in (GMRES(memory=60), GMRES(memory=7), GMRES(short=3)):
+        together = solver(act_by_blocks(a), g, stop)
+        assert bool(together.converged.all())
+        for b in range(3):
+            alone = solver(act_by_blocks(a[b : b + 1]), g[b : b + 1], stop)
+            assert alone.evals == together.evals[b]
+            torch.testing.assert_close(alone.value[0], together.value[b], rtol=1e-11, atol=1e-11)
+            assert off_by(a, g, together.value)[b] <= 1.001e-8 * together.value[b].norm()
+
+
+def test_a_slow_sample_loses_nothing_and_a_fast_one_next_to_nothing(wide):
+    a, g = wide
+    stop = Stop(rtol=1e-6, atol=0, max_evals=200)
+    few, all_of_them = (GMRES(short=short)(act_by_blocks(a), g, stop) for short in (2, 60))
+    assert few.evals[1] == all_of_them.evals[1] > 25
+    torch.testing.assert_close(few.value[1], all_of_them.value[1], rtol=1e-9, atol=1e-9)
+    assert (few.evals - all_of_them.evals).abs().max() <= 2 and few.evals[2] > 12
+
+
+def test_the_basis_of_fast_samples_is_a_few_states(wide):
+    """What is alive while a product is taken: u, the residual's and the caller's g, and the basis."""
+    a, g = wide
+    bytes_of_a_state, alive = 8 * 1024, []
+
+    def watched(rows):
+        act = act_by_blocks(a[rows])
+        with Bytes() as memory:
+
+            def seen(v):
+                alive.append(memory.alive / (len(rows) * bytes_of_a_state))
+                return act(v)
+
+            found = GMRES()(seen, g[rows], Stop(rtol=1e-6, atol=0, max_evals=200))
+        most = max(alive)
+        alive.clear()
+        return most, int(found.evals.max())
+
+    assert watched([0, 2])[0] < 4.2
+    most, products = watched([1])
+    assert 0.9 * products < most  # the slow one keeps all
 
 
 class Counted(torch.autograd.Function):
