@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from implicit.diagnostics.bias_table import HEAD, BiasRow, GradientBias, cells, markdown
+from implicit.diagnostics.bias_table import HEAD, BiasRow, cells, markdown
 
 RESULT = Path(__file__).parent / "results" / "gradients.json"
 PAGE = Path(__file__).parents[1] / "docs" / "gradients.md"
@@ -45,23 +45,37 @@ def rows(found: dict[str, Any]) -> list[BiasRow]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Error against time, one panel per layer."""
+    """Error against time, one panel per layer, with one sign per contender: filled is ours, open torchdeq's."""
     import matplotlib.pyplot as plt
 
-    from implicit import plotting
-
-    figure, axes = plt.subplots(2, 2, figsize=(15, 11), layout="constrained")
-    for ax, (name, found) in zip(axes.flat, result["tables"].items(), strict=False):
-        good = [row for row in rows(found) if not math.isnan(row.error)]
-        sides = {
-            "implicit": [row for row in good if not row.name.startswith("torchdeq")],
-            "torchdeq": [row for row in good if row.name.startswith("torchdeq")],
-        }
-        plotting.gradient_bias({who: GradientBias(tuple(side), found["truth"]) for who, side in sides.items()}, ax)
-        ax.set_title(f"{name} (spectral radius {found['spectral radius']})")
+    figure, axes = plt.subplots(2, 2, figsize=(9, 9), layout="constrained", sharey=True)
+    layers = {name: rows(found) for name, found in result["tables"].items()}
+    names = list(dict.fromkeys(row.name for found in layers.values() for row in found))
+    theirs = [name for name in names if name.startswith("torchdeq")]
+    signs = {name: _sign(i, ours=True) for i, name in enumerate(n for n in names if n not in theirs)}
+    signs |= {name: _sign(i, ours=False) for i, name in enumerate(theirs)}
+    for ax, (name, found) in zip(axes.flat, layers.items(), strict=False):
+        for row in found:
+            if not math.isnan(row.error):
+                ax.loglog(row.time, row.error, linestyle="none", markersize=8, **signs[row.name])
+        ax.set_title(f"{name} (spectral radius {result['tables'][name]['spectral radius']})", fontsize=11)
+        ax.grid(alpha=0.3)
+        ax.set_xlabel("time of forward and backward / forward")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("relative error of the gradient")
+    for name, sign in signs.items():
+        axes[0, 0].plot([], [], linestyle="none", markersize=8, label=name, **sign)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=10, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _sign(i: int, ours: bool) -> dict[str, Any]:
+    """Colour and marker of the i-th contender of a side."""
+    colour = f"C{i % 10}" if ours else "black"
+    marker = "osD^vPXp*h<>"[i % 12]
+    return {"color": colour, "marker": marker, "markerfacecolor": colour if ours else "none", "alpha": 0.8}
 
 
 def mark(page: str, name: str, text: str) -> str:
