@@ -62,7 +62,7 @@ class PackedMap:
         """J v at z, by forward mode or, where an operator of f has none, by two vector-Jacobian products."""
         try:
             pushed = torch.func.jvp(self, (z,), (v,))[1]
-            self.last = None, None  # it belongs to the transform
+            self.forget()  # it belongs to the transform
             return pushed
         except (NotImplementedError, RuntimeError) as error:
             if not any(word in str(error) for word in ("orward", "setup_context")):
@@ -75,6 +75,10 @@ class PackedMap:
                 return torch.zeros_like(v)
             (pulled,) = torch.autograd.grad(out, x, w, create_graph=True, allow_unused=True)
             return torch.zeros_like(v) if pulled is None else torch.autograd.grad(pulled, w, v)[0]
+
+    def forget(self) -> None:
+        """Let go of what f returned last."""
+        self.last = None, None
 
     def at(self, z: Flat) -> Point:
         """Evaluate f at z, rounded to what the state's dtype can hold."""

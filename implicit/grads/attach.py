@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from implicit.grads.gmres import GMRES
 from implicit.grads.outside import Outside, explicit, unseen
@@ -123,23 +124,26 @@ class _Identity(torch.autograd.Function):
         solve: LinearSolve,
         *theta: Tensor,
     ) -> Tensor:
-        value = z.clone()
+        # z's memory under a version of its own: f's graph may have kept z, so that a write into the value has to be
+        # noticed, which it is, as the value is saved
+        value = z.data
         ctx.phi, ctx.solve = phi, solve
-        ctx.save_for_backward(y, x, value, *theta)
+        ctx.y, ctx.x = _edge(y), _edge(x)  # not the tensors: what nobody else needs is freed
+        ctx.save_for_backward(value, *theta)
         return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
-        y, x, value, *theta = ctx.saved_tensors
-        u = ctx.solve(lambda v: _pull(y, x, v), g)
+        value, *theta = ctx.saved_tensors
+        u = ctx.solve(lambda v: _pull(ctx.y, ctx.x, v), g)
         if not torch.is_grad_enabled():
             return (u, *[None] * (4 + len(theta)))
 
         # This gradient will be differentiated again: it becomes a function of g, z* and theta.
         def psi(v: Flat, g: Flat, value: Flat, *theta: Tensor) -> Flat:
             point = value.view_as(value)
-            return g + _pull(ctx.phi(point, *theta), point, v, create_graph=True)
+            return g + _pull(_edge(ctx.phi(point, *theta)), _edge(point), v, create_graph=True)
 
         u = _attach_explicit(psi, u, ctx.solve, (g, value, *theta))
         # Fresh views: derivatives with respect to them are partial, even if one tensor depends on another.
@@ -158,9 +162,14 @@ def _grad(y: Tensor, inputs: list[Tensor], v: Flat) -> tuple[Tensor | None, ...]
     return torch.autograd.grad(y, inputs, v, create_graph=True, allow_unused=True)
 
 
-def _pull(y: Tensor, x: Tensor, v: Flat, create_graph: bool = False) -> Flat:
+def _edge(t: Tensor) -> GradientEdge | None:
+    """Where t stands in the graph."""
+    return get_gradient_edge(t) if t.requires_grad else None
+
+
+def _pull(y: GradientEdge | None, x: GradientEdge | None, v: Flat, create_graph: bool = False) -> Flat:
     """v^T dy/dx."""
-    if not y.requires_grad:
+    if y is None or x is None:
         return torch.zeros_like(v)
     (pulled,) = torch.autograd.grad(y, x, v, retain_graph=True, create_graph=create_graph, allow_unused=True)
     return torch.zeros_like(v) if pulled is None else pulled

@@ -18,6 +18,7 @@ goes on to be a long one: nothing is thrown away.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,34 +71,33 @@ class GMRES:
         """
         length, u = norm(g), torch.zeros_like(g)
         books = _Books(_host(length), stop, max(eps, torch.finfo(g.dtype).eps))
-        fit = _LeastSquares(books.residual)
+        fit = _LeastSquares(books.residual, 4 * torch.finfo(g.dtype).eps)
         short = min(self.short if g.shape[1] >= _SMALL else self.memory, self.memory)
-        basis, v, size = Ring(self.memory, first=short if short < self.memory else 0), _unit(g, length), norm(u)
+        basis, v, size = Ring(self.memory, first=short if short < self.memory else 0), _unit(g, length), ()
         while books.open:
             basis, v = _append(basis, fit.place, v)
-            h, v, length = _orthogonalise(act(v), basis, again=int(fit.place.max()) >= _ONCE)
-            found = _host(torch.cat((h, length.unsqueeze(1), size.unsqueeze(1)), dim=1))
-            v = _unit(v, length)
-            spent = fit.add(found[:, :-2], found[:, -2], books.running, 4 * torch.finfo(g.dtype).eps)
+            h, v, length = _orthogonalise(act(v), basis, again=fit.columns >= _ONCE)
+            found = _host(torch.cat((h, torch.stack((length, *size), dim=1)), dim=1))
+            v, k = _unit(v, length), h.shape[1]
+            spent = fit.add(found[:, :k], found[:, k], books.running)
             if spent.any():
                 v = v.masked_fill(_mask(spent, v), 0)
-            books.judge(fit, found[:, -1])
-            over = fit.over(short, self.memory, self.rate, books.running) if books.open else np.ones_like(spent)
+            books.judge(fit, found[:, k + 1 :])
+            over, size = fit.over(short, self.memory, self.rate, books), ()
             if over.any():
                 u = basis.add(u, _upload(fit.y * over[:, None], basis.rows, u))
-                size = norm(u)
                 basis, v = _start_over(basis, v, fit, over)
+                size = (norm(u),)
         lost = books.code == Result.NONFINITE
         return books.solution(torch.where(_mask(lost, g), g, u) if lost.any() else u)
 
 
-def _append(basis: Ring, place: np.ndarray, v: Flat) -> tuple[Ring, Flat]:
+def _append(basis: Ring, place: "int | np.ndarray", v: Flat) -> tuple[Ring, Flat]:
     """The basis with v in row `place` of every sample, and v as it lies there where that is one row."""
-    basis = basis.room(int(place.max()), v)
-    if (place == place[0]).all():
-        basis = basis.put(int(place[0]), v)
-        return basis, basis.row(int(place[0]))
-    first = 0
+    if isinstance(place, int):
+        basis = basis.room(place, v).put(place, v)
+        return basis, basis.row(place)
+    first, basis = 0, basis.room(int(place.max()), v)
     for block in basis.blocks:
         rows = np.flatnonzero((place >= first) & (place < first + block.shape[1]))
         b, k = (torch.from_numpy(i).to(v.device, non_blocking=True) for i in (rows, place[rows] - first))
@@ -150,43 +150,53 @@ def _host(t: Tensor) -> np.ndarray:
 class _LeastSquares:
     """min || beta e_1 - (I - H) y || for every sample, as H grows by columns; each at its own `place` in its cycle.
 
-    All on the host: B samples, at most K columns.
+    All on the host: B samples, room for K columns.
     """
 
-    def __init__(self, beta: np.ndarray) -> None:
+    def __init__(self, beta: np.ndarray, rounding: float) -> None:
+        self.rounding = rounding
         self.samples = np.arange(len(beta))
-        self.place = np.zeros(len(beta), dtype=np.int64)  # columns so far
+        self.place: int | np.ndarray = 0  # columns so far; a number while it is the same for all
         self.beta, self.rho = beta.copy(), beta.copy()
         self.q = np.ones((len(beta), 1, 1))  # (B, K + 1, K + 1)
         self.inverse = np.zeros((len(beta), 1, 1))  # R^-1, likewise
         self.y = np.zeros((len(beta), 1))
 
-    def add(self, h: np.ndarray, length: np.ndarray, running: np.ndarray, rounding: float) -> np.ndarray:
-        """Take in the newest column of H; whether it is in the span of the others, up to `rounding`.
+    @property
+    def columns(self) -> int:
+        """The most that a sample has."""
+        return self.place if isinstance(self.place, int) else int(self.place.max())
+
+    @property
+    def _at(self) -> tuple[Any, Any]:
+        """Index of the next column."""
+        return (slice(None), self.place) if isinstance(self.place, int) else (self.samples, self.place)
+
+    def add(self, h: np.ndarray, length: np.ndarray, running: np.ndarray) -> np.ndarray:
+        """Take in the newest column of H; whether it is in the span of the others, up to rounding.
 
         Samples that do not run any more keep their y.
         """
-        i, k = self.samples, self.place
-        if k.max() + 1 == self.y.shape[1]:
+        if self.columns + 1 == self.y.shape[1]:
             self._grow()
-        column = np.zeros_like(self.y)
-        width = min(h.shape[1], column.shape[1])
-        column[:, :width] = -h[:, :width]
+        i, k = self._at
+        column, width = np.zeros_like(self.y), min(h.shape[1], self.y.shape[1])
+        np.negative(h[:, :width], out=column[:, :width])
         column[i, k] += 1
-        size = np.hypot(np.linalg.norm(h, axis=1), length)
-        spent = length <= rounding * size
+        size = np.sqrt((h * h).sum(axis=1) + length * length)
+        spent = length <= self.rounding * size
         turned = (self.q @ column[:, :, None])[:, :, 0]
         a, b = turned[i, k], np.where(spent, 0.0, -length)
         pivot = np.hypot(a, b)
-        none = pivot <= rounding * (1 + size)  # a column of zeros: it gets the weight 0 and rho stays
+        none = pivot <= self.rounding * (1 + size)  # a column of zeros: it gets the weight 0 and rho stays
         pivot[none] = np.inf
         cos, sin = a / pivot, np.where(none, -1.0, b / pivot)
-        last = self.q[i, k]
+        last = self.q[i, k].copy()
         self.q[i, k], self.q[i, k + 1] = cos[:, None] * last, -sin[:, None] * last
         self.q[i, k, k + 1], self.q[i, k + 1, k + 1] = sin, cos
-        new = -(self.inverse @ turned[:, :, None])[:, :, 0]
-        new[i, k] = 1
-        new /= pivot[:, None]
+        new = (self.inverse @ turned[:, :, None])[:, :, 0]
+        new[i, k] = -1
+        new /= -pivot[:, None]
         self.inverse[i, :, k] = new
         self.y += (cos * self.rho * running)[:, None] * new
         self.rho = np.where(running, -sin * self.rho, 0.0)
@@ -194,30 +204,37 @@ class _LeastSquares:
         return spent
 
     def _grow(self) -> None:
-        """One more column for everybody."""
-        size = self.y.shape[1] + 1
-        q, inverse = np.zeros((2, len(self.beta), size, size))
-        q[:, size - 1, size - 1] = 1
-        q[:, :-1, :-1], inverse[:, :-1, :-1] = self.q, self.inverse
-        self.q, self.inverse, self.y = q, inverse, np.pad(self.y, ((0, 0), (0, 1)))
+        """Room for twice the columns."""
+        old = self.y.shape[1]
+        q, inverse = np.zeros((2, len(self.beta), 2 * old + 2, 2 * old + 2))
+        y = np.zeros((len(self.beta), 2 * old + 2))
+        q[:] = np.eye(2 * old + 2)
+        q[:, :old, :old], inverse[:, :old, :old], y[:, :old] = self.q, self.inverse, self.y
+        self.q, self.inverse, self.y = q, inverse, y
 
-    def over(self, short: int, memory: int, rate: float, running: np.ndarray) -> np.ndarray:
+    def over(self, short: int, memory: int, rate: float, books: "_Books") -> np.ndarray:
         """Whose cycle ends here; those that do not run any more are fast."""
-        fast = ~running | (np.abs(self.rho) <= rate**short * self.beta)
-        return ((self.place == short) & fast) | (self.place >= memory)
+        if not books.open:
+            return np.ones_like(books.running)
+        if isinstance(self.place, int) and self.place not in (short, memory):
+            return np.zeros_like(books.running)
+        fast = ~books.running | (np.abs(self.rho) <= rate**short * self.beta)
+        return fast & (self.place == short) | (self.place >= memory)
 
     def residual(self) -> tuple[np.ndarray, np.ndarray]:
         """The unit vector along the residual, in terms of the basis (B, K) and of the vector after it (B,)."""
-        i, k = self.samples, self.place
+        i, k = self._at
         rows = np.sign(self.rho)[:, None] * self.q[i, k]
-        last = rows[i, k]
+        last = rows[i, k].copy()
         rows[i, k] = 0
-        return rows[:, : k.max()], last
+        return rows, last
 
     def start_over(self, over: np.ndarray) -> None:
         """An empty H for the samples that are `over`."""
-        self.q[over], self.inverse[over], self.y[over], self.place[over] = np.eye(self.y.shape[1]), 0, 0, 0
+        self.q[over], self.inverse[over], self.y[over] = np.eye(self.y.shape[1]), 0, 0
         self.rho[over] = self.beta[over] = np.abs(self.rho[over])
+        place = np.where(over, 0, self.place)
+        self.place = place if np.ptp(place) else int(place[0])
 
 
 class _Books:
@@ -225,15 +242,12 @@ class _Books:
 
     def __init__(self, beta: np.ndarray, stop: Stop, eps: float) -> None:
         self.stop, self.eps = stop, eps
-        self.residual = beta.copy()
+        self.residual, self.size = beta.copy(), np.zeros_like(beta)
         self.evals = np.zeros(len(beta), dtype=np.int64)
         self.products = 0
         self.code = np.where(beta == 0, int(Result.CONVERGED), int(_RUNNING)).astype(np.int8)
         self.code[~np.isfinite(beta)] = Result.NONFINITE
-
-    @property
-    def running(self) -> np.ndarray:
-        return self.code == _RUNNING
+        self.running = self.code == _RUNNING
 
     @property
     def open(self) -> bool:
@@ -241,21 +255,26 @@ class _Books:
         return bool(self.running.any()) and self.products < self.stop.max_evals
 
     def judge(self, fit: _LeastSquares, size: np.ndarray) -> None:
-        """Take in what one more product has brought; `size` is ||u|| when the sample last started over."""
+        """Take in what one more product has brought; `size` is ||u|| (B, 1) where samples have started over, or empty.
+
+        ||u|| within a cycle is that of its beginning.
+        """
         self.products += 1
-        running = self.running
-        size = np.where(size > 0, size, np.linalg.norm(fit.y, axis=1))
+        if size.size:
+            self.size = size[:, 0]
+        size = np.where(self.size > 0, self.size, np.sqrt((fit.y * fit.y).sum(axis=1)))
         floor = self.eps * size
         residual = np.maximum(np.abs(fit.rho), floor)
-        self.residual = np.where(running, residual, self.residual)
-        self.evals[running] = self.products
+        self.residual = np.where(self.running, residual, self.residual)
         content = residual <= self.stop.atol + self.stop.rtol * size
         for code, which in (
             (Result.STALLED, residual <= floor),
             (Result.CONVERGED, content),
             (Result.NONFINITE, ~np.isfinite(residual)),
         ):
-            self.code[running & which] = code
+            self.code[self.running & which] = code
+        self.evals[self.running] = self.products
+        self.running = self.code == _RUNNING
 
     def solution(self, value: Flat) -> Solution:
         """The books closed."""

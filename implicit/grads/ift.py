@@ -73,8 +73,9 @@ class IFT(AbstractGrad):
         if not torch.is_grad_enabled():
             return solved
         layout = Layout.of(solved.value, loop.batch_dims)
-        z = layout.pack(solved.value)
-        value = attach(PackedMap(f, args, layout), z, self._linear_solve(f, layout))
+        packed = PackedMap(f, args, layout)
+        value = attach(packed, layout.pack(solved.value), self._linear_solve(f, layout))
+        packed.forget()
         return replace(solved, value=layout.unpack(value), evals=solved.evals + 1)
 
     def _linear_solve(self, f: Map, layout: Layout) -> LinearSolve:
