@@ -22,6 +22,8 @@ from .checkpoint import write_atomically
 from .config import Config
 from .data import DataSet, Images
 from .metrics import Judge, Score
+from .models.dit import DiT
+from .models.fpdm import FPDM
 from .pictures import loss_curve
 from .sampler import SampleResult
 from .trainer import Trainer
@@ -30,6 +32,7 @@ from .trainer import Trainer
 def finish(
     config: Config,
     trainer: Trainer,
+    network: DiT | FPDM,
     images: DataSet,
     held_out: Images | None,
     decoder: AutoencoderKL | None,
@@ -40,6 +43,7 @@ def finish(
     Args:
         config: of the run.
         trainer: when it is done.
+        network: with the averaged weights.
         images: what it learnt from.
         held_out: what it has not seen; with classes, samples are scored beside these.
         decoder: of latents; without it their samples are not drawn.
@@ -47,7 +51,7 @@ def finish(
     """
     real = (images, held_out) if isinstance(images, Images) and held_out is not None and images.num_classes else None
     count = config.sampling.images if real else min(config.sampling.images, gallery.ROWS**2)
-    result = _samples(config, trainer, images.num_classes, count)
+    result = _samples(config, network, images.num_classes, count)
     scores = _scores(result, *real) if real else {}
     _pictures(config, trainer, result, decoder)
     metrics = {
@@ -70,23 +74,22 @@ def finish(
     _print(config, metrics, scores)
 
 
-def _samples(config: Config, trainer: Trainer, num_classes: int, count: int) -> SampleResult:
+def _samples(config: Config, network: DiT | FPDM, num_classes: int, count: int) -> SampleResult:
     with tqdm(desc="sampling", unit="step", leave=False, mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        model = trainer.ema.module.eval()
-        return gallery.draw(config, model, num_classes, count, trainer.accelerator.device, progress)
+        return gallery.draw(config, network, num_classes, count, network.device, progress)
 
 
-def sheet(config: Config, trainer: Trainer, num_classes: int, decoder: AutoencoderKL | None) -> Image.Image | None:
-    """Samples of the averaged weights as they stand; None for latents without a decoder."""
+def sheet(config: Config, network: DiT | FPDM, num_classes: int, decoder: AutoencoderKL | None) -> Image.Image | None:
+    """Samples of a network in training; None for latents without a decoder."""
     if decoder is None and config.data.source == "latents":
         return None
     count = min(config.sampling.images, gallery.ROWS**2)
-    result = _samples(config, trainer, num_classes, count)
+    result = _samples(config, network, num_classes, count)
     labels = None if result.labels is None else result.labels.tolist()
     return gallery.sheet(gallery.pixels(result.samples, decoder), labels)
 

@@ -97,7 +97,7 @@ def _parse(argv: Sequence[str], default: Config) -> tuple[Config, bool]:
         """
         return config, resume
 
-    options = (tyro.conf.CascadeSubcommandArgs, tyro.conf.FlagCreatePairsOff)
+    options = (tyro.conf.CascadeSubcommandArgs,)
     return tyro.cli(command, args=argv, prog="python -m apps.diffusion.train", config=options)
 
 
@@ -170,7 +170,9 @@ def run(config: Config, start: Checkpoint | None) -> int:
             trainer.run(
                 lambda state: checkpoint.save(config.out, state, config.keep),
                 logbook.log,
-                lambda: logbook.show(sheet(config, trainer, images.num_classes, decoder), trainer.progress.images),
+                lambda network: logbook.show(
+                    sheet(config, network, images.num_classes, decoder), trainer.progress.images
+                ),
             )
     except Diverged as error:
         print(f"train: {error}", file=sys.stderr)
@@ -184,8 +186,9 @@ def run(config: Config, start: Checkpoint | None) -> int:
                 f"Continue:      python -m apps.diffusion.train --resume --out {config.out}"
             )
         return 128 + (caught[0] if caught else signal.SIGTERM)  # another process may have been the one to be told
-    if main_process:
-        finish(config, trainer, images, held_out, decoder, began)
+    network = trainer.averaged()
+    if network is not None:
+        finish(config, trainer, network, images, held_out, decoder, began)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return 0

@@ -16,32 +16,27 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather
+from accelerate.utils import gather
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from . import build, objective
+from . import build, objective, sharding
 from .checkpoint import Checkpoint, Progress
 from .config import Config, Optimisation
 from .data import DataSet, order
 from .logbook import Tally, tracker
+from .models.dit import DiT
+from .models.fpdm import FPDM
 from .objective import Draw
 from .seeds import Stream, generator
 from .trained import fit
 
-_REPLICATED = {
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.MULTI_NPU,
-    DistributedType.MULTI_XPU,
-}
 PATIENCE = 50  # steps in a row without a finite gradient after which there is no hope
 
 
 Log = Callable[[dict[str, float], int], Any]
+Show = Callable[[DiT | FPDM], Any]
 
 
 class Diverged(RuntimeError):
@@ -64,34 +59,13 @@ def averaged_decay(decay: float, steps: int) -> float:
     return min(decay, (1 + steps) / (10 + steps))
 
 
-def check_processes(config: Optimisation, accelerator: Accelerator) -> None:
-    """Raises ValueError where the batch cannot be shared out, or the weights would be."""
-    processes, parts = accelerator.num_processes, config.accumulate
-    if config.batch % (processes * parts):
-        raise ValueError(
-            f"Optimisation.batch = {config.batch} cannot be shared by {processes} processes in {parts} parts each; "
-            f"make it a multiple of {processes * parts}."
-        )
-    if accelerator.distributed_type not in _REPLICATED:
-        raise ValueError(
-            f"accelerate was asked for {accelerator.distributed_type.value}, which splits the weights over processes, "
-            "and checkpoints and averages here need them whole; launch without it (accelerate launch --multi_gpu) and "
-            "take Optimisation.accumulate, checkpointing and precision bf16 to save memory."
-        )
-
-
 class Trainer:
     """A run in the making: `Trainer(config, images, start).run()`."""
 
     def __init__(self, config: Config, images: DataSet, start: Checkpoint | None = None) -> None:
         self.config = config
         self.images = images
-        self.accelerator = Accelerator(
-            mixed_precision=config.optimisation.precision,
-            log_with=tracker(config.track),
-            project_dir=config.out / "logs",
-        )
-        check_processes(config.optimisation, self.accelerator)
+        self.accelerator = sharding.accelerator(config.optimisation, tracker(config.track), config.out / "logs")
         self.scheduler = build.scheduler(config, "ddpm")
         model = build.network(config.model, images.shape, images.num_classes, config.sampling.iterations, config.seed)
         self.network = build.describe(model)
@@ -105,12 +79,17 @@ class Trainer:
         )
         self.progress = Progress()
         if start is not None:
-            self._restore(model, optimizer, start)
+            self._restore(model, start)
         if config.optimisation.checkpointing:
             model.enable_gradient_checkpointing()
         if config.optimisation.compile != "no":
             model.compile_blocks(backend=config.optimisation.compile)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        sharding.like(self.ema.module, self.model)
+        if start is not None:
+            moments = sharding.shares(start.optimizer, self.model.parameters())
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.tally = Tally()
         self.entry: dict[str, float] = {}  # the last one
         self.saved = -1  # images seen at the last checkpoint
@@ -120,14 +99,15 @@ class Trainer:
         self,
         save: Callable[[Checkpoint], Any],
         log: Log | None = None,
-        show: Callable[[], Any] | None = None,
+        show: Show | None = None,
     ) -> Progress:
         """Train to the end of the budget, or until `stopping` is set.
 
         Args:
             save: called by the main process with every checkpoint.
             log: called with every entry (see logbook.py) and the images seen.
-            show: called by the main process every `sample_every` images; the time it takes is not training's.
+            show: called by the main process every `sample_every` images with the averaged network; the time it takes
+                is not training's.
         """
         config, progress = self.config, self.progress
         start = time.monotonic() - progress.seconds
@@ -185,7 +165,7 @@ class Trainer:
             loss += found.total.detach() / parts
             self.tally.solved(found.solution)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimisation.clip or math.inf)
-        finite = norm is None or math.isfinite(float(norm))  # the same on all processes: gradients are averaged
+        finite = norm is None or math.isfinite(sharding.number(norm))  # of the average over all processes
         if finite:
             self.optimizer.step()
             progress.steps += 1
@@ -267,33 +247,48 @@ class Trainer:
                 log(self.entry, self.progress.images)
         self.tally = Tally()
 
-    def _show(self, show: Callable[[], Any]) -> float:
+    def _show(self, show: Show) -> float:
         """Have samples shown; returns the seconds that it took."""
         began = time.monotonic()
-        if self.accelerator.is_main_process:
-            show()
+        network = self.averaged()
+        if network is not None:
+            show(network)
         self.accelerator.wait_for_everyone()
         self.tally.began += time.monotonic() - began
         return time.monotonic() - began
 
+    def averaged(self) -> DiT | FPDM | None:
+        """The network with the averaged weights, in evaluation mode: the main process gets it, all must ask."""
+        weights = sharding.whole(self.ema.module.state_dict(), self.accelerator.is_main_process)
+        if not self.accelerator.is_main_process:
+            return None
+        with torch.device("meta"):
+            network = build.rebuild(self.network)
+        network.load_state_dict(weights, assign=True)
+        return network.to(self.accelerator.device).eval()
+
     def _save(self, save: Callable[[Checkpoint], Any], log: Log | None = None) -> None:
         self._enter(log)
+        state = self.checkpoint()
         if self.accelerator.is_main_process:
-            save(self.checkpoint())
+            save(state)
         self.saved = self.progress.images
         self.accelerator.wait_for_everyone()
 
     def checkpoint(self) -> Checkpoint:
-        """The run as it stands."""
+        """The run as it stands, its tensors whole. All processes must ask; the main one gets the tensors."""
+        keep = self.accelerator.is_main_process
+        moments = self.optimizer.state_dict()["state"]
         return Checkpoint(
             network=self.network,
-            model=self.accelerator.unwrap_model(self.model).state_dict(),
-            ema=self.ema.module.state_dict(),
-            optimizer=self.optimizer.state_dict()["state"],
+            model=sharding.whole(self.accelerator.unwrap_model(self.model).state_dict(), keep),
+            ema=sharding.whole(self.ema.module.state_dict(), keep),
+            optimizer={i: sharding.whole(entry, keep) for i, entry in moments.items()},
             progress=self.progress,
         )
 
-    def _restore(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, start: Checkpoint) -> None:
+    def _restore(self, model: torch.nn.Module, start: Checkpoint) -> None:
+        """All but the optimizer's state, which is checked."""
         if _architecture(start.network) != _architecture(self.network):
             raise ValueError(
                 f"The checkpoint holds another network ({start.network}) than the configuration describes "
@@ -310,9 +305,6 @@ class Trainer:
                     "shape); delete this checkpoint to go on from the one before, or train again into a new folder."
                 )
         self.ema.n_averaged.fill_(start.progress.steps)
-        optimizer.load_state_dict(
-            {"state": dict(start.optimizer), "param_groups": optimizer.state_dict()["param_groups"]}
-        )
         self.progress = start.progress
 
 

@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from apps.diffusion import config as c
+from apps.diffusion import sharding
 from apps.diffusion import trainer as t
 from apps.diffusion.data import digits
 
@@ -114,7 +115,22 @@ def test_draws_of_n_and_m_belong_to_the_step():
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(ValueError, match="multiple of 3"):
         trained(accumulate=3)
-    for kind, message in ((DistributedType.FSDP, "FSDP"), (DistributedType.DEEPSPEED, "DEEPSPEED")):
-        accelerator: Any = SimpleNamespace(num_processes=2, distributed_type=kind)
-        with pytest.raises(ValueError, match=message):
-            t.check_processes(SMALL.optimisation, accelerator)
+    accelerator: Any = SimpleNamespace(num_processes=2, distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="DEEPSPEED"):
+        sharding.check_processes(SMALL.optimisation, accelerator)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("FSDP_VERSION", "1", "--fsdp_version 2"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", r"--optimisation\.checkpointing"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "--fsdp_offload_params"),
+        ("FSDP_IGNORED_MODULES", "final_layer", "--fsdp_ignored_modules"),
+    ],
+)
+def test_what_fsdp_cannot_do_here_is_refused(monkeypatch, name, value, remedy):
+    for key, given in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", name: value}.items():
+        monkeypatch.setenv(key, given)
+    with pytest.raises(ValueError, match=remedy):
+        trained(steps=0)

@@ -1,8 +1,9 @@
 """`python -m apps.diffusion.train` again and again, each time in a fork of a process that has imported it already.
 
-Reads {"argv": [...], "log": file, "largest": bytes or null, "processes": number} from its input, a line a run; prints
-the id of the run's first process, and when all have ended the largest exit code. A run may write no file larger than
-`largest`. What comes after training (samples, scores) is left out.
+Reads {"argv": [...], "log": file, "largest": bytes or null, "processes": number, "environment": {...}} from its
+input, a line a run; prints the id of the run's first process, and when all have ended the largest exit code. A run may
+write no file larger than `largest`. What comes after training (samples, scores) is left out; the digest of the network
+that would make them is printed.
 """
 
 import json
@@ -15,9 +16,10 @@ import traceback
 import torch
 
 from apps.diffusion import report, train, trainer
+from apps.diffusion.trained import digest
 
 assert trainer.Trainer  # imported before the forks
-report.finish = lambda *_: None
+report.finish = lambda _config, _trainer, network, *_: print("averaged:", digest(network.state_dict()))
 torch.set_num_threads(1)
 
 
@@ -44,17 +46,18 @@ def ranks(processes):
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     if processes == 1:
         return [{}]
-    common = {"WORLD_SIZE": str(processes), "ACCELERATE_USE_CPU": "true", **address}
+    common = {"WORLD_SIZE": str(processes), **address}
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
 for line in sys.stdin:
     order = json.loads(line)
     pids = []
+    further = order.pop("environment")
     for environment in ranks(order.pop("processes")):
         pids.append(os.fork())
         if pids[-1] == 0:
-            os.environ.update(environment)
+            os.environ.update(environment | further)
             run(**order)
     print(pids[0], flush=True)
     print(max((os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), key=abs), flush=True)
