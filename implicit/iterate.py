@@ -10,12 +10,14 @@ A finished sample is held at its answer while the others go on, so an answer nev
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from implicit.judge import Judge
 from implicit.judge import Stop as Stop
@@ -142,6 +144,7 @@ def iterate(
     args: tuple[Any, ...] = (),
     loop: Loop = Loop(),
     image: bool = False,
+    segment: int = 0,
 ) -> Solution:
     """Solve z = f(z, *args) with `solver` until `stop` is content, sample by sample.
 
@@ -153,6 +156,8 @@ def iterate(
         args: passed on to f.
         loop: batch dimensions, warm start, compaction and what to record.
         image: return f(z) for converged samples too, not the z whose residual was judged.
+        segment: without a tolerance, keep for autograd what there was at every `segment`-th evaluation alone, and run
+            those between again in the backward pass; 0 keeps all.
 
     Raises:
         ValueError: f changes the shape, dtype, device or structure of the state or writes into it, or the state is
@@ -163,7 +168,7 @@ def iterate(
     z = layout.pack(z0)
     if stop.has_tolerance or loop.watched:
         return _until(counted, z, solver, stop, loop, image)
-    return _count(counted, z, solver, loop)
+    return _count(counted, z, solver, loop, segment)
 
 
 def _begin(solver: AbstractSolver[Any], point: Point, loop: Loop) -> Any:
@@ -173,20 +178,21 @@ def _begin(solver: AbstractSolver[Any], point: Point, loop: Loop) -> Any:
     return solver.resume(point, warm(loop.state, solver.init(point)))
 
 
-def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any], loop: Loop) -> Solution:
+def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any], loop: Loop, segment: int) -> Solution:
     """The loop without a tolerance: no decision on the host, so a device never waits and one graph compiles.
 
-    A sample whose f(z) is not finite is held at the point before.
+    A sample whose f(z) is not finite is held at that z.
     """
     point = f.at(z)
-    began = alive = _finite(point)
+    alive = _finite(point)
     memory = _begin(solver, point, loop)
+    if not segment:
+        point, alive, memory = _advance(f, solver, point, alive, memory, f.left)
     while f.left > 0:
-        z, memory = solver.step(f, point, memory)
-        new = f.at(z)
-        alive = alive & _finite(new)
-        point = Point(torch.where(alive, new.z, point.z), torch.where(alive, new.fz, point.fz))
-    value = torch.where(began, point.fz, point.z)
+        run = partial(_segment, f, solver, min(f.left, segment), f.calls)
+        z, fz, alive, memory, f.calls = checkpoint(run, point.z, point.fz, alive, memory, use_reentrant=False)
+        point = Point(z, fz)
+    value = torch.where(alive, point.fz, point.z)
     with torch.no_grad():
         residual = norm(point.r)
         ended = torch.where(residual == 0, int(Result.CONVERGED), int(Result.MAX_EVALS))
@@ -199,6 +205,29 @@ def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any], loop: Loop) -> So
         evals=evals,
         state=memory if loop.keep_state else None,
     )
+
+
+def _advance(
+    f: PackedMap, solver: AbstractSolver[Any], point: Point, alive: Tensor, memory: Any, evals: int
+) -> tuple[Point, Tensor, Any]:
+    """Steps of the solver, of `evals` evaluations in all."""
+    end = f.left - evals
+    while f.left > end:
+        z, memory = solver.step(f, point, memory)
+        z = torch.where(alive, z, point.z)
+        point = f.at(z)
+        alive = alive & _finite(point)
+    return point, alive, memory
+
+
+def _segment(
+    f: PackedMap, solver: AbstractSolver[Any], evals: int, calls: int, z: Flat, fz: Flat, alive: Tensor, memory: Any
+) -> tuple[Flat, Flat, Tensor, Any, int]:
+    """`_advance` as a function that may be run twice, since it changes nothing; and the calls of f so far."""
+    f = replace(f, calls=calls, last=(None, None))
+    memory = map_tensors(torch.clone, memory)  # histories may be written in place
+    point, alive, memory = _advance(f, solver, Point(z, fz), alive, memory, evals)
+    return point.z, point.fz, alive, memory, f.calls
 
 
 def _finite(point: Point) -> Tensor:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.utils.checkpoint import checkpoint
 
 from implicit.grads.base import AbstractGrad
@@ -20,20 +21,37 @@ class Unrolled(AbstractGrad):
 
     Drops nothing: exact for the number of iterations taken, whether or not they converged; the starting state gets a
     gradient, and derivatives of any order are right. The value is f(z) of the last judged z, so that even a solve that
-    starts at its answer depends on f's parameters. Memory: every evaluation of f and the solver's steps between them;
-    with `checkpoint` the solver's steps and one evaluation. Cost: n vector-Jacobian products, and with `checkpoint` n
+    starts at its answer depends on f's parameters. Cost: n vector-Jacobian products, and with `checkpoint` n
     evaluations more. When to use: as the truth to compare with, and where few iterations are trained as a network of
     that depth.
 
-    Source: Griewank and Walther, "Algorithm 799: revolve", ACM TOMS 26(1), 2000 (checkpointing).
+    Memory, for n evaluations that keep a states each, and a solver whose step keeps s:
+
+        plain               n (a + s)
+        checkpoint=True     n (1 + s) + a           the input of every evaluation, and one evaluation at a time
+        checkpoint=k        2 n / k + k (a + s)     z and f(z) of every k-th, and a segment at a time; and the solver's
+                                                    history at every k-th
+
+    so k = sqrt(2 n / (a + s)) is best, of order sqrt(n), where the solver has no history (`Picard`).
+
+    Source: Griewank and Walther, "Algorithm 799: revolve", ACM TOMS 26(1), 2000 (checkpointing); Chen et al., "Training
+    Deep Nets with Sublinear Memory Cost", arXiv 1604.06174 (segments).
 
     Args:
-        checkpoint: keep only the input of every evaluation of f and evaluate f again in the backward pass. Longer
-            segments than one evaluation would hold several evaluations of f at a time to save one state each, a loss
-            wherever an evaluation stores more states than the solve has iterations.
+        checkpoint: True: keep the input of every evaluation of f and evaluate f again in the backward pass. A number k:
+            keep what there was at every k-th evaluation and run segments of k again, solver and all, which takes a
+            fixed number of evaluations, ``Stop(rtol=0, atol=0, max_evals=n)``. Never by PyTorch's reentrant kind.
     """
 
-    checkpoint: bool = False
+    checkpoint: bool | int = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.checkpoint, bool) and self.checkpoint < 1:
+            raise ValueError(f"Unrolled.checkpoint must be True, False or at least 1, got {self.checkpoint}.")
+
+    @property
+    def _segment(self) -> int:
+        return 0 if isinstance(self.checkpoint, bool) else self.checkpoint
 
     def __call__(
         self,
@@ -44,8 +62,14 @@ class Unrolled(AbstractGrad):
         stop: Stop,
         loop: Loop = Loop(),
     ) -> Solution:
-        if not self.checkpoint:
-            return iterate(f, z0, solver, stop, args=args, loop=loop, image=True)
+        if self._segment and (stop.has_tolerance or loop.watched):
+            raise ValueError(
+                f"Unrolled(checkpoint={self.checkpoint}) runs segments twice, so nothing may be decided while it runs: "
+                "pass stop=Stop(rtol=0, atol=0, max_evals=n) and no trace or callback, or checkpoint=True."
+            )
+        if self.checkpoint is not True:
+            segment = self._segment if torch.is_grad_enabled() else 0
+            return iterate(f, z0, solver, stop, args=args, loop=loop, image=True, segment=segment)
 
         def again(z: State, *args: Any) -> State:
             return checkpoint(f, z, *args, use_reentrant=False)

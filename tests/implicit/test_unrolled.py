@@ -7,10 +7,11 @@ import torch
 from small_layers import F64, flat, layer, off
 from torch import nn
 
-from implicit import Anderson, AndersonGS, BadBroyden, Broyden, Picard, Stop, Unrolled, fixed_point
+from implicit import Anderson, AndersonGS, BadBroyden, Broyden, NewtonKrylov, Picard, Stop, Unrolled, fixed_point
+from implicit.diagnostics.meter import Bytes
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("checkpoint", [False, True, 1, 3, 50])
 def test_by_hand(checkpoint):
     f, x = layer("adaln")
     x.requires_grad_()
@@ -35,6 +36,57 @@ def test_checkpointing_changes_no_gradient(solver):
         return flat(torch.autograd.grad(z.square().sum(), tuple(f.parameters())))
 
     assert torch.equal(gradient(True), gradient(False))
+
+
+@pytest.mark.parametrize("solver", [Picard(0.3), Anderson(), AndersonGS(), Broyden(4), BadBroyden(4), NewtonKrylov(3)])
+def test_segments_change_no_gradient(solver):
+    """Histories that are written in place, counts of evaluations that the solver looks at, a second backward pass."""
+    f, x = layer("hard")
+    start = torch.zeros_like(x).requires_grad_()
+
+    def gradients(checkpoint):
+        stop = Stop(rtol=0, atol=0, max_evals=11)
+        solved = fixed_point(f, start, x, solver=solver, grad=Unrolled(checkpoint), stop=stop)
+        loss, wanted = solved.value.square().sum(), (start, *f.parameters())
+        first, second = (flat(torch.autograd.grad(loss, wanted, retain_graph=retain)) for retain in (True, False))
+        assert torch.equal(first, second)
+        return solved.value.detach(), first
+
+    for mine, plain in zip(gradients(4), gradients(False), strict=True):
+        assert off(mine, plain) < 1e-12
+
+
+def test_segments_keep_the_square_root():
+    """States that autograd holds between the passes, of 64 evaluations that keep two states each: z and tanh of it."""
+    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    counted = 0
+
+    def f(z, x):
+        nonlocal counted
+        counted += 1
+        return 0.5 * torch.tanh(z * z) + x
+
+    def cost(checkpoint):
+        nonlocal counted
+        counted, stop = 0, Stop(rtol=0, atol=0, max_evals=65)
+        with Bytes() as memory:
+            value = fixed_point(f, x, x, solver=Picard(), grad=Unrolled(checkpoint), stop=stop).value
+            saved = memory.alive / (4 * x.numel())
+            value.sum().backward()
+        return saved, memory.peak / (4 * x.numel()), counted
+
+    plain, each, some = cost(False), cost(True), cost(8)
+    assert plain[2] == 65 and each[2] in (129, 130) and some[2] == 129  # the first evaluation is in no segment
+    assert plain[0] > 2 * 64 and each[0] > 64 and some[0] < 3 * 64 / 8 + 8
+    assert some[1] < 3 * 64 / 8 + 4 * 8 + 12 < min(plain[1], each[1])
+
+
+def test_segments_need_a_fixed_number_of_evaluations():
+    f, x = layer("easy")
+    with pytest.raises(ValueError, match=r"Stop\(rtol=0, atol=0, max_evals=n\)"):
+        fixed_point(f, torch.zeros_like(x), x, grad=Unrolled(4))
+    with pytest.raises(ValueError, match=r"Unrolled\.checkpoint must be True, False or at least 1"):
+        Unrolled(0)
 
 
 def test_the_random_numbers_of_a_checkpointed_map_are_drawn_twice_alike():
