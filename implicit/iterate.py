@@ -37,6 +37,9 @@ class PackedMap:
     layout: Layout
     budget: int = 0
     calls: int = 0
+    aimed: Flat | None = None
+    pushed: Flat | None = None
+    forward: bool = True  # whether f has a forward mode, as far as is known
     last: tuple[State, Any] = (None, None)  # what f returned last, outside the graph, and its stamp
 
     @property
@@ -60,32 +63,44 @@ class PackedMap:
         self.last = last, _stamp(last, False)
         return self.layout.pack(out)
 
-    def push(self, z: Flat, v: Flat) -> Flat:
-        """J v at z, by forward mode or, where an operator of f has none, by two vector-Jacobian products."""
-        try:
-            pushed = torch.func.jvp(self, (z,), (v,))[1]
-            self.forget()  # it belongs to the transform
-            return pushed
-        except (NotImplementedError, RuntimeError) as error:
-            if not any(word in str(error) for word in ("orward", "setup_context")):
-                raise
-        self.calls -= 1  # the attempt above is not charged for
-        with torch.enable_grad():
-            x, w = z.detach().requires_grad_(), torch.zeros_like(v, requires_grad=True)
-            out = self(x)
-            if not out.requires_grad:
-                return torch.zeros_like(v)
-            (pulled,) = torch.autograd.grad(out, x, w, create_graph=True, allow_unused=True)
-            return torch.zeros_like(v) if pulled is None else torch.autograd.grad(pulled, w, v)[0]
-
     def forget(self) -> None:
         """Let go of what f returned last."""
         self.last = None, None
 
+    def aim(self, v: Flat) -> None:
+        """Take J v along with the next evaluation."""
+        self.aimed = v
+
     def at(self, z: Flat) -> Point:
-        """Evaluate f at z, rounded to what the state's dtype can hold."""
+        """Evaluate f at z, rounded to what the state's dtype can hold, and J v there if a solver aimed at it."""
         z = self.layout.round(z) if self.layout.lossy else z
-        return Point(z, self(z))
+        v, self.aimed, self.pushed = self.aimed, None, None
+        if v is None:
+            return Point(z, self(z))
+        fz, self.pushed = self._push(z, v)
+        return Point(z, fz)
+
+    def _push(self, z: Flat, v: Flat) -> tuple[Flat, Flat]:
+        """f(z) and J v, by forward mode or, where an operator of f has none, by two vector-Jacobian products."""
+        if self.forward:
+            try:
+                out, pushed = torch.func.jvp(self, (z,), (v,))[:2]
+                self.forget()  # it belongs to the transform
+                return out, pushed
+            except (NotImplementedError, RuntimeError) as error:
+                if not any(word in str(error) for word in ("orward", "setup_context")):
+                    raise
+            self.calls -= 1  # the attempt above is not charged for
+            self.forward = False
+        recorded = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x, w = z.detach().requires_grad_(), torch.zeros_like(v, requires_grad=True)
+            out = self(x)
+            pulled = (
+                torch.autograd.grad(out, x, w, create_graph=True, allow_unused=True)[0] if out.requires_grad else None
+            )
+            pushed = torch.zeros_like(v) if pulled is None else torch.autograd.grad(pulled, w, v)[0]
+        return out if recorded else out.detach(), pushed
 
 
 def _stamp(state: State, first: bool) -> Any:
@@ -274,6 +289,7 @@ class _Cut:
         self.f.args = tuple(
             map_tensors(select, arg) if cut else arg for arg, cut in zip(self.f.args, self.which, strict=True)
         )
+        self.f.pushed = map_tensors(select, self.f.pushed)
         return Point(select(point.z), select(point.fz)), map_tensors(select, memory)
 
 

@@ -41,8 +41,13 @@ class Evaluator(Protocol):
         """f(z)."""
         ...
 
-    def push(self, z: Flat, v: Flat) -> Flat:
-        """J v, J = df/dz at z; counts as one evaluation."""
+    def aim(self, v: Flat) -> None:
+        """Take J v, J = df/dz, along with the next evaluation, in place of f(z) alone; it counts once."""
+        ...
+
+    @property
+    def pushed(self) -> Flat | None:
+        """J v at the point evaluated last, if that evaluation was aimed."""
         ...
 
     @property
@@ -82,8 +87,8 @@ class AbstractSolver(abc.ABC, Generic[S]):
     def step(self, f: Evaluator, point: Point, memory: S) -> tuple[Flat, S]:
         """Propose the next iterate, which the loop will evaluate, and the memory that goes with it.
 
-        `f` is there for solvers that need evaluations beyond the one per step that the loop makes (a Jacobian-vector
-        product, a trial point); those are counted too. Tensors of `point` may be kept but never written to.
+        `f` is there for solvers that need Jacobian-vector products, which come with the loop's evaluations. Tensors of
+        `point` may be kept but never written to.
         """
 
     def transposed(self, memory: S, g: Flat) -> Flat:
