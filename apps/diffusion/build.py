@@ -125,6 +125,8 @@ def scheduler(config: c.Config, kind: Literal["ddim", "ddpm"]) -> Any:
         spacing=config.sampling.spacing,
         learn_sigma=config.model.learn_sigma,
         betas=schedule.betas,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
         train_steps=schedule.timesteps,
         clip=None if config.data.source == "latents" else 1.0,
     )

@@ -81,6 +81,10 @@ class Schedule:
 
     betas: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     """How the noise grows with time."""
+    beta_start: float = 1e-4
+    """Noise that the first timestep adds, as a variance; of no account to squaredcos_cap_v2."""
+    beta_end: float = 0.02
+    """Noise that the last one adds, before zero_snr makes it all there is."""
     timesteps: int = 1000
     """Number of noise levels."""
     prediction: Literal["v_prediction", "epsilon"] = "v_prediction"
@@ -90,6 +94,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         at_least(self, 2, "timesteps")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"Schedule.beta_start = {self.beta_start} and beta_end = {self.beta_end} make no noise schedule; they "
+                "must rise within (0, 1)."
+            )
         if self.zero_snr and self.prediction == "epsilon":
             raise ValueError(
                 "Schedule.prediction = epsilon does not go with Schedule.zero_snr: at the last timestep the "

@@ -35,6 +35,11 @@ def test_published_sizes_and_lengths(name, kind):
     assert (o.batch, o.lr, o.weight_decay, o.warmup, o.decay) == (512, 1e-4, 0.0, 0, "constant")
     assert (config.ema.decay, o.label_dropout, config.sampling.guidance) == (0.9999, 0.1 if classes else 0.0, 1.0)
     assert config.grad == c.StochasticJFB(N=12, M=12)
+    betas = build.scheduler(
+        dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, zero_snr=False)), "ddpm"
+    ).betas
+    assert (len(betas), float(betas[0]), float(betas[-1])) == (1000, pytest.approx(1e-4), pytest.approx(0.02))
+    assert build.scheduler(config, "ddpm").betas[-1] == 1
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -50,6 +55,7 @@ def test_both_train_under_the_same_settings(name):
     [
         (["--schedule.prediction", "epsilon"], "v_prediction"),
         (["--sampling.spacing", "leading"], "never visits the last timestep"),
+        (["--schedule.beta-start", "0.5"], "make no noise schedule"),
         (["--schedule.timesteps", "10"], "more than the 10 timesteps"),
         (["--model.depth", "3"], "depth is for DiT"),
     ],
