@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from implicit.grads.graph import Cut, edge, pull
 from implicit.grads.outside import unseen
 from implicit.grads.transforms import active
 from implicit.state import Flat
@@ -34,21 +35,9 @@ def refuse_transforms(estimator: object) -> None:
 
 def attach_approximately(phi: Callable[[Flat], Flat], z: Flat, rule: Rule) -> Flat:
     """z, a fixed point of phi, whose gradient reaches all that phi closes over by way of `rule`."""
-    x = _Cut.apply(z.detach().requires_grad_())
+    x = Cut.apply(z.detach().requires_grad_())
     y = phi(x)
     return _Approximate.apply(y, x, z.detach(), rule) if y.requires_grad and unseen(y, (x,)) else z.detach()
-
-
-class _Cut(torch.autograd.Function):
-    """Identity that stops the engine: products with J are taken on demand, not accumulated in a leaf."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        return None
 
 
 class _Approximate(torch.autograd.Function):
@@ -56,18 +45,10 @@ class _Approximate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, z: Tensor, rule: Rule) -> Tensor:
-        ctx.rule = rule
-        ctx.save_for_backward(y, x)
+        ctx.rule, ctx.y, ctx.x = rule, edge(y), edge(x)  # not the tensors: what nobody else needs is freed
         return z.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,) = grads
-        y, x = ctx.saved_tensors
         again = torch.is_grad_enabled()
-
-        def act(v: Flat) -> Flat:
-            (pulled,) = torch.autograd.grad(y, x, v, retain_graph=True, create_graph=again, allow_unused=True)
-            return torch.zeros_like(v) if pulled is None else pulled
-
-        return ctx.rule(act, g), None, None, None
+        return ctx.rule(lambda v: pull(ctx.y, ctx.x, v, create_graph=again), grads[0]), None, None, None

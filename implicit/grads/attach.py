@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from implicit.grads.gmres import GMRES
+from implicit.grads.graph import Cut, edge, pull
 from implicit.grads.outside import Outside, explicit, unseen
 from implicit.iterate import Stop, iterate
 from implicit.solution import NotConverged, Result, Solution
@@ -78,7 +78,7 @@ def attach(phi: Callable[[Flat], Flat], z: Flat, solve: LinearSolve) -> Flat:
     """z, a fixed point of phi, as a differentiable function of all that phi closes over."""
     with torch.enable_grad():
         seen = Outside()
-        x = _Cut.apply(z.detach().requires_grad_())
+        x = Cut.apply(z.detach().requires_grad_())
         with seen:
             y = phi(x)
         if not seen.tensors and not unseen(y, (x,)):
@@ -89,7 +89,7 @@ def attach(phi: Callable[[Flat], Flat], z: Flat, solve: LinearSolve) -> Flat:
 
 def _attach_explicit(phi: Callable[..., Flat], z: Flat, solve: LinearSolve, theta: tuple[Tensor, ...]) -> Flat:
     """The same for a phi(z, *theta) that closes over nothing."""
-    x = _Cut.apply(z.detach().requires_grad_())
+    x = Cut.apply(z.detach().requires_grad_())
     return _Identity.apply(phi(x, *theta), x, z.detach(), phi, solve, *theta)
 
 
@@ -97,18 +97,6 @@ _UNSEEN = (
     "Second derivatives through IFT need every tensor that f closes over, and one is used where it cannot be seen "
     "(in a compiled function or a custom autograd.Function): pass it to fixed_point through `args`."
 )
-
-
-class _Cut(torch.autograd.Function):
-    """Identity that stops the engine: products with J are taken on demand, not accumulated in a leaf."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        return None
 
 
 class _Identity(torch.autograd.Function):
@@ -128,7 +116,7 @@ class _Identity(torch.autograd.Function):
         # noticed, which it is, as the value is saved
         value = z.data
         ctx.phi, ctx.solve = phi, solve
-        ctx.y, ctx.x = _edge(y), _edge(x)  # not the tensors: what nobody else needs is freed
+        ctx.y, ctx.x = edge(y), edge(x)  # not the tensors: what nobody else needs is freed
         ctx.save_for_backward(value, *theta)
         return value
 
@@ -136,14 +124,14 @@ class _Identity(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
         value, *theta = ctx.saved_tensors
-        u = ctx.solve(lambda v: _pull(ctx.y, ctx.x, v), g)
+        u = ctx.solve(lambda v: pull(ctx.y, ctx.x, v), g)
         if not torch.is_grad_enabled():
             return (u, *[None] * (4 + len(theta)))
 
         # This gradient will be differentiated again: it becomes a function of g, z* and theta.
         def psi(v: Flat, g: Flat, value: Flat, *theta: Tensor) -> Flat:
             point = value.view_as(value)
-            return g + _pull(_edge(ctx.phi(point, *theta)), _edge(point), v, create_graph=True)
+            return g + pull(edge(ctx.phi(point, *theta)), edge(point), v, create_graph=True)
 
         u = _attach_explicit(psi, u, ctx.solve, (g, value, *theta))
         # Fresh views: derivatives with respect to them are partial, even if one tensor depends on another.
@@ -160,16 +148,3 @@ def _grad(y: Tensor, inputs: list[Tensor], v: Flat) -> tuple[Tensor | None, ...]
     if not inputs or not y.requires_grad:
         return (None,) * len(inputs)
     return torch.autograd.grad(y, inputs, v, create_graph=True, allow_unused=True)
-
-
-def _edge(t: Tensor) -> GradientEdge | None:
-    """Where t stands in the graph."""
-    return get_gradient_edge(t) if t.requires_grad else None
-
-
-def _pull(y: GradientEdge | None, x: GradientEdge | None, v: Flat, create_graph: bool = False) -> Flat:
-    """v^T dy/dx."""
-    if y is None or x is None:
-        return torch.zeros_like(v)
-    (pulled,) = torch.autograd.grad(y, x, v, retain_graph=True, create_graph=create_graph, allow_unused=True)
-    return torch.zeros_like(v) if pulled is None else pulled

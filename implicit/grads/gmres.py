@@ -55,7 +55,7 @@ class GMRES:
 
     memory: int = 60
     short: int = 2
-    rate: float = 0.6
+    rate: float = 0.7
 
     def __post_init__(self) -> None:
         for name in ("memory", "short"):
