@@ -1,7 +1,8 @@
 """Studies on handwritten digits, resumable: `python -m benchmarks.study NAME` (or all).
 
 Every cell is trained for the same CPU time of one thread, which other work on the machine changes least; finished cells
-are kept, so a study that was stopped goes on where it was.
+are kept, so a study that was stopped goes on where it was. Trained networks are kept too, in a folder that git ignores:
+a study that has learnt new ways of sampling scores them without training again.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+NETWORKS = Path(__file__).parents[1] / "runs" / "studies"
 NAMES = ("sampling", "estimators", "layers", "free-and-tracked")
 
 
@@ -25,6 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__)
     parser.add_argument("name", choices=(*NAMES, "all"), help="which study; sampling holds four")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--networks", type=Path, default=NETWORKS, help="folder of the trained networks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--scale", choices=("full", "tiny"), default="full", help="tiny: seconds, to see it run")
     options = parser.parse_args(arguments)
@@ -39,12 +42,11 @@ def complete(name: str, options: Any) -> None:
     from tqdm import tqdm
 
     from benchmarks.measure import provenance
-    from benchmarks.studies.base import SCALES, Records, judge, run
+    from benchmarks.studies.base import SCALES, Records, floor, judge, run
 
     torch.set_num_threads(1)
     count = int(SCALES[options.scale]["samples"])
     images, held_out, ruler = judge()
-    half = len(images) // 2
     about = {
         "command": f"python -m benchmarks.study {name}" + (" --scale tiny" if options.scale == "tiny" else ""),
         "scale": options.scale,
@@ -53,15 +55,17 @@ def complete(name: str, options: Any) -> None:
         "samples": count,
         "real": {
             "held out": vars(ruler.score(held_out.x, held_out.y)),
-            "half of the training images": vars(ruler.score(images.x[:half], images.y[:half])),
+            "as many training images as a score has samples": floor(images, ruler, count),
         },
     }
     records = Records(options.results / f"study_{name}.json", about)
     todo = [(cell, seed) for seed in options.seeds for cell in study(name).cells(options.scale)]
     for cell, seed in tqdm(todo, desc=name, unit="cell"):
         key = f"{cell.name}, seed {seed}"
-        if key not in records.cells:
-            records.enter(key, run(cell, seed, count))
+        known = records.cells.get(key)
+        found = run(cell, seed, count, options.networks / options.scale / name / f"{key}.pt", known)
+        if found is not known:
+            records.enter(key, found)
 
 
 if __name__ == "__main__":

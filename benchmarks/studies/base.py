@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from apps.diffusion.data import Images
 from apps.diffusion.metrics import Judge
 from apps.diffusion.sampler import Solve, sample
 from apps.diffusion.trainer import Trainer
+from benchmarks.measure import provenance
 
 Sizes = dict[str, dict[str, float]]
 SCALES: Sizes = {  # CPU seconds of training by study, and samples per score
@@ -78,7 +80,18 @@ def judge() -> tuple[Images, Images, Judge]:
     return images, held_out, Judge.of(images)
 
 
-def train(config: Config) -> tuple[nn.Module, dict[str, float]]:
+def floor(images: Images, ruler: Judge, count: int, draws: int = 20) -> dict[str, Any]:
+    """Distances of real images drawn like samples, as many and with the same labels: what no network goes below."""
+    distances = []
+    for draw in range(draws):
+        source = torch.Generator().manual_seed(draw)
+        shuffled = torch.randperm(len(images), generator=source)
+        chosen = torch.cat([shuffled[images.y[shuffled] == label][: count // 10] for label in range(10)])
+        distances.append(ruler.score(images.x[chosen], images.y[chosen]).frechet)
+    return {"images": count, "draws": draws, "frechet": fmean(distances), "frechet spread": stdev(distances)}
+
+
+def train(config: Config) -> tuple[nn.Module, dict[str, Any]]:
     """Train for `config.max_time` seconds of this process's CPU time; returns the averaged network."""
     trainer = Trainer(config, judge()[0])
     began = time.process_time()
@@ -92,8 +105,19 @@ def train(config: Config) -> tuple[nn.Module, dict[str, float]]:
         "cpu_seconds": trainer.progress.seconds,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "loss": sum(losses[-100:]) / len(losses[-100:]),
+        "commit": provenance("cpu")["commit"],
     }
     return trainer.ema.module.eval(), facts
+
+
+def kept(path: Path, config: Config) -> tuple[nn.Module, dict[str, Any]] | None:
+    """The network that was trained by this configuration before, if it is still there."""
+    found = torch.load(path) if path.exists() else {}
+    if found.get("config") != repr(config):
+        return None
+    network = Trainer(config, judge()[0]).ema.module.eval()
+    network.load_state_dict(found["weights"])
+    return network, found["facts"]
 
 
 def score(model: Any, config: Config, way: Way, count: int) -> dict[str, float]:
@@ -136,8 +160,18 @@ class Records:
         part.replace(self.path)
 
 
-def run(cell: Cell, seed: int, count: int) -> dict[str, Any]:
-    """Train and sample one cell."""
+def run(cell: Cell, seed: int, count: int, path: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Train and sample one cell, or sample the network kept at `path` in the ways that `known` has not yet."""
     config = replace(cell.config, seed=seed)
-    model, facts = train(config)
-    return {"training": facts, "samples": {way.name: score(model, config, way, count) for way in cell.ways}}
+    scores = dict(known["samples"]) if known else {}
+    if known and all(way.name in scores for way in cell.ways):
+        return known
+    network = kept(path, config)
+    if network is None:
+        network, scores = train(config), {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"config": repr(config), "facts": network[1], "weights": network[0].state_dict()}, path)
+    model, facts = network
+    for way in cell.ways:
+        scores[way.name] = scores.get(way.name) or score(model, config, way, count)
+    return {"training": facts, "samples": {way.name: scores[way.name] for way in cell.ways}}

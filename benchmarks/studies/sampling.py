@@ -1,6 +1,6 @@
 """Four studies of one FPDM and one DiT, trained for equal time: how a budget is best spent in sampling.
 
-budgets      steps x iterations at 60, 120 and 240 block passes, and at the MACs of as many DiT blocks
+budgets      steps x iterations at 6 to 240 block passes, and at the MACs of as many DiT blocks
 reuse        start of each solve: fresh, previous solution, blended, extrapolated; 1 to 10 iterations
 allocation   constant, increasing, decreasing and tolerance-driven iterations
 solvers      naive iteration, Anderson, Broyden: residual and quality against evaluations
@@ -17,7 +17,10 @@ from implicit import Anderson, Broyden, Picard, Stop
 
 from .base import SCALES, Cell, Way, dit, fpdm
 
-BUDGETS = (60, 120, 240)  # block passes: 10, 20 and 40 steps of the DiT
+DEPTH = 6
+BUDGETS = (6, 12, 18, 30, 60, 120, 240)
+"""Block passes: 1, 2, 3, 5, 10, 20 and 40 steps of the DiT. The paper has 140 to 560: 5 to 20 steps of its DiT."""
+SPLITS = (1, 2, 3, 5, 10, 20, 40)
 STARTS = {
     "fresh": None,
     "reused": Reuse(),
@@ -26,7 +29,6 @@ STARTS = {
 }
 SOLVERS = {"Picard": Picard(), "Anderson": Anderson(3), "Broyden": Broyden()}
 TOLERANCES = (0.3, 0.1, 0.03)
-DEPTH = 6
 
 
 def cells(scale: str) -> list[Cell]:
@@ -36,16 +38,16 @@ def cells(scale: str) -> list[Cell]:
 
 
 def _budgets() -> list[Way]:
-    """An FPDM step of k iterations costs 2 + k block passes."""
+    """An FPDM step of k iterations costs 2 + k block passes; one of a single iteration the MACs of 3.58 blocks."""
     ways = []
     for budget in BUDGETS:
-        for steps in (5, 10, 20, 40):
+        for steps in (n for n in SPLITS if budget <= 48 * n):
             if budget >= 3 * steps:
                 name = f"{budget} block passes, {steps} steps"
                 ways.append(
                     Way(name, steps, lambda m, b=budget, s=steps: Solve(iterations=within_block_passes(m, b, s)))
                 )
-            if budget >= 6 * steps:
+            if budget >= 3.6 * steps:
                 name = f"MACs of {budget} blocks, {steps} steps"
                 ways.append(Way(name, steps, _in_macs(budget, steps)))
     return ways
