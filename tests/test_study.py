@@ -57,6 +57,7 @@ def test_a_new_way_scores_the_network_that_was_kept(tmp_path, monkeypatch, train
     assert again["samples"]["20 x 10"] == first["samples"]["20 x 10"]
     assert again["samples"]["5 x 2"]["block_passes"] == 5 * (2 + 2)
     kept = base.kept(tmp_path / "networks" / "tiny" / "layers" / "pre=1 post=1, seed 0.pt", twenty.config)
+    assert kept is not None
     rescored = base.score(kept[0], twenty.config, twenty.ways[0], 20)
     assert rescored["frechet"] == pytest.approx(first["samples"]["20 x 10"]["frechet"], rel=1e-5)
     other = replace(twenty.config, seed=1)
