@@ -28,13 +28,14 @@ class Guard:
         self.waiting = False  # whether `back` holds a sample
         self.retried = np.zeros(size, dtype=bool)
         self.tried = False  # whether `retried` holds a sample
-        self.mark = np.full(size, np.inf)
+        self.mark = np.full(size, np.inf)  # the smallest residual when the present trial began
+        self.begun = False
         self.due = np.full(size, patience)
         self.next_due = patience
 
     def calm(self, calls: int) -> bool:
         """Whether the guard has nothing to say to residuals that are all the smallest so far."""
-        return calls < self.next_due and not self.tried
+        return self.begun and calls < self.next_due and not self.tried
 
     def take(self) -> np.ndarray:
         """Who must go back, once."""
@@ -55,6 +56,8 @@ class Guard:
 
     def watch(self, rows: np.ndarray, r: np.ndarray, best: np.ndarray, calls: int) -> None:
         """Take in the residuals r of `rows` and the smallest ones of all samples."""
+        if not self.begun:
+            self.mark, self.begun = best.copy(), True
         blown = (r > _BLOWN * best[rows]) & ~self.plain[rows]
         self._send(rows[blown])
         if calls < self.next_due:

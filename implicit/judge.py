@@ -16,7 +16,9 @@ from implicit.state import Flat, Layout, norm
 _PATIENCE = 10  # evaluations without a new smallest residual before rounding error is blamed
 _RUNNING = np.int8(-1)
 _TINY, _HUGE = 1e-15, 1e15  # norms outside may have lost their squares in float32
-_ROUNDING = 100.0  # residuals below this many eps ||f(z)|| count as possibly rounding
+_ROUNDING = (
+    25.0  # residuals below this many eps ||f(z)|| count as rounding, below 4 times it after 3 times the patience
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +171,10 @@ class Judge:
         converged = live & (r <= self.stop.atol + self.stop.rtol * s)
         better = (live & (r < self.residual[rows])) | converged
         self._keep(look, better, r, s)
-        floor = _ROUNDING * self.layout.eps * self.size[rows]
-        old = look.calls - self.since[rows] >= _PATIENCE
-        stalled = live & ~converged & old & (self.residual[rows] <= floor)
+        floor, age = _ROUNDING * self.layout.eps * self.size[rows], look.calls - self.since[rows]
+        best = self.residual[rows]
+        spent = ((age >= _PATIENCE) & (best <= floor)) | ((age >= 3 * _PATIENCE) & (best <= 4 * floor))
+        stalled = live & ~converged & spent
         broken = running & ~finite
         if self.guard is not None:
             broken &= ~self.guard.forgives(rows, broken, self.residual)

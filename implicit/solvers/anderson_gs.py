@@ -77,7 +77,7 @@ class AndersonGS(AbstractSolver[AndersonGSMemory]):
 
     @property
     def patience(self) -> int:
-        return 30 if self.safeguard else 0
+        return max(30, self.memory + 10) if self.safeguard else 0
 
     def restart(self, point: Point, memory: AndersonGSMemory, mask: Bool[Tensor, "B 1"]) -> AndersonGSMemory:
         return replace(

@@ -59,7 +59,7 @@ class BadBroyden(AbstractSolver[BadBroydenMemory]):
 
     @property
     def patience(self) -> int:
-        return 30 if self.safeguard else 0
+        return max(25, self.memory + 5) if self.safeguard else 0
 
     def restart(self, point: Point, memory: BadBroydenMemory, mask: Bool[Tensor, "B 1"]) -> BadBroydenMemory:
         return replace(

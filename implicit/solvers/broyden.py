@@ -80,7 +80,7 @@ class Broyden(AbstractSolver[BroydenMemory]):
 
     @property
     def patience(self) -> int:
-        return 30 if self.safeguard else 0
+        return max(25, self.memory + 5) if self.safeguard else 0
 
     def restart(self, point: Point, memory: BroydenMemory, mask: Bool[Tensor, "B 1"]) -> BroydenMemory:
         return replace(

@@ -73,6 +73,14 @@ def test_the_default_beats_plain_iteration_where_that_converges(name):
     assert solve(ours, ours.z0, *ours.args, stop=stop).converged.all() and ours.calls < plain.calls
 
 
+@pytest.mark.parametrize("solver", [Anderson(), AndersonGS(5), Broyden()], ids=repr)
+def test_a_safeguarded_solver_is_little_slower_than_plain_iteration_where_it_fails(solver):
+    """A memory shorter than the transient of a non-normal map is of no use: one trial is paid for, not several."""
+    p, stop = problem("non-normal"), Stop(rtol=1e-10, atol=0, max_evals=300)
+    found = solve(p, p.z0, *p.args, solver=solver, stop=stop)
+    assert found.converged.all() and p.calls <= 130 + solver.patience + 10  # plain iteration takes 130
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @each
 def test_divergence_past_the_largest_number_is_no_convergence(solver, dtype):
