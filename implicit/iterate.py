@@ -50,7 +50,7 @@ class PackedMap:
         self.calls += 1
         state = self.layout.unpack(z)
         if torch.compiler.is_compiling():
-            return self.layout.pack(self.layout.check(self.f(state, *self.args), z.shape[0]))
+            return self.layout.pack(self.layout.check(self.f(state, *self.args), state))
         before = _stamp(state, self.calls == 1)
         out = self.f(state, *self.args)
         if _written(before, state) or _written(self.last[1], self.last[0]):
@@ -58,8 +58,8 @@ class PackedMap:
                 "f modifies its input in place, or writes its result into a tensor that it returned before; z and "
                 "f(z) would be one tensor and every residual 0: use out-of-place operations in f, or clone."
             )
-        out = self.layout.check(out, z.shape[0])
-        last = map_tensors(Tensor.detach, out)
+        out = self.layout.check(out, state)
+        last = map_tensors(_detached, out)
         self.last = last, _stamp(last, False)
         return self.layout.pack(out)
 
@@ -101,6 +101,10 @@ class PackedMap:
             )
             pushed = torch.zeros_like(v) if pulled is None else torch.autograd.grad(pulled, w, v)[0]
         return out if recorded else out.detach(), pushed
+
+
+def _detached(t: Tensor) -> Tensor:
+    return t.detach() if t.requires_grad else t
 
 
 def _stamp(state: State, first: bool) -> Any:

@@ -114,7 +114,7 @@ class Layout:
     eps: float
     """Relative rounding error of the coarsest leaf."""
     plain: bool
-    """Whether the state is one tensor that lies in the matrix as it is, so that only its shape may differ."""
+    """Whether the state is the matrix."""
 
     @classmethod
     def of(cls, state: State, batch_dims: int = 1) -> "Layout":
@@ -150,14 +150,15 @@ class Layout:
             dtype=dtype,
             lossy=any(real(d) != dtype for d in dtypes),
             eps=max(torch.finfo(d).eps for d in dtypes),
-            plain=isinstance(state, Tensor) and state.dtype == dtype,
+            plain=isinstance(state, Tensor) and state.dtype == dtype and state.ndim == 2 and batch_dims == 1,
         )
 
     def pack(self, state: State) -> Flat:
         """(B, N) matrix of a state; a view where it can be one."""
+        if self.plain and state.dtype == self.dtype:
+            return state
         if isinstance(state, Tensor) and isinstance(self.like, Tensor):
-            flat = self.plain and self.batch_dims and state.ndim == 2 and state.dtype == self.dtype
-            return state if flat else self._rows(state)
+            return self._rows(state)
         return torch.cat([self._rows(t) for t in leaves(state, self.like)], dim=1)
 
     def _rows(self, t: Tensor) -> Flat:
@@ -168,9 +169,9 @@ class Layout:
 
     def unpack(self, flat: Flat) -> State:
         """The state of a (B, N) matrix; the number of rows may differ from the starting state's."""
+        if self.plain:
+            return flat
         if isinstance(self.like, Tensor):
-            if self.plain and self.batch_dims and self.like.ndim == 2:
-                return flat
             return self._leaf(flat, self.shapes[0], self.dtypes[0])
         widths = [math.prod(s) * (2 if d.is_complex else 1) for s, d in zip(self.shapes, self.dtypes, strict=True)]
         parts = zip(torch.split(flat, widths, dim=1), self.shapes, self.dtypes, strict=True)
@@ -187,26 +188,26 @@ class Layout:
         """`flat` as f will see it."""
         return self.pack(self.unpack(flat)) if self.lossy else flat
 
-    def check(self, out: State, rows: int) -> State:
-        """`out`, if f kept structure, shapes, dtypes and device; under autocast the dtype may differ.
+    def check(self, out: State, state: State) -> State:
+        """`out` = f(state), if f kept structure, shapes, dtypes and device; under autocast the dtype may differ.
 
         Raises:
             ValueError: naming the first difference.
         """
-        lead = (rows,) if self.batch_dims else ()
-        if self.plain and isinstance(out, Tensor):
-            kept = out.dtype == self.dtype and out.device == self.device and out.shape == lead + self.shapes[0]
-            if kept:
-                return out
-        for t, shape, dtype in zip(leaves(out, self.like), self.shapes, self.dtypes, strict=True):
-            if t.shape != lead + shape:
-                want = tuple(lead + shape)
-                raise ValueError(f"f must keep the shape of the state: expected {want}, got {tuple(t.shape)}.")
-            casts = t.is_floating_point() and torch.is_autocast_enabled(self.device.type)
-            if t.dtype != dtype and not casts:
-                raise ValueError(f"f must keep the dtype of the state: expected {dtype}, got {t.dtype}: cast it in f.")
-            if t.device != self.device:
-                raise ValueError(f"f must keep the device of the state: {self.device}, got {t.device}: move it in f.")
+        if isinstance(out, Tensor) and isinstance(state, Tensor):
+            pairs = ((out, state),)
+        else:
+            pairs = zip(leaves(out, state), leaves(state), strict=True)
+        for t, like in pairs:
+            if t.shape != like.shape:
+                want, got = tuple(like.shape), tuple(t.shape)
+                raise ValueError(f"f must keep the shape of the state: expected {want}, got {got}.")
+            if t.dtype != like.dtype and not (t.is_floating_point() and torch.is_autocast_enabled(self.device.type)):
+                raise ValueError(
+                    f"f must keep the dtype of the state: expected {like.dtype}, got {t.dtype}: cast it in f."
+                )
+            if t.device != like.device:
+                raise ValueError(f"f must keep the device of the state: {like.device}, got {t.device}: move it in f.")
         return out
 
 
