@@ -171,7 +171,7 @@ class Optimisation:
     """Parts in which each process computes its share of a step, one after another; the step is the same."""
     checkpointing: bool = False
     """Keep no activations within a block, or within an iteration of the fixed point, and make them anew in the backward
-    pass: less memory, a third more time.
+    pass: a quarter of the memory, about a quarter more time.
     """
     compile: Literal["no", "inductor", "aot_eager", "eager"] = "no"
     """torch.compile the blocks and the iteration (never the loop around it) with this backend; inductor is the fast
