@@ -10,10 +10,26 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from implicit import IFT, JFB, AbstractGrad, Neumann, StochasticJFB, Stop, Unrolled, fixed_point
+from implicit import (
+    IFT,
+    JFB,
+    SHINE,
+    AbstractGrad,
+    AndersonGS,
+    Broyden,
+    Neumann,
+    Phantom,
+    Picard,
+    Reversible,
+    StochasticJFB,
+    Stop,
+    Unrolled,
+    fixed_point,
+)
 
 RANKS = 2
 STOP = Stop(rtol=1e-12, atol=0, max_evals=200)
+ELEVEN = Stop(rtol=0, atol=0, max_evals=11)  # evaluations, of which segments and inverse estimates are made
 
 
 class Net(nn.Module):
@@ -38,7 +54,9 @@ class Net(nn.Module):
             return self.iteration(z, x)
 
         x = self.before(x)
-        return self.after(fixed_point(f, x, x, grad=self.grad, stop=STOP).value)
+        short = isinstance(self.grad, Reversible | SHINE) or self.grad == Unrolled(4)
+        solver = {SHINE: Broyden(), Unrolled: Picard()}.get(type(self.grad), AndersonGS())
+        return self.after(fixed_point(f, x, x, grad=self.grad, solver=solver, stop=ELEVEN if short else STOP).value)
 
 
 def stochastic(n: int, m: int) -> Callable[[], StochasticJFB]:
@@ -57,8 +75,13 @@ CASES: dict[str, Callable[[], AbstractGrad]] = {
     "JFB": JFB,
     "StochasticJFB, n = 0": stochastic(0, 3),
     "StochasticJFB, n = 5": stochastic(5, 3),
+    "Phantom": Phantom,
     "Neumann": Neumann,
+    "SHINE": SHINE,
+    "Reversible": Reversible,
     "Unrolled": Unrolled,
+    "Unrolled, an evaluation at a time": lambda: Unrolled(True),
+    "Unrolled, segments": lambda: Unrolled(4),
 }
 
 

@@ -5,6 +5,7 @@ import pytest
 import scipy.sparse.linalg
 import torch
 from small_layers import F64, dense_gradient, dense_solution, flat, layer, off
+from test_syncs import Waits, watching
 
 from implicit import GMRES, IFT, Anderson, AndersonGS, Broyden, Result, Stop, fixed_point
 from implicit.diagnostics.meter import Bytes
@@ -169,6 +170,21 @@ def test_a_slow_sample_loses_nothing_and_a_fast_one_next_to_nothing(wide):
     assert few.evals[1] == all_of_them.evals[1] > 25
     torch.testing.assert_close(few.value[1], all_of_them.value[1], rtol=1e-9, atol=1e-9)
     assert (few.evals - all_of_them.evals).abs().max() <= 2 and few.evals[2] > 12
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2], [0, 2], [1]], ids=["mixed", "fast", "slow"])
+def test_the_host_waits_for_the_device_once_a_product(wide, rows):
+    a, g = (t[rows] for t in wide)
+    act, mode = act_by_blocks(a), Waits()
+
+    def counted(v):
+        mode.evals += 1
+        return act(v)
+
+    with watching(mode):
+        found = GMRES(memory=9)(counted, g, Stop(rtol=1e-6, atol=0, max_evals=200))
+    assert found.evals.max() == mode.evals and bool(found.converged.all())
+    assert set(mode.counts.values()) == {1} and sum(mode.counts.values()) == mode.evals + 1  # and once for ||g||
 
 
 def test_the_basis_of_fast_samples_is_a_few_states(wide):

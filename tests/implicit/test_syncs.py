@@ -6,6 +6,7 @@ whose shape depends on values (``nonzero``, a mask as an index), or moves host m
 """
 
 from collections import Counter
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -51,9 +52,11 @@ class Waits(TorchFunctionMode):
         if isinstance(out, torch.Tensor):
             tensors: list[Any] = [t for t in args if isinstance(t, torch.Tensor)]
             marked: Any = out
-            if name == "to":
+            if name in ("to", "cpu"):
                 marked = out.view_as(out)  # where there is no device to move to, it is the very same tensor
-            elif tensors and all(hasattr(t, "_host") for t in tensors):
+            if name == "cpu":
+                marked._host = True
+            elif name != "to" and tensors and all(hasattr(t, "_host") for t in tensors):
                 marked._host = True
             else:
                 self.busy = self.busy or name not in VIEWS
@@ -70,22 +73,30 @@ class Waits(TorchFunctionMode):
         self.fresh += born == self.evals
 
 
-def waits(solver, stop, name="one hard of 16"):
-    """The count of calls that wait, while the solve runs: those after its last evaluation apart."""
-    p, mode = problem(name), Waits()
-    from_numpy = torch.from_numpy  # which torch does not tell the mode about
+@contextmanager
+def watching(mode):
+    """`mode` switched on, and arrays from numpy, which torch does not tell it about, marked."""
+    from_numpy = torch.from_numpy
 
     def on_the_host(array):
         t: Any = from_numpy(array)
         t._host = True
         return t
 
+    with pytest.MonkeyPatch.context() as patch, mode:
+        patch.setattr(torch, "from_numpy", on_the_host)
+        yield
+
+
+def waits(solver, stop, name="one hard of 16"):
+    """The count of calls that wait, while the solve runs: those after its last evaluation apart."""
+    p, mode = problem(name), Waits()
+
     def f(z, *args):
         mode.evals += 1
         return p.map(z, *args)
 
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch, mode:
-        patch.setattr(torch, "from_numpy", on_the_host)
+    with torch.no_grad(), watching(mode):
         found = fixed_point(f, p.z0, *p.args, solver=solver, stop=stop)
     last = mode.counts.pop(mode.evals, 0)
     return mode, last, found
