@@ -35,17 +35,20 @@ def test_numbers_are_those_of_the_file_and_verdicts_follow_them(tmp_path):
     distances = [c["samples"]["20 x 10"]["frechet"] for name, c in cells.items() if name.startswith("JFB, seed")]
     assert f"| JFB | {sum(distances) / 3:.2f} ± " in text
 
-    def shifted(prefix, by):
+    def given(ours, theirs):
         def change(found):
             for name, cell in found["cells"].items():
-                if name.startswith(prefix):
-                    cell["samples"]["20 x 10"]["frechet"] += by
+                estimator, seed = name.rsplit(", seed ", 1)
+                distance = {"S-JFB(6, 3)": ours, "JFB": theirs}.get(estimator)
+                if distance:
+                    cell["samples"]["20 x 10"]["frechet"] = distance + int(seed) / 10
 
         return section(built(tmp_path, "study_estimators.json", change=change), "Gradient estimators")
 
-    assert "*S-JFB beats JFB*: **yes**" in text
-    assert "*S-JFB beats JFB*: **no, the reverse**" in shifted("JFB", -6)
-    assert "*S-JFB beats JFB*: **undecided**" in shifted("S-JFB", 100)
+    assert "*S-JFB beats JFB*: **yes**" in given(1.0, 2.0)
+    assert "*S-JFB beats JFB*: **no, the reverse**" in given(2.0, 1.0)
+    assert "*S-JFB beats JFB*: **within the spread of seeds**" in given(2.0, 2.1)
+    assert "*S-JFB beats JFB*: **undecided**" in given(20.0, 30.0)
 
 
 def test_a_missing_seed_is_said(tmp_path):

@@ -1,0 +1,19 @@
+"""What steps of FPDM and DiT cost."""
+
+import json
+from pathlib import Path
+
+from .wording import NOTHING, short, table
+
+
+def chapter(results: Path, images: Path) -> str:
+    path, parts = results / "diffusion.json", ["## What FPDM costs"]
+    known = json.loads(path.read_text())["tables"] if path.exists() else {}
+    for name in ("against the plain step", "around the block", "sampling step", "training step", "parameters"):
+        found = known.get(name)
+        parts.append(f"**{name.capitalize()}**" + ("" if found else f": {NOTHING}."))
+        if found:
+            keys = list(dict.fromkeys(key for row in found["rows"] for key in row))
+            parts.append(table(keys, ([short(row.get(key, "")) for key in keys] for row in found["rows"])))
+            parts.append(f"`diffusion.json`: {found['device']}, commit {found['commit']}.")
+    return "\n\n".join(parts)

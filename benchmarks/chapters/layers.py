@@ -1,0 +1,32 @@
+"""Explicit blocks around the fixed point."""
+
+from pathlib import Path
+
+from benchmarks.studies.layers import PAIRS
+
+from .records import Study
+from .wording import NOTHING, table, told, verdict
+
+
+def chapter(results: Path, images: Path) -> str:
+    study = Study(results, "layers")
+    names = {pair: f"pre={pair[0]} post={pair[1]}" for pair in PAIRS}
+    rows = [
+        (
+            f"{pair[0]} before, {pair[1]} behind",
+            told(study.values(name, "20 x 10", "frechet")),
+            told(study.values(name, "20 x 10", "accuracy"), 1, 100),
+            f"{study.mean(name, '', 'parameters'):,.0f}" if study.found else NOTHING,
+            told(study.values(name, "", "steps"), 0),
+        )
+        for pair, name in names.items()
+    ]
+    more, one = (study.values(names[pair], "20 x 10", "frechet") for pair in ((3, 3), (1, 1)))
+    return "\n\n".join(
+        (
+            "## Explicit blocks around the fixed point",
+            table(("blocks", "Fréchet distance", "right label, %", "parameters", "steps"), rows),
+            verdict("Three and three beat one and one", more, one),
+            study.source(),
+        )
+    )
