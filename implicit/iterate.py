@@ -200,10 +200,10 @@ def _begin(solver: AbstractSolver[Any], point: Point, loop: Loop) -> Any:
 def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any], loop: Loop, segment: int) -> Solution:
     """The loop without a tolerance: no decision on the host, so a device never waits and one graph compiles.
 
-    A sample whose f(z) is not finite is held at that z.
+    A sample whose f(z) is not finite is held at the point before.
     """
     point = f.at(z)
-    alive = _finite(point)
+    began = alive = _finite(point)
     memory = _begin(solver, point, loop)
     if not segment:
         point, alive, memory = _advance(f, solver, point, alive, memory, f.left)
@@ -211,7 +211,7 @@ def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any], loop: Loop, segme
         run = partial(_segment, f, solver, min(f.left, segment), f.calls)
         z, fz, alive, memory, f.calls = checkpoint(run, point.z, point.fz, alive, memory, use_reentrant=False)
         point = Point(z, fz)
-    value = torch.where(alive, point.fz, point.z)
+    value = torch.where(began, point.fz, point.z)
     with torch.no_grad():
         residual = norm(point.r)
         ended = torch.where(residual == 0, int(Result.CONVERGED), int(Result.MAX_EVALS))
@@ -233,9 +233,9 @@ def _advance(
     end = f.left - evals
     while f.left > end:
         z, memory = solver.step(f, point, memory)
-        z = torch.where(alive, z, point.z)
-        point = f.at(z)
-        alive = alive & _finite(point)
+        new = f.at(z)
+        alive = alive & _finite(new)
+        point = Point(torch.where(alive, new.z, point.z), torch.where(alive, new.fz, point.fz))
     return point, alive, memory
 
 

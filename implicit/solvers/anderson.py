@@ -144,7 +144,8 @@ def _renew(gram: Float[Tensor, "B K K"], slot: int, row: Float[Tensor, "B K"]) -
 
 def _weights(memory: AndersonMemory, rhs: Float[Tensor, "B 1 K"]) -> Float[Tensor, "B 1 K"]:
     """The solution of the first equations of the small systems, as many as `rhs` has numbers, in float64."""
-    gram, used = memory.gram * memory.boost, rhs.shape[2]
+    rows = memory.gram.diagonal(dim1=1, dim2=2).rsqrt().unsqueeze(2)  # in one unit: pivots are chosen between rows
+    gram, used = memory.gram * memory.boost * rows, rhs.shape[2]
     if used < gram.shape[1]:
-        gram = gram[:, :used, :used]
-    return torch.linalg.solve_ex(gram, rhs.double().mT)[0].mT.to(rhs.dtype)
+        gram, rows = gram[:, :used, :used], rows[:, :used]
+    return torch.linalg.solve_ex(gram, rhs.double().mT * rows)[0].mT.to(rhs.dtype)
