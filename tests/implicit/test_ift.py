@@ -28,6 +28,7 @@ from implicit import (
     Unrolled,
     fixed_point,
 )
+from implicit.diagnostics.meter import measure
 
 TIGHT = Stop(rtol=1e-13, atol=0, max_evals=400)
 
@@ -325,3 +326,34 @@ def test_parameters_used_outside_and_inside_the_layer_add_up():
         w = f(w, nn.functional.linear(x, f.weight))
     (true,) = torch.autograd.grad(w.sum(), f.weight)
     assert off(flat([got]), flat([true])) < 1e-8
+
+
+def test_a_value_that_is_written_to_is_noticed():
+    """It shares the memory of what the graph of f has kept: never a silent change of the gradient."""
+    f, x = layer("easy")
+    value = fixed_point(f, torch.zeros_like(x), x).value
+    value.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.sum().backward()
+
+
+def test_states_held_between_the_passes_and_at_the_peak():
+    """f keeps two states: z for the product, tanh for its derivative. z is the value. The loss keeps nothing."""
+    weight = nn.Parameter(0.4 * torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)))[0])
+    x = torch.randn(8, 64, 32, generator=torch.Generator().manual_seed(1))
+
+    def run(f):
+        return fixed_point(f, torch.zeros_like(x), x, solver=Picard(), stop=Stop(rtol=1e-6, atol=0, max_evals=99)).value
+
+    class Map(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, z, x):
+            return torch.tanh(z @ self.weight) + x
+
+    taken = measure(lambda f: run(f).sum(), Map(), [weight])
+    state = x.numel() * x.element_size()
+    assert taken.products > 8 and taken.note == ""
+    assert taken.saved < 2.1 * state and taken.peak < 9.1 * state
