@@ -118,7 +118,8 @@ class FixedPointPipeline(DiffusionPipeline):
         folder = Path(source)
         if (folder / "checkpoints").is_dir():
             pipe = cls.from_run(folder, vae=vae)
-            pipe.model.to(torch_dtype or pipe.model.dtype)
+            if torch_dtype is not None:  # diffusers warns of any
+                pipe.model.to(torch_dtype)
             return pipe if scheduler is None else cls(pipe.model, scheduler, pipe.vae, **pipe.defaults)
         try:
             index = json.loads((folder / "model_index.json").read_text())
