@@ -12,12 +12,13 @@ Setting: r_k = f(z_k) - z_k. With the differences of the last m points as column
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history import dots, put, put_difference
+from implicit.solvers.history import dots, on_host, put, put_difference
 from implicit.state import Flat
 
 # squared columns below this are none, for their products have underflowed; their diagonal is 1 and their weight 0
@@ -26,17 +27,13 @@ _NONE = {torch.float64: 1e-290, torch.float32: torch.finfo(torch.float32).tiny}
 
 @dataclass(frozen=True)
 class AndersonMemory:
-    """The last point, rings of K = memory - 1 differences, and the Gram matrix of dR, with 1 for <0, 0>.
-
-    The small systems are gram * boost: the ridge on the diagonal.
-    """
+    """The last point, rings of K = memory - 1 differences, the Gram matrix of dR with the ridge, 1 for <0, 0>."""
 
     fz: Flat
     r: Flat
     df: Float[Tensor, "B K N"]
     dr: Float[Tensor, "B K N"]
     gram: Float[Tensor, "B K K"]
-    boost: Float[Tensor, "B K K"]
     steps: int = 0
     columns: int = 0
     fresh: bool = True  # the last point is not apart from the next: no difference yet
@@ -77,8 +74,7 @@ class Anderson(AbstractSolver[AndersonMemory]):
         k = self.memory - 1
         df, dr = point.z.new_zeros(rows, k, numbers), point.z.new_zeros(rows, k, numbers)
         gram = _none(torch.empty(rows, k, k, dtype=torch.float64, device=point.z.device))
-        ridge = self.ridge or (1e-14 if point.z.dtype == torch.float64 else 1e-7)
-        return AndersonMemory(point.fz, point.r, df, dr, gram, 1 + ridge * gram)
+        return AndersonMemory(point.fz, point.r, df, dr, gram)
 
     def resume(self, point: Point, memory: AndersonMemory) -> AndersonMemory:
         if memory.dr.shape[1] + 1 != self.memory:
@@ -107,17 +103,30 @@ class Anderson(AbstractSolver[AndersonMemory]):
             slot = columns % k
             df = put_difference(df, slot, point.fz, memory.fz)
             dr = put_difference(dr, slot, r, memory.r)
-            gram, columns = _renew(gram, slot, dots(dr, dr[:, slot]).squeeze(1)), columns + 1
-        now = AndersonMemory(point.fz, r, df, dr, gram, memory.boost, steps, columns, False)
+            gram, columns = self._renew(gram, slot, dots(dr, dr[:, slot])), columns + 1
+        now = AndersonMemory(point.fz, r, df, dr, gram, steps, columns, False)
         if steps < self.start or not columns:
             return self._damp(point.fz, r), now
-        if columns < k:
-            df, dr = df[:, :columns], dr[:, :columns]
-        gamma = _weights(now, dots(dr, r))
+        gamma = _weights(gram, dots(dr, r))
         z = torch.baddbmm(point.fz.unsqueeze(1), gamma, df, alpha=-1).squeeze(1)
         if not self.damping:
             return z, now
         return self._damp(z, torch.baddbmm(r.unsqueeze(1), gamma, dr, alpha=-1).squeeze(1)), now
+
+    def _renew(self, gram: Float[Tensor, "B K K"], slot: int, row: Float[Tensor, "B 1 K"]) -> Float[Tensor, "B K K"]:
+        """The Gram matrix with a new row and column."""
+        ridge = self.ridge or (1e-14 if row.dtype == torch.float64 else 1e-7)
+        if on_host(gram, row):
+            matrix = gram.numpy()  # the same memory
+            matrix[:, slot] = matrix[:, :, slot] = row.numpy()[:, 0]
+            size = matrix[:, slot, slot]
+            size[size < _NONE[row.dtype]] = 1
+            size *= 1 + ridge
+            return gram
+        size = row[:, 0, slot].double()
+        size = size.masked_fill(size < _NONE[row.dtype], 1) * (1 + ridge)
+        row = put(row.double().mT, slot, size.unsqueeze(1)).squeeze(2)
+        return put(put(gram, slot, row).mT, slot, row).mT
 
     def _damp(self, z: Flat, r: Flat) -> Flat:
         return z - self.damping * r if self.damping else z
@@ -126,7 +135,7 @@ class Anderson(AbstractSolver[AndersonMemory]):
         """H^T g, with H r = r - dF gamma(r)."""
         if not memory.columns:
             return g
-        gamma = _weights(memory, dots(memory.df, g))
+        gamma = _weights(memory.gram, dots(memory.df, g))
         return torch.baddbmm(g.unsqueeze(1), gamma, memory.dr, alpha=-1).squeeze(1)
 
 
@@ -135,17 +144,18 @@ def _none(like: Float[Tensor, "B K K"]) -> Float[Tensor, "B K K"]:
     return torch.eye(like.shape[1], dtype=like.dtype, device=like.device).repeat(like.shape[0], 1, 1)
 
 
-def _renew(gram: Float[Tensor, "B K K"], slot: int, row: Float[Tensor, "B K"]) -> Float[Tensor, "B K K"]:
-    """The Gram matrix with a new row and column."""
-    size = row[:, slot]
-    row = put(row.unsqueeze(2), slot, size.masked_fill(size < _NONE[row.dtype], 1).unsqueeze(1)).squeeze(2)
-    return put(put(gram, slot, row).mT, slot, row).mT
+def _weights(gram: Float[Tensor, "B K K"], rhs: Float[Tensor, "B 1 K"]) -> Float[Tensor, "B 1 K"]:
+    """The solution of the small systems in float64, by numpy where that is near: for one sample half the cost.
 
-
-def _weights(memory: AndersonMemory, rhs: Float[Tensor, "B 1 K"]) -> Float[Tensor, "B 1 K"]:
-    """The solution of the first equations of the small systems, as many as `rhs` has numbers, in float64."""
-    rows = memory.gram.diagonal(dim1=1, dim2=2).rsqrt().unsqueeze(2)  # in one unit: pivots are chosen between rows
-    gram, used = memory.gram * memory.boost * rows, rhs.shape[2]
-    if used < gram.shape[1]:
-        gram, rows = gram[:, :used, :used], rows[:, :used]
-    return torch.linalg.solve_ex(gram, rhs.double().mT * rows)[0].mT.to(rhs.dtype)
+    Rows are taken in one unit, for pivots are chosen between rows.
+    """
+    if on_host(gram, rhs):
+        matrix, numbers = gram.numpy(), rhs.numpy()
+        rows = matrix.diagonal(0, 1, 2)[:, :, None] ** -0.5
+        try:
+            gamma = np.linalg.solve(matrix * rows, numbers[:, 0, :, None] * rows)
+            return torch.from_numpy(gamma[:, None, :, 0].astype(numbers.dtype))
+        except np.linalg.LinAlgError:  # a sample's matrix is singular, which torch leaves to that sample
+            pass
+    rows = gram.diagonal(dim1=1, dim2=2).rsqrt().unsqueeze(2)
+    return torch.linalg.solve_ex(gram * rows, rhs.double().mT * rows)[0].mT.to(rhs.dtype)

@@ -31,11 +31,14 @@ from implicit.state import Flat
 
 @dataclass(frozen=True)
 class BroydenMemory:
-    """The last residual, the steps so far, `count` of them, and T - D (its upper triangle has no meaning)."""
+    """The last residual, the steps so far, `count` of them, and T - D (its upper triangle has no meaning).
+
+    Row j of `system` holds s_j^T s_i for i <= j as they come, and -D_jj after them: T - D begins in column 1.
+    """
 
     r: Flat
     steps: Ring
-    system: Float[Tensor, "B K K"]
+    system: Float[Tensor, "B K K+1"]
     count: int = 0
     fresh: bool = False  # the last step was not taken: the newest residual says nothing about it
 
@@ -68,9 +71,9 @@ class Broyden(AbstractSolver[BroydenMemory]):
     def init(self, point: Point) -> BroydenMemory:
         return BroydenMemory(point.r, Ring(self._rows), self._blank(point.r))
 
-    def _blank(self, r: Flat) -> Float[Tensor, "B K K"]:
+    def _blank(self, r: Flat) -> Float[Tensor, "B K K+1"]:
         """T - D of steps that are all zero, whose c is 0."""
-        eye = torch.eye(self._rows, dtype=r.dtype, device=r.device)
+        eye = pad(torch.eye(self._rows, dtype=r.dtype, device=r.device), (1, 0))
         return (-torch.finfo(r.dtype).tiny * eye).repeat(r.shape[0], 1, 1)
 
     def resume(self, point: Point, memory: BroydenMemory) -> BroydenMemory:
@@ -95,14 +98,14 @@ class Broyden(AbstractSolver[BroydenMemory]):
         if memory.count > self.memory:
             memory = self._anew(r, memory)
         elif memory.fresh and memory.count:
-            memory = _leave_out(memory, torch.ones_like(r[:, :1], dtype=torch.bool))
+            memory = _leave_out(memory, torch.ones_like(r[:, :1], dtype=torch.bool), r)
         if not memory.count:
             return point.fz, _append(memory, r, r)
         c = _coefficients(memory, r)
         s = memory.steps.add(r, c[:, :, :-1], -1, first=1)
         share = 1 + c[:, :, -1]
         lost = share.abs() <= torch.finfo(r.dtype).eps
-        memory = _leave_out(memory, lost)
+        memory = _leave_out(memory, lost, r)
         s = s / share.masked_fill(lost, 1)
         return point.z + s, _append(memory, s, r)
 
@@ -115,7 +118,7 @@ class Broyden(AbstractSolver[BroydenMemory]):
         lost = scale.abs() <= torch.finfo(r.dtype).eps * size
         u = (s + y) * (size / scale.masked_fill(lost, -torch.inf).neg())
         blank = BroydenMemory(r, memory.steps.forget(torch.ones_like(lost)), self._blank(r))
-        return _leave_out(_append(_append(blank, s, r), u, r), torch.ones_like(lost))
+        return _leave_out(_append(_append(blank, s, r), u, r), torch.ones_like(lost), r)
 
     def transposed(self, memory: BroydenMemory, g: Flat) -> Flat:
         """H^T g, without the pair of the last step, whose end is not known."""
@@ -123,7 +126,7 @@ class Broyden(AbstractSolver[BroydenMemory]):
         if not memory.count:
             return g
         ends = memory.steps.dot(g)[:, :, 1:].mT
-        c = torch.linalg.solve_triangular(memory.system[:, :pairs, :pairs].mT, ends, upper=True).mT
+        c = torch.linalg.solve_triangular(memory.system[:, :pairs, 1 : pairs + 1].mT, ends, upper=True).mT
         return memory.steps.add(g, c, -1)
 
 
@@ -131,7 +134,7 @@ def _coefficients(memory: BroydenMemory, x: Flat) -> Float[Tensor, "B 1 C"]:
     """-c, the solution of the triangular system."""
     count = memory.count
     dots = memory.steps.dot(x)[:, :, :count].mT
-    return torch.linalg.solve_triangular(memory.system[:, :count, :count], dots, upper=False).mT
+    return torch.linalg.solve_triangular(memory.system[:, :count, 1 : count + 1], dots, upper=False).mT
 
 
 def _append(memory: BroydenMemory, s: Flat, r: Flat) -> BroydenMemory:
@@ -139,17 +142,16 @@ def _append(memory: BroydenMemory, s: Flat, r: Flat) -> BroydenMemory:
     count = memory.count
     steps = memory.steps.room(count, s).put(count, s)
     dots = steps.dot(s).squeeze(1)
-    row = pad(dots[:, 1:], (0, memory.system.shape[1] - dots.shape[1] + 1))
+    row = pad(dots, (0, memory.system.shape[2] - dots.shape[1]))
+    row[:, count + 1] = -torch.finfo(s.dtype).tiny - dots[:, count]
     system = put(memory.system, count, row)
-    diagonal = count * (system.shape[1] + 1)  # of the flattened matrix
-    value = -torch.finfo(s.dtype).tiny - dots[:, count : count + 1]
-    system = put(system.flatten(1).unsqueeze(2), diagonal, value).view(system.shape)
     return BroydenMemory(r, steps, system, count + 1)
 
 
-def _leave_out(memory: BroydenMemory, mask: Bool[Tensor, "B 1"]) -> BroydenMemory:
+def _leave_out(memory: BroydenMemory, mask: Bool[Tensor, "B 1"], r: Flat) -> BroydenMemory:
     """The memory without the pair that begins with the newest step, for the samples in `mask`: its c is 0."""
     slot = memory.count - 1
-    system = memory.system.clone() if torch.is_grad_enabled() else memory.system
-    system[:, slot, slot : slot + 1].masked_fill_(mask, -torch.finfo(system.dtype).max)
+    recorded = torch.is_grad_enabled() and (r.requires_grad or memory.system.requires_grad)
+    system = memory.system.clone() if recorded else memory.system
+    system[:, slot, slot + 1 : slot + 2].masked_fill_(mask, -torch.finfo(system.dtype).max)
     return BroydenMemory(memory.r, memory.steps, system, memory.count)

@@ -19,6 +19,13 @@ _SMALL = 2**20  # bytes
 Coefficients = Float[Tensor, "B 1 K"]
 
 
+def on_host(*tensors: Tensor) -> bool:
+    """Whether their numbers can be had at once: on the CPU, and neither recorded, transformed nor traced."""
+    if torch.compiler.is_compiling() or not all([t.is_cpu and not t.requires_grad for t in tensors]):
+        return False
+    return not torch._C._are_functorch_transforms_active() and torch.autograd.forward_ad._current_level < 0
+
+
 def put(ring: Float[Tensor, "B K M"], slot: int, value: Float[Tensor, "B M"]) -> Float[Tensor, "B K M"]:
     """`ring` with row `slot` of every sample replaced by `value`."""
     if torch.is_grad_enabled() and (ring.requires_grad or value.requires_grad):
