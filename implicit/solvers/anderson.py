@@ -151,10 +151,11 @@ def _weights(gram: Float[Tensor, "B K K"], rhs: Float[Tensor, "B 1 K"]) -> Float
     """
     if on_host(gram, rhs):
         matrix, numbers = gram.numpy(), rhs.numpy()
-        rows = matrix.diagonal(0, 1, 2)[:, :, None] ** -0.5
         try:
-            gamma = np.linalg.solve(matrix * rows, numbers[:, 0, :, None] * rows)
-            return torch.from_numpy(gamma[:, None, :, 0].astype(numbers.dtype))
+            with np.errstate(all="ignore"):
+                rows = matrix.diagonal(0, 1, 2)[:, :, None] ** -0.5
+                gamma = np.linalg.solve(matrix * rows, numbers[:, 0, :, None] * rows)
+                return torch.from_numpy(gamma[:, None, :, 0].astype(numbers.dtype))
         except np.linalg.LinAlgError:  # a sample's matrix is singular, which torch leaves to that sample
             pass
     rows = gram.diagonal(dim1=1, dim2=2).rsqrt().unsqueeze(2)
