@@ -58,23 +58,40 @@ def estimators(distances: Mapping[str, Seeds], path: Path) -> None:
     _save(figure, path)
 
 
-def budgets(curves: Mapping[tuple[str, int | str], Sequence[tuple[int, Seeds]]], path: Path) -> None:
-    """Distance against the budget; left in block passes, right in MACs."""
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.3), layout="constrained", sharey=True)
-    for ax, kind in zip(axes, ("block passes", "MACs"), strict=True):
-        for (which, steps), points in sorted(curves.items(), key=lambda item: str(item[0][1]).zfill(3)):
-            if which == kind and steps == "DiT":
-                _line(ax, dict(points), "DiT, 6 blocks a step", color="black", linewidth=2.5)
-            elif which == kind:
-                _line(ax, dict(points), f"FPDM, {steps} steps", alpha=0.85)
-        _octaves(ax, sorted({b for (which, _), points in curves.items() if which == kind for b, _ in points}))
-        ax.set_xlabel("block passes per sample" if kind == "block passes" else "MACs per sample, in DiT blocks")
+def budgets(found: Mapping[str, Mapping[str, Sequence[tuple[int, Seeds]]]], path: Path) -> None:
+    """Distance against the budget, DiT first; left in block passes, right in MACs."""
+    figure, axes = plt.subplots(2, 1, figsize=(7.5, 7.5), layout="constrained", sharex=True, sharey=True)
+    labels = ("block passes per sample", "MACs per sample, counted in blocks of the DiT")
+    shades = {name: shade for shade, name in enumerate(sorted({c for k in found.values() for c in k}, key=_number))}
+    for ax, curves, label in zip(axes, found.values(), labels, strict=True):
+        for name, points in curves.items():
+            plain = name.startswith("DiT")
+            style = {"color": "black", "linewidth": 2.5} if plain else {"color": f"C{shades[name] - 1}", "alpha": 0.85}
+            _line(ax, {float(x): v for x, v in points}, name, **style)
+        _octaves(ax, sorted({b for points in curves.values() for b, _ in points}))
+        ax.xaxis.set_tick_params(labelbottom=True)
+        ax.set_xlabel(label)
+        ax.set_ylabel(FRECHET)
+        if any(v for points in curves.values() for _, v in points):
+            _decimals(ax)
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel(FRECHET)
-    axes[1].legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
-    axes[0].set_ylim(bottom=0)
+    axes[0].legend(fontsize=9)
     figure.suptitle("Equal training time, equal sampling budget")
     _save(figure, path)
+
+
+def _number(name: str) -> int:
+    """Steps in the name of a split; the DiT comes first."""
+    return 0 if name.startswith("DiT") else int(name.split()[1])
+
+
+def _decimals(ax: Any) -> None:
+    """A logarithmic y axis with plain numbers."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ticks = [v for v in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 50) if low <= v <= high]
+    ax.set_yticks(ticks, [f"{v:g}" for v in ticks])
+    ax.minorticks_off()
 
 
 def reuse(found: Mapping[str, Mapping[int, Seeds]], path: Path) -> None:
@@ -84,7 +101,7 @@ def reuse(found: Mapping[str, Mapping[int, Seeds]], path: Path) -> None:
         _line(ax, {float(k): v for k, v in points.items()}, name)
     _octaves(ax, sorted({k for points in found.values() for k in points}))
     if any(v for points in found.values() for v in points.values()):
-        ax.set_yscale("log")
+        _decimals(ax)
     ax.set_xlabel("iterations at each of 20 timesteps")
     ax.set_ylabel(FRECHET)
     ax.set_title("Where a timestep's solve starts")
@@ -95,7 +112,7 @@ def reuse(found: Mapping[str, Mapping[int, Seeds]], path: Path) -> None:
 
 def solvers(found: Mapping[str, Mapping[int, Sequence[Seeds]]], path: Path) -> None:
     """Residual, and distance, against evaluations."""
-    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 4), layout="constrained")
     for name, points in found.items():
         for ax, which in zip(axes, (0, 1), strict=True):
             _line(ax, {float(k): v[which] for k, v in points.items()}, name)

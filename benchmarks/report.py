@@ -17,6 +17,7 @@ from benchmarks.chapters import (
     free_and_tracked,
     gpu,
     layers,
+    noise,
     reuse,
     size_and_memory,
     solvers_in_sampling,
@@ -26,6 +27,7 @@ from benchmarks.chapters.wording import NOTHING
 ROOT = Path(__file__).parents[1]
 CHAPTERS = (
     size_and_memory,
+    noise,
     budgets,
     estimators,
     reuse,
@@ -49,7 +51,9 @@ def build(results: Path, out: Path) -> str:
     head = (
         "# Report\n\nWhat Fixed Point Diffusion Models claim, at the scale of handwritten digits, and what the "
         "core costs. Made by `python -m benchmarks.report` from the files under `benchmarks/results/`, which name "
-        "command, device, versions and commit. Numbers are means and standard deviations over three seeds. Training is "
+        "command, device, versions and commit. Numbers are means and standard deviations over three seeds; a claim is "
+        "called decided where p < 0.05 by a t test over seeds: Welch's, or that of the differences where the same "
+        "networks are sampled in two ways. Training is "
         "budgeted in CPU time of one thread, which other work on the machine disturbs least. Lower Fréchet distances "
         "(features of a digits classifier) are better."
     )

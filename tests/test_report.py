@@ -4,7 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+from scipy import stats
+
 from benchmarks import report
+from benchmarks.chapters import wording
 
 RESULTS = Path(report.__file__).parent / "results"
 
@@ -57,3 +61,33 @@ def test_a_missing_seed_is_said(tmp_path):
 
     text = built(tmp_path, "study_estimators.json", change=drop)
     assert re.search(r"\| JFB \| [\d.]+ ± [\d.]+ \(2 seeds\)", text)
+
+
+def test_a_deleted_file_leaves_its_rows_not_measured(tmp_path):
+    """Every result file is named by a chapter, and each of its chapters says so where the file is not."""
+    full = {part: part.chapter(RESULTS, tmp_path) for part in report.CHAPTERS}
+    empty = {part: part.chapter(tmp_path, tmp_path) for part in report.CHAPTERS}
+    for name in (path.name for path in RESULTS.glob("*.json") if path.stem != "peers_jax"):
+        chapters = [part for part, text in full.items() if name in text]
+        assert chapters, name
+        for part in chapters:
+            assert empty[part].count(report.NOTHING) > full[part].count(report.NOTHING), name
+
+
+def test_the_chance_of_a_difference_is_that_of_scipy():
+    some, others = [1.0, 1.4, 1.3], [1.9, 1.5, 2.6]
+    assert wording.chance(some, others, False) == pytest.approx(stats.ttest_ind(some, others, equal_var=False)[1])
+    assert wording.chance(some, others, True) == pytest.approx(stats.ttest_rel(some, others)[1])
+    assert wording.chance([1.0, 1.0], [1.0, 1.0], True) == 1 and wording.chance([1.0, 1.0], [2.0, 2.0], True) == 0
+
+
+def test_budgets_say_who_is_ahead(tmp_path):
+    def change(found):
+        for name, cell in found["cells"].items():
+            for way, sample in cell["samples"].items():
+                small = int(re.findall(r"\d+", way)[0]) < 100
+                sample["frechet"] = (1.0 if name.startswith("FPDM") == small else 2.0) + int(name[-1]) / 100
+
+    text = section(built(tmp_path, "study_sampling.json", change=change), "FPDM and DiT")
+    assert "FPDM is ahead at 60 block passes" in re.sub(r"\d+ block passes, (?=60 block)", "", text)
+    assert re.search(r"the DiT is ahead at 120 block passes, 240 block passes, MACs of 120", text)

@@ -24,8 +24,8 @@ def chapter(results: Path, images: Path) -> str:
         (
             "## Where to spend iterations",
             table(("20 steps", "iterations in all", "Fréchet distance", "right label, %"), rows),
-            "The paper: " + verdict("Increasing beats constant", distances[ways[1]], distances[ways[0]]),
-            verdict("Decreasing beats constant", distances[ways[2]], distances[ways[0]]),
+            "The paper: " + verdict("Increasing beats constant", distances[ways[1]], distances[ways[0]], paired=True),
+            verdict("Decreasing beats constant", distances[ways[2]], distances[ways[0]], paired=True),
             study.source(),
         )
     )

@@ -15,7 +15,7 @@ class Study:
 
     def __init__(self, results: Path, name: str) -> None:
         path = results / f"study_{name}.json"
-        self.file = path.name
+        self.file, self.name = path.name, name
         self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
 
     def values(self, cell: str, way: str, what: str) -> list[float]:
@@ -49,9 +49,17 @@ class Study:
             if best > _HASTY
             else ""
         )
-        floor = ", ".join(f"{name} {score['frechet']:.2f}" for name, score in real.items())
+        floor = "; ".join(f"{name} {score['frechet']:.2f}" for name, score in real.items())
         return (
             f"`{self.file}`: {self.found['command']}, {self.found['device']}, torch {self.found['versions']['torch']}, "
-            f"commit {self.found['commit']}; {self.found['training_cpu_seconds']} s of CPU time for each network, "
+            f"commit {self.found['commit']}; {self._complete()}, "
+            f"{self.found['training_cpu_seconds']} s of CPU time for each network, "
             f"{self.found['samples']} samples a score. Fréchet distance of real digits: {floor}.{hasty}"
         )
+
+    def _complete(self) -> str:
+        """How many networks were trained of those that three seeds ask for."""
+        from benchmarks.study import study
+
+        wanted = 3 * len(study(self.name).cells(self.found["scale"]))
+        return f"{len(self.found['cells'])} of {wanted} networks"

@@ -21,8 +21,9 @@ def chapter(results: Path, images: Path) -> str:
             "## Starting from the previous timestep's solution",
             "![Fréchet distance against iterations per step, by start](images/report_reuse.png)",
             table(("start, 20 steps", *(f"{k} iteration{'s' if k > 1 else ''}" for k in counts)), rows),
-            "The paper: " + verdict("Reuse helps at one iteration a step", found["reused"][1], found["fresh"][1]),
-            verdict("One iteration with reuse beats ten without", found["reused"][1], found["fresh"][10]),
+            "The paper: "
+            + verdict("Reuse helps at one iteration a step", found["reused"][1], found["fresh"][1], paired=True),
+            verdict("One iteration with reuse beats ten without", found["reused"][1], found["fresh"][10], paired=True),
             study.source(),
         )
     )

@@ -32,7 +32,10 @@ def chapter(results: Path, images: Path) -> str:
             "Median relative residual; Fréchet distance. Twenty steps, fresh starts.",
             table(("solver", *(f"{k} evaluations" for k in counts)), rows),
             verdict(
-                "Anderson beats the naive iteration at 4 evaluations", found["Anderson"][4][1], found["Picard"][4][1]
+                "Anderson beats the naive iteration at 4 evaluations",
+                found["Anderson"][4][1],
+                found["Picard"][4][1],
+                paired=True,
             ),
             study.source(),
         )

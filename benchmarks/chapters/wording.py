@@ -4,7 +4,10 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from scipy.stats import t
+
 NOTHING = "not measured"
+_CHANCE = 0.05  # p below which a difference between seeds is called decided
 _UNTRAINED = 5.0  # the pictures of networks above this distance show few digits
 
 
@@ -26,20 +29,43 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def verdict(claim: str, better: list[float], worse: list[float]) -> str:
-    """Whether `better` is the smaller of two sets of distances, and by more than their spread."""
+def chance(some: list[float], others: list[float], paired: bool) -> float:
+    """Two-sided p of equal means: Student's t of the differences where values come in pairs, else Welch's t."""
+    n, k = len(some), len(others)
+    if paired:
+        differences = [a - b for a, b in zip(some, others, strict=True)]
+        error, freedom = statistics.stdev(differences) / n**0.5, n - 1.0
+    else:
+        a, b = statistics.variance(some) / n, statistics.variance(others) / k
+        error = (a + b) ** 0.5
+        freedom = (a + b) ** 2 / (a**2 / (n - 1) + b**2 / (k - 1)) if error else 1.0
+    gap = abs(statistics.fmean(some) - statistics.fmean(others))
+    return float(2 * t.sf(gap / error, freedom)) if error else float(gap == 0)
+
+
+def decision(better: list[float], worse: list[float], paired: bool = False) -> str:
+    """Whether `better` is the smaller of two sets of distances, by more than chance among seeds explains.
+
+    paired: both come from the same networks, in the same order.
+    """
+    if not better or not worse:
+        return NOTHING
+    if min(len(better), len(worse)) < 2:
+        return "**undecided**, one seed has no spread"
+    if min(map(statistics.fmean, (better, worse))) > _UNTRAINED:
+        return "**undecided**, neither has learnt to draw digits in this time"
+    p = chance(better, worse, paired and len(better) == len(worse))
+    if p >= _CHANCE:
+        return f"**within the spread of seeds** (p = {p:.2f})"
+    word = "**yes**" if statistics.fmean(better) < statistics.fmean(worse) else "**no, the reverse**"
+    return f"{word} (p {f'= {p:.3f}' if p >= 0.001 else '< 0.001'})"
+
+
+def verdict(claim: str, better: list[float], worse: list[float], paired: bool = False) -> str:
+    """A claim, what the numbers say of it, and the numbers."""
     if not better or not worse:
         return f"*{claim}*: {NOTHING}."
-    gain = statistics.fmean(worse) - statistics.fmean(better)
-    if min(len(better), len(worse)) < 2:
-        word = "**undecided**, one seed has no spread"
-    elif min(map(statistics.fmean, (better, worse))) > _UNTRAINED:
-        word = "**undecided**, neither has learnt to draw digits in this time"
-    elif abs(gain) <= max(map(statistics.stdev, (better, worse))):
-        word = "**within the spread of seeds**"
-    else:
-        word = "**yes**" if gain > 0 else "**no, the reverse**"
-    return f"*{claim}*: {word} (Fréchet distance {told(better)} against {told(worse)})."
+    return f"*{claim}*: {decision(better, worse, paired)}; Fréchet distance {told(better)} against {told(worse)}."
 
 
 def short(value: Any) -> str:

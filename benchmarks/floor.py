@@ -1,0 +1,30 @@
+"""How far apart are real digits? What no network's score goes below: `python -m benchmarks.floor`.
+
+Training images, drawn like samples (as many of each class), against all training images; and, at the size of the
+held-out set, the held-out images beside them.
+"""
+
+import json
+from pathlib import Path
+
+from benchmarks.measure import provenance
+from benchmarks.studies.base import SCALES, floor, judge
+
+RESULT = Path(__file__).parent / "results" / "floor.json"
+
+
+def main() -> None:
+    images, held_out, ruler = judge()
+    found = {
+        "command": "python -m benchmarks.floor",
+        **provenance("cpu", "scikit-learn"),
+        "as many as a score has samples": floor(images, ruler, int(SCALES["full"]["samples"])),
+        "as many as are held out": floor(images, ruler, len(held_out)),
+        "held out": vars(ruler.score(held_out.x, held_out.y)),
+    }
+    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    print(RESULT.read_text())
+
+
+if __name__ == "__main__":
+    main()
