@@ -205,8 +205,10 @@ def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any], loop: Loop, segme
     point = f.at(z)
     began = alive = _finite(point)
     memory = _begin(solver, point, loop)
-    if not segment:
-        point, alive, memory = _advance(f, solver, point, alive, memory, f.left)
+    while f.left > 0 and not segment:  # not a function: its caller would hold the first point and memory
+        z, memory = solver.step(f, point, memory)
+        point, alive = _next(f, z, point, alive)
+        del z  # the point has a copy
     while f.left > 0:
         run = partial(_segment, f, solver, min(f.left, segment), f.calls)
         z, fz, alive, memory, f.calls = checkpoint(run, point.z, point.fz, alive, memory, use_reentrant=False)
@@ -226,26 +228,23 @@ def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any], loop: Loop, segme
     )
 
 
-def _advance(
-    f: PackedMap, solver: AbstractSolver[Any], point: Point, alive: Tensor, memory: Any, evals: int
-) -> tuple[Point, Tensor, Any]:
-    """Steps of the solver, of `evals` evaluations in all."""
-    end = f.left - evals
-    while f.left > end:
-        z, memory = solver.step(f, point, memory)
-        new = f.at(z)
-        alive = alive & _finite(new)
-        point = Point(torch.where(alive, new.z, point.z), torch.where(alive, new.fz, point.fz))
-    return point, alive, memory
+def _next(f: PackedMap, z: Flat, point: Point, alive: Tensor) -> tuple[Point, Tensor]:
+    """The point at z, or the one before for samples where it is not finite, and who is alive."""
+    new = f.at(z)
+    alive = alive & _finite(new)
+    return Point(torch.where(alive, new.z, point.z), torch.where(alive, new.fz, point.fz)), alive
 
 
 def _segment(
     f: PackedMap, solver: AbstractSolver[Any], evals: int, calls: int, z: Flat, fz: Flat, alive: Tensor, memory: Any
 ) -> tuple[Flat, Flat, Tensor, Any, int]:
-    """`_advance` as a function that may be run twice, since it changes nothing; and the calls of f so far."""
+    """`evals` evaluations as a function that may be run twice, since it changes nothing; and the calls of f so far."""
     f = replace(f, calls=calls, last=(None, None))
     memory = map_tensors(torch.clone, memory)  # histories may be written in place
-    point, alive, memory = _advance(f, solver, Point(z, fz), alive, memory, evals)
+    point, end = Point(z, fz), f.left - evals
+    while f.left > end:
+        z, memory = solver.step(f, point, memory)
+        point, alive = _next(f, z, point, alive)
     return point.z, point.fz, alive, memory, f.calls
 
 
