@@ -172,7 +172,7 @@ class Judge:
         running = self.code[rows] == _RUNNING
         finite = np.isfinite(r) & np.isfinite(s)
         live = running & finite
-        converged = live & (r <= self.stop.atol + self.stop.rtol * s)
+        converged = live & (r <= self.stop.atol + self.stop.rtol * np.where(finite, s, 0))
         better = (live & (r < self.residual[rows])) | converged
         self._keep(look, better, r, s)
         floor, age = _ROUNDING * self.layout.eps * self.size[rows], look.calls - self.since[rows]

@@ -144,7 +144,7 @@ def solver(config: c.Solver) -> implicit.AbstractSolver[Any]:
         case c.BadBroyden():
             return implicit.BadBroyden(memory=config.memory)
         case c.Broyden():
-            return implicit.Broyden(memory=config.memory)
+            return implicit.Broyden(memory=config.memory, search=config.search)
         case c.NewtonKrylov():
             return implicit.NewtonKrylov(inner=config.inner, forcing=config.forcing)
 

@@ -53,9 +53,12 @@ class Broyden:
 
     memory: int = 20
     """Secant pairs that are kept."""
+    search: int = 0
+    """How often a step that makes the residual grow may be halved."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "memory")
+        at_least(self, 0, "search")
 
 
 @dataclass(frozen=True, kw_only=True)

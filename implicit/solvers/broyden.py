@@ -15,6 +15,9 @@ Method", 2003, chapter 4): with c_j = s_j^T x_j / ||s_j||^2,
 The inner products of the steps turn the recursion into one small triangular system,
 
     (T - D) (-c) = S x,    S_j = s_j^T,    D_jj = ||s_j||^2,    T_ji = s_j^T s_{i+1} for i < j
+
+With a line search only the part t_j of s_j is taken, and s_{j+1} above becomes s_{j+1} + (t_j - 1) s_j throughout
+(ibid., where t is lambda): a step is halved as long as ||r|| would grow.
 """
 
 from dataclasses import dataclass, replace
@@ -26,20 +29,21 @@ from torch.nn.functional import pad
 
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
 from implicit.solvers.history import Ring, put
-from implicit.state import Flat
+from implicit.state import Flat, norm
 
 
 @dataclass(frozen=True)
 class BroydenMemory:
     """The last residual, the steps so far, `count` of them, and T - D (its upper triangle has no meaning).
 
-    Row j of `system` holds s_j^T s_i for i <= j as they come, and -D_jj after them: T - D begins in column 1.
+    Row j of `system` holds s_j^T s_i for i <= j as they come, and -D_jj after them: T - D begins in column 1. `short` is t - 1.
     """
 
     r: Flat
     steps: Ring
     system: Float[Tensor, "B K K+1"]
     count: int = 0
+    short: Float[Tensor, "B 1 K"] | None = None  # t - 1 of every step; None: full steps
     fresh: bool = False  # the last step was not taken: the newest residual says nothing about it
 
 
@@ -55,21 +59,28 @@ class Broyden(AbstractSolver[BroydenMemory]):
     Args:
         memory: number of secant pairs kept, >= 1.
         safeguard: go back to the best point after a blow-up, and to plain steps where nothing is gained.
+        search: how often a step that makes the residual grow may be halved, >= 0, for each sample by itself; every
+            trial is an evaluation and takes a place in the memory. For maps whose full steps overshoot; a residual
+            that grows a thousandfold is the safeguard's, unless that is off.
     """
 
     memory: int = 20
     safeguard: bool = True
+    search: int = 0
 
     def __post_init__(self) -> None:
         if self.memory < 1:
             raise ValueError(f"Broyden.memory must be at least 1, got {self.memory}.")
+        if self.search < 0:
+            raise ValueError(f"Broyden.search must be at least 0, got {self.search}.")
 
     @property
     def _rows(self) -> int:
         return self.memory + 2  # the steps before and after the pairs, and room for the pair that starts anew
 
     def init(self, point: Point) -> BroydenMemory:
-        return BroydenMemory(point.r, Ring(self._rows), self._blank(point.r))
+        short = point.r.new_zeros(point.r.shape[0], 1, self._rows) if self.search else None
+        return BroydenMemory(point.r, Ring(self._rows), self._blank(point.r), short=short)
 
     def _blank(self, r: Flat) -> Float[Tensor, "B K K+1"]:
         """T - D of steps that are all zero, whose c is 0."""
@@ -103,21 +114,40 @@ class Broyden(AbstractSolver[BroydenMemory]):
             return point.fz, _append(memory, r, r)
         c = _coefficients(memory, r)
         s = memory.steps.add(r, c[:, :, :-1], -1, first=1)
+        if memory.short is not None:
+            s = memory.steps.add(s, c * memory.short[:, :, : memory.count], -1)
         share = 1 + c[:, :, -1]
         lost = share.abs() <= torch.finfo(r.dtype).eps
         memory = _leave_out(memory, lost, r)
         s = s / share.masked_fill(lost, 1)
-        return point.z + s, _append(memory, s, r)
+        if memory.short is None:
+            return point.z + s, _append(memory, s, r)
+        return self._search(point, memory, memory.short, s)
+
+    def _search(
+        self, point: Point, memory: BroydenMemory, short: Float[Tensor, "B 1 K"], s: Flat
+    ) -> tuple[Flat, BroydenMemory]:
+        """The step s, or where the residual has grown half of the last one, which becomes the newest once more."""
+        last = memory.count - 1
+        d, part = memory.steps.row(last), 1 + short[:, :, last]
+        grown = ~(norm(point.r) <= norm(memory.r)).unsqueeze(1) & (part > 0.5**self.search)
+        z = torch.where(grown, point.z - 0.5 * part * d, point.z + s)
+        s, r = torch.where(grown, d, s), torch.where(grown, memory.r, point.r)
+        now = put(short.mT, last + 1, torch.where(grown, 0.5 * part - 1, 0)).mT
+        return z, replace(_append(_leave_out(memory, grown, r), s, r), short=now)
 
     def _anew(self, r: Flat, memory: BroydenMemory) -> BroydenMemory:
         """The memory with the newest pair alone, H_{k-1} = I: u takes a row of its own, for it is not the next step."""
         slot = memory.count - 1
         s, y = memory.steps.row(slot).clone(), r - memory.r  # forgetting writes into the row
+        if memory.short is not None:
+            s = s * (1 + memory.short[:, :, slot])
         scale = torch.linalg.vecdot(s, y).unsqueeze(1)
         size = torch.linalg.vecdot(s, s).unsqueeze(1)
         lost = scale.abs() <= torch.finfo(r.dtype).eps * size
         u = (s + y) * (size / scale.masked_fill(lost, -torch.inf).neg())
-        blank = BroydenMemory(r, memory.steps.forget(torch.ones_like(lost)), self._blank(r))
+        short = None if memory.short is None else torch.zeros_like(memory.short)
+        blank = BroydenMemory(r, memory.steps.forget(torch.ones_like(lost)), self._blank(r), short=short)
         return _leave_out(_append(_append(blank, s, r), u, r), torch.ones_like(lost), r)
 
     def transposed(self, memory: BroydenMemory, g: Flat) -> Flat:
@@ -125,7 +155,10 @@ class Broyden(AbstractSolver[BroydenMemory]):
         pairs = memory.steps.rows - 1  # those not in use hold zeros; samples may have used different numbers of them
         if not memory.count:
             return g
-        ends = memory.steps.dot(g)[:, :, 1:].mT
+        dots = memory.steps.dot(g)
+        ends = dots[:, :, 1:].mT
+        if memory.short is not None:
+            ends = ends + (dots * memory.short[:, :, : dots.shape[2]])[:, :, :-1].mT
         c = torch.linalg.solve_triangular(memory.system[:, :pairs, 1 : pairs + 1].mT, ends, upper=True).mT
         return memory.steps.add(g, c, -1)
 
@@ -143,9 +176,11 @@ def _append(memory: BroydenMemory, s: Flat, r: Flat) -> BroydenMemory:
     steps = memory.steps.room(count, s).put(count, s)
     dots = steps.dot(s).squeeze(1)
     row = pad(dots, (0, memory.system.shape[2] - dots.shape[1]))
+    if memory.short is not None:
+        row[:, 1 : count + 1] += memory.short[:, 0, :count] * dots[:, :count]
     row[:, count + 1] = -torch.finfo(s.dtype).tiny - dots[:, count]
     system = put(memory.system, count, row)
-    return BroydenMemory(r, steps, system, count + 1)
+    return BroydenMemory(r, steps, system, count + 1, memory.short)
 
 
 def _leave_out(memory: BroydenMemory, mask: Bool[Tensor, "B 1"], r: Flat) -> BroydenMemory:
@@ -154,4 +189,4 @@ def _leave_out(memory: BroydenMemory, mask: Bool[Tensor, "B 1"], r: Flat) -> Bro
     recorded = torch.is_grad_enabled() and (r.requires_grad or memory.system.requires_grad)
     system = memory.system.clone() if recorded else memory.system
     system[:, slot, slot + 1 : slot + 2].masked_fill_(mask, -torch.finfo(system.dtype).max)
-    return BroydenMemory(memory.r, memory.steps, system, memory.count)
+    return BroydenMemory(memory.r, memory.steps, system, memory.count, memory.short)

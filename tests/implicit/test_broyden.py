@@ -44,6 +44,54 @@ def test_every_iterate_is_the_dense_updates(solver):
     torch.testing.assert_close(got, dense(f, z0, 20, isinstance(solver, BadBroyden)), rtol=1e-8, atol=1e-8)
 
 
+def searching(f, z0, evals, halvings):
+    """Good Broyden with an explicit Jacobian, whose steps are halved while the residual grows, one sample."""
+
+    def g(z):
+        return f(z.unsqueeze(0))[0] - z
+
+    z, jac, zs = z0, -torch.eye(len(z0), dtype=F64), [z0]
+    while len(zs) < evals:
+        d, t = torch.linalg.solve(jac, -g(z)), 1.0
+        zs.append(z + d)
+        while g(z + t * d).norm() > g(z).norm() and t > 0.5**halvings and len(zs) < evals:
+            t /= 2
+            zs.append(z + t * d)
+        s, y, z = t * d, g(z + t * d) - g(z), z + t * d
+        jac = jac + torch.outer(y - jac @ s, s) / (s @ s)
+    return torch.stack(zs)
+
+
+def steep(n=8):
+    """z - f(z) = A z + z^3, and starts near its zero and far from it: full steps overshoot."""
+    rng = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(n, n, generator=rng, dtype=F64))[0]
+    a = q @ torch.diag(torch.linspace(0.5, 4, n, dtype=F64)) @ q.T
+    size = torch.tensor([[0.1], [1.0], [3.0], [10.0]], dtype=F64)
+    return lambda z: z - z @ a - z**3, size * torch.randn(4, n, generator=rng, dtype=F64)
+
+
+@pytest.mark.parametrize("halvings", [1, 10])
+def test_every_trial_of_the_search_is_the_dense_updates(halvings):
+    f, z0 = steep()
+    z0 = z0[:3]
+    got = torch.stack(visited(f, z0, Broyden(40, search=halvings, safeguard=False), 14), dim=1)
+    for b, row in enumerate(z0):
+        torch.testing.assert_close(got[b], searching(f, row, 14, halvings), rtol=1e-6, atol=1e-7)
+
+
+def test_the_search_solves_what_full_steps_do_not_each_sample_by_itself():
+    f, z0 = steep()
+    stop = Stop(rtol=0, atol=1e-8, max_evals=150)
+    full = iterate(f, z0, Broyden(safeguard=False), stop)
+    found = iterate(f, z0, Broyden(safeguard=False, search=10), stop).check()
+    assert full.converged.tolist() == [True, False, False, False]
+    assert float(found.value.abs().max()) < 1e-7
+    for b in range(4):
+        alone = iterate(f, z0[b : b + 1], Broyden(safeguard=False, search=10), stop)
+        assert torch.equal(alone.evals, found.evals[b : b + 1])
+
+
 def inverse(solver, f, z0, memory):
     """H of every sample, (B, N, N), column by column through its transpose."""
     size = z0.shape[1]
@@ -97,3 +145,5 @@ def test_memory_grows_with_the_steps_not_with_the_budget():
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"Broyden\.memory"):
         Broyden(0)
+    with pytest.raises(ValueError, match=r"Broyden\.search"):
+        Broyden(search=-1)

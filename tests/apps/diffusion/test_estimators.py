@@ -32,7 +32,7 @@ SOLVERS = [
     ("solver:anderson --solver.memory 3", implicit.Anderson(memory=3)),
     ("solver:anderson-gs --solver.memory 7", implicit.AndersonGS(memory=7)),
     ("solver:bad-broyden --solver.memory 8", implicit.BadBroyden(memory=8)),
-    ("solver:broyden --solver.memory 9", implicit.Broyden(memory=9)),
+    ("solver:broyden --solver.memory 9 --solver.search 3", implicit.Broyden(memory=9, search=3)),
     ("solver:newton-krylov --solver.inner 5", implicit.NewtonKrylov(inner=5)),
 ]
 
