@@ -36,7 +36,7 @@ from implicit.state import Flat, norm
 class BroydenMemory:
     """The last residual, the steps so far, `count` of them, and T - D (its upper triangle has no meaning).
 
-    Row j of `system` holds s_j^T s_i for i <= j as they come, and -D_jj after them: T - D begins in column 1. `short` is t - 1.
+    Row j of `system` holds s_j^T s_i for i <= j as they come, and -D_jj after them: T - D begins in column 1.
     """
 
     r: Flat
