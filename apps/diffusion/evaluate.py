@@ -113,6 +113,14 @@ def run(request: Request) -> dict[str, Any]:
         raise ValueError(f"{samples.name} holds {samples.count} pictures; at least 2 are needed.")
     known = is_statistics(Path(request.reference))
     real = None if known else open_source(request.reference, request.size)
+    for source in (samples, real):
+        if source is not None and source.left_out:
+            some = ", ".join(source.left_out[:3])
+            print(
+                f"evaluate: {source.count} numbered pictures of {source.name} are taken, and {len(source.left_out)} "
+                f"others, such as {some}, are left out; move those that count to a folder of their own.",
+                file=sys.stderr,
+            )
     extractor = open_extractor(request.features, request.weights, request.device)
     if real is None:
         reference = load(Path(request.reference), extractor)

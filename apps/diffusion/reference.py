@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,8 @@ def load(file: Path, extractor: Extractor) -> Statistics:
             provenance = json.loads((held.metadata() or {})["provenance"])
             tensors = {name: held.get_tensor(name) for name in held.keys()}
         features = provenance["features"]
-        pooled = Gaussian(tensors["mean"], tensors["cov"])
+        pooled = _gaussian(tensors["mean"], tensors["cov"])
+        spatial = _gaussian(tensors["spatial_mean"], tensors["spatial_cov"]) if "spatial_mean" in tensors else None
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{file} holds no statistics ({error!r}); give the pictures, or another file.") from None
     if features != {"name": extractor.name, "sha256": extractor.digest}:
@@ -171,8 +173,16 @@ def load(file: Path, extractor: Extractor) -> Statistics:
             f"{file} holds statistics of the features {features['name']} with other weights or of another kind than "
             f"{extractor.name} here; give the pictures, or choose the same --features."
         )
-    spatial = Gaussian(tensors["spatial_mean"], tensors["spatial_cov"]) if "spatial_mean" in tensors else None
     return Statistics(provenance, pooled, spatial, tensors.get("features"))
+
+
+def _gaussian(mean: Tensor, cov: Tensor) -> Gaussian:
+    """Raises ValueError where these are no mean (D,) and covariance (D, D) of finite numbers."""
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise ValueError(f"a mean {tuple(mean.shape)} and a covariance {tuple(cov.shape)} are not (D,) and (D, D)")
+    if not (mean.isfinite().all() and cov.isfinite().all()):
+        raise ValueError("its mean or its covariance is not finite")
+    return Gaussian(mean, cov)
 
 
 def is_statistics(file: Path) -> bool:
@@ -190,8 +200,8 @@ def _published(file: Path) -> Statistics:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             held = {name: torch.from_numpy(arrays[name]).double() for name in arrays.files if name[0] in "ms"}
-        pooled = Gaussian(held["mu"], held["sigma"])
-    except (OSError, ValueError, KeyError) as error:
+        pooled = _gaussian(held["mu"], held["sigma"])
+        spatial = _gaussian(held["mu_s"], held["sigma_s"]) if "mu_s" in held else None
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} holds no statistics ({error}); give the pictures, or another file.") from None
-    spatial = Gaussian(held["mu_s"], held["sigma_s"]) if "mu_s" in held else None
     return Statistics({"data": {"name": str(file)}, "features": {"name": "as published"}}, pooled, spatial, None)

@@ -36,6 +36,7 @@ class Source:
         count: n.
         labels: (n,) their classes; None where they have none.
         digest: SHA-256 of the data.
+        left_out: pictures that lie beside these and are none of them.
         batches: gives (b, C, H, W) uint8, in order, from the beginning at every call.
     """
 
@@ -44,6 +45,7 @@ class Source:
     labels: Tensor | None
     digest: str
     batches: Callable[[], Iterator[Tensor]]
+    left_out: tuple[str, ...] = ()
 
 
 def open_source(name: str, size: int | None = None) -> Source:
@@ -84,7 +86,11 @@ def of_folder(root: Path, size: int | None = None) -> Source:
     """
     found = sorted((p, m[1]) for p in root.iterdir() if (m := _NAME.fullmatch(p.name)))
     files, classes = [p for p, _ in found], [c for _, c in found]
-    if not files:
+    others: tuple[str, ...] = ()
+    if files:
+        own = {file.name for file in files} | {"grid.png"}
+        others = tuple(file for file in listing(root, "none").files if file not in own)
+    else:
         files = [root / file for file in listing(root, "none").files]
     labels = torch.tensor([int(c) for c in classes]) if classes and None not in classes else None
     total = hashlib.sha256(f"size {size}".encode())
@@ -105,7 +111,7 @@ def of_folder(root: Path, size: int | None = None) -> Source:
                     )
             yield torch.from_numpy(np.stack(rows))
 
-    return Source(str(root), len(files), labels, total.hexdigest(), batches)
+    return Source(str(root), len(files), labels, total.hexdigest(), batches, others)
 
 
 def _picture(file: Path, size: int | None) -> np.ndarray:
@@ -134,9 +140,12 @@ def of_npz(path: Path) -> Source:
         labels = None
         if "arr_1.npy" in names:
             with np.load(path, allow_pickle=False) as arrays:
-                labels = torch.from_numpy(arrays["arr_1"].astype(np.int64))
+                classes = arrays["arr_1"]
+            if classes.ndim != 1 or classes.dtype.kind not in "iu" or (classes.size and classes.min() < 0):
+                raise ValueError(f"its classes, arr_1, are {classes.dtype} {classes.shape}, not integers (n,) from 0")
+            labels = torch.from_numpy(classes.astype(np.int64))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} holds no pictures as arr_0 ({error}); give another file.") from None
+        raise ValueError(f"{path} holds no pictures as arr_0, or no classes of them ({error}); mend it.") from None
     if (
         len(shape) != 4
         or shape[3] not in (1, 3)

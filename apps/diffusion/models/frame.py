@@ -57,6 +57,25 @@ class Frame(ModelMixin, ConfigMixin):
         self.register_buffer("pos_embed", positions)
         self.final_layer = layers.FinalLayer(hidden_size, patch_size, self.out_channels)
 
+    @classmethod
+    def from_pretrained(cls, source: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The network in a folder that `save_pretrained` wrote, whole; `options` are diffusers'.
+
+        Raises:
+            ValueError: tensors that are missing, which diffusers would leave undefined, or unknown ones.
+        """
+        told = options.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(source, **options, output_loading_info=True)
+        model, info = loaded
+        kinds = {"missing": "missing_keys", "unknown": "unexpected_keys", "misshapen": "mismatched_keys"}
+        wrong = [f"{what}: {', '.join(map(str, info[key][:5]))}" for what, key in kinds.items() if info[key]]
+        if wrong:
+            raise ValueError(
+                f"The weights in {source} are not those of this {cls.__name__} ({'; '.join(wrong)}); save or fetch "
+                "it again."
+            )
+        return (model, info) if told else model
+
     @property
     def null_class(self) -> int | None:
         """The label that stands for "no label"; None for an unconditional model."""

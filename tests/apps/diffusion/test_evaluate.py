@@ -198,6 +198,14 @@ def arrange(what, folder, root) -> list[str]:
     if what == "archive":
         np.savez(root / "a.npz", arr_0=np.zeros((3, 8, 8)))
         return [str(root / "a.npz")]
+    if what in ("column", "negative", "halves"):
+        found = {"column": np.zeros((3, 1), "i8"), "negative": np.array([0, -1, 2]), "halves": np.full(3, 0.5)}
+        np.savez(root / "a.npz", arr_0=np.zeros((3, 8, 8, 1), "u1"), arr_1=found[what])
+        return [str(root / "a.npz")]
+    if what in ("narrow", "nan", "spatial"):
+        sigma = {"narrow": np.eye(5), "nan": np.full((32, 32), np.nan), "spatial": np.eye(32)}[what]
+        np.savez(root / "a.npz", mu=np.zeros(32), sigma=sigma, mu_s=np.zeros(7), sigma_s=np.zeros(7))
+        return [str(folder), "--reference", str(root / "a.npz")]
     if what == "pickle":
         np.savez(root / "a.npz", mu=np.array([{}], dtype=object), sigma=np.eye(2))
         return [str(folder), "--reference", str(root / "a.npz")]
@@ -224,6 +232,12 @@ def arrange(what, folder, root) -> list[str]:
         ("classes", "digits have the classes 0 to 9"),
         ("latents", "give the pictures that they were made from"),
         ("archive", "pictures are uint8"),
+        ("column", "arr_1, are int64 (3, 1), not integers"),
+        ("negative", "not integers (n,) from 0"),
+        ("halves", "arr_1, are float64 (3,)"),
+        ("narrow", "(32,) and a covariance (5, 5)"),
+        ("nan", "is not finite"),
+        ("spatial", "(7,) and a covariance (7,)"),
         ("pickle", "holds no statistics"),
         ("statistics", "holds no statistics"),
         ("features", "has 2048 features and digits has 32"),
@@ -236,6 +250,19 @@ def test_what_cannot_be_scored_is_refused(what, words, folder, quick, tmp_path, 
     assert evaluate.main(arrange(what, folder, tmp_path)) == 2
     told = capsys.readouterr().err
     assert told.startswith("evaluate: ") and words in told
+
+
+def test_pictures_that_are_left_out_are_counted(folder, quick, tmp_path, capsys):
+    for i in range(5):
+        to_pil(torch.zeros(1, 8, 8)).save(tmp_path / f"{i:05d}.png")
+    assert evaluate.main([str(tmp_path), "--json"]) == 0
+    assert not capsys.readouterr().err
+    for i in range(20):
+        to_pil(torch.zeros(1, 8, 8)).save(tmp_path / f"mine-{i}.png")
+    assert evaluate.main([str(tmp_path), "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["generated"]["images"] == 5
+    assert "5 numbered pictures" in told.err and "20 others, such as mine-0.png" in told.err
 
 
 class Network(nn.Module):

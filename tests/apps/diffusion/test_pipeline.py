@@ -8,6 +8,7 @@ import numpy as np
 import picture_files as pf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_models import randomised
 
 from apps.diffusion import checkpoint
@@ -229,6 +230,28 @@ def test_what_is_no_pipeline_is_refused(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(ValueError, match="no run"):
         FixedPointPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fpdm", "dit"])
+@pytest.mark.parametrize("change", ["missing", "unknown", "misshapen"])
+def test_weights_that_are_not_the_networks_are_refused(tmp_path, kind, change):
+    pipe = pipeline(kind, vae=False)
+    pipe.save_pretrained(tmp_path)
+    file = tmp_path / "model" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = "final_layer.linear.bias"
+    if change == "unknown":
+        tensors["mine"] = torch.zeros(1)
+    elif change == "missing":
+        del tensors[name]
+    else:
+        tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    where = "mine" if change == "unknown" else name
+    with pytest.raises(ValueError, match=where):
+        FixedPointPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=where):
+        type(pipe.model).from_pretrained(tmp_path / "model")
 
 
 def test_budgets_and_the_pipelines_own_choices(tmp_path):
