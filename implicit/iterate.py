@@ -232,7 +232,10 @@ def _next(f: PackedMap, z: Flat, point: Point, alive: Tensor) -> tuple[Point, Te
     """The point at z, or the one before for samples where it is not finite, and who is alive."""
     new = f.at(z)
     alive = alive & _finite(new)
-    return Point(torch.where(alive, new.z, point.z), torch.where(alive, new.fz, point.fz)), alive
+    f.forget()  # what is kept is a copy
+    fz, z = torch.where(alive, new.fz, point.fz), new.z
+    del new  # one state less at a time
+    return Point(torch.where(alive, z, point.z), fz), alive
 
 
 def _segment(
@@ -250,7 +253,8 @@ def _segment(
 
 def _finite(point: Point) -> Tensor:
     """(B, 1) whether f(z) is finite."""
-    return point.fz.detach().abs().amax(dim=1, keepdim=True) < torch.inf
+    low, high = torch.aminmax(point.fz.detach(), dim=1, keepdim=True)  # without a copy of f(z)
+    return (low > -torch.inf) & (high < torch.inf)
 
 
 @torch.compiler.disable(recursive=True)

@@ -197,7 +197,7 @@ class Judge:
             self.done = not (self.code == _RUNNING).any()
             self.running = self._mask(self.code == _RUNNING)
         self._least = self.residual.tolist() if len(self.code) <= _FEW else self.residual
-        self._oldest = int(self.since.min())
+        self._oldest = int(self.since.min(initial=look.calls))
 
     def _no_news(self, look: _Look) -> bool:
         """Whether no sample ends or needs the safeguard, and all are better than ever or none is: nearly always."""
@@ -285,8 +285,9 @@ def _arrays(sizes: tuple[Tensor, ...]) -> tuple[np.ndarray, ...]:
 
 def _exact(point: Point, r: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The norms r and s, once more in double where squares may have under- or overflowed."""
-    low, high = min(r.min(), s.min()), max(r.max(), s.max())
-    if point.fz.dtype == torch.float64 or (low >= _TINY and high <= _HUGE):
+    if point.fz.dtype == torch.float64 or not r.size:
+        return r, s
+    if min(r.min(), s.min()) >= _TINY and max(r.max(), s.max()) <= _HUGE:
         return r, s
     with torch.no_grad():
         sizes = norm(point.r.double()), norm(point.fz.double())
