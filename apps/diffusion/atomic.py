@@ -56,5 +56,19 @@ def raise_as_os_error(error: BaseException, path: Path) -> None:
         raise OSError(f"{path} could not be written ({str(error).splitlines()[0]})") from None
 
 
+def abandoned(partial: Path) -> bool:
+    """Whether what was begun under this name will not be finished: no other process of this machine is at it."""
+    number = partial.name.split(".")[-2].split("-")[0]
+    if not number.isdecimal() or int(number) == os.getpid():
+        return True
+    try:
+        os.kill(int(number), 0)  # 0 is no signal: it only asks whether there is such a process
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # there is, and it is another user's
+        return False
+    return False
+
+
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .atomic import folder_at_once
+from .atomic import abandoned, folder_at_once
 
 FORMAT = 1
 _TENSORS = ("model", "ema", "optimizer")
@@ -78,7 +78,8 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 1) -> Path:
     if final.exists():
         return final
     for left_over in folder.glob(".*.partial"):
-        shutil.rmtree(left_over)
+        if abandoned(left_over):
+            shutil.rmtree(left_over)
     flat = {f"{i}.{name}": value for i, entry in checkpoint.optimizer.items() for name, value in entry.items()}
     state = {"format": FORMAT, "network": checkpoint.network, "progress": asdict(checkpoint.progress)}
     with folder_at_once(final) as partial:
@@ -97,7 +98,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 1) -> Path:
 
 def all_of(run: Path) -> list[Path]:
     """The folders of a run's checkpoints, oldest first."""
-    return sorted(p for p in (run / "checkpoints").glob("[0-9]*") if p.is_dir())
+    return sorted(p for p in (run / "checkpoints").glob(12 * "[0-9]") if p.is_dir())
 
 
 def load(path: Path, device: str = "cpu") -> Checkpoint:

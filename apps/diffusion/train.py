@@ -15,13 +15,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from .config import Config
+from .lock import alone
 from .presets import PRESETS
 
 if TYPE_CHECKING:
@@ -40,8 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         config, resume = parse(argv)
-        start = prepare_folder(config, resume)
-        return run(config, start)
+        first = int(os.environ.get("RANK", 0)) == 0
+        with alone(config.out) if first else nullcontext():
+            start = prepare_folder(config, resume)
+            return run(config, start)
     except ValueError as error:
         print(f"train: {error}", file=sys.stderr)
         return 2
@@ -125,8 +128,6 @@ def prepare_folder(config: Config, resume: bool) -> Checkpoint | None:
 
         return newest(out) if all_of(out) else None
     if int(os.environ.get("RANK", 0)) == 0:
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out {out} is a file; give a folder.")
         if out.exists() and any(out.iterdir()):
             what = "a run" if (out / "config.json").exists() else "files"
             raise ValueError(
@@ -276,7 +277,7 @@ def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
 
     def handle(number: int, frame: Any) -> None:
         caught.append(number)
-        trainer.stopping = True
+        trainer.asked = True
         signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -1,9 +1,9 @@
 """The training loop.
 
-One step: images k, k + 1, ..., k + B - 1 of the run's order (k = images seen so far), their timesteps, noise
-and hidden labels, all drawn from (seed, k); the loss and its gradient; AdamW; the moving average of the
-weights. Each of P processes takes its B / P of the B draws, in k parts one after another where they would not fit
-the memory, so P and k change nothing but rounding.
+One step: images s, s + 1, ..., s + B - 1 of the run's order (s = images seen so far), their timesteps, noise
+and hidden labels, all drawn from (seed, s); the loss and its gradient; AdamW; the moving average of the
+weights. Each of P processes takes its B / P of the B draws, in A parts one after another where they would not fit
+the memory, so P and A change nothing but rounding.
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ class Trainer:
         self.tally = Tally()
         self.entry: dict[str, float] = {}  # the last one
         self.saved = -1  # images seen at the last checkpoint
-        self.stopping = False
+        self.asked = False  # anyone may set it, at any time
+        self.stopping = False  # what all processes have agreed on; `_agree` alone writes it
 
     def run(
         self,
@@ -101,13 +102,16 @@ class Trainer:
         log: Log | None = None,
         show: Show | None = None,
     ) -> Progress:
-        """Train to the end of the budget, or until `stopping` is set.
+        """Train to the end of the budget, or to the end of the step in which a process sets its `asked`.
 
         Args:
             save: called by the main process with every checkpoint.
             log: called with every entry (see logbook.py) and the images seen.
             show: called by the main process every `sample_every` images with the averaged network; the time it takes
                 is not training's.
+
+        Raises:
+            Diverged: no step, or none of the last `PATIENCE`, had a finite gradient.
         """
         config, progress = self.config, self.progress
         start = time.monotonic() - progress.seconds
@@ -121,14 +125,14 @@ class Trainer:
             mininterval=0.5 if sys.stderr.isatty() else 20,
             disable=not self.accelerator.is_main_process,
         )
+        self._agree(progress.seconds)  # on a signal that came before the first step
         while not self.finished and not self.stopping:
             loss, finite = self.step()
             failures = 0 if finite else failures + 1
             if failures == PATIENCE:
                 raise Diverged(
-                    f"The gradient has not been finite for {PATIENCE} steps in a row, at {progress.images} "
-                    f"images; "
-                    "lower Optimisation.lr, or clip harder."
+                    f"The gradient has not been finite for {PATIENCE} steps in a row, at {progress.images} images; "
+                    "lower Optimisation.lr, or clip harder; where it never was, see whether the data are finite."
                 )
             progress.seconds = self._agree(time.monotonic() - start)
             bar.update(config.optimisation.batch)
@@ -137,9 +141,15 @@ class Trainer:
                 self._save(save, log)
             if show and config.sample_every and progress.images % config.sample_every < config.optimisation.batch:
                 start += self._show(show)
+        bar.close()
+        if self.finished and not progress.steps:
+            raise Diverged(
+                f"Not one of the {progress.skipped} steps had a finite gradient, and nothing is learnt; see whether "
+                "the data are finite, and lower Optimisation.lr."
+            )
         if self.saved != progress.images:
             self._save(save, log)
-        bar.close()
+        self._agree(progress.seconds)  # on a signal that came since the last step
         return progress
 
     @property
@@ -220,8 +230,9 @@ class Trainer:
     def _agree(self, seconds: float) -> float:
         """The longest clock, and whether anyone was told to stop, so that all processes stop at the same step."""
         if self.accelerator.num_processes == 1:
+            self.stopping = self.asked
             return seconds
-        mine = torch.tensor([[seconds, float(self.stopping)]], dtype=torch.float64, device=self.accelerator.device)
+        mine = torch.tensor([[seconds, float(self.asked)]], dtype=torch.float64, device=self.accelerator.device)
         clock, stopping = gather(mine).amax(0).tolist()  # pyright: ignore[reportAttributeAccessIssue]
         self.stopping = bool(stopping)
         return clock

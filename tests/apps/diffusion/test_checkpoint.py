@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -47,6 +49,26 @@ def test_only_the_newest_are_kept_and_order_is_by_number(tmp_path):
         checkpoint.save(tmp_path, _state(images, images), keep=2)
     assert [int(p.name) for p in checkpoint.all_of(tmp_path)] == [10_000, 100_000]
     assert checkpoint.newest(tmp_path).progress.images == 100_000
+
+
+def test_a_folder_of_another_name_is_no_checkpoint(tmp_path):
+    older, newest = (checkpoint.save(tmp_path, _state(n), keep=2) for n in (64, 128))
+    backup = shutil.copytree(older, older.with_name(f"{older.name}-backup"))
+    assert checkpoint.all_of(tmp_path) == [older, newest]
+    checkpoint.save(tmp_path, _state(192), keep=1)
+    assert backup.exists() and not older.exists()
+
+
+def test_what_another_process_is_writing_is_left_to_it(tmp_path):
+    folder = tmp_path / "checkpoints"
+    with subprocess.Popen(["sleep", "60"]) as other:
+        theirs = folder / f".{64:012d}.{other.pid}-00000000.partial"
+        theirs.mkdir(parents=True)
+        checkpoint.save(tmp_path, _state(64), keep=2)
+        assert theirs.exists()
+        other.kill()
+    checkpoint.save(tmp_path, _state(128), keep=2)
+    assert not theirs.exists()
 
 
 @pytest.mark.parametrize("fails_at", ["save_file", "replace", "fsync"])

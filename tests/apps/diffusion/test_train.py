@@ -4,13 +4,18 @@ never overwritten.
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from apps.diffusion import checkpoint, train
 from apps.diffusion import config as c
+from apps.diffusion import trainer as trainer_module
 from apps.diffusion.build import rebuild
 from apps.diffusion.data import Images, digits
 from apps.diffusion.trainer import Diverged, Trainer, averaged_decay, learning_rate
@@ -51,7 +56,7 @@ class _StopAt:
         return len(self.images)
 
     def draw(self, index, epoch, seed):
-        self.trainer.stopping = self.trainer.progress.images + len(index) >= self.until
+        self.trainer.asked = self.trainer.progress.images + len(index) >= self.until
         return self.images.draw(index, epoch, seed)
 
 
@@ -167,6 +172,67 @@ def test_weights_or_moments_of_another_network_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             Trainer(SMALL, digits("train"), dataclasses.replace(state, **foreign))
+
+
+def test_a_signal_is_heard_at_the_agreed_moment_alone():
+    """Whatever a process is doing when it is told, it stops at the same step as the others."""
+    trainer = Trainer(SMALL, digits("train"))
+    trainer.accelerator = SimpleNamespace(**{"num_processes": 2, "device": "cpu"})  # pyright: ignore
+    others = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module, "gather", lambda mine: torch.cat([mine, torch.tensor(others)]))
+        with train._stop_on_signals(trainer):
+            signal.raise_signal(signal.SIGTERM)
+        assert trainer.asked and not trainer.stopping
+        others[:] = [[3.0, 0.0]]
+        assert trainer._agree(2.0) == 3.0 and trainer.stopping
+        trainer.asked, others[:] = False, [[1.0, 1.0]]
+        assert trainer._agree(2.0) == 2.0 and trainer.stopping and not trainer.asked
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_signal_during_a_save_is_not_lost(number):
+    trainer = Trainer(SMALL, digits("train"))
+    saved = []
+
+    def save(state):
+        saved.append(state.progress.images)
+        trainer.asked = len(saved) > number
+
+    trainer.run(save)
+    assert trainer.stopping and trainer.progress.images == [80, 144][number]
+
+
+def test_training_without_one_finite_step_says_so(tmp_path, capsys, monkeypatch):
+    images = digits("train")
+    spoilt = Images(torch.full_like(images.x, float("nan")), images.y, 10)
+    with pytest.raises(Diverged, match="the data are finite"):
+        run(SMALL, images=spoilt)
+    monkeypatch.setattr(train, "load_images", lambda config: (spoilt, None))
+    assert train.main([*TINY, "--out", str(tmp_path / "run")]) == 1
+    assert "Not one of the 6 steps" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_train_into_one_folder(tmp_path, capsys):
+    out = tmp_path / "new" / "run"
+    command = [sys.executable, "-c", HOLD, str(out)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "in\n"
+        for options in ([], ["--resume"]):
+            if options:
+                (out / "config.json").write_text(SMALL.to_json())
+            assert train.main([*options, "--out", str(out)]) == 2
+            assert "Another process is training into" in capsys.readouterr().err
+        other.kill()
+    (out / "config.json").unlink()
+    missing = ["--data.source", "folder", "--data.path", str(tmp_path / "none"), "--data.size", "16"]
+    assert train.main([*TINY, *missing, "--out", str(tmp_path / "deep" / "down")]) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]  # bad input leaves nothing
+    assert train.main([*TINY, "--out", str(out)]) == 0  # the lock of a dead process holds nobody up
+
+
+HOLD = "import sys, pathlib, time; from apps.diffusion.lock import alone\n"
+HOLD += "with alone(pathlib.Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
 
 
 TINY = (
