@@ -6,6 +6,7 @@ so a budget in block passes flatters the fixed point, and one in MACs is fair. T
 noisiest on.
 """
 
+import math
 from typing import Literal, get_args
 
 from .models.fpdm import FPDM
@@ -79,6 +80,8 @@ def within_macs(
         ValueError: the budget does not pay for one iteration at each timestep.
     """
     rows = 2 if guided else 1
+    if not 0 < budget < math.inf:
+        raise ValueError(f"A budget of macs={budget} cannot be spent; give a finite number above 0.")
     slope = model.macs(2) - model.macs(1)
     total = int((budget / rows - steps * (model.macs(1) - slope)) // slope)
     least = rows * steps * model.macs(1)

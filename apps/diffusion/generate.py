@@ -102,11 +102,7 @@ def _check_walk(config: Config, walk: tuple[int, ...], spacing: str | None) -> N
     """Raises ValueError where the walk does not begin where the noise is pure."""
     noise = config.schedule
     schedule.check_pair(noise.prediction, noise.zero_snr, spacing or "trailing")
-    if noise.zero_snr and walk[0] != noise.timesteps - 1:
-        raise ValueError(
-            f"--timesteps begin at {walk[0]}, but sampling begins with pure noise, and that is timestep "
-            f"{noise.timesteps - 1} of this network; put it first."
-        )
+    schedule.check_start(walk, noise.zero_snr, noise.timesteps)
 
 
 def scheduler_of(config: Config, sampler: str, spacing: str | None = None) -> Any:
@@ -159,36 +155,6 @@ def solve_of(model: FPDM, recipe: Recipe, steps: int, *, guided: bool) -> Solve:
     solve = Solve(iterations=iterations, stop=stop, solver=solver, reuse=reuse)
     solve.check(steps)
     return solve
-
-
-def labels_in_turn(indices: Sequence[int], classes: Sequence[int]) -> list[int]:
-    """The class of each sample: number i has class `classes[i mod len(classes)]`."""
-    return [classes[i % len(classes)] for i in indices]
-
-
-def labels_for(given: int | Sequence[int] | None, count: int | None, num_classes: int) -> list[int] | None:
-    """The class of each of `count` images, from one for all or one for each; None for an unconditional network.
-
-    Raises:
-        ValueError: they do not fit the network or each other.
-    """
-    if count is not None and count < 1:
-        raise ValueError(f"num_images={count} asks for nothing; give at least 1.")
-    if num_classes == 0:
-        if given is not None:
-            raise ValueError("This network knows no classes; leave out class_labels, and say num_images.")
-        return None
-    if given is None:
-        raise ValueError(f"This network wants a class for each image: give class_labels from 0 to {num_classes - 1}.")
-    labels = [given] * (count or 1) if isinstance(given, int) else [int(y) for y in given]
-    if count is not None and len(labels) != count:
-        raise ValueError(f"There are {len(labels)} class_labels for num_images={count}; give one for each.")
-    wrong = [y for y in labels if not 0 <= y <= num_classes]
-    if wrong or not labels:
-        raise ValueError(
-            f"class_labels={labels} must name classes from 0 to {num_classes - 1}, or {num_classes} for no class."
-        )
-    return labels
 
 
 def generate(

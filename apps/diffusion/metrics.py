@@ -1,10 +1,10 @@
 """How good are generated images? A Fréchet distance and the accuracy of their labels, on the features of a
 small classifier.
 
-Frechet: two sets of features, taken as Gaussians N(m1, C1) and N(m2, C2), lie apart by
+Fréchet: two sets of features, taken as Gaussians N(m1, C1) and N(m2, C2), lie apart by
 
-    d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)),      tr (C1 C2)^(1/2) = sum_i sqrt(lambda_i(C1^(1/2) C2
-    C1^(1/2)))
+    d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
+    tr (C1 C2)^(1/2) = sum_i sqrt(lambda_i(C1^(1/2) C2 C1^(1/2)))
 
 (Dowson and Landau 1982; Heusel et al. 2017, arXiv 1706.08500). With Inception features and 50,000 images this
 is the FID. Here the features are the 32 that a classifier of the *real* images ends in, each standardised

@@ -31,16 +31,16 @@ from torch import Tensor
 
 from implicit import AbstractSolver, Stop
 
-from . import schedule
-from .allocation import Shape, within_block_passes, within_macs
-from .generate import labels_for, scheduler_of
+from .allocation import Shape
+from .asked import labels_for, solve_of, walk_of, whole
+from .generate import scheduler_of
 from .guidance import Guidance
 from .models.dit import DiT
 from .models.fpdm import FPDM
 from .pictures import to_pil
 from .recipe import Sampler
 from .reuse import Reuse
-from .sampler import CHUNK, Effort, Solve, sample
+from .sampler import CHUNK, Effort, SampleResult, sample
 from .trained import decoder_of, open_run
 from .vae import decode, open_vae
 
@@ -228,12 +228,13 @@ class FixedPointPipeline(DiffusionPipeline):
             iterations: of the fixed-point layer, at every timestep or one number for each; FPDM only.
             block_passes: a budget of each image instead, in transformer blocks, spent exactly; FPDM only.
             macs: a budget in multiply-accumulates instead; FPDM only.
-            allocation: how a budget is shared out from the noisiest timestep on; see allocation.py.
+            allocation: how a budget, or iterations times the timesteps, is shared out from the noisiest timestep
+                on; see allocation.py.
             stop: a tolerance instead, for all or for each timestep; FPDM only.
             solver: how the next iterate is made; FPDM only.
             reuse: start from the previous timestep's solution, or as the rule says; None is the pipeline's own;
                 FPDM only.
-            timesteps: the array to walk, falling, instead of the scheduler's spacing.
+            timesteps: the array to walk, falling, instead of num_inference_steps and the scheduler's spacing.
             eta: DDIM's share of fresh noise.
             chunk: images computed at a time. A single image costs as much as a chunk, so take 1 for one alone;
                 another chunk changes the last bits.
@@ -247,59 +248,50 @@ class FixedPointPipeline(DiffusionPipeline):
         model: DiT | FPDM = self.model
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} is unknown; choose pil, np, pt or latent.")
-        counts = {"iterations": iterations, "block_passes": block_passes, "macs": macs, "stop": stop}
-        self._check_solve(counts, solver=solver, reuse=reuse or None)
         labels = labels_for(class_labels, num_images, model.num_classes)
-        walk = timesteps or self._timesteps(num_inference_steps or self.config["steps"])
+        walk = walk_of(self.scheduler, self.config["steps"], num_inference_steps, timesteps)
+        chunk = whole("chunk", chunk, 1)
         guidance = Guidance(
             scale=self.config["guidance"] if guidance_scale is None else guidance_scale, channels=guidance_channels
         )
-        if isinstance(model, FPDM):
-            if block_passes is not None:
-                iterations = within_block_passes(model, block_passes, len(walk), allocation, guided=guidance.doubles)
-            elif macs is not None:
-                iterations = within_macs(model, macs, len(walk), allocation, guided=guidance.doubles)
-            elif iterations is None and stop is None:
-                iterations = self.config["iterations"]
-        reuse = self.config["reuse"] if reuse is None else reuse
-        start = (Reuse() if reuse else None) if isinstance(reuse, bool) else reuse
+        solve = solve_of(
+            model,
+            self.config["iterations"],
+            len(walk),
+            guided=guidance.doubles,
+            iterations=iterations,
+            block_passes=block_passes,
+            macs=macs,
+            allocation=allocation,
+            stop=stop,
+            solver=solver,
+            reuse=self.config["reuse"] if reuse is None else reuse,
+        )
         seed = _seed(generator)
-        total = len(labels) if labels is not None else num_images or 1
-        bar_of: Any = self.progress_bar  # untyped: pyright takes it for a decorator
-        with bar_of(total=len(walk) * -(-total // chunk)) as bar:
-
-            def progress(done: int, of: int) -> None:
-                bar.update(done - bar.n)
-
-            result = sample(
-                model,
-                range(total),
-                labels,
-                seed=seed,
-                scheduler=self.scheduler,
-                timesteps=walk,
-                eta=eta,
-                guidance=guidance,
-                solve=Solve(iterations=iterations, stop=stop, solver=solver, reuse=start),
-                device=self._execution_device,
-                chunk=chunk,
-                progress=progress,
-            )
+        total = len(labels) if labels is not None else whole("num_images", num_images or 1)
+        result = self._sampled(
+            total,
+            labels,
+            seed=seed,
+            scheduler=self.scheduler,
+            timesteps=walk,
+            eta=eta,
+            guidance=guidance,
+            solve=solve,
+            device=self._execution_device,
+            chunk=chunk,
+        )
         self.maybe_free_model_hooks()
         images = self._images(result.samples, output_type)
         return FixedPointOutput(images=images, effort=result.effort, seed=seed) if return_dict else (images,)
 
-    def _timesteps(self, steps: int) -> tuple[int, ...]:
-        config = self.scheduler.config
-        return schedule.timesteps(steps, config["timestep_spacing"], config["num_train_timesteps"])
-
-    def _check_solve(self, counts: dict[str, Any], **given: Any) -> None:
-        several = [name for name, value in counts.items() if value is not None]
-        if len(several) > 1:
-            raise ValueError(f"{', '.join(several)} say the same thing in different ways; give one of them.")
-        named = [name for name, value in {**counts, **given}.items() if value is not None]
-        if named and not isinstance(self.model, FPDM):
-            raise ValueError(f"{', '.join(named)}: a DiT has no fixed point to solve; leave it out, or load an FPDM.")
+    def _sampled(self, total: int, labels: list[int] | None, **choices: Any) -> SampleResult:
+        """`sampler.sample` with these choices, under the pipeline's progress bar."""
+        bar_of: Any = self.progress_bar  # untyped: pyright takes it for a decorator
+        with bar_of(total=len(choices["timesteps"]) * -(-total // choices["chunk"])) as bar:
+            return sample(
+                self.model, range(total), labels, **choices, progress=lambda done, _: bar.update(done - bar.n)
+            )
 
     def _images(self, x: Tensor, output_type: Output) -> Any:
         if output_type == "latent":
@@ -324,6 +316,8 @@ def _seed(generator: torch.Generator | int | None) -> int:
         return secrets.randbits(62)
     if isinstance(generator, torch.Generator):
         return int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    if isinstance(generator, np.integer):
+        generator = int(generator)
     if isinstance(generator, bool) or not isinstance(generator, int) or generator < 0:
         raise ValueError(
             f"generator={generator!r} must be one torch.Generator or a seed, at least 0; every image has its own noise "

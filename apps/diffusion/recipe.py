@@ -82,6 +82,13 @@ class Recipe:
             )
         if self.memory is not None and self.solver == "picard":
             raise ValueError("--memory is for a solver that remembers; choose --solver anderson or broyden, or none.")
+        for name, other, needed in (
+            ("share", self.reuse == "blended", "--reuse blended"),
+            ("extrapolation", self.reuse == "extrapolated", "--reuse extrapolated"),
+            ("max_evals", bool(self.rtol), "--rtol"),
+        ):
+            if not other and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{_flags([name])} means nothing without {needed}; give that too, or leave it out.")
         if self.allocation != "constant" and (len(self.iterations) > 1 or self.rtol):
             raise ValueError("--allocation shares out a budget; a list of --iterations and --rtol leave none to share.")
         if not (0 <= self.share <= 1 and 0 <= self.extrapolation <= 1 and 0 <= self.eta <= 1):

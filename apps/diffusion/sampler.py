@@ -182,10 +182,7 @@ def sample(
     total, parts, ran = len(groups) * len(timesteps), [], 0
     for number, (group, positions) in enumerate(groups.items()):
         places = torch.tensor([indices[p] % chunk for p in positions])
-        y = None
-        if labels is not None:
-            y = labels[positions[0]].repeat(chunk)  # places nobody asked for take anybody's label
-            y[places] = labels[positions]
+        y = None if labels is None else _placed(labels[positions], places, chunk)
         done = number * len(timesteps)
         tick = (lambda k, done=done: progress(done + k, total)) if progress else None
         own = [generator(seed, Stream.SAMPLE, group * chunk + place) for place in range(chunk)]
@@ -220,6 +217,13 @@ def _grouped(indices: Sequence[int], labels: Tensor | None, chunk: int) -> dict[
     for position, index in enumerate(indices):
         groups.setdefault(index // chunk, []).append(position)
     return groups
+
+
+def _placed(labels: Tensor, places: Tensor, chunk: int) -> Tensor:
+    """The labels (chunk,) of a whole chunk; places that nobody asked for take anybody's."""
+    y = labels[0].repeat(chunk)
+    y[places] = labels
+    return y
 
 
 def explicit_blocks(model: Any) -> int:

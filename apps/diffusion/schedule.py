@@ -1,7 +1,7 @@
 """Noise schedules, as diffusers schedulers, and the timesteps that sampling visits.
 
-    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,     abar_t = prod_{s <= t} (1 - beta_s),     t = 0 ... T -
-    1 v   = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
+    x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,     abar_t = prod_{s <= t} (1 - beta_s),     t = 0 ... T - 1
+    v   = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
 
 Zero terminal SNR (Lin et al. 2024, arXiv 2305.08891) rescales the betas so that abar_{T-1} = 0: the last x_t
 is pure noise, as the one that sampling starts from is. Then eps says nothing about x_0 there (0/0), v still
@@ -10,6 +10,7 @@ does, and sampling has to start at T - 1.
 
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import diffusers
@@ -145,6 +146,15 @@ def check_pair(prediction: str, zero_snr: bool, spacing: str) -> None:
         raise ValueError(
             "spacing='leading' cannot go with zero_snr=True: it never visits the last timestep, where "
             "sampling has to start. Use spacing='trailing' or 'linspace', or zero_snr=False."
+        )
+
+
+def check_start(walk: Sequence[int], zero_snr: bool, train_steps: int = 1000) -> None:
+    """Raises ValueError where a walk does not begin where the noise is pure, though the network knows that."""
+    if zero_snr and walk[0] != train_steps - 1:
+        raise ValueError(
+            f"The timesteps begin at {walk[0]}, but sampling begins with pure noise, and that is timestep "
+            f"{train_steps - 1} of this network; put it first."
         )
 
 

@@ -171,3 +171,9 @@ def test_recipes_are_checked():
     for bad in ({"eta": 2.0}, {"share": -1.0}, {"extrapolation": 1.5}, {"iterations": (0,)}, {"max_evals": 0}):
         with pytest.raises(ValueError):
             Recipe(**bad)
+    for bad in ({"share": 0.9}, {"share": 0.9, "reuse": "on"}, {"extrapolation": 0.5}, {"max_evals": 9}):
+        with pytest.raises(ValueError, match="means nothing without"):
+            Recipe(**bad)
+    for macs in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(ValueError, match="finite number above 0"):
+            plan(fpdm(), config, Recipe(macs=macs))

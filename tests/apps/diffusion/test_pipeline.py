@@ -254,6 +254,44 @@ def test_weights_that_are_not_the_networks_are_refused(tmp_path, kind, change):
         type(pipe.model).from_pretrained(tmp_path / "model")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": 0}, "at least 1"),
+        ({"num_inference_steps": 2.5}, "no whole number"),
+        ({"timesteps": []}, "a list of the timesteps"),
+        ({"timesteps": [500, 100]}, "put it first"),
+        ({"timesteps": [999, 100], "num_inference_steps": 2}, "one of them"),
+        ({"allocation": "bogus", "iterations": 4}, "allocation='bogus' is unknown"),
+        ({"allocation": "increasing", "iterations": [4, 4, 4]}, "none to share"),
+        ({"class_labels": [1.7]}, "no whole number"),
+        ({"class_labels": True}, "whole number"),
+        ({"chunk": 0}, "at least 1"),
+        ({"iterations": 0}, "at least 1"),
+        ({"macs": float("nan")}, "finite number above 0"),
+        ({"macs": float("inf")}, "finite number above 0"),
+        ({"block_passes": 31.5}, "no whole number"),
+    ],
+)
+def test_a_call_is_as_strict_as_the_command(options, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline(vae=False)(**{"class_labels": 0, "generator": 0, "output_type": "latent", **options})
+
+
+def test_whole_numbers_of_numpy_and_torch_are_whole_numbers():
+    pipe = pipeline(vae=False)
+
+    def images(label, walk, iterations, seed: Any = 0):
+        return pipe(label, timesteps=walk, iterations=iterations, generator=seed, output_type="latent").images
+
+    plain = images(3, [999, 400, 30], [4, 3, 2])
+    whole = (torch.tensor([999, 400, 30]), np.array([4, 3, 2]), np.int64(0))
+    for label in (np.int64(3), torch.tensor(3), torch.tensor([3]), np.array([3])):
+        assert torch.equal(images(label, *whole), plain)
+    shared = pipe(3, iterations=2, allocation="increasing", generator=0, output_type="latent").effort.evaluations
+    assert shared.tolist() == [[1, 2, 3]]
+
+
 def test_budgets_and_the_pipelines_own_choices(tmp_path):
     pipe = pipeline()
     spent = pipe([0, 1], generator=0, block_passes=31, allocation="increasing", output_type="latent").effort
