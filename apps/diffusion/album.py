@@ -12,6 +12,7 @@ Nothing in it depends on who wrote it or when, the costs apart.
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .atomic import file_at_once
 from .pictures import columns_by_class, grid, read, to_pil
+from .place import make_folder
 from .sampler import SampleResult
 
 GRID = 100  # most images in grid.png
@@ -69,7 +71,7 @@ class Album:
         ):
             if not note.exists():  # another process may have settled in the meantime
                 raise ValueError(f"{self.folder} holds something else than samples; give another folder with --out.")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         with file_at_once(note) as partial:
             partial.write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -135,8 +137,11 @@ class Album:
             "residual_max": residuals.amax(0).tolist() if residuals.isfinite().all() else None,
             "seconds": effort.seconds,
         }
-        with (self.folder / f".effort-{rank}.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with (self.folder / f".effort-{rank}.jsonl").open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+            cut_off = file.read(1) not in (b"", b"\n")  # by a kill: the record after it stands on its own line
+            file.write(("\n" * cut_off + json.dumps(line) + "\n").encode())
 
     def write_effort(self, timesteps: Sequence[int]) -> dict[str, Any]:
         """effort.json: what all images of this folder cost, over all processes and commands; see `summed`."""

@@ -96,7 +96,15 @@ def read(request: Request) -> DiT | FPDM:
 def _read_folder(path: Path, request: Request) -> DiT | FPDM:
     from . import checkpoint
 
+    if (path / "model.pt").is_file() and (path / "conversion.json").is_file():
+        _refuse(request, path, "heads", "input_size", "condition_on_time", "weights")
+        try:
+            description = json.loads((path / "conversion.json").read_text())["network"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path / 'conversion.json'} is damaged ({error!r}); convert again.") from None
+        return _rebuilt(description, read_tensors(path / "model.pt"), str(path))
     if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
+        _refuse(request, path, "heads", "input_size", "condition_on_time")
         state = checkpoint.load(path) if (path / "state.json").is_file() else checkpoint.newest(path)
         return _rebuilt(state.network, dict(state.model if request.weights == "model" else state.ema), str(path))
     file = path / "config.json"
@@ -112,8 +120,10 @@ def _read_folder(path: Path, request: Request) -> DiT | FPDM:
             f"{path} holds no model (a config.json with the model's class) and no training run; give a folder that "
             "does, or a checkpoint file."
         ) from None
+    _refuse(request, path, "weights")
     tensors = _folder_tensors(path)
     if name in ("DiT", "FPDM"):
+        _refuse(request, path, "heads", "input_size", "condition_on_time")
         arguments = {key: value for key, value in config.items() if not key.startswith("_")}
         return _rebuilt({"class": name, "config": arguments}, tensors, str(path))
     if name != "DiTTransformer2DModel":
@@ -129,12 +139,22 @@ def _read_folder(path: Path, request: Request) -> DiT | FPDM:
     return _assemble(tensors, request, config)
 
 
+def _refuse(request: Request, path: Path, *names: str) -> None:
+    """Raises ValueError where an option was given that this folder itself decides."""
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(request, name)]
+    if given:
+        raise ValueError(f"{path} says itself what {', '.join(given)} would; leave it out.")
+
+
 def _assemble(tensors: dict[str, Tensor], request: Request, config: dict[str, Any]) -> DiT | FPDM:
     """The network with these tensors; `config` is diffusers' where there is one."""
     from . import layouts
 
     heads, size = request.heads or config.get("num_attention_heads"), request.input_size
-    if layouts.layout_of(tensors) == "diffusers":
+    layout = layouts.layout_of(tensors)
+    if request.condition_on_time and layout != "fpdm":
+        raise ValueError("--condition-on-time is for an FPDM, and this is a DiT; leave it out.")
+    if layout == "diffusers":
         if size is None and config.get("sample_size"):
             size = (config["sample_size"], config["sample_size"])
         if size is None:
@@ -155,7 +175,7 @@ def _rebuilt(description: dict[str, Any], tensors: dict[str, Tensor], where: str
     try:
         with torch.device("meta"):
             model = build.rebuild(description)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{where} does not describe a network of this version ({error}); it cannot be read.") from None
     layouts.check_names(tensors, model.state_dict())
     try:

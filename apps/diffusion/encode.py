@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from .shards import check_out, complete, paths, settle, sources
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -103,10 +105,10 @@ def run(request: Request) -> None:
     check_out(request.out)
     import torch
 
+    from .place import device_of
     from .vae import check_images, digests, open_vae
 
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = request.device or (gpu if torch.cuda.is_available() else "cpu")
+    device = device_of(request.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     vae, name = open_vae(request.vae, request.subfolder, device)
     check_images(vae, request.size)
     least = least_side(request.size) if request.least is None else request.least
@@ -120,7 +122,7 @@ def run(request: Request) -> None:
     settle(request.out, settings)
     work = Work(request=request, listed=listed, vae=vae, least=least)
     mine = [k for k in range(work.shards) if k % world == rank]
-    todo = [k for k in mine if complete(request.out, k) is None]
+    todo = [k for k in mine if complete(work, k, checksum=True) is None]
     encode_shards(work, todo, len(mine))
     finish(work, settings, name)
 
@@ -145,48 +147,6 @@ class Work:
         return range(start, min(start + self.request.shard_size, len(self.listed.files)))
 
 
-def check_out(out: Path) -> None:
-    """Raises ValueError where something else than latents is in the way."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; give a folder.")
-    if (out / "settings.json").exists() or not out.exists():
-        return
-    if any(not entry.name.startswith(".") for entry in out.iterdir()):
-        raise ValueError(f"--out {out} holds something else than latents; give another folder.")
-
-
-def settle(out: Path, settings: dict[str, Any]) -> None:
-    """Make the folder and note in it how its latents are made; refuse one whose latents are made otherwise."""
-    from .atomic import file_at_once
-
-    note = out / "settings.json"
-    (out / "shards").mkdir(parents=True, exist_ok=True)
-    if note.exists():
-        before = json.loads(note.read_text())
-        changed = [f"{k} was {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]
-        if changed:
-            raise ValueError(
-                f"{out} holds latents made otherwise ({'; '.join(changed)}); give another folder with --out."
-            )
-        return
-    with file_at_once(note) as partial:
-        partial.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def paths(out: Path, k: int) -> tuple[Path, Path]:
-    """Of shard k: its tensors, and the note that is written last."""
-    return out / "shards" / f"{k:05d}.safetensors", out / "shards" / f"{k:05d}.json"
-
-
-def complete(out: Path, k: int) -> dict[str, Any] | None:
-    """The note of shard k, if it is there as it was written."""
-    tensors, note = paths(out, k)
-    if not note.exists() or not tensors.exists():
-        return None
-    found = json.loads(note.read_text())
-    return found if tensors.stat().st_size == found["bytes"] else None
-
-
 def encode_shards(work: Work, todo: list[int], mine: int) -> None:
     """Encode and write these shards."""
     from concurrent.futures import ThreadPoolExecutor
@@ -205,6 +165,7 @@ def encode_shards(work: Work, todo: list[int], mine: int) -> None:
         tqdm(total=total, unit="img", desc=f"encoding{kept}", mininterval=tick) as bar,
     ):
         for k in todo:
+            before = sources(work, k)
             rows: list[tuple[Tensor, Tensor]] = []
             good: list[int] = []
             skipped: list[Skipped] = []
@@ -212,12 +173,32 @@ def encode_shards(work: Work, todo: list[int], mine: int) -> None:
                 for image in unusable:
                     bar.write(f"skipped {image.file}: {image.reason}", file=sys.stderr)
                 skipped += unusable
-                good += numbers
                 if numbers:
                     x = torch.from_numpy(np.stack(pictures)).to(work.vae.device).float() / 127.5 - 1
-                    rows.append(moments(work.vae, x))
+                    kept, row, infinite = finite(work, numbers, moments(work.vae, x))
+                    for image in infinite:
+                        bar.write(f"skipped {image.file}: {image.reason}", file=sys.stderr)
+                    skipped += infinite
+                    good += kept
+                    rows.append(row)
                 bar.update(len(numbers) + len(unusable))
-            write_shard(work, k, good, rows, skipped)
+            write_shard(work, k, good, rows, skipped, before)
+
+
+def finite(
+    work: Work, numbers: list[int], moments: tuple[Tensor, Tensor]
+) -> tuple[list[int], tuple[Tensor, Tensor], list[Skipped]]:
+    """Of these images those whose latents are finite as they are stored, their latents, and the others."""
+    import torch
+
+    from .data.folder import Skipped
+
+    mean, std = (part.to(getattr(torch, work.request.dtype)) for part in moments)
+    sound = mean.flatten(1).isfinite().all(1) & std.flatten(1).isfinite().all(1)
+    reason = f"its latent is not finite in {work.request.dtype}"
+    bad = [Skipped(work.listed.files[n], reason) for n, fine in zip(numbers, sound.tolist(), strict=True) if not fine]
+    kept = [n for n, fine in zip(numbers, sound.tolist(), strict=True) if fine]
+    return kept, (mean[sound], std[sound]), bad
 
 
 def batches(work: Work, k: int, pool: Any) -> Iterator[tuple[list[int], list[np.ndarray], list[Skipped]]]:
@@ -242,8 +223,10 @@ def batches(work: Work, k: int, pool: Any) -> Iterator[tuple[list[int], list[np.
         yield [n for n, _ in good], [p for _, p in good], [p for _, p in pairs if isinstance(p, Skipped)]
 
 
-def write_shard(work: Work, k: int, good: list[int], rows: list[tuple[Tensor, Tensor]], skipped: list[Skipped]) -> None:
-    """Write the tensors of shard k, and then its note."""
+def write_shard(
+    work: Work, k: int, good: list[int], rows: list[tuple[Tensor, Tensor]], skipped: list[Skipped], before: str
+) -> None:
+    """Write the tensors of shard k, and then its note; `before` is what `sources` said when they were read."""
     import torch
     from safetensors.torch import save_file
 
@@ -252,10 +235,9 @@ def write_shard(work: Work, k: int, good: list[int], rows: list[tuple[Tensor, Te
 
     tensors_file, note_file = paths(work.request.out, k)
     labels = torch.tensor([work.listed.labels[i] for i in good], dtype=torch.int64)
-    dtype = getattr(torch, work.request.dtype)
     tensors = {"label": labels}
-    if rows:
-        mean, std = (torch.cat(parts).to(dtype) for parts in zip(*rows, strict=True))
+    if good:
+        mean, std = (torch.cat(parts) for parts in zip(*rows, strict=True))
         tensors |= {"mean": mean, "std": std}
     files = [work.listed.files[i] for i in good]
     with file_at_once(tensors_file) as partial:
@@ -263,9 +245,10 @@ def write_shard(work: Work, k: int, good: list[int], rows: list[tuple[Tensor, Te
     note = {
         "file": f"shards/{tensors_file.name}",
         "images": len(good),
-        "shape": list(tensors["mean"].shape[2:]) if rows else None,
+        "shape": list(tensors["mean"].shape[2:]) if good else None,
         "class_counts": torch.bincount(labels, minlength=max(1, len(work.listed.classes))).tolist(),
         "skipped": [image._asdict() for image in skipped],
+        "sources": before,
         "bytes": tensors_file.stat().st_size,
         "sha256": sha256(tensors_file),
     }
@@ -284,7 +267,7 @@ def finish(work: Work, settings: dict[str, Any], name: str) -> None:
     from .vae import constants
 
     out, total = work.request.out, len(work.listed.files)
-    notes = [note for k in range(work.shards) if (note := complete(out, k))]
+    notes = [note for k in range(work.shards) if (note := complete(work, k))]
     if len(notes) < work.shards:
         print(f"{len(notes)} of {work.shards} shards are in {out}; other processes make the rest, and the index.")
         return

@@ -53,6 +53,8 @@ class Request:
             raise ValueError(f"--nearest and --size must be at least 1, got {self.nearest} and {self.size}.")
         if self.save is not None and (self.save.suffix != ".safetensors" or self.save.exists()):
             raise ValueError(f"--save {self.save} must be a new file whose name ends in .safetensors.")
+        if self.save is not None and not self.save.parent.is_dir():
+            raise ValueError(f"--save {self.save}: there is no folder {self.save.parent}; make it, or give another.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +85,16 @@ class Scores:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code: 0, or 2 for bad input."""
+    """The command; returns its exit code: 0, 1 if the disk fails, 2 for bad input."""
     try:
         request = tyro.cli(Request, args=argv, prog="python -m apps.diffusion.evaluate")
         report = run(request)
     except ValueError as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"evaluate: {error}.", file=sys.stderr)
+        return 1
     if request.json:
         print(json.dumps(report, indent=2))
     else:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .data import Images, digits
 from .metrics import Classifier, train_classifier
+from .place import device_of
 from .trained import digest
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
@@ -143,9 +144,11 @@ def open_extractor(name: str, weights: Path | None = None, device: str = "cpu") 
         ValueError: it is not installed, there is none by this name, or weights for one that takes none.
     """
     if name == "inception":
-        return Inception(weights, device)
+        return Inception(weights, device_of(device))
     if name != "digits":
         raise ValueError(f"There are no features {name!r}; choose digits or inception.")
+    if device != "cpu":
+        raise ValueError(f"--device {device} is for --features inception; the classifier of digits looks on the CPU.")
     if weights is not None:
         raise ValueError("--weights are for --features inception; the classifier of digits is trained here.")
     return Digits.of()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,20 +116,22 @@ def cached(source: Source, extractor: Extractor, folder: Path | None = None) -> 
     """The statistics from the cache, or measured and put there.
 
     `folder` is $XDG_CACHE_HOME/implicit/statistics, or ~/.cache/implicit/statistics, by default. A damaged file is
-    made again.
+    made again; a cache that cannot be written is a warning.
     """
     if folder is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "implicit" / "statistics"
     key = hashlib.sha256(f"{FORMAT} {source.digest} {extractor.name} {extractor.digest}".encode()).hexdigest()
     file = folder / f"{key[:32]}.safetensors"
-    if file.exists():
-        try:
-            return load(file, extractor)
-        except ValueError:
-            pass
+    try:
+        return load(file, extractor)
+    except ValueError:
+        pass  # not there, or damaged
     found = measure(source, extractor)
-    folder.mkdir(parents=True, exist_ok=True)
-    save(found, file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save(found, file)
+    except OSError as error:
+        warnings.warn(f"The statistics of {source.name} cannot be kept in {folder} ({error}).", stacklevel=2)
     return found
 
 

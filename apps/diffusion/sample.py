@@ -73,12 +73,15 @@ class Request:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code: 0, or 2 for bad input."""
+    """The command; returns its exit code: 0, 1 if the disk fails, 2 for bad input."""
     try:
         run(tyro.cli(Request, args=argv, prog="python -m apps.diffusion.sample"))
     except ValueError as error:
         print(f"sample: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"sample: {error}; images that are there are kept, run the command again to go on.", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -93,18 +96,20 @@ def run(request: Request) -> None:
 
     from .album import Album
     from .generate import plan
+    from .place import device_of
     from .trained import decoder_of, open_run
 
+    device = device_of(request.device)
     trained = open_run(request.run)
     if trained.config.threads is not None:
         torch.set_num_threads(trained.config.threads)
     made = plan(trained.model, trained.config, request.recipe)
     album = Album(request.out or request.run / "samples", _labels(request, range(request.num), trained))
-    decoder = decoder_of(trained, request.vae, _device(request))
+    decoder = decoder_of(trained, request.vae, device)
     album.settle(_settings(request, trained, decoder))
     missing = album.missing()
     mine = [i for i in missing if (i // request.chunk) % world == rank]
-    _write(album, mine, request, trained, made, decoder, rank)
+    _write(album, mine, request, trained, made, decoder, rank, device)
     left = len(album.missing())
     kept = request.num - len(missing)
     print(f"{len(mine)} new images" + (f", {kept} kept," if kept else "") + f" are in {album.folder}")
@@ -131,11 +136,6 @@ def _labels(request: Request, indices: Any, trained: Trained) -> list[int | None
     return [classes[i % len(classes)] for i in indices]
 
 
-def _device(request: Request) -> str:
-    """Where this process computes: cuda alone means its own of several."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if request.device == "cuda" else request.device
-
-
 def _settings(request: Request, trained: Trained, decoder: Any) -> dict[str, Any]:
     """All that the images depend on."""
     from .vae import digests
@@ -153,7 +153,7 @@ def _settings(request: Request, trained: Trained, decoder: Any) -> dict[str, Any
 
 
 def _write(
-    album: Album, mine: list[int], request: Request, trained: Trained, made: Plan, decoder: Any, rank: int
+    album: Album, mine: list[int], request: Request, trained: Trained, made: Plan, decoder: Any, rank: int, device: str
 ) -> None:
     """Make this process's images, part by part, and write each as soon as it is there."""
     import torch
@@ -161,7 +161,6 @@ def _write(
 
     from .vae import decode
 
-    device = _device(request)
     torch.nn.Module.to(trained.model, torch.device(device))
     chunk, chunks = request.chunk, sorted({i // request.chunk for i in mine})
     step = max(1, request.batch // chunk)

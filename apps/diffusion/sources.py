@@ -119,7 +119,7 @@ def _picture(file: Path, size: int | None) -> np.ndarray:
     try:
         if size is not None:
             return crop.read(file, size, least_side(size))
-        picture = pictures.read(file)
+        picture = crop.eight_bits(pictures.read(file))
         rows = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{file} cannot be read ({error}); take it out of the folder, or make it again.") from None

@@ -30,6 +30,19 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """The picture with 8 bits a channel. Pillow's own conversion clips grey ones of 16 bits to white.
+
+    Raises:
+        Unusable: 32 bits, whose range nobody knows.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise Unusable(f"grey in 32 bits ({image.mode}), of unknown range")
+    return image
+
+
 def read(path: Path, size: int, least: int) -> np.ndarray:
     """The picture as (3, size, size) uint8, grey ones with three equal channels, transparency dropped.
 
@@ -45,7 +58,8 @@ def read(path: Path, size: int, least: int) -> np.ndarray:
         with Image.open(path) as file:
             if min(file.size) < least:
                 raise Unusable(f"too small: {file.width} x {file.height}, less than {least} on a side")
-            image = file.convert("RGBA").convert("RGB") if "transparency" in file.info else file.convert("RGB")
+            image = eight_bits(file)
+            image = image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
         return np.asarray(centre_crop(image, size)).transpose(2, 0, 1)
     except Unusable:
         raise

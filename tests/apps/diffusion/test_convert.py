@@ -296,3 +296,23 @@ def test_help_is_quick():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip().endswith("False")
+
+
+@pytest.mark.parametrize(("shapes", "layout"), [(pub.dit_shapes(), "dit"), (pub.fpdm_shapes(), "fpdm")])
+def test_what_it_wrote_in_a_published_layout_is_read_again(tmp_path, capsys, shapes, layout):
+    weights = pub.drawn(shapes)
+    assert call(saved(weights, tmp_path, "safetensors"), tmp_path / "there", *HEADS, "--to", layout) == 0
+    assert call(tmp_path / "there", tmp_path / "back") == 0
+    found = load_file(tmp_path / "back" / "diffusion_pytorch_model.safetensors")
+    assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["num_heads"] == pub.HEADS
+    for source in ("there", "back"):
+        for options in (HEADS, ["--condition-on-time"], ["--input-size", "8", "8"], ["--weights", "ema"]):
+            assert call(tmp_path / source, tmp_path / "other", *options) == 2
+            assert "says itself what" in capsys.readouterr().err
+    (tmp_path / "there" / "conversion.json").write_text("[]")
+    assert call(tmp_path / "there", tmp_path / "other") == 2
+    assert "conversion.json is damaged" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    if layout == "dit":
+        assert call(tmp_path / "a.safetensors", tmp_path / "other", *HEADS, "--condition-on-time") == 2
+        assert "is for an FPDM" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import picture_files as pf
@@ -42,7 +43,8 @@ def contents(out):
 
 def test_mean_and_deviation_of_both_sides_are_the_vaes(images, vae_folder, tmp_path):
     assert call(images, vae_folder, tmp_path / "out") == 0
-    latents, model = Latents(tmp_path / "out"), pf.tiny_vae()
+    latents = Latents(tmp_path / "out")
+    model: Any = pf.tiny_vae()
     assert (len(latents), latents.num_classes, latents.shape) == (15, 3, (4, 4, 4))
     assert latents.y.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and latents.classes == ("cat", "dog", "owl")
     files = sorted(p.relative_to(images) for p in images.rglob("*.*"))
@@ -258,8 +260,58 @@ def test_only_bad_files(vae_folder, tmp_path, capsys):
     assert not (tmp_path / "out" / "index.json").exists()
 
 
+def test_latents_that_are_not_finite_are_named_and_left_out(images, vae_folder, tmp_path, capsys, monkeypatch):
+    whole, seen = vae.moments, []
+
+    def spoilt(model, x):
+        mean, std = whole(model, x)
+        mean[0, 1, 0, 0, 0] = torch.inf if not seen else 1e6  # the second is finite in single precision
+        seen.append(1)
+        return mean, std
+
+    monkeypatch.setattr(vae, "moments", spoilt)
+    assert call(images, vae_folder, tmp_path / "out", "--batch", "10", "--shard-size", "15", "--dtype", "float16") == 0
+    told = capsys.readouterr()
+    latents = Latents(tmp_path / "out")
+    assert len(latents) == 13 and latents.y.tolist() == [0] * 4 + [1] * 5 + [2] * 4
+    assert latents[range(13)][0].isfinite().all()
+    assert "2 of 15 images were skipped" in told.out and "not finite in float16" in told.out
+    assert "cat/0.png" in told.err and "owl/0.png" in told.err
+
+
+def test_a_shard_is_made_again_where_it_or_its_pictures_are_others(images, vae_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call(images, vae_folder, out) == 0
+    before = contents(out)
+    shards = [out / "shards" / f"{k:05d}.safetensors" for k in range(4)]
+    damaged = bytearray(shards[0].read_bytes())
+    damaged[-5] ^= 255
+    shards[0].write_bytes(damaged)
+    (out / "shards" / "00001.json").write_text("{")
+    (out / "shards" / "00002.json").write_text("{}")
+    kept = shards[3].stat().st_mtime_ns
+    assert call(images, vae_folder, out) == 0
+    assert contents(out) == before and shards[3].stat().st_mtime_ns == kept
+    pf.save(images / "owl" / "4.webp", pf.picture(1234, 50, 50))  # another picture by the same name
+    assert call(images, vae_folder, out) == 0
+    changed = {name for name, held in contents(out).items() if held != before[name]}
+    assert changed == {"index.json", "shards/00003.json", "shards/00003.safetensors"}
+    (out / "settings.json").write_text("[1]")
+    assert call(images, vae_folder, out) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
+def test_a_device_or_a_folder_that_cannot_be_is_refused(images, vae_folder, tmp_path, capsys, device):
+    assert call(images, vae_folder, tmp_path / "out", "--device", device) == 2
+    assert f"--device {device} cannot be used" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("mine")
+    assert call(images, vae_folder, tmp_path / "file" / "sub") == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
 def test_decoding_inverts_the_scaling():
-    model = pf.tiny_vae()
+    model: Any = pf.tiny_vae()
     z = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model.decode(z / 0.5 + 0.25).sample

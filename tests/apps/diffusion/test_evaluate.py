@@ -215,6 +215,8 @@ def arrange(what, folder, root) -> list[str]:
     if what == "features":
         np.savez(root / "a.npz", mu=np.zeros(2048), sigma=np.eye(2048))
         return [str(folder), "--reference", str(root / "a.npz")]
+    if what == "device":
+        return [str(folder), "--device", "bogus"]
     if what == "weights":
         return [str(folder), "--weights", "x.pth"]
     return [str(folder), "--features", "inception"]
@@ -241,6 +243,7 @@ def arrange(what, folder, root) -> list[str]:
         ("pickle", "holds no statistics"),
         ("statistics", "holds no statistics"),
         ("features", "has 2048 features and digits has 32"),
+        ("device", "--device bogus is for --features inception"),
         ("weights", "--weights are for --features inception"),
         ("inception", "pip install"),
     ],
@@ -250,6 +253,16 @@ def test_what_cannot_be_scored_is_refused(what, words, folder, quick, tmp_path, 
     assert evaluate.main(arrange(what, folder, tmp_path)) == 2
     told = capsys.readouterr().err
     assert told.startswith("evaluate: ") and words in told
+
+
+def test_what_cannot_be_kept_is_told_early_or_a_warning(folder, quick, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([str(folder), "--save", str(tmp_path / "nowhere" / "a.safetensors")])
+    assert "there is no folder" in capsys.readouterr().err
+    (tmp_path / "file").write_text("mine")
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert evaluate.main([str(folder), "--cache", str(tmp_path / "file" / "x")]) == 0
+    assert "right label" in capsys.readouterr().out
 
 
 def test_pictures_that_are_left_out_are_counted(folder, quick, tmp_path, capsys):

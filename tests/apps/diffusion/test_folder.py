@@ -89,6 +89,17 @@ def test_a_palette_with_transparency_is_read(tmp_path):
     assert folder(tmp_path, 16).shape == (3, 16, 16)
 
 
+def test_grey_pictures_of_sixteen_bits_keep_their_shades(tmp_path):
+    shades = np.linspace(300, 65535, 400).reshape(20, 20).astype(np.uint16)
+    Image.fromarray(shades).save(tmp_path / "a.png")
+    Image.fromarray(shades).save(tmp_path / "b.tif")
+    for name in ("a.png", "b.tif"):
+        assert np.array_equal(crop.read(tmp_path / name, 20, 1), np.stack([(shades / 257).round()] * 3)), name
+    Image.fromarray(shades.astype(np.float32)).save(tmp_path / "c.tif")
+    with pytest.raises(crop.Unusable, match="unknown range"):
+        crop.read(tmp_path / "c.tif", 20, 1)
+
+
 def test_an_epoch_mirrors_about_half_by_seed_epoch_and_index(tmp_path):
     pf.tree(tmp_path, each=5)
     images = folder(tmp_path, 16)

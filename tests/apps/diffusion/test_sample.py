@@ -142,6 +142,22 @@ def test_files_that_exist_are_kept(trained, tmp_path, capsys):
     assert kept.stat().st_mtime_ns == before and contents(tmp_path) == first
 
 
+def test_a_record_that_was_cut_off_spoils_no_other(trained, tmp_path):
+    assert call(trained, tmp_path, "--num", "16") == 0
+    (tmp_path / ".effort-0.jsonl").write_text('{"images": 16, "blo')
+    assert call(trained, tmp_path, "--num", "32") == 0
+    assert json.loads((tmp_path / "effort.json").read_text())["images"] == 16
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
+def test_a_device_or_a_folder_that_cannot_be_is_refused(trained, tmp_path, capsys, device):
+    assert call(trained, tmp_path / "out", "--device", device) == 2
+    assert f"--device {device} cannot be used" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("mine")
+    assert call(trained, tmp_path / "file" / "sub") == 2
+    assert "cannot be made" in capsys.readouterr().err
+
+
 def test_samples_made_otherwise_are_not_mixed(trained, tmp_path, capsys):
     assert call(trained, tmp_path / "a", "--num", "3") == 0
     before = contents(tmp_path / "a")
