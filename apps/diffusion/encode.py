@@ -122,7 +122,7 @@ def run(request: Request) -> None:
     settle(request.out, settings)
     work = Work(request=request, listed=listed, vae=vae, least=least)
     mine = [k for k in range(work.shards) if k % world == rank]
-    todo = [k for k in mine if complete(work, k, checksum=True) is None]
+    todo = [k for k in mine if work.complete(k, checksum=True) is None]
     encode_shards(work, todo, len(mine))
     finish(work, settings, name)
 
@@ -146,6 +146,10 @@ class Work:
         start = k * self.request.shard_size
         return range(start, min(start + self.request.shard_size, len(self.listed.files)))
 
+    def complete(self, k: int, *, checksum: bool = False) -> dict[str, Any] | None:
+        """The note of shard k, if it is there; see shards.complete."""
+        return complete(self.request.out, k, sources(self.listed, self.of(k)), checksum=checksum)
+
 
 def encode_shards(work: Work, todo: list[int], mine: int) -> None:
     """Encode and write these shards."""
@@ -165,7 +169,7 @@ def encode_shards(work: Work, todo: list[int], mine: int) -> None:
         tqdm(total=total, unit="img", desc=f"encoding{kept}", mininterval=tick) as bar,
     ):
         for k in todo:
-            before = sources(work, k)
+            before = sources(work.listed, work.of(k))
             rows: list[tuple[Tensor, Tensor]] = []
             good: list[int] = []
             skipped: list[Skipped] = []
@@ -267,7 +271,7 @@ def finish(work: Work, settings: dict[str, Any], name: str) -> None:
     from .vae import constants
 
     out, total = work.request.out, len(work.listed.files)
-    notes = [note for k in range(work.shards) if (note := complete(work, k))]
+    notes = [note for k in range(work.shards) if (note := work.complete(k))]
     if len(notes) < work.shards:
         print(f"{len(notes)} of {work.shards} shards are in {out}; other processes make the rest, and the index.")
         return

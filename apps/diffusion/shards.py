@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from .atomic import file_at_once
 from .place import make_folder
 
 if TYPE_CHECKING:
-    from .encode import Work
+    from .data.folder import Listing
 
 
 def check_out(out: Path) -> None:
@@ -55,28 +56,28 @@ def paths(out: Path, k: int) -> tuple[Path, Path]:
     return out / "shards" / f"{k:05d}.safetensors", out / "shards" / f"{k:05d}.json"
 
 
-def complete(work: Work, k: int, *, checksum: bool = False) -> dict[str, Any] | None:
-    """The note of shard k, if the shard is there as it was written, of pictures as they are now.
+def complete(out: Path, k: int, now: str, *, checksum: bool = False) -> dict[str, Any] | None:
+    """The note of shard k, if the shard is there as it was written, of pictures as they are `now` (see `sources`).
 
     `checksum` reads the shard; without, its size must do.
     """
     from .data.latents import sha256  # imports torch
 
-    tensors, note = paths(work.request.out, k)
+    tensors, note = paths(out, k)
     try:
         found = json.loads(note.read_text())
-        same = found["sources"] == sources(work, k) and tensors.stat().st_size == found["bytes"]
+        same = found["sources"] == now and tensors.stat().st_size == found["bytes"]
         return found if same and (not checksum or sha256(tensors) == found["sha256"]) else None
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None  # not there, or damaged: the shard is made again
 
 
-def sources(work: Work, k: int) -> str:
-    """SHA-256 of the sizes and dates of the pictures of shard k."""
+def sources(listed: Listing, numbers: Sequence[int]) -> str:
+    """SHA-256 of the sizes and dates of these pictures."""
     found = hashlib.sha256()
-    for i in work.of(k):
+    for i in numbers:
         try:
-            told = (work.listed.root / work.listed.files[i]).stat()
+            told = (listed.root / listed.files[i]).stat()
             found.update(f"{told.st_size} {told.st_mtime_ns}\n".encode())
         except OSError:
             found.update(b"unreadable\n")
