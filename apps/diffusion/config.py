@@ -10,6 +10,7 @@ quick.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -69,8 +70,8 @@ class Model:
     def __post_init__(self) -> None:
         at_least(self, 1, "hidden", "heads", "depth", "patch")
         at_least(self, 0, "pre", "post")
-        if not self.mlp_ratio > 0:
-            raise ValueError(f"Model.mlp_ratio must be positive, got {self.mlp_ratio}.")
+        if not 0 < self.mlp_ratio < math.inf:
+            raise ValueError(f"Model.mlp_ratio must be positive and finite, got {self.mlp_ratio}.")
         if self.kind == "fpdm" and self.depth is not None:
             raise ValueError("Model.depth is for DiT; give an FPDM its explicit blocks by Model.pre and Model.post.")
 
@@ -154,8 +155,8 @@ class Optimisation:
     warmup: int = 6_400
     """Images over which the learning rate rises from 0."""
     decay: Literal["constant", "cosine"] = "cosine"
-    """What the learning rate does then: stay, or fall to 0 at the end of `images` or `max_time`, whichever
-    comes first.
+    """What the learning rate does then: stay, or fall to 0 at the end of `images` or `max_time`, whichever comes first.
+    Wherever more of the time than of the images is spent, the clock sets a falling rate, and no two runs are equal.
     """
     beta2: float = 0.99
     """AdamW's memory of squared gradients."""
@@ -186,6 +187,8 @@ class Optimisation:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"Optimisation.{name} must be positive, got {value}.")
+        if self.lr == math.inf:
+            raise ValueError("Optimisation.lr must be finite; 1e-4 to 1e-3 is usual.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +251,9 @@ class Config:
     seed: int = 0
     """All randomness of the run."""
     max_time: float | None = None
-    """Seconds after which training ends, however many images it has seen."""
+    """Seconds after which training ends, however many images it has seen. A cosine's learning rate follows the clock
+    where it is ahead; leave it out for runs that can be repeated bit for bit.
+    """
     threads: int | None = None
     """Threads per process on a CPU; left out, PyTorch's choice. One is fastest for networks as small as the digits'."""
     checkpoint_every: int = 32_000
@@ -279,6 +284,11 @@ class Config:
             raise ValueError(
                 f"Sampling.guidance = {self.sampling.guidance:g} needs classes, and Data.unconditional leaves "
                 f"them out; leave guidance at 1."
+            )
+        if self.sampling.guidance != 1 and self.optimisation.label_dropout == 0:
+            raise ValueError(
+                f"Sampling.guidance = {self.sampling.guidance:g} needs a network that was asked without labels too, "
+                "and Optimisation.label_dropout = 0 hides none; raise it, 0.1 is usual, or leave guidance at 1."
             )
         if self.sampling.steps > self.schedule.timesteps:
             raise ValueError(

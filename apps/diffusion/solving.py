@@ -151,7 +151,9 @@ class Neumann:
 
 @dataclass(frozen=True, kw_only=True)
 class SHINE:
-    """The forward solver's own estimate of the inverse; needs one that remembers (anderson, anderson-gs, broyden)."""
+    """The forward solver's own estimate of the inverse; needs one that remembers (anderson, anderson-gs, broyden,
+    bad-broyden).
+    """
 
     refine: int = 0
     """Fixed-point steps on top of the estimate."""
@@ -217,7 +219,7 @@ def check_pair(grad: Grad, solver: Solver) -> None:
     if isinstance(grad, SHINE) and not isinstance(solver, Anderson | AndersonGS | BadBroyden | Broyden):
         raise ValueError(
             f"SHINE multiplies by its solver's estimate of the inverse, and {type(solver).__name__} has none; take "
-            "solver:anderson, solver:anderson-gs or solver:broyden."
+            "solver:anderson, solver:anderson-gs, solver:broyden or solver:bad-broyden."
         )
     if isinstance(grad, Reversible) and solver != Picard():
         raise ValueError(

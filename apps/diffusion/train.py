@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from .data import DataSet, Images
     from .trainer import Trainer
 
+# what means nothing to a DiT
+_FPDM_ONLY = ("grad", "solver", "stop", "model.pre", "model.post", "model.condition_on_time", "sampling.reuse")
 # what may differ between a run and its continuation: how long, and what is done with the result
 _EXTENDABLE = ("max_time", "threads", "checkpoint_every", "keep", "track", "sample_every", "sampling")
 
@@ -72,6 +75,12 @@ def parse(argv: Sequence[str]) -> tuple[Config, bool]:
     if not known.resume or "--help" in argv or "-h" in argv:
         return _parse(argv, default)
     saved = dataclasses.replace(saved_config(known.out), out=known.out)
+    if named and (saved.model.kind, saved.data.source) != (default.model.kind, default.data.source):
+        raise ValueError(
+            f"The run in {known.out} trains {saved.model.kind} on {saved.data.source}, and the preset {preset} is "
+            f"{default.model.kind} on {default.data.source}; leave the preset out to resume this run, or give the "
+            "--out of another."
+        )
     config, _ = _parse(argv, saved)
     extended = {name: getattr(config, name) for name in _EXTENDABLE}
     extended["optimisation"] = dataclasses.replace(saved.optimisation, images=config.optimisation.images)
@@ -89,19 +98,24 @@ def _parse(argv: Sequence[str], default: Config) -> tuple[Config, bool]:
     def command(
         config: Annotated[Config, tyro.conf.arg(name="")] = default, resume: bool = False
     ) -> tuple[Config, bool]:
-        """Train a diffusion model: a Fixed Point Diffusion Model (FPDM), or the DiT baseline.
-
-        The first argument may name a preset: digits (FPDM on handwritten digits, the default) or digits-dit
-        (the baseline).
-
+        """
         Args:
             config: The configuration.
             resume: Continue the run in the folder --out.
         """
         return config, resume
 
+    told = (
+        "Train a diffusion model: a Fixed Point Diffusion Model (FPDM), or the DiT baseline. The first argument may "
+        f"name a preset, FPDM or the baseline (-dit) on some data; digits is the default: {', '.join(PRESETS)}."
+    )
     options = (tyro.conf.CascadeSubcommandArgs,)
-    return tyro.cli(command, args=argv, prog="python -m apps.diffusion.train", config=options)
+    prog = "python -m apps.diffusion.train"
+    config, resume = tyro.cli(command, args=argv, prog=prog, description=told, config=options)
+    unheeded = [name for name in _FPDM_ONLY if attrgetter(name)(config) != attrgetter(name)(default)]
+    if config.model.kind == "dit" and unheeded:
+        raise ValueError(f"A DiT has no fixed point and pays no heed to {', '.join(unheeded)}; leave it as it was.")
+    return config, resume
 
 
 def saved_config(run: Path) -> Config:
@@ -143,7 +157,7 @@ def run(config: Config, start: Checkpoint | None) -> int:
     began = time.monotonic()
     import torch
 
-    from . import build, checkpoint
+    from . import checkpoint
     from .logbook import Logbook
     from .report import finish, sheet
     from .trainer import Diverged, Trainer
@@ -155,16 +169,7 @@ def run(config: Config, start: Checkpoint | None) -> int:
     main_process = trainer.accelerator.is_main_process
     decoder = open_decoder(config) if main_process else None
     if main_process:
-        note_data(config.out, build.fingerprint(images))
-        checkpoint.write_atomically(config.out / "config.json", config.to_json())
-        count = sum(p.numel() for p in trainer.model.parameters())
-        classes = f"in {images.num_classes} classes" if images.num_classes else "without classes"
-        print(
-            f"{'Resuming' if start else 'Training'} {trainer.network['class']} with {count:,} parameters on "
-            f"{len(images)} images of {' x '.join(map(str, images.shape))} {classes}; the run's folder is "
-            f"{config.out}.",
-            flush=True,
-        )
+        open_folder(config, trainer, images, resumed=start is not None)
     logbook = Logbook(trainer, config)
     try:
         with _stop_on_signals(trainer) as caught:
@@ -193,6 +198,26 @@ def run(config: Config, start: Checkpoint | None) -> int:
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return 0
+
+
+def open_folder(config: Config, trainer: Trainer, images: DataSet, resumed: bool) -> None:
+    """Note in the run's folder what it is, and say so.
+
+    Raises:
+        ValueError: the run has learnt from other images.
+    """
+    from . import build
+    from .checkpoint import write_atomically
+
+    note_data(config.out, build.fingerprint(images))
+    write_atomically(config.out / "config.json", config.to_json())
+    count = sum(p.numel() for p in trainer.model.parameters())
+    classes = f"in {images.num_classes} classes" if images.num_classes else "without classes"
+    print(
+        f"{'Resuming' if resumed else 'Training'} {trainer.network['class']} with {count:,} parameters on "
+        f"{len(images)} images of {' x '.join(map(str, images.shape))} {classes}; the run's folder is {config.out}.",
+        flush=True,
+    )
 
 
 def load_images(config: Config) -> tuple[DataSet, Images | None]:

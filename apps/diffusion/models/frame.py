@@ -148,6 +148,8 @@ def check_width(hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
         )
     if mlp_ratio <= 0:
         raise ValueError(f"mlp_ratio={mlp_ratio} must be positive; 4 is usual.")
+    if int(hidden_size * mlp_ratio) < 1:
+        raise ValueError(f"mlp_ratio={mlp_ratio} leaves an MLP of {hidden_size} channels no width; 4 is usual.")
 
 
 def check_inputs(x: Tensor, t: Tensor, y: Tensor | None, *, latent: tuple[int, int, int], num_classes: int) -> None:

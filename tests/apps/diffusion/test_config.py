@@ -1,11 +1,13 @@
 """The configuration tree: valid or refused, saved and read back, parsed from a command line."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
 import pytest
 
+from apps.diffusion import build
 from apps.diffusion import config as c
 from apps.diffusion.presets import PRESETS
 from apps.diffusion.train import parse
@@ -50,6 +52,12 @@ def test_a_damaged_config_is_refused_by_name(old, new, message):
         (lambda: c.Model(patch=0), "Model.patch"),
         (lambda: c.Model(mlp_ratio=float("nan")), "mlp_ratio"),
         (lambda: c.Schedule(prediction="epsilon"), "v_prediction"),
+        (lambda: c.Model(mlp_ratio=float("inf")), "mlp_ratio"),
+        (lambda: c.Optimisation(lr=float("inf")), "must be finite"),
+        (
+            lambda: c.Config(sampling=c.Sampling(guidance=2), optimisation=c.Optimisation(label_dropout=0)),
+            "label_dropout = 0 hides none",
+        ),
         (lambda: c.Optimisation(lr=0), "Optimisation.lr"),
         (lambda: c.Optimisation(label_dropout=1.0), "label_dropout"),
         (lambda: c.EMA(decay=1.0), "EMA.decay"),
@@ -72,15 +80,51 @@ def test_the_command_line_is_the_tree():
     config, resume = parse([])
     assert config == PRESETS["digits"]() and not resume
     assert parse(["digits-dit"])[0] == PRESETS["digits-dit"]()
-    config, _ = parse("--model.kind dit --seed 3 grad:ift solver:anderson --solver.memory 2".split())
+    config, _ = parse("--seed 3 --model.patch 2 grad:ift solver:anderson --solver.memory 2".split())
     expected = dataclasses.replace(
         PRESETS["digits"](),
-        model=dataclasses.replace(PRESETS["digits"]().model, kind="dit"),
+        model=dataclasses.replace(PRESETS["digits"]().model, patch=2),
         seed=3,
         grad=c.IFT(),
         solver=c.Anderson(memory=2),
     )
     assert config == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        ("digits-dit grad:jfb", "grad"),
+        ("digits-dit --model.pre 3", "model.pre"),
+        ("--model.kind dit solver:anderson", "solver"),
+        ("imagenet-dit --stop.max-evals 3", "stop"),
+    ],
+)
+def test_what_a_dit_pays_no_heed_to_is_refused(argv, name):
+    with pytest.raises(ValueError, match=f"pays no heed to {name};"):
+        parse(argv.split())
+
+
+def test_a_preset_of_another_kind_does_not_resume_a_run(tmp_path):
+    (tmp_path / "config.json").write_text(PRESETS["digits"]().to_json())
+    argv = ["--resume", "--out", str(tmp_path)]
+    assert parse(["digits", *argv])[0] == parse(argv)[0]
+    for other in ("digits-dit", "folder"):
+        with pytest.raises(ValueError, match=f"the preset {other} is"):
+            parse([other, *argv])
+
+
+def test_help_names_all_presets_and_says_where_the_clock_rules(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    told = "".join(re.findall(r"[\w,:-]+", capsys.readouterr().out))
+    assert ",".join(PRESETS) in told
+    assert "theclocksetsafallingrate" in told and "repeatedbitforbit" in told
+
+
+def test_an_mlp_without_width_is_refused():
+    with pytest.raises(ValueError, match="no width"):
+        build.network(c.Model(mlp_ratio=0.001), (1, 8, 8), 10, iterations=1, seed=0)
 
 
 @pytest.mark.parametrize("argv", [["celeba"], ["--sed", "3"], ["--seed", "-1"], ["--model.kind", "unet"]])
