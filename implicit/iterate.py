@@ -211,7 +211,9 @@ def _count(f: PackedMap, z: Flat, solver: AbstractSolver[Any], loop: Loop, segme
         del z  # the point has a copy
     while f.left > 0:
         run = partial(_segment, f, solver, min(f.left, segment), f.calls)
-        z, fz, alive, memory, f.calls = checkpoint(run, point.z, point.fz, alive, memory, use_reentrant=False)
+        z, fz, alive, memory, f.pushed, f.calls = checkpoint(
+            run, point.z, point.fz, alive, memory, f.pushed, use_reentrant=False
+        )
         point = Point(z, fz)
     value = torch.where(began, point.fz, point.z)
     with torch.no_grad():
@@ -239,16 +241,24 @@ def _next(f: PackedMap, z: Flat, point: Point, alive: Tensor) -> tuple[Point, Te
 
 
 def _segment(
-    f: PackedMap, solver: AbstractSolver[Any], evals: int, calls: int, z: Flat, fz: Flat, alive: Tensor, memory: Any
-) -> tuple[Flat, Flat, Tensor, Any, int]:
+    f: PackedMap,
+    solver: AbstractSolver[Any],
+    evals: int,
+    calls: int,
+    z: Flat,
+    fz: Flat,
+    alive: Tensor,
+    memory: Any,
+    pushed: Flat | None,
+) -> tuple[Flat, Flat, Tensor, Any, Flat | None, int]:
     """`evals` evaluations as a function that may be run twice, since it changes nothing; and the calls of f so far."""
-    f = replace(f, calls=calls, last=(None, None))
+    f = replace(f, calls=calls, aimed=None, pushed=pushed, last=(None, None))
     memory = map_tensors(torch.clone, memory)  # histories may be written in place
     point, end = Point(z, fz), f.left - evals
     while f.left > end:
         z, memory = solver.step(f, point, memory)
         point, alive = _next(f, z, point, alive)
-    return point.z, point.fz, alive, memory, f.calls
+    return point.z, point.fz, alive, memory, f.pushed, f.calls
 
 
 def _finite(point: Point) -> Tensor:

@@ -46,7 +46,7 @@ def exact_gradient(
     with torch.no_grad():
         solved = fixed_point(f, z0, *args, solver=solver, stop=tight, batch_dims=layout.batch_dims)
         z = layout.pack(solved.value)
-        off = _accepted(solved.residual / norm(z), layout, "solution")
+        off = _accepted(solved.residual / norm(z).clamp_min(torch.finfo(z.dtype).tiny), layout, "solution")
     with torch.enable_grad():
         x = z.detach().requires_grad_()
         y = PackedMap(f, args, layout)(x)

@@ -209,3 +209,13 @@ def test_any_gradient_can_be_put_on_the_scales():
     taken = measure(lambda f: f(f(torch.ones(1))).sum(), lambda z: w * z, [w])
     assert taken.gradient is not None and taken.gradient.tolist() == [4.0]  # d w^2 / dw
     assert (taken.evals, taken.products, taken.note) == (2, 2, "")
+
+
+def test_a_solution_of_zero_is_a_solution():
+    f, x = layer("easy")
+    x = x.detach().clone()
+    x[0] = 0
+    table = gradient_bias(
+        lambda z, x: torch.tanh(z @ f.weight + x), torch.zeros_like(x), x, estimators=[JFB()], repeats=0
+    )
+    assert 0 < table.rows[0].error < 1

@@ -274,8 +274,14 @@ def test_a_nested_equilibrium():
     def all_of(z):
         return flat(torch.autograd.grad(z.sin().sum(), (*inner.parameters(), *outer.parameters(), x)))
 
+    def twice(z):
+        first = torch.autograd.grad(z.sin().sum(), x, create_graph=True)[0]
+        return flat(torch.autograd.grad(first.square().sum(), (*inner.parameters(), x)))
+
     z = fixed_point(nested, torch.zeros_like(x), x, stop=stop).value
     assert off(all_of(z), all_of(plain(x))) < 1e-8
+    z = fixed_point(nested, torch.zeros_like(x), x, stop=stop).value
+    assert off(twice(z), twice(plain(x))) < 1e-7
 
 
 def test_frozen_parameters_and_inputs_only():

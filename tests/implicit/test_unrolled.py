@@ -38,7 +38,9 @@ def test_checkpointing_changes_no_gradient(solver):
     assert torch.equal(gradient(True), gradient(False))
 
 
-@pytest.mark.parametrize("solver", [Picard(0.3), Anderson(), AndersonGS(), Broyden(4), BadBroyden(4), NewtonKrylov(3)])
+@pytest.mark.parametrize(
+    "solver", [Picard(0.3), Anderson(), AndersonGS(), Broyden(4), BadBroyden(4), NewtonKrylov(3), NewtonKrylov()]
+)
 def test_segments_change_no_gradient(solver):
     """Histories that are written in place, counts of evaluations that the solver looks at, a second backward pass."""
     f, x = layer("hard")
