@@ -51,7 +51,8 @@ def build(results: Path, out: Path) -> str:
     head = (
         "# Report\n\nWhat Fixed Point Diffusion Models claim, at the scale of handwritten digits, and what the "
         "core costs. Made by `python -m benchmarks.report` from the files under `benchmarks/results/`, which name "
-        "command, device, versions and commit. Numbers are means and standard deviations over three seeds; a claim is "
+        "command, device, versions and commit. Numbers are means and standard deviations over seeds, three unless "
+        "another number stands beside them; a claim is "
         "called decided where p < 0.05 by a t test over seeds: Welch's, or that of the differences where the same "
         "networks are sampled in two ways. Training is "
         "budgeted in CPU time of one thread, which other work on the machine disturbs least. Lower Fréchet distances "

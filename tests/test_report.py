@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,32 @@ def test_a_deleted_file_leaves_its_rows_not_measured(tmp_path):
         assert chapters, name
         for part in chapters:
             assert empty[part].count(report.NOTHING) > full[part].count(report.NOTHING), name
+
+
+def test_networks_are_counted_by_the_seeds_that_were_run(tmp_path):
+    def more(found):
+        found["cells"] |= {name.replace("seed 0", "seed 7"): c for name, c in found["cells"].items() if "seed 0" in name}
+        del found["cells"]["JFB, seed 7"]
+
+    text = built(tmp_path, "study_estimators.json", change=more)
+    assert "23 of 24 networks, seeds 0, 1, 2, 7" in section(text, "Gradient estimators")
+
+
+def _git(*arguments):
+    return subprocess.run(["git", "-C", str(RESULTS), *arguments], capture_output=True, text=True, check=False)
+
+
+def test_results_name_commits_of_this_history():
+    if _git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+        pytest.skip("needs the whole history")
+    found = {path.name: re.findall(r'"commit": "(\w+)"', path.read_text()) for path in RESULTS.glob("*.json")}
+    strange = {
+        (name, commit)
+        for name, commits in found.items()
+        for commit in set(commits)
+        if _git("merge-base", "--is-ancestor", commit, "HEAD").returncode
+    }
+    assert not strange
 
 
 def test_the_chance_of_a_difference_is_that_of_scipy():

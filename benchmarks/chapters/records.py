@@ -58,8 +58,10 @@ class Study:
         )
 
     def _complete(self) -> str:
-        """How many networks were trained of those that three seeds ask for."""
+        """How many networks were trained of those that the seeds ask for, and which seeds these are."""
         from benchmarks.study import study
 
-        wanted = 3 * len(study(self.name).cells(self.found["scale"]))
-        return f"{len(self.found['cells'])} of {wanted} networks"
+        seeds = sorted({int(name.rsplit(", seed ", 1)[1]) for name in self.found["cells"]})
+        wanted = len(seeds) * len(study(self.name).cells(self.found["scale"]))
+        which = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+        return f"{len(self.found['cells'])} of {wanted} networks, {which}"
