@@ -77,8 +77,9 @@ def test_a_deleted_file_leaves_its_rows_not_measured(tmp_path):
 
 def test_networks_are_counted_by_the_seeds_that_were_run(tmp_path):
     def more(found):
-        found["cells"] |= {name.replace("seed 0", "seed 7"): c for name, c in found["cells"].items() if "seed 0" in name}
-        del found["cells"]["JFB, seed 7"]
+        cells = found["cells"]
+        cells |= {name.replace("seed 0", "seed 7"): cell for name, cell in cells.items() if "seed 0" in name}
+        del cells["JFB, seed 7"]
 
     text = built(tmp_path, "study_estimators.json", change=more)
     assert "23 of 24 networks, seeds 0, 1, 2, 7" in section(text, "Gradient estimators")
