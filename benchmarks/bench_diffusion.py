@@ -1,6 +1,8 @@
 """What a step of FPDM costs: against the same step written plainly, against DiT, and against its peers.
 
 python -m benchmarks.bench_diffusion           writes benchmarks/results/diffusion.json and prints it
+python -m benchmarks.bench_diffusion --scale xl --precision bf16 --batch 32
+                                               on a GPU: benchmarks/results/gpu_diffusion_bf16_32.json
 """
 
 import argparse
@@ -14,7 +16,7 @@ import torch
 
 from benchmarks import diffusion_steps as steps
 from benchmarks import diffusion_tables
-from benchmarks.diffusion_steps import CPU, Scale
+from benchmarks.diffusion_steps import CPU, XL, Scale
 from benchmarks.measure import paired, peak_bytes, provenance, ratio
 
 MIB = 2**20
@@ -98,31 +100,54 @@ TABLES: dict[str, Callable[[Scale, int], Any]] = {
         *(against_plain(claim, scale, repeats) for claim in CLAIMS),
         checkpointed_memory(scale),
     ],
-    "training step": lambda scale, repeats: diffusion_tables.training(replace(scale, batch=4), repeats),
+    "training step": lambda scale, repeats: diffusion_tables.training(
+        replace(scale, batch=min(4, scale.batch)) if scale.device == "cpu" else scale, repeats
+    ),
     "sampling step": diffusion_tables.sampling,
     "around the block": diffusion_tables.around_the_block,
     "parameters": diffusion_tables.parameters,
 }
 
 
-def main() -> None:
+SCALES = {"cpu": CPU, "xl": XL, "tiny": Scale(hidden=32, heads=2, side=8, depth=2, batch=2)}
+
+
+def _file(name: str, scale: Scale) -> Path | None:
+    """Where results of a scale are kept."""
+    names = {"cpu": "diffusion", "xl": f"gpu_diffusion_{scale.precision}_{scale.batch}"}
+    known = name in names and (name == "xl" or scale == CPU)
+    return Path(__file__).parent / "results" / f"{names[name]}.json" if known else None
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "diffusion.json")
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="xl needs a GPU; tiny shows that all runs")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--batch", type=int, help="images; default that of the scale")
+    parser.add_argument("--out", type=Path, help="default: a file under benchmarks/results/; tiny has none")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--tables", nargs="*", choices=TABLES, default=list(TABLES), help="others stay as they are")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    scale = replace(SCALES[options.scale], precision=options.precision)
+    scale = replace(scale, batch=options.batch or scale.batch)
+    options.out = options.out or _file(options.scale, scale)
+    if options.out is None:
+        parser.error("--scale tiny, and fewer images or bf16 on a CPU, need --out: their numbers are no results.")
+    if scale.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--scale xl needs a CUDA device, and there is none here.")
     torch.set_num_threads(1)
     old = json.loads(options.out.read_text()) if options.out.exists() else {}
     tables = dict(old.get("tables", {}))
     for name in options.tables:
-        rows = TABLES[name](CPU, options.repeats)
-        tables[name] = provenance(CPU.device, "diffusers", "torchdeq") | {"repeats": options.repeats, "rows": rows}
+        rows = TABLES[name](scale, options.repeats)
+        tables[name] = provenance(scale.device, "diffusers", "torchdeq") | {"repeats": options.repeats, "rows": rows}
         print(json.dumps({name: rows}, indent=1), flush=True)
     result = {
-        "command": "python -m benchmarks.bench_diffusion",
-        "config": asdict(CPU),
-        "memory": "peak bytes of the tensors a step makes that are alive at once (benchmarks.measure.Live)",
-        "time": "CPU time of the process, steps in turn; ratios are medians of the pairs",
+        "command": "python -m benchmarks.bench_diffusion"
+        + (f" --scale {options.scale} --precision {scale.precision} --batch {scale.batch}" if scale != CPU else ""),
+        "config": asdict(scale),
+        "memory": "peak bytes a step adds: tensors alive at once (benchmarks.measure.Live); on CUDA the allocator's",
+        "time": "CPU time of the process, steps in turn, on CUDA until it is done; ratios are medians of the pairs",
         "tables": {name: tables[name] for name in TABLES if name in tables},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from benchmarks import report
+from benchmarks import bench_diffusion, report
 from benchmarks.chapters import wording
 
 RESULTS = Path(report.__file__).parent / "results"
@@ -100,6 +100,19 @@ def test_results_name_commits_of_this_history():
         if _git("merge-base", "--is-ancestor", commit, "HEAD").returncode
     }
     assert not strange
+
+
+def test_the_steps_command_writes_what_the_report_reads(tmp_path):
+    out = tmp_path / "gpu_tiny.json"
+    bench_diffusion.main(["--scale", "tiny", "--repeats", "2", "--tables", "training step", "--out", str(out)])
+    rows = json.loads(out.read_text())["tables"]["training step"]["rows"]
+    text = section(report.build(tmp_path, tmp_path / "docs" / "report.md"), "On a GPU")
+    for row in rows:
+        assert (
+            f"| {row['network']} | {row['estimator']} | {row['checkpointed']:d} | 2 | {row['peak MiB']:.4g} |" in text
+        )
+    with pytest.raises(SystemExit, match="2"):
+        bench_diffusion.main(["--scale", "tiny"])
 
 
 def test_the_chance_of_a_difference_is_that_of_scipy():

@@ -7,7 +7,12 @@ from .wording import NOTHING, short, table
 
 
 def chapter(results: Path, images: Path) -> str:
-    path, parts = results / "diffusion.json", ["## What FPDM costs"]
+    return "\n\n".join(["## What FPDM costs", *tables(results / "diffusion.json")])
+
+
+def tables(path: Path) -> list[str]:
+    """The tables that `bench_diffusion` wrote, and where they were measured."""
+    parts: list[str] = []
     known = json.loads(path.read_text())["tables"] if path.exists() else {}
     for name in ("against the plain step", "around the block", "sampling step", "training step", "parameters"):
         found = known.get(name)
@@ -15,5 +20,5 @@ def chapter(results: Path, images: Path) -> str:
         if found:
             keys = list(dict.fromkeys(key for row in found["rows"] for key in row))
             parts.append(table(keys, ([short(row.get(key, "")) for key in keys] for row in found["rows"])))
-            parts.append(f"`diffusion.json`: {found['device']}, commit {found['commit']}.")
-    return "\n\n".join(parts)
+            parts.append(f"`{path.name}`: {found['device']}, commit {found['commit']}.")
+    return parts

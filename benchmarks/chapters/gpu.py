@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from .costs import tables
 from .wording import NOTHING
 
 
 def chapter(results: Path, images: Path) -> str:
     found = [path for path in sorted(results.glob("*.json")) if "cuda" in path.stem or "gpu" in path.stem]
-    told_ = "\n".join(f"- `{path.name}`" for path in found) or f"Training memory and block passes at XL/2: {NOTHING}."
-    return f"## On a GPU\n\n{told_}"
+    parts = [part for path in found for part in (f"### `{path.name}`", *tables(path))]
+    return "\n\n".join(["## On a GPU", *(parts or [f"Training memory and block passes at XL/2: {NOTHING}."])])
