@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from implicit.fixed_point import fixed_point
 from implicit.grads.base import AbstractGrad
+from implicit.grads.stochastic_jfb import StochasticJFB
 from implicit.iterate import Map, Stop
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
@@ -16,7 +18,8 @@ from implicit.state import State
 class DEQ(nn.Module):
     """``deq(z0, *args)`` is ``fixed_point(f, z0, *args, ...)``; f may be a module, whose parameters become the layer's.
 
-    Nothing else is kept on the module. Gradients flow in training and in evaluation mode alike.
+    Nothing else is kept on the module but the state of `StochasticJFB.generator`, where there is one: it is in the
+    `state_dict` as ``generator``, so that a resumed run draws what it would have drawn. Gradients flow in training and in evaluation mode alike.
 
     Args:
         f: the map f(z, *args).
@@ -68,6 +71,35 @@ class DEQ(nn.Module):
             compact=compact,
             callback=callback,
             progress=progress,
+        )
+
+    @property
+    def _generator(self) -> torch.Generator | None:
+        return self.grad.generator if isinstance(self.grad, StochasticJFB) else None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._generator is not None:
+            destination[prefix + "generator"] = self._generator.get_state()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        name = prefix + "generator"
+        if self._generator is not None and name in state_dict:
+            self._generator.set_state(state_dict[name].cpu())
+            state_dict = {key: value for key, value in state_dict.items() if key != name}
+        elif self._generator is not None and strict:
+            missing_keys.append(name)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def extra_repr(self) -> str:

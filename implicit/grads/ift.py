@@ -13,6 +13,7 @@ from implicit.grads import transforms
 from implicit.grads.attach import LinearSolve, attach
 from implicit.grads.autocast import Autocast
 from implicit.grads.base import AbstractGrad
+from implicit.grads.constant import constant
 from implicit.grads.gmres import GMRES
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
 from implicit.solution import Solution
@@ -68,7 +69,7 @@ class IFT(AbstractGrad):
             solved, layout, pure, theta = transforms.solve(f, z0, args, solver, stop, loop)
             value = transforms.attach(pure, layout.pack(solved.value), theta, self._linear_solve(f, layout))
             return replace(solved, value=layout.unpack(value))
-        with torch.no_grad():
+        with constant():
             solved = iterate(f, z0, solver, stop, args=args, loop=loop)
         if not torch.is_grad_enabled():
             return solved

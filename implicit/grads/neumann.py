@@ -8,6 +8,7 @@ import torch
 
 from implicit.grads.approximate import attach_approximately, refuse_transforms
 from implicit.grads.base import AbstractGrad
+from implicit.grads.constant import constant
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
@@ -48,7 +49,7 @@ class Neumann(AbstractGrad):
         loop: Loop = Loop(),
     ) -> Solution:
         refuse_transforms(self)
-        with torch.no_grad():
+        with constant():
             solved = iterate(f, z0, solver, stop, args=args, loop=loop)
         if not torch.is_grad_enabled():
             return solved

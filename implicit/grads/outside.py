@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 
 class Outside(TorchFunctionMode):
-    """Collects the tensors made before this object was that require gradients or that torch.func has wrapped."""
+    """Collects the tensors made before this object was that require gradients, or that have a derivative in torch.func
+    or forward mode.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +41,7 @@ class Outside(TorchFunctionMode):
 
     def _is_outside(self, t: Tensor) -> bool:
         made = self._made.get(id(t))
-        if made is not None and made() is t and (_wrapped(t) or not t.is_leaf):
+        if made is not None and made() is t and (_wrapped(t) or _dual(t) or not t.is_leaf):
             return False
         return t.grad_fn is None or _wrapped(t) or t.grad_fn._sequence_nr() < self._start
 
@@ -53,8 +56,13 @@ def _wrapped(t: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(t)  # pyright: ignore[reportAttributeAccessIssue]: no stub
 
 
+def _dual(t: Tensor) -> bool:
+    """Whether t has a tangent in forward mode."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+
+
 def _differentiable(t: Tensor) -> bool:
-    return t.requires_grad or _wrapped(t)
+    return t.requires_grad or _wrapped(t) or _dual(t)
 
 
 class Substitute(TorchFunctionMode):

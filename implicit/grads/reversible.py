@@ -20,6 +20,7 @@ from torch import Tensor
 
 from implicit.grads.approximate import refuse_transforms
 from implicit.grads.base import AbstractGrad
+from implicit.grads.constant import constant, uncached
 from implicit.grads.outside import Outside, explicit, unseen
 from implicit.iterate import Loop, Map, PackedMap, Stop
 from implicit.solution import Result, Solution
@@ -103,7 +104,7 @@ class Reversible(AbstractGrad):
         phi = PackedMap(f, args, layout)
         start = layout.pack(z0)
         first, theta = _first(phi, start) if torch.is_grad_enabled() else (None, ())
-        with torch.no_grad():
+        with constant():
             run = _Run(phi, start, first, self, stop, loop.trace)
         value = run.value
         if theta or (torch.is_grad_enabled() and start.requires_grad):
@@ -120,7 +121,7 @@ class Reversible(AbstractGrad):
 @torch.compiler.disable(recursive=True)  # dynamo cannot watch phi run
 def _first(phi: Phi, start: Flat) -> tuple[Flat, tuple[Tensor, ...]]:
     """phi(start) and what phi closes over, found by watching it make a graph, which is thrown away."""
-    with torch.enable_grad():
+    with torch.enable_grad(), uncached():  # as in the backward pass, which finds the same tensors
         seen = Outside()
         x = start.detach().requires_grad_().view_as(start)
         with seen:
@@ -234,7 +235,7 @@ class _Pull:
         self, at: Float[Tensor, "B N"], v: Float[Tensor, "B N"], rows: Bool[Tensor, "B 1"]
     ) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B N"]]:
         """(phi(at), v^T dphi/dz), the rows not wanted giving 0."""
-        with torch.enable_grad():
+        with torch.enable_grad(), uncached():
             x = at.to(self.dtype).requires_grad_()
             image = self.phi(x, *self.stands)
         if not image.requires_grad:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from implicit.grads.approximate import attach_approximately, refuse_transforms
 from implicit.grads.base import AbstractGrad
+from implicit.grads.constant import constant
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
 from implicit.solution import Solution
 from implicit.solvers.anderson import Anderson
@@ -82,7 +83,7 @@ class SHINE(AbstractGrad):
         refuse_transforms(self)
         if not torch.is_grad_enabled():
             return iterate(f, z0, solver, stop, args=args, loop=loop)
-        with torch.no_grad():
+        with constant():
             keep = replace(loop, keep_state=True, compact=False, state=_wrapped(loop.state, z0, loop.batch_dims))
             solved = iterate(f, z0, _Frozen(solver), stop, args=args, loop=keep)
         layout = Layout.of(solved.value, loop.batch_dims)

@@ -49,7 +49,17 @@ class StochasticJFB(AbstractGrad):
         return JFB()
 
     def draw(self) -> tuple[int, int]:
-        """The next (n, m)."""
+        """The next (n, m).
+
+        Raises:
+            RuntimeError: within a backward pass, where activation checkpointing runs the forward pass again and a
+                generator of its own would draw other numbers.
+        """
+        if self.generator is not None and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "StochasticJFB(generator=...) inside torch.utils.checkpoint would draw another (n, m) when the forward "
+                "pass is run again: leave generator=None, whose state checkpoint restores, or checkpoint f instead."
+            )
         n = torch.randint(0, self.N + 1, (), generator=self.generator)
         m = torch.randint(1, self.M + 1, (), generator=self.generator)
         return int(n), int(m)

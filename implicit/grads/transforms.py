@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from implicit.grads.attach import LinearSolve
+from implicit.grads.constant import constant
 from implicit.grads.outside import Outside, explicit
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
-from implicit.state import Layout, State, leaves
+from implicit.state import Layout, State
 
 Pure = Callable[..., Tensor]
 
@@ -36,7 +37,7 @@ def search(f: Map, z0: State, args: tuple[Any, ...], solver: AbstractSolver[Any]
     """The solution without derivatives, inside or outside of a transform."""
     if active():
         return solve(f, z0, args, solver, stop, loop)[0]
-    with torch.no_grad():
+    with constant():
         return iterate(f, z0, solver, stop, args=args, loop=loop)
 
 
@@ -73,12 +74,18 @@ def attach(pure: Pure, z: Tensor, theta: tuple[Tensor, ...], config: LinearSolve
 
 
 def _purify(f: Map, z0: State, args: tuple[Any, ...], layout: Layout) -> tuple[Pure, tuple[Tensor, ...]]:
-    """f as F(z, *theta): theta are the tensors in args and, found by watching f run once, those it closes over."""
+    """f as F(z, *theta): theta are the tensors in args and, found by watching f run once, those it closes over.
+
+    f runs on views: a tensor that it closes over may be z0 or stand in args too, and is another argument then.
+    """
     slots, given = _tensors_of(args)
+    views = tuple(t.view_as(t) for t in given)
+    z = layout.pack(z0)
+    z = z.view_as(z)
     seen = Outside()
     with seen:
-        PackedMap(f, args, layout)(layout.pack(z0))
-    ids = {id(t) for t in (*given, *leaves(z0))}
+        PackedMap(f, slots(views), layout)(z)
+    ids = {id(t) for t in (z, *views)}
     closed = tuple(t for t in seen.tensors if id(t) not in ids)
 
     def pure(z: Tensor, *theta: Tensor) -> Tensor:

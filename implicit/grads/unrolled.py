@@ -62,6 +62,8 @@ class Unrolled(AbstractGrad):
         stop: Stop,
         loop: Loop = Loop(),
     ) -> Solution:
+        if torch._C._are_functorch_transforms_active():
+            self._refuse_transform(stop, loop)
         if self._segment and (stop.has_tolerance or loop.watched):
             raise ValueError(
                 f"Unrolled(checkpoint={self.checkpoint}) runs segments twice, so nothing may be decided while it runs: "
@@ -75,3 +77,16 @@ class Unrolled(AbstractGrad):
             return checkpoint(f, z, *args, use_reentrant=False)
 
         return iterate(again, z0, solver, stop, args=args, loop=loop, image=True)
+
+    def _refuse_transform(self, stop: Stop, loop: Loop) -> None:
+        """What is decided on the host, and checkpoints, cannot be looked into by torch.func."""
+        if stop.has_tolerance or loop.watched:
+            raise NotImplementedError(
+                "Unrolled inside a torch.func transform takes a fixed number of evaluations: pass "
+                "stop=Stop(rtol=0, atol=0, max_evals=n) and no trace or callback, or use IFT, JFB or Phantom there."
+            )
+        if self.checkpoint:
+            raise NotImplementedError(
+                "Unrolled(checkpoint=...) does not work inside torch.func transforms, which do not support hooks on "
+                "saved tensors: leave checkpoint=False, or use IFT, JFB or Phantom there."
+            )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from implicit import (
     IFT,
@@ -137,3 +138,37 @@ def test_a_layer_twice_in_one_graph_and_two_backward_passes(layer):
 def test_no_graph_where_nothing_requires_gradients(grad):
     value = fixed_point(lambda z: torch.cos(z), torch.ones(2, 3), solver=Broyden(), grad=grad).value
     assert not value.requires_grad
+
+
+class Half(nn.Module):
+    def forward(self, weight):
+        return 0.5 * torch.tanh(weight)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("estimator", [IFT(), JFB(), Phantom(), Neumann(), SHINE(), Reversible(), Unrolled()])
+def test_weights_that_parametrize_has_cached(estimator, inside, warm):
+    """A search without a graph must not leave weights without one in the cache."""
+    linear, x = nn.Linear(3, 3), torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    parametrize.register_parametrization(linear, "weight", Half())
+    weight = linear.parametrizations.weight.original
+    with torch.no_grad():
+        weight.copy_(torch.eye(3) + x.T @ x / 9)
+    solver = Broyden() if isinstance(estimator, SHINE) else Picard()
+
+    def loss():
+        return fixed_point(
+            lambda z: torch.tanh(linear(z)) + x, torch.zeros(2, 3), grad=estimator, solver=solver
+        ).value.sum()
+
+    (truth,) = torch.autograd.grad(loss(), weight)
+    with parametrize.cached():
+        if warm:
+            assert linear.weight.requires_grad
+        value = loss()
+        if inside:
+            value.backward()
+    if not inside:
+        value.backward()
+    torch.testing.assert_close(weight.grad, truth)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from small_layers import flat, layer
+from torch.utils.checkpoint import checkpoint
 
 from implicit import Anderson, Picard, StochasticJFB, Stop, fixed_point
 
@@ -86,3 +87,24 @@ def test_free_steps_go_by_the_solver():
 def test_impossible_budgets(N, M, name):
     with pytest.raises(ValueError, match=rf"StochasticJFB\.{name} must be at least"):
         StochasticJFB(N, M)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_would_draw_again(reentrant):
+    f, x = layer("easy")
+    x = x.clone().requires_grad_()
+
+    def forward(grad):
+        def solve(x):
+            return fixed_point(f, torch.zeros_like(x), x, grad=grad).value
+
+        return checkpoint(solve, x, use_reentrant=reentrant).sum()
+
+    with pytest.raises(RuntimeError, match="would draw another"):
+        forward(StochasticJFB(3, 3, seeded(0))).backward()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        (got,) = torch.autograd.grad(fixed_point(f, torch.zeros_like(x), x, grad=StochasticJFB()).value.sum(), x)
+        torch.manual_seed(0)
+        forward(StochasticJFB()).backward()  # checkpoint restores the global generator
+    assert torch.equal(x.grad, got)

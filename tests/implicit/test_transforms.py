@@ -3,10 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import implicit
-from implicit import IFT, JFB, Stop, fixed_point
+from implicit import IFT, JFB, Picard, Stop, Unrolled, fixed_point
 
 TIGHT = Stop(rtol=1e-13, atol=0, max_evals=200)
 EXACT = IFT(stop=Stop(rtol=1e-13, atol=0, max_evals=200), on_failure="ignore")
@@ -198,3 +199,40 @@ def test_the_other_fields_of_the_solution_keep_their_axes_under_vmap():
     residual, evals, result = vmap(solve)(BS)
     assert residual.shape == evals.shape == result.shape == (4, 2)
     assert (result == implicit.Result.CONVERGED).all()
+
+
+@pytest.mark.parametrize("estimator", [EXACT, JFB(60)])
+def test_a_tensor_that_is_argument_and_closed_over_too(estimator):
+    """Both ways count, as they do for ordinary backward passes."""
+
+    def both(b):
+        return fixed_point(lambda z, c: torch.tanh(z @ W.T + b * c), ZERO, b, stop=TIGHT, grad=estimator).value.sum()
+
+    truth = grad(lambda b: unrolled(W, b * b).sum())(B)
+    torch.testing.assert_close(grad(both)(B), truth, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("given", ["closed over", "args", "start too"])
+def test_forward_mode_by_dual_numbers(given):
+    move = _random(2, 3, seed=3)
+    with forward_ad.dual_level():
+        b = forward_ad.make_dual(B, move)
+        if given == "args":
+            solution = fixed_point(f, ZERO, W, b, stop=TIGHT, grad=EXACT)
+        else:
+            solution = fixed_point(lambda z: f(z, W, b), b if given == "start too" else ZERO, stop=TIGHT, grad=EXACT)
+        tangent = forward_ad.unpack_dual(solution.value).tangent
+    torch.testing.assert_close(tangent, jvp(lambda b: unrolled(W, b), (B,), (move,))[1], rtol=1e-9, atol=1e-9)
+
+
+def test_unrolling_inside_transforms_takes_a_fixed_number():
+    fixed = Stop(rtol=0, atol=0, max_evals=200)
+
+    def solve(stop, **how):
+        return lambda b: fixed_point(f, ZERO, W, b, solver=Picard(), stop=stop, grad=Unrolled(**how)).value.sum()
+
+    torch.testing.assert_close(grad(solve(fixed))(B), grad(lambda b: unrolled(W, b).sum())(B), rtol=1e-9, atol=1e-9)
+    with pytest.raises(NotImplementedError, match="takes a fixed number of evaluations"):
+        grad(solve(TIGHT))(B)
+    with pytest.raises(NotImplementedError, match="leave checkpoint=False"):
+        grad(solve(fixed, checkpoint=True))(B)
