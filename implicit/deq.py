@@ -19,7 +19,8 @@ class DEQ(nn.Module):
     """``deq(z0, *args)`` is ``fixed_point(f, z0, *args, ...)``; f may be a module, whose parameters become the layer's.
 
     Nothing else is kept on the module but the state of `StochasticJFB.generator`, where there is one: it is in the
-    `state_dict` as ``generator``, so that a resumed run draws what it would have drawn. Gradients flow in training and in evaluation mode alike.
+    `state_dict` as ``generator``, so that a resumed run draws what it would have drawn. Gradients flow in training and
+    in evaluation mode alike.
 
     Args:
         f: the map f(z, *args).

@@ -29,7 +29,7 @@ class PathIndependence:
     """Two solves of the same problems from different starts.
 
     Attributes:
-        score: (B,) cosine of the two answers.
+        score: (B,) cosine of the two answers; 1 where they are the same, zeros included.
         distance: (B,) ||z_2 - z_1|| / ||z_1||, which sees differences of length too.
         first, second: the two solves; read `converged` before the score, since two long runs that both stopped short
             differ for that reason alone.
@@ -80,9 +80,10 @@ def path_independence(
         other = layout.unpack(one.roll(1, dims=0)) if start is None else start
         second = fixed_point(f, other, *args, **how)
         two = layout.pack(second.value)
+        same = (one == two).all(dim=1)  # two answers of zero have no cosine
         return PathIndependence(
-            score=torch.nn.functional.cosine_similarity(one, two, dim=1),
-            distance=norm(two - one) / norm(one),
+            score=torch.nn.functional.cosine_similarity(one, two, dim=1).masked_fill(same, 1),
+            distance=(norm(two - one) / norm(one)).masked_fill(same, 0),
             first=first,
             second=second,
         )

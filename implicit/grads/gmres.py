@@ -38,7 +38,8 @@ _ONCE = 3  # columns that stay orthogonal enough without a second pass
 class GMRES:
     """GMRES for u = g + A u; every sample is a system of its own and keeps the answer that contented it.
 
-    A sample is content when ||g - (I - A) u|| <= atol + rtol ||u||. The residual is the recurrence's, which costs no
+    A sample is content when ||g - (I - A) u|| <= atol + min(rtol ||u||, sqrt(rtol) ||g||): the second, since where
+    I - A is singular, u grows until any residual is small beside it. The residual is the recurrence's, which costs no
     product, and is never called smaller than rounding, `eps` ||u||: a tolerance below that ends as `STALLED`. Products
     are taken for all samples until the last is content; the host looks at each (`Stop.check_every` and `Stop.late`
     play no part).
@@ -241,7 +242,7 @@ class _Books:
     """How each sample stands."""
 
     def __init__(self, beta: np.ndarray, stop: Stop, eps: float) -> None:
-        self.stop, self.eps = stop, eps
+        self.stop, self.eps, self.most = stop, eps, stop.rtol**0.5 * beta
         self.residual, self.size = beta.copy(), np.zeros_like(beta)
         self.evals = np.zeros(len(beta), dtype=np.int64)
         self.products = 0
@@ -262,11 +263,12 @@ class _Books:
         self.products += 1
         if size.size:
             self.size = size[:, 0]
-        size = np.where(self.size > 0, self.size, np.sqrt((fit.y * fit.y).sum(axis=1)))
-        floor = self.eps * size
+        step = np.sqrt((fit.y * fit.y).sum(axis=1))
+        size = np.where(self.size > 0, self.size, step)
+        floor = self.eps * np.maximum(size, step)  # a step can be far longer than u was, where I - A is singular
         residual = np.maximum(np.abs(fit.rho), floor)
         self.residual = np.where(self.running, residual, self.residual)
-        content = residual <= self.stop.atol + self.stop.rtol * size
+        content = residual <= self.stop.atol + np.minimum(self.stop.rtol * size, self.most)
         for code, which in (
             (Result.STALLED, residual <= floor),
             (Result.CONVERGED, content),

@@ -29,6 +29,9 @@ class IFT(AbstractGrad):
     the solve works on g divided by a power of two per sample, so a loss times 1e-8 gives that gradient times 1e-8. The
     starting state gets no gradient. Differentiable to any order, and by `torch.func`.
 
+    Each sample is taken for a system of its own. Where f couples them (batch normalisation in training mode, a mean
+    over the batch) that is not so, the gradient is wrong, and nothing says it: pass ``batch_dims=0``.
+
     Memory: one evaluation of f; in the backward pass a handful of states where the layer contracts well, a state for
     every product where it does not, or has fewer than 1024 numbers (`GMRES`). Cost: one evaluation, k products v^T J
     and one v^T df/dtheta. The equation is linear, so that GMRES needs the fewest products of all methods for a

@@ -98,17 +98,15 @@ def test_every_public_name_is_documented():
 
 
 def test_the_generator_of_draws_is_saved():
-    def make(seed):
-        return nn.Sequential(DEQ(nn.Linear(2, 2), grad=StochasticJFB(generator=torch.Generator().manual_seed(seed))))
-
-    one, other = make(0), make(1)
-    one[0].grad.draw()
-    state = one.state_dict()
-    ahead = [one[0].grad.draw() for _ in range(5)]
-    other.load_state_dict(state)
-    assert [other[0].grad.draw() for _ in range(5)] == ahead and len(set(ahead)) > 1
+    one, other = (StochasticJFB(generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    here, there = (nn.Sequential(DEQ(nn.Linear(2, 2), grad=grad)) for grad in (one, other))
+    one.draw()
+    state = here.state_dict()
+    ahead = [one.draw() for _ in range(5)]
+    there.load_state_dict(state)
+    assert [other.draw() for _ in range(5)] == ahead and len(set(ahead)) > 1
     del state["0.generator"]
     with pytest.raises(RuntimeError, match=r"Missing key.*0\.generator"):
-        other.load_state_dict(state)
-    assert other.load_state_dict(state, strict=False).missing_keys == ["0.generator"]
+        there.load_state_dict(state)
+    assert there.load_state_dict(state, strict=False).missing_keys == ["0.generator"]
     assert "0.generator" not in nn.Sequential(DEQ(nn.Linear(2, 2))).state_dict()

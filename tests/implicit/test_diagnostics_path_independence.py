@@ -56,3 +56,8 @@ def test_solves_that_stop_short_are_told():
     found = path_independence(f, torch.zeros_like(x), x, solver=Picard(), stop=Stop(rtol=1e-10, atol=0, max_evals=5))
     assert not found.converged.any()
     assert not found.score.requires_grad
+
+
+def test_two_answers_of_zero_agree():
+    found = path_independence(lambda z: 0 * z, torch.ones(2, 3))
+    assert found.score.tolist() == [1, 1] and found.distance.tolist() == [0, 0]

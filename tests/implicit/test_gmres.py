@@ -269,3 +269,14 @@ def test_no_peer_needs_fewer_products_for_the_same_accuracy(name):
     own = {s: fewest(ours, s) for s in (Anderson(10), AndersonGS(), Broyden())}
     assert 5 < best <= min([*peers.values(), *own.values()]), (best, peers, own)
     assert min(peers.values()) < 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_singular_system_is_not_called_solved(dtype):
+    rng = torch.Generator().manual_seed(3)
+    v = torch.randn(6, 6, generator=rng, dtype=F64)
+    a = v @ torch.diag(torch.tensor([1.0, 0.5, -0.3, 0.2, 0.7, -0.8], dtype=F64)) @ torch.linalg.inv(v)
+    g = torch.randn(2, 6, generator=rng, dtype=F64).to(dtype)
+    a, stop = a.to(dtype), Stop(rtol=1e-6 if dtype == torch.float32 else 1e-10, atol=0, max_evals=200)
+    assert not GMRES()(lambda u: u @ a.T, g, stop).converged.any()  # u = g + a u has no solution
+    assert GMRES()(lambda u: u @ a.T, g - g @ a.T, stop).converged.all()

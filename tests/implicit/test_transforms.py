@@ -236,3 +236,13 @@ def test_unrolling_inside_transforms_takes_a_fixed_number():
         grad(solve(TIGHT))(B)
     with pytest.raises(NotImplementedError, match="leave checkpoint=False"):
         grad(solve(fixed, checkpoint=True))(B)
+
+
+def test_a_starting_state_that_f_closes_over():
+    def solve(x):
+        return fixed_point(lambda z: torch.tanh(z @ W.T + x), x, stop=TIGHT, grad=EXACT).value
+
+    expected = grad(lambda b: (unrolled(W, b) ** 3).sum())(B)
+    torch.testing.assert_close(grad(lambda x: (solve(x) ** 3).sum())(B), expected, rtol=1e-9, atol=1e-11)
+    pushed = jvp(lambda b: unrolled(W, b), (B,), (B.sin(),))[1]
+    torch.testing.assert_close(jvp(solve, (B,), (B.sin(),))[1], pushed, rtol=1e-9, atol=1e-11)
