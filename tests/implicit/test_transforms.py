@@ -168,8 +168,8 @@ def test_an_operator_without_forward_mode_is_pushed_by_two_pullbacks():
             ctx.save_for_backward(*inputs)
 
         @staticmethod
-        def backward(ctx, g):
-            return g * ctx.saved_tensors[0].cos()
+        def backward(ctx, *grads):
+            return grads[0] * ctx.saved_tensors[0].cos()
 
     def mine(b):
         return fixed_point(lambda z, b: 0.5 * NoForward.apply(z) + b, ZERO, b, stop=TIGHT, grad=EXACT).value
