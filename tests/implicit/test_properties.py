@@ -4,11 +4,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from implicit import Anderson, AndersonGS, Broyden, Picard, Stop, fixed_point
+from implicit import Anderson, AndersonGS, BadBroyden, Broyden, NewtonKrylov, Picard, Stop, fixed_point
 
 F64 = torch.float64
-SOLVERS = [Picard(), Anderson(), AndersonGS(), Broyden()]
-QUICK = settings(max_examples=12, derandomize=True, deadline=None)
+SOLVERS = [Picard(), Anderson(), AndersonGS(), Broyden(), BadBroyden(), NewtonKrylov()]
+QUICK = settings(max_examples=18, derandomize=True, deadline=None)
 
 problems = st.tuples(
     st.sampled_from(SOLVERS),
