@@ -11,6 +11,8 @@ whatever its own rule of stopping would say.
 
 import argparse
 import json
+import platform
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -97,17 +99,23 @@ class Watched:
 
 
 def solvers() -> dict[str, Callable[[Map, Any], Any]]:
-    """The solvers of either package for fixed points, and those for roots; jaxopt's Broyden without its line search."""
+    """Those of either package for fixed points and for roots; jaxopt's Broyden with its line search and without."""
     never = {"maxiter": BUDGET, "tol": 0.0, "implicit_diff": False}
 
     def finds(solver: Any) -> Callable[[Map, Any], Any]:
         return lambda f, x: optimistix.root_find(lambda z, _: f(z) - z, solver, x, max_steps=BUDGET, throw=False)
 
+    def repeats(f: Map, x: Any) -> Any:
+        solver = optimistix.FixedPointIteration(**tight)
+        return optimistix.fixed_point(lambda z, _: f(z), solver, x, max_steps=BUDGET, throw=False)
+
     tight = {"rtol": 1e-300, "atol": 1e-300}
     return {
         "jaxopt FixedPointIteration": lambda f, x: jaxopt.FixedPointIteration(f, **never).run(x),
         "jaxopt AndersonAcceleration": lambda f, x: jaxopt.AndersonAcceleration(f, **never).run(x),
+        "jaxopt Broyden": lambda f, x: jaxopt.Broyden(lambda z: f(z) - z, **never).run(x),
         "jaxopt Broyden, step 1": lambda f, x: jaxopt.Broyden(lambda z: f(z) - z, stepsize=1.0, **never).run(x),
+        "optimistix FixedPointIteration": repeats,
         "optimistix Newton": finds(optimistix.Newton(**tight)),
         "optimistix Chord": finds(optimistix.Chord(**tight)),
     }
@@ -115,6 +123,7 @@ def solvers() -> dict[str, Callable[[Map, Any], Any]]:
 
 def evaluations(dtype: torch.dtype, rtol: float) -> dict[str, dict[str, int | str]]:
     """Solver -> problem -> evaluations, or how it failed."""
+    jax.config.update("jax_enable_x64", dtype == torch.float64)  # jaxopt's Anderson mixes the two otherwise
     table: dict[str, dict[str, int | str]] = {}
     for name, solve in solvers().items():
         table[name] = {}
@@ -138,9 +147,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "peers_jax.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    jax.config.update("jax_enable_x64", True)
     warnings.simplefilter("ignore")
     result = {
+        "device": f"{platform.machine()} CPU, 1 thread",
+        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
         "versions": {name: version(name) for name in ("jax", "jaxopt", "optimistix", "torch")},
         "evaluations": {
             "float64 to 1e-10": evaluations(torch.float64, 1e-10),

@@ -142,16 +142,21 @@ def gradient_bias(tables: Mapping[str, GradientBias], ax: "Axes | None" = None) 
 
 
 def _name_dots(ax: "Axes", dots: list[tuple[str, float, float]]) -> None:
-    """Write each dot's name beside it, moved down where it would cover another's."""
+    """Write each dot's name beside it: lower where it would cover another's, to its left where it would stick out."""
     per_point = ax.get_figure(root=True).dpi / 72  # pyright: ignore[reportOptionalMemberAccess]: drawn axes have one
+    edge = ax.get_window_extent().x1 / per_point
     taken: list[tuple[float, float, float]] = []  # left, right and height of the names so far, in points
     for name, x, y in sorted(dots, key=lambda dot: -dot[2]):
-        left, height = ax.transData.transform((x, y)) / per_point
-        width, at = 4.2 * len(name), height
-        while any(left < r and left + width > l and abs(at - h) < 8 for l, r, h in taken):
-            at -= 1
-        taken.append((left, left + width, at))
-        ax.annotate(name, (x, y), xytext=(5, at - height - 2), textcoords="offset points", fontsize=7)
+        at, height = ax.transData.transform((x, y)) / per_point
+        width = 4.6 * len(name)
+        right = at + 5 + width > edge
+        left, drop = (at - 5 - width, height) if right else (at + 5, height)
+        while any(left < r and left + width > l and abs(drop - h) < 9 for l, r, h in taken):
+            drop -= 1
+        taken.append((left, left + width, drop))
+        shift = (-5 if right else 5, drop - height - 2)
+        side = "right" if right else "left"
+        ax.annotate(name, (x, y), xytext=shift, textcoords="offset points", fontsize=8, ha=side)
 
 
 def _axes(ax: "Axes | None") -> "Axes":

@@ -79,7 +79,8 @@ class NewtonKrylov(AbstractSolver[NewtonKrylovMemory]):
             return self._step(f, point, memory)
 
     def _step(self, f: Evaluator, point: Point, memory: NewtonKrylovMemory) -> tuple[Flat, NewtonKrylovMemory]:
-        last, z, size = f.left <= 1, point.z, norm(point.r)
+        last, z = f.left <= 1, point.z
+        size = torch.linalg.vector_norm(point.r, dim=1, dtype=torch.float64).to(z.dtype)  # squares stay in range
         # whose z was moved, by the loop's safeguard or by a step, begins anew
         plain = memory.slot == _PLAIN
         slot = torch.where(plain, -1, memory.slot * (z == memory.z).all(dim=1))

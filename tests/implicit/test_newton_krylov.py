@@ -96,3 +96,15 @@ def test_a_sample_that_fails_does_not_spend_the_budget_of_the_others():
     assert beside.result.tolist() == [0, 0, 0, 0, Result.NONFINITE]
     assert beside.evals[:4].tolist() == alone.evals.tolist()
     torch.testing.assert_close(beside.value[:4], alone.value)
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1.0, 1e20])
+def test_norms_whose_squares_leave_the_dtypes_range(unit):
+    random = torch.Generator().manual_seed(0)
+    matrix, b = torch.randn(8, 8, generator=random), unit * torch.randn(3, 8, generator=random)
+    matrix *= 0.7 / torch.linalg.matrix_norm(matrix, 2)
+    stop = Stop(rtol=1e-4, atol=0, max_evals=30)
+    solution = iterate(lambda z: z @ matrix.T + b, torch.zeros(3, 8), NewtonKrylov(), stop)
+    truth = torch.linalg.solve(torch.eye(8).double() - matrix.double(), b.T.double()).T
+    assert solution.converged.all()
+    assert ((solution.value - truth).norm(dim=1) < 1e-3 * truth.norm(dim=1)).all()
