@@ -43,7 +43,7 @@ def _line(ax: Any, points: Mapping[float, Seeds], label: str, **style: Any) -> N
 
 def estimators(distances: Mapping[str, Seeds], path: Path) -> None:
     """One row of points per estimator."""
-    figure, ax = plt.subplots(figsize=(7.5, 3.6), layout="constrained")
+    figure, ax = plt.subplots(figsize=(5.4, 3.8), layout="constrained")
     for row, values in enumerate(distances.values()):
         if values:
             ax.plot(values, [row] * len(values), "o", alpha=0.6, color="tab:blue")
@@ -96,7 +96,7 @@ def _decimals(ax: Any) -> None:
 
 def reuse(found: Mapping[str, Mapping[int, Seeds]], path: Path) -> None:
     """Distance against iterations per step, a line per start."""
-    figure, ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    figure, ax = plt.subplots(figsize=(5.4, 3.8), layout="constrained")
     for name, points in found.items():
         _line(ax, {float(k): v for k, v in points.items()}, name)
     _octaves(ax, sorted({k for points in found.values() for k in points}))

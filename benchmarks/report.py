@@ -4,6 +4,7 @@ The chapters are in `benchmarks/chapters/`, one file each.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from benchmarks.chapters import (
@@ -23,6 +24,7 @@ from benchmarks.chapters import (
     solvers_in_sampling,
 )
 from benchmarks.chapters.wording import NOTHING
+from benchmarks.report_gradients import mark
 
 ROOT = Path(__file__).parents[1]
 CHAPTERS = (
@@ -61,6 +63,14 @@ def build(results: Path, out: Path) -> str:
     return "\n\n".join((head, *parts)) + "\n"
 
 
+def guide(result: Path, page: Path) -> None:
+    """Put the solvers' tables into the guide that stands beside the report, where both are there."""
+    if result.exists() and page.exists():
+        found = json.loads(result.read_text())
+        text = mark(page.read_text(), "peers", core_solvers.counts(found))
+        page.write_text(mark(text, "overhead", core_solvers.beside_torchdeq(found)))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
@@ -68,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     text = build(options.results, options.out)
     options.out.write_text(text)
+    guide(options.results / "solvers.json", options.out.parent / "solvers.md")
     print(f"{options.out}: {text.count(NOTHING)} entries {NOTHING}.")
 
 

@@ -1,8 +1,11 @@
 """The guide's example runs, and is the file that it names."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+
+from benchmarks import report
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -12,3 +15,16 @@ def test_the_example_in_the_guide_runs():
     assert code.strip() in (DOCS / "deq_mlp.py").read_text()
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "converged 100.0%" in out
+
+
+def test_the_guide_shows_the_numbers_that_were_measured(tmp_path):
+    page = tmp_path / "solvers.md"
+    page.write_text((DOCS / "solvers.md").read_text())
+    result = Path(report.__file__).parent / "results" / "solvers.json"
+    report.guide(result, page)
+    assert page.read_text() == (DOCS / "solvers.md").read_text()
+    found = json.loads(result.read_text())
+    found["summary"]["float64 to 1e-10"]["implicit AndersonGS (default)"] = "13 of 14, 999 evaluations"
+    (tmp_path / "other.json").write_text(json.dumps(found))
+    report.guide(tmp_path / "other.json", page)
+    assert "13 of 14, 999 evaluations" in page.read_text()

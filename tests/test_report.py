@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from benchmarks import bench_diffusion, report
-from benchmarks.chapters import wording
+from benchmarks.chapters import size_and_memory, wording
 
 RESULTS = Path(report.__file__).parent / "results"
 
@@ -130,3 +130,16 @@ def test_budgets_say_who_is_ahead(tmp_path):
     text = section(built(tmp_path, "study_sampling.json", change=change), "FPDM and DiT")
     assert re.search(r"FPDM is ahead at (\d+ block passes, )*60 block passes, MACs of", text)
     assert re.search(r"the DiT is ahead at 120 block passes, 240 block passes, MACs of 120", text)
+
+
+def test_memory_at_full_size_is_read_from_the_file_of_a_gpu(tmp_path):
+    def row(network, estimator, peak, checkpointed=False):
+        found = {"network": network, "estimator": estimator, "checkpointed": checkpointed, "batch": 8}
+        return found | {"peak MiB": peak}
+
+    rows = [row("DiT", "", 40_000), row("DiT", "", 9_000, True), row("FPDM", "S-JFB (6, 7), the expected draw", 10_000)]
+    rows.append(row("FPDM", "S-JFB (12, 12), the worst draw", 20_000))
+    (tmp_path / "gpu_diffusion_bf16_8.json").write_text(json.dumps({"tables": {"training step": {"rows": rows}}}))
+    text = size_and_memory.chapter(tmp_path, tmp_path)
+    assert "at XL/2*: 75 % less at batch 8, S-JFB (6, 7), the expected draw (`gpu_diffusion_bf16_8.json`)" in text
+    assert f"at XL/2*: {report.NOTHING} at that size" in size_and_memory.chapter(RESULTS, tmp_path)
