@@ -59,7 +59,7 @@ from implicit.testing import problem
 F64 = torch.float64
 GRADS = [IFT(), JFB(2), StochasticJFB(), Phantom(3, 0.3), Neumann(4), SHINE(), Reversible(), Unrolled()]
 each_grad = pytest.mark.parametrize("grad", GRADS, ids=lambda g: type(g).__name__)
-QUASI = [Anderson(), AndersonGS(), Broyden()]
+QUASI = [Anderson(), AndersonGS(), Broyden(), BadBroyden()]
 
 
 def contraction(n=16, gain=0.5, dtype=F64):
