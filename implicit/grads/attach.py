@@ -13,64 +13,16 @@ watching phi run), at the *attached* z*, and the products are taken there. u its
 psi(u) = g + J^T u, and is attached by the same function; so the recursion gives every order.
 """
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from implicit.grads.gmres import GMRES
 from implicit.grads.graph import Cut, edge, pull
+from implicit.grads.linear_solve import LinearSolve
 from implicit.grads.outside import Outside, explicit, unseen
-from implicit.iterate import Stop, iterate
-from implicit.solution import NotConverged, Result, Solution
-from implicit.solvers.base import AbstractSolver
 from implicit.state import Flat
-
-
-@dataclass(frozen=True)
-class LinearSolve:
-    """Solves u = g + A u, A a linear map given by its action, free of the scale of g.
-
-    g is divided by a power of two per sample, so that rounding, tolerance and iterates are the same at every scale.
-    """
-
-    solver: AbstractSolver[Any] | GMRES
-    stop: Stop
-    on_failure: Literal["warn", "raise", "ignore"]
-    report: Callable[[Solution], None] | None
-    eps: float = 0.0  # relative rounding error of a product
-
-    def __call__(self, act: Callable[[Flat], Flat], g: Flat) -> Flat:
-        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
-            size = torch.linalg.vector_norm(g, ord=torch.inf, dim=1, keepdim=True)
-            scale = torch.where(size > 0, torch.exp2(torch.floor(torch.log2(size))), 1.0)
-            unit = g / scale
-            if isinstance(self.solver, GMRES):
-                solution = self.solver(act, unit, self.stop, self.eps)
-            else:
-                solution = iterate(lambda u: unit + act(u), unit, self.solver, self.stop)
-            if self.report is not None:
-                self.report(solution)
-            if self.on_failure != "ignore":
-                self._judge(solution)
-            return solution.value * scale
-
-    def _judge(self, solution: Solution) -> None:
-        try:
-            solution.check()
-        except NotConverged as failure:
-            if self.on_failure == "raise":
-                raise NotConverged(f"{_INEXACT} {failure}") from None
-            kinds = sorted({Result(code) for code in solution.result.tolist()} - {Result.CONVERGED})
-            advice = " ".join(f"{kind.name}: {kind.message}" for kind in kinds)
-            # One text for all such failures, so that the default filter shows it once.
-            warnings.warn(f"{_INEXACT} {advice} IFT(report=...) hears of every solve.", RuntimeWarning, stacklevel=2)
-
-
-_INEXACT = "The linear solve of the IFT backward pass failed for some samples, so their gradient is inexact."
 
 
 @torch.compiler.disable(recursive=True)  # dynamo cannot watch phi run

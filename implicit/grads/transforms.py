@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit.grads.attach import LinearSolve
+from implicit.grads.linear_solve import LinearSolve
 from implicit.grads.constant import constant
 from implicit.grads.outside import Outside, explicit
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
