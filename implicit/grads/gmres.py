@@ -70,16 +70,32 @@ class GMRES:
 
         A sample whose products are not finite has its g for a value.
         """
+        return self.apart(act, g, stop, eps)[0]
+
+    def apart(self, act: Callable[[Flat], Flat], g: Flat, stop: Stop, eps: float = 0.0) -> tuple[Solution, bool | None]:
+        """The solution, and whether the samples are systems of their own, as far as that shows at no cost.
+
+        A sample that is content is multiplied as zero, and what comes back for it comes from the others: False, and
+        the solution is none. None: all were content at once.
+        """
         length, u = norm(g), torch.zeros_like(g)
         books = _Books(_host(length), stop, max(eps, torch.finfo(g.dtype).eps))
         fit = _LeastSquares(books.residual, 4 * torch.finfo(g.dtype).eps)
         short = min(self.short if g.shape[1] >= _SMALL else self.memory, self.memory)
         basis, v, size = Ring(self.memory, first=short if short < self.memory else 0), _unit(g, length), ()
+        apart: bool | None = None
         while books.open:
+            idle = books.content
+            if idle.any():
+                v = v.masked_fill(_mask(idle, v), 0)
             basis, v = _append(basis, fit.place, v)
             h, v, length = _orthogonalise(act(v), basis, again=fit.columns >= _ONCE)
             found = _host(torch.cat((h, torch.stack((length, *size), dim=1)), dim=1))
             v, k = _unit(v, length), h.shape[1]
+            if idle.any():
+                apart = not (np.abs(found[idle, : k + 1]) > 0).any()
+                if not apart:
+                    break
             spent = fit.add(found[:, :k], found[:, k], books.running)
             if spent.any():
                 v = v.masked_fill(_mask(spent, v), 0)
@@ -90,7 +106,7 @@ class GMRES:
                 basis, v = _start_over(basis, v, fit, over)
                 size = (norm(u),)
         lost = books.code == Result.NONFINITE
-        return books.solution(torch.where(_mask(lost, g), g, u) if lost.any() else u)
+        return books.solution(torch.where(_mask(lost, g), g, u) if lost.any() else u), apart
 
 
 def _append(basis: Ring, place: "int | np.ndarray", v: Flat) -> tuple[Ring, Flat]:
@@ -249,6 +265,11 @@ class _Books:
         self.code = np.where(beta == 0, int(Result.CONVERGED), int(_RUNNING)).astype(np.int8)
         self.code[~np.isfinite(beta)] = Result.NONFINITE
         self.running = self.code == _RUNNING
+
+    @property
+    def content(self) -> np.ndarray:
+        """Who has an answer."""
+        return (self.code == Result.CONVERGED) | (self.code == Result.STALLED)
 
     @property
     def open(self) -> bool:

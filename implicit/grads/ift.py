@@ -30,9 +30,8 @@ class IFT(AbstractGrad):
     the solve works on g divided by a power of two per sample, so a loss times 1e-8 gives that gradient times 1e-8. The
     starting state gets no gradient. Differentiable to any order, and by `torch.func`.
 
-    Each sample is taken for a system of its own, and one product at the end shows whether it is. Where f couples them
-    (batch normalisation in training mode, a mean over the batch) the whole batch is solved as one, with a warning:
-    pass ``batch_dims=0``.
+    Each sample is taken for a system of its own. Where f couples them all (batch normalisation in training mode, a
+    mean over the batch) that is noticed, and the whole batch is solved as one, with a warning: pass ``batch_dims=0``.
 
     Memory: one evaluation of f; in the backward pass a handful of states where the layer contracts well, a state for
     every product where it does not, or has fewer than 1024 numbers (`GMRES`). Cost: one evaluation, k products v^T J

@@ -26,9 +26,9 @@ class LinearSolve:
 
     g is divided by a power of two per sample, so that rounding, tolerance and iterates are the same at every scale.
 
-    The samples of a batch are solved side by side, each as a system of its own. One more product tells whether it is:
-    where ||g + A u - u|| is not what the solver said, the rest is solved for, as one system of the whole batch if A
-    takes one sample into another.
+    The samples of a batch are solved side by side, each as a system of its own, and where A takes one sample into
+    another, all over again as one. Whether it does shows in GMRES as soon as one sample is content before another;
+    otherwise one more product shows whether ||g + A u - u|| is what the solver said.
     """
 
     solver: AbstractSolver[Any] | GMRES
@@ -40,47 +40,47 @@ class LinearSolve:
     def __call__(self, act: Act, g: Flat) -> Flat:
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
             scale = _power_of_two(g)
-            solution = self._solve(act, g / scale)
-            if len(g) > 1:
-                solution, scale = self._check(act, g, solution, scale)
+            solution, apart = self._solve(act, g / scale)
+            if apart is None and len(g) > 1:
+                solution, apart = self._check(act, g, scale, solution)
+            if apart is False:
+                scale = _power_of_two(g.reshape(1, -1))
+                solution = self._together(act, g / scale, solution.evals)
             if self.report is not None:
                 self.report(solution)
             if self.on_failure != "ignore":
                 self._judge(solution)
             return solution.value * scale
 
-    def _solve(self, act: Act, g: Flat) -> Solution:
+    def _solve(self, act: Act, g: Flat) -> tuple[Solution, bool | None]:
+        """The solution of every sample, and whether they are systems of their own if that is known."""
         if isinstance(self.solver, GMRES):
-            return self.solver(act, g, self.stop, self.eps)
-        return iterate(lambda u: g + act(u), g, self.solver, self.stop)
+            return self.solver.apart(act, g, self.stop, self.eps)
+        return iterate(lambda u: g + act(u), g, self.solver, self.stop), None
 
-    def _check(self, act: Act, g: Flat, found: Solution, scale: Tensor) -> tuple[Solution, Tensor]:
-        """The solution mended where its residual shows that it needs to be, and the scale that its value is in."""
-        found = replace(found, evals=found.evals + 1)
-        rest = _residual(act, g, found.value, scale)
-        rtol, eps = self.stop.rtol, max(self.eps, torch.finfo(g.dtype).eps)
-        wrong = ~(norm(rest) <= _SLACK * (self.stop.atol + max(rtol, eps) * norm(found.value)))
-        wrong &= found.result != Result.NONFINITE
+    def _check(self, act: Act, g: Flat, scale: Tensor, found: Solution) -> tuple[Solution, bool]:
+        """What is wanting added to the solution, and whether the samples are systems of their own."""
+        u, found = found.value, replace(found, evals=found.evals + 1)
+        rest = (g + act(u * scale)) / scale - u
+        rtol = max(self.stop.rtol, self.eps, torch.finfo(g.dtype).eps)
+        wrong = ~(norm(rest) <= _SLACK * (self.stop.atol + rtol * norm(u))) & (found.result != Result.NONFINITE)
         if not wrong.any():
-            return found, scale
+            return found, True
         if _couples(act, g, wrong):
-            if self.on_failure != "ignore":
-                warnings.warn(_COUPLED, RuntimeWarning, stacklevel=2)
-            scale = _power_of_two(g.reshape(1, -1))
-            return self._together(act, g / scale, found.evals), scale
-        wrong &= found.result == Result.CONVERGED
-        return (self._more(act, rest * wrong.unsqueeze(1), found) if wrong.any() else found), scale
+            return found, False
+        wrong &= found.converged
+        if not wrong.any():
+            return found, True
+        more = self._solve(act, rest * wrong.unsqueeze(1))[0]
+        return replace(more, value=u + more.value, evals=found.evals + more.evals), True
 
     def _together(self, act: Act, g: Flat, spent: Tensor) -> Solution:
         """The whole batch as one system."""
-        whole = self._solve(lambda u: act(u.view_as(g)).reshape(1, -1), g.reshape(1, -1))
+        if self.on_failure != "ignore":
+            warnings.warn(_COUPLED, RuntimeWarning, stacklevel=2)
+        whole = self._solve(lambda u: act(u.view_as(g)).reshape(1, -1), g.reshape(1, -1))[0]
         residual, result = (t.expand(len(g)) for t in (whole.residual, whole.result))
         return Solution(value=whole.value.view_as(g), residual=residual, result=result, evals=spent + whole.evals)
-
-    def _more(self, act: Act, rest: Flat, found: Solution) -> Solution:
-        """`found` and what solves the rest of it."""
-        more = self._solve(act, rest)
-        return replace(more, value=found.value + more.value, evals=found.evals + more.evals)
 
     def _judge(self, solution: Solution) -> None:
         try:
@@ -105,11 +105,6 @@ _COUPLED = (
 def _power_of_two(g: Flat) -> Tensor:
     size = torch.linalg.vector_norm(g, ord=torch.inf, dim=1, keepdim=True)
     return torch.where(size > 0, torch.exp2(torch.floor(torch.log2(size))), 1.0)
-
-
-def _residual(act: Act, g: Flat, u: Flat, scale: Tensor) -> Flat:
-    """g + A u - u in units of `scale`, u being given in these."""
-    return (g + act(u * scale)) / scale - u
 
 
 def _couples(act: Act, g: Flat, wrong: Tensor) -> bool:

@@ -85,16 +85,18 @@ def test_the_default_says_so_once_and_ignore_says_nothing():
     assert len({(str(w.message), w.filename, w.lineno) for w in said}) == 1
 
 
-def test_samples_apart_cost_one_product_and_one_sample_none():
-    w, b = mean_field()
+@pytest.mark.parametrize(("sizes", "more"), [((1, 1, 1), 1), ((1, 0, 1), 0)])
+def test_only_samples_that_are_content_all_at_once_cost_another_product(sizes, more):
+    w, b = mean_field(rows=1)
     w.requires_grad_()
     count = {}
-    for rows in (1, 5):
+    for rows in (1, 3):
         heard: list[Solution] = []
-        z = fixed_point(lambda z: torch.tanh(z @ w + b[:rows]), b[:rows], grad=IFT(report=heard.append), stop=TIGHT).value
-        z[0].sum().backward()
+        grad = IFT(report=heard.append)
+        z = fixed_point(lambda z: torch.tanh(z @ w + b.expand_as(z)), b.repeat(rows, 1), grad=grad, stop=TIGHT).value
+        (z.sum(1) * torch.tensor(sizes[:rows])).sum().backward()
         count[rows] = int(heard[0].evals[0])
-    assert count[5] == count[1] + 1
+    assert count[3] == count[1] + more
 
 
 def test_a_solve_that_failed_and_is_no_coupled_one_fails():
