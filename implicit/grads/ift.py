@@ -11,11 +11,11 @@ import torch
 
 from implicit.grads import transforms
 from implicit.grads.attach import attach
-from implicit.grads.linear_solve import LinearSolve
 from implicit.grads.autocast import Autocast
 from implicit.grads.base import AbstractGrad
 from implicit.grads.constant import constant
 from implicit.grads.gmres import GMRES
+from implicit.grads.linear_solve import LinearSolve
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit.grads.linear_solve import LinearSolve
 from implicit.grads.constant import constant
+from implicit.grads.linear_solve import LinearSolve
 from implicit.grads.outside import Outside, explicit
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
 from implicit.solution import Solution
