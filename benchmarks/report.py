@@ -4,7 +4,6 @@ The chapters are in `benchmarks/chapters/`, one file each.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from benchmarks.chapters import (
@@ -23,6 +22,7 @@ from benchmarks.chapters import (
     size_and_memory,
     solvers_in_sampling,
 )
+from benchmarks.chapters.records import read
 from benchmarks.chapters.wording import NOTHING
 from benchmarks.report_gradients import mark
 
@@ -66,7 +66,7 @@ def build(results: Path, out: Path) -> str:
 def guide(result: Path, page: Path) -> None:
     """Put the solvers' tables into the guide that stands beside the report, where both are there."""
     if result.exists() and page.exists():
-        found = json.loads(result.read_text())
+        found = read(result)
         text = mark(page.read_text(), "peers", core_solvers.counts(found))
         page.write_text(mark(text, "overhead", core_solvers.beside_torchdeq(found)))
 

@@ -75,6 +75,20 @@ def test_a_deleted_file_leaves_its_rows_not_measured(tmp_path):
             assert empty[part].count(report.NOTHING) > full[part].count(report.NOTHING), name
 
 
+@pytest.mark.parametrize("chapter", report.CHAPTERS, ids=lambda chapter: chapter.__name__.rsplit(".", 1)[1])
+def test_a_file_cut_short_is_named(tmp_path, chapter):
+    for path in RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_text('{"tables": ')
+    (tmp_path / "gpu_diffusion_h.json").write_text("[]")
+    with pytest.raises(SystemExit, match=r"\.json is (not whole|no result file)"):
+        chapter.chapter(tmp_path, tmp_path)
+
+
+def test_cells_without_a_number_are_dashes(tmp_path):
+    text = report.costs.chapter(RESULTS, tmp_path)
+    assert "| - |" in text and "None" not in text
+
+
 def test_networks_are_counted_by_the_seeds_that_were_run(tmp_path):
     def more(found):
         cells = found["cells"]

@@ -1,9 +1,9 @@
 """Solvers of the core beside their peers."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from .records import read
 from .wording import NOTHING, table
 
 
@@ -12,7 +12,7 @@ def chapter(results: Path, images: Path) -> str:
     head = "## Solvers of the core beside their peers"
     if not path.exists():
         return f"{head}\n\n`solvers.json`: {NOTHING}."
-    found = json.loads(path.read_text())
+    found = read(path)
     times = found["CPU time, bare loop = 1"]
     around = table(
         ("CPU time, bare loop = 1", *times),

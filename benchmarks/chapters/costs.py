@@ -1,8 +1,8 @@
 """What steps of FPDM and DiT cost."""
 
-import json
 from pathlib import Path
 
+from .records import read
 from .wording import NOTHING, short, table
 
 
@@ -13,7 +13,7 @@ def chapter(results: Path, images: Path) -> str:
 def tables(path: Path) -> list[str]:
     """The tables that `bench_diffusion` wrote, and where they were measured."""
     parts: list[str] = []
-    known = json.loads(path.read_text())["tables"] if path.exists() else {}
+    known = read(path).get("tables", {})
     for name in ("against the plain step", "around the block", "sampling step", "training step", "parameters"):
         found = known.get(name)
         parts.append(f"**{name.capitalize()}**" + ("" if found else f": {NOTHING}."))

@@ -1,8 +1,8 @@
 """The default run of the command."""
 
-import json
 from pathlib import Path
 
+from .records import read
 from .wording import NOTHING, table, told
 
 
@@ -11,7 +11,7 @@ def chapter(results: Path, images: Path) -> str:
     head = "## The default run"
     if not path.exists():
         return f"{head}\n\n`digits.json`: {NOTHING}."
-    found = json.loads(path.read_text())
+    found = read(path)
     rows = []
     for kind in ("fpdm", "dit"):
         runs = [run for name, run in found["runs"].items() if name.startswith(f"{kind} ")]

@@ -1,9 +1,9 @@
 """How large a difference must be to mean something."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from .records import read
 from .wording import NOTHING, table
 
 HEAD = "## How much a difference means"
@@ -13,7 +13,7 @@ def chapter(results: Path, images: Path) -> str:
     path = results / "floor.json"
     if not path.exists():
         return f"{HEAD}\n\n`floor.json`: {NOTHING}."
-    found = json.loads(path.read_text())
+    found = read(path)
     drawn, small, held_out = (
         found[key] for key in ("as many as a score has samples", "as many as are held out", "held out")
     )

@@ -10,13 +10,30 @@ from .wording import NOTHING
 _HASTY = 2.0  # distances above this are those of networks that have far to go
 
 
+def read(path: Path) -> dict[str, Any]:
+    """What a result file holds; nothing where it was not measured.
+
+    Raises:
+        SystemExit: the file is none of ours.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise SystemExit(f"{path} is not whole ({error}): restore it, or delete it to have it not measured.") from None
+    if not isinstance(found, dict):
+        raise SystemExit(f"{path} is no result file: restore it, or delete it to have it not measured.")
+    return found
+
+
 class Study:
     """The records of one study, `None` wherever something was not measured."""
 
     def __init__(self, results: Path, name: str) -> None:
         path = results / f"study_{name}.json"
         self.file, self.name = path.name, name
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        self.found: dict[str, Any] = read(path)
 
     def values(self, cell: str, way: str, what: str) -> list[float]:
         """One number per seed; what a run cost in training is found under the way ""."""

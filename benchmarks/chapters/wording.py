@@ -69,7 +69,9 @@ def verdict(claim: str, better: list[float], worse: list[float], paired: bool = 
 
 
 def short(value: Any) -> str:
-    """A number or a small record, legible in a table."""
+    """A number or a small record, legible in a table; "-" where there is no such thing."""
+    if value is None:
+        return "-"
     if isinstance(value, dict):
         return ", ".join(f"{key} {short(one)}" for key, one in value.items())
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
