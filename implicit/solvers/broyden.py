@@ -51,10 +51,11 @@ class BroydenMemory:
 class Broyden(AbstractSolver[BroydenMemory]):
     """Broyden with at most `memory` secant pairs per sample.
 
-    When the memory is full it starts anew from the newest pair, so the newest secant equation always holds (later pairs
-    mislead without the earlier ones that they were made with: dropping one at a time diverges on slow linear maps). A
-    sample whose direction is lost to rounding (s^T H y = 0) leaves that pair out. Memory grows with the steps taken, to
-    at most memory + 3 states.
+    When the memory is full it starts anew from the newest pair, so the newest secant equation always holds. (Later
+    pairs mislead without the earlier ones that they were made with: dropping one at a time diverges on slow linear
+    maps. scipy's truncated SVD takes about as many evaluations, for a factorisation a step.) A sample whose direction
+    is lost to rounding (s^T H y = 0) leaves that pair out. Memory grows with the steps taken, to at most memory + 3
+    states.
 
     Args:
         memory: number of secant pairs kept, >= 1.

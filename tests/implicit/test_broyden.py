@@ -1,10 +1,14 @@
 """Broyden, iterate by iterate, against dense updates of an explicit Jacobian or inverse."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from scipy import optimize
 from test_anderson import FREE, smooth, visited
 
-from implicit import BadBroyden, Broyden, Loop, Stop, iterate
+from implicit import BadBroyden, Broyden, Loop, Stop, fixed_point, iterate
 from implicit.iterate import PackedMap
 from implicit.solvers import Point
 from implicit.state import Layout
@@ -147,3 +151,37 @@ def test_bad_arguments_are_named():
         Broyden(0)
     with pytest.raises(ValueError, match=r"Broyden\.search"):
         Broyden(search=-1)
+
+
+def scipy_evaluations(a, b, small, reduction, memory):
+    """Evaluations that scipy's Broyden takes for ||(a x + b) - x|| <= small; infinity where it fails."""
+    calls = 0
+
+    def g(x):
+        nonlocal calls
+        calls += 1
+        return a @ x + b - x
+
+    options = dict(reduction_method=reduction, max_rank=memory, maxiter=400, line_search=None)
+    try:
+        with np.errstate(all="ignore"):
+            optimize.broyden1(g, np.zeros(len(b)), alpha=1.0, f_tol=small, tol_norm=np.linalg.norm, **options)
+    except (OverflowError, optimize.NoConvergence):
+        return math.inf
+    return calls
+
+
+@pytest.mark.parametrize("memory", [5, 10, 20])
+@pytest.mark.parametrize("radius", [0.5, 0.9, 0.97])
+def test_a_short_memory_beside_scipys_reductions(radius, memory):
+    """A new start keeps up with the SVD and scipy's own new start; dropping the oldest pair does not, or overflows."""
+    draw, n = torch.Generator().manual_seed(0), 64
+    q = torch.linalg.qr(torch.randn(n, n, generator=draw, dtype=F64))[0]
+    a = q @ torch.diag(torch.linspace(-radius, radius, n, dtype=F64)) @ q.T
+    b = torch.randn(n, generator=draw, dtype=F64)
+    stop = Stop(rtol=1e-8, atol=0, max_evals=400)
+    ours = fixed_point(lambda z: z @ a + b, torch.zeros(1, n, dtype=F64), solver=Broyden(memory), stop=stop).check()
+    small = 1e-8 * float(ours.value.norm())
+    theirs = {way: scipy_evaluations(a.numpy(), b.numpy(), small, way, memory) for way in ("restart", "svd", "simple")}
+    assert int(ours.evals) <= 1.25 * min(theirs["restart"], theirs["svd"])
+    assert radius < 0.9 or theirs["simple"] > 1.5 * ours.evals
