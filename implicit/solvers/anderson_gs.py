@@ -25,8 +25,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history import Ring
+from implicit.solvers.history import Ring, dots
 from implicit.state import Flat
+
+_NOISE = 2  # a difference of residuals within that many eps of f(z) is made of rounding errors
 
 
 @dataclass(frozen=True)
@@ -103,16 +105,18 @@ class AndersonGS(AbstractSolver[AndersonGSMemory]):
         inverse = memory.inverse.clone()
         inverse[:, :, slot] = 0
         new, new_fz = point.r - memory.r, point.fz - memory.fz
-        size = torch.linalg.vector_norm(new, dim=1).view(-1, 1, 1)
-        dots = q.dot(new)
-        h = dots * inverse[:, :, : q.rows]
-        inside = torch.bmm(h, dots.mT)  # squared length in the old span
-        stale = inside >= (1 - drop**2) * size**2
+        square = dots(new.unsqueeze(1), new)  # a norm has no second derivative at zero
+        along = q.dot(new)
+        h = along * inverse[:, :, : q.rows]
+        inside = torch.bmm(h, along.mT)  # squared length in the old span
+        stale = inside >= (1 - drop**2) * square
         h = h.masked_fill(stale, 0)
         new, new_fz = q.add(new, h, -1), d.add(new_fz, h, -1)
-        size = torch.linalg.vector_norm(new, dim=1, keepdim=True)
+        square = dots(new.unsqueeze(1), new).squeeze(2)
         inverse = inverse.masked_fill(stale, 0)
-        inverse[:, :, slot] = size.masked_fill(size < torch.finfo(size.dtype).tiny ** 0.5, torch.inf) ** -2
+        noise = (_NOISE * torch.finfo(square.dtype).eps) ** 2 * dots(point.fz.unsqueeze(1), point.fz).squeeze(2)
+        none = square <= noise.clamp_min(torch.finfo(square.dtype).tiny)
+        inverse[:, :, slot] = square.masked_fill(none, torch.inf).reciprocal()
         return replace(memory, q=q.put(slot, new), d=d.put(slot, new_fz), inverse=inverse, pairs=memory.pairs + 1)
 
     def transposed(self, memory: AndersonGSMemory, g: Flat) -> Flat:

@@ -31,6 +31,8 @@ from implicit.solvers.base import AbstractSolver, Evaluator, Point
 from implicit.solvers.history import Ring, put
 from implicit.state import Flat, norm
 
+_NOISE = 0.75  # a share of a direction below this power of eps is made of rounding errors, and dividing by it a blow-up
+
 
 @dataclass(frozen=True)
 class BroydenMemory:
@@ -118,7 +120,7 @@ class Broyden(AbstractSolver[BroydenMemory]):
         if memory.short is not None:
             s = memory.steps.add(s, c * memory.short[:, :, : memory.count], -1)
         share = 1 + c[:, :, -1]
-        lost = share.abs() <= torch.finfo(r.dtype).eps
+        lost = share.abs() <= torch.finfo(r.dtype).eps ** _NOISE
         memory = _leave_out(memory, lost, r)
         s = s / share.masked_fill(lost, 1)
         if memory.short is None:
@@ -145,7 +147,7 @@ class Broyden(AbstractSolver[BroydenMemory]):
             s = s * (1 + memory.short[:, :, slot])
         scale = torch.linalg.vecdot(s, y).unsqueeze(1)
         size = torch.linalg.vecdot(s, s).unsqueeze(1)
-        lost = scale.abs() <= torch.finfo(r.dtype).eps * size
+        lost = scale.abs() <= torch.finfo(r.dtype).eps ** _NOISE * size
         u = (s + y) * (size / scale.masked_fill(lost, -torch.inf).neg())
         short = None if memory.short is None else torch.zeros_like(memory.short)
         blank = BroydenMemory(r, memory.steps.forget(torch.ones_like(lost)), self._blank(r), short=short)

@@ -125,5 +125,19 @@ def test_a_solve_that_goes_on_after_it_has_arrived_keeps_its_gradient(solver, ev
     value = fixed_point(
         lambda z, x: 0.5 * z + x, torch.zeros_like(c), x, solver=solver, grad=Unrolled(), stop=stop
     ).value
-    (g,) = torch.autograd.grad(value.sum(), x)
-    torch.testing.assert_close(g, torch.full_like(g, 2.0), rtol=0, atol=1e-6 if dtype == F64 else 1e-3)
+    (g,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    torch.testing.assert_close(g.detach(), torch.full_like(g, 2.0), rtol=0, atol=1e-6 if dtype == F64 else 1e-3)
+
+
+@pytest.mark.parametrize("solver", [BadBroyden(), AndersonGS(), Broyden(), Anderson(), Anderson(3)], ids=repr)
+def test_second_derivatives_of_a_solve_that_goes_on_after_it_has_arrived(solver):
+    w = 0.2 * torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    w, x = w.requires_grad_(), torch.arange(6, dtype=F64).view(2, 3) / 6
+
+    def derivatives(solver, evals):
+        stop = Stop(rtol=0, atol=0, max_evals=evals)
+        z = fixed_point(lambda z: 0.3 * torch.tanh(z @ w) + x, 0 * x, solver=solver, grad=Unrolled(), stop=stop).value
+        (g,) = torch.autograd.grad(z.square().sum(), w, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), w)[0]
+
+    torch.testing.assert_close(derivatives(solver, 16), derivatives(Picard(), 60), rtol=1e-4, atol=1e-6)
