@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history import dots, on_host, put, put_difference
+from implicit.solvers.history import dots, near, put, put_difference
 from implicit.state import Flat
 
 # squared columns below this are none, for their products have underflowed; their diagonal is 1 and their weight 0
@@ -99,13 +99,18 @@ class Anderson(AbstractSolver[AndersonMemory]):
     def step(self, f: Evaluator, point: Point, memory: AndersonMemory) -> tuple[Flat, AndersonMemory]:
         steps, k, r = memory.steps + 1, self.memory - 1, point.r
         df, dr, gram, columns = memory.df, memory.dr, memory.gram, memory.columns
-        if k and not memory.fresh:
-            slot = columns % k
+        slot = None if memory.fresh or not k else columns % k
+        columns += slot is not None
+        mixes = steps >= self.start and columns > 0
+        if columns and near(point.fz, r, memory.fz, memory.r, df, dr, gram):
+            z = self._near(point, memory, slot, mixes)
+            return z, AndersonMemory(point.fz, r, df, dr, gram, steps, columns, False)
+        if slot is not None:
             df = put_difference(df, slot, point.fz, memory.fz)
             dr = put_difference(dr, slot, r, memory.r)
-            gram, columns = self._renew(gram, slot, dots(dr, dr[:, slot])), columns + 1
+            gram = self._renew(gram, slot, dots(dr, dr[:, slot]))
         now = AndersonMemory(point.fz, r, df, dr, gram, steps, columns, False)
-        if steps < self.start or not columns:
+        if not mixes:
             return self._damp(point.fz, r), now
         gamma = _weights(gram, dots(dr, r))
         z = torch.baddbmm(point.fz.unsqueeze(1), gamma, df, alpha=-1).squeeze(1)
@@ -113,20 +118,32 @@ class Anderson(AbstractSolver[AndersonMemory]):
             return z, now
         return self._damp(z, torch.baddbmm(r.unsqueeze(1), gamma, dr, alpha=-1).squeeze(1)), now
 
+    @np.errstate(all="ignore")
+    def _near(self, point: Point, memory: AndersonMemory, slot: int | None, mixes: bool) -> Flat:
+        """The same step in numpy, on the same memory: small states wait for calls, and these cost a quarter."""
+        fz, r, df, dr = point.fz.numpy(), point.r.numpy(), memory.df.numpy(), memory.dr.numpy()
+        gram = memory.gram.numpy()
+        if slot is not None:
+            np.subtract(fz, memory.fz.numpy(), out=df[:, slot])
+            np.subtract(r, memory.r.numpy(), out=dr[:, slot])
+            row = (dr @ dr[:, slot, :, None])[:, :, 0].astype(np.float64)
+            size = row[:, slot]
+            gram[:, slot] = gram[:, :, slot] = row
+            gram[:, slot, slot] = (size + (size < _NONE[point.r.dtype])) * (1 + self._ridge(point.r.dtype))
+        if not mixes:
+            return self._damp(point.fz, point.r)
+        gamma = _solve(gram, dr @ r[:, :, None])
+        z = torch.from_numpy(fz - (gamma @ df)[:, 0])
+        return self._damp(z, point.r - torch.from_numpy((gamma @ dr)[:, 0])) if self.damping else z
+
+    def _ridge(self, dtype: torch.dtype) -> float:
+        return self.ridge or (1e-14 if dtype == torch.float64 else 1e-7)
+
     def _renew(self, gram: Float[Tensor, "B K K"], slot: int, row: Float[Tensor, "B 1 K"]) -> Float[Tensor, "B K K"]:
         """The Gram matrix with a new row and column."""
-        ridge = self.ridge or (1e-14 if row.dtype == torch.float64 else 1e-7)
-        if on_host(gram, row):
-            matrix = gram.numpy()  # the same memory
-            matrix[:, slot] = matrix[:, :, slot] = row.numpy()[:, 0]
-            size = matrix[:, slot, slot]
-            size[size < _NONE[row.dtype]] = 1
-            size *= 1 + ridge
-            return gram
-        size = row[:, 0, slot].double()
-        size = size.masked_fill(size < _NONE[row.dtype], 1) * (1 + ridge)
-        row = put(row.double().mT, slot, size.unsqueeze(1)).squeeze(2)
-        return put(put(gram, slot, row).mT, slot, row).mT
+        new = row.double().squeeze(1)
+        torch.threshold_(new[:, slot], _NONE[row.dtype], 1).mul_(1 + self._ridge(row.dtype))
+        return put(put(gram, slot, new).mT, slot, new).mT
 
     def _damp(self, z: Flat, r: Flat) -> Flat:
         return z - self.damping * r if self.damping else z
@@ -145,18 +162,36 @@ def _none(like: Float[Tensor, "B K K"]) -> Float[Tensor, "B K K"]:
 
 
 def _weights(gram: Float[Tensor, "B K K"], rhs: Float[Tensor, "B 1 K"]) -> Float[Tensor, "B 1 K"]:
-    """The solution of the small systems in float64, by numpy where that is near: for one sample half the cost.
-
-    Rows are taken in one unit, for pivots are chosen between rows.
-    """
-    if on_host(gram, rhs):
-        matrix, numbers = gram.numpy(), rhs.numpy()
-        try:
-            with np.errstate(all="ignore"):
-                rows = matrix.diagonal(0, 1, 2)[:, :, None] ** -0.5
-                gamma = np.linalg.solve(matrix * rows, numbers[:, 0, :, None] * rows)
-                return torch.from_numpy(gamma[:, None, :, 0].astype(numbers.dtype))
-        except np.linalg.LinAlgError:  # a sample's matrix is singular, which torch leaves to that sample
-            pass
+    """The solution of the small systems in float64. Rows are taken in one unit, for pivots are chosen between rows."""
     rows = gram.diagonal(dim1=1, dim2=2).rsqrt().unsqueeze(2)
-    return torch.linalg.solve_ex(gram * rows, rhs.double().mT * rows)[0].mT.to(rhs.dtype)
+    return torch.linalg.solve_ex(gram * rows, rhs.mT * rows)[0].mT.to(rhs.dtype)
+
+
+def _solve(gram: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    """`_weights` in numpy; one system, by Gauss's elimination in plain numbers, which is the quickest then."""
+    try:
+        if len(rhs) == 1:
+            return np.array([[_eliminate(gram[0].tolist(), rhs[0, :, 0].tolist())]], rhs.dtype)
+        rows = 1 / np.sqrt(gram.diagonal(0, 1, 2)[:, :, None])
+        return np.linalg.solve(gram * rows, rhs * rows).swapaxes(1, 2).astype(rhs.dtype)
+    except (ZeroDivisionError, np.linalg.LinAlgError):  # one is singular, which torch leaves to that sample
+        return _weights(torch.from_numpy(gram), torch.from_numpy(rhs).mT).numpy()
+
+
+def _eliminate(a: list[list[float]], b: list[float]) -> list[float]:
+    """The solution of a x = b without pivots, which a symmetric positive matrix does not need; a and b are used up."""
+    n = len(b)
+    for j in range(n):
+        row, x, unit = a[j], b[j], 1 / a[j][j]
+        for i in range(j + 1, n):
+            c = row[i] * unit
+            b[i] -= c * x
+            below = a[i]
+            for k in range(i, n):
+                below[k] -= c * row[k]
+    for j in range(n - 1, -1, -1):
+        row, x = a[j], b[j]
+        for k in range(j + 1, n):
+            x -= row[k] * b[k]
+        b[j] = x / row[j]
+    return b

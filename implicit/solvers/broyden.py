@@ -21,14 +21,16 @@ With a line search only the part t_j of s_j is taken, and s_{j+1} above becomes 
 """
 
 from dataclasses import dataclass, replace
+from operator import mul
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history import Ring, put
+from implicit.solvers.history import Ring, near, put
 from implicit.state import Flat, norm
 
 _NOISE = 0.75  # a share of a direction below this power of eps is made of rounding errors, and dividing by it a blow-up
@@ -115,6 +117,10 @@ class Broyden(AbstractSolver[BroydenMemory]):
             memory = _leave_out(memory, torch.ones_like(r[:, :1], dtype=torch.bool), r)
         if not memory.count:
             return point.fz, _append(memory, r, r)
+        blocks = memory.steps.blocks
+        if len(r) == len(blocks) == 1 and memory.count < blocks[0].shape[1] and memory.short is None:
+            if near(point.z, r, memory.system, blocks[0]):
+                return self._near(point, BroydenMemory(r, memory.steps, memory.system, memory.count + 1))
         c = _coefficients(memory, r)
         s = memory.steps.add(r, c[:, :, :-1], -1, first=1)
         if memory.short is not None:
@@ -126,6 +132,24 @@ class Broyden(AbstractSolver[BroydenMemory]):
         if memory.short is None:
             return point.z + s, _append(memory, s, r)
         return self._search(point, memory, memory.short, s)
+
+    @np.errstate(all="ignore")
+    def _near(self, point: Point, memory: BroydenMemory) -> tuple[Flat, BroydenMemory]:
+        """The same step of one sample in numpy, in the same memory: small states wait for calls, which cost less so."""
+        r, new = point.r.numpy()[0], memory.count - 1
+        steps, system = memory.steps.blocks[0].numpy()[0], memory.system.numpy()[0]
+        limits = torch.finfo(point.r.dtype)
+        c = _forward(system[:new, 1 : new + 1].tolist(), (steps[:new] @ r).tolist())
+        s = r - np.array(c[:-1], r.dtype) @ steps[1:new]
+        share = 1 + c[-1]
+        if abs(share) <= limits.eps**_NOISE:
+            system[new - 1, new] = -limits.max
+        else:
+            s /= share
+        steps[new] = s
+        system[new, : new + 1] = dots = steps[: new + 1] @ s
+        system[new, new + 1] = -limits.tiny - dots[new]
+        return point.z + torch.from_numpy(s), memory
 
     def _search(
         self, point: Point, memory: BroydenMemory, short: Float[Tensor, "B 1 K"], s: Flat
@@ -171,6 +195,14 @@ def _coefficients(memory: BroydenMemory, x: Flat) -> Float[Tensor, "B 1 C"]:
     count = memory.count
     dots = memory.steps.dot(x)[:, :, :count].mT
     return torch.linalg.solve_triangular(memory.system[:, :count, 1 : count + 1], dots, upper=False).mT
+
+
+def _forward(rows: list[list[float]], b: list[float]) -> list[float]:
+    """The solution of a lower triangular system."""
+    c: list[float] = []
+    for i, (row, x) in enumerate(zip(rows, b, strict=True)):
+        c.append((x - sum(map(mul, row, c))) / row[i])
+    return c
 
 
 def _append(memory: BroydenMemory, s: Flat, r: Flat) -> BroydenMemory:

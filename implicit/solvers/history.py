@@ -15,14 +15,18 @@ from torch import Tensor
 from implicit.state import Flat
 
 _FIRST = 8  # rows of the first block
-_SMALL = 2**20  # bytes
+_SMALL = 2**20  # bytes of a ring that is one block
+_NEAR = 2**20  # bytes of the largest tensor that numpy takes over
 Coefficients = Float[Tensor, "B 1 K"]
 
 
-def on_host(*tensors: Tensor) -> bool:
-    """Whether their numbers can be had at once: on the CPU, and neither recorded, transformed nor traced."""
-    if torch.compiler.is_compiling() or not all([t.is_cpu and not t.requires_grad for t in tensors]):
+def near(*tensors: Tensor) -> bool:
+    """Whether numpy may work in their memory: small, on the CPU, neither recorded, transformed nor traced."""
+    if torch.compiler.is_compiling():
         return False
+    for t in tensors:
+        if type(t) is not Tensor or not t.is_cpu or t.requires_grad or t.is_neg() or t.nbytes > _NEAR:
+            return False
     return not torch._C._are_functorch_transforms_active() and torch.autograd.forward_ad._current_level < 0
 
 

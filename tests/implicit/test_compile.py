@@ -41,8 +41,9 @@ def one_graph(solver):
         return fixed_point(lambda z, x: torch.tanh(0.5 * z) + x, z, x, solver=solver, stop=COUNT).value
 
     with torch.no_grad():
-        got = torch.compile(solve, fullgraph=True, backend="eager")(torch.zeros(3, 4), X)
-        off = float((got - solve(torch.zeros(3, 4), X)).abs().max())
+        z0, x = torch.zeros(3, 4, dtype=torch.float64), X.double()  # eager small states take another path, to rounding
+        got = torch.compile(solve, fullgraph=True, backend="eager")(z0, x)
+        off = float((got - solve(z0, x)).abs().max())
     return {"off": off, "graphs": counters["stats"]["unique_graphs"], "breaks": len(counters["graph_break"])}
 
 
@@ -117,7 +118,7 @@ def results():
 @pytest.mark.parametrize("solver", COMPILED)
 def test_a_fixed_count_is_one_graph_without_a_break(results, solver):
     found = results[f"one_graph {solver}"]
-    assert found["off"] < 1e-6 and found["graphs"] == 1 and found["breaks"] == 0
+    assert found["off"] < 1e-10 and found["graphs"] == 1 and found["breaks"] == 0
 
 
 @pytest.mark.parametrize("solver", TO_TOLERANCE)
