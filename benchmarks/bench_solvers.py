@@ -8,11 +8,13 @@ Rows of jaxopt and optimistix come from results/peers_jax.json (`peers_jax.py` w
 
 import argparse
 import json
+import multiprocessing
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -122,7 +124,7 @@ def summary(table) -> dict[str, str]:
 
 SHAPES = {"(1, 64)": (1, 64, 64), "(32, 1024)": (32, 1024, 1024), "(8, 294912)": (8, 294912, 1024)}
 EVALS = 30
-REPEATS = {"(1, 64)": 101, "(32, 1024)": 21, "(8, 294912)": 3}
+REPEATS = {"(1, 64)": 201, "(32, 1024)": 41, "(8, 294912)": 5}
 
 
 def layer(batch, numbers, width):
@@ -154,19 +156,27 @@ def contenders(f, z0):
     return runs
 
 
+def paired(shape: str, name: str) -> float:
+    """CPU time of EVALS evaluations over that of the bare loop z = f(z), in turns; the median."""
+    torch.set_num_threads(1)
+    runs, ratios = contenders(*layer(*SHAPES[shape])), []
+    for _ in range(REPEATS[shape]):
+        spent = []
+        for run in (runs["bare"], runs[name]):
+            start = time.process_time()
+            run()
+            spent.append(time.process_time() - start)
+        ratios.append(spent[1] / spent[0])
+    return round(statistics.median(ratios), 2)
+
+
 def overhead() -> dict[str, dict[str, float]]:
-    """CPU time of EVALS evaluations as a ratio to the bare loop z = f(z), all paired in one run; medians."""
+    """`paired` of every contender, each in a process of its own: what one leaves in the allocator slows the next."""
     table = {}
-    for shape, size in SHAPES.items():
-        runs = contenders(*layer(*size))
-        times = {name: [] for name in runs}
-        for _ in range(REPEATS[shape]):
-            for name, run in runs.items():
-                start = time.process_time()
-                run()
-                times[name].append(time.process_time() - start)
-        bare = statistics.median(times["bare"])
-        table[shape] = {name: round(statistics.median(t) / bare, 2) for name, t in times.items()}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for shape in SHAPES:
+            table[shape] = {name: pool.submit(paired, shape, name).result() for name in contenders(*layer(1, 64, 64))}
     return table
 
 

@@ -20,12 +20,13 @@ newest, as a secant method would.
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history import Ring, dots
+from implicit.solvers.history import Ring, dots, near
 from implicit.state import Flat
 
 _NOISE = 2  # a difference of residuals within that many eps of f(z) is made of rounding errors
@@ -91,17 +92,46 @@ class AndersonGS(AbstractSolver[AndersonGSMemory]):
 
     def step(self, f: Evaluator, point: Point, memory: AndersonGSMemory) -> tuple[Flat, AndersonGSMemory]:
         if not memory.fresh:
+            if len(blocks := (*memory.q.blocks, *memory.d.blocks)) == 2 and memory.q.rows == self.memory:
+                if near(point.fz, point.r, memory.fz, memory.r, memory.inverse, *blocks):
+                    return self._near(point, memory)
             memory = self._learn(point, memory)
         elif not memory.pairs:
             return point.fz, replace(memory, fz=point.fz, r=point.r, fresh=False)
         c = memory.q.dot(point.r) * memory.inverse[:, :, : memory.q.rows]
         return memory.d.add(point.fz, c, -1), replace(memory, fz=point.fz, r=point.r, fresh=False)
 
+    def _drop(self, dtype: torch.dtype) -> float:
+        return torch.finfo(dtype).eps ** 0.25 if self.drop is None else self.drop
+
+    @np.errstate(all="ignore")
+    def _near(self, point: Point, memory: AndersonGSMemory) -> tuple[Flat, AndersonGSMemory]:
+        """`_learn` and the mixture in numpy, in the same memory: small states wait for calls, which cost less so."""
+        slot, limits = memory.pairs % self.memory, torch.finfo(point.r.dtype)
+        q, d, inverse = memory.q.blocks[0].numpy(), memory.d.blocks[0].numpy(), memory.inverse.numpy()[:, 0]
+        fz, r = point.fz.numpy(), point.r.numpy()
+        new, new_fz = r - memory.r.numpy(), fz - memory.fz.numpy()
+        inverse[:, slot] = 0
+        along = (q @ new[:, :, None])[:, :, 0]
+        h = along * inverse
+        stale = (h * along).sum(1) >= (1 - self._drop(point.r.dtype) ** 2) * (new * new).sum(1)
+        if stale.any():
+            h[stale] = inverse[stale] = 0
+        new -= (h[:, None] @ q)[:, 0]
+        new_fz -= (h[:, None] @ d)[:, 0]
+        square = (new * new).sum(1)
+        none = square <= np.maximum((_NOISE * limits.eps) ** 2 * (fz * fz).sum(1), limits.tiny)
+        inverse[:, slot] = 1 / np.where(none, np.inf, square)
+        q[:, slot], d[:, slot] = new, new_fz
+        c = (q @ r[:, :, None])[:, :, 0] * inverse
+        z = torch.from_numpy(fz - (c[:, None] @ d)[:, 0])
+        return z, AndersonGSMemory(point.fz, point.r, memory.q, memory.d, memory.inverse, memory.pairs + 1, False)
+
     def _learn(self, point: Point, memory: AndersonGSMemory) -> AndersonGSMemory:
         """The memory with the newest pair."""
         slot = memory.pairs % self.memory
         q, d = memory.q.room(slot, point.r), memory.d.room(slot, point.r)
-        drop = torch.finfo(point.r.dtype).eps ** 0.25 if self.drop is None else self.drop
+        drop = self._drop(point.r.dtype)
         inverse = memory.inverse.clone()
         inverse[:, :, slot] = 0
         new, new_fz = point.r - memory.r, point.fz - memory.fz

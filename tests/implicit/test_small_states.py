@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from implicit import Anderson, Broyden, Stop, fixed_point
+from implicit import Anderson, AndersonGS, Broyden, Stop, fixed_point
 from implicit.solvers import history
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(
-    "solver", [Anderson(), Anderson(3, damping=0.3), Anderson(4, start=4), Broyden(), Broyden(4)], ids=repr
+    "solver",
+    [Anderson(), Anderson(3, damping=0.3), Anderson(4, start=4), Broyden(), Broyden(4), AndersonGS(), AndersonGS(3)],
+    ids=repr,
 )
 def test_small_states_take_the_same_steps_in_numpy_as_in_torch(solver, rows, dtype, monkeypatch):
     draw = torch.Generator().manual_seed(0)
@@ -35,7 +37,7 @@ def test_columns_that_repeat_each_other_are_left_to_torch():
     torch.testing.assert_close(found.value, 2 * x)
 
 
-@pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=repr)
+@pytest.mark.parametrize("solver", [Anderson(), AndersonGS(), Broyden()], ids=repr)
 def test_a_state_that_is_a_negated_view_is_left_to_torch(solver):
     def f(z):
         out = torch.complex(z, -0.3 * z.cos() - 1).conj().imag
