@@ -68,7 +68,9 @@ def guide(result: Path, page: Path) -> None:
     if result.exists() and page.exists():
         found = read(result)
         text = mark(page.read_text(), "peers", core_solvers.counts(found))
-        page.write_text(mark(text, "overhead", core_solvers.beside_torchdeq(found)))
+        text = mark(text, "overhead", core_solvers.beside_torchdeq(found))
+        compiled = read(result.with_name("compiled.json"))
+        page.write_text(mark(text, "compiled", core_solvers.compiled(compiled)) if compiled else text)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -25,10 +25,33 @@ def chapter(results: Path, images: Path) -> str:
             around,
             "Beside torchdeq: time over the bare loop's, and operators, as shares of torchdeq's; states held by both.",
             beside_torchdeq(found),
+            _compiled(results / "compiled.json"),
             f"`solvers.json`: {found['device']}, torch {found['versions']['torch']}, commit "
             f"{found['commits']['evaluations']}. Evaluations of f on fourteen problems, at most 300 on each.",
         )
     )
+
+
+def _compiled(path: Path) -> str:
+    found = read(path)
+    if not found:
+        return f"`{path.name}`: {NOTHING}."
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return (
+        f"A fixed count of {found['evaluations']} evaluations at {found['state']}, compiled to one graph:\n\n"
+        f"{compiled(found)}\n\n`{path.name}`: {found['device']}, {versions}, commit {found['commit']}."
+    )
+
+
+def compiled(found: dict[str, Any]) -> str:
+    """Time of eager and compiled solves, cheapest first, and how long compiling took."""
+    times, waited = found["microseconds of CPU for each evaluation"], found["seconds to compile"]
+    key = {name: name.removeprefix("implicit ").removesuffix(", compiled").removesuffix(", jitted") for name in times}
+    rows = (
+        (name, f"{times[name]:.1f}", str(waited[key[name]]) if name.endswith(("compiled", "jitted")) else "-")
+        for name in sorted(times, key=times.__getitem__)
+    )
+    return table(("solve", "microseconds of CPU each", "seconds to compile"), rows)
 
 
 def counts(found: dict[str, Any]) -> str:

@@ -133,7 +133,8 @@ class Anderson(AbstractSolver[AndersonMemory]):
         if not mixes:
             return self._damp(point.fz, point.r)
         gamma = _solve(gram, dr @ r[:, :, None])
-        z = torch.from_numpy(fz - (gamma @ df)[:, 0])
+        z = torch.empty_like(point.fz)  # aligned as f is used to: rounding in a product depends on it
+        np.subtract(fz, (gamma @ df)[:, 0], out=z.numpy())
         return self._damp(z, point.r - torch.from_numpy((gamma @ dr)[:, 0])) if self.damping else z
 
     def _ridge(self, dtype: torch.dtype) -> float:

@@ -124,7 +124,8 @@ class AndersonGS(AbstractSolver[AndersonGSMemory]):
         inverse[:, slot] = 1 / np.where(none, np.inf, square)
         q[:, slot], d[:, slot] = new, new_fz
         c = (q @ r[:, :, None])[:, :, 0] * inverse
-        z = torch.from_numpy(fz - (c[:, None] @ d)[:, 0])
+        z = torch.empty_like(point.fz)  # aligned as f is used to: rounding in a product depends on it
+        np.subtract(fz, (c[:, None] @ d)[:, 0], out=z.numpy())
         return z, AndersonGSMemory(point.fz, point.r, memory.q, memory.d, memory.inverse, memory.pairs + 1, False)
 
     def _learn(self, point: Point, memory: AndersonGSMemory) -> AndersonGSMemory:
