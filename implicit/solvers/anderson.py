@@ -133,7 +133,7 @@ class Anderson(AbstractSolver[AndersonMemory]):
         if not mixes:
             return self._damp(point.fz, point.r)
         gamma = _solve(gram, dr @ r[:, :, None])
-        z = torch.empty_like(point.fz)  # aligned as f is used to: rounding in a product depends on it
+        z = torch.empty_like(point.fz)  # in torch's alignment, on which the rounding of a product may depend
         np.subtract(fz, (gamma @ df)[:, 0], out=z.numpy())
         return self._damp(z, point.r - torch.from_numpy((gamma @ dr)[:, 0])) if self.damping else z
 

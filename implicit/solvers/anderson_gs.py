@@ -124,7 +124,7 @@ class AndersonGS(AbstractSolver[AndersonGSMemory]):
         inverse[:, slot] = 1 / np.where(none, np.inf, square)
         q[:, slot], d[:, slot] = new, new_fz
         c = (q @ r[:, :, None])[:, :, 0] * inverse
-        z = torch.empty_like(point.fz)  # aligned as f is used to: rounding in a product depends on it
+        z = torch.empty_like(point.fz)  # in torch's alignment, on which the rounding of a product may depend
         np.subtract(fz, (c[:, None] @ d)[:, 0], out=z.numpy())
         return z, AndersonGSMemory(point.fz, point.r, memory.q, memory.d, memory.inverse, memory.pairs + 1, False)
 
