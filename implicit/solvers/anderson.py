@@ -24,6 +24,8 @@ from implicit.state import Flat
 # squared columns below this are none, for their products have underflowed; their diagonal is 1 and their weight 0
 _NONE = {torch.float64: 1e-290, torch.float32: torch.finfo(torch.float32).tiny}
 
+_PLAIN = 8  # columns up to which plain numbers are quicker than LAPACK's call
+
 
 @dataclass(frozen=True)
 class AndersonMemory:
@@ -169,9 +171,9 @@ def _weights(gram: Float[Tensor, "B K K"], rhs: Float[Tensor, "B 1 K"]) -> Float
 
 
 def _solve(gram: np.ndarray, rhs: np.ndarray) -> np.ndarray:
-    """`_weights` in numpy; one system, by Gauss's elimination in plain numbers, which is the quickest then."""
+    """`_weights` in numpy; one small system, by Gauss's elimination in plain numbers, which is the quickest then."""
     try:
-        if len(rhs) == 1:
+        if len(rhs) == 1 and rhs.shape[1] <= _PLAIN:
             return np.array([[_eliminate(gram[0].tolist(), rhs[0, :, 0].tolist())]], rhs.dtype)
         rows = 1 / np.sqrt(gram.diagonal(0, 1, 2)[:, :, None])
         return np.linalg.solve(gram * rows, rhs * rows).swapaxes(1, 2).astype(rhs.dtype)

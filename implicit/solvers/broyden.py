@@ -35,6 +35,8 @@ from implicit.state import Flat, norm
 
 _NOISE = 0.75  # a share of a direction below this power of eps is made of rounding errors, and dividing by it a blow-up
 
+_LONG = 64  # steps from which on torch's triangular solve is quicker than plain numbers
+
 
 @dataclass(frozen=True)
 class BroydenMemory:
@@ -118,7 +120,7 @@ class Broyden(AbstractSolver[BroydenMemory]):
         if not memory.count:
             return point.fz, _append(memory, r, r)
         blocks = memory.steps.blocks
-        if len(r) == len(blocks) == 1 and memory.count < blocks[0].shape[1] and memory.short is None:
+        if len(r) == len(blocks) == 1 and memory.count < min(blocks[0].shape[1], _LONG) and not self.search:
             if near(point.z, r, memory.system, blocks[0]):
                 return self._near(point, BroydenMemory(r, memory.steps, memory.system, memory.count + 1))
         c = _coefficients(memory, r)

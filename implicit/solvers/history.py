@@ -22,7 +22,7 @@ Coefficients = Float[Tensor, "B 1 K"]
 
 def near(*tensors: Tensor) -> bool:
     """Whether numpy may work in their memory: small, on the CPU, neither recorded, transformed nor traced."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
         return False
     for t in tensors:
         if type(t) is not Tensor or not t.is_cpu or t.requires_grad or t.is_neg() or t.nbytes > _NEAR:
