@@ -68,7 +68,8 @@ def test_impossible_schedules_are_refused_with_a_remedy(change, words):
 
 
 def test_eps_and_leading_are_fine_without_zero_snr():
-    make_scheduler("ddim", prediction="epsilon", spacing="leading", zero_snr=False)
+    config = make_scheduler("ddim", prediction="epsilon", spacing="leading", zero_snr=False).config
+    assert config.prediction_type == "epsilon" and config.timestep_spacing == "leading"
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 10, 20, 28, 30, 250, 999, 1000])
