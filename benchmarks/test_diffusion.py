@@ -1,4 +1,4 @@
-"""Steps of FPDM and DiT (`pytest benchmarks`); `python -m benchmarks.bench_diffusion` writes the tables.
+"""Steps of FPDM and DiT (`pytest benchmarks`); `python -m benchmarks.diffusion.run` writes the tables.
 
 What a step may cost against the same one written plainly is asserted here, on a CPU in its own time, paired, at the
 size of the tables. The other steps are timed once with fewer images, and at XL/2 on a GPU.
@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bench_diffusion, diffusion_steps, diffusion_tables
-from benchmarks.diffusion_steps import CPU, XL
-from benchmarks.measure import peak_bytes
+from benchmarks.diffusion import run as bench_diffusion
+from benchmarks.diffusion import steps as diffusion_steps
+from benchmarks.diffusion import tables as diffusion_tables
+from benchmarks.diffusion.steps import CPU, XL
+from benchmarks.harness import peak_bytes
 
 ROUNDS = {"cpu": 2, "cuda": 10}
 FEW = replace(CPU, batch=2)

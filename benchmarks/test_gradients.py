@@ -1,7 +1,7 @@
 """Time of forward and backward of every estimator, ours and torchdeq's, on three layers (`pytest benchmarks`).
 
 The groups are one layer each; `extra_info` holds the error against the exact gradient in float64 and the bytes saved.
-`python -m benchmarks.bench_gradients` measures the same contenders in pairs, with counts and memory, on four layers.
+`python -m benchmarks.gradients.run` measures the same contenders in pairs, with counts and memory, on four layers.
 """
 
 import copy
@@ -10,13 +10,13 @@ from functools import cache, partial
 import pytest
 import torch
 
-from benchmarks.bench_gradients import loss, target
-from benchmarks.gradient_contenders import CONTENDERS
-from benchmarks.gradient_layers import AdaLN, Convolutions, Tanh
+from benchmarks.gradients.contenders import CONTENDERS
+from benchmarks.gradients.layers import AdaLN, Convolutions, Tanh
+from benchmarks.gradients.run import loss, target
 from implicit import AndersonGS
-from implicit.diagnostics.exact_gradient import exact_gradient
-from implicit.diagnostics.meter import measure
-from implicit.state import Layout
+from implicit.diagnostics.profiling import measure
+from implicit.diagnostics.reference_gradient import exact_gradient
+from implicit.pytree import Layout
 
 SMALL = {"tanh": lambda: Tanh(0.34), "convolutions": lambda: Convolutions(1.0, side=8), "adaLN": lambda: AdaLN(0.7, 32)}
 EXACT = ("IFT", "torchdeq ift")

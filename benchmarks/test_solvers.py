@@ -1,6 +1,6 @@
 """Time of a solve to 1e-6 on an adaLN block and on tanh layers: ours beside torchdeq's (`pytest benchmarks`).
 
-The groups are one problem each; `python benchmarks/bench_solvers.py` counts evaluations on all fourteen problems.
+The groups are one problem each; `python -m benchmarks.solvers.evaluations` counts evaluations on all fourteen problems.
 """
 
 import pytest

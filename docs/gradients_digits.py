@@ -16,18 +16,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import implicit
-from implicit import (
-    IFT,
-    JFB,
-    SHINE,
-    AbstractGrad,
-    Neumann,
-    Phantom,
-    StochasticJFB,
-    Stop,
-    diagnostics,
-    plotting,
-)
+from implicit import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, StochasticJFB, Stop, diagnostics, plotting
 from implicit.diagnostics import GradientBias, every_estimator
 from implicit.diagnostics.bias_table import markdown, size
 from implicit.diagnostics.gradient_bias import label

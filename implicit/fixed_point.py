@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit.grads.autocast import as_now
+from implicit.autodiff.autocast import as_now
 from implicit.grads.base import AbstractGrad
 from implicit.grads.ift import IFT
 from implicit.iterate import Loop, Map, Stop
+from implicit.pytree import State, leaves
 from implicit.solution import Solution
 from implicit.solvers.anderson_gs import AndersonGS
 from implicit.solvers.base import AbstractSolver
-from implicit.state import State, leaves
 
 
 def fixed_point(

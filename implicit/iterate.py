@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from implicit.judge import Judge
-from implicit.judge import Stop as Stop
+from implicit.convergence import Judge
+from implicit.convergence import Stop as Stop
+from implicit.pytree import Flat, Layout, State, leaves, map_tensors, norm, warm
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver, Point
-from implicit.state import Flat, Layout, State, leaves, map_tensors, norm, warm
 
 Map = Callable[..., State]
 

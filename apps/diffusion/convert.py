@@ -25,8 +25,8 @@ import tyro
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .models.dit import DiT
-    from .models.fpdm import FPDM
+    from apps.diffusion.models.dit import DiT
+    from apps.diffusion.models.fpdm import FPDM
 
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
@@ -94,7 +94,7 @@ def read(request: Request) -> DiT | FPDM:
 
 
 def _read_folder(path: Path, request: Request) -> DiT | FPDM:
-    from . import checkpoint
+    from apps.diffusion.checkpoint import training_state as checkpoint
 
     if (path / "model.pt").is_file() and (path / "conversion.json").is_file():
         _refuse(request, path, "heads", "input_size", "condition_on_time", "weights")
@@ -148,7 +148,7 @@ def _refuse(request: Request, path: Path, *names: str) -> None:
 
 def _assemble(tensors: dict[str, Tensor], request: Request, config: dict[str, Any]) -> DiT | FPDM:
     """The network with these tensors; `config` is diffusers' where there is one."""
-    from . import layouts
+    from apps.diffusion.checkpoint import state_dicts as layouts
 
     heads, size = request.heads or config.get("num_attention_heads"), request.input_size
     layout = layouts.layout_of(tensors)
@@ -170,7 +170,8 @@ def _rebuilt(description: dict[str, Any], tensors: dict[str, Tensor], where: str
     """A network of ours by its description."""
     import torch
 
-    from . import build, layouts
+    from apps.diffusion.checkpoint import state_dicts as layouts
+    from apps.diffusion.models import build
 
     try:
         with torch.device("meta"):
@@ -275,8 +276,9 @@ def write(model: DiT | FPDM, request: Request) -> str:
     """
     import torch
 
-    from . import build, layouts
-    from .atomic import folder_at_once
+    from apps.diffusion.checkpoint import state_dicts as layouts
+    from apps.diffusion.files.atomic import folder_at_once
+    from apps.diffusion.models import build
 
     layout = {"DiT": "dit", "FPDM": "fpdm"}[type(model).__name__]
     if request.to in ("dit", "fpdm") and request.to != layout:
@@ -296,7 +298,8 @@ def write(model: DiT | FPDM, request: Request) -> str:
     if request.to == "diffusers":
         said += (
             " diffusers computes the time embedding with slightly other frequencies than DiT, so its outputs differ by "
-            "some percent until apps.diffusion.layouts.use_dit_frequencies(model) is called on the loaded model."
+            "some percent until apps.diffusion.checkpoint.state_dicts.use_dit_frequencies(model) is called on the "
+            "loaded model."
         )
     return said
 

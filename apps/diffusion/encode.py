@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from .shards import check_out, complete, paths, settle, sources
+from apps.diffusion.data.latent_writer import check_out, complete, paths, settle, sources
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from .data.folder import Listing, Skipped
+    from apps.diffusion.data.image_folder import Listing, Skipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +99,14 @@ def run(request: Request) -> None:
         ValueError: a folder without images, an unreadable VAE, an output folder with something else in it.
     """
     rank, world = request.place()
-    from .data.folder import least_side, listing
+    from apps.diffusion.data.image_folder import least_side, listing
 
     listed = listing(request.images, request.classes)
     check_out(request.out)
     import torch
 
-    from .place import device_of
-    from .vae import check_images, digests, open_vae
+    from apps.diffusion.cli import device_of
+    from apps.diffusion.models.autoencoder import check_images, digests, open_vae
 
     device = device_of(request.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     vae, name = open_vae(request.vae, request.subfolder, device)
@@ -159,7 +159,7 @@ def encode_shards(work: Work, todo: list[int], mine: int) -> None:
     import torch
     from tqdm import tqdm
 
-    from .vae import moments
+    from apps.diffusion.models.autoencoder import moments
 
     total = sum(len(work.of(k)) for k in todo)
     kept = f" ({mine - len(todo)} of {mine} shards are there already)" if mine > len(todo) else ""
@@ -195,7 +195,7 @@ def finite(
     """Of these images those whose latents are finite as they are stored, their latents, and the others."""
     import torch
 
-    from .data.folder import Skipped
+    from apps.diffusion.data.image_folder import Skipped
 
     mean, std = (part.to(getattr(torch, work.request.dtype)) for part in moments)
     sound = mean.flatten(1).isfinite().all(1) & std.flatten(1).isfinite().all(1)
@@ -212,7 +212,7 @@ def batches(work: Work, k: int, pool: Any) -> Iterator[tuple[list[int], list[np.
     """
     from functools import partial
 
-    from .data.folder import Skipped, attempt
+    from apps.diffusion.data.image_folder import Skipped, attempt
 
     numbers, size = work.of(k), work.request.batch
     read = partial(attempt, work.listed, work.request.size, work.least)
@@ -234,8 +234,8 @@ def write_shard(
     import torch
     from safetensors.torch import save_file
 
-    from .atomic import file_at_once
-    from .data.latents import sha256
+    from apps.diffusion.data.latents import sha256
+    from apps.diffusion.files.atomic import file_at_once
 
     tensors_file, note_file = paths(work.request.out, k)
     labels = torch.tensor([work.listed.labels[i] for i in good], dtype=torch.int64)
@@ -266,9 +266,9 @@ def finish(work: Work, settings: dict[str, Any], name: str) -> None:
     Raises:
         ValueError: not one image can be used.
     """
-    from .atomic import file_at_once
-    from .data.folder import Skipped, told
-    from .vae import constants
+    from apps.diffusion.data.image_folder import Skipped, told
+    from apps.diffusion.files.atomic import file_at_once
+    from apps.diffusion.models.autoencoder import constants
 
     out, total = work.request.out, len(work.listed.files)
     notes = [note for k in range(work.shards) if (note := work.complete(k))]

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 if TYPE_CHECKING:
-    from .features import Extractor
-    from .reference import Statistics
-    from .sources import Source
+    from apps.diffusion.evaluation.feature_extractors import Extractor
+    from apps.diffusion.evaluation.feature_statistics import Statistics
+    from apps.diffusion.evaluation.image_sources import Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +109,9 @@ def run(request: Request) -> dict[str, Any]:
     Raises:
         ValueError: what is no source of pictures, or does not fit the features or each other.
     """
-    from .features import open_extractor
-    from .reference import cached, is_statistics, load, measure, save
-    from .sources import of_digits, open_source
+    from apps.diffusion.evaluation.feature_extractors import open_extractor
+    from apps.diffusion.evaluation.feature_statistics import cached, is_statistics, load, measure, save
+    from apps.diffusion.evaluation.image_sources import of_digits, open_source
 
     samples = open_source(request.samples, request.size)
     if samples.count < 2:
@@ -147,8 +147,8 @@ def compare(source: Source, found: Statistics, reference: Statistics, extractor:
     Raises:
         ValueError: statistics of other features, or classes that the extractor does not know.
     """
-    from .metrics import frechet_distance
-    from .quality import inception_score, kernel_distance, precision_recall
+    from apps.diffusion.evaluation.digit_classifier import frechet_distance
+    from apps.diffusion.evaluation.metrics import inception_score, kernel_distance, precision_recall
 
     if found.pooled.mean.shape != reference.pooled.mean.shape:
         raise ValueError(

@@ -29,20 +29,19 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from apps.diffusion.checkpoint.trained_run import decoder_of, open_run
+from apps.diffusion.config.sampling import Sampler
+from apps.diffusion.files.images import to_pil
+from apps.diffusion.models.autoencoder import decode, open_vae
+from apps.diffusion.models.dit import DiT
+from apps.diffusion.models.fpdm import FPDM
+from apps.diffusion.sampling.generate import scheduler_of
+from apps.diffusion.sampling.guidance import Guidance
+from apps.diffusion.sampling.iteration_budget import Shape
+from apps.diffusion.sampling.keyword_options import labels_for, solve_of, walk_of, whole
+from apps.diffusion.sampling.sampler import CHUNK, Effort, SampleResult, sample
+from apps.diffusion.sampling.warm_start import Reuse
 from implicit import AbstractSolver, Stop
-
-from .allocation import Shape
-from .asked import labels_for, solve_of, walk_of, whole
-from .generate import scheduler_of
-from .guidance import Guidance
-from .models.dit import DiT
-from .models.fpdm import FPDM
-from .pictures import to_pil
-from .recipe import Sampler
-from .reuse import Reuse
-from .sampler import CHUNK, Effort, SampleResult, sample
-from .trained import decoder_of, open_run
-from .vae import decode, open_vae
 
 Output = Literal["pil", "np", "pt", "latent"]
 _DEFAULTS = ("steps", "iterations", "guidance", "reuse")

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from .recipe import Recipe
+from apps.diffusion.config.sampling import Recipe
 
 if TYPE_CHECKING:
-    from .album import Album
-    from .generate import Plan
-    from .trained import Trained
+    from apps.diffusion.checkpoint.trained_run import Trained
+    from apps.diffusion.sampling.generate import Plan
+    from apps.diffusion.sampling.output_folder import Album
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,10 +94,10 @@ def run(request: Request) -> None:
     rank, world = request.place()
     import torch
 
-    from .album import Album
-    from .generate import plan
-    from .place import device_of
-    from .trained import decoder_of, open_run
+    from apps.diffusion.checkpoint.trained_run import decoder_of, open_run
+    from apps.diffusion.cli import device_of
+    from apps.diffusion.sampling.generate import plan
+    from apps.diffusion.sampling.output_folder import Album
 
     device = device_of(request.device)
     trained = open_run(request.run)
@@ -138,7 +138,7 @@ def _labels(request: Request, indices: Any, trained: Trained) -> list[int | None
 
 def _settings(request: Request, trained: Trained, decoder: Any) -> dict[str, Any]:
     """All that the images depend on."""
-    from .vae import digests
+    from apps.diffusion.models.autoencoder import digests
 
     return {
         "seed": request.seed,
@@ -159,7 +159,7 @@ def _write(
     import torch
     from tqdm import tqdm
 
-    from .vae import decode
+    from apps.diffusion.models.autoencoder import decode
 
     torch.nn.Module.to(trained.model, torch.device(device))
     chunk, chunks = request.chunk, sorted({i // request.chunk for i in mine})

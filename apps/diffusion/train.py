@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from .config import Config
-from .lock import alone
-from .presets import PRESETS
+from apps.diffusion.config.presets import PRESETS
+from apps.diffusion.config.training import Config
+from apps.diffusion.files.lock import alone
 
 if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-    from .checkpoint import Checkpoint
-    from .data import DataSet, Images
-    from .trainer import Trainer
+    from apps.diffusion.checkpoint.training_state import Checkpoint
+    from apps.diffusion.data import DataSet, Images
+    from apps.diffusion.training.trainer import Trainer
 
 # what means nothing to a DiT
 _FPDM_ONLY = ("grad", "solver", "stop", "model.pre", "model.post", "model.condition_on_time", "sampling.reuse")
@@ -138,7 +138,7 @@ def prepare_folder(config: Config, resume: bool) -> Checkpoint | None:
     """
     out = config.out
     if resume:
-        from .checkpoint import all_of, newest
+        from apps.diffusion.checkpoint.training_state import all_of, newest
 
         return newest(out) if all_of(out) else None
     if int(os.environ.get("RANK", 0)) == 0:
@@ -157,10 +157,10 @@ def run(config: Config, start: Checkpoint | None) -> int:
     began = time.monotonic()
     import torch
 
-    from . import checkpoint
-    from .logbook import Logbook
-    from .report import finish, sheet
-    from .trainer import Diverged, Trainer
+    from apps.diffusion.checkpoint import training_state as checkpoint
+    from apps.diffusion.training.metric_logger import Logbook
+    from apps.diffusion.training.summary import finish, sheet
+    from apps.diffusion.training.trainer import Diverged, Trainer
 
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -206,8 +206,8 @@ def open_folder(config: Config, trainer: Trainer, images: DataSet, resumed: bool
     Raises:
         ValueError: the run has learnt from other images.
     """
-    from . import build
-    from .checkpoint import write_atomically
+    from apps.diffusion.checkpoint.training_state import write_atomically
+    from apps.diffusion.models import build
 
     note_data(config.out, build.fingerprint(images))
     write_atomically(config.out / "config.json", config.to_json())
@@ -228,8 +228,8 @@ def load_images(config: Config) -> tuple[DataSet, Images | None]:
     """
     from tqdm import tqdm
 
-    from . import build
-    from .data.folder import Pixels, told
+    from apps.diffusion.data.image_folder import Pixels, told
+    from apps.diffusion.models import build
 
     quiet = config.data.source != "folder" or int(os.environ.get("RANK", 0)) > 0
     with tqdm(desc="reading", unit="img", disable=quiet, mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
@@ -257,7 +257,7 @@ def open_decoder(config: Config) -> AutoencoderKL | None:
     """
     if config.data.source != "latents" or config.data.path is None:
         return None
-    from .vae import open_decoder as open_vae
+    from apps.diffusion.models.autoencoder import open_decoder as open_vae
 
     try:
         return open_vae(config.data.path, config.data.vae)
@@ -274,7 +274,7 @@ def note_data(out: Path, found: dict[str, Any]) -> None:
     Raises:
         ValueError: the run has learnt from other images.
     """
-    from .checkpoint import write_atomically
+    from apps.diffusion.checkpoint.training_state import write_atomically
 
     out.mkdir(parents=True, exist_ok=True)
     note = out / "data.json"

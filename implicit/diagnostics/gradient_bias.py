@@ -1,6 +1,6 @@
 """How far is each gradient estimator from the exact gradient, on your layer and your batch, and what does it cost?
 
-The truth that they are compared with is `implicit.diagnostics.exact_gradient`.
+The truth that they are compared with is `implicit.diagnostics.reference_gradient`.
 """
 
 import warnings
@@ -13,16 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit.autodiff.closure_convert import Outside
 from implicit.diagnostics.bias_table import BiasRow, GradientBias
-from implicit.diagnostics.exact_gradient import Loss, exact_gradient
-from implicit.diagnostics.meter import Measured, measure, paced
+from implicit.diagnostics.profiling import Measured, measure, paced
+from implicit.diagnostics.reference_gradient import Loss, exact_gradient
 from implicit.fixed_point import fixed_point
 from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, Reversible, StochasticJFB, Unrolled
-from implicit.grads.outside import Outside
 from implicit.iterate import Map, Stop
+from implicit.pytree import Layout, State, map_tensors
 from implicit.solution import Result, Solution
 from implicit.solvers import AbstractSolver, AndersonGS
-from implicit.state import Layout, State, map_tensors
 
 
 def every_estimator() -> list[AbstractGrad]:

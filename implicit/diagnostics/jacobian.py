@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from implicit.iterate import Map, PackedMap
-from implicit.state import Flat, Layout, State
+from implicit.pytree import Flat, Layout, State
 
 
 def pullback(f: Map, z: State, args: tuple[Any, ...], batch_dims: int) -> tuple[Layout, Flat, Callable[[Flat], Flat]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from implicit.iterate import Map, PackedMap
-from implicit.state import Layout, State
+from implicit.pytree import Layout, State
 
 
 def jacobian_penalty(

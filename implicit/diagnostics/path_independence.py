@@ -19,9 +19,9 @@ from torch import Tensor
 
 from implicit.fixed_point import fixed_point
 from implicit.iterate import Map, Stop
+from implicit.pytree import Layout, State, norm
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
-from implicit.state import Layout, State, norm
 
 
 @dataclass(frozen=True, eq=False)

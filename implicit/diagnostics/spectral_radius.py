@@ -21,7 +21,7 @@ from torch import Tensor
 
 from implicit.diagnostics.jacobian import pullback
 from implicit.iterate import Map
-from implicit.state import Flat, PerSample, State, norm
+from implicit.pytree import Flat, PerSample, State, norm
 
 _CHECK = 5  # products between two looks at the Ritz values
 

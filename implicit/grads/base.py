@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from implicit.iterate import Loop, Map, PackedMap, Stop
+from implicit.pytree import Flat, Layout, PerSample, State, norm
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
-from implicit.state import Flat, Layout, PerSample, State, norm
 
 
 class AbstractGrad(abc.ABC):

@@ -9,17 +9,17 @@ from typing import Any, Literal
 
 import torch
 
-from implicit.grads import transforms
-from implicit.grads.attach import attach
-from implicit.grads.autocast import Autocast
+from implicit.autodiff import functorch as transforms
+from implicit.autodiff.autocast import Autocast
+from implicit.autodiff.implicit_diff import attach
+from implicit.autodiff.no_grad import constant
 from implicit.grads.base import AbstractGrad
-from implicit.grads.constant import constant
-from implicit.grads.gmres import GMRES
-from implicit.grads.linear_solve import LinearSolve
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
+from implicit.linear.adjoint_solve import LinearSolve
+from implicit.linear.gmres import GMRES
+from implicit.pytree import Layout, State
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
-from implicit.state import Layout, State
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+from implicit.autodiff.functorch import search
 from implicit.grads.base import AbstractGrad, track
-from implicit.grads.transforms import search
 from implicit.iterate import Loop, Map, Stop
+from implicit.pytree import State
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
-from implicit.state import State
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from implicit.grads.approximate import attach_approximately, refuse_transforms
+from implicit.autodiff.approximate import attach_approximately, refuse_transforms
+from implicit.autodiff.no_grad import constant
 from implicit.grads.base import AbstractGrad
-from implicit.grads.constant import constant
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
+from implicit.pytree import Flat, Layout, State
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
-from implicit.state import Flat, Layout, State
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from implicit.grads.approximate import refuse_transforms
+from implicit.autodiff.approximate import refuse_transforms
+from implicit.autodiff.closure_convert import Outside, explicit, unseen
+from implicit.autodiff.no_grad import constant, uncached
 from implicit.grads.base import AbstractGrad
-from implicit.grads.constant import constant, uncached
-from implicit.grads.outside import Outside, explicit, unseen
 from implicit.iterate import Loop, Map, PackedMap, Stop
+from implicit.pytree import Flat, Layout, State, norm
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
-from implicit.state import Flat, Layout, State, norm
 
 Phi = Callable[..., Flat]
 _RUNNING = -1

@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit.grads.approximate import attach_approximately, refuse_transforms
+from implicit.autodiff.approximate import attach_approximately, refuse_transforms
+from implicit.autodiff.no_grad import constant
 from implicit.grads.base import AbstractGrad
-from implicit.grads.constant import constant
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
+from implicit.pytree import Flat, Layout, State, map_tensors, norm
 from implicit.solution import Solution
 from implicit.solvers.anderson import Anderson
 from implicit.solvers.anderson_gs import AndersonGS
 from implicit.solvers.bad_broyden import BadBroyden
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
 from implicit.solvers.broyden import Broyden
-from implicit.solvers.history import Ring
-from implicit.state import Flat, Layout, State, map_tensors, norm
+from implicit.solvers.history_buffer import Ring
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
+from implicit.autodiff.functorch import search
 from implicit.grads.base import AbstractGrad, track, unsolved
 from implicit.grads.jfb import JFB
-from implicit.grads.transforms import search
 from implicit.iterate import Loop, Map, Stop
+from implicit.pytree import State
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
-from implicit.state import State
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from implicit.grads.base import AbstractGrad
 from implicit.iterate import Loop, Map, Stop, iterate
+from implicit.pytree import State
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
-from implicit.state import State
 
 
 @dataclass(frozen=True)

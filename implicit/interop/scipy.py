@@ -10,8 +10,8 @@ import torch
 from scipy import optimize
 
 from implicit.iterate import Map, PackedMap, Stop
+from implicit.pytree import Layout, State, norm
 from implicit.solution import Result, Solution
-from implicit.state import Layout, State, norm
 
 
 def root(f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(), **options: Any) -> Solution:

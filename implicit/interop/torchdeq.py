@@ -12,9 +12,9 @@ from torch import Tensor
 from torchdeq.solver import get_solver, register_solver
 
 from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
+from implicit.pytree import Layout, State, norm
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
-from implicit.state import Layout, State, norm
 
 
 def register(name: str, solver: AbstractSolver[Any]) -> None:

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history import dots, near, put, put_difference
-from implicit.state import Flat
+from implicit.solvers.history_buffer import dots, near, put, put_difference
 
 # squared columns below this are none, for their products have underflowed; their diagonal is 1 and their weight 0
 _NONE = {torch.float64: 1e-290, torch.float32: torch.finfo(torch.float32).tiny}

@@ -25,9 +25,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history import Ring, dots, near
-from implicit.state import Flat
+from implicit.solvers.history_buffer import Ring, dots, near
 
 _NOISE = 2  # a difference of residuals within that many eps of f(z) is made of rounding errors
 

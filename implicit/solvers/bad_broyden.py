@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history import Ring
-from implicit.state import Flat
+from implicit.solvers.history_buffer import Ring
 
 
 @dataclass(frozen=True)

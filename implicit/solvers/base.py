@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 from jaxtyping import Bool
 from torch import Tensor
 
-from implicit.state import Flat
+from implicit.pytree import Flat
 
 S = TypeVar("S")
 
@@ -76,7 +76,7 @@ class AbstractSolver(abc.ABC, Generic[S]):
 
     @property
     def patience(self) -> int:
-        """Evaluations without progress after which the loop's safeguard (`implicit.guard`) steps in; 0: never."""
+        """Evaluations without progress after which the loop's safeguard (`implicit.safeguard`) steps in; 0: never."""
         return 0
 
     def restart(self, point: Point, memory: S, mask: Bool[Tensor, "B 1"]) -> S:

@@ -29,9 +29,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from implicit.pytree import Flat, norm
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history import Ring, near, put
-from implicit.state import Flat, norm
+from implicit.solvers.history_buffer import Ring, near, put
 
 _NOISE = 0.75  # a share of a direction below this power of eps is made of rounding errors, and dividing by it a blow-up
 

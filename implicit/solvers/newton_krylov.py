@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from implicit.pytree import Flat, norm
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history import Ring
-from implicit.state import Flat, norm
+from implicit.solvers.history_buffer import Ring
 
 _PLAIN = -2  # instead of a slot: the next step is plain
 

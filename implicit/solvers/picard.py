@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.state import Flat
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_iterate import SOLVERS
 from torch._dynamo.utils import counters
 
 from implicit import IFT, JFB, SHINE, AndersonGS, Broyden, Neumann, Picard, Reversible, Stop, fixed_point
 from implicit.testing import problem
+from tests.implicit.test_iterate import SOLVERS
 
 COUNT = Stop(rtol=0, atol=0, max_evals=4)
 GRADS = {

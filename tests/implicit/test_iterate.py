@@ -365,7 +365,7 @@ def test_a_warm_memory_helps_and_is_not_written_to(solver):
 
 
 def _tensors(thing):
-    from implicit.state import map_tensors
+    from implicit.pytree import map_tensors
 
     found = []
     map_tensors(lambda t: found.append(t) or t, thing)

@@ -30,7 +30,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_iterate import SOLVERS, each, half, solve
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from implicit import (
@@ -55,6 +54,7 @@ from implicit import (
 )
 from implicit.diagnostics import jacobian_penalty, spectral_radius
 from implicit.testing import problem
+from tests.implicit.test_iterate import SOLVERS, each, half, solve
 
 F64 = torch.float64
 GRADS = [IFT(), JFB(2), StochasticJFB(), Phantom(3, 0.3), Neumann(4), SHINE(), Reversible(), Unrolled()]

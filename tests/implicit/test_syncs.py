@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_iterate import SOLVERS
 from torch.overrides import TorchFunctionMode
 
 from implicit import Picard, Stop, fixed_point
 from implicit.testing import problem
+from tests.implicit.test_iterate import SOLVERS
 
 READS = {"item", "tolist", "numpy", "cpu", "nonzero", "masked_select", "unique", "equal", "allclose", "argwhere"}
 READS |= {"__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__"}

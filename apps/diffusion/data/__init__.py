@@ -1,6 +1,6 @@
 """Data sets: images and labels by index."""
 
-from .digits import digits as digits
-from .images import DataSet as DataSet
-from .images import Images as Images
-from .images import order as order
+from apps.diffusion.data.dataset import DataSet as DataSet
+from apps.diffusion.data.dataset import Images as Images
+from apps.diffusion.data.dataset import order as order
+from apps.diffusion.data.digits import digits as digits

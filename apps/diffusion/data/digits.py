@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .images import Images
+from apps.diffusion.data.dataset import Images
 
 HELD_OUT = 300
 

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..seeds import Stream, generator
+from apps.diffusion.rng import Stream, generator
 
 FORMAT = 1
 

@@ -1,4 +1,4 @@
 """The two networks: DiT, explicit, and FPDM, with a fixed point in its middle."""
 
-from .dit import DiT as DiT
-from .fpdm import FPDM as FPDM
+from apps.diffusion.models.dit import DiT as DiT
+from apps.diffusion.models.fpdm import FPDM as FPDM

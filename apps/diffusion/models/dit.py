@@ -11,8 +11,8 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
-from . import layers
-from .frame import Frame
+from apps.diffusion.models import layers
+from apps.diffusion.models.transformer import Frame
 
 
 class DiT(Frame):

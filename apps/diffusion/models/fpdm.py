@@ -20,10 +20,9 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
+from apps.diffusion.models import layers
+from apps.diffusion.models.transformer import Frame
 from implicit import AbstractGrad, AbstractSolver, Picard, Solution, Stop, Unrolled, fixed_point
-
-from . import layers
-from .frame import Frame
 
 Start = Tensor | Callable[[Tensor], Tensor]
 

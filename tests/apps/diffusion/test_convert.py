@@ -7,17 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import published as pub
 import pytest
 import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from apps.diffusion import checkpoint, convert, layouts
-from apps.diffusion import config as c
+from apps.diffusion import convert
+from apps.diffusion.checkpoint import state_dicts as layouts
+from apps.diffusion.checkpoint import training_state as checkpoint
+from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
 from apps.diffusion.models import FPDM, DiT
-from apps.diffusion.trainer import Trainer
+from apps.diffusion.training.trainer import Trainer
+from tests.apps.diffusion import published as pub
 
 HEADS = ["--heads", str(pub.HEADS)]
 

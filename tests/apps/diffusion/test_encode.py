@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import picture_files as pf
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from apps.diffusion import encode, vae
-from apps.diffusion.data import crop
+from apps.diffusion import encode
+from apps.diffusion.data import preprocessing as crop
 from apps.diffusion.data.latents import Latents, sha256
+from apps.diffusion.models import autoencoder as vae
+from tests.apps.diffusion import picture_files as pf
 
 SMALL = ["--size", "16", "--batch", "3", "--shard-size", "4", "--device", "cpu"]
 

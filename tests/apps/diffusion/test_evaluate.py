@@ -6,15 +6,18 @@ import types
 from typing import Any
 
 import numpy as np
-import picture_files as pf
 import pytest
 import torch
 from torch import nn
 
-from apps.diffusion import evaluate, features, reference, sources
+from apps.diffusion import evaluate
 from apps.diffusion.data import digits
-from apps.diffusion.metrics import Gaussian, frechet_distance
-from apps.diffusion.pictures import to_pil
+from apps.diffusion.evaluation import feature_extractors as features
+from apps.diffusion.evaluation import feature_statistics as reference
+from apps.diffusion.evaluation import image_sources as sources
+from apps.diffusion.evaluation.digit_classifier import Gaussian, frechet_distance
+from apps.diffusion.files.images import to_pil
+from tests.apps.diffusion import picture_files as pf
 
 
 @pytest.fixture(scope="module")

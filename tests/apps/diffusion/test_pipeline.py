@@ -5,24 +5,24 @@ import sys
 from typing import Any
 
 import numpy as np
-import picture_files as pf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_models import randomised
 
-from apps.diffusion import checkpoint
-from apps.diffusion import config as c
 from apps.diffusion import sample as sample_command
+from apps.diffusion.checkpoint import training_state as checkpoint
+from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
+from apps.diffusion.files.images import read
 from apps.diffusion.models import FPDM, DiT
-from apps.diffusion.pictures import read
 from apps.diffusion.pipeline import FixedPointPipeline
-from apps.diffusion.reuse import Reuse
-from apps.diffusion.sampler import Solve, sample
-from apps.diffusion.schedule import make_scheduler, timesteps
-from apps.diffusion.trainer import Trainer
+from apps.diffusion.sampling.sampler import Solve, sample
+from apps.diffusion.sampling.warm_start import Reuse
+from apps.diffusion.schedulers.noise_schedule import make_scheduler, timesteps
+from apps.diffusion.training.trainer import Trainer
 from implicit import Anderson, Stop
+from tests.apps.diffusion import picture_files as pf
+from tests.apps.diffusion.small_models import randomised
 
 SMALL = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
 

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from sampling_process import one_of_two
 from torch.multiprocessing.spawn import spawn
 
-from apps.diffusion import checkpoint, sample
-from apps.diffusion import config as c
+from apps.diffusion import sample
+from apps.diffusion.checkpoint import training_state as checkpoint
+from apps.diffusion.checkpoint.trained_run import open_run
+from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
-from apps.diffusion.pictures import columns_by_class, grid, loss_curve, read, to_pil
-from apps.diffusion.trained import open_run
-from apps.diffusion.trainer import Trainer
+from apps.diffusion.files.images import columns_by_class, grid, loss_curve, read, to_pil
+from apps.diffusion.training.trainer import Trainer
+from tests.apps.diffusion.sampling_process import one_of_two
 
 QUICK = ["--steps", "2", "--iterations", "2"]
 

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from apps.diffusion import checkpoint, train
-from apps.diffusion import config as c
-from apps.diffusion import trainer as trainer_module
-from apps.diffusion.build import rebuild
+from apps.diffusion import train
+from apps.diffusion.checkpoint import training_state as checkpoint
+from apps.diffusion.config import training as c
 from apps.diffusion.data import Images, digits
-from apps.diffusion.trainer import Diverged, Trainer, averaged_decay, learning_rate
+from apps.diffusion.models.build import rebuild
+from apps.diffusion.training import trainer as trainer_module
+from apps.diffusion.training.trainer import Diverged, Trainer, averaged_decay, learning_rate
 
 SMALL = c.Config(
     model=c.Model(hidden=16, heads=2),
@@ -231,7 +232,7 @@ def test_two_processes_do_not_train_into_one_folder(tmp_path, capsys):
     assert train.main([*TINY, "--out", str(out)]) == 0  # the lock of a dead process holds nobody up
 
 
-HOLD = "import sys, pathlib, time; from apps.diffusion.lock import alone\n"
+HOLD = "import sys, pathlib, time; from apps.diffusion.files.lock import alone\n"
 HOLD += "with alone(pathlib.Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
 
 

@@ -15,8 +15,10 @@ import traceback
 
 import torch
 
-from apps.diffusion import report, train, trainer
-from apps.diffusion.trained import digest
+from apps.diffusion import train
+from apps.diffusion.checkpoint.trained_run import digest
+from apps.diffusion.training import summary as report
+from apps.diffusion.training import trainer
 
 assert trainer.Trainer  # imported before the forks
 report.finish = lambda _config, _trainer, network, *_: print("averaged:", digest(network.state_dict()))

@@ -1,0 +1,320 @@
+"""The layouts in which trained networks are published, and ours: which tensors there are, and what their
+shapes say about the network.
+
+    dit        the DiT repository (and fast-DiT):  blocks.{i}.attn.qkv.weight, ...
+    fpdm       the FPDM repository:                blocks_pre.{i}..., block_fixed_point..., blocks_post.{i}...
+    diffusers  diffusers' DiTTransformer2DModel:   transformer_blocks.{i}.attn1.to_q.weight, ...
+
+`DiT` and `FPDM` have the published names themselves, so that for the first two there is only something to
+check: from the shapes follow the hidden size D, depth, channels, patch, classes and whether the variance is
+learned; the number of heads does not. diffusers splits qkv in three and keeps a copy of the time and label
+embedders in every block.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+from torch import Tensor
+
+from apps.diffusion.models.dit import DiT
+from apps.diffusion.models.fpdm import FPDM
+from apps.diffusion.models.layers import SIZES, position_embedding
+
+Layout = Literal["dit", "fpdm", "diffusers"]
+HEADS = {size.hidden_size: size.num_heads for size in SIZES.values()}
+
+# diffusers' names on the left, ours on the right; {i} is the block
+_OUTER = {
+    "pos_embed.proj": "x_embedder.proj",
+    "proj_out_1": "final_layer.adaLN_modulation.1",
+    "proj_out_2": "final_layer.linear",
+}
+_COPIED = {
+    "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+}
+_TABLE = (
+    "transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight",
+    "y_embedder.embedding_table.weight",
+)
+_BLOCK = {
+    "transformer_blocks.{i}.norm1.linear": "blocks.{i}.adaLN_modulation.1",
+    "transformer_blocks.{i}.attn1.to_out.0": "blocks.{i}.attn.proj",
+    "transformer_blocks.{i}.ff.net.0.proj": "blocks.{i}.mlp.fc1",
+    "transformer_blocks.{i}.ff.net.2": "blocks.{i}.mlp.fc2",
+}
+_QKV = ("transformer_blocks.{i}.attn1.to_{part}", "blocks.{i}.attn.qkv")
+_POSITIONS = "pos_embed.pos_embed"  # a buffer that some conversions leave in
+_KINDS = ("weight", "bias")
+
+
+def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
+    """The layout that these tensors are in.
+
+    Raises:
+        ValueError: none that is known.
+    """
+    for prefix, layout in (
+        ("block_fixed_point.", "fpdm"),
+        ("blocks.", "dit"),
+        ("transformer_blocks.", "diffusers"),
+    ):
+        if any(name.startswith(prefix) for name in tensors):
+            return layout  # pyright: ignore[reportReturnType]
+    raise ValueError(
+        f"These {len(tensors)} tensors ({_listed(sorted(tensors)[:5])}{', ...' if len(tensors) > 5 else ''}) are in "
+        "none of the layouts dit, fpdm and diffusers: there is no tensor named blocks.*, block_fixed_point.* or "
+        "transformer_blocks.*. Give the checkpoint of a DiT or an FPDM."
+    )
+
+
+def network(
+    tensors: Mapping[str, Tensor],
+    *,
+    heads: int | None = None,
+    input_size: tuple[int, int] | None = None,
+    condition_on_time: bool = False,
+) -> DiT | FPDM:
+    """The network that holds these tensors, named as in the layouts dit or fpdm; sizes by their shapes.
+
+    Args:
+        tensors: the state dict; the network takes the tensors themselves, in their dtypes.
+        heads: attention heads. No shape shows them; None takes those of the published size with this hidden
+            size: 384: 6, 768: 12, 1024: 16, 1152: 16.
+        input_size: height and width of the latent in pixels; None: a square.
+        condition_on_time: FPDM only: whether it was trained to tell its explicit blocks the time.
+
+    Raises:
+        ValueError: unknown, missing or misshapen tensors, all of them listed; heads or input_size that do not
+            fit, or are needed.
+    """
+    fixed_point = layout_of(tensors) == "fpdm"
+    arguments = _sizes(tensors, fixed_point, heads, input_size)
+    with torch.device("meta"):
+        if fixed_point:
+            pre, post = (_count(tensors, stem) for stem in ("blocks_pre", "blocks_post"))
+            model = FPDM(**arguments, pre=pre, post=post, condition_on_time=condition_on_time)
+        else:
+            model = DiT(**arguments, depth=_count(tensors, "blocks"))
+    expected = model.state_dict()
+    check_names(tensors, expected)
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if tensors[name].shape != value.shape
+    ]
+    if wrong:
+        raise ValueError(f"The tensors do not fit each other: {_listed(wrong)}. The checkpoint is damaged or foreign.")
+    model.load_state_dict(dict(tensors), assign=True)
+    return model
+
+
+def check_names(tensors: Iterable[str], expected: Iterable[str], optional: Iterable[str] = ()) -> None:
+    """Raises ValueError that lists every unknown and every missing name."""
+    found, wanted = set(tensors), set(expected)
+    unknown, missing = found - wanted - set(optional), wanted - found
+    parts = [
+        f"{what} {_listed(sorted(names))}" for what, names in (("unknown:", unknown), ("missing:", missing)) if names
+    ]
+    if parts:
+        raise ValueError(
+            f"The tensors are not those of a DiT or FPDM ({'; '.join(parts)}). Give a checkpoint in one of the "
+            "published layouts, whole and with nothing added."
+        )
+
+
+def from_diffusers(tensors: Mapping[str, Tensor], input_size: tuple[int, int]) -> dict[str, Tensor]:
+    """The tensors of a diffusers DiT under DiT's own names.
+
+    Args:
+        tensors: the state dict of a DiTTransformer2DModel.
+        input_size: height and width of the latent in pixels, for the position embedding, which diffusers does
+            not save.
+
+    Raises:
+        ValueError: unknown or missing tensors, all of them listed; copies of an embedder that differ.
+    """
+    depth = _count(tensors, "transformer_blocks")
+    check_names(tensors, _diffusers_names(depth), optional=[_POSITIONS])
+    result: dict[str, Tensor] = {}
+    for kind in _KINDS:
+        result |= {f"{ours}.{kind}": tensors[f"{theirs}.{kind}"] for theirs, ours in _OUTER.items()}
+        for i in range(depth):
+            for theirs, ours in _BLOCK.items():
+                result[f"{ours.format(i=i)}.{kind}"] = tensors[f"{theirs.format(i=i)}.{kind}"]
+            parts = [tensors[f"{_QKV[0].format(i=i, part=part)}.{kind}"] for part in "qkv"]
+            result[f"{_QKV[1].format(i=i)}.{kind}"] = torch.cat(parts)
+    for theirs, ours in _copied().items():
+        copies = [tensors[theirs.format(i=i)] for i in range(depth)]
+        for i, copy in enumerate(copies):
+            if not torch.equal(copy, copies[0]):
+                raise ValueError(
+                    f"{theirs.format(i=i)} differs from {theirs.format(i=0)}, but a DiT has one such embedder for all "
+                    "blocks. These weights were trained apart inside diffusers and cannot be converted."
+                )
+        result[ours] = copies[0]
+    weight = result["x_embedder.proj.weight"]
+    rows, columns = (side // weight.shape[-1] for side in input_size)
+    computed = position_embedding(weight.shape[0], rows, columns).to(weight.dtype)
+    result["pos_embed"] = tensors[_POSITIONS].reshape(1, -1, weight.shape[0]) if _POSITIONS in tensors else computed
+    return result
+
+
+def to_diffusers(model: DiT | FPDM) -> DiTTransformer2DModel:
+    """The same network as a diffusers model, in evaluation mode.
+
+    diffusers computes the code of the time with frequencies 10^(-4 k / 127) instead of DiT's 10^(-4 k / 128),
+    and no configuration changes that: call `use_dit_frequencies` on the model wherever it is loaded to get
+    DiT's outputs.
+
+    Raises:
+        ValueError: a network that diffusers has no place for.
+    """
+    channels, height, width = model.latent
+    for impossible, why in (
+        (not isinstance(model, DiT), "an FPDM has a fixed-point layer, and diffusers has no such model"),
+        (model.num_classes == 0, "it is unconditional, and diffusers' DiT always has labels"),
+        (height != width, f"its latents are {height} x {width}, and diffusers' DiT takes squares"),
+        (model.mlp_ratio != 4, f"its mlp_ratio is {model.mlp_ratio}, and diffusers' DiT has 4"),
+    ):
+        if impossible:
+            raise ValueError(f"This network cannot be written for diffusers: {why}. Write it with --to ours.")
+    weights, heads = model.state_dict(), model.config["num_heads"]
+    rows = height // model.patch_size
+    computed = position_embedding(model.hidden_size, rows, rows).to(weights["pos_embed"])
+    if not torch.allclose(weights["pos_embed"], computed, atol=1e-2 if computed.dtype.itemsize == 2 else 1e-4):
+        raise ValueError(
+            "This network cannot be written for diffusers: its pos_embed is not the sine-cosine code, which is the "
+            "only one that diffusers has. Write it with --to ours."
+        )
+    depth = _count(weights, "blocks")
+    with torch.device("meta"):
+        twin = DiTTransformer2DModel(
+            num_attention_heads=heads,
+            attention_head_dim=model.hidden_size // heads,
+            in_channels=channels,
+            out_channels=model.out_channels,
+            num_layers=depth,
+            sample_size=height,
+            patch_size=model.patch_size,
+            num_embeds_ada_norm=model.num_classes,
+            norm_eps=1e-6,
+        )
+    twin.load_state_dict(_diffusers_tensors(weights, depth), assign=True)
+    twin.pos_embed.pos_embed = computed  # pyright: ignore[reportAttributeAccessIssue]
+    return twin.eval()
+
+
+def use_dit_frequencies(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
+    """Has diffusers' DiT compute the code of the time as DiT does; returns the model, changed."""
+    for block in model.transformer_blocks:
+        block.norm1.emb.time_proj.downscale_freq_shift = 0  # pyright: ignore
+    return model
+
+
+def _diffusers_tensors(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    for kind in _KINDS:
+        result |= {f"{theirs}.{kind}": weights[f"{ours}.{kind}"] for theirs, ours in _OUTER.items()}
+        for i in range(depth):
+            for theirs, ours in _BLOCK.items():
+                result[f"{theirs.format(i=i)}.{kind}"] = weights[f"{ours.format(i=i)}.{kind}"]
+            for part, value in zip("qkv", weights[f"{_QKV[1].format(i=i)}.{kind}"].chunk(3), strict=True):
+                result[f"{_QKV[0].format(i=i, part=part)}.{kind}"] = value.clone()
+    for theirs, ours in _copied().items():
+        result |= {theirs.format(i=i): weights[ours].clone() for i in range(depth)}
+    return result
+
+
+def _diffusers_names(depth: int) -> list[str]:
+    stems = list(_OUTER)
+    for i in range(depth):
+        stems += [theirs.format(i=i) for theirs in _BLOCK]
+        stems += [_QKV[0].format(i=i, part=part) for part in "qkv"]
+    names = [f"{stem}.{kind}" for stem in stems for kind in _KINDS]
+    return names + [theirs.format(i=i) for theirs in _copied() for i in range(depth)]
+
+
+def _copied() -> dict[str, str]:
+    """What diffusers has once in every block and DiT once for all."""
+    return {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in _COPIED.items() for kind in _KINDS} | dict(
+        [_TABLE]
+    )
+
+
+def _sizes(
+    tensors: Mapping[str, Tensor], fixed_point: bool, heads: int | None, input_size: tuple[int, int] | None
+) -> dict[str, Any]:
+    """The arguments that DiT and FPDM share."""
+    fc1 = "block_fixed_point.mlp.fc1.weight" if fixed_point else "blocks.0.mlp.fc1.weight"
+    needed = ("x_embedder.proj.weight", "pos_embed", fc1, "final_layer.linear.weight")
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise ValueError(
+            f"The sizes of the network cannot be told, missing: {_listed(missing)}. Give a whole checkpoint."
+        )
+    patches, positions, inner, last = (tensors[name] for name in needed)
+    if patches.ndim != 4 or positions.ndim != 3 or inner.ndim != 2 or last.ndim != 2:
+        shapes = [f"{name} {tuple(tensors[name].shape)}" for name in needed]
+        raise ValueError(f"The shapes {_listed(shapes)} are not those of a DiT or FPDM; the checkpoint is foreign.")
+    hidden, channels, patch, _ = patches.shape
+    outputs, remainder = divmod(last.shape[0], patch * patch)
+    if remainder or outputs not in (channels, 2 * channels):
+        raise ValueError(
+            f"final_layer.linear.weight has {last.shape[0]} rows, but patches of {patch} x {patch} pixels in "
+            f"{channels} channels need {channels * patch**2}, or twice that with a learned variance; the checkpoint "
+            "is foreign."
+        )
+    table = tensors.get("y_embedder.embedding_table.weight")
+    return {
+        "input_size": _input_size(positions.shape[1], patch, input_size),
+        "in_channels": channels,
+        "patch_size": patch,
+        "hidden_size": hidden,
+        "num_heads": heads_of(hidden, heads),
+        "mlp_ratio": inner.shape[0] / hidden,
+        "num_classes": 0 if table is None else table.shape[0] - 1,
+        "learn_sigma": outputs == 2 * channels,
+    }
+
+
+def heads_of(hidden: int, heads: int | None) -> int:
+    """The number of heads: the one given, or that of the published size with this hidden size."""
+    if heads is None and hidden not in HEADS:
+        known = ", ".join(f"{size}: {count}" for size, count in HEADS.items())
+        raise ValueError(
+            f"No shape shows the number of heads, and hidden size {hidden} is not a published one ({known}); say it "
+            "with --heads."
+        )
+    return HEADS[hidden] if heads is None else heads
+
+
+def _input_size(tokens: int, patch: int, given: tuple[int, int] | None) -> tuple[int, int]:
+    side = math.isqrt(tokens)
+    if given is None and side * side != tokens:
+        raise ValueError(
+            f"pos_embed has {tokens} tokens, which is no square; say the latent's shape with --input-size."
+        )
+    height, width = given or (side * patch, side * patch)
+    if height % patch or width % patch or height * width != tokens * patch * patch:
+        raise ValueError(
+            f"--input-size {height} {width} does not make the {tokens} tokens of pos_embed with patches of {patch} x "
+            f"{patch} pixels; leave it out for a square latent."
+        )
+    return height, width
+
+
+def _count(names: Iterable[str], stem: str) -> int:
+    """One more than the highest number of a block called `stem`.{number}."""
+    found = (re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in names)
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,138 @@
+"""A trained run, opened for sampling."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
+
+from apps.diffusion.checkpoint import training_state as checkpoint
+from apps.diffusion.config.training import Config
+from apps.diffusion.models import build
+from apps.diffusion.models.autoencoder import open_decoder, open_vae
+from apps.diffusion.models.dit import DiT
+from apps.diffusion.models.fpdm import FPDM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run has come to.
+
+    Attributes:
+        config: how it was trained.
+        model: the network, in evaluation mode, on the CPU.
+        images: how many it had seen.
+        digest: SHA-256 of the weights.
+    """
+
+    config: Config
+    model: DiT | FPDM
+    images: int
+    digest: str
+
+
+def read_config(run: Path) -> Config:
+    """The configuration in a run's folder.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    file = run / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"{run} holds no run (it has no config.json); train one: python -m apps.diffusion.train --out {run}"
+        )
+    return Config.from_json(file.read_text())
+
+
+def open_run(run: Path, weights: Literal["ema", "model"] = "ema") -> Trained:
+    """The newest checkpoint of a run: its averaged weights, or its last ones.
+
+    Raises:
+        ValueError: no run in the folder, one that cannot be read, or weights of another network.
+    """
+    config = read_config(run)
+    state = checkpoint.newest(run)
+    try:
+        model = build.rebuild(state.network)
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"The checkpoint in {run} describes no network that this version knows ({error!r}).") from None
+    chosen = state.ema if weights == "ema" else state.model
+    fit(model, chosen, run)
+    return Trained(config=config, model=model.eval(), images=state.progress.images, digest=digest(chosen))
+
+
+def decoder_of(trained: Trained, name: str | None = None, device: str = "cpu") -> AutoencoderKL | None:
+    """The VAE between the latents of a run and pictures; None for a run of pixels.
+
+    By default the one that encoded the run's latents. Where those lie within reach, a copy must have the same
+    weights; elsewhere its latents must have the right number of channels.
+
+    Args:
+        trained: the run.
+        name: of a copy of the VAE, where it is no longer where it was.
+        device: where to compute.
+
+    Raises:
+        ValueError: it cannot be read, nobody knows where it is, it is another one, or there is nothing to decode.
+    """
+    data, channels = trained.config.data, trained.model.latent[0]
+    latent = data.source == "latents" or channels not in (1, 3)
+    if not latent and name is not None:
+        raise ValueError(f"This run makes pictures, not latents, so there is nothing for the VAE {name} to decode.")
+    if not latent:
+        return None
+    name = name or data.vae
+    if data.path is not None and (data.path / "index.json").exists():
+        return open_decoder(data.path, name, device)
+    if name is None:
+        raise ValueError(
+            f"This run makes latents, and the folder they were learnt from, {data.path}, which names their VAE, is not "
+            "here; name the VAE, a folder or one on the hub."
+        )
+    vae, told = open_vae(name, device=device)
+    config: Any = vae.config
+    if config.latent_channels != channels:
+        raise ValueError(
+            f"The VAE {told} decodes latents of {config.latent_channels} channels, and this run makes {channels}; give "
+            "the one that the run's latents were encoded with."
+        )
+    return vae
+
+
+def fit(model: torch.nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
+    """Loads weights into a network.
+
+    Raises:
+        ValueError: they are those of another network; the sentence names the first tensors that differ.
+    """
+    own = model.state_dict()
+    wrong = [f"{name} is missing" for name in own if name not in weights]
+    wrong += [f"{name} is unknown" for name in weights if name not in own]
+    wrong += [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"The weights in {where} are those of a network of another kind or size: {'; '.join(wrong[:3])}{more}. "
+            "Give the folder of a run whose checkpoints are its own."
+        )
+    model.load_state_dict(weights)
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and numbers."""
+    found = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

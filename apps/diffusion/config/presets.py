@@ -1,0 +1,141 @@
+"""Whole configurations by name: a preset is a function that returns one, every choice in sight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from apps.diffusion.config.training import (
+    EMA,
+    Config,
+    Data,
+    Kind,
+    Model,
+    Optimisation,
+    Picard,
+    Sampling,
+    Schedule,
+    StochasticJFB,
+)
+
+
+def digits() -> Config:
+    """FPDM on scikit-learn's digits: minutes on one CPU core. The default.
+
+    Patches of 4 pixels, that is four tokens: 2.6 times as many steps as sixteen tokens in the same time. The explicit
+    layers see the time as well as the class: 98.7 against 95.7 % of the labels right (one seed, otherwise equal).
+    """
+    return Config(
+        model=Model(kind="fpdm", patch=4, condition_on_time=True),
+        optimisation=Optimisation(images=3_000 * 64, batch=64, lr=2e-3, warmup=6_400),
+        ema=EMA(decay=0.99),
+        grad=StochasticJFB(N=6, M=3),
+        sampling=Sampling(sampler="ddpm", steps=20, iterations=10),
+        max_time=240.0,
+        threads=1,
+        out=Path("runs/digits"),
+    )
+
+
+def digits_dit() -> Config:
+    """The DiT baseline on the same data for the same time."""
+    return Config(
+        model=Model(kind="dit", patch=4),
+        optimisation=Optimisation(images=3_000 * 64, batch=64, lr=2e-3, warmup=6_400),
+        ema=EMA(decay=0.99),
+        sampling=Sampling(sampler="ddpm", steps=20),
+        max_time=240.0,
+        threads=1,
+        out=Path("runs/digits-dit"),
+    )
+
+
+def pictures() -> Config:
+    """FPDM on a folder of pictures: `folder --data.path PICTURES --data.size 32 --out RUN`."""
+    return Config(
+        model=Model(kind="fpdm", size="S", patch=4, condition_on_time=True),
+        data=Data(source="folder", path=Path("pictures"), size=32),
+        optimisation=Optimisation(images=20_000_000, batch=128, lr=3e-4, warmup=128_000),
+        ema=EMA(decay=0.9999),
+        grad=StochasticJFB(N=12, M=12),
+        sampling=Sampling(steps=50, iterations=12, images=64),
+        checkpoint_every=512_000,
+        sample_every=512_000,
+        keep=2,
+        out=Path("runs/folder"),
+    )
+
+
+def latents() -> Config:
+    """FPDM on VAE latents: `latents --data.path LATENTS --out RUN`."""
+    return replace(
+        pictures(),
+        model=Model(kind="fpdm", size="S", patch=2, condition_on_time=True),
+        data=Data(source="latents", path=Path("latents")),
+        out=Path("runs/latents"),
+    )
+
+
+_PUBLISHED = ("imagenet", "celebahq", "ffhq", "lsun-church")
+
+
+def published(data: str, kind: Kind) -> Config:
+    """What the paper trains (section 4.1), at XL/2: FPDM, or DiT as its baseline, on one of four data sets.
+
+    Pictures of 256 x 256 pixels are encoded first, to latents of 4 x 32 x 32:
+    `python -m apps.diffusion.encode PICTURES --vae VAE --size 256 --out latents/NAME`. For the comparison at equal
+    cost train both for the same `--max-time` on the same machines.
+
+    Gradient clipping, bf16 and activation checkpointing are not among the paper's settings that are known here, and
+    are off. S-JFB, the solver and `pre`, `post`, `condition_on_time` are of no account to a DiT, nor is `iterations`:
+    28 block passes a timestep, which is what a DiT-XL takes.
+    """
+    conditional = data == "imagenet"
+    steps = 400_000 if conditional else 100_000
+    batch = 512
+    fixed_point = {"pre": 1, "post": 1, "condition_on_time": False} if kind == "fpdm" else {}
+    return Config(
+        model=Model(kind=kind, size="XL", patch=2, mlp_ratio=4.0, learn_sigma=True, **fixed_point),
+        schedule=Schedule(
+            betas="linear",
+            beta_start=1e-4,
+            beta_end=0.02,
+            timesteps=1000,
+            prediction="v_prediction",
+            zero_snr=True,
+        ),
+        data=Data(source="latents", path=Path("latents") / data, unconditional=not conditional),
+        optimisation=Optimisation(
+            images=steps * batch,
+            batch=batch,
+            lr=1e-4,
+            warmup=0,
+            decay="constant",
+            beta2=0.999,
+            weight_decay=0.0,
+            clip=None,
+            label_dropout=0.1 if conditional else 0.0,
+            precision="no",
+        ),
+        ema=EMA(decay=0.9999),
+        grad=StochasticJFB(N=12, M=12),
+        solver=Picard(damping=0.0),
+        sampling=Sampling(sampler="ddpm", steps=20, spacing="linspace", iterations=26, guidance=1.0, images=64),
+        max_time=None,
+        checkpoint_every=10_000 * batch,
+        sample_every=10_000 * batch,
+        keep=3,
+        out=Path("runs") / (data if kind == "fpdm" else f"{data}-dit"),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    "digits": digits,
+    "digits-dit": digits_dit,
+    "folder": pictures,
+    "latents": latents,
+    **{name: partial(published, name, "fpdm") for name in _PUBLISHED},
+    **{f"{name}-dit": partial(published, name, "dit") for name in _PUBLISHED},
+}

@@ -1,0 +1,154 @@
+"""Networks that look at pictures for the metrics: pooled features, spatial features, verdicts.
+
+An extractor is anything with a name, a digest of its weights, and a call on uint8 pictures; `evaluate` and
+`reference` ask for no more. Two are here: the classifier of handwritten digits, which needs nothing, and Inception
+as the published scores use it, by torch-fidelity, which the extra `inception` installs and which brings its weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from apps.diffusion.checkpoint.trained_run import digest
+from apps.diffusion.cli import device_of
+from apps.diffusion.data import Images, digits
+from apps.diffusion.evaluation.digit_classifier import Classifier, train_classifier
+
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+
+
+class Looked(NamedTuple):
+    """What an extractor sees in b pictures, float32 on the CPU.
+
+    Attributes:
+        pooled: (b, D), for the Fréchet distance, KID, precision and recall.
+        spatial: (b, S), which still know where things are, for sFID; None where there are none.
+        logits: (b, K) of a classifier, for the inception score and accuracy; None where there are none.
+    """
+
+    pooled: Tensor
+    spatial: Tensor | None
+    logits: Tensor | None
+
+
+class Extractor(Protocol):
+    """`name` and `digest` identify it in cached statistics."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def __call__(self, pictures: Tensor) -> Looked:
+        """Looks at pictures (b, C, H, W), uint8.
+
+        Raises:
+            ValueError: pictures that it cannot look at.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Digits:
+    """A classifier trained here on the real training digits; see metrics.py."""
+
+    classifier: Classifier
+    shape: tuple[int, int, int]
+    name: str = "digits"
+
+    @classmethod
+    def of(cls, images: Images | None = None, seed: int = 0, epochs: int = 12) -> Digits:
+        """Trained on these images, by default the training digits."""
+        images = images or digits("train")
+        return cls(train_classifier(images, seed, epochs), images.shape)
+
+    @property
+    def digest(self) -> str:
+        return digest(self.classifier.state_dict())
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor) -> Looked:
+        if pictures.shape[1] == 3 and self.shape[0] == 1:
+            pictures = pictures.float().mean(1, keepdim=True)
+        if tuple(pictures.shape[1:]) != self.shape:
+            raise ValueError(
+                f"The classifier of digits looks at pictures of {' x '.join(map(str, self.shape[1:]))} pixels, and "
+                f"these have {' x '.join(map(str, pictures.shape[2:]))}; choose --features inception for them."
+            )
+        x = pictures.float() / 127.5 - 1
+        maps = self.classifier.body[:5](x)  # after the first pooling: (b, 64, H / 2, W / 2)
+        return Looked(self.classifier.features(x), maps[:, :7].flatten(1), self.classifier(x))
+
+
+class Inception:
+    """Inception-v3 of 2015 as converted by torch-fidelity: 2048 pooled features, the first 7 channels of
+    mixed_6/conv as spatial ones (2023), and logits without their bias, as the ADM evaluation suite takes them.
+
+    Args:
+        weights: the file; by default where torch.hub keeps it.
+        device: where to compute.
+
+    Raises:
+        ValueError: torch-fidelity or the weights are not installed, or cannot be read.
+    """
+
+    name = "inception-2015-12-05"
+
+    def __init__(self, weights: Path | None = None, device: str = "cpu") -> None:
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
+                FeatureExtractorInceptionV3,
+            )
+        except ImportError as error:
+            raise ValueError(
+                f"Inception features need torch-fidelity and its torchvision ({error}); install them with pip install "
+                "'implicit-fixed-points[inception]', or choose --features digits for digits."
+            ) from None
+        file = weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
+        try:
+            torch.load(file, weights_only=True, map_location="meta")  # torch-fidelity would run what a pickle says
+            network: Any = FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"], str(file))
+        except FileNotFoundError:
+            raise ValueError(
+                f"Inception's weights are not installed: there is no {file}. Fetch {INCEPTION} from torch-fidelity's "
+                "release v0.2.0 and put it there, or say where it is with --weights."
+            ) from None
+        except Exception as error:  # pickles, zip archives, keys: whatever torch.load lets through
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{file} holds no weights of Inception ({reason}); fetch {INCEPTION} again.") from None
+        self.digest = digest(network.state_dict())
+        self.device = device
+        self._network = network.to(device).eval()
+        self._spatial: list[Tensor] = []
+        self._network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, out: self._spatial.append(out[:, :7]))
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor) -> Looked:
+        if pictures.shape[1] == 1:
+            pictures = pictures.expand(-1, 3, -1, -1)
+        self._spatial.clear()
+        pooled, logits = self._network(pictures.to(self.device))
+        return Looked(pooled.cpu(), self._spatial.pop().flatten(1).float().cpu(), logits.cpu())
+
+
+def open_extractor(name: str, weights: Path | None = None, device: str = "cpu") -> Extractor:
+    """The extractor "digits" or "inception".
+
+    Raises:
+        ValueError: it is not installed, there is none by this name, or weights for one that takes none.
+    """
+    if name == "inception":
+        return Inception(weights, device_of(device))
+    if name != "digits":
+        raise ValueError(f"There are no features {name!r}; choose digits or inception.")
+    if device != "cpu":
+        raise ValueError(f"--device {device} is for --features inception; the classifier of digits looks on the CPU.")
+    if weights is not None:
+        raise ValueError("--weights are for --features inception; the classifier of digits is trained here.")
+    return Digits.of()

@@ -1,0 +1,210 @@
+"""Statistics of a set of pictures: what the metrics need of either side, computed once and kept with its provenance.
+
+    mean, cov                  of the pooled features, float64: (D,), (D, D)
+    spatial_mean, spatial_cov  of the spatial ones, if there are any
+    features                   (m, D) float32, m = KEPT at most, evenly spread over the set: for KID, precision, recall
+
+A file is safetensors with a JSON header: the data and the extractor by name and checksum, counts, versions. So a
+cached file is used for the same pictures and the same network, or not at all. The statistics that the ADM evaluation
+suite publishes (.npz with mu, sigma, mu_s, sigma_s) are read too; they tell no checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apps.diffusion.evaluation.digit_classifier import Gaussian
+from apps.diffusion.evaluation.feature_extractors import Extractor
+from apps.diffusion.evaluation.image_sources import Source
+from apps.diffusion.files.atomic import file_at_once
+
+FORMAT = 1
+KEPT = 10_000
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """See above. `logits` (n, K) are kept in memory alone, of samples."""
+
+    provenance: dict[str, Any]
+    pooled: Gaussian
+    spatial: Gaussian | None
+    features: Tensor | None
+    logits: Tensor | None = None
+
+
+@dataclass
+class Moments:
+    """Mean and covariance of rows that come in parts, in float64, about the first part's mean."""
+
+    count: int = 0
+    centre: Tensor = field(default_factory=lambda: torch.zeros(()))
+    first: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    second: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows (b, D)."""
+        rows = rows.double()
+        if not self.count:
+            self.centre = rows.mean(0)
+        rows = rows - self.centre
+        self.count += len(rows)
+        self.first = self.first + rows.sum(0)
+        self.second = self.second + rows.T @ rows
+
+    def gaussian(self) -> Gaussian:
+        """What all rows amount to.
+
+        Raises:
+            ValueError: fewer than two rows.
+        """
+        if self.count < 2:
+            raise ValueError(f"There are {self.count} pictures, and at least 2 are needed; make more.")
+        off = self.first / self.count
+        cov = (self.second - self.count * torch.outer(off, off)) / (self.count - 1)
+        return Gaussian(self.centre + off, cov)
+
+
+def measure(source: Source, extractor: Extractor, kept: int = KEPT) -> Statistics:
+    """The statistics of all pictures of a source.
+
+    Raises:
+        ValueError: fewer than two, or pictures that cannot be read or looked at.
+    """
+    pooled, spatial = Moments(), Moments()
+    chosen = set(np.linspace(0, source.count - 1, min(kept, source.count)).round().astype(int).tolist())
+    features, logits, seen = [], [], 0
+    for batch in source.batches():
+        looked = extractor(batch)
+        pooled.add(looked.pooled)
+        if looked.spatial is not None:
+            spatial.add(looked.spatial)
+        features.append(looked.pooled[[i for i in range(len(batch)) if seen + i in chosen]])
+        if looked.logits is not None:
+            logits.append(looked.logits)
+        seen += len(batch)
+    return Statistics(
+        provenance=_provenance(source, extractor),
+        pooled=pooled.gaussian(),
+        spatial=spatial.gaussian() if spatial.count else None,
+        features=torch.cat(features),
+        logits=torch.cat(logits) if logits else None,
+    )
+
+
+def _provenance(source: Source, extractor: Extractor) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "data": {"name": source.name, "images": source.count, "sha256": source.digest},
+        "features": {"name": extractor.name, "sha256": extractor.digest},
+        "torch": torch.__version__,
+    }
+
+
+def cached(source: Source, extractor: Extractor, folder: Path | None = None) -> Statistics:
+    """The statistics from the cache, or measured and put there.
+
+    `folder` is $XDG_CACHE_HOME/implicit/statistics, or ~/.cache/implicit/statistics, by default. A damaged file is
+    made again; a cache that cannot be written is a warning.
+    """
+    if folder is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "implicit" / "statistics"
+    key = hashlib.sha256(f"{FORMAT} {source.digest} {extractor.name} {extractor.digest}".encode()).hexdigest()
+    file = folder / f"{key[:32]}.safetensors"
+    try:
+        return load(file, extractor)
+    except ValueError:
+        pass  # not there, or damaged
+    found = measure(source, extractor)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save(found, file)
+    except OSError as error:
+        warnings.warn(f"The statistics of {source.name} cannot be kept in {folder} ({error}).", stacklevel=2)
+    return found
+
+
+def save(statistics: Statistics, file: Path) -> None:
+    """Write them as safetensors, whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {"mean": statistics.pooled.mean, "cov": statistics.pooled.cov}
+    if statistics.spatial is not None:
+        tensors |= {"spatial_mean": statistics.spatial.mean, "spatial_cov": statistics.spatial.cov}
+    if statistics.features is not None:
+        tensors["features"] = statistics.features
+    with file_at_once(file) as partial:
+        save_file(
+            {name: value.contiguous() for name, value in tensors.items()},
+            partial,
+            metadata={"provenance": json.dumps(statistics.provenance)},
+        )
+
+
+def load(file: Path, extractor: Extractor) -> Statistics:
+    """Statistics from a file, .safetensors or ADM's .npz.
+
+    Raises:
+        ValueError: it cannot be read, or holds the statistics of other features than the extractor's.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if file.suffix == ".npz":
+        return _published(file)
+    try:
+        with safe_open(file, framework="pt") as held:
+            provenance = json.loads((held.metadata() or {})["provenance"])
+            tensors = {name: held.get_tensor(name) for name in held.keys()}
+        features = provenance["features"]
+        pooled = _gaussian(tensors["mean"], tensors["cov"])
+        spatial = _gaussian(tensors["spatial_mean"], tensors["spatial_cov"]) if "spatial_mean" in tensors else None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{file} holds no statistics ({error!r}); give the pictures, or another file.") from None
+    if features != {"name": extractor.name, "sha256": extractor.digest}:
+        raise ValueError(
+            f"{file} holds statistics of the features {features['name']} with other weights or of another kind than "
+            f"{extractor.name} here; give the pictures, or choose the same --features."
+        )
+    return Statistics(provenance, pooled, spatial, tensors.get("features"))
+
+
+def _gaussian(mean: Tensor, cov: Tensor) -> Gaussian:
+    """Raises ValueError where these are no mean (D,) and covariance (D, D) of finite numbers."""
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise ValueError(f"a mean {tuple(mean.shape)} and a covariance {tuple(cov.shape)} are not (D,) and (D, D)")
+    if not (mean.isfinite().all() and cov.isfinite().all()):
+        raise ValueError("its mean or its covariance is not finite")
+    return Gaussian(mean, cov)
+
+
+def is_statistics(file: Path) -> bool:
+    """Whether a file holds statistics rather than pictures."""
+    if file.suffix == ".npz" and file.is_file():
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return {"mu", "sigma"} <= set(arrays.files)
+        except (OSError, ValueError):
+            return False
+    return file.suffix == ".safetensors"
+
+
+def _published(file: Path) -> Statistics:
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            held = {name: torch.from_numpy(arrays[name]).double() for name in arrays.files if name[0] in "ms"}
+        pooled = _gaussian(held["mu"], held["sigma"])
+        spatial = _gaussian(held["mu_s"], held["sigma_s"]) if "mu_s" in held else None
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} holds no statistics ({error}); give the pictures, or another file.") from None
+    return Statistics({"data": {"name": str(file)}, "features": {"name": "as published"}}, pooled, spatial, None)

@@ -1,0 +1,178 @@
+"""Pictures to be scored, or to be compared with, from wherever they are: in order, in batches, in little memory.
+
+digits, digits:held-out     scikit-learn's digits, one split
+a folder                    of samples (00042-class-7.png, 00042.png), or any folder of pictures
+an .npz file                arr_0 (n, H, W, C) uint8, and arr_1 (n,) the classes, if any
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apps.diffusion.data import digits
+from apps.diffusion.data import preprocessing as crop
+from apps.diffusion.data.image_folder import least_side, listing
+from apps.diffusion.files import images as pictures
+
+BATCH = 64
+_NAME = re.compile(r"\d{5,}(?:-class-(\d+))?\.png")
+
+
+@dataclass(frozen=True)
+class Source:
+    """n pictures.
+
+    Attributes:
+        name: where they are.
+        count: n.
+        labels: (n,) their classes; None where they have none.
+        digest: SHA-256 of the data.
+        left_out: pictures that lie beside these and are none of them.
+        batches: gives (b, C, H, W) uint8, in order, from the beginning at every call.
+    """
+
+    name: str
+    count: int
+    labels: Tensor | None
+    digest: str
+    batches: Callable[[], Iterator[Tensor]]
+    left_out: tuple[str, ...] = ()
+
+
+def open_source(name: str, size: int | None = None) -> Source:
+    """The pictures at `name` (see the top of this file).
+
+    Args:
+        name: of the source.
+        size: crop and resize a folder's pictures to this side, as ADM does; None takes them as they are.
+
+    Raises:
+        ValueError: there are none, or what is there cannot be read.
+    """
+    path = Path(name)
+    if name in ("digits", "digits:held-out") and not path.exists():
+        return of_digits("held-out" if name.endswith("held-out") else "train")
+    if path.suffix == ".npz" and path.is_file():
+        return of_npz(path)
+    if path.is_dir():
+        if (path / "index.json").exists():
+            raise ValueError(f"{path} holds latents; give the pictures that they were made from.")
+        return of_folder(path, size)
+    raise ValueError(f"{name} is neither a folder of pictures, nor an .npz file, nor digits; give one of these.")
+
+
+def of_digits(split: str, count: int | None = None) -> Source:
+    """The digits of one split, or the first `count` of them."""
+    held = digits(split)
+    x = ((held.x + 1) * 127.5).round().to(torch.uint8)[:count]
+    found = hashlib.sha256(x.numpy().tobytes()).hexdigest()
+    return Source(f"digits ({split})", len(x), held.y[:count], found, lambda: iter(x.split(BATCH)))
+
+
+def of_folder(root: Path, size: int | None = None) -> Source:
+    """The pictures of a folder: samples by their number, others by their path.
+
+    Raises:
+        ValueError: there are none, one cannot be read, or they have several sizes and `size` is None.
+    """
+    found = sorted((p, m[1]) for p in root.iterdir() if (m := _NAME.fullmatch(p.name)))
+    files, classes = [p for p, _ in found], [c for _, c in found]
+    others: tuple[str, ...] = ()
+    if files:
+        own = {file.name for file in files} | {"grid.png"}
+        others = tuple(file for file in listing(root, "none").files if file not in own)
+    else:
+        files = [root / file for file in listing(root, "none").files]
+    labels = torch.tensor([int(c) for c in classes]) if classes and None not in classes else None
+    total = hashlib.sha256(f"size {size}".encode())
+    for file in files:
+        total.update(file.relative_to(root).as_posix().encode(errors="surrogateescape"))
+        total.update(hashlib.sha256(file.read_bytes()).digest())
+
+    def batches() -> Iterator[Tensor]:
+        shape = None
+        for first in range(0, len(files), BATCH):
+            rows = [_picture(file, size) for file in files[first : first + BATCH]]
+            shape = shape or rows[0].shape
+            for file, row in zip(files[first:], rows, strict=False):
+                if row.shape != shape:
+                    raise ValueError(
+                        f"The pictures in {root} have several sizes ({file.name} is another than {files[0].name}); "
+                        "crop them all with --size."
+                    )
+            yield torch.from_numpy(np.stack(rows))
+
+    return Source(str(root), len(files), labels, total.hexdigest(), batches, others)
+
+
+def _picture(file: Path, size: int | None) -> np.ndarray:
+    """(C, H, W) uint8; grey pictures keep one channel unless they are cropped."""
+    try:
+        if size is not None:
+            return crop.read(file, size, least_side(size))
+        picture = crop.eight_bits(pictures.read(file))
+        rows = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); take it out of the folder, or make it again.") from None
+    return rows[None] if rows.ndim == 2 else rows.transpose(2, 0, 1)
+
+
+def of_npz(path: Path) -> Source:
+    """The pictures of an .npz file, read one batch at a time.
+
+    Raises:
+        ValueError: it has no arr_0 of pictures, or cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            with archive.open("arr_0.npy") as file:
+                shape, dtype = _header(file)
+        labels = None
+        if "arr_1.npy" in names:
+            with np.load(path, allow_pickle=False) as arrays:
+                classes = arrays["arr_1"]
+            if classes.ndim != 1 or classes.dtype.kind not in "iu" or (classes.size and classes.min() < 0):
+                raise ValueError(f"its classes, arr_1, are {classes.dtype} {classes.shape}, not integers (n,) from 0")
+            labels = torch.from_numpy(classes.astype(np.int64))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} holds no pictures as arr_0, or no classes of them ({error}); mend it.") from None
+    if (
+        len(shape) != 4
+        or shape[3] not in (1, 3)
+        or dtype != np.uint8
+        or (labels is not None and len(labels) != shape[0])
+    ):
+        raise ValueError(f"arr_0 of {path} is {dtype} {shape}; pictures are uint8 (n, H, W, 1 or 3).")
+
+    def batches() -> Iterator[Tensor]:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+            _header(file)
+            for first in range(0, shape[0], BATCH):
+                rows = (min(BATCH, shape[0] - first), *shape[1:])
+                held = bytearray(file.read(int(np.prod(rows))))
+                yield torch.frombuffer(held, dtype=torch.uint8).view(rows).permute(0, 3, 1, 2)
+
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    return Source(str(path), shape[0], labels, found, batches)
+
+
+def _header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of an array whose file is left at its first byte."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if fortran:
+        raise ValueError("its axes are reversed")
+    return shape, dtype

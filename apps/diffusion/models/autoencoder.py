@@ -1,0 +1,121 @@
+"""The autoencoder between images and latents: any diffusers AutoencoderKL.
+
+A latent is scaled for the diffusion model, z = scaling (latent - shift), with the VAE's own constants.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from torch import Tensor
+
+from apps.diffusion.data.latents import read_index
+
+
+def open_vae(name: str | Path, subfolder: str | None = None, device: str = "cpu") -> tuple[AutoencoderKL, str]:
+    """The VAE in evaluation mode, and what to call it.
+
+    Args:
+        name: a folder, or a name on the hub.
+        subfolder: where the VAE lies in a folder or repository of several models; found by itself in a folder
+            if it is called vae.
+        device: where to compute.
+
+    Raises:
+        ValueError: it cannot be read, or is incomplete.
+    """
+    if subfolder is None and not (Path(name) / "config.json").exists() and (Path(name) / "vae").is_dir():
+        subfolder = "vae"
+    told = f"{name}/{subfolder}" if subfolder else str(name)
+    try:
+        loaded: Any = AutoencoderKL.from_pretrained(str(name), subfolder=subfolder, output_loading_info=True)
+    except Exception as error:  # files, JSON, tensors, network: diffusers lets through whatever its parts raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"The VAE {told} cannot be read ({type(error).__name__}: {reason}); give the folder of a diffusers "
+            "AutoencoderKL, or its name on the hub."
+        ) from None
+    vae, info = loaded
+    lacking = [*info["missing_keys"], *info["mismatched_keys"]]
+    if lacking:
+        raise ValueError(f"The VAE {told} is incomplete: {', '.join(map(str, lacking))}; fetch it again.")
+    return vae.requires_grad_(False).eval().to(device), told
+
+
+def open_decoder(root: Path, name: str | None = None, device: str = "cpu") -> AutoencoderKL:
+    """The VAE that decodes the latents in the folder `root`: by default the one that encoded them.
+
+    Args:
+        root: what `python -m apps.diffusion.encode` has written.
+        name: of a copy, where the VAE is no longer where it was.
+        device: where to compute.
+
+    Raises:
+        ValueError: it cannot be read, or it is not the one that encoded these latents.
+    """
+    made_by = read_index(root)["vae"]
+    where, subfolder = name or made_by["name"], None
+    if not Path(where).is_dir() and where.count("/") == 2:  # owner/repository/subfolder, on the hub
+        where, subfolder = where.rsplit("/", 1)
+    vae, told = open_vae(where, subfolder, device)
+    if digests(vae)["weights_sha256"] != made_by["weights_sha256"]:
+        raise ValueError(
+            f"The VAE {told} has other weights than the one that encoded {root}, {made_by['name']}; give that one "
+            "with --data.vae."
+        )
+    return vae
+
+
+def check_images(vae: AutoencoderKL, size: int) -> None:
+    """Raises ValueError where the VAE does not take colour images with sides of `size` pixels."""
+    config: Any = vae.config
+    factor = 2 ** (len(config.block_out_channels) - 1)
+    if size % factor or config.in_channels != 3:
+        raise ValueError(
+            f"This VAE takes images of {config.in_channels} channels with sides that are multiples of {factor}, and "
+            f"these have 3 channels and --size {size}; change --size, or take another VAE."
+        )
+
+
+def digests(vae: AutoencoderKL) -> dict[str, str]:
+    """SHA-256 of the VAE's configuration and of its weights, wherever it was read from."""
+    config = {key: value for key, value in dict(vae.config).items() if not key.startswith("_")}
+    weights = hashlib.sha256()
+    for key, value in sorted(vae.state_dict().items()):
+        weights.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        weights.update(value.detach().cpu().float().contiguous().numpy())
+    text = json.dumps(config, sort_keys=True, default=str)
+    return {"config_sha256": hashlib.sha256(text.encode()).hexdigest(), "weights_sha256": weights.hexdigest()}
+
+
+def constants(vae: AutoencoderKL) -> tuple[float, float]:
+    """(scaling, shift) of its latents."""
+    config: Any = vae.config
+    return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+
+
+@torch.no_grad()
+def moments(vae: AutoencoderKL, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation (b, 2, C, h, w) of images x (b, 3, H, W) in [-1, 1] and of their mirror images,
+    unscaled, on the CPU.
+    """
+    posteriors: list[Any] = [vae.encode(side).latent_dist for side in (x, x.flip(3))]  # pyright: ignore
+    mean = torch.stack([p.mean for p in posteriors], dim=1)
+    std = torch.stack([p.std for p in posteriors], dim=1)
+    return mean.cpu(), std.cpu()
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, z: Tensor) -> Tensor:
+    """Images (b, 3, H, W), about in [-1, 1], of scaled latents z (b, C, h, w), on the CPU in float32.
+
+    One at a time, so that an image does not depend on those decoded with it.
+    """
+    scaling, shift = constants(vae)
+    rows = (z.to(vae.device, vae.dtype) / scaling + shift).split(1)
+    return torch.cat([vae.decode(row, return_dict=False)[0].float().cpu() for row in rows])  # pyright: ignore

@@ -1,0 +1,187 @@
+"""What DiT and FPDM have around their blocks: embeddings in front, output layer behind, and the checks."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from jaxtyping import Float, Int, Num
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from apps.diffusion.models import layers
+
+
+class Frame(ModelMixin, ConfigMixin):
+    """Abstract: a network on latent images, less the blocks in its middle.
+
+    A subclass adds its blocks, calls `layers.initialise(self)` and gives `forward`, `block_passes`, `macs`.
+    `pos_embed` is a persistent buffer: it is saved and must be there on loading, as in the published
+    checkpoints, but it is no parameter.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+
+    def __init__(
+        self,
+        *,
+        input_size: int | tuple[int, int],
+        in_channels: int,
+        patch_size: int,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        num_classes: int,
+        learn_sigma: bool,
+    ) -> None:
+        super().__init__()
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        check_image(height, width, in_channels, patch_size)
+        check_width(hidden_size, num_heads, mlp_ratio)
+        if num_classes < 0:
+            raise ValueError(f"num_classes={num_classes} is negative; give 0 for an unconditional model.")
+        self.latent = (in_channels, height, width)
+        self.patch_size = patch_size
+        self.hidden_size = hidden_size
+        self.mlp_ratio = mlp_ratio
+        self.num_classes = num_classes
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.gradient_checkpointing = False
+
+        self.x_embedder = layers.PatchEmbed(in_channels, patch_size, hidden_size)
+        self.t_embedder = layers.TimestepEmbedder(hidden_size)
+        self.y_embedder = layers.LabelEmbedder(num_classes, hidden_size) if num_classes else None
+        positions = layers.position_embedding(hidden_size, height // patch_size, width // patch_size)
+        self.register_buffer("pos_embed", positions)
+        self.final_layer = layers.FinalLayer(hidden_size, patch_size, self.out_channels)
+
+    @classmethod
+    def from_pretrained(cls, source: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The network in a folder that `save_pretrained` wrote, whole; `options` are diffusers'.
+
+        Raises:
+            ValueError: tensors that are missing, which diffusers would leave undefined, or unknown ones.
+        """
+        told = options.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(source, **options, output_loading_info=True)
+        model, info = loaded
+        kinds = {"missing": "missing_keys", "unknown": "unexpected_keys", "misshapen": "mismatched_keys"}
+        wrong = [f"{what}: {', '.join(map(str, info[key][:5]))}" for what, key in kinds.items() if info[key]]
+        if wrong:
+            raise ValueError(
+                f"The weights in {source} are not those of this {cls.__name__} ({'; '.join(wrong)}); save or fetch "
+                "it again."
+            )
+        return (model, info) if told else model
+
+    @property
+    def null_class(self) -> int | None:
+        """The label that stands for "no label"; None for an unconditional model."""
+        return self.num_classes or None
+
+    @property
+    def tokens(self) -> int:
+        """T, the tokens of one sample."""
+        _, height, width = self.latent
+        return height * width // self.patch_size**2
+
+    def embed(
+        self, x: Float[Tensor, "B C H W"], t: Num[Tensor, "B"], y: Int[Tensor, "B"] | None
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D"], Float[Tensor, "B D"] | None]:
+        """The tokens with their positions, the time's vector and the label's (None: unconditional).
+
+        Raises:
+            ValueError: a shape that does not fit, a label out of range, missing or superfluous labels.
+        """
+        check_inputs(x, t, y, latent=self.latent, num_classes=self.num_classes)
+        h = self.x_embedder(x) + self.pos_embed
+        return h, self.t_embedder(t), None if self.y_embedder is None else self.y_embedder(y)
+
+    def image(self, h: Float[Tensor, "B T D"], c: Float[Tensor, "B D"]) -> Float[Tensor, "B C_out H W"]:
+        """The output layer, and the patches put together again."""
+        _, height, width = self.latent
+        return layers.unpatchify(self.final_layer(h, c), height, width, self.patch_size)
+
+    def call(self, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        """function(*args), its activations made anew in the backward if gradient checkpointing is enabled."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile every block; `options` are those of torch.compile. State-dict keys stay."""
+        for module in self.modules():
+            if isinstance(module, layers.Block):
+                module.compile(**options)
+
+    def block_macs(self) -> int:
+        """Multiply-accumulates of one block for one sample: projections, MLP, attention, modulation."""
+        d, inner, tokens = self.hidden_size, int(self.hidden_size * self.mlp_ratio), self.tokens
+        return tokens * (4 * d * d + 2 * d * inner) + 2 * tokens * tokens * d + 6 * d * d
+
+    def frame_macs(self) -> int:
+        """Multiply-accumulates for one sample of all that is no block: embeddings and output layer."""
+        d, area = self.hidden_size, self.patch_size**2
+        patches = self.tokens * area * (self.latent[0] + self.out_channels) * d
+        return patches + layers.FREQUENCIES * d + d * d + 2 * d * d
+
+
+def check_image(height: int, width: int, channels: int, patch_size: int) -> None:
+    """Raises ValueError where a latent image cannot be cut into patches."""
+    if channels < 1:
+        raise ValueError(f"in_channels={channels} leaves nothing to model; give at least 1.")
+    if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"input_size={height} x {width} cannot be cut into patches of patch_size={patch_size}; choose a "
+            "patch size that divides both sides."
+        )
+
+
+def check_width(hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
+    """Raises ValueError where the hidden size cannot be shared out among heads and position waves."""
+    if num_heads < 1 or hidden_size < 1 or hidden_size % num_heads or hidden_size % 4:
+        raise ValueError(
+            f"hidden_size={hidden_size} must be a multiple of num_heads={num_heads} and of 4 (the position "
+            "embedding holds a sine and a cosine for each of two axes)."
+        )
+    if mlp_ratio <= 0:
+        raise ValueError(f"mlp_ratio={mlp_ratio} must be positive; 4 is usual.")
+    if int(hidden_size * mlp_ratio) < 1:
+        raise ValueError(f"mlp_ratio={mlp_ratio} leaves an MLP of {hidden_size} channels no width; 4 is usual.")
+
+
+def check_inputs(x: Tensor, t: Tensor, y: Tensor | None, *, latent: tuple[int, int, int], num_classes: int) -> None:
+    """Raises ValueError where a call does not fit a model for latents of shape `latent` = (C, H, W).
+
+    The range of `y` is looked at on the CPU alone: on an accelerator that would stall the device at every
+    call, and the embedding's own kernel refuses an id out of range there.
+    """
+    if x.ndim != 4 or tuple(x.shape[1:]) != latent:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but this model was built for (batch, {latent[0]}, {latent[1]}, "
+            f"{latent[2]}); resize the input, or build the model with its in_channels and input_size."
+        )
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t has shape {tuple(t.shape)}; give one time per sample, shape ({x.shape[0]},).")
+    if num_classes == 0:
+        if y is not None:
+            raise ValueError("y was given to an unconditional model (num_classes=0); leave y out.")
+        return
+    if y is None:
+        raise ValueError(
+            f"y is missing: this model is conditional. Give class ids from 0 to {num_classes - 1}, or the "
+            f"null class {num_classes} for an unconditional prediction."
+        )
+    if y.shape != x.shape[:1] or y.is_floating_point():
+        raise ValueError(
+            f"y is {y.dtype} of shape {tuple(y.shape)}; give one integer per sample, shape ({x.shape[0]},)."
+        )
+    if y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in y.aminmax())
+        if low < 0 or high > num_classes:
+            raise ValueError(
+                f"y holds class ids from {low} to {high}; this model knows 0 to {num_classes - 1}, and "
+                f"{num_classes} for the null class."
+            )

@@ -1,0 +1,201 @@
+"""A folder of samples, which several processes may fill at once.
+
+    00042-class-7.png      sample 42, written whole or not at all (00042.png without classes)
+    settings.json          how all of them are made
+    grid.png               the first of them, enlarged
+    samples.npz            all of them for the ADM evaluation suite, if asked for
+    effort.json            what making them cost, from .effort-RANK.jsonl, one line for each part
+
+Nothing in it depends on who wrote it or when, the costs apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from apps.diffusion.cli import make_folder
+from apps.diffusion.files.atomic import file_at_once
+from apps.diffusion.files.images import columns_by_class, grid, read, to_pil
+from apps.diffusion.sampling.sampler import SampleResult
+
+GRID = 100  # most images in grid.png
+
+
+@dataclass(frozen=True)
+class Album:
+    """Samples number 0 ... n - 1 in a folder, with their classes (None: they have none)."""
+
+    folder: Path
+    labels: Sequence[int | None]
+
+    def name(self, i: int) -> str:
+        """The file of sample i."""
+        y = self.labels[i]
+        return f"{i:05d}.png" if y is None else f"{i:05d}-class-{y}.png"
+
+    def missing(self) -> list[int]:
+        """The samples that are not there yet."""
+        return [i for i in range(len(self.labels)) if not (self.folder / self.name(i)).exists()]
+
+    def settle(self, settings: dict[str, Any]) -> None:
+        """Make the folder and note in it how its images are made.
+
+        Raises:
+            ValueError: it holds images that are made otherwise, or something else; nothing is written then.
+        """
+        note = self.folder / "settings.json"
+        settings = json.loads(json.dumps(settings))
+        if note.exists():
+            try:
+                before = dict(json.loads(note.read_text()))
+            except (ValueError, TypeError):
+                raise ValueError(f"{note} is damaged; give another folder with --out.") from None
+            changed = [f"{k} was {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]
+            if changed:
+                raise ValueError(
+                    f"{self.folder} holds samples made otherwise ({'; '.join(changed)}); give another folder with "
+                    "--out."
+                )
+            return
+        if self.folder.exists() and (
+            not self.folder.is_dir() or any(not p.name.startswith(".settings.json.") for p in self.folder.iterdir())
+        ):
+            if not note.exists():  # another process may have settled in the meantime
+                raise ValueError(f"{self.folder} holds something else than samples; give another folder with --out.")
+        make_folder(self.folder)
+        with file_at_once(note) as partial:
+            partial.write_text(json.dumps(settings, indent=2) + "\n")
+
+    def write(self, i: int, image: Any) -> None:
+        """Write sample i, an image (C, H, W) in [-1, 1]."""
+        with file_at_once(self.folder / self.name(i)) as partial:
+            to_pil(image).save(partial, format="PNG")
+
+    def read(self, i: int) -> Image.Image:
+        """Sample i.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        try:
+            return read(self.folder / self.name(i))
+        except (OSError, UnidentifiedImageError, SyntaxError) as error:
+            raise ValueError(
+                f"{self.folder / self.name(i)} cannot be read ({error}); delete it, and the same command makes it "
+                "again."
+            ) from None
+
+    def write_grid(self) -> None:
+        """grid.png: the first images, ten to a row or one class to a column."""
+        known = [-1 if y is None else y for y in self.labels]
+        classes = sorted(set(known))
+        by_class = 1 < len(classes) <= 20
+        columns = len(classes) if by_class else min(10, len(known))
+        order = columns_by_class(known, GRID // columns) if by_class else list(range(min(GRID, len(known))))
+        head = [str(y) for y in classes] if by_class else ()
+        with file_at_once(self.folder / "grid.png") as partial:
+            grid([self.read(i) for i in order], columns, head=head).save(partial, format="PNG")
+
+    def write_npz(self) -> None:
+        """samples.npz: arr_0 (n, H, W, 3) uint8, grey in three equal channels, and arr_1 (n,) the classes.
+
+        One image at a time, so that 50,000 need no memory; equal images give equal bytes.
+        """
+        width, height = self.read(0).size
+        with file_at_once(self.folder / "samples.npz") as partial, zipfile.ZipFile(partial, "w") as archive:
+            with _member(archive, "arr_0.npy", (len(self.labels), height, width, 3), "|u1") as file:
+                for i in range(len(self.labels)):
+                    image = self.read(i)
+                    if image.size != (width, height):
+                        raise ValueError(f"{self.name(i)} has another size than {self.name(0)}; delete it.")
+                    file.write(np.asarray(image.convert("RGB")).tobytes())
+            if self.labels[0] is not None:
+                with _member(archive, "arr_1.npy", (len(self.labels),), "<i8") as file:
+                    file.write(np.asarray(self.labels, dtype="<i8").tobytes())
+
+    def note_effort(self, rank: int, result: SampleResult, wanted: Sequence[int]) -> None:
+        """Add to the books of process `rank` what one part cost, of which the samples `wanted` were missing."""
+        rows = [result.indices.index(i) for i in wanted]
+        effort = result.effort
+        residuals = effort.residuals[rows].double()
+        line = {
+            "images": len(rows),
+            "block_passes": int(effort.block_passes[rows].sum()),
+            "macs": int(effort.macs[rows].sum()),
+            "computed": effort.computed,
+            "evaluations": effort.evaluations[rows].sum(0).tolist(),
+            "residual_sum": residuals.sum(0).tolist() if residuals.isfinite().all() else None,
+            "residual_max": residuals.amax(0).tolist() if residuals.isfinite().all() else None,
+            "seconds": effort.seconds,
+        }
+        with (self.folder / f".effort-{rank}.jsonl").open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+            cut_off = file.read(1) not in (b"", b"\n")  # by a kill: the record after it stands on its own line
+            file.write(("\n" * cut_off + json.dumps(line) + "\n").encode())
+
+    def write_effort(self, timesteps: Sequence[int]) -> dict[str, Any]:
+        """effort.json: what all images of this folder cost, over all processes and commands; see `summed`."""
+        lines = []
+        for file in sorted(self.folder.glob(".effort-*.jsonl")):
+            for text in file.read_text().splitlines():
+                try:
+                    lines.append(json.loads(text))
+                except ValueError:
+                    continue  # cut off by a kill
+        total = summed(lines, timesteps)
+        with file_at_once(self.folder / "effort.json") as partial:
+            partial.write_text(json.dumps(total, indent=2) + "\n")
+        return total
+
+
+def summed(lines: Sequence[dict[str, Any]], timesteps: Sequence[int]) -> dict[str, Any]:
+    """The books as one report.
+
+    images                   samples made, those that were lost and made again counted twice
+    per_image                means: block passes, MACs, evaluations of the fixed-point layer
+    block_passes_computed    really run in all, for places of a chunk that nobody asked for as well
+    by_timestep              mean evaluations; mean and largest relative residual at the end of the solves
+    seconds                  in the sampling loop, added up over processes
+    """
+    images = sum(line["images"] for line in lines)
+    if not images:
+        return {"images": 0, "seconds": 0.0}
+
+    def column(name: str) -> list[Any]:
+        return [line[name] for line in lines]
+
+    evaluations = np.sum(column("evaluations"), axis=0)
+    by_timestep: dict[str, Any] = {"timestep": list(timesteps)}
+    if evaluations.any():
+        by_timestep["evaluations"] = (evaluations / images).tolist()
+    if all(column("residual_sum")):
+        by_timestep["residual_mean"] = (np.sum(column("residual_sum"), axis=0) / images).tolist()
+        by_timestep["residual_max"] = np.max(column("residual_max"), axis=0).tolist()
+    return {
+        "images": images,
+        "per_image": {
+            "block_passes": sum(column("block_passes")) / images,
+            "macs": sum(column("macs")) / images,
+            "evaluations": float(evaluations.sum()) / images,
+        },
+        "block_passes_computed": sum(column("computed")),
+        "by_timestep": by_timestep,
+        "seconds": sum(column("seconds")),
+    }
+
+
+def _member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], descr: str) -> Any:
+    """An array within an .npz, open for its bytes; the header is written."""
+    file = archive.open(zipfile.ZipInfo(name), "w", force_zip64=True)  # ZipInfo's own date, 1980: bytes without a clock
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})  # pyright: ignore
+    return file

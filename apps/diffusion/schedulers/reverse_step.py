@@ -1,0 +1,137 @@
+"""One step of the reverse process, from timestep t to the one before it in an explicit array, s.
+
+With x_0 and eps as the prediction gives them, and abar = 1 at the end of the array (s = -1),
+
+    btilde = (1 - abar_s)/(1 - abar_t) beta,      beta = 1 - abar_t / abar_s
+    mean   = sqrt(abar_s) x_0 + sqrt(1 - abar_s - eta^2 btilde) eps
+    x_s    = mean + eta sqrt(btilde) z,           z ~ N(0, 1)
+
+eta = 0 is DDIM (Song et al. 2021, arXiv 2010.02502, equation 12), eta = 1 is DDPM's ancestral step (Ho et al.
+2020, arXiv 2006.11239, equation 7), whose noise has the learned variance instead where the network gives one.
+The step into s = -1 adds no noise.
+
+diffusers' own DDIM step takes s = t - T // n, which is not the array's where n does not divide T or the
+spacing is "linspace"; so these two are stepped here, with the scheduler's abar. Other diffusers schedulers
+(DPM-Solver++, ...) keep their own account of the array that they are given, and step themselves.
+"""
+
+import copy
+import inspect
+import math
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor
+
+from apps.diffusion.schedulers.noise_schedule import clean_and_noise
+
+
+class Reverse:
+    """The steps of one batch through an explicit array of timesteps.
+
+    Args:
+        scheduler: a diffusers scheduler; it is copied, never changed.
+        timesteps: the array, falling, from the noisiest down.
+        eta: DDIM only: share of fresh noise, 0 (deterministic) to 1 (ancestral).
+
+    Raises:
+        ValueError: an array that does not fall or leaves the schedule, eta out of range or with another
+            scheduler, a scheduler that cannot follow an explicit array.
+    """
+
+    def __init__(self, scheduler: Any, timesteps: Sequence[int], *, eta: float = 0.0) -> None:
+        train_steps = scheduler.config["num_train_timesteps"]
+        falling = all(a > b for a, b in pairwise(timesteps))
+        if not timesteps or not falling or timesteps[0] >= train_steps or timesteps[-1] < 0:
+            raise ValueError(
+                f"timesteps={list(timesteps)} must fall strictly and lie between {train_steps - 1} and 0; "
+                "`schedule.timesteps` makes such an array."
+            )
+        if not 0 <= eta <= 1 or (eta and not isinstance(scheduler, DDIMScheduler)):
+            raise ValueError(f"eta={eta} does not fit {type(scheduler).__name__}; DDIM takes 0 to 1, others none.")
+        self.timesteps = tuple(int(t) for t in timesteps)
+        self.previous = (*self.timesteps[1:], -1)
+        self.scheduler: Any = copy.deepcopy(scheduler)
+        self.closed_form = isinstance(scheduler, DDIMScheduler | DDPMScheduler)
+        self.eta = eta if isinstance(scheduler, DDIMScheduler) else 1.0
+        if not self.closed_form:
+            follow(self.scheduler, self.timesteps)
+        self.abar = scheduler.alphas_cumprod.double().cpu()
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The noisiest x, from standard normal noise."""
+        return noise if self.closed_form else noise * float(self.scheduler.init_noise_sigma)
+
+    def input(self, k: int, x: Tensor) -> Tensor:
+        """What the network is shown at step k."""
+        return x if self.closed_form else self.scheduler.scale_model_input(x, self.scheduler.timesteps[k])
+
+    def step(self, k: int, prediction: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """x at the timestep after the k-th, from x (B, C, H, W) at the k-th and the prediction there.
+
+        `generators` are CPU generators, one per sample, that fresh noise is drawn from where the step adds
+        any.
+        """
+        prediction = prediction.to(x.dtype)
+        if not self.closed_form:
+            accepted = inspect.signature(self.scheduler.step).parameters
+            noise: dict[str, Any] = {"generator": list(generators)} if "generator" in accepted else {}
+            mean_part = prediction[:, : x.shape[1]]
+            return self.scheduler.step(mean_part, self.scheduler.timesteps[k], x, **noise, return_dict=False)[0]
+        mean, sigma = self.moments(k, prediction, x)
+        if self.previous[k] < 0 or not self.eta:
+            return mean
+        return mean + sigma * fresh_noise(x, generators)
+
+    def moments(self, k: int, prediction: Tensor, x: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Mean and standard deviation of x at the timestep after the k-th."""
+        config = self.scheduler.config
+        now = self.abar[self.timesteps[k]]
+        before = self.abar[self.previous[k]] if self.previous[k] >= 0 else torch.ones_like(now)
+        beta = 1 - now / before
+        small = float((1 - before) / (1 - now) * beta)
+        mean_part, variance_part = prediction[:, : x.shape[1]], prediction[:, x.shape[1] :]
+        clean, noise = clean_and_noise(mean_part, x, now, config["prediction_type"])
+        if config["clip_sample"]:
+            clean = clean.clamp(-config["clip_sample_range"], config["clip_sample_range"])
+            noise = (x - float(now.sqrt()) * clean) / float((1 - now).sqrt())
+        kept = max(float(1 - before) - self.eta**2 * small, 0.0)
+        mean = float(before.sqrt()) * clean + kept**0.5 * noise
+        if config.get("variance_type") != "learned_range" or small == 0:
+            return mean, self.eta * small**0.5
+        if not variance_part.shape[1]:
+            raise ValueError(
+                "The scheduler expects a learned variance, but the network gives none; build it with "
+                "learn_sigma=True, or the scheduler with learn_sigma=False."
+            )
+        share = (variance_part + 1) / 2
+        return mean, (0.5 * (share * float(beta.log()) + (1 - share) * math.log(small))).exp()
+
+
+def follow(scheduler: Any, timesteps: Sequence[int]) -> None:
+    """Sets a scheduler that keeps its own account to an explicit array.
+
+    One that takes no array is asked for as many timesteps, and serves if its own are the same.
+    """
+    explicit = "timesteps" in inspect.signature(scheduler.set_timesteps).parameters
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # numpy 2 on diffusers' own np.array(tensor)
+        if explicit and scheduler.order == 1:
+            scheduler.set_timesteps(timesteps=list(timesteps))
+        elif scheduler.order == 1:
+            scheduler.set_timesteps(len(timesteps))
+    if [round(float(t)) for t in scheduler.timesteps] != list(timesteps):
+        raise ValueError(
+            f"{type(scheduler).__name__} cannot follow an explicit array of timesteps, and its own would differ from "
+            f"{list(timesteps)}; use ddim, ddpm or dpm++."
+        )
+
+
+def fresh_noise(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal noise like x (B, C, H, W), sample b from generator b alone: on the CPU, in float32."""
+    return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device, x.dtype)

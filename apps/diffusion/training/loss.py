@@ -1,0 +1,143 @@
+"""What a diffusion model is trained on, as a pure function of the batch and of the randomness of the step.
+
+    L = mean ( model(x_t, t, y') - target )^2,      x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
+
+with t uniform over all timesteps, target = v, eps or x_0 as the scheduler says (`prediction_type`), and y'
+the label, or the null class where it was dropped. No weight depends on t.
+
+A network that also predicts its variance gives rho in C further channels and gets the variational bound on
+top (Nichol & Dhariwal 2021, arXiv 2102.09672, equations 13 to 16):
+
+    log var_t = a log beta_t + (1 - a) log btilde_t,   a = (rho + 1) / 2
+    btilde_t = beta_t (1 - abar_{t-1}) / (1 - abar_t)
+    L_vb = KL( N(mean_q, btilde_t) || N(mean, var_t) ) for t > 0;   -log N(x_0; mean, var_0) for t = 0
+
+in bits per value, with btilde_1 for btilde_0 = 0, and the mean detached, so that it teaches the variance
+alone.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from apps.diffusion.schedulers.noise_schedule import clean_and_noise
+from implicit import Solution
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """The randomness of one training step: noise (B, C, H, W), timesteps t (B,), and dropped labels (B,)."""
+
+    noise: Float[Tensor, "B C H W"]
+    t: Int[Tensor, "B"]
+    dropped: Bool[Tensor, "B"]
+
+    def to(self, device: torch.device | str) -> "Draw":
+        """The same draw on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("noise", "t", "dropped")}
+        return replace(self, **moved)
+
+    def part(self, rows: slice) -> "Draw":
+        """That of some samples of the batch."""
+        return replace(self, noise=self.noise[rows], t=self.t[rows], dropped=self.dropped[rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """The loss of a batch.
+
+    Attributes:
+        total: scalar, with its graph: what to minimise.
+        error: (B,) mean squared error of each sample, without a graph.
+        bound: (B,) bits per value of the variational bound, without a graph; None unless the variance is
+            learned.
+        solution: the fixed-point solve, where the model was asked to return it (`return_solution=True`).
+    """
+
+    total: Tensor
+    error: Float[Tensor, "B"]
+    bound: Float[Tensor, "B"] | None = None
+    solution: Solution | None = None
+
+
+def loss(
+    model: Callable[..., Any],
+    x0: Float[Tensor, "B C H W"],
+    y: Int[Tensor, "B"] | None,
+    draw: Draw,
+    *,
+    scheduler: DDPMScheduler,
+    null_class: int | None = None,
+    **solve: Any,
+) -> Loss:
+    """The training loss of `model` on clean latents `x0` with labels `y` (None: unconditional).
+
+    Args:
+        draw: the step's randomness, on the device of `x0`.
+        scheduler: noise schedule and prediction type (`schedule.make_scheduler("ddpm")`).
+        null_class: the label put where `draw.dropped`; needed as soon as one is dropped.
+        solve: passed on to the model: `grad`, `stop`, `solver`, `iterations`, `return_solution` of an FPDM.
+
+    Raises:
+        ValueError: labels are to be dropped and there is no null class, or shapes do not fit.
+    """
+    if draw.noise.shape != x0.shape or draw.t.shape != x0.shape[:1]:
+        raise ValueError(f"The draw is for {tuple(draw.noise.shape)}, the batch is {tuple(x0.shape)}; draw anew.")
+    if y is not None and null_class is not None:
+        y = torch.where(draw.dropped, null_class, y)
+    elif y is not None and bool(draw.dropped.any()):
+        raise ValueError("Labels are to be dropped, but null_class is None; give the model's null class.")
+    noisy = scheduler.add_noise(x0, draw.noise, draw.t)  # pyright: ignore[reportArgumentType]
+    answer = model(noisy, draw.t, y, **solve)
+    prediction, solution = answer if isinstance(answer, tuple) else (answer, None)
+    mean_part, variance_part = prediction[:, : x0.shape[1]], prediction[:, x0.shape[1] :]
+    error = (mean_part.to(x0.dtype) - target(x0, draw, scheduler)).square().flatten(1).mean(1)
+    total, bound = error.mean(), None
+    if variance_part.shape[1]:
+        bound = variational_bound(mean_part.detach(), variance_part, x0, noisy, draw.t, scheduler)
+        total, bound = total + bound.mean(), bound.detach()
+    return Loss(total=total, error=error.detach(), bound=bound, solution=solution)
+
+
+def target(x0: Tensor, draw: Draw, scheduler: DDPMScheduler) -> Tensor:
+    """What the network should say: v, eps or x_0."""
+    match scheduler.config["prediction_type"]:
+        case "v_prediction":
+            return scheduler.get_velocity(x0, draw.noise, draw.t)  # pyright: ignore[reportArgumentType]
+        case "epsilon":
+            return draw.noise
+        case _:
+            return x0
+
+
+def variational_bound(
+    mean_part: Float[Tensor, "B C H W"],
+    rho: Float[Tensor, "B C H W"],
+    x0: Float[Tensor, "B C H W"],
+    noisy: Float[Tensor, "B C H W"],
+    t: Int[Tensor, "B"],
+    scheduler: DDPMScheduler,
+) -> Float[Tensor, "B"]:
+    """L_vb of each sample in bits per value (the equations at the top of this file)."""
+    abar = scheduler.alphas_cumprod.to(x0.device, torch.float64)
+    now = abar[t].view(-1, 1, 1, 1)
+    before = torch.where(t > 0, abar[t - 1], 1.0).view(-1, 1, 1, 1)
+    beta = 1 - now / before
+    small = beta * (1 - before) / (1 - now)
+    first = (1 - abar[1] / abar[0]) * (1 - abar[0]) / (1 - abar[1])  # btilde_1
+    small = torch.where(small > 0, small, first)
+    predicted, _ = clean_and_noise(mean_part.double(), noisy.double(), now, scheduler.config["prediction_type"])
+    to_clean = before.sqrt() * beta / (1 - now)  # coefficient of x_0 in the posterior's mean; x_t's cancels
+    gap = (to_clean * (x0.double() - predicted)).square()
+    share = (rho.double() + 1) / 2
+    log_var = share * beta.log() + (1 - share) * small.log()
+    divergence = 0.5 * (log_var - small.log() + (small + gap) / log_var.exp() - 1)
+    likelihood = 0.5 * (math.log(2 * math.pi) + log_var + gap / log_var.exp())  # at t = 0 the mean is x_0 itself
+    bits = torch.where(t.view(-1, 1, 1, 1) > 0, divergence, likelihood) / math.log(2)
+    return bits.flatten(1).mean(1).to(x0.dtype)

@@ -1,0 +1,178 @@
+"""What all studies share: a cell, the models, training by CPU time, sampling and scoring."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import nn
+
+from apps.diffusion.config.training import EMA, Config, Grad, Model, Optimisation, StochasticJFB
+from apps.diffusion.data import Images
+from apps.diffusion.evaluation.digit_classifier import Judge
+from apps.diffusion.models import build
+from apps.diffusion.sampling.sampler import Solve, sample
+from apps.diffusion.schedulers import noise_schedule as schedule
+from apps.diffusion.training.trainer import Trainer
+from benchmarks.harness import provenance
+
+Sizes = dict[str, dict[str, float]]
+SCALES: Sizes = {  # CPU seconds of training by study, and samples per score
+    "full": {"sampling": 120, "estimators": 100, "iteration-split": 60, "outer-blocks": 60, "samples": 500},
+    "tiny": {"sampling": 1, "estimators": 1, "iteration-split": 1, "outer-blocks": 0.3, "samples": 20},
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to sample a trained network: `steps` timesteps and, for an FPDM, how each is solved."""
+
+    name: str
+    steps: int
+    solve: Callable[[Any], Solve | None] = lambda model: None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One network to train, and the ways in which it is sampled."""
+
+    name: str
+    config: Config
+    ways: tuple[Way, ...]
+
+
+def fixed(iterations: int) -> Callable[[Any], Solve]:
+    """The same number of naive iterations at every timestep."""
+    return lambda model: Solve(iterations=iterations)
+
+
+def fpdm(seconds: float, grad: Grad = StochasticJFB(N=6, M=3), **model: Any) -> Config:
+    """A small FPDM: hidden size 64, four tokens, one block before and one behind unless told otherwise."""
+    return _config(Model(kind="fpdm", hidden=64, patch=4, condition_on_time=True, **model), seconds, grad)
+
+
+def dit(seconds: float) -> Config:
+    """The explicit baseline: six blocks of the same width."""
+    return _config(Model(kind="dit", hidden=64, patch=4), seconds, StochasticJFB())
+
+
+def _config(model: Model, seconds: float, grad: Grad) -> Config:
+    return Config(
+        model=model,
+        optimisation=Optimisation(images=10**9, batch=64, lr=2e-3, warmup=6_400),
+        ema=EMA(decay=0.99),
+        grad=grad,
+        max_time=seconds,
+        checkpoint_every=10**9,
+        track="none",
+    )
+
+
+@cache
+def judge() -> tuple[Images, Images, Judge]:
+    """Training images, those held out, and the classifier that scores."""
+    images, held_out = build.images(Config().data)
+    assert isinstance(images, Images) and held_out is not None
+    return images, held_out, Judge.of(images)
+
+
+def floor(images: Images, ruler: Judge, count: int, draws: int = 20) -> dict[str, Any]:
+    """Distances of real images drawn like samples, as many and with the same labels: what no network goes below."""
+    distances = []
+    for draw in range(draws):
+        source = torch.Generator().manual_seed(draw)
+        shuffled = torch.randperm(len(images), generator=source)
+        chosen = torch.cat([shuffled[images.y[shuffled] == label][: count // 10] for label in range(10)])
+        distances.append(ruler.score(images.x[chosen], images.y[chosen]).frechet)
+    return {"images": count, "draws": draws, "frechet": fmean(distances), "frechet spread": stdev(distances)}
+
+
+def train(config: Config) -> tuple[nn.Module, dict[str, Any]]:
+    """Train for `config.max_time` seconds of this process's CPU time; returns the averaged network."""
+    trainer = Trainer(config, judge()[0])
+    began = time.process_time()
+    losses: list[float] = []
+    while not trainer.finished:
+        losses.append(trainer.step()[0])
+        trainer.progress.seconds = time.process_time() - began
+    facts = {
+        "steps": trainer.progress.steps,
+        "skipped": trainer.progress.skipped,
+        "cpu_seconds": trainer.progress.seconds,
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "loss": sum(losses[-100:]) / len(losses[-100:]),
+        "commit": provenance("cpu")["commit"],
+    }
+    return trainer.ema.module.eval(), facts
+
+
+def kept(path: Path, config: Config) -> tuple[nn.Module, dict[str, Any]] | None:
+    """The network that was trained by this configuration before, if it is still there."""
+    found = torch.load(path) if path.exists() else {}
+    if found.get("config") != repr(config):
+        return None
+    network = Trainer(config, judge()[0]).ema.module.eval()
+    network.load_state_dict(found["weights"])
+    return network, found["facts"]
+
+
+def score(model: Any, config: Config, way: Way, count: int) -> dict[str, float]:
+    """Draw `count` samples by DDIM, label i mod 10, and score them."""
+    _, _, ruler = judge()
+    labels = [i % 10 for i in range(count)]
+    began = time.process_time()
+    result = sample(
+        model,
+        range(count),
+        labels,
+        seed=config.seed,
+        scheduler=build.scheduler(config, "ddim"),
+        timesteps=schedule.timesteps(way.steps),
+        solve=way.solve(model),
+        chunk=100,
+    )
+    found = ruler.score(result.samples.clamp(-1, 1), torch.tensor(labels))
+    effort = result.effort.summary()
+    effort.pop("seconds")
+    return {"frechet": found.frechet, "accuracy": found.accuracy, **effort, "cpu_seconds": time.process_time() - began}
+
+
+@dataclass
+class Records:
+    """The results of one study: a JSON file, written anew after every cell."""
+
+    path: Path
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def cells(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text())["cells"] if self.path.exists() else {}
+
+    def enter(self, key: str, cell: dict[str, Any]) -> None:
+        self.cells[key] = cell
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps({**self.about, "cells": self.cells}, indent=1) + "\n")
+        part.replace(self.path)
+
+
+def run(cell: Cell, seed: int, count: int, path: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Train and sample one cell, or sample the network kept at `path` in the ways that `known` has not yet."""
+    config = replace(cell.config, seed=seed)
+    scores = dict(known["samples"]) if known else {}
+    if known and all(way.name in scores for way in cell.ways):
+        return known
+    network = kept(path, config)
+    if network is None:
+        network, scores = train(config), {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"config": repr(config), "facts": network[1], "weights": network[0].state_dict()}, path)
+    model, facts = network
+    for way in cell.ways:
+        scores[way.name] = scores.get(way.name) or score(model, config, way, count)
+    return {"training": facts, "samples": {way.name: scores[way.name] for way in cell.ways}}

@@ -1,0 +1,12 @@
+"""S-JFB's N, most free iterations, and M, most tracked ones."""
+
+from apps.diffusion.config.training import StochasticJFB
+from benchmarks.experiments.common import SCALES, Cell, Way, fixed, fpdm
+
+FREE, TRACKED = (0, 3, 6, 12), (1, 3, 6, 12)
+
+
+def cells(scale: str) -> list[Cell]:
+    ways = (Way("20 x 10", 20, fixed(10)),)
+    seconds = SCALES[scale]["iteration-split"]
+    return [Cell(f"N={n} M={m}", fpdm(seconds, StochasticJFB(N=n, M=m)), ways) for n in FREE for m in TRACKED]

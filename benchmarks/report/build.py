@@ -1,0 +1,88 @@
+"""docs/report.md and its figures, from the result files alone: `python -m benchmarks.report.build`.
+
+The chapters are in `benchmarks/report/sections/`, one file each.
+"""
+
+import argparse
+from pathlib import Path
+
+from benchmarks.report.formatting import NOTHING
+from benchmarks.report.gradients import mark
+from benchmarks.report.results import read
+from benchmarks.report.sections import (
+    allocation,
+    budgets,
+    core_gradients,
+    core_solvers,
+    costs,
+    default_run,
+    estimators,
+    gpu,
+    iteration_split,
+    layers,
+    noise,
+    reuse,
+    size_and_memory,
+    solvers_in_sampling,
+)
+
+ROOT = Path(__file__).parents[2]
+CHAPTERS = (
+    size_and_memory,
+    noise,
+    budgets,
+    estimators,
+    reuse,
+    iteration_split,
+    layers,
+    allocation,
+    solvers_in_sampling,
+    default_run,
+    costs,
+    core_solvers,
+    core_gradients,
+    gpu,
+)
+
+
+def build(results: Path, out: Path) -> str:
+    """The report's text; figures are written beside it, in `images/`."""
+    images = out.parent / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    parts = [part.chapter(results, images) for part in CHAPTERS]
+    head = (
+        "# Report\n\nWhat Fixed Point Diffusion Models claim, at the scale of handwritten digits, and what the "
+        "core costs. Made by `python -m benchmarks.report.build` from the files in `benchmarks/results/`, which name "
+        "command, device, versions and commit. Numbers are means and standard deviations over seeds, three unless "
+        "another number stands beside them; a claim is "
+        "called decided where p < 0.05 by a t test over seeds: Welch's, or that of the differences where the same "
+        "networks are sampled in two ways. Training is "
+        "budgeted in CPU time of one thread, which other work on the machine disturbs least. Lower Fréchet distances "
+        "(features of a digits classifier) are better."
+    )
+    return "\n\n".join((head, *parts)) + "\n"
+
+
+def guide(result: Path, page: Path) -> None:
+    """Put the solvers' tables into the guide that stands beside the report, where both are there."""
+    if result.exists() and page.exists():
+        found = read(result)
+        text = mark(page.read_text(), "peers", core_solvers.counts(found))
+        text = mark(text, "overhead", core_solvers.beside_torchdeq(found))
+        compiled = read(result.with_name("compiled.json"))
+        page.write_text(mark(text, "compiled", core_solvers.compiled(compiled)) if compiled else text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report.build", description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "report.md")
+    options = parser.parse_args(arguments)
+    text = build(options.results, options.out)
+    options.out.write_text(text)
+    guide(options.results / "solvers.json", options.out.parent / "solvers.md")
+    print(f"{options.out}: {text.count(NOTHING)} entries {NOTHING}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Solvers of the core beside their peers."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report.formatting import NOTHING, table
+from benchmarks.report.results import read
+
+
+def chapter(results: Path, images: Path) -> str:
+    path = results / "solvers.json"
+    head = "## Solvers of the core beside their peers"
+    if not path.exists():
+        return f"{head}\n\n`solvers.json`: {NOTHING}."
+    found = read(path)
+    times = found["CPU time, bare loop = 1"]
+    around = table(
+        ("CPU time, bare loop = 1", *times),
+        ((n, *(str(times[s][n]) for s in times)) for n in next(iter(times.values()))),
+    )
+    return "\n\n".join(
+        (
+            head,
+            counts(found),
+            around,
+            "Beside torchdeq: time over the bare loop's, and operators, as shares of torchdeq's; states held by both.",
+            beside_torchdeq(found),
+            _compiled(results / "compiled.json"),
+            f"`solvers.json`: {found['device']}, torch {found['versions']['torch']}, commit "
+            f"{found['commits']['evaluations']}. Evaluations of f on fourteen problems, at most 300 on each.",
+        )
+    )
+
+
+def _compiled(path: Path) -> str:
+    found = read(path)
+    if not found:
+        return f"`{path.name}`: {NOTHING}."
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return (
+        f"A fixed count of {found['evaluations']} evaluations at {found['state']}, compiled to one graph:\n\n"
+        f"{compiled(found)}\n\n`{path.name}`: {found['device']}, {versions}, commit {found['commit']}."
+    )
+
+
+def compiled(found: dict[str, Any]) -> str:
+    """Time of eager and compiled solves, cheapest first, and how long compiling took."""
+    times, waited = found["microseconds of CPU for each evaluation"], found["seconds to compile"]
+    key = {name: name.removeprefix("implicit ").removesuffix(", compiled").removesuffix(", jitted") for name in times}
+    rows = (
+        (name, f"{times[name]:.1f}", str(waited[key[name]]) if name.endswith(("compiled", "jitted")) else "-")
+        for name in sorted(times, key=times.__getitem__)
+    )
+    return table(("solve", "microseconds of CPU each", "seconds to compile"), rows)
+
+
+def counts(found: dict[str, Any]) -> str:
+    """Problems solved and evaluations in sum."""
+    precisions = list(found["summary"])
+    names = found["summary"][precisions[0]]
+    rows = ((n, *(found["summary"][p].get(n, NOTHING) for p in precisions)) for n in names)
+    return table(("solver", *precisions), rows)
+
+
+def beside_torchdeq(found: dict[str, Any]) -> str:
+    """What each solver adds to the bare loop, over what torchdeq's adds; operators likewise; states held by both."""
+    times, operators, held = (
+        found[part] for part in ("CPU time, bare loop = 1", "operators per evaluation", "states held")
+    )
+    rows = []
+    for name in ("plain", "Anderson", "Broyden"):
+        ours, theirs = f"implicit {name}", f"torchdeq {name}"
+        shares = (f"{(t[ours] - 1) / (t[theirs] - 1):.2f}" for t in times.values())
+        rows.append((name, *shares, f"{operators[ours] / operators[theirs]:.2f}", f"{held[ours]:g} / {held[theirs]:g}"))
+    shapes = (f"overhead at {shape}" for shape in times)
+    return table(("solver", *shapes, "operators", "states held"), rows)

@@ -1,0 +1,24 @@
+"""What steps of FPDM and DiT cost."""
+
+from pathlib import Path
+
+from benchmarks.report.formatting import NOTHING, short, table
+from benchmarks.report.results import read
+
+
+def chapter(results: Path, images: Path) -> str:
+    return "\n\n".join(["## What FPDM costs", *tables(results / "diffusion.json")])
+
+
+def tables(path: Path) -> list[str]:
+    """The tables that `bench_diffusion` wrote, and where they were measured."""
+    parts: list[str] = []
+    known = read(path).get("tables", {})
+    for name in ("against the plain step", "around the block", "sampling step", "training step", "parameters"):
+        found = known.get(name)
+        parts.append(f"**{name.capitalize()}**" + ("" if found else f": {NOTHING}."))
+        if found:
+            keys = list(dict.fromkeys(key for row in found["rows"] for key in row))
+            parts.append(table(keys, ([short(row.get(key, "")) for key in keys] for row in found["rows"])))
+            parts.append(f"`{path.name}`: {found['device']}, commit {found['commit']}.")
+    return parts

@@ -1,0 +1,30 @@
+"""The default run of the command."""
+
+from pathlib import Path
+
+from benchmarks.report.formatting import NOTHING, table, told
+from benchmarks.report.results import read
+
+
+def chapter(results: Path, images: Path) -> str:
+    path = results / "digits.json"
+    head = "## The default run"
+    if not path.exists():
+        return f"{head}\n\n`digits.json`: {NOTHING}."
+    found = read(path)
+    rows = []
+    for kind in ("fpdm", "dit"):
+        runs = [run for name, run in found["runs"].items() if name.startswith(f"{kind} ")]
+        rows.append(
+            (
+                kind.upper() if kind == "fpdm" else "DiT",
+                told([r["training"]["parameters"] for r in runs], 0),
+                told([r["training"]["steps"] for r in runs], 0),
+                told([r["generated"]["accuracy"] for r in runs], 1, 100),
+                told([r["generated"]["frechet"] for r in runs]),
+            )
+        )
+    source = f"`digits.json`: {found['command']}, {found['device']}, commit {found['commit'][:7]}."
+    return "\n\n".join(
+        (head, table(("network", "parameters", "steps", "right label, %", "Fréchet distance"), rows), source)
+    )

@@ -1,0 +1,42 @@
+"""Gradient estimators at equal training time."""
+
+from pathlib import Path
+
+from apps.diffusion.config.training import Config
+from benchmarks.experiments.estimators import GRADS
+from benchmarks.report import figures
+from benchmarks.report.formatting import table, told, verdict
+from benchmarks.report.results import Study
+
+
+def chapter(results: Path, images: Path) -> str:
+    study = Study(results, "estimators")
+    rows = [
+        (
+            name,
+            told(study.values(name, "20 x 10", "frechet")),
+            told(study.values(name, "20 x 10", "accuracy"), 1, 100),
+            told(study.values(name, "", "steps"), 0),
+            told(study.values(name, "", "loss"), 3),
+        )
+        for name in GRADS
+    ]
+    distances = {name: study.values(name, "20 x 10", "frechet") for name in GRADS}
+    stop = Config().stop
+    solve = (
+        f"IFT, JFB, Phantom, Reversible and Unrolled solve to a relative residual of {stop.rtol:g} in at most "
+        f"{stop.max_evals} evaluations of the naive iteration; S-JFB draws its own. Equal time means fewer steps "
+        "where a step costs more: the column `steps` says how many were made."
+    )
+    figures.estimators(distances, images / "report_estimators.png")
+    return "\n\n".join(
+        (
+            "## Gradient estimators at equal training time",
+            "![Fréchet distance by estimator](images/report_estimators.png)",
+            solve,
+            table(("estimator", "Fréchet distance", "right label, %", "steps", "last loss"), rows),
+            "The paper: " + verdict("S-JFB beats JFB", distances["S-JFB(6, 3)"], distances["JFB"]),
+            verdict("The exact gradient beats S-JFB", distances["IFT"], distances["S-JFB(6, 3)"]),
+            study.source(),
+        )
+    )

@@ -1,0 +1,26 @@
+"""S-JFB's N and M."""
+
+import statistics
+from pathlib import Path
+
+from benchmarks.experiments.iteration_split import FREE, TRACKED
+from benchmarks.report.formatting import NOTHING, table, told, verdict
+from benchmarks.report.results import Study
+
+
+def chapter(results: Path, images: Path) -> str:
+    study = Study(results, "iteration-split")
+    cell = {(n, m): study.values(f"N={n} M={m}", "20 x 10", "frechet") for n in FREE for m in TRACKED}
+    rows = [(f"N = {n}", *(told(cell[n, m]) for m in TRACKED)) for n in FREE]
+    measured = {key: statistics.fmean(values) for key, values in cell.items() if values}
+    best = min(measured, key=lambda key: measured[key], default=None)
+    line = f"Best mean: N = {best[0]}, M = {best[1]}." if best else f"Best: {NOTHING}."
+    return "\n\n".join(
+        (
+            "## How many iterations without and with a graph",
+            table(("Fréchet distance", *(f"M = {m}" for m in TRACKED)), rows),
+            line,
+            "The paper: " + verdict("N = M = 12 beats N = M = 3", cell[12, 12], cell[3, 3]),
+            study.source(),
+        )
+    )

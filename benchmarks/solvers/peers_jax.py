@@ -1,0 +1,165 @@
+"""jaxopt's and optimistix's solvers on the fourteen problems, in an environment of their own.
+
+    python3 -m venv peers && peers/bin/pip install . scipy jaxopt==0.8.5 optimistix "jax[cpu]"
+    peers/bin/python benchmarks/solvers/peers_jax.py        writes benchmarks/results/peers_jax.json
+
+`bench_solvers.py` puts these rows beside the others. The maps are the very ones of `implicit.testing`, called back from
+jax; each call counts as one evaluation, and so does each product with the Jacobian. The batch is one system, as neither
+package knows samples. A solver has solved a problem as soon as it has evaluated every sample once within the tolerance,
+whatever its own rule of stopping would say.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from implicit.testing import Problem, problems
+
+try:
+    import jax  # pyright: ignore[reportMissingImports]
+    import jaxopt  # pyright: ignore[reportMissingImports]
+    import optimistix  # pyright: ignore[reportMissingImports]
+except ImportError as missing:
+    sys.exit(f"{missing}: install jaxopt, optimistix and jax in an environment of their own, see {__file__}.")
+
+BUDGET = 300
+Map = Callable[[Any], Any]
+
+
+class Watched:
+    """A problem as a map of flat numpy vectors, which notes the samples that were within the tolerance."""
+
+    def __init__(self, problem: Problem, rtol: float) -> None:
+        self.problem, self.rtol = problem, rtol
+        self.best = torch.full((len(problem.z0),), torch.inf, dtype=torch.float64)
+
+    @property
+    def solved(self) -> bool:
+        return bool((self.best <= 1.2 * self.rtol).all())
+
+    def _state(self, x: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.array(x)).reshape(self.problem.z0.shape)
+
+    def _spend(self) -> None:
+        if self.solved or self.problem.calls >= BUDGET:
+            raise StopIteration
+
+    def f(self, x: np.ndarray) -> np.ndarray:
+        self._spend()
+        z = self._state(x)
+        self.best = torch.fmin(self.best, self.problem.residual(z))
+        return self.problem(z, *self.problem.args).numpy().ravel()
+
+    def push(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """J v."""
+        self._spend()
+        return torch.func.jvp(self._map, (self._state(x),), (self._state(v),))[1].numpy().ravel()
+
+    def pull(self, x: np.ndarray, g: np.ndarray) -> np.ndarray:
+        """J^T g."""
+        self._spend()
+        return torch.func.vjp(self._map, self._state(x))[1](self._state(g))[0].numpy().ravel()
+
+    def _map(self, z: torch.Tensor) -> torch.Tensor:
+        return self.problem(z, *self.problem.args)
+
+    def in_jax(self, backward: bool) -> Map:
+        """f for jax: J^T g can be had if `backward`, and batches of J v otherwise."""
+
+        def called(function: Callable[..., np.ndarray], *arrays: Any) -> Any:
+            kind = jax.ShapeDtypeStruct(arrays[-1].shape, arrays[-1].dtype)
+            return jax.pure_callback(function, kind, *arrays, vmap_method="sequential")
+
+        def push(x: Any, v: Any) -> Any:
+            return called(self.push, x, v)
+
+        def pull(x: Any, g: Any) -> Any:
+            return called(self.pull, x, g)
+
+        @jax.custom_jvp
+        def f(x: Any) -> Any:
+            return called(self.f, x)
+
+        @f.defjvp  # pyright: ignore[reportFunctionMemberAccess]
+        def pushed(primals: Any, tangents: Any) -> Any:
+            (x,), (v,) = primals, tangents
+            return f(x), jax.custom_derivatives.linear_call(push, pull, x, v) if backward else push(x, v)
+
+        return f
+
+
+def solvers() -> dict[str, Callable[[Map, Any], Any]]:
+    """Those of either package for fixed points and for roots; jaxopt's Broyden with its line search and without."""
+    never = {"maxiter": BUDGET, "tol": 0.0, "implicit_diff": False}
+
+    def finds(solver: Any) -> Callable[[Map, Any], Any]:
+        return lambda f, x: optimistix.root_find(lambda z, _: f(z) - z, solver, x, max_steps=BUDGET, throw=False)
+
+    def repeats(f: Map, x: Any) -> Any:
+        solver = optimistix.FixedPointIteration(**tight)
+        return optimistix.fixed_point(lambda z, _: f(z), solver, x, max_steps=BUDGET, throw=False)
+
+    tight = {"rtol": 1e-300, "atol": 1e-300}
+    return {
+        "jaxopt FixedPointIteration": lambda f, x: jaxopt.FixedPointIteration(f, **never).run(x),
+        "jaxopt AndersonAcceleration": lambda f, x: jaxopt.AndersonAcceleration(f, **never).run(x),
+        "jaxopt Broyden": lambda f, x: jaxopt.Broyden(lambda z: f(z) - z, **never).run(x),
+        "jaxopt Broyden, step 1": lambda f, x: jaxopt.Broyden(lambda z: f(z) - z, stepsize=1.0, **never).run(x),
+        "optimistix FixedPointIteration": repeats,
+        "optimistix Newton": finds(optimistix.Newton(**tight)),
+        "optimistix Chord": finds(optimistix.Chord(**tight)),
+    }
+
+
+def evaluations(dtype: torch.dtype, rtol: float) -> dict[str, dict[str, int | str]]:
+    """Solver -> problem -> evaluations, or how it failed."""
+    jax.config.update("jax_enable_x64", dtype == torch.float64)  # jaxopt's Anderson mixes the two otherwise
+    table: dict[str, dict[str, int | str]] = {}
+    for name, solve in solvers().items():
+        table[name] = {}
+        for p in problems(dtype):
+            watched, why = Watched(p, rtol), ""
+            try:
+                jax.block_until_ready(
+                    solve(watched.in_jax(name.startswith("jaxopt")), jax.numpy.asarray(p.z0.numpy().ravel()))
+                )
+            except Exception as error:  # the end of the budget comes as an error of the callback
+                spent = "StopIteration" in str(error)
+                why = "" if spent else f": {type(error).__name__}"
+            worst = float(watched.best.max())
+            table[name][p.name] = p.calls if watched.solved else f"failed at {worst:.0e}{why}"
+        print(name, table[name], flush=True)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "peers_jax.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    result = {
+        "device": f"{platform.machine()} CPU, 1 thread",
+        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
+        "versions": {name: version(name) for name in ("jax", "jaxopt", "optimistix", "torch")},
+        "evaluations": {
+            "float64 to 1e-10": evaluations(torch.float64, 1e-10),
+            "float32 to 1e-5": evaluations(torch.float32, 1e-5),
+        },
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How the result of a solve enters autograd: vjps and jvps, closure conversion, `torch.func`, autocast."""

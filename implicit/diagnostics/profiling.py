@@ -1,0 +1,160 @@
+"""What a gradient costs: evaluations of f, vector-Jacobian products, bytes held, bytes at the peak, time.
+
+It looks from outside, so that any way to make a gradient can be put on the scales, ours or another library's.
+"""
+
+import statistics
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from implicit.iterate import Map
+from implicit.pytree import State, leaves, rebuild
+
+
+@dataclass
+class Counter:
+    """Counts how often a map is evaluated and how often a vector is pulled back through it."""
+
+    evals: int = 0
+    products: int = 0
+
+    def watch(self, f: Map) -> Map:
+        """f, counted."""
+
+        def watched(z: State, *args: Any) -> State:
+            self.evals += 1
+            out = f(z, *args)
+            return rebuild(out, iter(_Tap.apply(self, *leaves(out))))
+
+        return watched
+
+
+class _Tap(torch.autograd.Function):
+    """Identity whose backward pass is counted."""
+
+    @staticmethod
+    def forward(ctx: Any, counter: Counter, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.counter = counter
+        ctx.set_materialize_grads(False)
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.counter.products += 1
+        return (None, *grads)
+
+
+class Bytes(TorchDispatchMode):
+    """Follows the memory of every tensor that an operator makes while it is on; workspaces inside operators are unseen.
+
+    Attributes:
+        alive: bytes made since it was switched on that are still in use.
+        peak: the largest value of `alive` so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}  # 0: it was there before
+        self.alive = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for t in tree_leaves((args, kwargs)):
+            self._know(t, made=False)
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            self._know(t, made=True)
+        self.peak = max(self.peak, self.alive)
+        return out
+
+    def _know(self, t: Any, made: bool) -> None:
+        if not isinstance(t, Tensor):
+            return
+        store = t.untyped_storage()
+        key = store._cdata
+        if key not in self._sizes:
+            self._sizes[key] = store.nbytes() if made else 0
+            self.alive += self._sizes[key]
+            weakref.finalize(store, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.alive -= self._sizes.pop(key)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A gradient and what it took.
+
+    Attributes:
+        gradient: all gradients as one float64 vector; None if there is none.
+        evals: evaluations of f, forward and backward.
+        products: vector-Jacobian products with f.
+        saved: bytes held between the forward and the backward pass, the value included, parameters and inputs not.
+        peak: most bytes in use at once in either pass, likewise.
+        note: warnings, or why there is no gradient.
+    """
+
+    gradient: Float[Tensor, " n"] | None = field(repr=False)
+    evals: int
+    products: int
+    saved: int
+    peak: int
+    note: str
+
+
+def measure(forward: Callable[[Map], Tensor], f: Map, params: Sequence[Tensor]) -> Measured:
+    """Run ``forward(f)``, a scalar loss, and its backward pass once, on the scales. A failure is a `note`."""
+    counter, memory, saved = Counter(), Bytes(), 0
+    gradient, notes = None, []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            with memory:
+                loss = forward(counter.watch(f))
+                saved = memory.alive
+                grads = torch.autograd.grad(loss, params, allow_unused=True)
+            gradient = flat(grads, params)
+        except Exception as error:  # whatever it is, it is this row's result
+            notes.append(f"{type(error).__name__}: {error}")
+    notes += [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
+    if gradient is not None and not gradient.isfinite().all():
+        notes.append("The gradient is not finite.")
+    return Measured(gradient, counter.evals, counter.products, saved, memory.peak, " ".join(dict.fromkeys(notes)))
+
+
+def flat(grads: Iterable[Tensor | None], params: Sequence[Tensor]) -> Float[Tensor, " n"]:
+    """Gradients as one float64 vector, real and imaginary parts apart, 0 where there is none."""
+    whole = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
+    real = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in whole]
+    return torch.cat([g.detach().flatten().double() for g in real])
+
+
+def paced(runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Median seconds of each run, all of them taking turns, after one round that does not count.
+
+    CPU time of this process, which other processes do not lengthen; on other devices the clock's.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            start = _now(device)
+            run()
+            if turn:
+                times[name].append(_now(device) - start)
+    return {name: statistics.median(taken) for name, taken in times.items() if taken}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,98 @@
+"""The exact gradient of a fixed point, as the truth to compare with: by no estimator.
+
+Setting: z* = f(z*, theta), J = df/dz at z*, g = dL/dz*;
+
+    dL/dtheta = u^T df/dtheta,     (I - J^T) u = g
+
+at a z* solved as far as its dtype goes. Where the samples are small, J is formed and the system solved directly, in
+float64; elsewhere u is iterated to the same end.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit.diagnostics.profiling import flat
+from implicit.fixed_point import fixed_point
+from implicit.iterate import Map, PackedMap, Stop, iterate
+from implicit.pytree import Flat, Layout, State, norm
+from implicit.solution import NotConverged
+from implicit.solvers import AbstractSolver, AndersonGS
+
+Loss = Callable[[State], Tensor]
+
+_DENSE = 2**23  # numbers in all samples' Jacobians up to which they are formed
+
+
+def exact_gradient(
+    f: Map,
+    z0: State,
+    args: tuple[Any, ...],
+    wanted: tuple[Tensor, ...],
+    loss: Loss,
+    solver: AbstractSolver[Any],
+    layout: Layout,
+) -> tuple[Float[Tensor, " n"], str]:
+    """dL/dtheta for every theta in `wanted` as one float64 vector, and how it was found.
+
+    Raises:
+        NotConverged: the solution or the linear system was not found well enough to judge estimators by.
+    """
+    tight = Stop(rtol=2 * layout.eps, atol=0, max_evals=2000)
+    with torch.no_grad():
+        solved = fixed_point(f, z0, *args, solver=solver, stop=tight, batch_dims=layout.batch_dims)
+        z = layout.pack(solved.value)
+        off = _accepted(solved.residual / norm(z).clamp_min(torch.finfo(z.dtype).tiny), layout, "solution")
+    with torch.enable_grad():
+        x = z.detach().requires_grad_()
+        y = PackedMap(f, args, layout)(x)
+        end = z.detach().requires_grad_()
+        total = loss(layout.unpack(end))
+        g, *direct = torch.autograd.grad(total, (end, *wanted), allow_unused=True)
+
+    def act(v: Flat) -> Flat:
+        (pulled,) = torch.autograd.grad(y, x, v, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(v) if pulled is None else pulled
+
+    g = torch.zeros_like(z) if g is None else g
+    dense = z.shape[0] * z.shape[1] ** 2 <= _DENSE
+    u = _directly(act, g) if dense else _iterated(act, g, replace(tight, rtol=4 * layout.eps), layout)
+    through = torch.autograd.grad(y, wanted, u.to(y.dtype), allow_unused=True)
+    kind = "a dense linear solve" if dense else "an iterated linear solve"
+    return flat(direct, wanted) + flat(through, wanted), f"{kind} at a solution of relative residual {off:.0e}"
+
+
+def _directly(act: Callable[[Flat], Flat], g: Flat) -> Flat:
+    """(I - J^T) u = g by elimination, J from N products."""
+    n = g.shape[1]
+    columns = []
+    for i in range(n):
+        e = torch.zeros_like(g)
+        e[:, i] = 1
+        columns.append(act(e))
+    transposed = torch.stack(columns, dim=2).double()  # (B, N, N), column i is J^T e_i
+    eye = torch.eye(n, dtype=torch.float64, device=g.device)
+    return torch.linalg.solve(eye - transposed, g.double().unsqueeze(2)).squeeze(2).to(g.dtype)
+
+
+def _iterated(act: Callable[[Flat], Flat], g: Flat, stop: Stop, layout: Layout) -> Flat:
+    """u = g + J^T u, by iteration, free of the scale of g."""
+    size = norm(g).clamp_min(torch.finfo(g.dtype).tiny).unsqueeze(1)
+    with torch.no_grad():
+        solved = iterate(lambda u: g / size + act(u), g / size, AndersonGS(60), stop)
+    _accepted(solved.residual / norm(solved.value).clamp_min(1), layout, "linear system for the exact gradient")
+    return solved.value * size
+
+
+def _accepted(relative: Tensor, layout: Layout, what: str) -> float:
+    worst, most = float(relative.max()), layout.eps**0.5
+    if not worst <= most:
+        raise NotConverged(
+            f"The {what} was found to a relative residual of {worst:.1g} only, and {most:.0e} is needed to judge "
+            "estimators: use a stronger solver, or a layer that has a fixed point."
+        )
+    return worst

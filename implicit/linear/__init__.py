@@ -1,0 +1,1 @@
+"""Linear algebra of the backward solve: GMRES per sample and the adjoint system u = g + J^T u."""

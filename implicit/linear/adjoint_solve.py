@@ -1,0 +1,115 @@
+"""The linear solves of backward passes: free of scale, checked by a product, outspoken where they fail."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from implicit.iterate import Stop, iterate
+from implicit.linear.gmres import GMRES
+from implicit.pytree import Flat, norm
+from implicit.solution import NotConverged, Result, Solution
+from implicit.solvers.base import AbstractSolver
+
+Act: TypeAlias = Callable[[Flat], Flat]
+"""v -> A v, for a linear map A."""
+
+_SLACK = 10  # a residual of that many tolerances is not what the solver said
+
+
+@dataclass(frozen=True)
+class LinearSolve:
+    """Solves u = g + A u, A a linear map given by its action, free of the scale of g.
+
+    g is divided by a power of two per sample, so that rounding, tolerance and iterates are the same at every scale.
+
+    The samples of a batch are solved side by side, each as a system of its own, and where A takes one sample into
+    another, all over again as one. Whether it does shows in GMRES as soon as one sample is content before another;
+    otherwise one more product shows whether ||g + A u - u|| is what the solver said.
+    """
+
+    solver: AbstractSolver[Any] | GMRES
+    stop: Stop
+    on_failure: Literal["warn", "raise", "ignore"]
+    report: Callable[[Solution], None] | None
+    eps: float = 0.0  # relative rounding error of a product
+
+    def __call__(self, act: Act, g: Flat) -> Flat:
+        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
+            scale = _power_of_two(g)
+            solution, apart = self._solve(act, g / scale)
+            if apart is None and len(g) > 1:
+                solution, apart = self._check(act, g, scale, solution)
+            if apart is False:
+                scale = _power_of_two(g.reshape(1, -1))
+                solution = self._together(act, g / scale, solution.evals)
+            if self.report is not None:
+                self.report(solution)
+            if self.on_failure != "ignore":
+                self._judge(solution)
+            return solution.value * scale
+
+    def _solve(self, act: Act, g: Flat) -> tuple[Solution, bool | None]:
+        """The solution of every sample, and whether they are systems of their own if that is known."""
+        if isinstance(self.solver, GMRES):
+            return self.solver.apart(act, g, self.stop, self.eps)
+        return iterate(lambda u: g + act(u), g, self.solver, self.stop), None
+
+    def _check(self, act: Act, g: Flat, scale: Tensor, found: Solution) -> tuple[Solution, bool]:
+        """What is wanting added to the solution, and whether the samples are systems of their own."""
+        u, found = found.value, replace(found, evals=found.evals + 1)
+        rest = (g + act(u * scale)) / scale - u
+        rtol = max(self.stop.rtol, self.eps, torch.finfo(g.dtype).eps)
+        wrong = ~(norm(rest) <= _SLACK * (self.stop.atol + rtol * norm(u))) & (found.result != Result.NONFINITE)
+        if not wrong.any():
+            return found, True
+        if _couples(act, g, wrong):
+            return found, False
+        wrong &= found.converged
+        if not wrong.any():
+            return found, True
+        more = self._solve(act, rest * wrong.unsqueeze(1))[0]
+        return replace(more, value=u + more.value, evals=found.evals + more.evals), True
+
+    def _together(self, act: Act, g: Flat, spent: Tensor) -> Solution:
+        """The whole batch as one system."""
+        if self.on_failure != "ignore":
+            warnings.warn(_COUPLED, RuntimeWarning, stacklevel=2)
+        whole = self._solve(lambda u: act(u.view_as(g)).reshape(1, -1), g.reshape(1, -1))[0]
+        residual, result = (t.expand(len(g)) for t in (whole.residual, whole.result))
+        return Solution(value=whole.value.view_as(g), residual=residual, result=result, evals=spent + whole.evals)
+
+    def _judge(self, solution: Solution) -> None:
+        try:
+            solution.check()
+        except NotConverged as failure:
+            if self.on_failure == "raise":
+                raise NotConverged(f"{_INEXACT} {failure}") from None
+            kinds = sorted({Result(code) for code in solution.result.tolist()} - {Result.CONVERGED})
+            advice = " ".join(f"{kind.name}: {kind.message}" for kind in kinds)
+            # One text for all such failures, so that the default filter shows it once.
+            warnings.warn(f"{_INEXACT} {advice} IFT(report=...) hears of every solve.", RuntimeWarning, stacklevel=2)
+
+
+_INEXACT = "The linear solve of the IFT backward pass failed for some samples, so their gradient is inexact."
+_COUPLED = (
+    "f takes one sample of the batch into another (batch normalisation in training mode, a mean over the batch). The "
+    "backward pass solved for the whole batch as one, which is exact but slower; the forward pass took each sample for "
+    "a problem of its own, and a sample held as finished may be none: pass batch_dims=0."
+)
+
+
+def _power_of_two(g: Flat) -> Tensor:
+    size = torch.linalg.vector_norm(g, ord=torch.inf, dim=1, keepdim=True)
+    return torch.where(size > 0, torch.exp2(torch.floor(torch.log2(size))), 1.0)
+
+
+def _couples(act: Act, g: Flat, wrong: Tensor) -> bool:
+    """Whether the other samples reach one that is wrong: by a product with numbers of no structure."""
+    sample = int(wrong.to(torch.uint8).argmax())
+    others = torch.arange(g.numel(), device=g.device, dtype=g.dtype).cos().view_as(g)
+    others[sample] = 0
+    return bool(act(others)[sample].any())

@@ -1,0 +1,192 @@
+"""Runs of latents and runs without classes: sampled by the command, opened as pipelines; and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from apps.diffusion import sample
+from apps.diffusion.checkpoint import training_state as checkpoint
+from apps.diffusion.checkpoint.trained_run import decoder_of, open_run
+from apps.diffusion.config import training as c
+from apps.diffusion.files.images import read
+from apps.diffusion.models import DiT, build
+from apps.diffusion.models.autoencoder import digests
+from apps.diffusion.pipeline import FixedPointPipeline
+from tests.apps.diffusion import picture_files as pf
+from tests.apps.diffusion.small_models import randomised
+
+SMALL: dict[str, Any] = {"in_channels": 4, "input_size": 4, "hidden_size": 16, "num_heads": 2, "depth": 1}
+
+
+def write_run(folder: Path, data: c.Data, num_classes: int, sampling: c.Sampling, seed: int = 0) -> Path:
+    """A run's folder, as training leaves it, with drawn weights."""
+    config = c.Config(model=c.Model(kind="dit", depth=1), data=data, sampling=sampling, out=folder)
+    model = randomised(DiT(num_classes=num_classes, **SMALL), seed)
+    state = checkpoint.Checkpoint(
+        network=build.describe(model),
+        model=model.state_dict(),
+        ema=model.state_dict(),
+        optimizer={},
+        progress=checkpoint.Progress(images=7),
+    )
+    checkpoint.save(folder, state)
+    (folder / "config.json").write_text(config.to_json())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of latents: with classes, without, and one that starts from other weights; their VAE beside them."""
+    root = tmp_path_factory.mktemp("runs")
+    vae = pf.tiny_vae()
+    vae.save_pretrained(root / "vae")
+    (root / "latents").mkdir()
+    index = {"format": 1, "vae": {"name": str(root / "vae"), **digests(vae)}}
+    (root / "latents" / "index.json").write_text(json.dumps(index))
+    data = c.Data(source="latents", path=root / "latents")
+    quick = c.Sampling(steps=2, sampler="ddpm", guidance=1.0)
+    write_run(root / "classes", data, 5, c.Sampling(steps=2, sampler="ddpm", guidance=2.0))
+    write_run(root / "plain", data, 0, quick)
+    write_run(root / "other", data, 5, c.Sampling(steps=2, sampler="ddpm", guidance=2.0), seed=1)
+    return root
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.glob("[0-9]*.png")}
+
+
+@pytest.mark.parametrize("name", ["classes", "plain"])
+def test_latents_become_pictures_and_the_pipeline_gives_the_same(runs, tmp_path, name):
+    assert sample.main([str(runs / name), "--num", "3", "--out", str(tmp_path / "a"), "--npz"]) == 0
+    expected = {f"0000{i}-class-{i}.png" if name == "classes" else f"0000{i}.png" for i in range(3)}
+    assert set(pictures(tmp_path / "a")) == expected
+    with np.load(tmp_path / "a" / "samples.npz") as archive:
+        assert archive["arr_0"].shape == (3, 16, 16, 3)
+        assert ("arr_1" in archive.files) == (name == "classes")
+    pipe: Any = FixedPointPipeline.from_pretrained(runs / name)
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"class_labels": [0, 1, 2]} if name == "classes" else {"num_images": 3}
+    images = pipe(**call, generator=0).images
+    for file, image in zip(sorted(expected), images, strict=True):
+        np.testing.assert_array_equal(np.asarray(read(tmp_path / "a" / file)), np.asarray(image))
+    assert pipe(**call, generator=0, output_type="latent").images.shape == (3, 4, 4, 4)
+    pipe.save_pretrained(tmp_path / "saved")
+    again: Any = FixedPointPipeline.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert again.vae is not None and again.config["guidance"] == (2.0 if name == "classes" else 1.0)
+    assert np.array_equal(np.asarray(again(**call, generator=0).images[1]), np.asarray(images[1]))
+
+
+def test_the_vae_of_latents_that_moved(runs, tmp_path, monkeypatch):
+    alone = shutil.copytree(runs / "plain", tmp_path / "alone")
+    config = c.Config.from_json((alone / "config.json").read_text())
+    moved = c.Data(source="latents", path=Path("gone"))
+    (alone / "config.json").write_text(config.to_json().replace(str(runs / "latents"), "gone"))
+    trained = open_run(alone)
+    assert trained.config.data == moved
+    with pytest.raises(ValueError, match="gone, which names their VAE, is not here"):
+        decoder_of(trained)
+    found = decoder_of(trained, str(runs / "vae"))
+    assert found is not None and digests(found) == digests(pf.tiny_vae())
+    with pytest.warns(UserWarning, match="latents alone"):
+        pipe: Any = FixedPointPipeline.from_pretrained(alone)
+    assert pipe.vae is None
+    assert FixedPointPipeline.from_pretrained(alone, vae=runs / "vae").vae is not None
+
+
+def test_every_sampler_of_a_run(runs):
+    for sampler in ("ddim", "dpm++", "unipc", "euler"):
+        pipe: Any = FixedPointPipeline.from_run(runs / "plain", sampler=sampler)
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe(num_images=1, generator=0, output_type="latent").images.isfinite().all()
+
+
+def damaged(runs: Path, tmp_path: Path, what: str) -> list[str]:
+    """The command's arguments in a situation where it must refuse."""
+    run = shutil.copytree(runs / "classes", tmp_path / "run")
+    (newest,) = (run / "checkpoints").iterdir()
+    options: list[str] = []
+    if what == "foreign weights":
+        state = checkpoint.newest(run)
+        wide = randomised(DiT(num_classes=5, **{**SMALL, "hidden_size": 32})).state_dict()
+        shutil.rmtree(newest)
+        checkpoint.save(run, checkpoint.Checkpoint(**{**vars(state), "ema": wide}))
+    elif what == "truncated weights":
+        pf.truncate(newest / "ema.safetensors")
+    elif what == "no checkpoint":
+        shutil.rmtree(newest)
+    elif what == "another network":
+        text = (newest / "state.json").read_text()
+        (newest / "state.json").write_text(text.replace('"DiT"', '"UNet"'))
+    elif what == "unreadable vae":
+        options = ["--vae", str(tmp_path / "vae")]
+        shutil.copytree(runs / "vae", tmp_path / "vae")
+        pf.truncate(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    elif what == "another vae":
+        pf.tiny_vae(seed=1).save_pretrained(tmp_path / "vae")
+        options = ["--vae", str(tmp_path / "vae")]
+    elif what == "wrong latent shape":
+        text = (run / "config.json").read_text()
+        (run / "config.json").write_text(text.replace(str(runs / "latents"), "gone"))
+        pf.tiny_vae(latent_channels=8).save_pretrained(tmp_path / "vae")
+        options = ["--vae", str(tmp_path / "vae")]
+    elif what == "no vae":
+        text = (run / "config.json").read_text()
+        (run / "config.json").write_text(text.replace(str(runs / "latents"), "gone"))
+    elif what == "class out of range":
+        options = ["--classes", "5"]
+    elif what == "guidance without classes":
+        run, options = runs / "plain", ["--guidance", "2"]
+    elif what == "classes without classes":
+        run, options = runs / "plain", ["--classes", "0"]
+    elif what == "fixed point of a dit":
+        options = ["--iterations", "5"]
+    elif what == "no config":
+        (run / "config.json").unlink()
+    return [str(run), *options]
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("foreign weights", "another kind or size: "),
+        ("truncated weights", "cannot be read"),
+        ("no checkpoint", "holds no checkpoint"),
+        ("another network", "describes no network"),
+        ("unreadable vae", "cannot be read"),
+        ("another vae", "other weights than the one that encoded"),
+        ("wrong latent shape", "latents of 8 channels, and this run makes 4"),
+        ("no vae", "name the VAE"),
+        ("class out of range", "classes 0 to 4"),
+        ("guidance without classes", "leave it at 1"),
+        ("classes without classes", "leave out --classes"),
+        ("fixed point of a dit", "leave out iterations"),
+        ("no config", "train one"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_and_nothing_is_written(runs, tmp_path, capsys, what, words):
+    out = tmp_path / "out"
+    assert sample.main([*damaged(runs, tmp_path, what), "--num", "2", "--out", str(out)]) == 2
+    told = capsys.readouterr().err
+    assert (told.startswith("sample: ") and words in told and told.rstrip().endswith(".")) or "--out" in told
+    assert not out.exists()
+
+
+def test_a_folder_with_samples_of_another_run_is_left_as_it_is(runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert sample.main([str(runs / "classes"), "--num", "2", "--out", str(out)]) == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    capsys.readouterr()
+    for options in ([str(runs / "other")], [str(runs / "classes"), "--steps", "3"], [str(runs / "plain")]):
+        assert sample.main([*options, "--num", "4", "--out", str(out)]) == 2
+        assert "samples made otherwise" in capsys.readouterr().err
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    torch.save({}, tmp_path / "file")
+    assert sample.main([str(runs / "classes"), "--out", str(tmp_path / "file")]) == 2
+    (out / "settings.json").write_text("{")
+    assert sample.main([str(runs / "classes"), "--num", "2", "--out", str(out)]) == 2

@@ -1,0 +1,113 @@
+"""Checkpoints are whole or absent, and come back as they were."""
+
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from apps.diffusion.checkpoint import training_state as checkpoint
+from apps.diffusion.checkpoint.training_state import Checkpoint, Progress, Unreadable
+
+
+def _state(images, value=1.0):
+    weights = {"a.weight": torch.full((3, 2), value), "b": torch.arange(4)}
+    return Checkpoint(
+        network={"class": "DiT", "config": {"input_size": [8, 8]}},
+        model=weights,
+        ema={name: w + 1 for name, w in weights.items()},
+        optimizer={
+            0: {"step": torch.tensor(5.0), "exp_avg": torch.full((3, 2), 0.1)},
+            1: {"step": torch.tensor(5.0)},
+        },
+        progress=Progress(
+            images=images, steps=images // 2, skipped=1, seconds=2.5, history=[(64, 0.7), (128, 0.1 + 0.2)]
+        ),
+    )
+
+
+def _equal(a, b):
+    assert (a.network, a.progress) == (b.network, b.progress)
+    for name in ("model", "ema"):
+        x, y = getattr(a, name), getattr(b, name)
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) and x[k].dtype == y[k].dtype for k in x)
+    assert {i: set(e) for i, e in a.optimizer.items()} == {i: set(e) for i, e in b.optimizer.items()}
+    assert all(torch.equal(a.optimizer[i][k], b.optimizer[i][k]) for i in a.optimizer for k in a.optimizer[i])
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path):
+    saved = _state(128)
+    path = checkpoint.save(tmp_path, saved)
+    _equal(checkpoint.load(path), saved)
+    _equal(checkpoint.newest(tmp_path), saved)
+
+
+def test_only_the_newest_are_kept_and_order_is_by_number(tmp_path):
+    for images in (64, 9_999, 10_000, 100_000):
+        checkpoint.save(tmp_path, _state(images, images), keep=2)
+    assert [int(p.name) for p in checkpoint.all_of(tmp_path)] == [10_000, 100_000]
+    assert checkpoint.newest(tmp_path).progress.images == 100_000
+
+
+def test_a_folder_of_another_name_is_no_checkpoint(tmp_path):
+    older, newest = (checkpoint.save(tmp_path, _state(n), keep=2) for n in (64, 128))
+    backup = shutil.copytree(older, older.with_name(f"{older.name}-backup"))
+    assert checkpoint.all_of(tmp_path) == [older, newest]
+    checkpoint.save(tmp_path, _state(192), keep=1)
+    assert backup.exists() and not older.exists()
+
+
+def test_what_another_process_is_writing_is_left_to_it(tmp_path):
+    folder = tmp_path / "checkpoints"
+    with subprocess.Popen(["sleep", "60"]) as other:
+        theirs = folder / f".{64:012d}.{other.pid}-00000000.partial"
+        theirs.mkdir(parents=True)
+        checkpoint.save(tmp_path, _state(64), keep=2)
+        assert theirs.exists()
+        other.kill()
+    checkpoint.save(tmp_path, _state(128), keep=2)
+    assert not theirs.exists()
+
+
+@pytest.mark.parametrize("fails_at", ["save_file", "replace", "fsync"])
+def test_a_failed_write_leaves_the_one_before(tmp_path, monkeypatch, fails_at):
+    checkpoint.save(tmp_path, _state(64))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    target = "safetensors.torch.save_file" if fails_at == "save_file" else f"apps.diffusion.checkpoint.os.{fails_at}"
+    with monkeypatch.context() as patch:
+        patch.setattr(target, full)
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.save(tmp_path, _state(128))
+    _equal(checkpoint.newest(tmp_path), _state(64))
+    checkpoint.save(tmp_path, _state(128))
+    assert os.listdir(tmp_path / "checkpoints") == [f"{128:012d}"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "foreign", "empty"])
+def test_damage_is_named_and_the_one_before_is_offered(tmp_path, file, damage):
+    older = checkpoint.save(tmp_path, _state(64), keep=2)
+    path = checkpoint.save(tmp_path, _state(128), keep=2)
+    content = (path / file).read_bytes()
+    if damage == "missing":
+        (path / file).unlink()
+    else:
+        (path / file).write_bytes({"truncated": content[:-3], "foreign": b'{"x": 1}', "empty": b""}[damage])
+    with pytest.raises(Unreadable, match="cannot be read") as caught:
+        checkpoint.newest(tmp_path)
+    assert str(path) in str(caught.value) and str(older) in str(caught.value)
+
+
+def test_another_format_and_an_empty_folder_are_refused(tmp_path):
+    with pytest.raises(Unreadable, match="no checkpoint"):
+        checkpoint.newest(tmp_path)
+    path = checkpoint.save(tmp_path, _state(64))
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"format": 99}))
+    with pytest.raises(Unreadable, match="format 99"):
+        checkpoint.newest(tmp_path)

@@ -1,0 +1,90 @@
+"""The published settings: network sizes to the last parameter, numbers of steps, and impossible changes."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from apps.diffusion import train
+from apps.diffusion.config import training as c
+from apps.diffusion.config.presets import PRESETS
+from apps.diffusion.models import build
+
+SETS = ("imagenet", "celebahq", "ffhq", "lsun-church")
+COUNTS = {"fpdm": (86_500_256, 86_481_808), "dit": (674_834_720, 674_816_272)}  # with and without a learned sigma
+
+
+def parameters(model, num_classes):
+    with torch.device("meta"):
+        network = build.network(model, (4, 32, 32), num_classes, iterations=10, seed=0)
+    assert all(p.is_meta for p in network.parameters())
+    return sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("kind", ["fpdm", "dit"])
+def test_published_sizes_and_lengths(name, kind):
+    config = PRESETS[name if kind == "fpdm" else f"{name}-dit"]()
+    classes = 0 if config.data.unconditional else 1000
+    labels = 0 if classes else 1001 * 1152  # of ImageNet's label table, with the null class
+    assert (name == "imagenet") == bool(classes)
+    assert parameters(config.model, classes) == COUNTS[kind][0] - labels
+    plain = dataclasses.replace(config.model, learn_sigma=False)
+    assert parameters(plain, classes) == COUNTS[kind][1] - labels
+    o = config.optimisation
+    assert o.images == (400_000 if name == "imagenet" else 100_000) * 512
+    assert (o.batch, o.lr, o.weight_decay, o.warmup, o.decay) == (512, 1e-4, 0.0, 0, "constant")
+    assert (config.ema.decay, o.label_dropout, config.sampling.guidance) == (0.9999, 0.1 if classes else 0.0, 1.0)
+    assert config.grad == c.StochasticJFB(N=12, M=12)
+    betas = build.scheduler(
+        dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, zero_snr=False)), "ddpm"
+    ).betas
+    assert (len(betas), float(betas[0]), float(betas[-1])) == (1000, pytest.approx(1e-4), pytest.approx(0.02))
+    assert build.scheduler(config, "ddpm").betas[-1] == 1
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_both_train_under_the_same_settings(name):
+    """All that a fair comparison keeps equal is."""
+    ours, baseline = PRESETS[name](), PRESETS[f"{name}-dit"]()
+    same = dataclasses.replace(ours, model=baseline.model, out=baseline.out)
+    assert same == baseline
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--schedule.prediction", "epsilon"], "v_prediction"),
+        (["--sampling.spacing", "leading"], "never visits the last timestep"),
+        (["--schedule.beta-start", "0.5"], "make no noise schedule"),
+        (["--schedule.timesteps", "10"], "more than the 10 timesteps"),
+        (["--model.depth", "3"], "depth is for DiT"),
+    ],
+)
+def test_impossible_changes_end_with_code_2(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert train.main(["imagenet", *options]) == 2
+    except SystemExit as end:
+        assert end.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_learned_variance_trains_and_samples():
+    from apps.diffusion.data import digits
+    from apps.diffusion.sampling.generate import generate
+    from apps.diffusion.training.trainer import Trainer
+
+    config = c.Config(
+        model=c.Model(kind="dit", depth=1, hidden=16, heads=2, learn_sigma=True),
+        optimisation=c.Optimisation(images=32, batch=16, clip=None),
+        sampling=c.Sampling(sampler="ddpm", steps=3),
+    )
+    trainer = Trainer(config, digits("train"))
+    before = trainer.model.final_layer.linear.weight.detach().clone()
+    trainer.run(lambda state: None)
+    rows = (trainer.model.final_layer.linear.weight.detach() != before).any(1).view(4, 2)
+    assert rows.all()  # the means and the variances of all four pixels of a patch have learnt
+    samples = generate(trainer.ema.module.eval(), config, config.sampling, range(2), [0, 1], 0).samples
+    assert samples.shape == (2, 1, 8, 8) and samples.isfinite().all()

@@ -1,0 +1,179 @@
+"""Recipes: what is asked for is what the sampler is given, budgets are spent exactly, and solvers agree."""
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from apps.diffusion.config import training as c
+from apps.diffusion.config.sampling import Recipe, Sampler
+from apps.diffusion.models import FPDM, DiT
+from apps.diffusion.sampling.generate import generate, plan
+from apps.diffusion.sampling.warm_start import Reuse
+from apps.diffusion.schedulers.noise_schedule import SAMPLERS, make_scheduler, same_noise, timesteps
+from implicit import Anderson, Broyden, Picard
+from tests.apps.diffusion.small_models import randomised
+
+CONFIG = c.Config(sampling=c.Sampling(steps=4, iterations=3, sampler="ddpm", reuse=True, guidance=2.0))
+SMALL: dict[str, Any] = {"input_size": 4, "in_channels": 2, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
+
+
+def fpdm(**change):
+    model = randomised(FPDM(**SMALL | change))
+    with torch.no_grad():
+        model.block_fixed_point_projection_fc2.weight.mul_(0.4)
+    return model
+
+
+def samples(recipe, model=None, n=3):
+    model = model or fpdm()
+    return plan(model, CONFIG, recipe).sample(model, range(n), [1, 2, 3][:n], seed=0, chunk=4)
+
+
+def test_what_is_left_out_is_the_runs_own():
+    model = fpdm()
+    own: Any = plan(model, CONFIG, Recipe())
+    assert own.timesteps == timesteps(4) and own.guidance.scale == 2.0 and own.solve.iterations == (3, 3, 3, 3)
+    assert type(own.scheduler).__name__ == "DDPMScheduler" and own.solve.reuse == Reuse()
+    by_hand = generate(model, c.Config(), CONFIG.sampling, range(3), [1, 2, 3], 0)
+    expected = own.sample(model, range(3), [1, 2, 3], seed=0).samples
+    assert torch.equal(by_hand.samples, expected)
+    other: Any = plan(
+        model,
+        CONFIG,
+        Recipe(
+            sampler="dpm++",
+            steps=5,
+            spacing="linspace",
+            guidance=1.5,
+            guidance_channels=1,
+            solver="broyden",
+            memory=7,
+            reuse="blended",
+            share=0.25,
+            rtol=(0.1,),
+            max_evals=9,
+        ),
+    )
+    assert other.timesteps == timesteps(5, "linspace") and other.scheduler.config["timestep_spacing"] == "linspace"
+    assert (other.guidance.scale, other.guidance.channels) == (1.5, 1)
+    assert other.solve.solver == Broyden(memory=7) and other.solve.reuse == Reuse(share=0.25)
+    assert [(s.rtol, s.atol, s.max_evals) for s in other.solve.stop] == [(0.1, 0.0, 9)] * 5
+    for recipe, reuse, solver in (
+        (Recipe(reuse="extrapolated"), Reuse(extrapolation=1.0), Picard()),
+        (Recipe(reuse="off", solver="anderson"), None, Anderson()),
+    ):
+        solve: Any = plan(model, CONFIG, recipe).solve
+        assert (solve.reuse, solve.solver) == (reuse, solver)
+    assert plan(model, CONFIG, Recipe(timesteps=(999, 7))).timesteps == (999, 7)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("allocation", ["constant", "increasing", "decreasing"])
+def test_a_budget_of_block_passes_is_spent_to_the_last_block(allocation, guidance):
+    for budget in (50, 96):
+        effort = samples(Recipe(block_passes=budget, allocation=allocation, guidance=guidance)).effort
+        assert effort.block_passes.tolist() == [budget] * 3
+        assert effort.computed == budget * 4
+        each = effort.evaluations[0].tolist()
+        assert each == sorted(each, reverse=allocation == "decreasing") or allocation == "constant"
+
+
+def test_a_budget_of_multiply_accumulates_leaves_less_than_one_iteration():
+    model = fpdm()
+    budget = 4 * model.macs(6) + 100
+    effort = samples(Recipe(macs=float(budget), guidance=1.0), model).effort
+    assert 0 <= budget - int(effort.macs[0]) < model.macs(2) - model.macs(1)
+
+
+def test_iterations_are_shared_out_or_listed():
+    each = samples(Recipe(iterations=(4,), allocation="decreasing", guidance=1.0)).effort.evaluations[0].tolist()
+    assert sum(each) == 16 and each == sorted(each, reverse=True) and each[0] > each[-1]
+    listed = samples(Recipe(iterations=(1, 5, 2, 4), guidance=1.0)).effort.evaluations
+    assert listed.tolist() == [[1, 5, 2, 4]] * 3
+
+
+@pytest.mark.parametrize("reuse", ["off", "on", "blended", "extrapolated"])
+def test_no_tolerance_is_a_fixed_count(reuse):
+    counted = samples(Recipe(iterations=(3,), reuse=reuse))
+    untold = samples(Recipe(rtol=(0.0,), max_evals=3, reuse=reuse))
+    assert torch.equal(counted.samples, untold.samples)
+    assert torch.equal(counted.effort.evaluations, untold.effort.evaluations)
+    assert not counted.samples.requires_grad
+
+
+def test_the_solver_does_not_change_a_converged_sample():
+    model = fpdm().double()
+
+    def found(solver, reuse, **options):
+        options = options or {"rtol": (1e-8,), "max_evals": 200}
+        return samples(Recipe(steps=3, solver=solver, reuse=reuse, guidance=1.0, **options), model, n=2)
+
+    exact = found("picard", "off")
+    assert exact.effort.residuals.max() <= 1.1e-8 and exact.samples.std() > 0.1
+    assert (found("picard", "off", iterations=(1,)).samples - exact.samples).abs().max() > 1e-2
+    for choice in (("picard", "on"), ("anderson", "blended"), ("anderson-gs", "extrapolated"), ("broyden", "on")):
+        torch.testing.assert_close(found(*choice).samples, exact.samples, rtol=1e-5, atol=1e-5)
+
+
+def test_a_tolerance_for_each_timestep_stops_each_sample_by_itself():
+    tight = samples(Recipe(rtol=(0.5, 0.1, 1e-2, 1e-3), guidance=1.0, reuse="off"))
+    assert (tight.effort.residuals <= 1.001 * torch.tensor([0.5, 0.1, 1e-2, 1e-3])).all()
+    evaluations = tight.effort.evaluations
+    assert (evaluations.unique(dim=0).shape[0] > 1) and (evaluations[:, 0] < evaluations[:, 3]).all()
+    held = 4 * (evaluations.amax(0).sum() + 2 * 4)  # a chunk of 4 rows; its fourth place may have needed more
+    assert tight.effort.computed >= held > tight.effort.block_passes.sum()
+
+
+def test_a_dit_spends_its_budget_in_steps():
+    model = randomised(DiT(depth=3, **SMALL))
+    effort = samples(Recipe(block_passes=30, guidance=1.0), model).effort
+    assert effort.evaluations.shape == (3, 10) and effort.block_passes.tolist() == [30] * 3
+    with pytest.raises(ValueError, match="multiple of 6"):
+        samples(Recipe(block_passes=30 + 3), model)
+    with pytest.raises(ValueError, match="multiple of 3"):
+        samples(Recipe(block_passes=30, steps=4, guidance=1.0), model)
+    with pytest.raises(ValueError, match="no fixed point to solve; leave out iterations, solver"):
+        samples(Recipe(iterations=(3,), solver="anderson"), model)
+
+
+def test_guidance_needs_classes():
+    model = fpdm(num_classes=0)
+    with pytest.raises(ValueError, match="knows none"):
+        plan(model, CONFIG, Recipe(guidance=2.0))
+    chosen = plan(model, CONFIG, Recipe(guidance=1.0))
+    assert chosen.sample(model, range(2), None, seed=0).labels is None
+
+
+def test_every_sampler_has_the_networks_noise():
+    assert set(get_args(Sampler)) == set(SAMPLERS)
+    base = make_scheduler("ddpm", spacing="linspace", clip=1.0, learn_sigma=True)
+    for name in ("ddim", "ddpm"):
+        mine, direct = same_noise(base, name), make_scheduler(name, spacing="linspace", clip=1.0, learn_sigma=True)
+        assert type(mine) is type(direct)
+        assert all(mine.config[key] == value for key, value in direct.config.items() if key[0] != "_")
+    bare = make_scheduler("ddpm", zero_snr=False, betas="scaled_linear", prediction="epsilon", train_steps=500)
+    for name in SAMPLERS:
+        other = same_noise(bare, name)
+        assert torch.allclose(other.alphas_cumprod.double(), bare.alphas_cumprod.double(), rtol=1e-6), name
+        assert (other.config["prediction_type"], other.config["num_train_timesteps"]) == ("epsilon", 500)
+    with pytest.raises(ValueError, match="no sampler"):
+        same_noise(base, "heun")
+
+
+def test_recipes_are_checked():
+    config = replace(CONFIG, schedule=c.Schedule(zero_snr=False))
+    assert plan(fpdm(), config, Recipe(spacing="leading")).timesteps == (750, 500, 250, 0)
+    with pytest.raises(ValueError, match="cannot follow"):
+        plan(fpdm(), config, Recipe(sampler="unipc", spacing="linspace"))
+    bad: dict[str, Any]
+    for bad in ({"eta": 2.0}, {"share": -1.0}, {"extrapolation": 1.5}, {"iterations": (0,)}, {"max_evals": 0}):
+        with pytest.raises(ValueError):
+            Recipe(**bad)
+    for bad in ({"share": 0.9}, {"share": 0.9, "reuse": "on"}, {"extrapolation": 0.5}, {"max_evals": 9}):
+        with pytest.raises(ValueError, match="means nothing without"):
+            Recipe(**bad)
+    for macs in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(ValueError, match="finite number above 0"):
+            plan(fpdm(), config, Recipe(macs=macs))

@@ -1,0 +1,185 @@
+"""A run that is killed, stopped or left without disk goes on as if nothing had been, bit for bit; and two processes
+train as one does.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from apps.diffusion.checkpoint import training_state as checkpoint
+from apps.diffusion.checkpoint.trained_run import digest
+
+EVERY, IMAGES = 48, 720
+TINY = (
+    f"--model.hidden 16 --model.heads 2 --optimisation.images {IMAGES} --optimisation.batch 16 --max-time None "
+    f"--checkpoint-every {EVERY} --keep 2"
+).split()
+
+
+class Runs:
+    """Training runs in processes of their own."""
+
+    def __init__(self, log):
+        self.log = log
+        program = Path(__file__).parents[1] / "train_forks.py"
+        environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+        self.launcher = subprocess.Popen(
+            [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def start(self, *argv, largest=None, processes=1, environment=None):
+        """Start a run; the id of its first process."""
+        assert self.launcher.stdin is not None
+        self.log.write_text("")
+        order = {"argv": [*TINY, *argv], "log": str(self.log), "largest": largest, "processes": processes}
+        order["environment"] = environment or {}
+        self.launcher.stdin.write(json.dumps(order) + "\n")
+        self.launcher.stdin.flush()
+        return self._number()
+
+    def end(self):
+        """The exit code of the run, when it has ended."""
+        return self._number()
+
+    def _number(self):
+        assert self.launcher.stdout is not None
+        return int(self.launcher.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    runs = Runs(tmp_path_factory.mktemp("log") / "log.txt")
+    yield runs
+    runs.launcher.kill()
+    runs.launcher.communicate()
+
+
+@pytest.fixture(scope="module")
+def whole(runs, tmp_path_factory):
+    """The last checkpoint of a run that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    runs.start("--out", str(out))
+    assert runs.end() == 0, runs.log.read_text()
+    return checkpoint.newest(out)
+
+
+def images_of(out):
+    found = checkpoint.all_of(out)
+    return int(found[-1].name) if found else 0
+
+
+def interrupt(runs, out, at, number, delay, *argv, **how):
+    """Go on with the run in `out`, and send it a signal `delay` seconds after its checkpoint at `at` images."""
+    pid = runs.start("--out", str(out), *(["--resume"] if out.exists() else []), *argv, **how)
+    patience = time.monotonic() + 120
+    while images_of(out) < at and time.monotonic() < patience:
+        time.sleep(0.002)
+    time.sleep(delay)
+    os.kill(pid, number)
+    return runs.end()
+
+
+def assert_same(a, b):
+    assert (a.progress.images, a.progress.steps) == (b.progress.images, b.progress.steps) == (IMAGES, IMAGES // 16)
+    for name in ("model", "ema"):
+        one, other = getattr(a, name), getattr(b, name)
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert a.optimizer.keys() == b.optimizer.keys()
+    for number, entry in a.optimizer.items():
+        assert all(torch.equal(entry[k], b.optimizer[number][k]) for k in entry | b.optimizer[number])
+
+
+def test_killed_five_times_and_resumed(runs, whole, tmp_path):
+    draw = random.Random(0)
+    out, reached = tmp_path / "run", []
+    for at in sorted(draw.sample(range(EVERY, IMAGES // 2, EVERY), 5)):
+        code = interrupt(runs, out, at, signal.SIGKILL, draw.uniform(0, 0.1))
+        assert code == -signal.SIGKILL, runs.log.read_text()
+        reached.append(images_of(out))
+    assert reached == sorted(reached) and 0 < reached[0] and reached[-1] < IMAGES
+    runs.start("--out", str(out), "--resume")
+    assert runs.end() == 0, runs.log.read_text()
+    assert_same(checkpoint.newest(out), whole)
+    assert whole.progress.history == checkpoint.newest(out).progress.history
+
+
+def test_sigterm_writes_a_checkpoint_first(runs, whole, tmp_path):
+    out = tmp_path / "run"
+    assert interrupt(runs, out, EVERY, signal.SIGTERM, 0.03) == 128 + signal.SIGTERM, runs.log.read_text()
+    said = runs.log.read_text()
+    assert f"Stopped at {images_of(out)} images" in said and "--resume" in said
+    runs.start("--out", str(out), "--resume")
+    assert runs.end() == 0, runs.log.read_text()
+    assert_same(checkpoint.newest(out), whole)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(runs, whole, tmp_path):
+    out = tmp_path / "run"
+    interrupt(runs, out, 2 * EVERY, signal.SIGKILL, 0)
+    before = {p: p.read_bytes() for kept in checkpoint.all_of(out) for p in kept.iterdir()}
+    smallest = min(len(content) for path, content in before.items() if path.suffix == ".safetensors")
+    runs.start("--out", str(out), "--resume", largest=smallest // 2)
+    assert runs.end() == 1
+    said = runs.log.read_text()
+    assert "could not be written" in said and "what the run has saved before is intact" in said
+    assert "Traceback" not in said
+    assert {p: p.read_bytes() for p in (out / "checkpoints").rglob("*") if p.is_file()} == before
+    runs.start("--out", str(out), "--resume")
+    assert runs.end() == 0, runs.log.read_text()
+    assert_same(checkpoint.newest(out), whole)
+
+
+@pytest.mark.parametrize("options", [[], ["--optimisation.accumulate", "2", "--optimisation.checkpointing"]])
+def test_two_processes_train_as_one_with_twice_the_batch(runs, whole, tmp_path, options):
+    """Gloo; the batch of TINY is shared by the two, in parts or not."""
+    out = tmp_path / "run"
+    runs.start("--out", str(out), *options, processes=2)
+    assert runs.end() == 0, runs.log.read_text()
+    assert runs.log.read_text().count("Training FPDM") == 1
+    assert_close(checkpoint.newest(out), whole)
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what `accelerate launch --use_fsdp` sets
+
+
+def test_weights_shared_out_learn_the_same_and_checkpoints_are_whole(runs, whole, tmp_path):
+    """FSDP, and from its checkpoint on FSDP again and one process. Two processes hold uneven shares of some tensors."""
+    out, alone = tmp_path / "run", tmp_path / "alone"
+    options = ["--optimisation.accumulate", "2", "--optimisation.checkpointing"]
+    code = interrupt(runs, out, IMAGES // 2, signal.SIGTERM, 0, *options, processes=2, environment=FSDP)
+    assert code == 128 + signal.SIGTERM, runs.log.read_text()
+    assert IMAGES // 2 <= images_of(out) < IMAGES
+    shutil.copytree(out, alone)
+    for folder, how in ((out, {"processes": 2, "environment": FSDP}), (alone, {})):
+        runs.start("--out", str(folder), "--resume", *options, **how)
+        assert runs.end() == 0, runs.log.read_text()
+        assert_close(checkpoint.newest(folder), whole)
+        assert f"averaged: {digest(checkpoint.newest(folder).ema)}" in runs.log.read_text()
+
+
+def assert_close(run, whole):
+    """The same loss curve and weights, to float tolerance."""
+    curve, expected = (dict(r.progress.history) for r in (run, whole))
+    at = [images for images in curve if images <= IMAGES // 2 and images in expected]
+    assert len(at) == IMAGES // 2 // EVERY
+    if len(curve) == len(expected):  # a run that was stopped has an entry there, and a shorter one behind it
+        at = list(expected)
+    for images in at:
+        assert curve[images] == pytest.approx(expected[images], rel=2e-5)
+    for name in ("model", "ema"):
+        one, other = getattr(run, name), getattr(whole, name)
+        assert one.keys() == other.keys()
+        for key, value in other.items():
+            torch.testing.assert_close(one[key], value, rtol=1e-3, atol=2e-5)
+    for number, entry in whole.optimizer.items():
+        for key, value in entry.items():
+            torch.testing.assert_close(run.optimizer[number][key], value, rtol=1e-3, atol=1e-5)

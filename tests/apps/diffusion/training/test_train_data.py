@@ -1,0 +1,198 @@
+"""Training on a folder of pictures and on VAE latents, end to end, and what is refused."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from apps.diffusion import encode, train
+from apps.diffusion.checkpoint import training_state as checkpoint
+from apps.diffusion.config import training as c
+from apps.diffusion.data import Images
+from apps.diffusion.models import build
+from apps.diffusion.sampling.generate import generate
+from apps.diffusion.training.trainer import Trainer
+from tests.apps.diffusion import picture_files as pf
+
+TINY = (
+    "--model.size tiny --model.hidden 16 --model.heads 2 --optimisation.batch 4 --optimisation.warmup 8 "
+    "--optimisation.decay constant --sampling.steps 2 --sampling.iterations 2 --sampling.images 6 --threads 1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures")
+    pf.tree(root, each=3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory, pictures):
+    folder = tmp_path_factory.mktemp("encoded")
+    pf.tiny_vae().save_pretrained(folder / "vae")
+    command = [str(pictures), "--vae", str(folder / "vae"), "--out", str(folder / "latents"), "--size", "16"]
+    assert encode.main([*command, "--shard-size", "4", "--device", "cpu"]) == 0
+    return folder
+
+
+def call(preset, out, *options):
+    return train.main([preset, *TINY, "--out", str(out), *map(str, options)])
+
+
+def equal(a, b):
+    x, y = checkpoint.newest(a), checkpoint.newest(b)
+    for name in ("model", "ema"):
+        assert all(torch.equal(w, getattr(y, name)[k]) for k, w in getattr(x, name).items()), name
+    assert all(torch.equal(v, y.optimizer[i][k]) for i, e in x.optimizer.items() for k, v in e.items())
+    assert x.progress.images == y.progress.images
+
+
+def test_pictures_train_and_resume_bit_for_bit(pictures, tmp_path, capsys):
+    """Interrupted within the second epoch, at a moment that is no multiple of anything."""
+    data = ("--data.path", pictures, "--data.size", 16)
+    assert call("folder", tmp_path / "whole", *data, "--optimisation.images", 24) == 0
+    assert call("folder", tmp_path / "parts", *data, "--optimisation.images", 12) == 0
+    assert train.main(["--resume", "--out", str(tmp_path / "parts"), "--optimisation.images", "24"]) == 0
+    equal(tmp_path / "whole", tmp_path / "parts")
+    metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+    assert "generated" not in metrics and metrics["sampling"]["images"] == 6
+    assert (tmp_path / "whole" / "samples.png").exists()
+    assert "in 3 classes" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(pictures, tmp_path, capsys):
+    data = ("--data.path", pictures, "--data.size", 16, "--checkpoint-every", 4, "--keep", 2)
+    assert call("folder", tmp_path / "whole", *data, "--optimisation.images", 16) == 0
+    out = tmp_path / "run"
+    assert call("folder", out, *data, "--optimisation.images", 12) == 0
+    older, newest = checkpoint.all_of(out)
+    assert (older.name, newest.name) == ("000000000008", "000000000012")
+    pf.truncate(newest / "ema.safetensors")
+    again = ["--resume", "--out", str(out), "--optimisation.images", "16"]
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert train.main(again) == 2
+    said = capsys.readouterr().err
+    assert str(newest) in said and f"the one before, {older}" in said
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+    shutil.rmtree(newest)
+    assert train.main(again) == 0
+    equal(tmp_path / "whole", out)
+
+
+def test_resuming_on_other_pictures_is_refused(pictures, tmp_path, capsys):
+    out, copy = tmp_path / "run", tmp_path / "copy"
+    shutil.copytree(pictures, copy)
+    assert call("folder", out, "--data.path", copy, "--data.size", 16, "--optimisation.images", 4) == 0
+    moved = copy.rename(tmp_path / "moved")  # the same pictures elsewhere are welcome
+    again = ["--resume", "--out", str(out), "--data.path", str(moved), "--optimisation.images"]
+    assert train.main([*again, "8"]) == 0
+    (moved / "cat" / "0.png").unlink()
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert train.main([*again, "12"]) == 2
+    assert "learnt from other images" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_latents_train_resume_and_decode(latents, tmp_path):
+    data = ("--data.path", latents / "latents", "--optimisation.images")
+    assert call("latents", tmp_path / "whole", *data, 24) == 0
+    assert call("latents", tmp_path / "parts", *data, 12) == 0
+    assert train.main(["--resume", "--out", str(tmp_path / "parts"), "--optimisation.images", "24"]) == 0
+    equal(tmp_path / "whole", tmp_path / "parts")
+    config = train.saved_config(tmp_path / "whole")
+    state = checkpoint.newest(tmp_path / "whole")
+    model = build.rebuild(state.network)
+    assert (model.num_classes, model.latent) == (3, (4, 4, 4))
+    model.load_state_dict(state.ema)
+    result = generate(model.eval(), config, config.sampling, range(6), [0, 1, 2, 0, 1, 2], config.seed)
+    from apps.diffusion.training.gallery import pixels, sheet
+
+    drawn = sheet(pixels(result.samples, pf.tiny_vae()), [0, 1, 2, 0, 1, 2])
+    drawn.save(tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "whole" / "samples.png").read_bytes()
+    assert not build.scheduler(config, "ddim").config.clip_sample
+
+
+def test_without_labels_the_model_is_unconditional(latents, pictures, tmp_path):
+    for source, options in (("latents", ["--data.path", latents / "latents"]), ("folder", ["--data.path", pictures])):
+        out = tmp_path / source
+        size = ["--data.size", 16] if source == "folder" else []
+        options = [*options, *size, "--data.unconditional", "--optimisation.images", 4]
+        assert call(source, out, *options) == 0
+        assert build.rebuild(checkpoint.newest(out).network).null_class is None
+    train_set, held_out = build.images(c.Data(unconditional=True))
+    assert held_out is not None and train_set.num_classes == held_out.num_classes == 0
+
+
+def test_an_epoch_is_drawn_by_index_and_number():
+    """Image k of the run is drawn as epoch k div n, whatever the batch."""
+    seen = []
+
+    class Spy(Images):
+        def draw(self, index, epoch, seed):
+            seen.extend(zip(epoch, index, strict=True))
+            return super().draw(index, epoch, seed)
+
+    config = c.Config(
+        model=c.Model(kind="dit", hidden=16, heads=2, depth=1), optimisation=c.Optimisation(images=24, batch=4)
+    )
+    Trainer(config, Spy(torch.zeros(5, 1, 4, 4), torch.zeros(5, dtype=torch.long), 1)).run(lambda state: None)
+    assert [epoch for epoch, _ in seen] == [k // 5 for k in range(24)]
+    assert all(sorted(i for e, i in seen if e == epoch) == list(range(5)) for epoch in range(4))
+
+
+def test_the_vae_of_sample_sheets(latents, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(latents / "latents", moved)
+    index = json.loads((moved / "index.json").read_text())
+    index["vae"]["name"] = str(tmp_path / "gone")
+    (moved / "index.json").write_text(json.dumps(index))
+    assert call("latents", tmp_path / "a", "--data.path", moved, "--optimisation.images", 4) == 0
+    assert "--data.vae" in capsys.readouterr().err and not (tmp_path / "a" / "samples.png").exists()
+    options = ["--data.path", moved, "--optimisation.images", 4, "--data.vae"]
+    pf.tiny_vae(1).save_pretrained(tmp_path / "other")
+    assert call("latents", tmp_path / "b", *options, tmp_path / "other") == 2
+    assert "other weights" in capsys.readouterr().err and not (tmp_path / "b").exists()
+    assert call("latents", tmp_path / "b", *options, latents / "vae") == 0
+    assert (tmp_path / "b" / "samples.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["folder", "--data.path", "nowhere"], "Data.path: nowhere is no folder"),
+        (["latents", "--data.path", "nowhere"], "python -m apps.diffusion.encode"),
+        (["--data.source", "latents"], "needs Data.path"),
+        (["--data.size", "64"], "Data.size = 64 means nothing"),
+        (["--data.mirror", "True"], "Data.mirror = True means nothing"),
+        (["--data.unconditional", "--sampling.guidance", "2"], "guidance"),
+        (["folder", "--data.size", "0"], "Data.size must be at least 1"),
+    ],
+)
+def test_bad_data_is_refused_and_nothing_is_made(argv, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert train.main([*argv, "--out", str(tmp_path / "run")]) == 2
+    except SystemExit as end:  # tyro's own way out, with the sentence in a box
+        assert end.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_guidance_of_pictures_without_classes_is_refused(tmp_path, capsys):
+    pf.save(tmp_path / "flat" / "a.png", pf.picture(0))
+    out = tmp_path / "run"
+    options = ["--data.path", tmp_path / "flat", "--data.size", 16, "--sampling.guidance", 2]
+    assert call("folder", out, *options) == 2
+    assert "have none" in capsys.readouterr().err and not out.exists()
+
+
+def test_configurations_of_older_runs_still_load():
+    text = json.loads(c.Config().to_json())
+    text["data"] = {"type": "Data", "source": "digits"}
+    assert c.Config.from_json(json.dumps(text)) == c.Config()
+    tree = dataclasses.replace(c.Config(), data=c.Data(source="latents", path=train.Path("x"), vae="y"))
+    assert c.Config.from_json(tree.to_json()) == tree

@@ -1,0 +1,136 @@
+"""What saves memory and time in training changes nothing of what is learnt."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+from apps.diffusion.config import training as c
+from apps.diffusion.data import digits
+from apps.diffusion.training import distributed as sharding
+from apps.diffusion.training import trainer as t
+
+SMALL = c.Config(
+    model=c.Model(hidden=16, heads=2, condition_on_time=True),
+    optimisation=c.Optimisation(images=96, batch=16, warmup=16, decay="constant"),
+    grad=c.StochasticJFB(N=3, M=3),
+)
+
+
+def trained(steps=4, config=SMALL, **optimisation):
+    o = dataclasses.replace(config.optimisation, **optimisation)
+    trainer = t.Trainer(dataclasses.replace(config, optimisation=o), digits("train"))
+    losses = [trainer.step()[0] for _ in range(steps)]
+    return trainer, torch.tensor(losses)
+
+
+def close(a, b, **tolerance):
+    (x, losses), (y, others) = a, b
+    torch.testing.assert_close(losses, others, **tolerance)
+    for (name, p), q in zip(x.model.named_parameters(), y.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=name, **tolerance)
+
+
+@pytest.mark.parametrize("kind", ["fpdm", "dit"])
+def test_parts_of_a_batch_add_up_to_the_batch(kind):
+    config = SMALL
+    if kind == "dit":
+        config = dataclasses.replace(SMALL, model=c.Model(kind="dit", depth=2, hidden=16, heads=2))
+    # plain gradient descent would agree to rounding; Adam divides by the gradient's size
+    close(trained(config=config), trained(config=config, accumulate=4), rtol=1e-3, atol=2e-5)
+
+
+def test_parts_are_that_many_calls_of_the_model():
+    trainer, _ = trained(steps=0, accumulate=4)
+    sizes = []
+    trainer.model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    trainer.step()
+    assert sizes == [4, 4, 4, 4]
+
+
+def test_checkpointing_changes_no_bit_and_keeps_less():
+    plain, checked = trained(), trained(checkpointing=True)
+    close(plain, checked, rtol=0, atol=0)
+    assert kept(checked[0]) < 0.5 * kept(plain[0])
+
+
+def kept(trainer):
+    """Bytes that the forward pass of the next step keeps for its backward pass, weights apart."""
+    weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    x, y, draw = trainer._batch()
+    config = dataclasses.replace(trainer.config, grad=c.JFB(steps=4), stop=c.Stop(max_evals=2))
+    trainer.config = config
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        found = trainer._loss(x, y, draw)
+    assert found.total.requires_grad
+    return sum(seen.values())
+
+
+@pytest.mark.filterwarnings("default")  # torch.compile looks at .grad of everything
+def test_compiled_blocks_learn_the_same():
+    plain, compiled = trained(steps=2), trained(steps=2, compile="aot_eager")
+    assert compiled[0].model._compiled is not None
+    close(plain, compiled, rtol=1e-4, atol=1e-6)
+    assert compiled[0].checkpoint().model.keys() == plain[0].checkpoint().model.keys()
+
+
+def test_bf16_trains_weights_in_float32():
+    _, losses = trained(steps=2)
+    AcceleratorState._reset_state(reset_partial_state=True)  # accelerate fixes the precision once a process
+    try:
+        half, others = trained(steps=2, precision="bf16")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert all(p.dtype == torch.float32 for p in half.model.parameters())
+    assert not torch.equal(losses, others)
+    torch.testing.assert_close(losses, others, rtol=0.05, atol=0.0)
+
+
+def test_draws_of_n_and_m_belong_to_the_step():
+    """The same for every process and every part of a step, and another one for another step."""
+    trainer, _ = trained(steps=0)
+
+    def draws():
+        return [trainer._solve()["grad"].draw() for _ in range(3)]  # one for each of three parts
+
+    first = draws()
+    assert len(set(first)) == 1
+    found = set()
+    for trainer.progress.images in range(0, 640, 16):
+        found |= set(draws())
+    assert {n for n, _ in found} == {0, 1, 2, 3} and {m for _, m in found} == {1, 2, 3}
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="multiple of 3"):
+        trained(accumulate=3)
+    accelerator: Any = SimpleNamespace(num_processes=2, distributed_type=DistributedType.DEEPSPEED)
+    with pytest.raises(ValueError, match="DEEPSPEED"):
+        sharding.check_processes(SMALL.optimisation, accelerator)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [
+        ("FSDP_VERSION", "1", "--fsdp_version 2"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", r"--optimisation\.checkpointing"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "--fsdp_offload_params"),
+        ("FSDP_IGNORED_MODULES", "final_layer", "--fsdp_ignored_modules"),
+    ],
+)
+def test_what_fsdp_cannot_do_here_is_refused(monkeypatch, name, value, remedy):
+    for key, given in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", name: value}.items():
+        monkeypatch.setenv(key, given)
+    with pytest.raises(ValueError, match=remedy):
+        trained(steps=0)

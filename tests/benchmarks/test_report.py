@@ -1,0 +1,161 @@
+"""The report is made from the result files alone, and says what was not measured."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from benchmarks.diffusion import run as bench_diffusion
+from benchmarks.report import build as report
+from benchmarks.report import formatting as wording
+from benchmarks.report.sections import size_and_memory
+
+RESULTS = Path(report.__file__).parents[1] / "results"
+
+
+def built(tmp_path, *names, change=None):
+    for name in names:
+        found = json.loads((RESULTS / name).read_text())
+        if change:
+            change(found)
+        (tmp_path / name).write_text(json.dumps(found))
+    return report.build(tmp_path, tmp_path / "docs" / "report.md")
+
+
+def section(text, title):
+    return next(part for part in text.split("\n## ") if part.startswith(title))
+
+
+def test_without_results_every_number_is_not_measured(tmp_path):
+    text = built(tmp_path)
+    assert not re.search(r"\d\.\d\d ±", text)
+    for part in text.split("\n## ")[1:]:
+        assert report.NOTHING in part
+
+
+def test_numbers_are_those_of_the_file_and_verdicts_follow_them(tmp_path):
+    text = section(built(tmp_path, "experiment_estimators.json"), "Gradient estimators")
+    cells = json.loads((RESULTS / "experiment_estimators.json").read_text())["cells"]
+    distances = [c["samples"]["20 x 10"]["frechet"] for name, c in cells.items() if name.startswith("JFB, seed")]
+    assert f"| JFB | {sum(distances) / 3:.2f} ± " in text
+
+    def given(ours, theirs):
+        def change(found):
+            for name, cell in found["cells"].items():
+                estimator, seed = name.rsplit(", seed ", 1)
+                distance = {"S-JFB(6, 3)": ours, "JFB": theirs}.get(estimator)
+                if distance:
+                    cell["samples"]["20 x 10"]["frechet"] = distance + int(seed) / 10
+
+        return section(built(tmp_path, "experiment_estimators.json", change=change), "Gradient estimators")
+
+    assert "*S-JFB beats JFB*: **yes**" in given(1.0, 2.0)
+    assert "*S-JFB beats JFB*: **no, the reverse**" in given(2.0, 1.0)
+    assert "*S-JFB beats JFB*: **within the spread of seeds**" in given(2.0, 2.1)
+    assert "*S-JFB beats JFB*: **undecided**" in given(20.0, 30.0)
+
+
+def test_a_missing_seed_is_said(tmp_path):
+    def drop(found):
+        del found["cells"]["JFB, seed 2"]
+
+    text = built(tmp_path, "experiment_estimators.json", change=drop)
+    assert re.search(r"\| JFB \| [\d.]+ ± [\d.]+ \(2 seeds\)", text)
+
+
+def test_a_deleted_file_leaves_its_rows_not_measured(tmp_path):
+    """Every result file is named by a chapter, and each of its chapters says so where the file is not."""
+    full = {part: part.chapter(RESULTS, tmp_path) for part in report.CHAPTERS}
+    empty = {part: part.chapter(tmp_path, tmp_path) for part in report.CHAPTERS}
+    for name in (path.name for path in RESULTS.glob("*.json") if path.stem != "peers_jax"):
+        chapters = [part for part, text in full.items() if name in text]
+        assert chapters, name
+        for part in chapters:
+            assert empty[part].count(report.NOTHING) > full[part].count(report.NOTHING), name
+
+
+@pytest.mark.parametrize("chapter", report.CHAPTERS, ids=lambda chapter: chapter.__name__.rsplit(".", 1)[1])
+def test_a_file_cut_short_is_named(tmp_path, chapter):
+    for path in RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_text('{"tables": ')
+    (tmp_path / "gpu_diffusion_h.json").write_text("[]")
+    with pytest.raises(SystemExit, match=r"\.json is (not whole|no result file)"):
+        chapter.chapter(tmp_path, tmp_path)
+
+
+def test_cells_without_a_number_are_dashes(tmp_path):
+    text = report.costs.chapter(RESULTS, tmp_path)
+    assert "| - |" in text and "None" not in text
+
+
+def test_networks_are_counted_by_the_seeds_that_were_run(tmp_path):
+    def more(found):
+        cells = found["cells"]
+        cells |= {name.replace("seed 0", "seed 7"): cell for name, cell in cells.items() if "seed 0" in name}
+        del cells["JFB, seed 7"]
+
+    text = built(tmp_path, "experiment_estimators.json", change=more)
+    assert "23 of 24 networks, seeds 0, 1, 2, 7" in section(text, "Gradient estimators")
+
+
+def _git(*arguments):
+    return subprocess.run(["git", "-C", str(RESULTS), *arguments], capture_output=True, text=True, check=False)
+
+
+def test_results_name_commits_of_this_history():
+    if _git("rev-parse", "--is-shallow-repository").stdout.strip() != "false":
+        pytest.skip("needs the whole history")
+    found = {path.name: re.findall(r'"commit": "(\w+)"', path.read_text()) for path in RESULTS.glob("*.json")}
+    strange = {
+        (name, commit)
+        for name, commits in found.items()
+        for commit in set(commits)
+        if _git("merge-base", "--is-ancestor", commit, "HEAD").returncode
+    }
+    assert not strange
+
+
+def test_the_steps_command_writes_what_the_report_reads(tmp_path):
+    out = tmp_path / "gpu_tiny.json"
+    bench_diffusion.main(["--scale", "tiny", "--repeats", "2", "--tables", "around the block", "--out", str(out)])
+    rows = json.loads(out.read_text())["tables"]["around the block"]["rows"]
+    text = section(report.build(tmp_path, tmp_path / "docs" / "report.md"), "On a GPU")
+    for row in rows:
+        assert f"| {row['solver']} | {row['evaluations']} | " in text
+    with pytest.raises(SystemExit, match="2"):
+        bench_diffusion.main(["--scale", "tiny"])
+
+
+def test_the_chance_of_a_difference_is_that_of_scipy():
+    some, others = [1.0, 1.4, 1.3], [1.9, 1.5, 2.6]
+    assert wording.chance(some, others, False) == pytest.approx(stats.ttest_ind(some, others, equal_var=False)[1])
+    assert wording.chance(some, others, True) == pytest.approx(stats.ttest_rel(some, others)[1])
+    assert wording.chance([1.0, 1.0], [1.0, 1.0], True) == 1 and wording.chance([1.0, 1.0], [2.0, 2.0], True) == 0
+
+
+def test_budgets_say_who_is_ahead(tmp_path):
+    def change(found):
+        for name, cell in found["cells"].items():
+            for way, sample in cell["samples"].items():
+                small = int(re.findall(r"\d+", way)[0]) < 100
+                sample["frechet"] = (1.0 if name.startswith("FPDM") == small else 2.0) + int(name[-1]) / 100
+
+    text = section(built(tmp_path, "experiment_sampling.json", change=change), "FPDM and DiT")
+    assert re.search(r"FPDM is ahead at (\d+ block passes, )*60 block passes, MACs of", text)
+    assert re.search(r"the DiT is ahead at 120 block passes, 240 block passes, MACs of 120", text)
+
+
+def test_memory_at_full_size_is_read_from_the_file_of_a_gpu(tmp_path):
+    def row(network, estimator, peak, checkpointed=False):
+        found = {"network": network, "estimator": estimator, "checkpointed": checkpointed, "batch": 8}
+        return found | {"peak MiB": peak}
+
+    rows = [row("DiT", "", 40_000), row("DiT", "", 9_000, True), row("FPDM", "S-JFB (6, 7), the expected draw", 10_000)]
+    rows.append(row("FPDM", "S-JFB (12, 12), the worst draw", 20_000))
+    (tmp_path / "gpu_diffusion_bf16_8.json").write_text(json.dumps({"tables": {"training step": {"rows": rows}}}))
+    text = size_and_memory.chapter(tmp_path, tmp_path)
+    assert "at XL/2*: 75 % less at batch 8, S-JFB (6, 7), the expected draw (`gpu_diffusion_bf16_8.json`)" in text
+    assert f"at XL/2*: {report.NOTHING} at that size" in size_and_memory.chapter(RESULTS, tmp_path)

@@ -1,0 +1,39 @@
+"""The guide to gradients: its example runs, its tables are those of the results, its parts exist."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.report.gradients import RESULT, mark, rows, tables
+
+PAGE = Path(__file__).parents[2] / "docs" / "gradients.md"
+
+
+@pytest.fixture(scope="module")
+def result():
+    return json.loads(RESULT.read_text())
+
+
+def test_the_page_holds_the_tables_of_the_results(result):
+    assert result["tables"] and tables(result) in PAGE.read_text()
+
+
+def test_writing_the_tables_again_changes_nothing(result):
+    page = PAGE.read_text()
+    assert mark(page, "benchmark", tables(result)) == page
+    assert mark(page, "benchmark", "new").count("new\n<!-- end -->") == 1
+
+
+def test_every_row_carries_its_numbers_or_says_why_not(result):
+    for found in result["tables"].values():
+        assert found["commit"] and found["versions"]["torchdeq"] and found["device"]
+        for row in rows(found):
+            assert row.error == row.error or row.note, row.name
+
+
+def test_the_example_judges_a_layer(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    exec(compile(code, "example", "exec"), {"__name__": "example"})
+    assert "| IFT" in capsys.readouterr().out

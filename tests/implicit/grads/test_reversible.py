@@ -1,0 +1,140 @@
+"""Reversible: its own iteration unrolled by hand, sample by sample; what is lost on the way back."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from implicit import Result, Reversible, Stop, fixed_point
+from tests.implicit.small_layers import F64, dense_gradient, dense_solution, flat, layer, off
+
+
+def by_hand(f, x, start, beta, steps):
+    """f(z_n), a sample b taking steps[b] steps, recorded by autograd."""
+    rows = []
+    for b, n in enumerate(steps):
+        y = z = start[b : b + 1]
+        for _ in range(n):
+            y = (1 - beta) * y + beta * f(z, x[b : b + 1])
+            z = (1 - beta) * z + beta * f(y, x[b : b + 1])
+        rows.append(f(z, x[b : b + 1]))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("name", ["easy", "adaln", "hard"])
+@pytest.mark.parametrize("stop", [Stop(rtol=0, atol=0, max_evals=7), Stop(rtol=0.03)], ids=["fixed", "adaptive"])
+def test_against_unrolling_by_hand(name, stop):
+    f, x = layer(name)
+    x.requires_grad_()
+    start = (0.1 * x).detach().requires_grad_()
+    solution = fixed_point(f, start, x, grad=Reversible(0.6), stop=stop)
+    true = by_hand(f, x, start, 0.6, ((solution.evals - 1) // 2).tolist())
+    torch.testing.assert_close(solution.value, true, rtol=1e-12, atol=1e-12)
+    wanted = (*f.parameters(), x, start)
+    got = flat(torch.autograd.grad(solution.value.square().sum(), wanted))
+    assert off(got, flat(torch.autograd.grad(true.square().sum(), wanted))) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "bound"), [("easy", F64, 1e-8), ("adaln", F64, 1e-5), ("easy", torch.float32, 1e-5)]
+)
+def test_at_convergence_it_is_the_gradient_of_the_fixed_point(name, dtype, bound):
+    f, x = layer(name, dtype)
+    g = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=F64).to(dtype)
+    x.requires_grad_()
+    stop = Stop(rtol=3e-7 if dtype == torch.float32 else 1e-10, atol=0, max_evals=1001)
+    solution = fixed_point(
+        f,
+        torch.zeros_like(x),
+        x,
+        grad=Reversible(0.8, on_drift="raise" if name == "easy" else "ignore"),
+        stop=stop,
+    ).check()
+    assert off(solution.value.detach().to(F64), dense_solution(f, x.detach())) < 1e-6
+    got = flat(torch.autograd.grad((solution.value * g).sum(), (*f.parameters(), x)))
+    assert off(got, dense_gradient(f, x.detach(), g)) < bound
+
+
+def hard_gradient(grad, x, f):
+    stop = Stop(rtol=1e-4, atol=0, max_evals=1001)
+    z = fixed_point(f, torch.zeros_like(x), x, grad=grad, stop=stop).value
+    return flat(torch.autograd.grad(z.sum(), (*f.parameters(), x)))
+
+
+def test_a_lost_way_back_is_said():
+    """The hard layer takes so many steps that float64 cannot hold the way back; the gradient is wrong, and says so."""
+    f, x = layer("hard")
+    x.requires_grad_()
+    with pytest.warns(RuntimeWarning, match="missed its start") as seen:
+        got = hard_gradient(Reversible(0.8), x, f)
+        hard_gradient(Reversible(0.8), (0.5 * x).detach().requires_grad_(), f)
+    assert len(seen) == 2 and len({str(w.message) for w in seen}) == 1  # the default filter shows one text once
+    assert off(got, dense_gradient(f, x.detach(), torch.ones_like(x))) > 1e-3
+    with pytest.raises(FloatingPointError, match="take fewer steps"):
+        hard_gradient(Reversible(0.8, "raise"), x, f)
+
+
+@pytest.mark.parametrize(("beta", "anchor", "dtype"), [(0.5, 12, torch.float32), (0.8, 5, F64)])
+def test_anchors_make_a_long_run_exact(beta, anchor, dtype):
+    """Many steps on the hard layer: the gradient of the iteration unrolled, to rounding."""
+    f, x = layer("hard", dtype)
+    x.requires_grad_()
+    stop = Stop(rtol=1e-4, atol=0, max_evals=1001)
+    grad = Reversible(beta, "raise", 1e-9, anchor)
+    solution = fixed_point(f, torch.zeros_like(x), x, grad=grad, stop=stop)
+    steps = (solution.evals - 1) // 2
+    assert steps.max() > 70 and len(set(steps.tolist())) == 3
+    got = flat(torch.autograd.grad(solution.value.square().sum(), (*f.parameters(), x)))
+    f, x = layer("hard")
+    x.requires_grad_()
+    true = by_hand(f, x, torch.zeros_like(x), beta, steps.tolist())
+    assert off(got, flat(torch.autograd.grad(true.square().sum(), (*f.parameters(), x)))) < (
+        1e-9 if dtype == F64 else 3e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["easy", "adaln"])
+@pytest.mark.parametrize("beta", [0.5, 0.8])
+def test_a_right_gradient_raises_no_alarm(name, beta):
+    f, x = layer(name)
+    x.requires_grad_()
+    stop = Stop(rtol=1e-6, atol=0, max_evals=1001)
+    solution = fixed_point(f, torch.zeros_like(x), x, grad=Reversible(beta, "raise"), stop=stop)
+    got = flat(torch.autograd.grad(solution.value.square().sum(), (*f.parameters(), x)))
+    true = by_hand(f, x, torch.zeros_like(x), beta, ((solution.evals - 1) // 2).tolist())
+    assert off(got, flat(torch.autograd.grad(true.square().sum(), (*f.parameters(), x)))) < 1e-5
+
+
+def test_a_bad_sample_is_held_and_the_others_go_on():
+    f, x = layer("easy")
+    bad = x.clone()
+    bad[1] = torch.nan
+    solution = fixed_point(f, torch.zeros_like(x), bad, grad=Reversible(0.8), stop=Stop(rtol=1e-8, max_evals=200))
+    assert solution.result.tolist() == [Result.CONVERGED, Result.NONFINITE, Result.CONVERGED]
+    good = fixed_point(f, torch.zeros_like(x), x, grad=Reversible(0.8), stop=Stop(rtol=1e-8, max_evals=200))
+    assert torch.equal(solution.value[[0, 2]], good.value[[0, 2]])
+
+
+def test_value_budget_and_trace():
+    f, x = layer("hard")
+    stop = Stop(rtol=0, atol=0, max_evals=8)
+    solution = fixed_point(f, torch.zeros_like(x), x, grad=Reversible(), stop=stop, trace=True)
+    with torch.no_grad():
+        quiet = fixed_point(f, torch.zeros_like(x), x, grad=Reversible(), stop=stop)
+    assert torch.equal(solution.value, quiet.value)
+    assert solution.evals.tolist() == [7, 7, 7]
+    assert solution.trace is not None
+    assert solution.trace.shape == (4, 3) and solution.result.tolist() == [Result.MAX_EVALS] * 3
+
+
+def test_refusals():
+    f, x = layer("easy")
+    bad: dict[str, Any]
+    for bad in ({"beta": 0.0}, {"beta": 1.0}, {"tolerance": 0.0}, {"anchor": 0}):
+        with pytest.raises(ValueError, match="Reversible"):
+            Reversible(**bad)
+    with pytest.raises(ValueError, match="iteration of its own"):
+        fixed_point(f, torch.zeros_like(x), x, grad=Reversible(), keep_state=True)
+    z = fixed_point(f, torch.zeros_like(x), x.requires_grad_(), grad=Reversible()).value
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(z.sum(), x, create_graph=True)

@@ -1,0 +1,143 @@
+"""Unrolled, plain and checkpointed, against a loop written by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from implicit import Anderson, AndersonGS, BadBroyden, Broyden, NewtonKrylov, Picard, Stop, Unrolled, fixed_point
+from implicit.diagnostics.profiling import Bytes
+from tests.implicit.small_layers import F64, flat, layer, off
+
+
+@pytest.mark.parametrize("checkpoint", [False, True, 1, 3, 50])
+def test_by_hand(checkpoint):
+    f, x = layer("adaln")
+    x.requires_grad_()
+    start = torch.zeros_like(x).requires_grad_()
+    stop = Stop(rtol=0, atol=0, max_evals=7)
+    value = fixed_point(f, start, x, solver=Picard(), grad=Unrolled(checkpoint), stop=stop).value
+    z = start
+    for _ in range(7):
+        z = f(z, x)
+    assert torch.equal(value, z)
+    wanted = (*f.parameters(), x, start)
+    got = flat(torch.autograd.grad(value.square().sum(), wanted))
+    assert off(got, flat(torch.autograd.grad(z.square().sum(), wanted))) < 1e-14
+
+
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=str)
+def test_checkpointing_changes_no_gradient(solver):
+    f, x = layer("hard")
+
+    def gradient(checkpoint):
+        z = fixed_point(f, torch.zeros_like(x), x, solver=solver, grad=Unrolled(checkpoint)).value
+        return flat(torch.autograd.grad(z.square().sum(), tuple(f.parameters())))
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+@pytest.mark.parametrize(
+    "solver", [Picard(0.3), Anderson(), AndersonGS(), Broyden(4), BadBroyden(4), NewtonKrylov(3), NewtonKrylov()]
+)
+def test_segments_change_no_gradient(solver):
+    """Histories that are written in place, counts of evaluations that the solver looks at, a second backward pass."""
+    f, x = layer("hard")
+    start = torch.zeros_like(x).requires_grad_()
+
+    def gradients(checkpoint):
+        stop = Stop(rtol=0, atol=0, max_evals=11)
+        solved = fixed_point(f, start, x, solver=solver, grad=Unrolled(checkpoint), stop=stop)
+        loss, wanted = solved.value.square().sum(), (start, *f.parameters())
+        first, second = (flat(torch.autograd.grad(loss, wanted, retain_graph=retain)) for retain in (True, False))
+        assert torch.equal(first, second)
+        return solved.value.detach(), first
+
+    for mine, plain in zip(gradients(4), gradients(False), strict=True):
+        assert off(mine, plain) < 1e-12
+
+
+def test_segments_keep_the_square_root():
+    """States that autograd holds between the passes, of 64 evaluations that keep two states each: z and tanh of it."""
+    x = torch.randn(4, 512, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    counted = 0
+
+    def f(z, x):
+        nonlocal counted
+        counted += 1
+        return 0.5 * torch.tanh(z * z) + x
+
+    def cost(checkpoint):
+        nonlocal counted
+        counted, stop = 0, Stop(rtol=0, atol=0, max_evals=65)
+        with Bytes() as memory:
+            value = fixed_point(f, x, x, solver=Picard(), grad=Unrolled(checkpoint), stop=stop).value
+            saved = memory.alive / (4 * x.numel())
+            value.sum().backward()
+        return saved, memory.peak / (4 * x.numel()), counted
+
+    plain, each, some = cost(False), cost(True), cost(8)
+    assert plain[2] == 65 and each[2] in (129, 130) and some[2] == 129  # the first evaluation is in no segment
+    assert plain[0] > 2 * 64 and each[0] > 64 and some[0] < 3 * 64 / 8 + 8
+    assert some[1] < 3 * 64 / 8 + 4 * 8 + 12 < min(plain[1], each[1])
+
+
+def test_segments_need_a_fixed_number_of_evaluations():
+    f, x = layer("easy")
+    with pytest.raises(ValueError, match=r"Stop\(rtol=0, atol=0, max_evals=n\)"):
+        fixed_point(f, torch.zeros_like(x), x, grad=Unrolled(4))
+    with pytest.raises(ValueError, match=r"Unrolled\.checkpoint must be True, False or at least 1"):
+        Unrolled(0)
+
+
+def test_the_random_numbers_of_a_checkpointed_map_are_drawn_twice_alike():
+    layer: Any = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)).to(F64)
+    stop = Stop(rtol=0, atol=0, max_evals=4)
+    start = torch.ones(2, 6, dtype=F64)
+
+    def gradient(checkpoint):
+        state = torch.get_rng_state()
+        z = fixed_point(lambda z: 0.5 * layer(z), start, solver=Picard(), grad=Unrolled(checkpoint), stop=stop).value
+        (got,) = torch.autograd.grad(z.sum(), layer[0].weight)
+        torch.set_rng_state(state)
+        return got
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+def test_a_solve_that_starts_at_its_answer_still_depends_on_the_parameters():
+    f, x = layer("easy")
+    with torch.no_grad():
+        start = fixed_point(f, torch.zeros_like(x), x, stop=Stop(rtol=1e-12)).value
+    z = fixed_point(f, start, x, grad=Unrolled(), stop=Stop(rtol=1e-3)).value
+    assert torch.autograd.grad(z.sum(), f.bias)[0].norm() > 0
+
+
+@pytest.mark.parametrize("solver", [BadBroyden(), AndersonGS(), Broyden(), Anderson(), Anderson(3)], ids=repr)
+@pytest.mark.parametrize("evals", [3, 5, 30])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_a_solve_that_goes_on_after_it_has_arrived_keeps_its_gradient(solver, evals, dtype):
+    """Differences of exactly zero must not be divided by, nor by a stand-in for zero, in the backward pass."""
+    c = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    x = c.clone().requires_grad_()
+    stop = Stop(rtol=0, atol=0, max_evals=evals)
+    value = fixed_point(
+        lambda z, x: 0.5 * z + x, torch.zeros_like(c), x, solver=solver, grad=Unrolled(), stop=stop
+    ).value
+    (g,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    torch.testing.assert_close(g.detach(), torch.full_like(g, 2.0), rtol=0, atol=1e-6 if dtype == F64 else 1e-3)
+
+
+@pytest.mark.parametrize("solver", [BadBroyden(), AndersonGS(), Broyden(), Anderson(), Anderson(3)], ids=repr)
+def test_second_derivatives_of_a_solve_that_goes_on_after_it_has_arrived(solver):
+    w = 0.2 * torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    w, x = w.requires_grad_(), torch.arange(6, dtype=F64).view(2, 3) / 6
+
+    def derivatives(solver, evals):
+        stop = Stop(rtol=0, atol=0, max_evals=evals)
+        z = fixed_point(lambda z: 0.3 * torch.tanh(z @ w) + x, 0 * x, solver=solver, grad=Unrolled(), stop=stop).value
+        (g,) = torch.autograd.grad(z.square().sum(), w, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), w)[0]
+
+    torch.testing.assert_close(derivatives(solver, 16), derivatives(Picard(), 60), rtol=1e-4, atol=1e-6)
