@@ -1,0 +1,29 @@
+"""Fixed-point problems of the acceleration literature: those with published counts, and further families.
+
+`published_maps` has the published sizes and stopping tests; `acceleration` is a collection of about fifty, of moderate
+size, all to one relative tolerance in the Euclidean norm, to choose solvers on.
+"""
+
+from dataclasses import replace
+
+from benchmarks.problems.acceleration.r_package import r_package
+from benchmarks.problems.acceleration.simulation_codes import simulation_codes
+from benchmarks.problems.acceleration.speedmapping import fixed_point_test_problems
+from benchmarks.problems.problem import Problem
+
+
+def published_maps() -> list[Problem]:
+    """KINSOL and SIRIUS, the R package FixedPoint, FixedPointTestProblems.jl: at their sizes, stopped as they stop."""
+    return [*simulation_codes(), *r_package(), *fixed_point_test_problems()]
+
+
+def acceleration(rtol: float = 1e-8) -> list[Problem]:
+    """The collection, every problem to ||f(z) - z||_2 <= rtol ||f(z)||_2.
+
+    Raises:
+        ValueError: rtol is not positive.
+    """
+    if not rtol > 0:
+        raise ValueError(f"rtol must be positive, got {rtol}.")
+    made = [*simulation_codes(), *r_package(), *fixed_point_test_problems(side=40)]
+    return [replace(p, rtol=rtol, atol=0.0, norm="euclidean") for p in made if "erceptron" not in p.name]
