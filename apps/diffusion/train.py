@@ -34,7 +34,16 @@ if TYPE_CHECKING:
     from apps.diffusion.training.trainer import Trainer
 
 # what means nothing to a DiT
-_FPDM_ONLY = ("grad", "solver", "stop", "model.pre", "model.post", "model.condition_on_time", "sampling.reuse")
+_FPDM_ONLY = (
+    "grad",
+    "solver",
+    "stop",
+    "model.pre",
+    "model.post",
+    "model.condition_on_time",
+    "model.recurrent_init",
+    "sampling.reuse",
+)
 # what may differ between a run and its continuation: how long, and what is done with the result
 _EXTENDABLE = ("max_time", "threads", "checkpoint_every", "keep", "track", "sample_every", "sampling")
 

@@ -14,6 +14,8 @@ def to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, **fields}
+    if isinstance(value, tuple):
+        return [to_plain(entry) for entry in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -34,6 +36,14 @@ def from_plain(kind: Any, plain: Any, where: str) -> Any:
         return classes[named](
             **{name: from_plain(hints[name], plain[name], f"{where}.{name}") for name in hints if name in plain}
         )
+    for option in options:
+        kinds = typing.get_args(option)
+        if typing.get_origin(option) is not tuple or not isinstance(plain, list):
+            continue
+        # tuple[T, ...] takes any length, tuple[T1, T2] two elements
+        each = kinds[:1] * len(plain) if kinds[1:] == (...,) else kinds
+        if len(each) == len(plain):
+            return tuple(from_plain(k, p, f"{where}.{i}") for i, (k, p) in enumerate(zip(each, plain, strict=True)))
     if Path in options and isinstance(plain, str):
         return Path(plain)
     if float in options and isinstance(plain, int) and not isinstance(plain, bool):

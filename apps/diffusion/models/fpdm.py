@@ -167,6 +167,16 @@ class FPDM(Frame):
         h = self.block_fixed_point_projection_fc2(layers.gelu(F.linear(z, weight) + injected)).to(z.dtype)
         return self.block_fixed_point.steer(h, modulation)
 
+    @torch.no_grad()
+    def scale_recurrent_weights(self, factor: float) -> None:
+        """Multiply A, the columns of fc1 that act on z, by `factor`: for new weights only.
+
+        f sees z through A z alone, so df/dz is a product whose last factor is A: with a small factor a new network's
+        iteration is a strong contraction, and training decides how far it departs from that. 0 begins with an f that
+        does not depend on z; the gradient in A is not zero there.
+        """
+        self.block_fixed_point_projection_fc1.weight[:, : self.hidden_size] *= factor
+
     def compile_blocks(self, **options: Any) -> None:
         """torch.compile every block and the iteration (not the loop: its length varies, it would recompile).
 

