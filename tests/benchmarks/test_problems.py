@@ -34,7 +34,7 @@ def test_systems_have_the_answer_that_is_published_or_that_scipy_finds(p):
     assert np.linalg.norm(root.fun) < 1e-12
 
 
-@pytest.mark.parametrize("p", ids({**MAPS, **PUBLISHED}))
+@pytest.mark.parametrize("p", ids({**PUBLISHED, **MAPS}))
 def test_maps_keep_the_answer_of_the_second_route(p):
     if p.answer is not None:
         assert float(p.residual(p.answer()).max()) < PRINTED.get(p.name, 0.1)

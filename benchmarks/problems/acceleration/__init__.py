@@ -6,9 +6,13 @@ size, all to one relative tolerance in the Euclidean norm, to choose solvers on.
 
 from dataclasses import replace
 
+from benchmarks.problems.acceleration.dynamics import dynamics
+from benchmarks.problems.acceleration.linear_maps import linear_maps
+from benchmarks.problems.acceleration.optimization import optimization
 from benchmarks.problems.acceleration.r_package import r_package
 from benchmarks.problems.acceleration.simulation_codes import simulation_codes
 from benchmarks.problems.acceleration.speedmapping import fixed_point_test_problems
+from benchmarks.problems.acceleration.statistics import statistics
 from benchmarks.problems.problem import Problem
 
 
@@ -26,4 +30,5 @@ def acceleration(rtol: float = 1e-8) -> list[Problem]:
     if not rtol > 0:
         raise ValueError(f"rtol must be positive, got {rtol}.")
     made = [*simulation_codes(), *r_package(), *fixed_point_test_problems(side=40)]
+    made += [*linear_maps(), *optimization(), *statistics(), *dynamics()]
     return [replace(p, rtol=rtol, atol=0.0, norm="euclidean") for p in made if "erceptron" not in p.name]

@@ -27,7 +27,7 @@ def neighbors(u: Tensor) -> Tensor:
 
 def laplacian(side: int) -> sparse.csc_matrix:
     """The matrix 4 u - neighbors of a square grid with zeros outside."""
-    second = sparse.diags([-np.ones(side - 1), 2 * np.ones(side), -np.ones(side - 1)], offsets=[-1, 0, 1])
+    second = 2 * sparse.identity(side) - sparse.eye(side, k=1) - sparse.eye(side, k=-1)
     eye = sparse.identity(side)
     return sparse.csc_matrix(sparse.kron(second, eye) + sparse.kron(eye, second))
 
