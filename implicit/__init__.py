@@ -12,9 +12,8 @@ from implicit.grads import Phantom as Phantom
 from implicit.grads import Reversible as Reversible
 from implicit.grads import StochasticJFB as StochasticJFB
 from implicit.grads import Unrolled as Unrolled
-from implicit.iterate import Loop as Loop
-from implicit.iterate import Stop as Stop
 from implicit.iterate import iterate as iterate
+from implicit.options import SolveOptions as SolveOptions
 from implicit.solution import NotConverged as NotConverged
 from implicit.solution import Result as Result
 from implicit.solution import Solution as Solution
@@ -25,3 +24,4 @@ from implicit.solvers import BadBroyden as BadBroyden
 from implicit.solvers import Broyden as Broyden
 from implicit.solvers import NewtonKrylov as NewtonKrylov
 from implicit.solvers import Picard as Picard
+from implicit.stopping import Stop as Stop

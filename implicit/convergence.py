@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from implicit.pytree import Flat, Layout, norm
-from implicit.safeguard import Guard
+from implicit.safeguard import Safeguard
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver, Point
+from implicit.stopping import Stop
 
 _PATIENCE = 10  # evaluations without a new smallest residual before rounding error is blamed
 _RUNNING = np.int8(-1)
@@ -20,44 +21,6 @@ _TINY, _HUGE = 1e-15, 1e15  # norms outside may have lost their squares in float
 _ROUNDING = (
     25.0  # residuals below this many eps ||f(z)|| count as rounding, below 4 times it after 3 times the patience
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stop:
-    """When a solve is good enough: ``||f(z) - z|| <= atol + rtol ||f(z)||`` per sample.
-
-    The norm is Euclidean over all numbers of a sample, so `atol` is in that norm's unit: multiply a tolerance per
-    entry by the square root of their number. ``rtol = atol = 0`` means no tolerance: exactly `max_evals` evaluations,
-    with no synchronisation between host and device.
-
-    Args:
-        rtol: relative tolerance, >= 0.
-        atol: absolute tolerance, >= 0.
-        max_evals: budget of evaluations of f, >= 1.
-        check_every: look at the residual at every k-th evaluation only (and at the last): one device synchronisation
-            per look. A sample may then run up to k - 1 evaluations past its tolerance.
-        late: read each residual one evaluation after it was computed, when the device has it ready, so that the host
-            never waits; a finished sample costs one evaluation more. The answers are the same.
-    """
-
-    rtol: float = 1e-4
-    atol: float = 1e-6
-    max_evals: int = 50
-    check_every: int = 1
-    late: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("rtol", "atol"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"Stop.{name} must be finite and at least 0, got {getattr(self, name)}.")
-        for name in ("max_evals", "check_every"):
-            if getattr(self, name) != int(getattr(self, name)) or getattr(self, name) < 1:
-                raise ValueError(f"Stop.{name} must be a whole number, at least 1, got {getattr(self, name)}.")
-
-    @property
-    def has_tolerance(self) -> bool:
-        """False when only the budget ends the solve."""
-        return self.rtol > 0 or self.atol > 0
 
 
 @dataclass
@@ -72,7 +35,7 @@ class _Look:
 
 
 @dataclass
-class Judge:
+class ConvergenceMonitor:
     """The books of one solve of B samples: who still runs, the best point of each, and how each one ended.
 
     `rows` are the samples that the loop evaluates at present: all of them, or with compaction those still running.
@@ -100,7 +63,7 @@ class Judge:
         self.residual = np.full(size, np.inf)
         self.size = np.zeros(size)  # ||f(z)|| at the smallest residual
         self.since = np.zeros(size, dtype=np.int64)  # number of the evaluation whose residual was smallest
-        self.guard = Guard(size, self.patience) if self.patience else None
+        self.guard = Safeguard(size, self.patience) if self.patience else None
         self.done = size == 0
         self._least: list[float] | np.ndarray = [np.inf] * size  # the smallest residuals,
         self._sizes: list[float] | np.ndarray | None = None  # if not yet in `size`: ||f(z)|| with them,
@@ -113,7 +76,7 @@ class Judge:
         return bool((self.code[self.rows] != _RUNNING).any())
 
     def see(self, point: Point, calls: int, last: bool) -> Point:
-        """Judge a fresh point, the result of call number `calls`, now or one evaluation later; returns it."""
+        """Take in a point, the result of call number `calls`, now or one evaluation later; returns it."""
         self._looks += 1
         if self._looks % self.stop.check_every and not last:
             return point

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from implicit.fixed_point import fixed_point
 from implicit.grads.base import AbstractGrad
 from implicit.grads.stochastic_jfb import StochasticJFB
-from implicit.iterate import Map, Stop
-from implicit.pytree import State
+from implicit.pytree import Map, State
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
 
 
 class DEQ(nn.Module):

@@ -9,11 +9,12 @@ from torch import Tensor
 from implicit.autodiff.autocast import as_now
 from implicit.grads.base import AbstractGrad
 from implicit.grads.ift import IFT
-from implicit.iterate import Loop, Map, Stop
-from implicit.pytree import State, leaves
+from implicit.options import SolveOptions
+from implicit.pytree import Map, State, leaves
 from implicit.solution import Solution
 from implicit.solvers.anderson_gs import AndersonGS
 from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
 
 
 def fixed_point(
@@ -46,7 +47,7 @@ def fixed_point(
         trace: record the residual at every evaluation.
         state: the solver's memory to go on with, from ``Solution.state`` of an earlier, related solve.
         keep_state: put the solver's memory into ``Solution.state``.
-        compact: evaluate f on the samples still running only; see `Loop` for how `args` are cut.
+        compact: evaluate f on the samples still running only; see `SolveOptions` for how `args` are cut.
         callback: called with (number of evaluations, (B,) residuals on the host) whenever residuals are read.
         progress: show a tqdm bar.
 
@@ -70,7 +71,7 @@ def fixed_point(
         if given is not None and not isinstance(given, kind):
             hint = f"an instance such as {given.__name__}()" if isinstance(given, type) else f"a {kind.__name__}"
             raise ValueError(f"{name} must be {hint}, got {given!r}.")
-    loop = Loop(
+    options = SolveOptions(
         batch_dims=batch_dims,
         trace=trace,
         state=state,
@@ -82,7 +83,7 @@ def fixed_point(
     kind = next((t.device.type for t in leaves(z0)), "cpu")
     estimator, solver, stop = grad or IFT(), solver or AndersonGS(), stop or Stop()
     if not torch.is_autocast_enabled(kind):
-        return estimator(f, z0, args, solver, stop, loop)
+        return estimator(f, z0, args, solver, stop, options)
     f = as_now(f, kind)
     with torch.autocast(kind, enabled=False):
-        return estimator(f, z0, args, solver, stop, loop)
+        return estimator(f, z0, args, solver, stop, options)

@@ -16,6 +16,8 @@ State: TypeAlias = Any
 """A tensor ``(B, *)`` or any nested tuple / list / dict of such tensors with one common batch size."""
 Flat: TypeAlias = Float[Tensor, "B N"]
 PerSample: TypeAlias = Float[Tensor, " B"]
+Map: TypeAlias = Callable[..., State]
+"""z, *args -> f(z, *args)."""
 
 
 def leaves(state: State, like: State = None) -> list[Tensor]:
@@ -68,7 +70,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], thing: Any) -> Any:
     return thing
 
 
-def warm(memory: Any, like: Any) -> Any:
+def validate_warm_start(memory: Any, like: Any) -> Any:
     """A detached copy of a solver's memory, if it could belong to the same solver and state as `like` does.
 
     Raises:

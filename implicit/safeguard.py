@@ -18,7 +18,7 @@ _HALF = 0.5
 _PLAIN = 6  # patience with plain steps, in that of accelerated ones
 
 
-class Guard:
+class Safeguard:
     """Which samples take plain steps (`plain`) and which must go back to their best point (`back`)."""
 
     def __init__(self, size: int, patience: int) -> None:

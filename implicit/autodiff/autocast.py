@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicit.iterate import Map
-from implicit.pytree import State, leaves, rebuild
+from implicit.pytree import Map, State, leaves, rebuild
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,14 @@ from torch import Tensor
 
 from implicit.autodiff.closure_convert import Outside, explicit
 from implicit.autodiff.no_grad import constant
-from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
+from implicit.evaluation import FlatMap
+from implicit.iterate import iterate
 from implicit.linear.adjoint_solve import LinearSolve
-from implicit.pytree import Layout, State
+from implicit.options import SolveOptions
+from implicit.pytree import Layout, Map, State
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
 
 Pure = Callable[..., Tensor]
 
@@ -33,16 +36,18 @@ def active() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def search(f: Map, z0: State, args: tuple[Any, ...], solver: AbstractSolver[Any], stop: Stop, loop: Loop) -> Solution:
+def search(
+    f: Map, z0: State, args: tuple[Any, ...], solver: AbstractSolver[Any], stop: Stop, options: SolveOptions
+) -> Solution:
     """The solution without derivatives, inside or outside of a transform."""
     if active():
-        return solve(f, z0, args, solver, stop, loop)[0]
+        return solve(f, z0, args, solver, stop, options)[0]
     with constant():
-        return iterate(f, z0, solver, stop, args=args, loop=loop)
+        return iterate(f, z0, solver, stop, args=args, options=options)
 
 
 def solve(
-    f: Map, z0: State, args: tuple[Any, ...], solver: AbstractSolver[Any], stop: Stop, loop: Loop
+    f: Map, z0: State, args: tuple[Any, ...], solver: AbstractSolver[Any], stop: Stop, options: SolveOptions
 ) -> tuple[Solution, Layout, Pure, tuple[Tensor, ...]]:
     """The solution without derivatives, and F(z, *theta) as a pure function of all tensors it depends on.
 
@@ -50,7 +55,7 @@ def solve(
         NotImplementedError: forward mode over forward mode.
     """
     _refuse_forward_over_forward()
-    layout = Layout.of(z0, loop.batch_dims)
+    layout = Layout.of(z0, options.batch_dims)
     pure, theta = _purify(f, z0, args, layout)
     value, residual, result, evals = _Search.apply(pure, solver, stop, layout.pack(z0).detach(), *theta)
     solution = Solution(value=layout.unpack(value), residual=residual, result=result, evals=evals + 1)
@@ -84,13 +89,13 @@ def _purify(f: Map, z0: State, args: tuple[Any, ...], layout: Layout) -> tuple[P
     z = z.view_as(z)
     seen = Outside()
     with seen:
-        PackedMap(f, slots(views), layout)(z)
+        FlatMap(f, slots(views), layout)(z)
     ids = {id(t) for t in (z, *views)}
     closed = tuple(t for t in seen.tensors if id(t) not in ids)
 
     def pure(z: Tensor, *theta: Tensor) -> Tensor:
         filled = slots(theta[: len(given)])
-        return explicit(PackedMap(f, filled, layout), closed)(z, *theta[len(given) :])
+        return explicit(FlatMap(f, filled, layout), closed)(z, *theta[len(given) :])
 
     return pure, (*given, *closed)
 

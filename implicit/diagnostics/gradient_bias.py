@@ -19,10 +19,10 @@ from implicit.diagnostics.profiling import Measured, measure, paced
 from implicit.diagnostics.reference_gradient import Loss, exact_gradient
 from implicit.fixed_point import fixed_point
 from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, Reversible, StochasticJFB, Unrolled
-from implicit.iterate import Map, Stop
-from implicit.pytree import Layout, State, map_tensors
+from implicit.pytree import Layout, Map, State, map_tensors
 from implicit.solution import Result, Solution
 from implicit.solvers import AbstractSolver, AndersonGS
+from implicit.stopping import Stop
 
 
 def every_estimator() -> list[AbstractGrad]:

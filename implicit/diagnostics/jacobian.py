@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from implicit.iterate import Map, PackedMap
-from implicit.pytree import Flat, Layout, State
+from implicit.evaluation import FlatMap
+from implicit.pytree import Flat, Layout, Map, State
 
 
 def pullback(f: Map, z: State, args: tuple[Any, ...], batch_dims: int) -> tuple[Layout, Flat, Callable[[Flat], Flat]]:
@@ -20,7 +20,7 @@ def pullback(f: Map, z: State, args: tuple[Any, ...], batch_dims: int) -> tuple[
     layout = Layout.of(z, batch_dims)
     with torch.inference_mode(False), torch.enable_grad():
         x = layout.pack(z).detach().clone().requires_grad_()
-        y = PackedMap(f, args, layout)(x)
+        y = FlatMap(f, args, layout)(x)
 
     def act(v: Flat) -> Flat:
         if not y.requires_grad:

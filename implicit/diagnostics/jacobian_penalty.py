@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from implicit.iterate import Map, PackedMap
-from implicit.pytree import Layout, State
+from implicit.evaluation import FlatMap
+from implicit.pytree import Layout, Map, State
 
 
 def jacobian_penalty(
@@ -58,7 +58,7 @@ def jacobian_penalty(
         x = layout.pack(z)
         # A node of our own: products are taken with respect to it, whatever z itself depends on.
         x = x.view_as(x) if x.requires_grad else x.clone().requires_grad_()
-        y = PackedMap(f, args, layout)(x)
+        y = FlatMap(f, args, layout)(x)
         total = x.new_zeros(x.shape[0])
         for _ in range(probes):
             coin = torch.randint(0, 2, x.shape, generator=generator, device=generator.device)

@@ -18,10 +18,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit.fixed_point import fixed_point
-from implicit.iterate import Map, Stop
-from implicit.pytree import Layout, State, norm
+from implicit.pytree import Layout, Map, State, norm
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
 
 
 @dataclass(frozen=True, eq=False)

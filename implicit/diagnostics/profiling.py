@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from implicit.iterate import Map
-from implicit.pytree import State, leaves, rebuild
+from implicit.pytree import Map, State, leaves, rebuild
 
 
 @dataclass

@@ -17,11 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit.diagnostics.profiling import flat
+from implicit.evaluation import FlatMap
 from implicit.fixed_point import fixed_point
-from implicit.iterate import Map, PackedMap, Stop, iterate
-from implicit.pytree import Flat, Layout, State, norm
+from implicit.iterate import iterate
+from implicit.pytree import Flat, Layout, Map, State, norm
 from implicit.solution import NotConverged
 from implicit.solvers import AbstractSolver, AndersonGS
+from implicit.stopping import Stop
 
 Loss = Callable[[State], Tensor]
 
@@ -49,7 +51,7 @@ def exact_gradient(
         off = _accepted(solved.residual / norm(z).clamp_min(torch.finfo(z.dtype).tiny), layout, "solution")
     with torch.enable_grad():
         x = z.detach().requires_grad_()
-        y = PackedMap(f, args, layout)(x)
+        y = FlatMap(f, args, layout)(x)
         end = z.detach().requires_grad_()
         total = loss(layout.unpack(end))
         g, *direct = torch.autograd.grad(total, (end, *wanted), allow_unused=True)

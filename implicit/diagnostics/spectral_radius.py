@@ -20,8 +20,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from implicit.diagnostics.jacobian import pullback
-from implicit.iterate import Map
-from implicit.pytree import Flat, PerSample, State, norm
+from implicit.pytree import Flat, Map, PerSample, State, norm
 
 _CHECK = 5  # products between two looks at the Ritz values
 

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
-from implicit.iterate import Loop, Map, PackedMap, Stop
-from implicit.pytree import Flat, Layout, PerSample, State, norm
+from implicit.evaluation import FlatMap
+from implicit.options import SolveOptions
+from implicit.pytree import Flat, Layout, Map, PerSample, State, norm
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
 
 
 class AbstractGrad(abc.ABC):
@@ -32,7 +34,7 @@ class AbstractGrad(abc.ABC):
         args: tuple[Any, ...],
         solver: AbstractSolver[Any],
         stop: Stop,
-        loop: Loop = Loop(),
+        options: SolveOptions = SolveOptions(),
     ) -> Solution:
         """Solve z = f(z, *args) from z0 and attach the value to the graph as this estimator does."""
 
@@ -41,13 +43,15 @@ class AbstractGrad(abc.ABC):
         return self
 
 
-def track(f: Map, args: tuple[Any, ...], loop: Loop, solved: Solution, steps: int, damping: float = 0.0) -> Solution:
+def track(
+    f: Map, args: tuple[Any, ...], options: SolveOptions, solved: Solution, steps: int, damping: float = 0.0
+) -> Solution:
     """Take z' = damping z + (1 - damping) f(z) `steps` more times from the value of `solved`.
 
     Recorded by autograd if it is on. A sample whose steps are not finite keeps the value it had.
     """
-    layout = Layout.of(solved.value, loop.batch_dims)
-    apply = PackedMap(f, args, layout)
+    layout = Layout.of(solved.value, options.batch_dims)
+    apply = FlatMap(f, args, layout)
     start = layout.pack(solved.value)
     z, residual = start, torch.zeros_like(solved.residual)
     for _ in range(steps):
@@ -73,9 +77,9 @@ def _close(solved: Solution, layout: Layout, start: Flat, value: Flat, residual:
     )
 
 
-def unsolved(z0: State, loop: Loop) -> Solution:
+def unsolved(z0: State, options: SolveOptions) -> Solution:
     """The solution of a solve that has not begun: z0 itself, still in the graph."""
-    layout = Layout.of(z0, loop.batch_dims)
+    layout = Layout.of(z0, options.batch_dims)
     rows = layout.pack(z0).shape[0]
     blank = torch.zeros(rows, dtype=torch.int64, device=layout.device)
     return Solution(

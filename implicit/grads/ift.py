@@ -13,13 +13,16 @@ from implicit.autodiff import functorch as transforms
 from implicit.autodiff.autocast import Autocast
 from implicit.autodiff.implicit_diff import attach
 from implicit.autodiff.no_grad import constant
+from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
-from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
+from implicit.iterate import iterate
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.linear.gmres import GMRES
-from implicit.pytree import Layout, State
+from implicit.options import SolveOptions
+from implicit.pytree import Layout, Map, State
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,18 @@ class IFT(AbstractGrad):
         args: tuple[Any, ...],
         solver: AbstractSolver[Any],
         stop: Stop,
-        loop: Loop = Loop(),
+        options: SolveOptions = SolveOptions(),
     ) -> Solution:
         if transforms.active():
-            solved, layout, pure, theta = transforms.solve(f, z0, args, solver, stop, loop)
+            solved, layout, pure, theta = transforms.solve(f, z0, args, solver, stop, options)
             value = transforms.attach(pure, layout.pack(solved.value), theta, self._linear_solve(f, layout))
             return replace(solved, value=layout.unpack(value))
         with constant():
-            solved = iterate(f, z0, solver, stop, args=args, loop=loop)
+            solved = iterate(f, z0, solver, stop, args=args, options=options)
         if not torch.is_grad_enabled():
             return solved
-        layout = Layout.of(solved.value, loop.batch_dims)
-        packed = PackedMap(f, args, layout)
+        layout = Layout.of(solved.value, options.batch_dims)
+        packed = FlatMap(f, args, layout)
         value = attach(packed, layout.pack(solved.value), self._linear_solve(f, layout))
         packed.forget()
         return replace(solved, value=layout.unpack(value), evals=solved.evals + 1)

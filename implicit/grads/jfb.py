@@ -5,10 +5,11 @@ from typing import Any
 
 from implicit.autodiff.functorch import search
 from implicit.grads.base import AbstractGrad, track
-from implicit.iterate import Loop, Map, Stop
-from implicit.pytree import State
+from implicit.options import SolveOptions
+from implicit.pytree import Map, State
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class JFB(AbstractGrad):
         args: tuple[Any, ...],
         solver: AbstractSolver[Any],
         stop: Stop,
-        loop: Loop = Loop(),
+        options: SolveOptions = SolveOptions(),
     ) -> Solution:
-        solved = search(f, z0, args, solver, stop, loop)
-        return track(f, args, loop, solved, self.steps)
+        solved = search(f, z0, args, solver, stop, options)
+        return track(f, args, options, solved, self.steps)

@@ -8,11 +8,14 @@ import torch
 
 from implicit.autodiff.approximate import attach_approximately, refuse_transforms
 from implicit.autodiff.no_grad import constant
+from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
-from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
-from implicit.pytree import Flat, Layout, State
+from implicit.iterate import iterate
+from implicit.options import SolveOptions
+from implicit.pytree import Flat, Layout, Map, State
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,15 @@ class Neumann(AbstractGrad):
         args: tuple[Any, ...],
         solver: AbstractSolver[Any],
         stop: Stop,
-        loop: Loop = Loop(),
+        options: SolveOptions = SolveOptions(),
     ) -> Solution:
         refuse_transforms(self)
         with constant():
-            solved = iterate(f, z0, solver, stop, args=args, loop=loop)
+            solved = iterate(f, z0, solver, stop, args=args, options=options)
         if not torch.is_grad_enabled():
             return solved
-        layout = Layout.of(solved.value, loop.batch_dims)
-        value = attach_approximately(PackedMap(f, args, layout), layout.pack(solved.value), self._series)
+        layout = Layout.of(solved.value, options.batch_dims)
+        value = attach_approximately(FlatMap(f, args, layout), layout.pack(solved.value), self._series)
         return replace(solved, value=layout.unpack(value), evals=solved.evals + 1)
 
     def _series(self, act: Callable[[Flat], Flat], g: Flat) -> Flat:

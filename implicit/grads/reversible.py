@@ -21,11 +21,13 @@ from torch import Tensor
 from implicit.autodiff.approximate import refuse_transforms
 from implicit.autodiff.closure_convert import Outside, explicit, unseen
 from implicit.autodiff.no_grad import constant, uncached
+from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
-from implicit.iterate import Loop, Map, PackedMap, Stop
-from implicit.pytree import Flat, Layout, State, norm
+from implicit.options import SolveOptions
+from implicit.pytree import Flat, Layout, Map, State, norm
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
 
 Phi = Callable[..., Flat]
 _RUNNING = -1
@@ -92,20 +94,20 @@ class Reversible(AbstractGrad):
         args: tuple[Any, ...],
         solver: AbstractSolver[Any],
         stop: Stop,
-        loop: Loop = Loop(),
+        options: SolveOptions = SolveOptions(),
     ) -> Solution:
-        if replace(loop, batch_dims=1, trace=False) != Loop():
+        if replace(options, batch_dims=1, trace=False) != SolveOptions():
             raise ValueError(
                 "Reversible runs an iteration of its own: leave state, keep_state, compact, callback and "
                 "progress unset."
             )
         refuse_transforms(self)
-        layout = Layout.of(z0, loop.batch_dims)
-        phi = PackedMap(f, args, layout)
+        layout = Layout.of(z0, options.batch_dims)
+        phi = FlatMap(f, args, layout)
         start = layout.pack(z0)
         first, theta = _first(phi, start) if torch.is_grad_enabled() else (None, ())
         with constant():
-            run = _Run(phi, start, first, self, stop, loop.trace)
+            run = _Run(phi, start, first, self, stop, options.trace)
         value = run.value
         if theta or (torch.is_grad_enabled() and start.requires_grad):
             value = _Reverse.apply(start, explicit(phi, theta), run, self, *theta)
@@ -114,7 +116,7 @@ class Reversible(AbstractGrad):
             residual=run.residual,
             result=run.result,
             evals=1 + 2 * run.steps,
-            trace=torch.stack(run.trace) if loop.trace else None,
+            trace=torch.stack(run.trace) if options.trace else None,
         )
 
 

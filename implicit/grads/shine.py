@@ -16,16 +16,19 @@ from torch import Tensor
 
 from implicit.autodiff.approximate import attach_approximately, refuse_transforms
 from implicit.autodiff.no_grad import constant
+from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
-from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
-from implicit.pytree import Flat, Layout, State, map_tensors, norm
+from implicit.iterate import iterate
+from implicit.options import SolveOptions
+from implicit.pytree import Flat, Layout, Map, State, map_tensors, norm
 from implicit.solution import Solution
 from implicit.solvers.anderson import Anderson
 from implicit.solvers.anderson_gs import AndersonGS
 from implicit.solvers.bad_broyden import BadBroyden
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
 from implicit.solvers.broyden import Broyden
-from implicit.solvers.history_buffer import Ring
+from implicit.solvers.history_buffer import HistoryBuffer
+from implicit.stopping import Stop
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class SHINE(AbstractGrad):
         args: tuple[Any, ...],
         solver: AbstractSolver[Any],
         stop: Stop,
-        loop: Loop = Loop(),
+        options: SolveOptions = SolveOptions(),
     ) -> Solution:
         if not isinstance(solver, Anderson | AndersonGS | BadBroyden | Broyden):
             raise ValueError(
@@ -82,12 +85,14 @@ class SHINE(AbstractGrad):
             )
         refuse_transforms(self)
         if not torch.is_grad_enabled():
-            return iterate(f, z0, solver, stop, args=args, loop=loop)
+            return iterate(f, z0, solver, stop, args=args, options=options)
         with constant():
-            keep = replace(loop, keep_state=True, compact=False, state=_wrapped(loop.state, z0, loop.batch_dims))
-            solved = iterate(f, z0, _Frozen(solver), stop, args=args, loop=keep)
-        layout = Layout.of(solved.value, loop.batch_dims)
-        packed, z = PackedMap(f, args, layout), layout.pack(solved.value)
+            keep = replace(
+                options, keep_state=True, compact=False, state=_wrapped(options.state, z0, options.batch_dims)
+            )
+            solved = iterate(f, z0, _Frozen(solver), stop, args=args, options=keep)
+        layout = Layout.of(solved.value, options.batch_dims)
+        packed, z = FlatMap(f, args, layout), layout.pack(solved.value)
         images: list[Flat] = []
 
         def phi(z: Flat) -> Flat:
@@ -101,12 +106,12 @@ class SHINE(AbstractGrad):
             state = replace(solved.state, z=torch.where(proposed, solved.state.z, z))
             _, frozen = _Frozen(solver).step(packed, Point(z, images[0]), state)
         memory = frozen.memory
-        inverse = partial(solver.transposed, memory)
+        inverse = partial(solver.inverse_transpose, memory)
         return replace(
             solved,
             value=layout.unpack(value),
             evals=solved.evals + 1,
-            state=memory if loop.keep_state else None,
+            state=memory if options.keep_state else None,
         )
 
     def _estimate(self, inverse: Callable[[Flat], Flat], act: Callable[[Flat], Flat], g: Flat) -> Flat:
@@ -119,13 +124,13 @@ class SHINE(AbstractGrad):
 
 
 @dataclass(frozen=True)
-class _FrozenMemory:
+class _FrozenState:
     memory: Any
     z: Flat
 
 
 @dataclass(frozen=True)
-class _Frozen(AbstractSolver[_FrozenMemory]):
+class _Frozen(AbstractSolver[_FrozenState]):
     """A solver that leaves the memory of a sample alone once the loop holds that sample.
 
     The solver itself would overwrite its history, which it needs no more, by differences of zero.
@@ -133,31 +138,31 @@ class _Frozen(AbstractSolver[_FrozenMemory]):
 
     solver: AbstractSolver[Any]
 
-    def init(self, point: Point) -> _FrozenMemory:
-        return _FrozenMemory(self.solver.init(point), torch.full_like(point.z, torch.nan))
+    def init(self, point: Point) -> _FrozenState:
+        return _FrozenState(self.solver.init(point), torch.full_like(point.z, torch.nan))
 
-    def resume(self, point: Point, memory: _FrozenMemory) -> _FrozenMemory:
-        return _FrozenMemory(self.solver.resume(point, memory.memory), memory.z)
+    def resume(self, point: Point, memory: _FrozenState) -> _FrozenState:
+        return _FrozenState(self.solver.resume(point, memory.memory), memory.z)
 
-    def step(self, f: Evaluator, point: Point, memory: _FrozenMemory) -> tuple[Flat, _FrozenMemory]:
+    def step(self, f: Evaluator, point: Point, memory: _FrozenState) -> tuple[Flat, _FrozenState]:
         held = torch.nonzero((point.z == memory.z).all(dim=1)).flatten()
         before = map_tensors(lambda t: t[held], memory.memory) if len(held) else None
         z, after = self.solver.step(f, point, memory.memory)
         if before is not None:
             after = _restore(after, before, held)
-        return z, _FrozenMemory(after, point.z)
+        return z, _FrozenState(after, point.z)
 
 
-def _wrapped(state: Any, z0: State, batch_dims: int) -> _FrozenMemory | None:
+def _wrapped(state: Any, z0: State, batch_dims: int) -> _FrozenState | None:
     if state is None:
         return None
     flat = Layout.of(z0, batch_dims).pack(z0)
-    return _FrozenMemory(state, torch.full_like(flat, torch.nan))
+    return _FrozenState(state, torch.full_like(flat, torch.nan))
 
 
 def _restore(after: Any, before: Any, held: Tensor) -> Any:
     """`after` with the history of the held samples as it was; the history may have grown since."""
-    if isinstance(after, Ring):
+    if isinstance(after, HistoryBuffer):
         for new, old in zip(after.blocks, before.blocks, strict=False):
             new[held] = old
     elif isinstance(after, Tensor):

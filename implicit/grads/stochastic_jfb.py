@@ -8,10 +8,11 @@ import torch
 from implicit.autodiff.functorch import search
 from implicit.grads.base import AbstractGrad, track, unsolved
 from implicit.grads.jfb import JFB
-from implicit.iterate import Loop, Map, Stop
-from implicit.pytree import State
+from implicit.options import SolveOptions
+from implicit.pytree import Map, State
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ class StochasticJFB(AbstractGrad):
         args: tuple[Any, ...],
         solver: AbstractSolver[Any],
         stop: Stop,
-        loop: Loop = Loop(),
+        options: SolveOptions = SolveOptions(),
     ) -> Solution:
         n, m = self.draw()
         if n == 0:
-            return track(f, args, loop, unsolved(z0, loop), m)
-        solved = search(f, z0, args, solver, replace(stop, rtol=0, atol=0, max_evals=n), loop)
-        return track(f, args, loop, solved, m)
+            return track(f, args, options, unsolved(z0, options), m)
+        solved = search(f, z0, args, solver, replace(stop, rtol=0, atol=0, max_evals=n), options)
+        return track(f, args, options, solved, m)

@@ -7,10 +7,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from implicit.grads.base import AbstractGrad
-from implicit.iterate import Loop, Map, Stop, iterate
-from implicit.pytree import State
+from implicit.iterate import iterate
+from implicit.options import SolveOptions
+from implicit.pytree import Map, State
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
 
 
 @dataclass(frozen=True)
@@ -60,27 +62,27 @@ class Unrolled(AbstractGrad):
         args: tuple[Any, ...],
         solver: AbstractSolver[Any],
         stop: Stop,
-        loop: Loop = Loop(),
+        options: SolveOptions = SolveOptions(),
     ) -> Solution:
         if torch._C._are_functorch_transforms_active():
-            self._refuse_transform(stop, loop)
-        if self._segment and (stop.has_tolerance or loop.watched):
+            self._refuse_transform(stop, options)
+        if self._segment and (stop.has_tolerance or options.watched):
             raise ValueError(
                 f"Unrolled(checkpoint={self.checkpoint}) runs segments twice, so nothing may be decided while it runs: "
                 "pass stop=Stop(rtol=0, atol=0, max_evals=n) and no trace or callback, or checkpoint=True."
             )
         if self.checkpoint is not True:
             segment = self._segment if torch.is_grad_enabled() else 0
-            return iterate(f, z0, solver, stop, args=args, loop=loop, image=True, segment=segment)
+            return iterate(f, z0, solver, stop, args=args, options=options, image=True, segment=segment)
 
         def again(z: State, *args: Any) -> State:
             return checkpoint(f, z, *args, use_reentrant=False)
 
-        return iterate(again, z0, solver, stop, args=args, loop=loop, image=True)
+        return iterate(again, z0, solver, stop, args=args, options=options, image=True)
 
-    def _refuse_transform(self, stop: Stop, loop: Loop) -> None:
+    def _refuse_transform(self, stop: Stop, options: SolveOptions) -> None:
         """What is decided on the host, and checkpoints, cannot be looked into by torch.func."""
-        if stop.has_tolerance or loop.watched:
+        if stop.has_tolerance or options.watched:
             raise NotImplementedError(
                 "Unrolled inside a torch.func transform takes a fixed number of evaluations: pass "
                 "stop=Stop(rtol=0, atol=0, max_evals=n) and no trace or callback, or use IFT, JFB or Phantom there."

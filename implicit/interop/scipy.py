@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from scipy import optimize
 
-from implicit.iterate import Map, PackedMap, Stop
-from implicit.pytree import Layout, State, norm
+from implicit.evaluation import FlatMap
+from implicit.pytree import Layout, Map, State, norm
 from implicit.solution import Result, Solution
+from implicit.stopping import Stop
 
 
 def root(f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(), **options: Any) -> Solution:
@@ -31,12 +32,12 @@ def root(f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(
     packed = layout.pack(z0)
     rows, results, evals = [], [], []
     for b in range(packed.shape[0]):
-        row, calls = _one(PackedMap(f, args, layout, stop.max_evals), packed[b : b + 1], method, options)
+        row, calls = _one(FlatMap(f, args, layout, stop.max_evals), packed[b : b + 1], method, options)
         rows.append(row)
         evals.append(calls)
     value = torch.cat(rows)
     with torch.no_grad():
-        fz = torch.cat([PackedMap(f, args, layout)(row) for row in rows])
+        fz = torch.cat([FlatMap(f, args, layout)(row) for row in rows])
     residual = norm(fz - value)
     good = residual <= stop.atol + stop.rtol * norm(fz)
     for ok, r in zip(good.tolist(), residual.tolist(), strict=True):
@@ -53,7 +54,7 @@ class _Spent(Exception):
     """The budget of evaluations is used up."""
 
 
-def _one(f: PackedMap, z0: torch.Tensor, method: str, options: dict[str, Any]) -> tuple[torch.Tensor, int]:
+def _one(f: FlatMap, z0: torch.Tensor, method: str, options: dict[str, Any]) -> tuple[torch.Tensor, int]:
     """scipy's answer for one sample, or the best point that it visited, and its evaluations."""
     best, smallest = z0, np.inf
 

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torchdeq.solver import get_solver, register_solver
 
-from implicit.iterate import Loop, Map, PackedMap, Stop, iterate
-from implicit.pytree import Layout, State, norm
+from implicit.evaluation import FlatMap
+from implicit.iterate import iterate
+from implicit.options import SolveOptions
+from implicit.pytree import Layout, Map, State, norm
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
 
 
 def register(name: str, solver: AbstractSolver[Any]) -> None:
@@ -41,7 +44,9 @@ def adapter(solver: AbstractSolver[Any]) -> Callable[..., tuple[Tensor, list[Ten
         if indexing is not None and len(indexing) > 1:
             raise ValueError("Solvers of implicit record no intermediate states: use torchdeq's n_states=1.")
         rtol, atol = (tol, 0.0) if stop_mode == "rel" else (0.0, tol)
-        found = iterate(func, x0, solver, Stop(rtol=rtol, atol=atol, max_evals=max_iter), loop=Loop(trace=True))
+        found = iterate(
+            func, x0, solver, Stop(rtol=rtol, atol=atol, max_evals=max_iter), options=SolveOptions(trace=True)
+        )
         fz = norm(func(found.value).flatten(1))
         absolute = found.residual
         assert found.trace is not None
@@ -66,7 +71,7 @@ def solve(f: Map, z0: State, *args: Any, method: str = "broyden", stop: Stop = S
         ValueError: f or z0 are not what `fixed_point` would accept.
     """
     layout = Layout.of(z0)
-    counted = PackedMap(f, args, layout, stop.max_evals)
+    counted = FlatMap(f, args, layout, stop.max_evals)
     tolerance = dict(tol=stop.rtol, stop_mode="rel") if stop.rtol else dict(tol=stop.atol, stop_mode="abs")
     with torch.no_grad():
         value = get_solver(method)(counted, layout.pack(z0), max_iter=stop.max_evals, **tolerance, **options)[0]

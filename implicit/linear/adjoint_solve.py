@@ -8,11 +8,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from implicit.iterate import Stop, iterate
+from implicit.iterate import iterate
 from implicit.linear.gmres import GMRES
 from implicit.pytree import Flat, norm
 from implicit.solution import NotConverged, Result, Solution
 from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
 
 Act: TypeAlias = Callable[[Flat], Flat]
 """v -> A v, for a linear map A."""

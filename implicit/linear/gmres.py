@@ -24,10 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicit.convergence import Stop
 from implicit.pytree import Flat, norm
 from implicit.solution import Result, Solution
-from implicit.solvers.history_buffer import Ring
+from implicit.solvers.history_buffer import HistoryBuffer
+from implicit.stopping import Stop
 
 _RUNNING = np.int8(-1)
 _SMALL = 1024  # numbers of a sample whose basis is not worth saving
@@ -82,7 +82,7 @@ class GMRES:
         books = _Books(_host(length), stop, max(eps, torch.finfo(g.dtype).eps))
         fit = _LeastSquares(books.residual, 4 * torch.finfo(g.dtype).eps)
         short = min(self.short if g.shape[1] >= _SMALL else self.memory, self.memory)
-        basis, v, size = Ring(self.memory, first=short if short < self.memory else 0), _unit(g, length), ()
+        basis, v, size = HistoryBuffer(self.memory, first=short if short < self.memory else 0), _unit(g, length), ()
         apart: bool | None = None
         while books.open:
             idle = books.content
@@ -109,7 +109,7 @@ class GMRES:
         return books.solution(torch.where(_mask(lost, g), g, u) if lost.any() else u), apart
 
 
-def _append(basis: Ring, place: "int | np.ndarray", v: Flat) -> tuple[Ring, Flat]:
+def _append(basis: HistoryBuffer, place: "int | np.ndarray", v: Flat) -> tuple[HistoryBuffer, Flat]:
     """The basis with v in row `place` of every sample, and v as it lies there where that is one row."""
     if isinstance(place, int):
         basis = basis.room(place, v).put(place, v)
@@ -123,7 +123,7 @@ def _append(basis: Ring, place: "int | np.ndarray", v: Flat) -> tuple[Ring, Flat
     return basis, v
 
 
-def _orthogonalise(w: Flat, basis: Ring, again: bool) -> tuple[Tensor, Flat, Tensor]:
+def _orthogonalise(w: Flat, basis: HistoryBuffer, again: bool) -> tuple[Tensor, Flat, Tensor]:
     """The coefficients (B, K) of w's part in the span of the basis, w without it, and the length of that.
 
     Twice, it is orthogonal to rounding error, which a long basis needs.
@@ -136,7 +136,7 @@ def _orthogonalise(w: Flat, basis: Ring, again: bool) -> tuple[Tensor, Flat, Ten
     return h.squeeze(1), w, norm(w)
 
 
-def _start_over(basis: Ring, v: Flat, fit: "_LeastSquares", over: np.ndarray) -> tuple[Ring, Flat]:
+def _start_over(basis: HistoryBuffer, v: Flat, fit: "_LeastSquares", over: np.ndarray) -> tuple[HistoryBuffer, Flat]:
     """An empty basis and the direction of the residual, for the samples that are `over`; changes `fit` likewise."""
     rows, last = fit.residual()
     last, rows = np.where(over, last, 1.0), rows * over[:, None]

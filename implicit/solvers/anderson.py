@@ -28,7 +28,7 @@ _PLAIN = 8  # columns up to which plain numbers are quicker than LAPACK's call
 
 
 @dataclass(frozen=True)
-class AndersonMemory:
+class AndersonState:
     """The last point, rings of K = memory - 1 differences, the Gram matrix of dR with the ridge, 1 for <0, 0>."""
 
     fz: Flat
@@ -42,7 +42,7 @@ class AndersonMemory:
 
 
 @dataclass(frozen=True)
-class Anderson(AbstractSolver[AndersonMemory]):
+class Anderson(AbstractSolver[AndersonState]):
     """Anderson acceleration, type II, of `memory` points per sample.
 
     The least-squares problem is solved in float64 through its Gram matrix, of which every step renews one row. The
@@ -71,47 +71,47 @@ class Anderson(AbstractSolver[AndersonMemory]):
         if self.ridge is not None and not self.ridge > 0:
             raise ValueError(f"Anderson.ridge must be positive, got {self.ridge}.")
 
-    def init(self, point: Point) -> AndersonMemory:
+    def init(self, point: Point) -> AndersonState:
         rows, numbers = point.z.shape
         k = self.memory - 1
         df, dr = point.z.new_zeros(rows, k, numbers), point.z.new_zeros(rows, k, numbers)
         gram = _none(torch.empty(rows, k, k, dtype=torch.float64, device=point.z.device))
-        return AndersonMemory(point.fz, point.r, df, dr, gram)
+        return AndersonState(point.fz, point.r, df, dr, gram)
 
-    def resume(self, point: Point, memory: AndersonMemory) -> AndersonMemory:
-        if memory.dr.shape[1] + 1 != self.memory:
-            raise ValueError(f"state must come from a solver with memory={self.memory}, got {memory.dr.shape[1] + 1}.")
-        return replace(memory, fz=point.fz, r=point.r, fresh=True)
+    def resume(self, point: Point, state: AndersonState) -> AndersonState:
+        if state.dr.shape[1] + 1 != self.memory:
+            raise ValueError(f"state must come from a solver with memory={self.memory}, got {state.dr.shape[1] + 1}.")
+        return replace(state, fz=point.fz, r=point.r, fresh=True)
 
     @property
     def patience(self) -> int:
         return min(2 * self.memory + 5, 30) if self.safeguard and self.memory > 1 else 0
 
-    def restart(self, point: Point, memory: AndersonMemory, mask: Bool[Tensor, "B 1"]) -> AndersonMemory:
+    def restart(self, point: Point, state: AndersonState, mask: Bool[Tensor, "B 1"]) -> AndersonState:
         lost = mask.unsqueeze(2)
         return replace(
-            memory,
-            fz=torch.where(mask, point.fz, memory.fz),
-            r=torch.where(mask, point.r, memory.r),
-            df=memory.df.masked_fill(lost, 0),
-            dr=memory.dr.masked_fill(lost, 0),
-            gram=torch.where(lost, _none(memory.gram), memory.gram),
+            state,
+            fz=torch.where(mask, point.fz, state.fz),
+            r=torch.where(mask, point.r, state.r),
+            df=state.df.masked_fill(lost, 0),
+            dr=state.dr.masked_fill(lost, 0),
+            gram=torch.where(lost, _none(state.gram), state.gram),
         )
 
-    def step(self, f: Evaluator, point: Point, memory: AndersonMemory) -> tuple[Flat, AndersonMemory]:
-        steps, k, r = memory.steps + 1, self.memory - 1, point.r
-        df, dr, gram, columns = memory.df, memory.dr, memory.gram, memory.columns
-        slot = None if memory.fresh or not k else columns % k
+    def step(self, f: Evaluator, point: Point, state: AndersonState) -> tuple[Flat, AndersonState]:
+        steps, k, r = state.steps + 1, self.memory - 1, point.r
+        df, dr, gram, columns = state.df, state.dr, state.gram, state.columns
+        slot = None if state.fresh or not k else columns % k
         columns += slot is not None
         mixes = steps >= self.start and columns > 0
-        if columns and near(point.fz, r, memory.fz, memory.r, df, dr, gram):
-            z = self._near(point, memory, slot, mixes)
-            return z, AndersonMemory(point.fz, r, df, dr, gram, steps, columns, False)
+        if columns and near(point.fz, r, state.fz, state.r, df, dr, gram):
+            z = self._near(point, state, slot, mixes)
+            return z, AndersonState(point.fz, r, df, dr, gram, steps, columns, False)
         if slot is not None:
-            df = put_difference(df, slot, point.fz, memory.fz)
-            dr = put_difference(dr, slot, r, memory.r)
+            df = put_difference(df, slot, point.fz, state.fz)
+            dr = put_difference(dr, slot, r, state.r)
             gram = self._renew(gram, slot, dots(dr, dr[:, slot]))
-        now = AndersonMemory(point.fz, r, df, dr, gram, steps, columns, False)
+        now = AndersonState(point.fz, r, df, dr, gram, steps, columns, False)
         if not mixes:
             return self._damp(point.fz, r), now
         gamma = _weights(gram, dots(dr, r))
@@ -121,13 +121,13 @@ class Anderson(AbstractSolver[AndersonMemory]):
         return self._damp(z, torch.baddbmm(r.unsqueeze(1), gamma, dr, alpha=-1).squeeze(1)), now
 
     @np.errstate(all="ignore")
-    def _near(self, point: Point, memory: AndersonMemory, slot: int | None, mixes: bool) -> Flat:
+    def _near(self, point: Point, state: AndersonState, slot: int | None, mixes: bool) -> Flat:
         """The same step in numpy, on the same memory: small states wait for calls, and these cost a quarter."""
-        fz, r, df, dr = point.fz.numpy(), point.r.numpy(), memory.df.numpy(), memory.dr.numpy()
-        gram = memory.gram.numpy()
+        fz, r, df, dr = point.fz.numpy(), point.r.numpy(), state.df.numpy(), state.dr.numpy()
+        gram = state.gram.numpy()
         if slot is not None:
-            np.subtract(fz, memory.fz.numpy(), out=df[:, slot])
-            np.subtract(r, memory.r.numpy(), out=dr[:, slot])
+            np.subtract(fz, state.fz.numpy(), out=df[:, slot])
+            np.subtract(r, state.r.numpy(), out=dr[:, slot])
             row = (dr @ dr[:, slot, :, None])[:, :, 0].astype(np.float64)
             size = row[:, slot]
             gram[:, slot] = gram[:, :, slot] = row
@@ -151,12 +151,12 @@ class Anderson(AbstractSolver[AndersonMemory]):
     def _damp(self, z: Flat, r: Flat) -> Flat:
         return z - self.damping * r if self.damping else z
 
-    def transposed(self, memory: AndersonMemory, g: Flat) -> Flat:
+    def inverse_transpose(self, state: AndersonState, g: Flat) -> Flat:
         """H^T g, with H r = r - dF gamma(r)."""
-        if not memory.columns:
+        if not state.columns:
             return g
-        gamma = _weights(memory.gram, dots(memory.df, g))
-        return torch.baddbmm(g.unsqueeze(1), gamma, memory.dr, alpha=-1).squeeze(1)
+        gamma = _weights(state.gram, dots(state.df, g))
+        return torch.baddbmm(g.unsqueeze(1), gamma, state.dr, alpha=-1).squeeze(1)
 
 
 def _none(like: Float[Tensor, "B K K"]) -> Float[Tensor, "B K K"]:

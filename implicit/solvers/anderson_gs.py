@@ -27,26 +27,26 @@ from torch import Tensor
 
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history_buffer import Ring, dots, near
+from implicit.solvers.history_buffer import HistoryBuffer, dots, near
 
 _NOISE = 2  # a difference of residuals within that many eps of f(z) is made of rounding errors
 
 
 @dataclass(frozen=True)
-class AndersonGSMemory:
+class AndersonGSState:
     """The last point, the pairs, and 1 / <q_i, q_i>, 0 for pairs not in use."""
 
     fz: Flat
     r: Flat
-    q: Ring
-    d: Ring
+    q: HistoryBuffer
+    d: HistoryBuffer
     inverse: Float[Tensor, "B 1 K"]
     pairs: int = 0
     fresh: bool = True  # the last point is not from this solve or not apart from the next: no pair yet
 
 
 @dataclass(frozen=True)
-class AndersonGS(AbstractSolver[AndersonGSMemory]):
+class AndersonGS(AbstractSolver[AndersonGSState]):
     """Anderson acceleration by Gram-Schmidt, at most `memory` pairs per sample.
 
     Free of the unit of z, as long as squared norms stay in the dtype's range (norms of 1e-18 to 1e18 in float32).
@@ -69,48 +69,48 @@ class AndersonGS(AbstractSolver[AndersonGSMemory]):
         if self.drop is not None and not 0 <= self.drop < 1:
             raise ValueError(f"AndersonGS.drop must lie in [0, 1), got {self.drop}.")
 
-    def init(self, point: Point) -> AndersonGSMemory:
-        none = Ring(self.memory)
-        return AndersonGSMemory(point.fz, point.r, none, none, point.z.new_zeros(point.z.shape[0], 1, self.memory))
+    def init(self, point: Point) -> AndersonGSState:
+        none = HistoryBuffer(self.memory)
+        return AndersonGSState(point.fz, point.r, none, none, point.z.new_zeros(point.z.shape[0], 1, self.memory))
 
-    def resume(self, point: Point, memory: AndersonGSMemory) -> AndersonGSMemory:
-        if memory.q.memory != self.memory:
-            raise ValueError(f"state must come from a solver with memory={self.memory}, got {memory.q.memory}.")
-        return replace(memory, fz=point.fz, r=point.r, fresh=True)
+    def resume(self, point: Point, state: AndersonGSState) -> AndersonGSState:
+        if state.q.memory != self.memory:
+            raise ValueError(f"state must come from a solver with memory={self.memory}, got {state.q.memory}.")
+        return replace(state, fz=point.fz, r=point.r, fresh=True)
 
     @property
     def patience(self) -> int:
         return max(30, self.memory + 10) if self.safeguard else 0
 
-    def restart(self, point: Point, memory: AndersonGSMemory, mask: Bool[Tensor, "B 1"]) -> AndersonGSMemory:
+    def restart(self, point: Point, state: AndersonGSState, mask: Bool[Tensor, "B 1"]) -> AndersonGSState:
         return replace(
-            memory,
-            fz=torch.where(mask, point.fz, memory.fz),
-            r=torch.where(mask, point.r, memory.r),
-            inverse=memory.inverse.masked_fill(mask.unsqueeze(2), 0),
+            state,
+            fz=torch.where(mask, point.fz, state.fz),
+            r=torch.where(mask, point.r, state.r),
+            inverse=state.inverse.masked_fill(mask.unsqueeze(2), 0),
         )
 
-    def step(self, f: Evaluator, point: Point, memory: AndersonGSMemory) -> tuple[Flat, AndersonGSMemory]:
-        if not memory.fresh:
-            if len(blocks := (*memory.q.blocks, *memory.d.blocks)) == 2 and memory.q.rows == self.memory:
-                if near(point.fz, point.r, memory.fz, memory.r, memory.inverse, *blocks):
-                    return self._near(point, memory)
-            memory = self._learn(point, memory)
-        elif not memory.pairs:
-            return point.fz, replace(memory, fz=point.fz, r=point.r, fresh=False)
-        c = memory.q.dot(point.r) * memory.inverse[:, :, : memory.q.rows]
-        return memory.d.add(point.fz, c, -1), replace(memory, fz=point.fz, r=point.r, fresh=False)
+    def step(self, f: Evaluator, point: Point, state: AndersonGSState) -> tuple[Flat, AndersonGSState]:
+        if not state.fresh:
+            if len(blocks := (*state.q.blocks, *state.d.blocks)) == 2 and state.q.rows == self.memory:
+                if near(point.fz, point.r, state.fz, state.r, state.inverse, *blocks):
+                    return self._near(point, state)
+            state = self._learn(point, state)
+        elif not state.pairs:
+            return point.fz, replace(state, fz=point.fz, r=point.r, fresh=False)
+        c = state.q.dot(point.r) * state.inverse[:, :, : state.q.rows]
+        return state.d.add(point.fz, c, -1), replace(state, fz=point.fz, r=point.r, fresh=False)
 
     def _drop(self, dtype: torch.dtype) -> float:
         return torch.finfo(dtype).eps ** 0.25 if self.drop is None else self.drop
 
     @np.errstate(all="ignore")
-    def _near(self, point: Point, memory: AndersonGSMemory) -> tuple[Flat, AndersonGSMemory]:
+    def _near(self, point: Point, state: AndersonGSState) -> tuple[Flat, AndersonGSState]:
         """`_learn` and the mixture in numpy, in the same memory: small states wait for calls, which cost less so."""
-        slot, limits = memory.pairs % self.memory, torch.finfo(point.r.dtype)
-        q, d, inverse = memory.q.blocks[0].numpy(), memory.d.blocks[0].numpy(), memory.inverse.numpy()[:, 0]
+        slot, limits = state.pairs % self.memory, torch.finfo(point.r.dtype)
+        q, d, inverse = state.q.blocks[0].numpy(), state.d.blocks[0].numpy(), state.inverse.numpy()[:, 0]
         fz, r = point.fz.numpy(), point.r.numpy()
-        new, new_fz = r - memory.r.numpy(), fz - memory.fz.numpy()
+        new, new_fz = r - state.r.numpy(), fz - state.fz.numpy()
         inverse[:, slot] = 0
         along = (q @ new[:, :, None])[:, :, 0]
         h = along * inverse
@@ -126,16 +126,16 @@ class AndersonGS(AbstractSolver[AndersonGSMemory]):
         c = (q @ r[:, :, None])[:, :, 0] * inverse
         z = torch.empty_like(point.fz)  # in torch's alignment, on which the rounding of a product may depend
         np.subtract(fz, (c[:, None] @ d)[:, 0], out=z.numpy())
-        return z, AndersonGSMemory(point.fz, point.r, memory.q, memory.d, memory.inverse, memory.pairs + 1, False)
+        return z, AndersonGSState(point.fz, point.r, state.q, state.d, state.inverse, state.pairs + 1, False)
 
-    def _learn(self, point: Point, memory: AndersonGSMemory) -> AndersonGSMemory:
+    def _learn(self, point: Point, state: AndersonGSState) -> AndersonGSState:
         """The memory with the newest pair."""
-        slot = memory.pairs % self.memory
-        q, d = memory.q.room(slot, point.r), memory.d.room(slot, point.r)
+        slot = state.pairs % self.memory
+        q, d = state.q.room(slot, point.r), state.d.room(slot, point.r)
         drop = self._drop(point.r.dtype)
-        inverse = memory.inverse.clone()
+        inverse = state.inverse.clone()
         inverse[:, :, slot] = 0
-        new, new_fz = point.r - memory.r, point.fz - memory.fz
+        new, new_fz = point.r - state.r, point.fz - state.fz
         square = dots(new.unsqueeze(1), new)  # a norm has no second derivative at zero
         along = q.dot(new)
         h = along * inverse[:, :, : q.rows]
@@ -148,10 +148,10 @@ class AndersonGS(AbstractSolver[AndersonGSMemory]):
         noise = (_NOISE * torch.finfo(square.dtype).eps) ** 2 * dots(point.fz.unsqueeze(1), point.fz).squeeze(2)
         none = square <= noise.clamp_min(torch.finfo(square.dtype).tiny)
         inverse[:, :, slot] = square.masked_fill(none, torch.inf).reciprocal()
-        return replace(memory, q=q.put(slot, new), d=d.put(slot, new_fz), inverse=inverse, pairs=memory.pairs + 1)
+        return replace(state, q=q.put(slot, new), d=d.put(slot, new_fz), inverse=inverse, pairs=state.pairs + 1)
 
-    def transposed(self, memory: AndersonGSMemory, g: Flat) -> Flat:
+    def inverse_transpose(self, state: AndersonGSState, g: Flat) -> Flat:
         """H^T g, with H r = r - sum_i d_i <q_i, r> / <q_i, q_i>."""
-        if not memory.pairs:
+        if not state.pairs:
             return g
-        return memory.q.add(g, memory.d.dot(g) * memory.inverse[:, :, : memory.q.rows], -1)
+        return state.q.add(g, state.d.dot(g) * state.inverse[:, :, : state.q.rows], -1)

@@ -15,23 +15,23 @@ from torch import Tensor
 
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history_buffer import Ring
+from implicit.solvers.history_buffer import HistoryBuffer
 
 
 @dataclass(frozen=True)
-class BadBroydenMemory:
+class BadBroydenState:
     """The last point and the rank-one terms of H, `updates` of them made so far."""
 
     z: Flat
     r: Flat
-    u: Ring
-    v: Ring
+    u: HistoryBuffer
+    v: HistoryBuffer
     updates: int = 0
     fresh: bool = True  # the last point is not apart from the next: no secant yet
 
 
 @dataclass(frozen=True)
-class BadBroyden(AbstractSolver[BadBroydenMemory]):
+class BadBroyden(AbstractSolver[BadBroydenState]):
     """Bad Broyden with the latest `memory` rank-one terms per sample.
 
     When the memory is full the oldest term is dropped *before* the new one is computed, so the newest secant equation
@@ -49,48 +49,48 @@ class BadBroyden(AbstractSolver[BadBroydenMemory]):
         if self.memory < 1:
             raise ValueError(f"BadBroyden.memory must be at least 1, got {self.memory}.")
 
-    def init(self, point: Point) -> BadBroydenMemory:
-        return BadBroydenMemory(point.z, point.r, Ring(self.memory), Ring(self.memory))
+    def init(self, point: Point) -> BadBroydenState:
+        return BadBroydenState(point.z, point.r, HistoryBuffer(self.memory), HistoryBuffer(self.memory))
 
-    def resume(self, point: Point, memory: BadBroydenMemory) -> BadBroydenMemory:
-        if memory.u.memory != self.memory:
-            raise ValueError(f"state must come from a solver with memory={self.memory}, got {memory.u.memory}.")
-        return replace(memory, z=point.z, r=point.r, fresh=True)
+    def resume(self, point: Point, state: BadBroydenState) -> BadBroydenState:
+        if state.u.memory != self.memory:
+            raise ValueError(f"state must come from a solver with memory={self.memory}, got {state.u.memory}.")
+        return replace(state, z=point.z, r=point.r, fresh=True)
 
     @property
     def patience(self) -> int:
         return max(25, self.memory + 5) if self.safeguard else 0
 
-    def restart(self, point: Point, memory: BadBroydenMemory, mask: Bool[Tensor, "B 1"]) -> BadBroydenMemory:
+    def restart(self, point: Point, state: BadBroydenState, mask: Bool[Tensor, "B 1"]) -> BadBroydenState:
         return replace(
-            memory,
-            z=torch.where(mask, point.z, memory.z),
-            r=torch.where(mask, point.r, memory.r),
-            u=memory.u.forget(mask),
-            v=memory.v.forget(mask),
+            state,
+            z=torch.where(mask, point.z, state.z),
+            r=torch.where(mask, point.r, state.r),
+            u=state.u.forget(mask),
+            v=state.v.forget(mask),
         )
 
-    def step(self, f: Evaluator, point: Point, memory: BadBroydenMemory) -> tuple[Flat, BadBroydenMemory]:
-        u, v, updates = memory.u, memory.v, memory.updates
-        if not memory.fresh:
+    def step(self, f: Evaluator, point: Point, state: BadBroydenState) -> tuple[Flat, BadBroydenState]:
+        u, v, updates = state.u, state.v, state.updates
+        if not state.fresh:
             slot = updates % self.memory
-            u, v = self._learn(point, memory, slot)
+            u, v = self._learn(point, state, slot)
             updates += 1
         z = u.add(point.fz, v.dot(point.r)) if updates else point.fz
-        return z, BadBroydenMemory(point.z, point.r, u, v, updates, False)
+        return z, BadBroydenState(point.z, point.r, u, v, updates, False)
 
-    def _learn(self, point: Point, memory: BadBroydenMemory, slot: int) -> tuple[Ring, Ring]:
+    def _learn(self, point: Point, state: BadBroydenState, slot: int) -> tuple[HistoryBuffer, HistoryBuffer]:
         """The terms with the newest one at `slot`."""
-        s, y = point.z - memory.z, point.r - memory.r
-        u = memory.u.room(slot, y)
-        v = memory.v.room(slot, y)
-        if memory.updates >= self.memory:
+        s, y = point.z - state.z, point.r - state.r
+        u = state.u.room(slot, y)
+        v = state.v.room(slot, y)
+        if state.updates >= self.memory:
             u = u.put(slot, torch.zeros_like(y))
         scale = torch.linalg.vecdot(y, y).unsqueeze(1)
         scale = scale.masked_fill(scale == 0, torch.inf)  # not clamped: a backward pass would divide by the clamp
         column = (s + u.add(y, v.dot(y))) / -scale
         return u.put(slot, column), v.put(slot, y)
 
-    def transposed(self, memory: BadBroydenMemory, g: Flat) -> Flat:
+    def inverse_transpose(self, state: BadBroydenState, g: Flat) -> Flat:
         """H^T g."""
-        return memory.v.add(g, memory.u.dot(g)) if memory.u.rows else g
+        return state.v.add(g, state.u.dot(g)) if state.u.rows else g

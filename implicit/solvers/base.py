@@ -67,7 +67,7 @@ class AbstractSolver(abc.ABC, Generic[S]):
     def init(self, point: Point) -> S:
         """The memory after the first evaluation."""
 
-    def resume(self, point: Point, memory: S) -> S:
+    def resume(self, point: Point, state: S) -> S:
         """The memory after the first evaluation of a solve that goes on with the memory of an earlier, related one.
 
         `memory` is a private copy. By default nothing carries over.
@@ -79,19 +79,19 @@ class AbstractSolver(abc.ABC, Generic[S]):
         """Evaluations without progress after which the loop's safeguard (`implicit.safeguard`) steps in; 0: never."""
         return 0
 
-    def restart(self, point: Point, memory: S, mask: Bool[Tensor, "B 1"]) -> S:
+    def restart(self, point: Point, state: S, mask: Bool[Tensor, "B 1"]) -> S:
         """The memory with the history of the samples in `mask` forgotten; they go on from `point`."""
-        return memory
+        return state
 
     @abc.abstractmethod
-    def step(self, f: Evaluator, point: Point, memory: S) -> tuple[Flat, S]:
+    def step(self, f: Evaluator, point: Point, state: S) -> tuple[Flat, S]:
         """Propose the next iterate, which the loop will evaluate, and the memory that goes with it.
 
         `f` is there for solvers that need Jacobian-vector products, which come with the loop's evaluations. Tensors of
         `point` may be kept but never written to.
         """
 
-    def transposed(self, memory: S, g: Flat) -> Flat:
+    def inverse_transpose(self, state: S, g: Flat) -> Flat:
         """H^T g, for solvers whose memory holds an approximate inverse H of I - df/dz.
 
         Raises:

@@ -31,7 +31,7 @@ from torch.nn.functional import pad
 
 from implicit.pytree import Flat, norm
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history_buffer import Ring, near, put
+from implicit.solvers.history_buffer import HistoryBuffer, near, put
 
 _NOISE = 0.75  # a share of a direction below this power of eps is made of rounding errors, and dividing by it a blow-up
 
@@ -39,14 +39,14 @@ _LONG = 64  # steps from which on torch's triangular solve is quicker than plain
 
 
 @dataclass(frozen=True)
-class BroydenMemory:
+class BroydenState:
     """The last residual, the steps so far, `count` of them, and T - D (its upper triangle has no meaning).
 
     Row j of `system` holds s_j^T s_i for i <= j as they come, and -D_jj after them: T - D begins in column 1.
     """
 
     r: Flat
-    steps: Ring
+    steps: HistoryBuffer
     system: Float[Tensor, "B K K+1"]
     count: int = 0
     short: Float[Tensor, "B 1 K"] | None = None  # t - 1 of every step; None: full steps
@@ -54,7 +54,7 @@ class BroydenMemory:
 
 
 @dataclass(frozen=True)
-class Broyden(AbstractSolver[BroydenMemory]):
+class Broyden(AbstractSolver[BroydenState]):
     """Broyden with at most `memory` secant pairs per sample.
 
     When the memory is full it starts anew from the newest pair, so the newest secant equation always holds. (Later
@@ -67,7 +67,7 @@ class Broyden(AbstractSolver[BroydenMemory]):
         memory: number of secant pairs kept, >= 1.
         safeguard: go back to the best point after a blow-up, and to plain steps where nothing is gained.
         search: how often a step that makes the residual grow may be halved, >= 0, for each sample by itself; every
-            trial is an evaluation and takes a place in the memory. For maps whose full steps overshoot; a residual
+            trial is an evaluation and takes a place in the state. For maps whose full steps overshoot; a residual
             that grows a thousandfold is the safeguard's, unless that is off.
     """
 
@@ -85,61 +85,61 @@ class Broyden(AbstractSolver[BroydenMemory]):
     def _rows(self) -> int:
         return self.memory + 2  # the steps before and after the pairs, and room for the pair that starts anew
 
-    def init(self, point: Point) -> BroydenMemory:
+    def init(self, point: Point) -> BroydenState:
         short = point.r.new_zeros(point.r.shape[0], 1, self._rows) if self.search else None
-        return BroydenMemory(point.r, Ring(self._rows), self._blank(point.r), short=short)
+        return BroydenState(point.r, HistoryBuffer(self._rows), self._blank(point.r), short=short)
 
     def _blank(self, r: Flat) -> Float[Tensor, "B K K+1"]:
         """T - D of steps that are all zero, whose c is 0."""
         eye = pad(torch.eye(self._rows, dtype=r.dtype, device=r.device), (1, 0))
         return (-torch.finfo(r.dtype).tiny * eye).repeat(r.shape[0], 1, 1)
 
-    def resume(self, point: Point, memory: BroydenMemory) -> BroydenMemory:
-        if memory.steps.memory != self._rows:
-            raise ValueError(f"state must come from a solver with memory={self.memory}, got {memory.steps.memory - 2}.")
-        return replace(memory, r=point.r, fresh=True)
+    def resume(self, point: Point, state: BroydenState) -> BroydenState:
+        if state.steps.memory != self._rows:
+            raise ValueError(f"state must come from a solver with memory={self.memory}, got {state.steps.memory - 2}.")
+        return replace(state, r=point.r, fresh=True)
 
     @property
     def patience(self) -> int:
         return max(25, self.memory + 5) if self.safeguard else 0
 
-    def restart(self, point: Point, memory: BroydenMemory, mask: Bool[Tensor, "B 1"]) -> BroydenMemory:
+    def restart(self, point: Point, state: BroydenState, mask: Bool[Tensor, "B 1"]) -> BroydenState:
         return replace(
-            memory,
-            r=torch.where(mask, point.r, memory.r),
-            steps=memory.steps.forget(mask),
-            system=torch.where(mask.unsqueeze(2), self._blank(point.r), memory.system),
+            state,
+            r=torch.where(mask, point.r, state.r),
+            steps=state.steps.forget(mask),
+            system=torch.where(mask.unsqueeze(2), self._blank(point.r), state.system),
         )
 
-    def step(self, f: Evaluator, point: Point, memory: BroydenMemory) -> tuple[Flat, BroydenMemory]:
+    def step(self, f: Evaluator, point: Point, state: BroydenState) -> tuple[Flat, BroydenState]:
         r = point.r
-        if memory.count > self.memory:
-            memory = self._anew(r, memory)
-        elif memory.fresh and memory.count:
-            memory = _leave_out(memory, torch.ones_like(r[:, :1], dtype=torch.bool), r)
-        if not memory.count:
-            return point.fz, _append(memory, r, r)
-        blocks = memory.steps.blocks
-        if len(r) == len(blocks) == 1 and memory.count < min(blocks[0].shape[1], _LONG) and not self.search:
-            if near(point.z, r, memory.system, blocks[0]):
-                return self._near(point, BroydenMemory(r, memory.steps, memory.system, memory.count + 1))
-        c = _coefficients(memory, r)
-        s = memory.steps.add(r, c[:, :, :-1], -1, first=1)
-        if memory.short is not None:
-            s = memory.steps.add(s, c * memory.short[:, :, : memory.count], -1)
+        if state.count > self.memory:
+            state = self._anew(r, state)
+        elif state.fresh and state.count:
+            state = _leave_out(state, torch.ones_like(r[:, :1], dtype=torch.bool), r)
+        if not state.count:
+            return point.fz, _append(state, r, r)
+        blocks = state.steps.blocks
+        if len(r) == len(blocks) == 1 and state.count < min(blocks[0].shape[1], _LONG) and not self.search:
+            if near(point.z, r, state.system, blocks[0]):
+                return self._near(point, BroydenState(r, state.steps, state.system, state.count + 1))
+        c = _coefficients(state, r)
+        s = state.steps.add(r, c[:, :, :-1], -1, first=1)
+        if state.short is not None:
+            s = state.steps.add(s, c * state.short[:, :, : state.count], -1)
         share = 1 + c[:, :, -1]
         lost = share.abs() <= torch.finfo(r.dtype).eps ** _NOISE
-        memory = _leave_out(memory, lost, r)
+        state = _leave_out(state, lost, r)
         s = s / share.masked_fill(lost, 1)
-        if memory.short is None:
-            return point.z + s, _append(memory, s, r)
-        return self._search(point, memory, memory.short, s)
+        if state.short is None:
+            return point.z + s, _append(state, s, r)
+        return self._search(point, state, state.short, s)
 
     @np.errstate(all="ignore")
-    def _near(self, point: Point, memory: BroydenMemory) -> tuple[Flat, BroydenMemory]:
+    def _near(self, point: Point, state: BroydenState) -> tuple[Flat, BroydenState]:
         """The same step of one sample in numpy, in the same memory: small states wait for calls, which cost less so."""
-        r, new = point.r.numpy()[0], memory.count - 1
-        steps, system = memory.steps.blocks[0].numpy()[0], memory.system.numpy()[0]
+        r, new = point.r.numpy()[0], state.count - 1
+        steps, system = state.steps.blocks[0].numpy()[0], state.system.numpy()[0]
         limits = torch.finfo(point.r.dtype)
         c = _forward(system[:new, 1 : new + 1].tolist(), (steps[:new] @ r).tolist())
         s = r - np.array(c[:-1], r.dtype) @ steps[1:new]
@@ -151,52 +151,52 @@ class Broyden(AbstractSolver[BroydenMemory]):
         steps[new] = s
         system[new, : new + 1] = dots = steps[: new + 1] @ s
         system[new, new + 1] = -limits.tiny - dots[new]
-        return point.z + torch.from_numpy(s), memory
+        return point.z + torch.from_numpy(s), state
 
     def _search(
-        self, point: Point, memory: BroydenMemory, short: Float[Tensor, "B 1 K"], s: Flat
-    ) -> tuple[Flat, BroydenMemory]:
+        self, point: Point, state: BroydenState, short: Float[Tensor, "B 1 K"], s: Flat
+    ) -> tuple[Flat, BroydenState]:
         """The step s, or where the residual has grown half of the last one, which becomes the newest once more."""
-        last = memory.count - 1
-        d, part = memory.steps.row(last), 1 + short[:, :, last]
-        grown = ~(norm(point.r) <= norm(memory.r)).unsqueeze(1) & (part > 0.5**self.search)
+        last = state.count - 1
+        d, part = state.steps.row(last), 1 + short[:, :, last]
+        grown = ~(norm(point.r) <= norm(state.r)).unsqueeze(1) & (part > 0.5**self.search)
         z = torch.where(grown, point.z - 0.5 * part * d, point.z + s)
-        s, r = torch.where(grown, d, s), torch.where(grown, memory.r, point.r)
+        s, r = torch.where(grown, d, s), torch.where(grown, state.r, point.r)
         now = put(short.mT, last + 1, torch.where(grown, 0.5 * part - 1, 0)).mT
-        return z, replace(_append(_leave_out(memory, grown, r), s, r), short=now)
+        return z, replace(_append(_leave_out(state, grown, r), s, r), short=now)
 
-    def _anew(self, r: Flat, memory: BroydenMemory) -> BroydenMemory:
+    def _anew(self, r: Flat, state: BroydenState) -> BroydenState:
         """The memory with the newest pair alone, H_{k-1} = I: u takes a row of its own, for it is not the next step."""
-        slot = memory.count - 1
-        s, y = memory.steps.row(slot).clone(), r - memory.r  # forgetting writes into the row
-        if memory.short is not None:
-            s = s * (1 + memory.short[:, :, slot])
+        slot = state.count - 1
+        s, y = state.steps.row(slot).clone(), r - state.r  # forgetting writes into the row
+        if state.short is not None:
+            s = s * (1 + state.short[:, :, slot])
         scale = torch.linalg.vecdot(s, y).unsqueeze(1)
         size = torch.linalg.vecdot(s, s).unsqueeze(1)
         lost = scale.abs() <= torch.finfo(r.dtype).eps ** _NOISE * size
         u = (s + y) * (size / scale.masked_fill(lost, -torch.inf).neg())
-        short = None if memory.short is None else torch.zeros_like(memory.short)
-        blank = BroydenMemory(r, memory.steps.forget(torch.ones_like(lost)), self._blank(r), short=short)
+        short = None if state.short is None else torch.zeros_like(state.short)
+        blank = BroydenState(r, state.steps.forget(torch.ones_like(lost)), self._blank(r), short=short)
         return _leave_out(_append(_append(blank, s, r), u, r), torch.ones_like(lost), r)
 
-    def transposed(self, memory: BroydenMemory, g: Flat) -> Flat:
+    def inverse_transpose(self, state: BroydenState, g: Flat) -> Flat:
         """H^T g, without the pair of the last step, whose end is not known."""
-        pairs = memory.steps.rows - 1  # those not in use hold zeros; samples may have used different numbers of them
-        if not memory.count:
+        pairs = state.steps.rows - 1  # those not in use hold zeros; samples may have used different numbers of them
+        if not state.count:
             return g
-        dots = memory.steps.dot(g)
+        dots = state.steps.dot(g)
         ends = dots[:, :, 1:].mT
-        if memory.short is not None:
-            ends = ends + (dots * memory.short[:, :, : dots.shape[2]])[:, :, :-1].mT
-        c = torch.linalg.solve_triangular(memory.system[:, :pairs, 1 : pairs + 1].mT, ends, upper=True).mT
-        return memory.steps.add(g, c, -1)
+        if state.short is not None:
+            ends = ends + (dots * state.short[:, :, : dots.shape[2]])[:, :, :-1].mT
+        c = torch.linalg.solve_triangular(state.system[:, :pairs, 1 : pairs + 1].mT, ends, upper=True).mT
+        return state.steps.add(g, c, -1)
 
 
-def _coefficients(memory: BroydenMemory, x: Flat) -> Float[Tensor, "B 1 C"]:
+def _coefficients(state: BroydenState, x: Flat) -> Float[Tensor, "B 1 C"]:
     """-c, the solution of the triangular system."""
-    count = memory.count
-    dots = memory.steps.dot(x)[:, :, :count].mT
-    return torch.linalg.solve_triangular(memory.system[:, :count, 1 : count + 1], dots, upper=False).mT
+    count = state.count
+    dots = state.steps.dot(x)[:, :, :count].mT
+    return torch.linalg.solve_triangular(state.system[:, :count, 1 : count + 1], dots, upper=False).mT
 
 
 def _forward(rows: list[list[float]], b: list[float]) -> list[float]:
@@ -207,23 +207,23 @@ def _forward(rows: list[list[float]], b: list[float]) -> list[float]:
     return c
 
 
-def _append(memory: BroydenMemory, s: Flat, r: Flat) -> BroydenMemory:
+def _append(state: BroydenState, s: Flat, r: Flat) -> BroydenState:
     """The memory with one more step s, made at the residual r."""
-    count = memory.count
-    steps = memory.steps.room(count, s).put(count, s)
+    count = state.count
+    steps = state.steps.room(count, s).put(count, s)
     dots = steps.dot(s).squeeze(1)
-    row = pad(dots, (0, memory.system.shape[2] - dots.shape[1]))
-    if memory.short is not None:
-        row[:, 1 : count + 1] += memory.short[:, 0, :count] * dots[:, :count]
+    row = pad(dots, (0, state.system.shape[2] - dots.shape[1]))
+    if state.short is not None:
+        row[:, 1 : count + 1] += state.short[:, 0, :count] * dots[:, :count]
     row[:, count + 1] = -torch.finfo(s.dtype).tiny - dots[:, count]
-    system = put(memory.system, count, row)
-    return BroydenMemory(r, steps, system, count + 1, memory.short)
+    system = put(state.system, count, row)
+    return BroydenState(r, steps, system, count + 1, state.short)
 
 
-def _leave_out(memory: BroydenMemory, mask: Bool[Tensor, "B 1"], r: Flat) -> BroydenMemory:
+def _leave_out(state: BroydenState, mask: Bool[Tensor, "B 1"], r: Flat) -> BroydenState:
     """The memory without the pair that begins with the newest step, for the samples in `mask`: its c is 0."""
-    slot = memory.count - 1
-    recorded = torch.is_grad_enabled() and (r.requires_grad or memory.system.requires_grad)
-    system = memory.system.clone() if recorded else memory.system
+    slot = state.count - 1
+    recorded = torch.is_grad_enabled() and (r.requires_grad or state.system.requires_grad)
+    system = state.system.clone() if recorded else state.system
     system[:, slot, slot + 1 : slot + 2].masked_fill_(mask, -torch.finfo(system.dtype).max)
-    return BroydenMemory(memory.r, memory.steps, system, memory.count, memory.short)
+    return BroydenState(state.r, state.steps, system, state.count, state.short)

@@ -55,7 +55,7 @@ def dots(rows: Float[Tensor, "B K M"], x: Float[Tensor, "B M"]) -> Float[Tensor,
 
 
 @dataclass(frozen=True)
-class Ring:
+class HistoryBuffer:
     """At most `memory` rows of N numbers per sample; unused rows are zero."""
 
     memory: int
@@ -80,7 +80,7 @@ class Ring:
             slot -= block.shape[1]
         raise IndexError(slot)
 
-    def room(self, slot: int, like: Flat) -> "Ring":
+    def room(self, slot: int, like: Flat) -> "HistoryBuffer":
         """The ring with a row number `slot`."""
         if slot < self.rows:
             return self
@@ -91,7 +91,7 @@ class Ring:
             more = min(self.memory if small else max(_FIRST, self.rows), self.memory - self.rows)
         return replace(self, blocks=(*self.blocks, like.new_zeros(like.shape[0], more, like.shape[1])))
 
-    def put(self, slot: int, value: Flat) -> "Ring":
+    def put(self, slot: int, value: Flat) -> "HistoryBuffer":
         """The ring with row `slot` replaced by `value`."""
         blocks = list(self.blocks)
         for i, block in enumerate(blocks):
@@ -106,7 +106,7 @@ class Ring:
         parts = [dots(block, x) for block in self.blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def forget(self, mask: Bool[Tensor, "B 1"]) -> "Ring":
+    def forget(self, mask: Bool[Tensor, "B 1"]) -> "HistoryBuffer":
         """The ring with all rows of the samples in `mask` zero."""
         lost = mask.unsqueeze(2)
         if torch.is_grad_enabled() and any(block.requires_grad for block in self.blocks):

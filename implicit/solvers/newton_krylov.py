@@ -22,24 +22,24 @@ from torch import Tensor
 
 from implicit.pytree import Flat, norm
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history_buffer import Ring
+from implicit.solvers.history_buffer import HistoryBuffer
 
 _PLAIN = -2  # instead of a slot: the next step is plain
 
 
 @dataclass(frozen=True)
-class NewtonKrylovMemory:
+class NewtonKrylovState:
     """GMRES of every sample at its z: `slot` products asked for, none (0) where a new step begins."""
 
     z: Flat
-    basis: Ring
+    basis: HistoryBuffer
     hessenberg: Float[Tensor, "B M K"]
     slot: Int[Tensor, " B"]
     passes: int = 0  # evaluations that were aimed: no sample has more basis vectors
 
 
 @dataclass(frozen=True)
-class NewtonKrylov(AbstractSolver[NewtonKrylovMemory]):
+class NewtonKrylov(AbstractSolver[NewtonKrylovState]):
     """Newton-GMRES: each step costs one evaluation and as many Jacobian-vector products as GMRES takes.
 
     Products are taken by forward mode or, where an operator of f has none, by differentiating backward mode twice;
@@ -61,34 +61,34 @@ class NewtonKrylov(AbstractSolver[NewtonKrylovMemory]):
         if not 0 < self.forcing < 1:
             raise ValueError(f"NewtonKrylov.forcing must lie in (0, 1), got {self.forcing}.")
 
-    def init(self, point: Point) -> NewtonKrylovMemory:
+    def init(self, point: Point) -> NewtonKrylovState:
         rows, device = point.z.shape[0], point.z.device
         hessenberg = torch.zeros(rows, self.inner + 1, self.inner, dtype=torch.float64, device=device)
         slot = torch.zeros(rows, dtype=torch.int64, device=device)
-        return NewtonKrylovMemory(point.z, Ring(self.inner), hessenberg, slot)
+        return NewtonKrylovState(point.z, HistoryBuffer(self.inner), hessenberg, slot)
 
     @property
     def patience(self) -> int:
         return 3 * self.inner if self.safeguard else 0
 
-    def restart(self, point: Point, memory: NewtonKrylovMemory, mask: Bool[Tensor, "B 1"]) -> NewtonKrylovMemory:
-        return replace(memory, slot=memory.slot.masked_fill(mask[:, 0], _PLAIN))
+    def restart(self, point: Point, state: NewtonKrylovState, mask: Bool[Tensor, "B 1"]) -> NewtonKrylovState:
+        return replace(state, slot=state.slot.masked_fill(mask[:, 0], _PLAIN))
 
-    def step(self, f: Evaluator, point: Point, memory: NewtonKrylovMemory) -> tuple[Flat, NewtonKrylovMemory]:
+    def step(self, f: Evaluator, point: Point, state: NewtonKrylovState) -> tuple[Flat, NewtonKrylovState]:
         with torch.no_grad():
-            return self._step(f, point, memory)
+            return self._step(f, point, state)
 
-    def _step(self, f: Evaluator, point: Point, memory: NewtonKrylovMemory) -> tuple[Flat, NewtonKrylovMemory]:
+    def _step(self, f: Evaluator, point: Point, state: NewtonKrylovState) -> tuple[Flat, NewtonKrylovState]:
         last, z = f.left <= 1, point.z
         size = torch.linalg.vector_norm(point.r, dim=1, dtype=torch.float64).to(z.dtype)  # squares stay in range
         # whose z was moved, by the loop's safeguard or by a step, begins anew
-        plain = memory.slot == _PLAIN
-        slot = torch.where(plain, -1, memory.slot * (z == memory.z).all(dim=1))
+        plain = state.slot == _PLAIN
+        slot = torch.where(plain, -1, state.slot * (z == state.z).all(dim=1))
         broken = ~size.isfinite() | (size == 0)
         v = point.r.masked_fill(broken.unsqueeze(1), 0) / size.masked_fill(broken, 1).unsqueeze(1)
         basis, hessenberg, proposed = (
-            memory.basis,
-            memory.hessenberg,
+            state.basis,
+            state.hessenberg,
             torch.where(plain.unsqueeze(1) | last, point.fz, z),
         )
         if f.pushed is not None:
@@ -104,15 +104,15 @@ class NewtonKrylov(AbstractSolver[NewtonKrylovMemory]):
             v = torch.where(going.unsqueeze(1), w.masked_fill(done.unsqueeze(1), 0), v)
             slot = torch.where(done, -1, slot)
         if last:
-            return proposed, replace(memory, z=z, slot=torch.zeros_like(slot))
-        basis = _write(basis.room(min(memory.passes, self.inner - 1), v), slot, v)
+            return proposed, replace(state, z=z, slot=torch.zeros_like(slot))
+        basis = _write(basis.room(min(state.passes, self.inner - 1), v), slot, v)
         hessenberg = hessenberg.masked_fill((slot == 0).view(-1, 1, 1), 0)
         f.aim(v)
-        return proposed, NewtonKrylovMemory(z, basis, hessenberg, slot + 1, memory.passes + 1)
+        return proposed, NewtonKrylovState(z, basis, hessenberg, slot + 1, state.passes + 1)
 
 
 def _arnoldi(
-    basis: Ring, hessenberg: Float[Tensor, "B M K"], slot: Int[Tensor, " B"], pushed: Flat
+    basis: HistoryBuffer, hessenberg: Float[Tensor, "B M K"], slot: Int[Tensor, " B"], pushed: Flat
 ) -> tuple[Flat, Float[Tensor, "B M K"]]:
     """The next basis vector, 0 where the space is exhausted, and H with its column number slot - 1, where slot > 0."""
     w = _read(basis, slot - 1) - pushed
@@ -132,7 +132,9 @@ def _arnoldi(
     return w, torch.where(here, column.unsqueeze(2), hessenberg)
 
 
-def _places(basis: Ring, slot: Int[Tensor, " B"]) -> Iterator[tuple[Tensor, Int[Tensor, "B 1 N"], Bool[Tensor, "B 1"]]]:
+def _places(
+    basis: HistoryBuffer, slot: Int[Tensor, " B"]
+) -> Iterator[tuple[Tensor, Int[Tensor, "B 1 N"], Bool[Tensor, "B 1"]]]:
     """Every block, the index of row `slot` of every sample in it, and who has that row there."""
     for block in basis.blocks:
         at = slot.clamp(0, block.shape[1] - 1)
@@ -140,13 +142,13 @@ def _places(basis: Ring, slot: Int[Tensor, " B"]) -> Iterator[tuple[Tensor, Int[
         slot = slot - block.shape[1]
 
 
-def _read(basis: Ring, slot: Int[Tensor, " B"]) -> Flat:
+def _read(basis: HistoryBuffer, slot: Int[Tensor, " B"]) -> Flat:
     """Row `slot` of every sample, another of each; 0 where there is none."""
     parts = [torch.where(here, block.gather(1, at)[:, 0], 0) for block, at, here in _places(basis, slot)]
     return functools.reduce(torch.add, parts)
 
 
-def _write(basis: Ring, slot: Int[Tensor, " B"], v: Flat) -> Ring:
+def _write(basis: HistoryBuffer, slot: Int[Tensor, " B"], v: Flat) -> HistoryBuffer:
     """The basis with row `slot` of every sample, another of each, set to v; nothing where there is none."""
     for block, at, here in _places(basis, slot):
         block.scatter_(1, at, torch.where(here, v, block.gather(1, at)[:, 0]).unsqueeze(1))

@@ -28,5 +28,5 @@ class Picard(AbstractSolver[None]):
     def init(self, point: Point) -> None:
         return None
 
-    def step(self, f: Evaluator, point: Point, memory: None) -> tuple[Flat, None]:
+    def step(self, f: Evaluator, point: Point, state: None) -> tuple[Flat, None]:
         return (torch.lerp(point.fz, point.z, self.damping) if self.damping else point.fz), None

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from implicit import JFB, SHINE, Anderson, BadBroyden, Broyden, Neumann, Picard, Stop, fixed_point
-from implicit.iterate import PackedMap
+from implicit.evaluation import FlatMap
 from implicit.pytree import Layout
 from implicit.solvers import Point
 from tests.implicit.small_layers import F64, dense_gradient, flat, layer, off
@@ -25,7 +25,7 @@ def gradient(f, x, g, grad, solver, stop=TIGHT):
 @pytest.mark.parametrize("solver", [Broyden(40), Anderson(6)], ids=str)
 def test_against_a_solver_run_by_hand(solver):
     f, x = layer("hard")
-    go = PackedMap(f.requires_grad_(False), (x,), Layout.of(x))
+    go = FlatMap(f.requires_grad_(False), (x,), Layout.of(x))
     point = Point(torch.zeros_like(x), go(torch.zeros_like(x)))
     memory = solver.init(point)
     for _ in range(8):
@@ -34,7 +34,7 @@ def test_against_a_solver_run_by_hand(solver):
     f.requires_grad_(True)
     g = cotangent(x)
     eye = torch.eye(16, dtype=F64)
-    transposed = torch.stack([solver.transposed(memory, e.repeat(3, 1)) for e in eye], dim=2)  # (3, 16, 16)
+    transposed = torch.stack([solver.inverse_transpose(memory, e.repeat(3, 1)) for e in eye], dim=2)  # (3, 16, 16)
     y = x.detach().requires_grad_()
     u = (transposed @ g.unsqueeze(2)).squeeze(2)
     true = flat(torch.autograd.grad(f(point.fz, y), (*f.parameters(), y), u))

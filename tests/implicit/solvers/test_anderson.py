@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from implicit import Anderson, AndersonGS, Broyden, Loop, Picard, Stop, fixed_point, iterate
-from implicit.iterate import PackedMap
+from implicit import Anderson, AndersonGS, Broyden, Picard, SolveOptions, Stop, fixed_point, iterate
+from implicit.evaluation import FlatMap
 from implicit.pytree import Layout
 from implicit.solvers.base import Point
 from implicit.testing import problem
@@ -85,7 +85,7 @@ def test_memory_one_is_picard():
 
 def test_the_gram_matrix_is_that_of_the_columns():
     f, z0 = smooth()
-    memory = iterate(f, z0, Anderson(4), Stop(max_evals=9, **FREE), loop=Loop(keep_state=True)).state
+    memory = iterate(f, z0, Anderson(4), Stop(max_evals=9, **FREE), options=SolveOptions(keep_state=True)).state
     true = memory.dr @ memory.dr.mT
     torch.testing.assert_close(memory.gram, true, rtol=1e-12, atol=1e-15)
 
@@ -93,11 +93,11 @@ def test_the_gram_matrix_is_that_of_the_columns():
 @pytest.mark.parametrize("solver", [Anderson(6), AndersonGS(6), Broyden(6)], ids=lambda s: type(s).__name__)
 def test_the_inverse_estimate_is_the_adjoint_of_what_a_step_does(solver):
     f, z0 = smooth()
-    memory = iterate(f, z0, solver, Stop(max_evals=9, **FREE), loop=Loop(keep_state=True)).state
+    memory = iterate(f, z0, solver, Stop(max_evals=9, **FREE), options=SolveOptions(keep_state=True)).state
     a, b = torch.randn(2, *z0.shape, generator=torch.Generator().manual_seed(3), dtype=F64)
     point = Point(z0 * 0, a)
-    hb = solver.transposed(memory, b)  # before the step, which writes into the memory
-    ha, _ = solver.step(PackedMap(f, (), Layout.of(z0)), point, solver.resume(point, memory))
+    hb = solver.inverse_transpose(memory, b)  # before the step, which writes into the memory
+    ha, _ = solver.step(FlatMap(f, (), Layout.of(z0)), point, solver.resume(point, memory))
     torch.testing.assert_close((ha * b).sum(1), (a * hb).sum(1))
     assert not torch.allclose(ha, a)
 

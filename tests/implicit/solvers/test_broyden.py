@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import optimize
 
-from implicit import BadBroyden, Broyden, Loop, Stop, fixed_point, iterate
-from implicit.iterate import PackedMap
+from implicit import BadBroyden, Broyden, SolveOptions, Stop, fixed_point, iterate
+from implicit.evaluation import FlatMap
 from implicit.pytree import Layout
 from implicit.solvers import Point
 from tests.implicit.solvers.test_anderson import FREE, smooth, visited
@@ -99,15 +99,15 @@ def test_the_search_solves_what_full_steps_do_not_each_sample_by_itself():
 def inverse(solver, f, z0, memory):
     """H of every sample, (B, N, N), column by column through its transpose."""
     size = z0.shape[1]
-    rows = [solver.transposed(memory, torch.eye(size, dtype=F64)[i].expand_as(z0)) for i in range(size)]
+    rows = [solver.inverse_transpose(memory, torch.eye(size, dtype=F64)[i].expand_as(z0)) for i in range(size)]
     return torch.stack(rows, dim=1)  # row i is H^T e_i, that is row i of H
 
 
 def learnt(solver, f, z0, evals):
     """The last two points, and the memory that has learnt from both."""
     zs = visited(f, z0, solver, evals + 1)
-    memory = iterate(f, z0, solver, Stop(max_evals=evals, **FREE), loop=Loop(keep_state=True)).state
-    _, memory = solver.step(PackedMap(f, (), Layout.of(z0)), Point(zs[evals - 1], f(zs[evals - 1])), memory)
+    memory = iterate(f, z0, solver, Stop(max_evals=evals, **FREE), options=SolveOptions(keep_state=True)).state
+    _, memory = solver.step(FlatMap(f, (), Layout.of(z0)), Point(zs[evals - 1], f(zs[evals - 1])), memory)
     return zs[evals - 2], zs[evals - 1], memory
 
 
@@ -122,7 +122,7 @@ def test_the_newest_secant_equation_holds_after_the_memory_has_wrapped(solver, e
 
 
 def test_the_inverse_estimate_gives_the_step_that_was_taken():
-    """transposed() against step(), which never forms it."""
+    """inverse_transpose() against step(), which never forms it."""
     f, z0 = smooth()
     solver = Broyden()
     _, new, memory = learnt(solver, f, z0, 8)
@@ -140,7 +140,9 @@ def test_a_direction_lost_to_rounding_leaves_its_pair_out():
 def test_memory_grows_with_the_steps_not_with_the_budget():
     z0 = torch.zeros(1, 2**14, dtype=F64)
     rows = [
-        iterate(torch.cos, z0, Broyden(100), Stop(max_evals=n, **FREE), loop=Loop(keep_state=True)).state.steps.rows
+        iterate(
+            torch.cos, z0, Broyden(100), Stop(max_evals=n, **FREE), options=SolveOptions(keep_state=True)
+        ).state.steps.rows
         for n in (1, 5, 12, 20)
     ]
     assert rows == [0, 8, 16, 32]

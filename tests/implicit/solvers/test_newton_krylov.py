@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from implicit import Loop, NewtonKrylov, Result, Stop, fixed_point, iterate
+from implicit import NewtonKrylov, Result, SolveOptions, Stop, fixed_point, iterate
 from implicit.testing import jacobian, problem
 
 F64 = torch.float64
@@ -12,9 +12,9 @@ F64 = torch.float64
 def test_every_step_is_newtons():
     p, seen = problem("adaLN block"), []
     stop = Stop(rtol=1e-9, atol=0, max_evals=140)
-    loop = Loop(callback=lambda calls, residual: seen.append(residual))
+    options = SolveOptions(callback=lambda calls, residual: seen.append(residual))
     with torch.no_grad():
-        iterate(p, p.z0, NewtonKrylov(128, 1e-12), stop, args=p.args, loop=loop)
+        iterate(p, p.z0, NewtonKrylov(128, 1e-12), stop, args=p.args, options=options)
     z = p.z0
     residuals = torch.stack(seen)
     for _ in range(2):

@@ -1,0 +1,39 @@
+"""`SolveOptions`: how a solve is run and observed, apart from when it stops."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolveOptions:
+    """How a solve is run and watched, apart from when it stops.
+
+    Args:
+        batch_dims: 1, each row of the state is its own system; 0, the whole state is one.
+        trace: record the residual at every evaluation.
+        state: a solver's memory from an earlier ``Solution.state``, to go on with. It is copied, never written to.
+        keep_state: put the solver's memory into ``Solution.state``.
+        compact: evaluate f on the samples still running only: finished ones are cut out of the state, of the solver's
+            memory and of the tensors in `args` that have one row per sample. True: every tensor in `args` whose first
+            dimension is the batch size is cut; a tuple holds one True or False for each of `args`. What f closes over
+            is not cut, so batched inputs must come through `args`.
+        callback: called with (number of evaluations, (B,) float64 host tensor of residuals, NaN where finished) each
+            time residuals are read: at every evaluation, or every `Stop.check_every`-th.
+        progress: show a tqdm bar.
+    """
+
+    batch_dims: int = 1
+    trace: bool = False
+    state: Any = None
+    keep_state: bool = False
+    compact: bool | tuple[bool, ...] = False
+    callback: Callable[[int, Tensor], None] | None = None
+    progress: bool = False
+
+    @property
+    def watched(self) -> bool:
+        """Whether residuals are wanted even without a tolerance."""
+        return self.trace or self.progress or self.callback is not None
