@@ -1,70 +1,57 @@
-"""How the benchmarks measure: CPU or device time in pairs, bytes of tensors alive at once, and where it was."""
+"""Measuring: time in pairs, peak memory, operator counts, and provenance, for every benchmark.
+
+Times are compared as ratios of runs that alternate in one process: a machine whose speed drifts disturbs both alike.
+"""
 
 import gc
+import json
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
-from weakref import finalize
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from implicit.diagnostics.profiling import Bytes as MemoryTracker
+
+RESULTS = Path(__file__).parent / "results"
+VIEWS = frozenset(
+    "view unsqueeze squeeze select slice transpose t expand detach _unsafe_view alias as_strided permute unbind "
+    "diagonal split split_with_sizes".split()
+)
+"""Operators that move no data."""
 
 
-class Live(TorchDispatchMode):
-    """Peak bytes of the tensors made under it and alive at the same time, each storage once.
-
-    What was there before (weights, their gradients, inputs) is not counted. Backward passes and what checkpointing
-    makes anew in them are seen too, as the CPU's backward runs in the thread that called it.
-    """
+class OperatorCounter(TorchDispatchMode):
+    """Counts the operators called under it, views excepted."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self._inside: set[int] = set()
-        self._outside: set[int] = set()
+        self.count = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        for t in tree_leaves((args, kwargs)):
-            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in self._inside:
-                self._outside.add(t.untyped_storage()._cdata)
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor):
-                self._enter(t.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _enter(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._inside and key not in self._outside:
-            self._inside.add(key)
-            self.now += storage.nbytes()
-            finalize(storage, self._leave, key, storage.nbytes())
-
-    def _leave(self, key: int, size: int) -> None:
-        self._inside.discard(key)
-        self.now -= size
+        self.count += func.overloadpacket.__name__ not in VIEWS  # pyright: ignore[reportFunctionMemberAccess]
+        return func(*args, **(kwargs or {}))
 
 
 def peak_bytes(step: Callable[[], Any], device: str = "cpu") -> int:
-    """Bytes that a step adds at its peak to what is there before it: by `Live`, on CUDA by the allocator's count.
+    """Peak bytes that a step allocates beyond those in use before it; on CUDA by the allocator's count.
 
-    The step runs once before, so that gradients it adds to are there already.
+    The step runs once before, so that the gradients it accumulates into exist already.
     """
     step()
     gc.collect()
     if device == "cpu":
-        with Live() as live:
+        with MemoryTracker() as memory:
             step()
-        return live.peak
+        return memory.peak
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -86,11 +73,11 @@ def seconds(step: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def paired(steps: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each step, `repeats` times, in turn and in turned order, so that all see the same machine."""
+    """Seconds of each step, `repeats` times: the steps alternate, in an order that rotates from round to round."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for step in steps.values():
-        step()  # what is made at the first call alone is not counted
+        step()  # warm-up: allocations of the first call are not timed
     for i in range(repeats):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             times[name].append(seconds(steps[name], device))
@@ -107,7 +94,7 @@ def ratio(times: Mapping[str, list[float]], one: str, other: str) -> dict[str, f
 
 
 def provenance(device: str, *packages: str) -> dict[str, Any]:
-    """Device, versions and commit, as every result file carries them."""
+    """Device, versions and commit: what every result file names."""
     git = ["git", "rev-parse", "--short", "HEAD"]
     found = subprocess.run(git, capture_output=True, text=True, check=False)
     threads = torch.get_num_threads()
@@ -117,3 +104,14 @@ def provenance(device: str, *packages: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", *packages)}},
         "commit": found.stdout.strip() or None,
     }
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The content of a result file; empty if the file does not exist."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a result file as indented JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")

@@ -17,7 +17,7 @@ import torch
 from benchmarks.diffusion import steps
 from benchmarks.diffusion import tables as diffusion_tables
 from benchmarks.diffusion.steps import CPU, XL, Scale
-from benchmarks.harness import paired, peak_bytes, provenance, ratio
+from benchmarks.harness import paired, peak_bytes, provenance, ratio, write_result
 
 MIB = 2**20
 
@@ -146,12 +146,11 @@ def main(arguments: list[str] | None = None) -> None:
         "command": "python -m benchmarks.diffusion.run"
         + (f" --scale {options.scale} --precision {scale.precision} --batch {scale.batch}" if scale != CPU else ""),
         "config": asdict(scale),
-        "memory": "peak bytes a step adds: tensors alive at once (benchmarks.harness.Live); on CUDA the allocator's",
+        "memory": "peak bytes that a step allocates (benchmarks.harness.MemoryTracker); on CUDA the allocator's count",
         "time": "CPU time of the process, steps in turn, on CUDA until it is done; ratios are medians of the pairs",
         "tables": {name: tables[name] for name in TABLES if name in tables},
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options.out, result)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,10 @@ Training images, drawn like samples (as many of each class), against all trainin
 held-out set, the held-out images beside them.
 """
 
-import json
-from pathlib import Path
-
 from benchmarks.experiments.common import SCALES, floor, judge
-from benchmarks.harness import provenance
+from benchmarks.harness import RESULTS, provenance, write_result
 
-RESULT = Path(__file__).parents[1] / "results" / "real_data_distance.json"
+RESULT = RESULTS / "real_data_distance.json"
 
 
 def main() -> None:
@@ -22,7 +19,7 @@ def main() -> None:
         "as many as are held out": floor(images, ruler, len(held_out)),
         "held out": vars(ruler.score(held_out.x, held_out.y)),
     }
-    RESULT.write_text(json.dumps(found, indent=1) + "\n")
+    write_result(RESULT, found)
     print(RESULT.read_text())
 
 

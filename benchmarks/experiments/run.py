@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-RESULTS = Path(__file__).parents[1] / "results"
+from benchmarks.harness import RESULTS
+
 NETWORKS = Path(__file__).parents[2] / "runs" / "studies"
 NAMES = ("sampling", "estimators", "outer-blocks", "iteration-split")
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.gradients.contenders import CONTENDERS, STOP, Ours, Theirs, forwards
 from benchmarks.gradients.layers import LAYERS
-from benchmarks.harness import paired, provenance, ratio
+from benchmarks.harness import paired, provenance, ratio, write_result
 from benchmarks.report.gradients import RESULT, tables
 from implicit import AndersonGS, StochasticJFB, Stop, fixed_point
 from implicit.diagnostics import spectral_radius
@@ -125,8 +125,7 @@ def save(found: dict[str, Any], path: Path) -> None:
         "library and solver; runs take turns, medians of the ratios",
         "tables": {name: found[name] for name in LAYERS if name in found},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(path, result)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ iteration, the one row whose solve has a tolerance.
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,8 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops import while_loop
 
-from benchmarks.solvers.evaluations import EVALS, PEERS, SHAPES, layer
+from benchmarks.harness import RESULTS, provenance, seconds, write_result
+from benchmarks.solvers.overhead import EVALS, PEERS, SHAPES, layer
 from implicit import Anderson, AndersonGS, Broyden, Picard, Stop, iterate
 from implicit.pytree import norm
 
@@ -38,12 +37,7 @@ OURS = {
 
 def spent(run: Callable[[], Any], repeats: int = 100) -> float:
     """Microseconds of CPU for each evaluation."""
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        run()
-        times.append(time.process_time() - start)
-    return statistics.median(times) / EVALS * 1e6
+    return statistics.median(seconds(run) for _ in range(repeats)) / EVALS * 1e6
 
 
 def to_tolerance(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -102,10 +96,11 @@ def contenders() -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jax", type=Path, help="the Python of an environment with jax and jaxopt; none: left out")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "compiled.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "compiled.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    versions = {name: version(name) for name in ("torch", "torchdeq")}
+    where = provenance("cpu", "torchdeq")
+    versions = where["versions"]
     with torch.no_grad():
         runs, waited = contenders()
         times: dict[str, list[float]] = {}
@@ -119,18 +114,14 @@ def main() -> None:
                 waited |= {f"jaxopt {name}": seconds for name, seconds in found["waited"].items()}
                 for name, value in found["spent"].items():
                     times.setdefault(f"jaxopt {name}, jitted", []).append(value)
-    git = ["git", "rev-parse", "--short", "HEAD"]
     result = {
-        "device": f"{platform.machine()} CPU, 1 thread",
-        "versions": versions,
-        "commit": subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip(),
+        **where,
         "state": "(1, 64)",
         "evaluations": EVALS,
         "microseconds of CPU for each evaluation": {n: round(statistics.median(t), 1) for n, t in times.items()},
         "seconds to compile": waited,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options.out, result)
     print(json.dumps(result, indent=1))
 
 

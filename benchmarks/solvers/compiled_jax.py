@@ -1,4 +1,4 @@
-"""Jitted jaxopt for `bench_compiled.py`, in an environment that has jax and jaxopt and need not have torch.
+"""Jitted jaxopt for `compiled.py`, in an environment that has jax and jaxopt and need not have torch.
 
 Prints {name: microseconds of CPU for each evaluation of f}, and what compiling took, as JSON.
 """

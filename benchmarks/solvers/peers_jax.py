@@ -1,28 +1,25 @@
 """jaxopt's and optimistix's solvers on the fourteen problems, in an environment of their own.
 
     python3 -m venv peers && peers/bin/pip install . scipy jaxopt==0.8.5 optimistix "jax[cpu]"
-    peers/bin/python benchmarks/solvers/peers_jax.py        writes benchmarks/results/peers_jax.json
+    peers/bin/python -m benchmarks.solvers.peers_jax     writes benchmarks/results/peers_jax.json
 
-`bench_solvers.py` puts these rows beside the others. The maps are the very ones of `implicit.testing`, called back from
-jax; each call counts as one evaluation, and so does each product with the Jacobian. The batch is one system, as neither
-package knows samples. A solver has solved a problem as soon as it has evaluated every sample once within the tolerance,
-whatever its own rule of stopping would say.
+`evaluations.py` puts these rows beside the others. The maps are those of `implicit.testing`, called back from jax; each
+call counts as one evaluation, and so does each product with the Jacobian. The batch is one system, since neither package
+batches. A problem counts as solved once every sample has been evaluated within the tolerance, whatever the solver's own
+stopping criterion says.
 """
 
 import argparse
-import json
-import platform
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.harness import RESULTS, provenance, write_result
 from implicit.testing import Problem, problems
 
 try:
@@ -144,21 +141,18 @@ def evaluations(dtype: torch.dtype, rtol: float) -> dict[str, dict[str, int | st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "peers_jax.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "peers_jax.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     result = {
-        "device": f"{platform.machine()} CPU, 1 thread",
-        "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip(),
-        "versions": {name: version(name) for name in ("jax", "jaxopt", "optimistix", "torch")},
+        **provenance("cpu", "jax", "jaxopt", "optimistix"),
         "evaluations": {
             "float64 to 1e-10": evaluations(torch.float64, 1e-10),
             "float32 to 1e-5": evaluations(torch.float32, 1e-5),
         },
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(options.out, result)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""Cost of a solver beside f itself: CPU time, operators and states held, of ours and of torchdeq's solvers.
+
+f = tanh(z W + b), 30 evaluations, a fixed count; the unit is the bare loop z <- f(z). `evaluations.py` writes the file.
+"""
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+from torchdeq.solver import anderson_solver, broyden_solver, fixed_point_iter
+
+from benchmarks.harness import MemoryTracker, OperatorCounter, paired, ratio
+from implicit import Anderson, AndersonGS, Broyden, Picard, Stop, iterate
+
+PEERS = {"plain": fixed_point_iter, "Anderson": anderson_solver, "Broyden": broyden_solver}
+SHAPES = {"(1, 64)": (1, 64, 64), "(32, 1024)": (32, 1024, 1024), "(8, 294912)": (8, 294912, 1024)}
+EVALS = 30
+REPEATS = {"(1, 64)": 201, "(32, 1024)": 41, "(8, 294912)": 5}
+
+
+def layer(batch, numbers, width):
+    rng = torch.Generator().manual_seed(0)
+    w = 0.5 * torch.linalg.qr(torch.randn(width, width, generator=rng))[0]
+    return lambda z: torch.tanh(z.reshape(-1, width) @ w + 0.1).view(batch, numbers), torch.zeros(batch, numbers)
+
+
+def contenders(f, z0):
+    tight = dict(max_iter=EVALS, tol=0.0, stop_mode="rel")
+
+    def bare():
+        z = z0
+        for _ in range(EVALS):
+            z = f(z)
+
+    pairs = {
+        "plain": Picard(),
+        "Anderson": Anderson(6, safeguard=False),
+        "Broyden": Broyden(30, safeguard=False),
+    }
+    runs: dict[str, Callable[[], Any]] = {"bare": bare}
+    for name, solver in pairs.items():
+        stop = Stop(rtol=1e-30, atol=0, max_evals=EVALS)
+        runs[f"implicit {name}"] = lambda solver=solver, stop=stop: iterate(f, z0, solver, stop)
+        runs[f"torchdeq {name}"] = lambda name=name: PEERS[name](f, z0, **tight)
+    stop = Stop(rtol=1e-30, atol=0, max_evals=EVALS)
+    runs["implicit AndersonGS"] = lambda: iterate(f, z0, AndersonGS(6, safeguard=False), stop)
+    return runs
+
+
+def over_bare(shape: str, name: str) -> float:
+    """CPU time of EVALS evaluations over that of the bare loop z = f(z): the median of alternating pairs."""
+    torch.set_num_threads(1)
+    runs = contenders(*layer(*SHAPES[shape]))
+    times = paired({"bare": runs["bare"], "contender": runs[name]}, REPEATS[shape])
+    return round(ratio(times, "contender", "bare")["median"], 2)
+
+
+def overhead() -> dict[str, dict[str, float]]:
+    """`over_bare` of every contender, each in a process of its own, since allocator state slows later contenders."""
+    table = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for shape in SHAPES:
+            names = contenders(*layer(1, 64, 64))
+            table[shape] = {name: pool.submit(over_bare, shape, name).result() for name in names}
+    return table
+
+
+def operators() -> dict[str, float]:
+    """Operators per evaluation, views excepted and f's own three subtracted."""
+    f, z0 = layer(1, 64, 64)
+    counts = {}
+    for name, run in contenders(f, z0).items():
+        with torch.no_grad(), OperatorCounter() as counter:
+            run()
+        counts[name] = round(counter.count / EVALS - 3, 1)
+    return counts
+
+
+def memory() -> dict[str, float]:
+    """States held at the peak, z0 and the temporaries of f included."""
+    f, z0 = layer(4, 65536, 64)
+    held = {}
+    for name, run in contenders(f, z0).items():
+        with torch.no_grad(), MemoryTracker() as tracker:
+            run()
+        held[name] = round(tracker.peak / (z0.numel() * 4), 1) + 1
+    return held
