@@ -6,6 +6,7 @@ diffusers, or a folder: a diffusers model, a model that this command wrote, or a
     ours        config.json, diffusion_pytorch_model.safetensors      DiT.from_pretrained(DIR) or FPDM...
     diffusers   the same two files                                    DiTTransformer2DModel.from_pretrained(DIR)
     dit, fpdm   model.pt, a plain state dict                          torch.load(DIR/model.pt)
+    pipeline    a training run's network, scheduler and options       FixedPointPipeline.from_pretrained(DIR)
 
 and conversion.json, which says what was converted. Nothing in a checkpoint is executed. DIR is written whole
 or not at all, and never over something else.
@@ -39,7 +40,7 @@ class Request:
     """File, or folder of a model or a training run."""
     out: Path
     """Folder to write."""
-    to: Literal["ours", "dit", "fpdm", "diffusers"] = "ours"
+    to: Literal["ours", "dit", "fpdm", "diffusers", "pipeline"] = "ours"
     """Layout to write."""
     weights: Literal["ema", "model"] | None = None
     """Which weights, where the checkpoint holds both; ema, the averaged ones, by default."""
@@ -62,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         request = tyro.cli(Request, args=argv, prog="python -m apps.diffusion.convert")
         check_out(request.out)
+        if request.to == "pipeline":
+            print(write_pipeline(request))
+            return 0
         model = read(request)
         print(write(model, request))
     except ValueError as error:
@@ -302,6 +306,30 @@ def write(model: DiT | FPDM, request: Request) -> str:
             "loaded model."
         )
     return said
+
+
+def write_pipeline(request: Request) -> str:
+    """Write a training run as a pipeline folder with the record of its training; returns what there is to say about it.
+
+    Raises:
+        ValueError: no run, or options that a run decides itself.
+    """
+    from apps.diffusion.checkpoint import pretrained, trained_run, training_state
+    from apps.diffusion.files.atomic import folder_at_once
+    from apps.diffusion.pipeline import FixedPointPipeline
+
+    run = request.checkpoint
+    if not (run / "checkpoints").is_dir():
+        raise ValueError(f"{run} is no training run (it has no checkpoints); --to pipeline takes the folder of one.")
+    _refuse(request, run, "heads", "input_size", "condition_on_time", "weights")
+    state, config = training_state.newest(run), trained_run.read_config(run)
+    pipe = FixedPointPipeline.from_run(run)
+    with folder_at_once(request.out) as partial:
+        pipe.save_pretrained(partial)
+        done = {name: getattr(state.progress, name) for name in ("images", "steps", "seconds")}
+        pretrained.write_record(partial, config, done)
+    count = sum(p.numel() for p in pipe.model.parameters())
+    return f"The pipeline of {type(pipe.model).__name__} with {count:,} parameters is in {request.out}."
 
 
 def _provenance(request: Request) -> dict[str, Any]:

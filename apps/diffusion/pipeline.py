@@ -29,6 +29,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
+from apps.diffusion.checkpoint import pretrained
 from apps.diffusion.checkpoint.trained_run import decoder_of, open_run
 from apps.diffusion.config.sampling import Sampler
 from apps.diffusion.files.images import to_pil
@@ -106,7 +107,7 @@ class FixedPointPipeline(DiffusionPipeline):
         """The pipeline in a folder that `save_pretrained` wrote, or of a training run (see `from_run`).
 
         Args:
-            source: the folder.
+            source: the folder, or the name of a network that comes with the repository (checkpoint/pretrained.py).
             vae: instead of the folder's own: a model, a folder, or a name on the hub.
             scheduler: instead of the folder's own.
             torch_dtype: of the network's weights; None leaves them as they are.
@@ -114,7 +115,7 @@ class FixedPointPipeline(DiffusionPipeline):
         Raises:
             ValueError: neither a pipeline nor a run, or one that cannot be read.
         """
-        folder = Path(source)
+        folder = pretrained.locate(source)
         if (folder / "checkpoints").is_dir():
             pipe = cls.from_run(folder, vae=vae)
             if torch_dtype is not None:  # diffusers warns of any

@@ -31,7 +31,7 @@ class Request:
     """Sample images from a trained run. What is left out is done as in the run's own samples."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run."""
+    """Folder of the run, or the name of a network that comes with the repository, such as mnist-fpdm."""
     num: int = 100
     """Images in all."""
     classes: tuple[int, ...] = ()
@@ -49,7 +49,7 @@ class Request:
     npz: bool = False
     """Write samples.npz too, for the ADM evaluation suite."""
     out: Path | None = None
-    """Folder for the images; samples, inside the run, by default."""
+    """Folder for the images; by default samples, inside the run, or samples/NAME for a network by name."""
     device: str = "cpu"
     """Where to compute, such as cpu or cuda."""
     rank: int | None = None
@@ -94,6 +94,7 @@ def run(request: Request) -> None:
     rank, world = request.place()
     import torch
 
+    from apps.diffusion.checkpoint.pretrained import locate
     from apps.diffusion.checkpoint.trained_run import decoder_of, open_run
     from apps.diffusion.cli import device_of
     from apps.diffusion.sampling.generate import plan
@@ -104,7 +105,9 @@ def run(request: Request) -> None:
     if trained.config.threads is not None:
         torch.set_num_threads(trained.config.threads)
     made = plan(trained.model, trained.config, request.recipe)
-    album = Album(request.out or request.run / "samples", _labels(request, range(request.num), trained))
+    inside = locate(request.run) == request.run
+    out = request.out or (request.run / "samples" if inside else Path("samples") / request.run)
+    album = Album(out, _labels(request, range(request.num), trained))
     decoder = decoder_of(trained, request.vae, device)
     album.settle(_settings(request, trained, decoder))
     missing = album.missing()

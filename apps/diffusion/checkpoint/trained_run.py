@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors import SafetensorError
 from torch import Tensor
 
+from apps.diffusion.checkpoint import pretrained
 from apps.diffusion.checkpoint import training_state as checkpoint
 from apps.diffusion.config.training import Config
 from apps.diffusion.models import build
@@ -45,18 +47,24 @@ def read_config(run: Path) -> Config:
     """
     file = run / "config.json"
     if not file.is_file():
+        shipped = ", ".join(pretrained.names()) or "none are here: a wheel leaves them out, the repository has them"
         raise ValueError(
-            f"{run} holds no run (it has no config.json); train one: python -m apps.diffusion.train --out {run}"
+            f"{run} holds no run (it has no config.json); train one: python -m apps.diffusion.train --out {run}, or "
+            f"take a trained network by its name ({shipped})."
         )
     return Config.from_json(file.read_text())
 
 
 def open_run(run: Path, weights: Literal["ema", "model"] = "ema") -> Trained:
-    """The newest checkpoint of a run: its averaged weights, or its last ones.
+    """The newest checkpoint of a run: its averaged weights, or its last ones. A network that comes with the repository
+    stands for its own run, by name or by folder (see pretrained.py); it has averaged weights alone.
 
     Raises:
         ValueError: no run in the folder, one that cannot be read, or weights of another network.
     """
+    run = pretrained.locate(run)
+    if (run / pretrained.RECORD).is_file():
+        return _open_pipeline(run, weights)
     config = read_config(run)
     state = checkpoint.newest(run)
     try:
@@ -66,6 +74,21 @@ def open_run(run: Path, weights: Literal["ema", "model"] = "ema") -> Trained:
     chosen = state.ema if weights == "ema" else state.model
     fit(model, chosen, run)
     return Trained(config=config, model=model.eval(), images=state.progress.images, digest=digest(chosen))
+
+
+def _open_pipeline(folder: Path, weights: str) -> Trained:
+    """The network in a pipeline folder with a record of its training."""
+    if weights != "ema":
+        raise ValueError(
+            f"weights={weights!r} are not in {folder}, which holds the averaged ones; leave weights at ema."
+        )
+    config, images = pretrained.read_record(folder)
+    network = DiT if config.model.kind == "dit" else FPDM
+    try:
+        model = network.from_pretrained(folder / "model")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"The network in {folder} cannot be read ({error}); fetch the folder again.") from None
+    return Trained(config=config, model=model.eval(), images=images, digest=digest(model.state_dict()))
 
 
 def decoder_of(trained: Trained, name: str | None = None, device: str = "cpu") -> AutoencoderKL | None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from apps.diffusion.data import Images
+from apps.diffusion.evaluation.lenet import SMALLEST, LeNet, train_lenet
 from apps.diffusion.rng import Stream, drawing_from, generator
 
 FEATURES = 32
@@ -142,14 +143,20 @@ class Score:
 class Judge:
     """A classifier, and the statistics of the real images that it learnt from."""
 
-    classifier: Classifier
+    classifier: Classifier | LeNet
     real: Gaussian
 
     @classmethod
-    def of(cls, images: Images, seed: int = 0, epochs: int = 12) -> Judge:
-        """Train the classifier on real images and keep their statistics."""
-        classifier = train_classifier(images, seed, epochs)
-        return cls(classifier, Gaussian.of(classifier.features(images.x)))
+    def of(cls, images: Images, seed: int = 0, epochs: int | None = None) -> Judge:
+        """Train the classifier on real images and keep their statistics: LeNet from 12 x 12 pixels on (see lenet.py),
+        below that `Classifier`.
+        """
+        if min(images.shape[1:]) >= SMALLEST:
+            classifier: Classifier | LeNet = train_lenet(images, seed, epochs)
+        else:
+            classifier = train_classifier(images, seed, epochs or 12)
+        features = torch.cat([classifier.features(part) for part in images.x.split(1024)])
+        return cls(classifier, Gaussian.of(features))
 
     def score(self, x: Tensor, y: Tensor) -> Score:
         """The score of images (n, C, H, W) in [-1, 1] that should show the classes y (n,)."""

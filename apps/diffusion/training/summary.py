@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from tqdm import tqdm
@@ -52,7 +53,7 @@ def finish(
     real = (images, held_out) if isinstance(images, Images) and held_out is not None and images.num_classes else None
     count = config.sampling.images if real else min(config.sampling.images, gallery.ROWS**2)
     result = _samples(config, network, images.num_classes, count)
-    scores = _scores(result, *real) if real else {}
+    scores = _scores(config, result, *real) if real else {}
     _pictures(config, trainer, result, decoder)
     metrics = {
         **{name: asdict(score) for name, score in scores.items()},
@@ -94,13 +95,21 @@ def sheet(config: Config, network: DiT | FPDM, num_classes: int, decoder: Autoen
     return gallery.sheet(gallery.pixels(result.samples, decoder), labels)
 
 
-def _scores(result: SampleResult, images: Images, held_out: Images) -> dict[str, Score]:
-    """Of the generated images, and of as many real ones as there are, up to that number."""
+def _scores(config: Config, result: SampleResult, images: Images, held_out: Images) -> dict[str, Score]:
+    """Of the generated images, and of as many real ones as there are, up to that number, that the classifier has not
+    seen.
+
+    The classifier of the 8 x 8 digits is trained on the training images, of which there are enough for nothing else.
+    Other data have more held-out images: theirs is trained on these, and has seen nothing that the network learnt from.
+    """
     assert result.labels is not None
-    judge = Judge.of(images)
-    count = min(len(held_out), len(result.samples))
-    real = judge.score(held_out.x[:count], held_out.y[:count])
-    return {"generated": judge.score(result.samples.clamp(-1, 1), result.labels), "real_held_out": real}
+    known, unseen = (images, held_out) if config.data.source == "digits" else (held_out, images)
+    judge = Judge.of(known)
+    count = min(len(unseen), len(result.samples))
+    chosen = torch.arange(count) * len(unseen) // count  # from all over: files are often sorted by class
+    scores = {"generated": judge.score(result.samples.clamp(-1, 1), result.labels)}
+    name = "real_held_out" if unseen is held_out else "real_training"
+    return {**scores, name: judge.score(unseen.x[chosen], unseen.y[chosen])}
 
 
 def _pictures(config: Config, trainer: Trainer, result: SampleResult, decoder: AutoencoderKL | None) -> None:
@@ -130,7 +139,7 @@ def _print(config: Config, metrics: dict[str, Any], scores: dict[str, Score]) ->
     if scores:
         print(f"{'':24}{'images':>8}{'right label':>14}{'Fréchet distance':>19}")
     for name, score in scores.items():
-        told = name.replace("real_held_out", "real, held out")
+        told = name.replace("real_", "real, ").replace("_", " ")
         print(f"{told:24}{score.images:8}{100 * score.accuracy:12.1f} %{score.frechet:19.2f}")
     pictures = [str(p) for p in (out / "samples.png", out / "loss.png") if p.exists()]
     print(f"\nPictures:      {'  '.join(pictures)}")

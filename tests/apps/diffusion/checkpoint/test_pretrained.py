@@ -1,0 +1,86 @@
+"""Networks by name: a run written as a pipeline folder, and found again by the commands and the pipeline."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apps.diffusion import convert, sample
+from apps.diffusion.checkpoint import pretrained, trained_run
+from apps.diffusion.files.images import read
+from apps.diffusion.pipeline import FixedPointPipeline
+
+RUN = Path(__file__).parents[1] / "fixtures" / "run"
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A folder of shipped networks with one, called small, and a working directory beside it."""
+    assert convert.main([str(RUN), "--out", str(tmp_path / "shipped" / "small"), "--to", "pipeline"]) == 0
+    monkeypatch.setattr(pretrained, "SHIPPED", tmp_path / "shipped")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "shipped" / "small"
+
+
+def test_a_name_stands_for_its_folder_unless_there_is_one_here(shipped):
+    assert pretrained.names() == ["small"]
+    assert pretrained.locate("small") == shipped
+    assert pretrained.locate("large") == Path("large")
+    assert pretrained.locate("runs/small") == Path("runs/small")
+    Path("small").mkdir()
+    assert pretrained.locate("small") == Path("small")
+
+
+def test_the_record_is_that_of_the_run(shipped):
+    config, images = pretrained.read_record(shipped)
+    assert config == trained_run.read_config(RUN) and images == 640
+    record = json.loads((shipped / "training.json").read_text())
+    assert record["steps"] == 10 and record["seconds"] > 0
+    named, own = trained_run.open_run(Path("small")), trained_run.open_run(RUN)
+    assert (named.config, named.images, named.digest) == (own.config, own.images, own.digest)
+    with pytest.raises(ValueError, match="weights"):
+        trained_run.open_run(Path("small"), "model")
+
+
+def test_samples_by_name_are_those_of_the_run(shipped):
+    arguments = ["--num", "3", "--steps", "2", "--iterations", "2", "--chunk", "3"]
+    assert sample.main(["small", *arguments]) == 0
+    assert sample.main([str(RUN), *arguments, "--out", "again"]) == 0
+    files = sorted(p.name for p in Path("again").glob("*.png"))
+    assert len(files) == 4  # the grid is the fourth
+    for name in files:
+        assert np.array_equal(np.asarray(read(Path("samples/small") / name)), np.asarray(read(Path("again") / name)))
+    assert sorted(p.name for p in shipped.iterdir()) == ["model", "model_index.json", "scheduler", "training.json"]
+
+
+def test_the_pipeline_is_found_by_name(shipped):
+    pipe = FixedPointPipeline.from_pretrained("small")
+    pipe.set_progress_bar_config(disable=True)
+    own = FixedPointPipeline.from_pretrained(RUN)
+    own.set_progress_bar_config(disable=True)
+    images = [p(class_labels=[1, 2], generator=0, output_type="np").images for p in (pipe, own)]
+    assert np.array_equal(images[0], images[1])
+
+
+def test_what_cannot_be_found_or_read_is_refused(shipped, capsys):
+    assert sample.main(["large"]) == 2
+    assert "small" in capsys.readouterr().err
+    (shipped / "training.json").write_text("{")
+    with pytest.raises(ValueError, match=r"training\.json"):
+        trained_run.open_run(Path("small"))
+    with pytest.raises(ValueError, match="checkpoints"):
+        convert.write_pipeline(convert.Request(checkpoint=shipped, out=Path("out"), to="pipeline"))
+    assert convert.main([str(RUN), "--out", "out", "--to", "pipeline", "--heads", "2"]) == 2
+
+
+def test_a_damaged_network_is_refused(shipped):
+    weights = shipped / "model" / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="model"):
+        trained_run.open_run(Path("small"))
+    shutil.rmtree(shipped)
+    assert pretrained.names() == []
