@@ -25,7 +25,10 @@ def solvable(request, benchmark):
 def test_ours(solvable, name, benchmark):
     with torch.no_grad():
         solution = benchmark(iterate, solvable, solvable.z0, OURS[name], STOP, args=solvable.args)
-    benchmark.extra_info["evaluations"] = int(solution.evals.max())
+    benchmark.extra_info |= {
+        "evaluations": int(solution.evals.max()),
+        "relative residual": float(solvable.residual(solution.value).max()),
+    }
     solution.check()
 
 
@@ -36,5 +39,5 @@ def test_peer(solvable, name, benchmark):
 
     with torch.no_grad():
         value = benchmark(solve)[0]
-    benchmark.extra_info["relative residual"] = float(solvable.residual(value).max())
-    assert value.shape == solvable.z0.shape
+    benchmark.extra_info["relative residual"] = residual = float(solvable.residual(value).max())
+    assert residual < 0.1  # peers stop on the batch's norm, so that single samples may miss 1e-6

@@ -1,4 +1,4 @@
-"""What all studies share: a cell, the models, training by CPU time, sampling and scoring."""
+"""Shared by all experiments: cells, models, training for a CPU time, sampling and scoring."""
 
 import json
 import time
@@ -30,7 +30,7 @@ SCALES: Sizes = {  # CPU seconds of training by study, and samples per score
 
 @dataclass(frozen=True)
 class Way:
-    """One way to sample a trained network: `steps` timesteps and, for an FPDM, how each is solved."""
+    """A sampling setting: `steps` timesteps and, for an FPDM, how each fixed point is solved."""
 
     name: str
     steps: int
@@ -39,7 +39,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Cell:
-    """One network to train, and the ways in which it is sampled."""
+    """One network to train, and its sampling settings."""
 
     name: str
     config: Config
@@ -52,7 +52,7 @@ def fixed(iterations: int) -> Callable[[Any], Solve]:
 
 
 def fpdm(seconds: float, grad: Grad = StochasticJFB(N=6, M=3), **model: Any) -> Config:
-    """A small FPDM: hidden size 64, four tokens, one block before and one behind unless told otherwise."""
+    """A small FPDM: hidden size 64, four tokens, one block before and one behind by default."""
     return _config(Model(kind="fpdm", hidden=64, patch=4, condition_on_time=True, **model), seconds, grad)
 
 
@@ -75,14 +75,14 @@ def _config(model: Model, seconds: float, grad: Grad) -> Config:
 
 @cache
 def judge() -> tuple[Images, Images, Judge]:
-    """Training images, those held out, and the classifier that scores."""
+    """Training images, held-out images, and the classifier that scores samples."""
     images, held_out = build.images(Config().data)
     assert isinstance(images, Images) and held_out is not None
     return images, held_out, Judge.of(images)
 
 
 def floor(images: Images, ruler: Judge, count: int, draws: int = 20) -> dict[str, Any]:
-    """Distances of real images drawn like samples, as many and with the same labels: what no network goes below."""
+    """Distances of real images drawn like samples, as many and with the same labels: the lower bound for a network."""
     distances = []
     for draw in range(draws):
         source = torch.Generator().manual_seed(draw)
@@ -112,7 +112,7 @@ def train(config: Config) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def kept(path: Path, config: Config) -> tuple[nn.Module, dict[str, Any]] | None:
-    """The network that was trained by this configuration before, if it is still there."""
+    """The network saved by an earlier run of the same configuration, or None."""
     found = torch.load(path) if path.exists() else {}
     if found.get("config") != repr(config):
         return None
@@ -144,7 +144,7 @@ def score(model: Any, config: Config, way: Way, count: int) -> dict[str, float]:
 
 @dataclass
 class Records:
-    """The results of one study: a JSON file, written anew after every cell."""
+    """The results of one experiment: a JSON file, rewritten after every cell."""
 
     path: Path
     about: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The result file of a study, as the chapters read it."""
+"""Reading the result files of experiments."""
 
 import json
 import statistics
@@ -7,28 +7,30 @@ from typing import Any
 
 from benchmarks.report.formatting import NOTHING
 
-_HASTY = 2.0  # distances above this are those of networks that have far to go
+_UNFINISHED = 2.0  # best Frechet distance above which the networks were trained too briefly
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a result file holds; nothing where it was not measured.
+    """The content of a result file; empty if the file does not exist.
 
     Raises:
-        SystemExit: the file is none of ours.
+        SystemExit: the file is damaged, or no result file.
     """
     if not path.exists():
         return {}
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
-        raise SystemExit(f"{path} is not whole ({error}): restore it, or delete it to have it not measured.") from None
+        raise SystemExit(
+            f"{path} is damaged ({error}): restore it, or delete it so that the report says 'not measured'."
+        ) from None
     if not isinstance(found, dict):
-        raise SystemExit(f"{path} is no result file: restore it, or delete it to have it not measured.")
+        raise SystemExit(f"{path} is no result file: restore it, or delete it so that the report says 'not measured'.")
     return found
 
 
 class Study:
-    """The records of one study, `None` wherever something was not measured."""
+    """The records of one experiment; `None` or an empty list where something was not measured."""
 
     def __init__(self, results: Path, name: str) -> None:
         path = results / f"experiment_{name}.json"
@@ -36,7 +38,7 @@ class Study:
         self.found: dict[str, Any] = read(path)
 
     def values(self, cell: str, way: str, what: str) -> list[float]:
-        """One number per seed; what a run cost in training is found under the way ""."""
+        """One number per seed; way "" gives the numbers of the training run itself."""
         parts = [c for name, c in self.found.get("cells", {}).items() if name.rsplit(", seed ", 1)[0] == cell]
         parts = [c["samples"].get(way, {}) if way else c["training"] for c in parts]
         return [p[what] for p in parts if what in p]
@@ -49,21 +51,20 @@ class Study:
         return list(dict.fromkeys(name.rsplit(", seed ", 1)[0] for name in self.found.get("cells", {})))
 
     def ways(self, cell: str) -> list[str]:
-        """The ways in which a cell was sampled."""
+        """Names of the sampling settings of a cell."""
         first = next((c for n, c in self.found.get("cells", {}).items() if n.startswith(f"{cell}, seed")), None)
         return list(first["samples"]) if first else []
 
     def source(self) -> str:
-        """Where the numbers come from, in a line."""
+        """Provenance of the numbers, in one line."""
         if not self.found:
             return f"`{self.file}`: {NOTHING}."
         real = self.found["real"]
         means = [self.mean(cell, way, "frechet") for cell in self.cells() for way in self.ways(cell)]
         best = min((m for m in means if m is not None), default=0.0)
-        hasty = (
-            f" The best distance here is {best:.1f}: networks trained so briefly tell who learns fastest, not who ends "
-            "best."
-            if best > _HASTY
+        unfinished = (
+            f" The best distance here is {best:.1f}: training this brief ranks speed of learning, not final quality."
+            if best > _UNFINISHED
             else ""
         )
         floor = "; ".join(f"{name} {score['frechet']:.2f}" for name, score in real.items())
@@ -71,11 +72,11 @@ class Study:
             f"`{self.file}`: {self.found['command']}, {self.found['device']}, torch {self.found['versions']['torch']}, "
             f"commit {self.found['commit']}; {self._complete()}, "
             f"{self.found['training_cpu_seconds']} s of CPU time for each network, "
-            f"{self.found['samples']} samples a score. Fréchet distance of real digits: {floor}.{hasty}"
+            f"{self.found['samples']} samples a score. Fréchet distance of real digits: {floor}.{unfinished}"
         )
 
     def _complete(self) -> str:
-        """How many networks were trained of those that the seeds ask for, and which seeds these are."""
+        """Number of trained networks out of those planned for the seeds, and the seeds."""
         from benchmarks.experiments.run import study
 
         seeds = sorted({int(name.rsplit(", seed ", 1)[1]) for name in self.found["cells"]})

@@ -4,9 +4,9 @@
     peers/bin/python -m benchmarks.solvers.peers_jax     writes benchmarks/results/peers_jax.json
 
 `evaluations.py` puts these rows beside the others. The maps are those of `implicit.testing`, called back from jax; each
-call counts as one evaluation, and so does each product with the Jacobian. The batch is one system, since neither package
-batches. A problem counts as solved once every sample has been evaluated within the tolerance, whatever the solver's own
-stopping criterion says.
+call counts as one evaluation, and so does each product with the Jacobian. The batch is one system, since neither
+package batches. A problem counts as solved once every sample has been evaluated within the tolerance, whatever the
+solver's own stopping criterion says.
 """
 
 import argparse

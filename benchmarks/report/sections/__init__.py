@@ -1,4 +1,4 @@
-"""The chapters of the report, one file each: `chapter(results, images)` is its Markdown, its figures go to `images`.
+"""Sections of the report, one file each: `chapter(results, images)` returns Markdown and writes its figures.
 
-A file that is missing, or a cell that is missing in it, reads "not measured".
+A result that is missing reads "not measured".
 """

@@ -1,9 +1,10 @@
-"""Iterations over timesteps."""
+"""Allocation of iterations over timesteps."""
 
 from pathlib import Path
 
-from benchmarks.report.formatting import table, told, verdict
+from benchmarks.report.formatting import mean_and_deviation, table
 from benchmarks.report.results import Study
+from benchmarks.report.significance import verdict
 
 
 def chapter(results: Path, images: Path) -> str:
@@ -13,9 +14,9 @@ def chapter(results: Path, images: Path) -> str:
     rows = [
         (
             way + (", reused start" if way.startswith("tolerance") else ""),
-            told(study.values("FPDM", way, "evaluations"), 1),
-            told(study.values("FPDM", way, "frechet")),
-            told(study.values("FPDM", way, "accuracy"), 1, 100),
+            mean_and_deviation(study.values("FPDM", way, "evaluations"), 1),
+            mean_and_deviation(study.values("FPDM", way, "frechet")),
+            mean_and_deviation(study.values("FPDM", way, "accuracy"), 1, 100),
         )
         for way in ways
     ]

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from benchmarks.experiments.sampling import BUDGETS, DEPTH
 from benchmarks.report import figures
-from benchmarks.report.formatting import NOTHING, decision, table, told
+from benchmarks.report.formatting import NOTHING, mean_and_deviation, table
 from benchmarks.report.results import Study
+from benchmarks.report.significance import decision
 
 KINDS = {"block passes": "{} block passes", "MACs": "MACs of {} blocks"}
 ABOUT = (
@@ -54,7 +55,14 @@ def _row(study: Study, kind: str, budget: int) -> tuple[str, ...]:
     best = min(splits, key=lambda steps: sum(splits[steps]) / len(splits[steps]), default=None)
     ours, plain = splits[best] if best else [], _plain(study, budget)
     word = decision(ours, plain)
-    return KINDS[kind].format(budget), told(ours), _count(best), told(plain), _count(budget // DEPTH), word
+    return (
+        KINDS[kind].format(budget),
+        mean_and_deviation(ours),
+        _count(best),
+        mean_and_deviation(plain),
+        _count(budget // DEPTH),
+        word,
+    )
 
 
 def _count(steps: int | None) -> str:

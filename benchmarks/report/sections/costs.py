@@ -1,4 +1,4 @@
-"""What steps of FPDM and DiT cost."""
+"""Cost of training and sampling steps of FPDM and DiT."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def chapter(results: Path, images: Path) -> str:
 
 
 def tables(path: Path) -> list[str]:
-    """The tables that `bench_diffusion` wrote, and where they were measured."""
+    """The tables of `benchmarks.diffusion.run`, with device and commit."""
     parts: list[str] = []
     known = read(path).get("tables", {})
     for name in ("against the plain step", "around the block", "sampling step", "training step", "parameters"):

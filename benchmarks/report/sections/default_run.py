@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.report.formatting import NOTHING, table, told
+from benchmarks.report.formatting import NOTHING, mean_and_deviation, table
 from benchmarks.report.results import read
 
 
@@ -18,10 +18,10 @@ def chapter(results: Path, images: Path) -> str:
         rows.append(
             (
                 kind.upper() if kind == "fpdm" else "DiT",
-                told([r["training"]["parameters"] for r in runs], 0),
-                told([r["training"]["steps"] for r in runs], 0),
-                told([r["generated"]["accuracy"] for r in runs], 1, 100),
-                told([r["generated"]["frechet"] for r in runs]),
+                mean_and_deviation([r["training"]["parameters"] for r in runs], 0),
+                mean_and_deviation([r["training"]["steps"] for r in runs], 0),
+                mean_and_deviation([r["generated"]["accuracy"] for r in runs], 1, 100),
+                mean_and_deviation([r["generated"]["frechet"] for r in runs]),
             )
         )
     source = f"`digits.json`: {found['command']}, {found['device']}, commit {found['commit'][:7]}."

@@ -5,8 +5,9 @@ from pathlib import Path
 from apps.diffusion.config.training import Config
 from benchmarks.experiments.estimators import GRADS
 from benchmarks.report import figures
-from benchmarks.report.formatting import table, told, verdict
+from benchmarks.report.formatting import mean_and_deviation, table
 from benchmarks.report.results import Study
+from benchmarks.report.significance import verdict
 
 
 def chapter(results: Path, images: Path) -> str:
@@ -14,10 +15,10 @@ def chapter(results: Path, images: Path) -> str:
     rows = [
         (
             name,
-            told(study.values(name, "20 x 10", "frechet")),
-            told(study.values(name, "20 x 10", "accuracy"), 1, 100),
-            told(study.values(name, "", "steps"), 0),
-            told(study.values(name, "", "loss"), 3),
+            mean_and_deviation(study.values(name, "20 x 10", "frechet")),
+            mean_and_deviation(study.values(name, "20 x 10", "accuracy"), 1, 100),
+            mean_and_deviation(study.values(name, "", "steps"), 0),
+            mean_and_deviation(study.values(name, "", "loss"), 3),
         )
         for name in GRADS
     ]

@@ -1,4 +1,4 @@
-"""What was measured on a GPU."""
+"""Measurements on a GPU."""
 
 from pathlib import Path
 

@@ -1,17 +1,18 @@
-"""S-JFB's N and M."""
+"""N and M of S-JFB: iterations without and with a graph."""
 
 import statistics
 from pathlib import Path
 
 from benchmarks.experiments.iteration_split import FREE, TRACKED
-from benchmarks.report.formatting import NOTHING, table, told, verdict
+from benchmarks.report.formatting import NOTHING, mean_and_deviation, table
 from benchmarks.report.results import Study
+from benchmarks.report.significance import verdict
 
 
 def chapter(results: Path, images: Path) -> str:
     study = Study(results, "iteration-split")
     cell = {(n, m): study.values(f"N={n} M={m}", "20 x 10", "frechet") for n in FREE for m in TRACKED}
-    rows = [(f"N = {n}", *(told(cell[n, m]) for m in TRACKED)) for n in FREE]
+    rows = [(f"N = {n}", *(mean_and_deviation(cell[n, m]) for m in TRACKED)) for n in FREE]
     measured = {key: statistics.fmean(values) for key, values in cell.items() if values}
     best = min(measured, key=lambda key: measured[key], default=None)
     line = f"Best mean: N = {best[0]}, M = {best[1]}." if best else f"Best: {NOTHING}."

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from benchmarks.experiments.outer_blocks import PAIRS
-from benchmarks.report.formatting import NOTHING, table, told, verdict
+from benchmarks.report.formatting import NOTHING, mean_and_deviation, table
 from benchmarks.report.results import Study
+from benchmarks.report.significance import verdict
 
 
 def chapter(results: Path, images: Path) -> str:
@@ -13,10 +14,10 @@ def chapter(results: Path, images: Path) -> str:
     rows = [
         (
             f"{pair[0]} before, {pair[1]} behind",
-            told(study.values(name, "20 x 10", "frechet")),
-            told(study.values(name, "20 x 10", "accuracy"), 1, 100),
+            mean_and_deviation(study.values(name, "20 x 10", "frechet")),
+            mean_and_deviation(study.values(name, "20 x 10", "accuracy"), 1, 100),
             f"{study.mean(name, '', 'parameters'):,.0f}" if study.found else NOTHING,
-            told(study.values(name, "", "steps"), 0),
+            mean_and_deviation(study.values(name, "", "steps"), 0),
         )
         for pair, name in names.items()
     ]

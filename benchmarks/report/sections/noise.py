@@ -1,4 +1,4 @@
-"""How large a difference must be to mean something."""
+"""Distance between sets of real digits: the scale of a meaningful difference."""
 
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ def chapter(results: Path, images: Path) -> str:
         (
             HEAD,
             f"Every score below is of {drawn['images']} samples, {drawn['images'] // 10} of each class. Real digits "
-            "drawn like them are not at distance 0 either: no network can be expected to go below that, and two such "
-            f"draws differ by about {drawn['frechet spread'] * 2**0.5:.2f}. The larger spread over seeds has "
-            "this in it.",
+            "drawn in the same way have a distance above 0 too, which no network is expected to undercut, and two such "
+            f"draws differ by about {drawn['frechet spread'] * 2**0.5:.2f}. The spread over seeds includes this.",
             table(("real digits, against all training digits", "Fréchet distance"), rows),
             f"`real_data_distance.json`: {found['command']}, "
             f"{found['device']}, torch {found['versions']['torch']}, commit "

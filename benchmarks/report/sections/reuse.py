@@ -1,11 +1,12 @@
-"""Where a timestep's solve starts."""
+"""Warm start: the solve of a timestep starts from the previous timestep's solution."""
 
 from pathlib import Path
 
 from benchmarks.experiments.sampling import STARTS
 from benchmarks.report import figures
-from benchmarks.report.formatting import table, told, verdict
+from benchmarks.report.formatting import mean_and_deviation, table
 from benchmarks.report.results import Study
+from benchmarks.report.significance import verdict
 
 
 def chapter(results: Path, images: Path) -> str:
@@ -13,7 +14,7 @@ def chapter(results: Path, images: Path) -> str:
     found = {
         name: {k: study.values("FPDM", f"{name} start, {k} iterations", "frechet") for k in counts} for name in STARTS
     }
-    rows = [(name, *(told(found[name][k]) for k in counts)) for name in STARTS]
+    rows = [(name, *(mean_and_deviation(found[name][k]) for k in counts)) for name in STARTS]
     figures.reuse(found, images / "report_reuse.png")
     return "\n\n".join(
         (

@@ -1,4 +1,4 @@
-"""The two headline numbers that are no matter of training."""
+"""Parameters and training memory, the two headline numbers that need no training."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from benchmarks.report.results import read
 
 
 def chapter(results: Path, images: Path) -> str:
-    """The two headline numbers that are no matter of training."""
+    """Parameters and training memory, the two headline numbers that need no training."""
     path, parts = results / "diffusion.json", ["## Size and memory"]
     known = read(path).get("tables", {})
     sizes = {row["network"]: row["parameters"] for row in known.get("parameters", {}).get("rows", [])}
@@ -27,12 +27,12 @@ def chapter(results: Path, images: Path) -> str:
 
 def _full_size(results: Path) -> str:
     """Peak memory of FPDM-XL/2's step at the expected draw beside DiT-XL/2's, in every file of a GPU."""
-    told = []
+    parts = []
     for path in sorted(results.glob("gpu_diffusion_*.json")):
         rows = read(path).get("tables", {}).get("training step", {}).get("rows", [])
         peaks = {(r["network"], r["estimator"][:5]): r for r in reversed(rows) if not r["checkpointed"]}
         ours, dit = peaks.get(("FPDM", "S-JFB")), peaks.get(("DiT", ""))
         if ours and dit and "peak MiB" in ours and "peak MiB" in dit:
             less = f"{100 * (1 - ours['peak MiB'] / dit['peak MiB']):.0f} % less"
-            told.append(f"{less} at batch {ours['batch']}, {ours['estimator']} (`{path.name}`)")
-    return "; ".join(told) or f"{NOTHING} at that size"
+            parts.append(f"{less} at batch {ours['batch']}, {ours['estimator']} (`{path.name}`)")
+    return "; ".join(parts) or f"{NOTHING} at that size"

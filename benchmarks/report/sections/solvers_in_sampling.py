@@ -5,8 +5,9 @@ from pathlib import Path
 
 from benchmarks.experiments.sampling import SOLVERS
 from benchmarks.report import figures
-from benchmarks.report.formatting import NOTHING, table, told, verdict
+from benchmarks.report.formatting import NOTHING, mean_and_deviation, table
 from benchmarks.report.results import Study
+from benchmarks.report.significance import verdict
 
 
 def chapter(results: Path, images: Path) -> str:
@@ -22,7 +23,10 @@ def chapter(results: Path, images: Path) -> str:
         for name in SOLVERS
     }
     residual = lambda v: f"{statistics.fmean(v):.1e}" if v else NOTHING  # noqa: E731
-    rows = [(name, *(f"{residual(found[name][k][0])}; {told(found[name][k][1])}" for k in counts)) for name in SOLVERS]
+    rows = [
+        (name, *(f"{residual(found[name][k][0])}; {mean_and_deviation(found[name][k][1])}" for k in counts))
+        for name in SOLVERS
+    ]
     figures.solvers(found, images / "report_solvers.png")
     return "\n\n".join(
         (
