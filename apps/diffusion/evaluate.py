@@ -1,7 +1,8 @@
 """Score generated images: `python -m apps.diffusion.evaluate SAMPLES --reference DATA_OR_STATISTICS`.
 
 SAMPLES is what `python -m apps.diffusion.sample` wrote, any folder of pictures, or an .npz file with arr_0. The
-reference is the same, or `digits`, or statistics: those that --save wrote, or the .npz of the ADM evaluation suite.
+reference is the same, or `digits`, `mnist:held-out`, or statistics: those that --save wrote, or the .npz of the ADM
+evaluation suite.
 Fréchet distance, sFID, KID, precision and recall tell how far the two lie apart on the features of a network, the
 inception score how sure and how various its verdicts are; with digits and their classes, how many are right.
 Statistics of a reference are kept (in ~/.cache/implicit, by checksum of the pictures and of the network).
@@ -30,15 +31,21 @@ class Request:
     samples: Annotated[str, tyro.conf.Positional]
     """Folder of pictures, or .npz file."""
     reference: str = "digits"
-    """Folder of pictures, .npz file, statistics (.safetensors, .npz), digits or digits:held-out."""
-    features: Literal["digits", "inception"] = "digits"
-    """The network that looks: a classifier of digits, trained on the spot, or Inception where it is installed."""
+    """Folder of pictures, .npz file, statistics (.safetensors, .npz), or digits, digits:held-out, mnist,
+    mnist:held-out.
+    """
+    features: Literal["digits", "mnist", "inception"] = "digits"
+    """The network whose features are compared: a classifier of the 8 x 8 digits, one of MNIST (each trained by the
+    command, in seconds), or Inception where it is installed.
+    """
     weights: Path | None = None
     """Inception's weights, where they are not in torch.hub's folder."""
     size: int | None = None
     """Crop and resize the pictures of folders to this side, as ADM does."""
     nearest: int = 3
     """Neighbours that precision and recall look at."""
+    neighbors: Path | None = None
+    """Draw the first 20 samples, each above the nearest image of the reference, into this .png file."""
     save: Path | None = None
     """Write the statistics of the reference to this .safetensors file too."""
     cache: Path | None = None
@@ -51,6 +58,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.nearest < 1 or (self.size is not None and self.size < 1):
             raise ValueError(f"--nearest and --size must be at least 1, got {self.nearest} and {self.size}.")
+        if self.neighbors is not None and self.neighbors.suffix != ".png":
+            raise ValueError(f"--neighbors {self.neighbors} must name a .png file.")
         if self.save is not None and (self.save.suffix != ".safetensors" or self.save.exists()):
             raise ValueError(f"--save {self.save} must be a new file whose name ends in .safetensors.")
         if self.save is not None and not self.save.parent.is_dir():
@@ -103,15 +112,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(request: Request) -> dict[str, Any]:
-    """{"generated": scores, "real_held_out": those of real digits, where these are the reference, "reference": its
-    provenance}.
+    """{"generated": scores, "real_held_out" or "real_training": those of real digits that the classifier has not seen,
+    where the reference is digits or mnist:held-out, "reference": its provenance}.
 
     Raises:
         ValueError: what is no source of pictures, or does not fit the features or each other.
     """
     from apps.diffusion.evaluation.feature_extractors import open_extractor
     from apps.diffusion.evaluation.feature_statistics import cached, is_statistics, load, measure, save
-    from apps.diffusion.evaluation.image_sources import of_digits, open_source
+    from apps.diffusion.evaluation.image_sources import of_named, open_source
 
     samples = open_source(request.samples, request.size)
     if samples.count < 2:
@@ -132,13 +141,32 @@ def run(request: Request) -> dict[str, Any]:
     else:
         reference = cached(real, extractor, request.cache)
     report = {"generated": asdict(compare(samples, measure(samples, extractor), reference, extractor, request.nearest))}
-    if request.reference == "digits" and real is not None and real.name.startswith("digits"):
-        held_out = of_digits("held-out", samples.count)  # distances fall with the number of images: compare equal ones
-        scores = compare(held_out, measure(held_out, extractor), reference, extractor, request.nearest)
-        report["real_held_out"] = asdict(scores)
+    # real images that the classifier has not seen, as many as there are samples: distances fall with the number
+    unseen = {"digits": ("digits", "held-out"), "mnist:held-out": ("mnist", "train")}.get(request.reference)
+    if unseen is not None and real is not None and real.name.startswith(unseen[0]):
+        other = of_named(*unseen, samples.count)
+        scores = compare(other, measure(other, extractor), reference, extractor, request.nearest)
+        report["real_held_out" if unseen[1] == "held-out" else "real_training"] = asdict(scores)
+    if request.neighbors is not None:
+        report["nearest"] = _neighbors(samples, real, request)
     if request.save is not None:
         save(reference, request.save)
     return {**report, "reference": reference.provenance}
+
+
+def _neighbors(samples: Source, real: Source | None, request: Request) -> dict[str, float]:
+    """Draw samples above their nearest reference images; returns the distances from there of all samples."""
+    import torch
+
+    from apps.diffusion.evaluation.nearest import nearest, neighbor_grid
+
+    if real is None:
+        raise ValueError(f"--neighbors needs the images of the reference, and {request.reference} holds statistics.")
+    assert request.neighbors is not None
+    x, others = (torch.cat(list(source.batches())) for source in (samples, real))
+    neighbor_grid(x[:20], others).save(request.neighbors)
+    distance = nearest(x, others)[1]
+    return {"median": float(distance.median()), "least": float(distance.min())}
 
 
 def compare(source: Source, found: Statistics, reference: Statistics, extractor: Extractor, nearest: int = 3) -> Scores:
@@ -165,7 +193,7 @@ def compare(source: Source, found: Statistics, reference: Statistics, extractor:
             scores["precision"], scores["recall"] = sides
     if found.logits is not None:
         scores["inception_score"], scores["inception_score_std"] = inception_score(found.logits)
-        if source.labels is not None and extractor.name == "digits":
+        if source.labels is not None and extractor.name in ("digits", "mnist"):
             known = found.logits.shape[1]
             if int(source.labels.max()) >= known:
                 raise ValueError(
@@ -189,7 +217,7 @@ _ROWS = {
 
 
 def _print(report: dict[str, Any]) -> None:
-    columns = {"generated": "generated", "real_held_out": "real, held out"}
+    columns = {"generated": "generated", "real_held_out": "real, held out", "real_training": "real, training"}
     shown = [name for name in columns if name in report]
     print(f"{'':20}" + "".join(f"{columns[name]:>18}" for name in shown))
     for key, (title, form) in _ROWS.items():
@@ -197,6 +225,9 @@ def _print(report: dict[str, Any]) -> None:
         if any(value is not None for value in values):
             cells = ["-" if value is None else form.format(value) for value in values]
             print(f"{title:20}" + "".join(f"{cell:>18}" for cell in cells))
+    if "nearest" in report:
+        near = report["nearest"]
+        print(f"nearest reference image: {near['median']:.3f} RMS away (median), {near['least']:.3f} (least)")
     told = report["reference"]
     print(
         f"\nAgainst {told['data'].get('images', '')} images of {told['data']['name']}, on the features "

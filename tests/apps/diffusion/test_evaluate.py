@@ -108,7 +108,7 @@ def test_statistics_are_kept_by_the_checksum_of_data_and_network(folder, quick, 
     pf.truncate(file)
     assert torch.equal(reference.cached(there, quick).pooled.mean, first.pooled.mean)
     reference.cached(there, Pixels())
-    reference.cached(sources.of_digits("held-out", 50), quick)
+    reference.cached(sources.of_named("digits", "held-out", 50), quick)
     assert len(list(cache.iterdir())) == 3
 
 

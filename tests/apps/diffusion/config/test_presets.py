@@ -43,7 +43,7 @@ def test_published_sizes_and_lengths(name, kind):
     assert build.scheduler(config, "ddpm").betas[-1] == 1
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", [*SETS, "mnist"])
 def test_both_train_under_the_same_settings(name):
     """All that a fair comparison keeps equal is."""
     ours, baseline = PRESETS[name](), PRESETS[f"{name}-dit"]()
@@ -88,3 +88,12 @@ def test_a_learned_variance_trains_and_samples():
     assert rows.all()  # the means and the variances of all four pixels of a patch have learnt
     samples = generate(trainer.ema.module.eval(), config, config.sampling, range(2), [0, 1], 0).samples
     assert samples.shape == (2, 1, 8, 8) and samples.isfinite().all()
+
+
+def test_the_networks_of_mnist_fit_their_folders():
+    """Six megabytes in float32 each, and the DiT is the larger one."""
+    sizes = []
+    for name in ("mnist", "mnist-dit"):
+        network = build.network(PRESETS[name]().model, (1, 28, 28), 10, iterations=5, seed=0)
+        sizes.append(sum(value.numel() * 4 for value in network.state_dict().values()))
+    assert sizes[0] < sizes[1] < 6e6 and sizes[1] / sizes[0] == pytest.approx(1.16, abs=0.01)
