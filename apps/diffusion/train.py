@@ -92,12 +92,12 @@ def parse(argv: Sequence[str]) -> tuple[Config, bool]:
         )
     config, _ = _parse(argv, saved)
     extended = {name: getattr(config, name) for name in _EXTENDABLE}
-    extended["optimisation"] = dataclasses.replace(saved.optimisation, images=config.optimisation.images)
+    extended["optimizer"] = dataclasses.replace(saved.optimizer, images=config.optimizer.images)
     extended["data"] = dataclasses.replace(saved.data, path=config.data.path, vae=config.data.vae)
     if dataclasses.replace(saved, **extended) != config:
         raise ValueError(
             f"A run is resumed with the settings it was started with ({config.out / 'config.json'}); only "
-            f"optimisation.images, data.path, data.vae, {', '.join(_EXTENDABLE)} may be changed. Give another --out "
+            f"optimizer.images, data.path, data.vae, {', '.join(_EXTENDABLE)} may be changed. Give another --out "
             f"for another run."
         )
     return config, True
@@ -134,7 +134,7 @@ def saved_config(run: Path) -> Config:
         raise ValueError(
             f"{run} holds no run (it has no config.json); give the folder of one, or train one with --out {run}."
         )
-    return Config.from_json(file.read_text())
+    return Config.from_json(file.read_text(), str(file))
 
 
 def prepare_folder(config: Config, resume: bool) -> Checkpoint | None:

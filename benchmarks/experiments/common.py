@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from apps.diffusion.config.training import EMA, Config, Grad, Model, Optimisation, StochasticJFB
+from apps.diffusion.config.training import Config, EMAConfig, Grad, ModelConfig, OptimizerConfig
 from apps.diffusion.data import Images
 from apps.diffusion.evaluation.digit_classifier import Judge
 from apps.diffusion.models import build
@@ -20,6 +20,7 @@ from apps.diffusion.sampling.sampler import Solve, sample
 from apps.diffusion.schedulers import noise_schedule as schedule
 from apps.diffusion.training.trainer import Trainer
 from benchmarks.harness import provenance
+from implicit import StochasticJFB
 
 Sizes = dict[str, dict[str, float]]
 SCALES: Sizes = {  # CPU seconds of training by study, and samples per score
@@ -53,19 +54,19 @@ def fixed(iterations: int) -> Callable[[Any], Solve]:
 
 def fpdm(seconds: float, grad: Grad = StochasticJFB(N=6, M=3), **model: Any) -> Config:
     """A small FPDM: hidden size 64, four tokens, one block before and one behind by default."""
-    return _config(Model(kind="fpdm", hidden=64, patch=4, condition_on_time=True, **model), seconds, grad)
+    return _config(ModelConfig(kind="fpdm", hidden=64, patch=4, condition_on_time=True, **model), seconds, grad)
 
 
 def dit(seconds: float) -> Config:
     """The explicit baseline: six blocks of the same width."""
-    return _config(Model(kind="dit", hidden=64, patch=4), seconds, StochasticJFB())
+    return _config(ModelConfig(kind="dit", hidden=64, patch=4), seconds, StochasticJFB())
 
 
-def _config(model: Model, seconds: float, grad: Grad) -> Config:
+def _config(model: ModelConfig, seconds: float, grad: Grad) -> Config:
     return Config(
         model=model,
-        optimisation=Optimisation(images=10**9, batch=64, lr=2e-3, warmup=6_400),
-        ema=EMA(decay=0.99),
+        optimizer=OptimizerConfig(images=10**9, batch=64, lr=2e-3, warmup=6_400),
+        ema=EMAConfig(decay=0.99),
         grad=grad,
         max_time=seconds,
         checkpoint_every=10**9,

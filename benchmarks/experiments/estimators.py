@@ -1,7 +1,8 @@
 """JFB, S-JFB, IFT, Phantom, Reversible and full unrolling at equal training time."""
 
-from apps.diffusion.config.training import IFT, JFB, Grad, Phantom, Reversible, StochasticJFB, Unrolled
+from apps.diffusion.config.training import Grad
 from benchmarks.experiments.common import SCALES, Cell, Way, fixed, fpdm
+from implicit import IFT, JFB, Phantom, Reversible, StochasticJFB, Unrolled
 
 GRADS: dict[str, Grad] = {
     "JFB": JFB(),

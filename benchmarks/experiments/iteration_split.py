@@ -1,7 +1,7 @@
 """S-JFB's N, most free iterations, and M, most tracked ones."""
 
-from apps.diffusion.config.training import StochasticJFB
 from benchmarks.experiments.common import SCALES, Cell, Way, fixed, fpdm
+from implicit import StochasticJFB
 
 FREE, TRACKED = (0, 3, 6, 12), (1, 3, 6, 12)
 

@@ -44,7 +44,7 @@ def test_the_table_has_the_presets_numbers():
     for ours, baseline, classes, steps, *counts in rows:
         for name, count in zip((ours, baseline), counts, strict=True):
             config = PRESETS[name]()
-            assert config.optimisation.images == int(steps.replace(",", "")) * 512
+            assert config.optimizer.images == int(steps.replace(",", "")) * 512
             assert (classes == "none") == config.data.unconditional
             with torch.device("meta"):
                 number = 0 if classes == "none" else int(classes)

@@ -21,8 +21,8 @@ def barely_train(out: Path) -> None:
     from apps.diffusion.data import digits
     from apps.diffusion.training.trainer import Trainer
 
-    model, optimisation = c.Model(hidden=16, heads=2, patch=4), c.Optimisation(images=64, batch=16)
-    config = c.Config(model=model, optimisation=optimisation, out=out)
+    model, optimizer = c.ModelConfig(hidden=16, heads=2, patch=4), c.OptimizerConfig(images=64, batch=16)
+    config = c.Config(model=model, optimizer=optimizer, out=out)
     Trainer(config, digits("train")).run(lambda state: checkpoint.save(out, state))
     (out / "config.json").write_text(config.to_json())
 

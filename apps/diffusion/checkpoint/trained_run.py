@@ -52,7 +52,7 @@ def read_config(run: Path) -> Config:
             f"{run} holds no run (it has no config.json); train one: python -m apps.diffusion.train --out {run}, or "
             f"take a trained network by its name ({shipped})."
         )
-    return Config.from_json(file.read_text())
+    return Config.from_json(file.read_text(), str(file))
 
 
 def open_run(run: Path, weights: Literal["ema", "model"] = "ema") -> Trained:

@@ -8,17 +8,16 @@ from functools import partial
 from pathlib import Path
 
 from apps.diffusion.config.training import (
-    EMA,
     Config,
-    Data,
+    DataConfig,
+    EMAConfig,
     Kind,
-    Model,
-    Optimisation,
-    Picard,
+    ModelConfig,
+    NoiseSchedule,
+    OptimizerConfig,
     Sampling,
-    Schedule,
-    StochasticJFB,
 )
+from implicit import Picard, StochasticJFB
 
 
 def digits() -> Config:
@@ -28,9 +27,9 @@ def digits() -> Config:
     layers see the time as well as the class: 98.7 against 95.7 % of the labels right (one seed, otherwise equal).
     """
     return Config(
-        model=Model(kind="fpdm", patch=4, condition_on_time=True),
-        optimisation=Optimisation(images=3_000 * 64, batch=64, lr=2e-3, warmup=6_400),
-        ema=EMA(decay=0.99),
+        model=ModelConfig(kind="fpdm", patch=4, condition_on_time=True),
+        optimizer=OptimizerConfig(images=3_000 * 64, batch=64, lr=2e-3, warmup=6_400),
+        ema=EMAConfig(decay=0.99),
         grad=StochasticJFB(N=6, M=3),
         sampling=Sampling(sampler="ddpm", steps=20, iterations=10),
         max_time=240.0,
@@ -42,9 +41,9 @@ def digits() -> Config:
 def digits_dit() -> Config:
     """The DiT baseline on the same data for the same time."""
     return Config(
-        model=Model(kind="dit", patch=4),
-        optimisation=Optimisation(images=3_000 * 64, batch=64, lr=2e-3, warmup=6_400),
-        ema=EMA(decay=0.99),
+        model=ModelConfig(kind="dit", patch=4),
+        optimizer=OptimizerConfig(images=3_000 * 64, batch=64, lr=2e-3, warmup=6_400),
+        ema=EMAConfig(decay=0.99),
         sampling=Sampling(sampler="ddpm", steps=20),
         max_time=240.0,
         threads=1,
@@ -59,10 +58,10 @@ def mnist() -> Config:
     starts as a contraction and is unrolled over at most two iterations.
     """
     return Config(
-        model=Model(kind="fpdm", patch=7, condition_on_time=True, recurrent_init=0.0),
-        data=Data(source="mnist"),
-        optimisation=Optimisation(images=1_000_000, batch=64, lr=2e-3, warmup=12_800),
-        ema=EMA(decay=0.999),
+        model=ModelConfig(kind="fpdm", patch=7, condition_on_time=True, recurrent_init=0.0),
+        data=DataConfig(source="mnist"),
+        optimizer=OptimizerConfig(images=1_000_000, batch=64, lr=2e-3, warmup=12_800),
+        ema=EMAConfig(decay=0.999),
         grad=StochasticJFB(N=2, M=2),
         sampling=Sampling(sampler="ddim", steps=20, iterations=5, guidance=3.0, images=500),
         max_time=3600.0,
@@ -73,16 +72,16 @@ def mnist() -> Config:
 
 def mnist_dit() -> Config:
     """DiT on the same data for the same time, four blocks, 16 % more parameters: the shipped network mnist-dit."""
-    return replace(mnist(), model=Model(kind="dit", patch=7, depth=4), out=Path("runs/mnist-dit"))
+    return replace(mnist(), model=ModelConfig(kind="dit", patch=7, depth=4), out=Path("runs/mnist-dit"))
 
 
 def pictures() -> Config:
     """FPDM on a folder of pictures: `folder --data.path PICTURES --data.size 32 --out RUN`."""
     return Config(
-        model=Model(kind="fpdm", size="S", patch=4, condition_on_time=True),
-        data=Data(source="folder", path=Path("pictures"), size=32),
-        optimisation=Optimisation(images=20_000_000, batch=128, lr=3e-4, warmup=128_000),
-        ema=EMA(decay=0.9999),
+        model=ModelConfig(kind="fpdm", size="S", patch=4, condition_on_time=True),
+        data=DataConfig(source="folder", path=Path("pictures"), size=32),
+        optimizer=OptimizerConfig(images=20_000_000, batch=128, lr=3e-4, warmup=128_000),
+        ema=EMAConfig(decay=0.9999),
         grad=StochasticJFB(N=12, M=12),
         sampling=Sampling(steps=50, iterations=12, images=64),
         checkpoint_every=512_000,
@@ -96,8 +95,8 @@ def latents() -> Config:
     """FPDM on VAE latents: `latents --data.path LATENTS --out RUN`."""
     return replace(
         pictures(),
-        model=Model(kind="fpdm", size="S", patch=2, condition_on_time=True),
-        data=Data(source="latents", path=Path("latents")),
+        model=ModelConfig(kind="fpdm", size="S", patch=2, condition_on_time=True),
+        data=DataConfig(source="latents", path=Path("latents")),
         out=Path("runs/latents"),
     )
 
@@ -121,8 +120,8 @@ def published(data: str, kind: Kind) -> Config:
     batch = 512
     fixed_point = {"pre": 1, "post": 1, "condition_on_time": False} if kind == "fpdm" else {}
     return Config(
-        model=Model(kind=kind, size="XL", patch=2, mlp_ratio=4.0, learn_sigma=True, **fixed_point),
-        schedule=Schedule(
+        model=ModelConfig(kind=kind, size="XL", patch=2, mlp_ratio=4.0, learn_sigma=True, **fixed_point),
+        schedule=NoiseSchedule(
             betas="linear",
             beta_start=1e-4,
             beta_end=0.02,
@@ -130,8 +129,8 @@ def published(data: str, kind: Kind) -> Config:
             prediction="v_prediction",
             zero_snr=True,
         ),
-        data=Data(source="latents", path=Path("latents") / data, unconditional=not conditional),
-        optimisation=Optimisation(
+        data=DataConfig(source="latents", path=Path("latents") / data, unconditional=not conditional),
+        optimizer=OptimizerConfig(
             images=steps * batch,
             batch=batch,
             lr=1e-4,
@@ -143,7 +142,7 @@ def published(data: str, kind: Kind) -> Config:
             label_dropout=0.1 if conditional else 0.0,
             precision="no",
         ),
-        ema=EMA(decay=0.9999),
+        ema=EMAConfig(decay=0.9999),
         grad=StochasticJFB(N=12, M=12),
         solver=Picard(damping=0.0),
         sampling=Sampling(sampler="ddpm", steps=20, spacing="linspace", iterations=26, guidance=1.0, images=64),

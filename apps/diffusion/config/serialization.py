@@ -1,41 +1,54 @@
-"""Trees of frozen dataclasses as plain data (what JSON can hold), and back, with every type checked."""
+"""Trees of frozen dataclasses as JSON, and back, with every type checked; range checks of numeric fields.
+
+A dataclass becomes a dict of its fields and of the name of its class under "type". `read` also translates the
+configurations of an earlier format: other names of classes and fields, one number of iterations, `IFT.rtol`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import implicit
 
 
-def to_plain(value: Any) -> Any:
-    """A tree of dataclasses as dicts, strings and numbers; a dataclass becomes a dict that names its type."""
+def to_plain(value: Any, where: str = "config") -> Any:
+    """A tree of dataclasses as dicts, lists, strings and numbers.
+
+    Raises:
+        TypeError: a value that JSON cannot hold, such as a function; `where` and the field name it.
+    """
     if dataclasses.is_dataclass(value):
-        fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: to_plain(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, **fields}
-    if isinstance(value, tuple):
-        return [to_plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
+    if isinstance(value, tuple | list):
+        return [to_plain(each, where) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is not None and not isinstance(value, bool | int | float | str):
+        raise TypeError(f"{where} = {value!r} cannot be saved; leave it out of a configuration.")
+    return value
 
 
 def from_plain(kind: Any, plain: Any, where: str) -> Any:
-    """The value of type `kind` that `plain` (JSON) stands for; `where` is its place in the tree, for
-    messages.
+    """The value of type `kind` that `plain` (from JSON) describes.
+
+    Args:
+        kind: a type: a frozen dataclass, a scalar, `Path`, `Literal`, `tuple[X, ...]`, or a union of such.
+        plain: what JSON holds.
+        where: the position in the tree, for messages.
+
+    Raises:
+        ValueError: an unknown class or field, or a value of another type.
     """
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    classes: dict[str, Any] = {o.__name__: o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)}
-    if classes:
-        named = plain.get("type") if isinstance(plain, dict) else None
-        if named not in classes:
-            raise ValueError(f"{where} should be one of {', '.join(classes)}, but its type is {named!r}.")
-        hints = typing.get_type_hints(classes[named])
-        unknown = sorted(set(plain) - set(hints) - {"type"})
-        if unknown:
-            raise ValueError(f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(hints)}.")
-        return classes[named](
-            **{name: from_plain(hints[name], plain[name], f"{where}.{name}") for name in hints if name in plain}
-        )
+    options = _options(kind)
+    classes = {o.__name__: o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)}
+    if classes and (isinstance(plain, dict) or type(None) not in options):
+        return _dataclass(classes, plain, where)
     for option in options:
         kinds = typing.get_args(option)
         if typing.get_origin(option) is not tuple or not isinstance(plain, list):
@@ -52,3 +65,75 @@ def from_plain(kind: Any, plain: Any, where: str) -> Any:
     if not any(plain == a if not isinstance(a, type) else type(plain) is a for a in allowed):
         raise ValueError(f"{where} should be one of {[getattr(a, '__name__', a) for a in allowed]}, got {plain!r}.")
     return plain
+
+
+def _options(kind: Any) -> list[Any]:
+    """The members of a union; an abstract class of `implicit` stands for its public subclasses."""
+    if typing.get_origin(kind) is Annotated:
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return [option for member in typing.get_args(kind) for option in _options(member)]
+    base = typing.get_origin(kind) or kind
+    if isinstance(base, type) and inspect.isabstract(base):
+        return [c for c in vars(implicit).values() if isinstance(c, type) and issubclass(c, base) and c is not base]
+    return [kind]
+
+
+def _dataclass(classes: dict[str, Any], plain: Any, where: str) -> Any:
+    """The dataclass that `plain["type"]` names, one of `classes`."""
+    named = plain.get("type") if isinstance(plain, dict) else None
+    if named not in classes:
+        raise ValueError(f"{where} should be one of {', '.join(classes)}, but its type is {named!r}.")
+    hints = typing.get_type_hints(classes[named], include_extras=True)
+    names = [f.name for f in dataclasses.fields(classes[named]) if f.init]
+    unknown = sorted(set(plain) - set(names) - {"type"})
+    if unknown:
+        raise ValueError(f"{where} has no field {', '.join(unknown)}; its fields are {', '.join(names)}.")
+    return classes[named](
+        **{name: from_plain(hints[name], plain[name], f"{where}.{name}") for name in names if name in plain}
+    )
+
+
+_RENAMED = {
+    "Model": "ModelConfig",
+    "Schedule": "NoiseSchedule",
+    "Data": "DataConfig",
+    "Optimisation": "OptimizerConfig",
+    "EMA": "EMAConfig",
+}
+
+
+def upgraded(plain: Any) -> Any:
+    """A configuration of the earlier format in the words of this one; anything else as it is."""
+    if not isinstance(plain, dict):
+        return plain
+    plain = {key.replace("optimisation", "optimizer"): upgraded(value) for key, value in plain.items()}
+    name = plain.get("type")
+    if isinstance(name, str):
+        plain["type"] = _RENAMED.get(name, name)
+    if name == "IFT" and "rtol" in plain:
+        rtol = plain.pop("rtol")
+        plain["stop"] = None if rtol is None else {"type": "Stop", "rtol": rtol, "atol": 0.0, "max_evals": 200}
+    return plain
+
+
+def at_least(where: object, least: float, *names: str) -> None:
+    """Raises ValueError where one of these fields is below `least`; None passes."""
+    for name in names:
+        value = getattr(where, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{flag(where, name)} must be at least {least}, got {value}.")
+
+
+def within(where: object, low: float, high: float, *names: str) -> None:
+    """Raises ValueError unless low <= value < high for these fields."""
+    for name in names:
+        value = getattr(where, name)
+        if not low <= value < high:
+            raise ValueError(f"{flag(where, name)} must lie in [{low}, {high}), got {value}.")
+
+
+def flag(where: object, name: str) -> str:
+    """The flag of the training command for a field: the class says in which section it is."""
+    section = getattr(where, "SECTION", "")
+    return "--" + (section + "." if section else "") + name.replace("_", "-")

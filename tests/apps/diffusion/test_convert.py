@@ -275,8 +275,8 @@ def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
 def test_a_training_run_to_the_published_layout(tmp_path, kind):
     run = tmp_path / "run"
     config = c.Config(
-        model=c.Model(kind=kind, hidden=16, heads=2),
-        optimisation=c.Optimisation(images=96, batch=16),
+        model=c.ModelConfig(kind=kind, hidden=16, heads=2),
+        optimizer=c.OptimizerConfig(images=96, batch=16),
         out=run,
     )
     Trainer(config, digits("train")).run(lambda state: checkpoint.save(run, state))

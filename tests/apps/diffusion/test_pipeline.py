@@ -42,8 +42,8 @@ def run(tmp_path_factory):
     """A run, barely trained."""
     folder = tmp_path_factory.mktemp("run")
     config = c.Config(
-        model=c.Model(hidden=16, heads=2),
-        optimisation=c.Optimisation(images=320, batch=16, lr=1e-2, warmup=0),
+        model=c.ModelConfig(hidden=16, heads=2),
+        optimizer=c.OptimizerConfig(images=320, batch=16, lr=1e-2, warmup=0),
         sampling=c.Sampling(steps=2, iterations=3, sampler="ddpm"),
         out=folder,
     )

@@ -27,8 +27,8 @@ def trained(tmp_path_factory):
     """A run, barely trained."""
     folder = tmp_path_factory.mktemp("run")
     config = c.Config(
-        model=c.Model(hidden=16, heads=2),
-        optimisation=c.Optimisation(images=640, batch=16, lr=1e-2, warmup=0),
+        model=c.ModelConfig(hidden=16, heads=2),
+        optimizer=c.OptimizerConfig(images=640, batch=16, lr=1e-2, warmup=0),
         out=folder,
     )
     Trainer(config, digits("train")).run(lambda state: checkpoint.save(folder, state))

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import implicit
 from apps.diffusion import train
 from apps.diffusion.checkpoint import training_state as checkpoint
 from apps.diffusion.config import training as c
@@ -22,9 +23,9 @@ from apps.diffusion.training import trainer as trainer_module
 from apps.diffusion.training.trainer import Diverged, Trainer, averaged_decay, learning_rate
 
 SMALL = c.Config(
-    model=c.Model(hidden=16, heads=2),
-    optimisation=c.Optimisation(images=160, batch=16, warmup=32),
-    grad=c.StochasticJFB(N=2, M=2),
+    model=c.ModelConfig(hidden=16, heads=2),
+    optimizer=c.OptimizerConfig(images=160, batch=16, warmup=32),
+    grad=implicit.StochasticJFB(N=2, M=2),
     checkpoint_every=64,
 )
 
@@ -89,7 +90,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(kind, tmp_path):
 
 
 def test_the_seed_is_all_randomness_there_is():
-    short = dataclasses.replace(SMALL, optimisation=dataclasses.replace(SMALL.optimisation, images=48))
+    short = dataclasses.replace(SMALL, optimizer=dataclasses.replace(SMALL.optimizer, images=48))
     before = torch.get_rng_state()
     (_, a), (_, b) = run(short), run(short)
     assert torch.equal(torch.get_rng_state(), before)
@@ -99,7 +100,7 @@ def test_the_seed_is_all_randomness_there_is():
 
 
 def test_training_lowers_the_loss():
-    config = dataclasses.replace(SMALL, optimisation=c.Optimisation(images=64 * 100, batch=64, lr=3e-3, warmup=640))
+    config = dataclasses.replace(SMALL, optimizer=c.OptimizerConfig(images=64 * 100, batch=64, lr=3e-3, warmup=640))
     trainer, _ = run(config)
     history = trainer.progress.history
     assert history[-1][1] < 0.8 * history[0][1]
@@ -107,7 +108,7 @@ def test_training_lowers_the_loss():
 
 
 def test_the_average_is_the_recursion_it_says():
-    config = dataclasses.replace(SMALL, ema=c.EMA(decay=0.5), checkpoint_every=16)
+    config = dataclasses.replace(SMALL, ema=c.EMAConfig(decay=0.5), checkpoint_every=16)
     _, saved = run(config)
     average = saved[0].model["x_embedder.proj.weight"]
     for step, state in enumerate(saved[1:], start=1):
@@ -129,13 +130,13 @@ def test_steps_without_a_finite_gradient_are_counted_and_leave_no_trace():
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
     trainer.images = images
     assert trainer.step()[1] and trainer.progress.steps == 1
-    long = dataclasses.replace(SMALL, optimisation=dataclasses.replace(SMALL.optimisation, images=10**6))
-    with pytest.raises(Diverged, match=r"Optimisation\.lr"):
+    long = dataclasses.replace(SMALL, optimizer=dataclasses.replace(SMALL.optimizer, images=10**6))
+    with pytest.raises(Diverged, match=r"optimizer.lr"):
         run(long, images=Images(spoilt, images.y, 10))
 
 
 def test_the_learning_rate_follows_images_or_time_whichever_is_further():
-    config = c.Optimisation(images=1000, batch=10, lr=2.0, warmup=100)
+    config = c.OptimizerConfig(images=1000, batch=10, lr=2.0, warmup=100)
     assert learning_rate(config, 0, 0.0) == pytest.approx(0.2, rel=1e-2)
     assert learning_rate(config, 500, 0.0) == pytest.approx(1.0)
     assert learning_rate(config, 500, 0.75) == learning_rate(config, 750, 0.0) < 0.3
@@ -146,7 +147,7 @@ def test_the_learning_rate_follows_images_or_time_whichever_is_further():
 
 def test_time_ends_a_run():
     config = dataclasses.replace(
-        SMALL, max_time=0.5, optimisation=dataclasses.replace(SMALL.optimisation, images=10**9)
+        SMALL, max_time=0.5, optimizer=dataclasses.replace(SMALL.optimizer, images=10**9)
     )
     began = time.monotonic()
     trainer, saved = run(config)
@@ -157,12 +158,12 @@ def test_time_ends_a_run():
 def test_a_checkpoint_of_another_network_is_refused():
     _, saved = run(SMALL, until=16)
     with pytest.raises(ValueError, match="another network"):
-        Trainer(dataclasses.replace(SMALL, model=c.Model(hidden=32, heads=2)), digits("train"), saved[-1])
+        Trainer(dataclasses.replace(SMALL, model=c.ModelConfig(hidden=32, heads=2)), digits("train"), saved[-1])
 
 
 def test_weights_or_moments_of_another_network_are_refused():
     _, saved = run(SMALL, until=16)
-    _, wider = run(dataclasses.replace(SMALL, model=c.Model(hidden=32, heads=2)), until=16)
+    _, wider = run(dataclasses.replace(SMALL, model=c.ModelConfig(hidden=32, heads=2)), until=16)
     state, other = saved[-1], wider[-1]
     few = {k: v for k, v in state.model.items() if "x_embedder" not in k}
     for foreign, message in (
@@ -237,7 +238,7 @@ HOLD += "with alone(pathlib.Path(sys.argv[1])): print('in', flush=True); time.sl
 
 
 TINY = (
-    "--model.hidden 16 --model.heads 2 --optimisation.images 192 --optimisation.batch 32 --sampling.steps 2 "
+    "--model.hidden 16 --model.heads 2 --optimizer.images 192 --optimizer.batch 32 --sampling.steps 2 "
     "--sampling.iterations 2 --sampling.images 30"
 ).split()
 
@@ -270,6 +271,6 @@ def test_the_command_leaves_a_whole_run_and_never_overwrites_it(tmp_path, capsys
 
     assert train.main(["--resume", "--out", str(out), "--model.hidden", "32"]) == 2
     assert "settings it was started with" in capsys.readouterr().err
-    assert train.main(["--resume", "--out", str(out), "--optimisation.images", "256"]) == 0
+    assert train.main(["--resume", "--out", str(out), "--optimizer.images", "256"]) == 0
     assert json.loads((out / "metrics.json").read_text())["training"]["images"] == 256
     assert train.main(["--resume", "--out", str(tmp_path / "nothing")]) == 2

@@ -23,9 +23,9 @@ from tests.apps.diffusion.small_models import randomised
 SMALL: dict[str, Any] = {"in_channels": 4, "input_size": 4, "hidden_size": 16, "num_heads": 2, "depth": 1}
 
 
-def write_run(folder: Path, data: c.Data, num_classes: int, sampling: c.Sampling, seed: int = 0) -> Path:
+def write_run(folder: Path, data: c.DataConfig, num_classes: int, sampling: c.Sampling, seed: int = 0) -> Path:
     """A run's folder, as training leaves it, with drawn weights."""
-    config = c.Config(model=c.Model(kind="dit", depth=1), data=data, sampling=sampling, out=folder)
+    config = c.Config(model=c.ModelConfig(kind="dit", depth=1), data=data, sampling=sampling, out=folder)
     model = randomised(DiT(num_classes=num_classes, **SMALL), seed)
     state = checkpoint.Checkpoint(
         network=build.describe(model),
@@ -48,7 +48,7 @@ def runs(tmp_path_factory):
     (root / "latents").mkdir()
     index = {"format": 1, "vae": {"name": str(root / "vae"), **digests(vae)}}
     (root / "latents" / "index.json").write_text(json.dumps(index))
-    data = c.Data(source="latents", path=root / "latents")
+    data = c.DataConfig(source="latents", path=root / "latents")
     quick = c.Sampling(steps=2, sampler="ddpm", guidance=1.0)
     write_run(root / "classes", data, 5, c.Sampling(steps=2, sampler="ddpm", guidance=2.0))
     write_run(root / "plain", data, 0, quick)
@@ -85,7 +85,7 @@ def test_latents_become_pictures_and_the_pipeline_gives_the_same(runs, tmp_path,
 def test_the_vae_of_latents_that_moved(runs, tmp_path, monkeypatch):
     alone = shutil.copytree(runs / "plain", tmp_path / "alone")
     config = c.Config.from_json((alone / "config.json").read_text())
-    moved = c.Data(source="latents", path=Path("gone"))
+    moved = c.DataConfig(source="latents", path=Path("gone"))
     (alone / "config.json").write_text(config.to_json().replace(str(runs / "latents"), "gone"))
     trained = open_run(alone)
     assert trained.config.data == moved

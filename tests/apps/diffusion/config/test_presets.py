@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+import implicit
 from apps.diffusion import train
 from apps.diffusion.config import training as c
 from apps.diffusion.config.presets import PRESETS
@@ -31,11 +32,11 @@ def test_published_sizes_and_lengths(name, kind):
     assert parameters(config.model, classes) == COUNTS[kind][0] - labels
     plain = dataclasses.replace(config.model, learn_sigma=False)
     assert parameters(plain, classes) == COUNTS[kind][1] - labels
-    o = config.optimisation
+    o = config.optimizer
     assert o.images == (400_000 if name == "imagenet" else 100_000) * 512
     assert (o.batch, o.lr, o.weight_decay, o.warmup, o.decay) == (512, 1e-4, 0.0, 0, "constant")
     assert (config.ema.decay, o.label_dropout, config.sampling.guidance) == (0.9999, 0.1 if classes else 0.0, 1.0)
-    assert config.grad == c.StochasticJFB(N=12, M=12)
+    assert config.grad == implicit.StochasticJFB(N=12, M=12)
     betas = build.scheduler(
         dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, zero_snr=False)), "ddpm"
     ).betas
@@ -54,11 +55,11 @@ def test_both_train_under_the_same_settings(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--schedule.prediction", "epsilon"], "v_prediction"),
-        (["--sampling.spacing", "leading"], "never visits the last timestep"),
-        (["--schedule.beta-start", "0.5"], "make no noise schedule"),
-        (["--schedule.timesteps", "10"], "more than the 10 timesteps"),
-        (["--model.depth", "3"], "depth is for DiT"),
+        (["--schedule.prediction", "epsilon"], "--schedule.prediction"),
+        (["--sampling.spacing", "leading"], "--sampling.spacing"),
+        (["--schedule.beta-start", "0.5"], "--schedule.beta-start"),
+        (["--schedule.timesteps", "10"], "--sampling.steps"),
+        (["--model.depth", "3"], "--model.depth"),
     ],
 )
 def test_impossible_changes_end_with_code_2(options, message, tmp_path, capsys, monkeypatch):
@@ -77,8 +78,8 @@ def test_a_learned_variance_trains_and_samples():
     from apps.diffusion.training.trainer import Trainer
 
     config = c.Config(
-        model=c.Model(kind="dit", depth=1, hidden=16, heads=2, learn_sigma=True),
-        optimisation=c.Optimisation(images=32, batch=16, clip=None),
+        model=c.ModelConfig(kind="dit", depth=1, hidden=16, heads=2, learn_sigma=True),
+        optimizer=c.OptimizerConfig(images=32, batch=16, clip=None),
         sampling=c.Sampling(sampler="ddpm", steps=3),
     )
     trainer = Trainer(config, digits("train"))

@@ -1,17 +1,19 @@
 """The configuration tree: valid or refused, saved and read back, parsed from a command line."""
 
 import dataclasses
+import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import implicit
 from apps.diffusion.config import training as c
 from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.models import build
 from apps.diffusion.train import parse
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -20,8 +22,12 @@ def test_presets_survive_the_round_trip(name):
     assert c.Config.from_json(tree.to_json()) == tree
 
 
-@pytest.mark.parametrize("grad", [c.StochasticJFB(N=3, M=2), c.JFB(steps=4), c.IFT(), c.Unrolled()])
-@pytest.mark.parametrize("solver", [c.Picard(damping=0.5), c.Anderson(memory=3), c.Broyden(memory=7)])
+@pytest.mark.parametrize(
+    "grad", [implicit.StochasticJFB(N=3, M=2), implicit.JFB(steps=4), implicit.IFT(), implicit.Unrolled()]
+)
+@pytest.mark.parametrize(
+    "solver", [implicit.Picard(damping=0.5), implicit.Anderson(memory=3), implicit.Broyden(memory=7)]
+)
 def test_unions_survive_the_round_trip(grad, solver):
     tree = c.Config(grad=grad, solver=solver, max_time=12.5)
     assert c.Config.from_json(tree.to_json()) == tree
@@ -35,7 +41,7 @@ def test_unions_survive_the_round_trip(grad, solver):
         ('"seed": 0', '"seed": true', "config.seed should be one of"),
         ('"kind": "fpdm"', '"kind": "unet"', "config.model.kind"),
         ('"type": "StochasticJFB"', '"type": "Magic"', "StochasticJFB, JFB, IFT, Phantom"),
-        ('"seed": 0', '"seed": -1', "Config.seed must be at least 0"),
+        ('"seed": 0', '"seed": -1', "--seed"),
         ("{", "", "not JSON"),
     ],
 )
@@ -49,27 +55,27 @@ def test_a_damaged_config_is_refused_by_name(old, new, message):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: c.Model(kind="fpdm", depth=3), "depth is for DiT"),
-        (lambda: c.Model(patch=0), "Model.patch"),
-        (lambda: c.Model(mlp_ratio=float("nan")), "mlp_ratio"),
-        (lambda: c.Schedule(prediction="epsilon"), "v_prediction"),
-        (lambda: c.Model(mlp_ratio=float("inf")), "mlp_ratio"),
-        (lambda: c.Optimisation(lr=float("inf")), "must be finite"),
+        (lambda: c.ModelConfig(kind="fpdm", depth=3), "--model.depth"),
+        (lambda: c.ModelConfig(patch=0), "--model.patch"),
+        (lambda: c.ModelConfig(mlp_ratio=float("nan")), "--model.mlp-ratio"),
+        (lambda: c.NoiseSchedule(prediction="epsilon"), "--schedule.prediction"),
+        (lambda: c.ModelConfig(mlp_ratio=float("inf")), "--model.mlp-ratio"),
+        (lambda: c.OptimizerConfig(lr=float("inf")), "--optimizer.lr"),
         (
-            lambda: c.Config(sampling=c.Sampling(guidance=2), optimisation=c.Optimisation(label_dropout=0)),
-            "label_dropout = 0 hides none",
+            lambda: c.Config(sampling=c.Sampling(guidance=2), optimizer=c.OptimizerConfig(label_dropout=0)),
+            "--optimizer.label-dropout",
         ),
-        (lambda: c.Optimisation(lr=0), "Optimisation.lr"),
-        (lambda: c.Optimisation(label_dropout=1.0), "label_dropout"),
-        (lambda: c.EMA(decay=1.0), "EMA.decay"),
-        (lambda: c.StochasticJFB(N=-1), "StochasticJFB.N"),
-        (lambda: c.StochasticJFB(M=0), "StochasticJFB.M"),
-        (lambda: c.Anderson(memory=0), "Anderson.memory"),
-        (lambda: c.Picard(damping=1.0), "Picard.damping"),
-        (lambda: c.Stop(rtol=-1), "Stop.rtol"),
-        (lambda: c.Sampling(guidance=-1), "Sampling.guidance"),
-        (lambda: c.Config(max_time=0), "max_time"),
-        (lambda: c.Config(keep=0), "Config.keep"),
+        (lambda: c.OptimizerConfig(lr=0), "--optimizer.lr"),
+        (lambda: c.OptimizerConfig(label_dropout=1.0), "--optimizer.label-dropout"),
+        (lambda: c.EMAConfig(decay=1.0), "--ema.decay"),
+        (lambda: implicit.StochasticJFB(N=-1), "StochasticJFB.N"),
+        (lambda: implicit.StochasticJFB(M=0), "StochasticJFB.M"),
+        (lambda: implicit.Anderson(memory=0), "Anderson.memory"),
+        (lambda: implicit.Picard(damping=1.0), "Picard.damping"),
+        (lambda: implicit.Stop(rtol=-1), "Stop.rtol"),
+        (lambda: c.Sampling(guidance=-1), "--sampling.guidance"),
+        (lambda: c.Config(max_time=0), "--max-time"),
+        (lambda: c.Config(keep=0), "--keep"),
     ],
 )
 def test_impossible_values_are_refused(build, message):
@@ -86,8 +92,8 @@ def test_the_command_line_is_the_tree():
         PRESETS["digits"](),
         model=dataclasses.replace(PRESETS["digits"]().model, patch=2),
         seed=3,
-        grad=c.IFT(),
-        solver=c.Anderson(memory=2),
+        grad=implicit.IFT(),
+        solver=implicit.Anderson(memory=2),
     )
     assert config == expected
 
@@ -115,17 +121,16 @@ def test_a_preset_of_another_kind_does_not_resume_a_run(tmp_path):
             parse([other, *argv])
 
 
-def test_help_names_all_presets_and_says_where_the_clock_rules(capsys):
+def test_help_names_all_presets(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])
-    told = "".join(re.findall(r"[\w,:-]+", capsys.readouterr().out))
-    assert ",".join(PRESETS) in told
-    assert "theclocksetsafallingrate" in told and "repeatedbitforbit" in told
+    words = set(re.findall(r"[\w-]+", capsys.readouterr().out))
+    assert set(PRESETS) <= words
 
 
 def test_an_mlp_without_width_is_refused():
     with pytest.raises(ValueError, match="no width"):
-        build.network(c.Model(mlp_ratio=0.001), (1, 8, 8), 10, iterations=1, seed=0)
+        build.network(c.ModelConfig(mlp_ratio=0.001), (1, 8, 8), 10, iterations=1, seed=0)
 
 
 @pytest.mark.parametrize("argv", [["celeba"], ["--sed", "3"], ["--seed", "-1"], ["--model.kind", "unet"]])
@@ -141,19 +146,36 @@ def test_bad_arguments_end_with_code_2(argv, capsys):
     assert captured.out + captured.err
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "evaluate"])
-def test_help_does_not_load_torch(command):
-    argv = [sys.executable, "-X", "importtime", "-m", f"apps.diffusion.{command}", "--help"]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "usage" in done.stdout
-    loaded = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
-    assert "tyro" in loaded
-    assert not {"torch", "diffusers", "sklearn", "numpy"} & loaded
-
-
 def test_checksums_survive_the_round_trip_and_must_be_text():
-    config = c.Config(data=c.Data(source="idx", path=Path("files"), sha256=("a" * 64, "b" * 64)))
+    config = c.Config(data=c.DataConfig(source="idx", path=Path("files"), sha256=("a" * 64, "b" * 64)))
     assert c.Config.from_json(config.to_json()) == config
     with pytest.raises(ValueError, match=r"data\.sha256"):
         c.Config.from_json(config.to_json().replace('"' + "b" * 64 + '"', "7"))
+
+
+def test_a_configuration_of_the_earlier_format_is_translated():
+    file = FIXTURES / "run" / "config.json"
+    old = json.loads(file.read_text())
+    config = c.Config.from_json(file.read_text())
+    assert config.model == c.ModelConfig(hidden=16, heads=2, patch=4, condition_on_time=True)
+    assert (config.optimizer.images, config.optimizer.lr, config.ema.decay) == (640, 0.002, 0.99)
+    assert config.grad == implicit.StochasticJFB(N=6, M=3) and config.solver == implicit.Picard()
+    assert config.stop == implicit.Stop(rtol=1e-3, atol=0.0, max_evals=20)
+    old["grad"] = {"type": "IFT", "rtol": 0.01, "on_failure": "raise"}
+    ift = c.Config.from_json(json.dumps(old)).grad
+    assert ift == implicit.IFT(stop=implicit.Stop(rtol=0.01, atol=0.0, max_evals=200), on_failure="raise")
+
+
+def test_all_options_of_the_library_are_flags_and_survive_the_round_trip():
+    argv = "grad:ift grad.stop:stop --grad.stop.rtol 0.01 solver:anderson --solver.ridge 1e-6 --stop.check-every 2"
+    config, _ = parse(argv.split())
+    assert config.grad == implicit.IFT(stop=implicit.Stop(rtol=0.01))
+    assert config.solver == implicit.Anderson(ridge=1e-6) and config.stop.check_every == 2
+    assert c.Config.from_json(config.to_json()) == config
+    adjoint = c.Config(grad=implicit.IFT(solver=implicit.Broyden(memory=3)))
+    assert c.Config.from_json(adjoint.to_json()) == adjoint
+
+
+def test_what_json_cannot_hold_is_refused_by_field():
+    with pytest.raises(TypeError, match=r"config\.grad\.report"):
+        c.Config(grad=implicit.IFT(report=print)).to_json()

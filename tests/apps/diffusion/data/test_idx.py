@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from apps.diffusion.config.training import Data
+from apps.diffusion.config.training import DataConfig
 from apps.diffusion.data.idx import has_split, idx, read_idx
 from apps.diffusion.models import build
 
@@ -48,9 +48,9 @@ def test_what_was_written_is_read(tmp_path, compress):
 
 def test_the_source_idx_gives_the_splits_that_exist(tmp_path):
     write(tmp_path, "train", 7, compress=True)
-    assert build.images(Data(source="idx", path=tmp_path))[1] is None
+    assert build.images(DataConfig(source="idx", path=tmp_path))[1] is None
     write(tmp_path, "t10k", 5, compress=False)
-    train, held_out = build.images(Data(source="idx", path=tmp_path, unconditional=True))
+    train, held_out = build.images(DataConfig(source="idx", path=tmp_path, unconditional=True))
     assert held_out is not None and (len(train), len(held_out), train.num_classes) == (7, 5, 0)
 
 
@@ -65,7 +65,7 @@ def test_checksums_are_those_of_the_stored_files(tmp_path):
     with pytest.raises(ValueError, match="sha256"):
         idx(tmp_path, sha256=right[:1])
     with pytest.raises(ValueError, match=r"Data\.path: sha256"):
-        build.images(Data(source="idx", path=tmp_path, sha256=("0" * 64, right[1])))
+        build.images(DataConfig(source="idx", path=tmp_path, sha256=("0" * 64, right[1])))
 
 
 @pytest.mark.parametrize(
@@ -107,11 +107,11 @@ def test_images_without_their_labels_are_refused(tmp_path):
 
 def test_the_configuration_of_idx_files():
     with pytest.raises(ValueError, match="path"):
-        Data(source="idx")
+        DataConfig(source="idx")
     with pytest.raises(ValueError, match="mirror"):
-        Data(source="idx", path=Path("files"), mirror=True)
+        DataConfig(source="idx", path=Path("files"), mirror=True)
     with pytest.raises(ValueError, match="sha256"):
-        Data(source="digits", sha256=("0" * 64, "0" * 64))
+        DataConfig(source="digits", sha256=("0" * 64, "0" * 64))
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="dataset-fashion-mnist is not installed")

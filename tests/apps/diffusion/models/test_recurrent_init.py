@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from apps.diffusion.config.training import Model
+from apps.diffusion.config.training import ModelConfig
 from apps.diffusion.models import build
 from implicit.diagnostics import spectral_radius
 
@@ -11,7 +11,7 @@ FC1 = "block_fixed_point_projection_fc1.weight"
 
 
 def network(factor, kind="fpdm"):
-    config = Model(kind=kind, hidden=16, heads=2, patch=4, recurrent_init=factor)
+    config = ModelConfig(kind=kind, hidden=16, heads=2, patch=4, recurrent_init=factor)
     return build.network(config, (1, 8, 8), 10, iterations=3, seed=0)
 
 
@@ -64,5 +64,5 @@ def test_weights_that_are_loaded_are_not_scaled():
 
 def test_a_factor_out_of_range_is_refused():
     for wrong in (-0.1, 1.5, float("nan")):
-        with pytest.raises(ValueError, match="recurrent_init"):
-            Model(recurrent_init=wrong)
+        with pytest.raises(ValueError, match="recurrent-init"):
+            ModelConfig(recurrent_init=wrong)

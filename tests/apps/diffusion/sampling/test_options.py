@@ -163,7 +163,7 @@ def test_every_sampler_has_the_networks_noise():
 
 
 def test_recipes_are_checked():
-    config = replace(CONFIG, schedule=c.Schedule(zero_snr=False))
+    config = replace(CONFIG, schedule=c.NoiseSchedule(zero_snr=False))
     assert plan(fpdm(), config, Recipe(spacing="leading")).timesteps == (750, 500, 250, 0)
     with pytest.raises(ValueError, match="cannot follow"):
         plan(fpdm(), config, Recipe(sampler="unipc", spacing="linspace"))

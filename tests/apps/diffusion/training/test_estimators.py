@@ -1,17 +1,18 @@
 """Every estimator and solver of the library from the command line: each parses, is what it says, and learns."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 import implicit
 from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
-from apps.diffusion.models import build
 from apps.diffusion.train import parse
 from apps.diffusion.training.trainer import Trainer
 
 TINY = (
-    "--model.hidden 16 --model.heads 2 --model.patch 4 --optimisation.batch 8 --optimisation.warmup 0 --stop.rtol 1e-3 "
+    "--model.hidden 16 --model.heads 2 --model.patch 4 --optimizer.batch 8 --optimizer.warmup 0 --stop.rtol 1e-3 "
     "--stop.max-evals 8"
 ).split()
 
@@ -25,7 +26,7 @@ GRADS = [
     ("grad:shine", "solver:anderson-gs", implicit.SHINE()),
     ("grad:reversible --grad.beta 0.6", "solver:picard", implicit.Reversible(0.6)),
     ("grad:unrolled", "solver:picard", implicit.Unrolled()),
-    ("grad:unrolled --grad.checkpoint", "solver:anderson", implicit.Unrolled(checkpoint=True)),
+    ("grad:unrolled --grad.checkpoint True", "solver:anderson", implicit.Unrolled(checkpoint=True)),
 ]
 SOLVERS = [
     ("solver:picard --solver.damping 0.5", implicit.Picard(damping=0.5)),
@@ -58,7 +59,7 @@ def known(estimator):
 @pytest.mark.parametrize(("grad", "solver", "meant"), GRADS, ids=lambda value: str(value).split(" ")[0])
 def test_every_estimator(grad, solver, meant):
     config, _ = parse([*TINY, *grad.split(), *solver.split()])
-    assert known(build.grad(config.grad, 0, 0)) == known(meant)
+    assert known(config.grad) == known(meant)
     assert c.Config.from_json(config.to_json()) == config
     step(config)
 
@@ -66,7 +67,7 @@ def test_every_estimator(grad, solver, meant):
 @pytest.mark.parametrize(("solver", "meant"), SOLVERS, ids=lambda value: str(value).split(" ")[0])
 def test_every_solver(solver, meant):
     config, _ = parse([*TINY, "grad:jfb", *solver.split()])
-    assert build.solver(config.solver) == meant
+    assert config.solver == meant
     assert c.Config.from_json(config.to_json()) == config
     step(config)
 
@@ -77,16 +78,19 @@ def test_none_of_the_library_is_left_out():
             base.__name__
         }
 
-    assert {t.__name__ for t in c.Grad.__args__} == concrete(implicit.AbstractGrad)
-    assert {t.__name__ for t in c.Solver.__args__} == concrete(implicit.AbstractSolver)
+    def choices(union):
+        return {get_args(member)[0].__name__ for member in get_args(union)}
+
+    assert choices(c.Grad) == concrete(implicit.AbstractGrad)
+    assert choices(c.Solver) == concrete(implicit.AbstractSolver)
 
 
 @pytest.mark.parametrize(
     ("grad", "solver", "message"),
     [
-        (c.SHINE(), c.Picard(), "solver:broyden"),
-        (c.Reversible(), c.Anderson(), "solver:picard"),
-        (c.SHINE(), c.NewtonKrylov(), "NewtonKrylov has none"),
+        (implicit.SHINE(), implicit.Picard(), "solver:broyden"),
+        (implicit.Reversible(), implicit.Anderson(), "solver:picard"),
+        (implicit.SHINE(), implicit.NewtonKrylov(), "NewtonKrylov has none"),
     ],
 )
 def test_pairs_that_cannot_work_are_refused(grad, solver, message):
@@ -97,13 +101,12 @@ def test_pairs_that_cannot_work_are_refused(grad, solver, message):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: c.Phantom(damping=1.0), "Phantom.damping"),
-        (lambda: c.Neumann(terms=0), "Neumann.terms"),
-        (lambda: c.SHINE(fallback=0.0), "SHINE.fallback"),
-        (lambda: c.Reversible(beta=1.0), "Reversible.beta"),
-        (lambda: c.IFT(rtol=-1.0), "IFT.rtol"),
-        (lambda: c.NewtonKrylov(inner=0), "NewtonKrylov.inner"),
-        (lambda: c.AndersonGS(memory=0), "AndersonGS.memory"),
+        (lambda: implicit.Phantom(damping=1.0), "Phantom.damping"),
+        (lambda: implicit.Neumann(terms=0), "Neumann.terms"),
+        (lambda: implicit.SHINE(fallback=0.0), "SHINE.fallback"),
+        (lambda: implicit.Reversible(beta=1.0), "Reversible.beta"),
+        (lambda: implicit.NewtonKrylov(inner=0), "NewtonKrylov.inner"),
+        (lambda: implicit.AndersonGS(memory=0), "AndersonGS.memory"),
     ],
 )
 def test_impossible_values_are_refused(build, message):

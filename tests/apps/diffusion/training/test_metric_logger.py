@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import implicit
 from apps.diffusion import train
 from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
@@ -14,9 +15,9 @@ from apps.diffusion.training import metric_logger as logbook
 from apps.diffusion.training.trainer import Trainer
 
 SMALL = c.Config(
-    model=c.Model(hidden=16, heads=2),
-    optimisation=c.Optimisation(images=96, batch=16, warmup=0, decay="constant", lr=3e-4),
-    grad=c.JFB(),
+    model=c.ModelConfig(hidden=16, heads=2),
+    optimizer=c.OptimizerConfig(images=96, batch=16, warmup=0, decay="constant", lr=3e-4),
+    grad=implicit.JFB(),
 )
 
 
@@ -44,7 +45,7 @@ def test_an_entry_has_the_means_of_its_steps():
 
 def test_the_residual_is_that_of_the_solve():
     """By another route: f applied once more to what the solve returned."""
-    config = dataclasses.replace(SMALL, stop=c.Stop(rtol=0.0, max_evals=3))
+    config = dataclasses.replace(SMALL, stop=implicit.Stop(rtol=0.0, max_evals=3))
     trainer = Trainer(config, digits("train"))
     with torch.no_grad():  # a new block is the identity: make it do something
         for p in trainer.model.parameters():
@@ -64,13 +65,13 @@ def test_the_residual_is_that_of_the_solve():
 
 
 def test_a_network_without_a_fixed_point_has_no_residual():
-    _, found = entries(SMALL, model=c.Model(kind="dit", depth=1, hidden=16, heads=2))
+    _, found = entries(SMALL, model=c.ModelConfig(kind="dit", depth=1, hidden=16, heads=2))
     assert found and all("residual/mean" not in entry for _, entry in found)
 
 
 TINY = (
-    "--model.hidden 16 --model.heads 2 --model.patch 4 --optimisation.images 64 --optimisation.batch 16 "
-    "--optimisation.decay constant --sampling.steps 2 --sampling.iterations 2 --sampling.images 20 "
+    "--model.hidden 16 --model.heads 2 --model.patch 4 --optimizer.images 64 --optimizer.batch 16 "
+    "--optimizer.decay constant --sampling.steps 2 --sampling.iterations 2 --sampling.images 20 "
     "--checkpoint-every 32 --sample-every 32 --data.unconditional --max-time None"
 ).split()
 
@@ -78,7 +79,7 @@ TINY = (
 def test_tensorboard_has_entries_and_sheets(tmp_path):
     out = tmp_path / "run"
     assert train.main([*TINY, "--out", str(out)]) == 0
-    assert train.main(["--resume", "--out", str(out), "--optimisation.images", "96"]) == 0
+    assert train.main(["--resume", "--out", str(out), "--optimizer.images", "96"]) == 0
     events = EventAccumulator(str(out / "logs" / "run"), size_guidance={"images": 0}).Reload()
     names = {"loss", "learning_rate", "residual/mean", "residual/max", "iterations", "images_per_second", "skipped"}
     assert set(events.Tags()["scalars"]) == names

@@ -20,7 +20,7 @@ from apps.diffusion.checkpoint.trained_run import digest
 
 EVERY, IMAGES = 48, 720
 TINY = (
-    f"--model.hidden 16 --model.heads 2 --optimisation.images {IMAGES} --optimisation.batch 16 --max-time None "
+    f"--model.hidden 16 --model.heads 2 --optimizer.images {IMAGES} --optimizer.batch 16 --max-time None "
     f"--checkpoint-every {EVERY} --keep 2"
 ).split()
 
@@ -138,7 +138,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(runs, whole, tmp_path):
     assert_same(checkpoint.newest(out), whole)
 
 
-@pytest.mark.parametrize("options", [[], ["--optimisation.accumulate", "2", "--optimisation.checkpointing"]])
+@pytest.mark.parametrize("options", [[], ["--optimizer.accumulate", "2", "--optimizer.checkpointing"]])
 def test_two_processes_train_as_one_with_twice_the_batch(runs, whole, tmp_path, options):
     """Gloo; the batch of TINY is shared by the two, in parts or not."""
     out = tmp_path / "run"
@@ -154,7 +154,7 @@ FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # what `accelerate 
 def test_weights_shared_out_learn_the_same_and_checkpoints_are_whole(runs, whole, tmp_path):
     """FSDP, and from its checkpoint on FSDP again and one process. Two processes hold uneven shares of some tensors."""
     out, alone = tmp_path / "run", tmp_path / "alone"
-    options = ["--optimisation.accumulate", "2", "--optimisation.checkpointing"]
+    options = ["--optimizer.accumulate", "2", "--optimizer.checkpointing"]
     code = interrupt(runs, out, IMAGES // 2, signal.SIGTERM, 0, *options, processes=2, environment=FSDP)
     assert code == 128 + signal.SIGTERM, runs.log.read_text()
     assert IMAGES // 2 <= images_of(out) < IMAGES

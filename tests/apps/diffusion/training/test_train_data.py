@@ -17,8 +17,8 @@ from apps.diffusion.training.trainer import Trainer
 from tests.apps.diffusion import picture_files as pf
 
 TINY = (
-    "--model.size tiny --model.hidden 16 --model.heads 2 --optimisation.batch 4 --optimisation.warmup 8 "
-    "--optimisation.decay constant --sampling.steps 2 --sampling.iterations 2 --sampling.images 6 --threads 1"
+    "--model.size tiny --model.hidden 16 --model.heads 2 --optimizer.batch 4 --optimizer.warmup 8 "
+    "--optimizer.decay constant --sampling.steps 2 --sampling.iterations 2 --sampling.images 6 --threads 1"
 ).split()
 
 
@@ -53,9 +53,9 @@ def equal(a, b):
 def test_pictures_train_and_resume_bit_for_bit(pictures, tmp_path, capsys):
     """Interrupted within the second epoch, at a moment that is no multiple of anything."""
     data = ("--data.path", pictures, "--data.size", 16)
-    assert call("folder", tmp_path / "whole", *data, "--optimisation.images", 24) == 0
-    assert call("folder", tmp_path / "parts", *data, "--optimisation.images", 12) == 0
-    assert train.main(["--resume", "--out", str(tmp_path / "parts"), "--optimisation.images", "24"]) == 0
+    assert call("folder", tmp_path / "whole", *data, "--optimizer.images", 24) == 0
+    assert call("folder", tmp_path / "parts", *data, "--optimizer.images", 12) == 0
+    assert train.main(["--resume", "--out", str(tmp_path / "parts"), "--optimizer.images", "24"]) == 0
     equal(tmp_path / "whole", tmp_path / "parts")
     metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     assert "generated" not in metrics and metrics["sampling"]["images"] == 6
@@ -65,13 +65,13 @@ def test_pictures_train_and_resume_bit_for_bit(pictures, tmp_path, capsys):
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(pictures, tmp_path, capsys):
     data = ("--data.path", pictures, "--data.size", 16, "--checkpoint-every", 4, "--keep", 2)
-    assert call("folder", tmp_path / "whole", *data, "--optimisation.images", 16) == 0
+    assert call("folder", tmp_path / "whole", *data, "--optimizer.images", 16) == 0
     out = tmp_path / "run"
-    assert call("folder", out, *data, "--optimisation.images", 12) == 0
+    assert call("folder", out, *data, "--optimizer.images", 12) == 0
     older, newest = checkpoint.all_of(out)
     assert (older.name, newest.name) == ("000000000008", "000000000012")
     pf.truncate(newest / "ema.safetensors")
-    again = ["--resume", "--out", str(out), "--optimisation.images", "16"]
+    again = ["--resume", "--out", str(out), "--optimizer.images", "16"]
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     assert train.main(again) == 2
     said = capsys.readouterr().err
@@ -85,9 +85,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(pictures, tm
 def test_resuming_on_other_pictures_is_refused(pictures, tmp_path, capsys):
     out, copy = tmp_path / "run", tmp_path / "copy"
     shutil.copytree(pictures, copy)
-    assert call("folder", out, "--data.path", copy, "--data.size", 16, "--optimisation.images", 4) == 0
+    assert call("folder", out, "--data.path", copy, "--data.size", 16, "--optimizer.images", 4) == 0
     moved = copy.rename(tmp_path / "moved")  # the same pictures elsewhere are welcome
-    again = ["--resume", "--out", str(out), "--data.path", str(moved), "--optimisation.images"]
+    again = ["--resume", "--out", str(out), "--data.path", str(moved), "--optimizer.images"]
     assert train.main([*again, "8"]) == 0
     (moved / "cat" / "0.png").unlink()
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
@@ -97,10 +97,10 @@ def test_resuming_on_other_pictures_is_refused(pictures, tmp_path, capsys):
 
 
 def test_latents_train_resume_and_decode(latents, tmp_path):
-    data = ("--data.path", latents / "latents", "--optimisation.images")
+    data = ("--data.path", latents / "latents", "--optimizer.images")
     assert call("latents", tmp_path / "whole", *data, 24) == 0
     assert call("latents", tmp_path / "parts", *data, 12) == 0
-    assert train.main(["--resume", "--out", str(tmp_path / "parts"), "--optimisation.images", "24"]) == 0
+    assert train.main(["--resume", "--out", str(tmp_path / "parts"), "--optimizer.images", "24"]) == 0
     equal(tmp_path / "whole", tmp_path / "parts")
     config = train.saved_config(tmp_path / "whole")
     state = checkpoint.newest(tmp_path / "whole")
@@ -120,10 +120,10 @@ def test_without_labels_the_model_is_unconditional(latents, pictures, tmp_path):
     for source, options in (("latents", ["--data.path", latents / "latents"]), ("folder", ["--data.path", pictures])):
         out = tmp_path / source
         size = ["--data.size", 16] if source == "folder" else []
-        options = [*options, *size, "--data.unconditional", "--optimisation.images", 4]
+        options = [*options, *size, "--data.unconditional", "--optimizer.images", 4]
         assert call(source, out, *options) == 0
         assert build.rebuild(checkpoint.newest(out).network).null_class is None
-    train_set, held_out = build.images(c.Data(unconditional=True))
+    train_set, held_out = build.images(c.DataConfig(unconditional=True))
     assert held_out is not None and train_set.num_classes == held_out.num_classes == 0
 
 
@@ -137,7 +137,7 @@ def test_an_epoch_is_drawn_by_index_and_number():
             return super().draw(index, epoch, seed)
 
     config = c.Config(
-        model=c.Model(kind="dit", hidden=16, heads=2, depth=1), optimisation=c.Optimisation(images=24, batch=4)
+        model=c.ModelConfig(kind="dit", hidden=16, heads=2, depth=1), optimizer=c.OptimizerConfig(images=24, batch=4)
     )
     Trainer(config, Spy(torch.zeros(5, 1, 4, 4), torch.zeros(5, dtype=torch.long), 1)).run(lambda state: None)
     assert [epoch for epoch, _ in seen] == [k // 5 for k in range(24)]
@@ -150,9 +150,9 @@ def test_the_vae_of_sample_sheets(latents, tmp_path, capsys):
     index = json.loads((moved / "index.json").read_text())
     index["vae"]["name"] = str(tmp_path / "gone")
     (moved / "index.json").write_text(json.dumps(index))
-    assert call("latents", tmp_path / "a", "--data.path", moved, "--optimisation.images", 4) == 0
+    assert call("latents", tmp_path / "a", "--data.path", moved, "--optimizer.images", 4) == 0
     assert "--data.vae" in capsys.readouterr().err and not (tmp_path / "a" / "samples.png").exists()
-    options = ["--data.path", moved, "--optimisation.images", 4, "--data.vae"]
+    options = ["--data.path", moved, "--optimizer.images", 4, "--data.vae"]
     pf.tiny_vae(1).save_pretrained(tmp_path / "other")
     assert call("latents", tmp_path / "b", *options, tmp_path / "other") == 2
     assert "other weights" in capsys.readouterr().err and not (tmp_path / "b").exists()
@@ -194,5 +194,5 @@ def test_configurations_of_older_runs_still_load():
     text = json.loads(c.Config().to_json())
     text["data"] = {"type": "Data", "source": "digits"}
     assert c.Config.from_json(json.dumps(text)) == c.Config()
-    tree = dataclasses.replace(c.Config(), data=c.Data(source="latents", path=train.Path("x"), vae="y"))
+    tree = dataclasses.replace(c.Config(), data=c.DataConfig(source="latents", path=train.Path("x"), vae="y"))
     assert c.Config.from_json(tree.to_json()) == tree

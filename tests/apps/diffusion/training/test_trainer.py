@@ -9,21 +9,22 @@ import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
+import implicit
 from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
 from apps.diffusion.training import distributed as sharding
 from apps.diffusion.training import trainer as t
 
 SMALL = c.Config(
-    model=c.Model(hidden=16, heads=2, condition_on_time=True),
-    optimisation=c.Optimisation(images=96, batch=16, warmup=16, decay="constant"),
-    grad=c.StochasticJFB(N=3, M=3),
+    model=c.ModelConfig(hidden=16, heads=2, condition_on_time=True),
+    optimizer=c.OptimizerConfig(images=96, batch=16, warmup=16, decay="constant"),
+    grad=implicit.StochasticJFB(N=3, M=3),
 )
 
 
-def trained(steps=4, config=SMALL, **optimisation):
-    o = dataclasses.replace(config.optimisation, **optimisation)
-    trainer = t.Trainer(dataclasses.replace(config, optimisation=o), digits("train"))
+def trained(steps=4, config=SMALL, **optimizer):
+    o = dataclasses.replace(config.optimizer, **optimizer)
+    trainer = t.Trainer(dataclasses.replace(config, optimizer=o), digits("train"))
     losses = [trainer.step()[0] for _ in range(steps)]
     return trainer, torch.tensor(losses)
 
@@ -39,7 +40,7 @@ def close(a, b, **tolerance):
 def test_parts_of_a_batch_add_up_to_the_batch(kind):
     config = SMALL
     if kind == "dit":
-        config = dataclasses.replace(SMALL, model=c.Model(kind="dit", depth=2, hidden=16, heads=2))
+        config = dataclasses.replace(SMALL, model=c.ModelConfig(kind="dit", depth=2, hidden=16, heads=2))
     # plain gradient descent would agree to rounding; Adam divides by the gradient's size
     close(trained(config=config), trained(config=config, accumulate=4), rtol=1e-3, atol=2e-5)
 
@@ -69,7 +70,7 @@ def kept(trainer):
         return x
 
     x, y, draw = trainer._batch()
-    config = dataclasses.replace(trainer.config, grad=c.JFB(steps=4), stop=c.Stop(max_evals=2))
+    config = dataclasses.replace(trainer.config, grad=implicit.JFB(steps=4), stop=implicit.Stop(max_evals=2))
     trainer.config = config
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         found = trainer._loss(x, y, draw)
@@ -117,14 +118,14 @@ def test_a_batch_that_cannot_be_shared_is_refused():
         trained(accumulate=3)
     accelerator: Any = SimpleNamespace(num_processes=2, distributed_type=DistributedType.DEEPSPEED)
     with pytest.raises(ValueError, match="DEEPSPEED"):
-        sharding.check_processes(SMALL.optimisation, accelerator)
+        sharding.check_processes(SMALL.optimizer, accelerator)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "remedy"),
     [
         ("FSDP_VERSION", "1", "--fsdp_version 2"),
-        ("FSDP_ACTIVATION_CHECKPOINTING", "true", r"--optimisation\.checkpointing"),
+        ("FSDP_ACTIVATION_CHECKPOINTING", "true", r"--optimizer\.checkpointing"),
         ("FSDP_OFFLOAD_PARAMS", "true", "--fsdp_offload_params"),
         ("FSDP_IGNORED_MODULES", "final_layer", "--fsdp_ignored_modules"),
     ],
