@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from implicit import IFT, JFB, SHINE, AndersonGS, Broyden, Neumann, Picard, Reversible, Stop, fixed_point
 from implicit.testing import problem
-from tests.implicit.test_iterate import SOLVERS
+from tests.helpers import SOLVERS
 
 COUNT = Stop(rtol=0, atol=0, max_evals=4)
 GRADS = {

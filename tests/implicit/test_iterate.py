@@ -9,9 +9,7 @@ from implicit import (
     DEQ,
     Anderson,
     AndersonGS,
-    BadBroyden,
     Broyden,
-    NewtonKrylov,
     NotConverged,
     Picard,
     Result,
@@ -20,23 +18,12 @@ from implicit import (
     fixed_point,
 )
 from implicit.testing import problem, problems
+from tests.helpers import SOLVERS, half, solve
+from tests.helpers import each_solver as each
 
 F64 = torch.float64
 
-SOLVERS = [Picard(), Picard(0.3), Anderson(), AndersonGS(), Broyden(), BadBroyden(), NewtonKrylov()]
-each = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
-
-
 each_of_all = pytest.mark.parametrize("solver", [*SOLVERS, Anderson(2)], ids=repr)
-
-
-def solve(f, z0, *args, **kwargs):
-    with torch.no_grad():
-        return fixed_point(f, z0, *args, **kwargs)
-
-
-def half(z):
-    return 0.5 * z + 1
 
 
 # ---- what is promised of convergence

@@ -54,7 +54,8 @@ from implicit import (
 )
 from implicit.diagnostics import jacobian_penalty, spectral_radius
 from implicit.testing import problem
-from tests.implicit.test_iterate import SOLVERS, each, half, solve
+from tests.helpers import SOLVERS, half, solve
+from tests.helpers import each_solver as each
 
 F64 = torch.float64
 GRADS = [IFT(), JFB(2), StochasticJFB(), Phantom(3, 0.3), Neumann(4), SHINE(), Reversible(), Unrolled()]

@@ -4,10 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from implicit import Anderson, AndersonGS, BadBroyden, Broyden, NewtonKrylov, Picard, Stop, fixed_point
+from implicit import Stop, fixed_point
+from tests.helpers import F64, SOLVERS
 
-F64 = torch.float64
-SOLVERS = [Picard(), Anderson(), AndersonGS(), Broyden(), BadBroyden(), NewtonKrylov()]
 QUICK = settings(max_examples=18, derandomize=True, deadline=None)
 
 problems = st.tuples(

@@ -5,90 +5,15 @@ whose shape depends on values (``nonzero``, a mask as an index), or moves host m
 ``non_blocking``. These calls are counted as Python sees them, with tensors from numpy taken for host memory.
 """
 
-from collections import Counter
-from contextlib import contextmanager
-from typing import Any
-
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 from implicit import Picard, Stop, fixed_point
 from implicit.testing import problem
-from tests.implicit.test_iterate import SOLVERS
+from tests.helpers import Waits, watching
+from tests.helpers import each_solver as each
 
-READS = {"item", "tolist", "numpy", "cpu", "nonzero", "masked_select", "unique", "equal", "allclose", "argwhere"}
-READS |= {"__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__"}
-VIEWS = {"detach", "view", "reshape", "squeeze", "unsqueeze", "select", "__getitem__", "to"}
-each = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
 BUDGET = 18
-IS_CPU: Any = torch.Tensor.is_cpu  # which says no here: what a device would do is counted
-
-
-class Waits(TorchFunctionMode):
-    """Counts, by evaluation of f, the calls that would wait; `late` holds those for what was made just before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.evals = 0
-        self.counts: Counter[int] = Counter()
-        self.fresh = 0  # reads of what the newest evaluation gave
-        self.busy = False  # whether the device was given work since it was last waited for
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func == IS_CPU.__get__:
-            return False
-        name = getattr(func, "__name__", "")
-        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        host = first is not None and hasattr(first, "_host")
-        indices = args[1] if len(args) > 1 and isinstance(args[1], tuple) else args[1:2]
-        if first is not None and not host and name in READS:
-            self._wait(getattr(first, "_born", -1))
-        elif name in ("__getitem__", "__setitem__") and any(
-            isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices
-        ):
-            self._wait(self.evals)
-        elif name == "to" and host and not kwargs.get("non_blocking"):
-            self._wait(self.evals)
-        out = func(*args, **kwargs)
-        if isinstance(out, torch.Tensor):
-            tensors: list[Any] = [t for t in args if isinstance(t, torch.Tensor)]
-            marked: Any = out
-            if name in ("to", "cpu"):
-                marked = out.view_as(out)  # where there is no device to move to, it is the very same tensor
-            if name == "cpu":
-                marked._host = True
-            elif name != "to" and tensors and all(hasattr(t, "_host") for t in tensors):
-                marked._host = True
-            else:
-                self.busy = self.busy or name not in VIEWS
-            born = [t._born for t in tensors if hasattr(t, "_born")]
-            marked._born = max(born) if name in VIEWS and born else self.evals
-            return marked
-        return out
-
-    def _wait(self, born: int) -> None:
-        if not self.busy:
-            return
-        self.busy = False
-        self.counts[self.evals] += 1
-        self.fresh += born == self.evals
-
-
-@contextmanager
-def watching(mode):
-    """`mode` switched on, and arrays from numpy, which torch does not tell it about, marked."""
-    from_numpy = torch.from_numpy
-
-    def on_the_host(array):
-        t: Any = from_numpy(array)
-        t._host = True
-        return t
-
-    with pytest.MonkeyPatch.context() as patch, mode:
-        patch.setattr(torch, "from_numpy", on_the_host)
-        yield
 
 
 def waits(solver, stop, name="one hard of 16"):

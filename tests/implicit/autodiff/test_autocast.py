@@ -8,39 +8,19 @@ from torch import nn
 
 from implicit import (
     IFT,
-    JFB,
     SHINE,
     AbstractGrad,
     Anderson,
     AndersonGS,
     Broyden,
-    Neumann,
-    Phantom,
     Picard,
-    Reversible,
-    StochasticJFB,
     Stop,
     Unrolled,
     fixed_point,
 )
+from tests import helpers
 
-
-def stochastic():
-    return StochasticJFB(N=8, M=4, generator=torch.Generator().manual_seed(3))
-
-
-ESTIMATORS = {
-    "IFT": IFT,
-    "IFT by Anderson": lambda: IFT(solver=Anderson(10)),
-    "JFB": JFB,
-    "StochasticJFB": stochastic,
-    "Phantom": Phantom,
-    "Neumann": Neumann,
-    "SHINE": lambda: SHINE(refine=4),
-    "Reversible": Reversible,
-    "Unrolled": Unrolled,
-    "Unrolled, checkpointed": lambda: Unrolled(checkpoint=True),
-}
+ESTIMATORS = {**helpers.ESTIMATORS, "IFT by Anderson": lambda: IFT(solver=Anderson(10))}
 
 
 def problem():

@@ -22,7 +22,7 @@ from implicit import (
 )
 from implicit.diagnostics import gradient_bias
 from implicit.diagnostics.profiling import Bytes, measure
-from tests.implicit.small_layers import dense_gradient, dense_solution, flat, layer, off
+from tests.layers import dense_gradient, dense_solution, flat, layer, off
 
 F64 = torch.float64
 TIGHT = Stop(rtol=1e-12, atol=0, max_evals=300)

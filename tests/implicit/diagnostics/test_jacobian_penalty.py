@@ -4,7 +4,7 @@ from torch import nn
 
 from implicit import IFT, Stop, fixed_point
 from implicit.diagnostics import jacobian_penalty
-from tests.implicit.small_layers import dense_solution, jacobian, layer
+from tests.layers import dense_solution, jacobian, layer
 
 F64 = torch.float64
 

@@ -3,7 +3,7 @@ import torch
 
 from implicit import Picard, Stop
 from implicit.diagnostics import path_independence
-from tests.implicit.small_layers import layer
+from tests.layers import layer
 
 F64 = torch.float64
 TIGHT = Stop(rtol=1e-10, atol=0, max_evals=500)

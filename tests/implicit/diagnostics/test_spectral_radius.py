@@ -5,7 +5,7 @@ import torch
 
 from implicit.diagnostics import spectral_radius, spectrum
 from implicit.testing import problem
-from tests.implicit.small_layers import RADII, dense_solution, jacobian, layer
+from tests.layers import RADII, dense_solution, jacobian, layer
 
 F64 = torch.float64
 

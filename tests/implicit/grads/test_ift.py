@@ -28,7 +28,7 @@ from implicit import (
     fixed_point,
 )
 from implicit.diagnostics.profiling import measure
-from tests.implicit.small_layers import F64, RADII, Tanh, dense_gradient, dense_solution, flat, jacobian, layer, off
+from tests.layers import F64, RADII, Tanh, dense_gradient, dense_solution, flat, jacobian, layer, off
 
 TIGHT = Stop(rtol=1e-13, atol=0, max_evals=400)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from implicit import JFB, Anderson, Stop, fixed_point
-from tests.implicit.small_layers import flat, layer
+from tests.layers import flat, layer
 
 
 @pytest.mark.parametrize("name", ["easy", "adaln", "hard"])

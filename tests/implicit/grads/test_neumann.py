@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from implicit import JFB, Neumann, Stop, fixed_point
-from tests.implicit.small_layers import dense_gradient, dense_solution, flat, jacobian, layer, off
+from tests.layers import dense_gradient, dense_solution, flat, jacobian, layer, off
 
 TIGHT = Stop(rtol=1e-13, atol=0, max_evals=300)
 

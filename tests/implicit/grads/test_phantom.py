@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from implicit import JFB, Phantom, Stop, fixed_point
-from tests.implicit.small_layers import F64, dense_gradient, flat, layer, off
+from tests.layers import F64, dense_gradient, flat, layer, off
 
 TIGHT = Stop(rtol=1e-12, atol=0, max_evals=200)
 

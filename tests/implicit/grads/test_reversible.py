@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from implicit import Result, Reversible, Stop, fixed_point
-from tests.implicit.small_layers import F64, dense_gradient, dense_solution, flat, layer, off
+from tests.layers import F64, dense_gradient, dense_solution, flat, layer, off
 
 
 def by_hand(f, x, start, beta, steps):

@@ -7,7 +7,7 @@ from implicit import JFB, SHINE, Anderson, BadBroyden, Broyden, Neumann, Picard,
 from implicit.evaluation import FlatMap
 from implicit.pytree import Layout
 from implicit.solvers import Point
-from tests.implicit.small_layers import F64, dense_gradient, flat, layer, off
+from tests.layers import F64, dense_gradient, flat, layer, off
 
 TIGHT = Stop(rtol=1e-12, atol=0, max_evals=300)
 

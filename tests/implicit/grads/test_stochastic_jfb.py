@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from implicit import Anderson, Picard, StochasticJFB, Stop, fixed_point
-from tests.implicit.small_layers import flat, layer
+from tests.layers import flat, layer
 
 
 def seeded(seed=0):

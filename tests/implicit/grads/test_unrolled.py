@@ -8,7 +8,7 @@ from torch import nn
 
 from implicit import Anderson, AndersonGS, BadBroyden, Broyden, NewtonKrylov, Picard, Stop, Unrolled, fixed_point
 from implicit.diagnostics.profiling import Bytes
-from tests.implicit.small_layers import F64, flat, layer, off
+from tests.layers import F64, flat, layer, off
 
 
 @pytest.mark.parametrize("checkpoint", [False, True, 1, 3, 50])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from implicit import IFT, Anderson, NotConverged, Picard, Solution, Stop, fixed_point
-from tests.implicit.small_layers import F64, off
+from tests.layers import F64, off
 
 TIGHT = Stop(rtol=1e-14, atol=0, max_evals=200)
 

@@ -7,8 +7,8 @@ import torch
 
 from implicit import GMRES, IFT, Anderson, AndersonGS, Broyden, Result, Stop, fixed_point
 from implicit.diagnostics.profiling import Bytes
-from tests.implicit.small_layers import F64, dense_gradient, dense_solution, flat, layer, off
-from tests.implicit.test_syncs import Waits, watching
+from tests.helpers import Waits, watching
+from tests.layers import F64, dense_gradient, dense_solution, flat, layer, off
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Anderson, iterate by iterate, against the textbook written with dense least squares."""
 
-from typing import Any
-
 import pytest
 import torch
 
@@ -10,29 +8,9 @@ from implicit.evaluation import FlatMap
 from implicit.pytree import Layout
 from implicit.solvers.base import Point
 from implicit.testing import problem
+from tests.helpers import FREE, smooth, visited
 
 F64 = torch.float64
-FREE: dict[str, Any] = dict(rtol=0, atol=0)
-
-
-def smooth(n=12, batch=3, gain=0.8):
-    rng = torch.Generator().manual_seed(0)
-    w = gain * torch.linalg.qr(torch.randn(n, n, generator=rng, dtype=F64))[0]
-    x = torch.randn(batch, n, generator=rng, dtype=F64)
-    return lambda z: torch.tanh(z @ w) + x[: z.shape[0]], torch.zeros(batch, n, dtype=F64)
-
-
-def visited(f, z0, solver, evals):
-    """The points at which f is evaluated."""
-    seen = []
-
-    def watched(z):
-        seen.append(z.clone())
-        return f(z)
-
-    with torch.no_grad():
-        iterate(watched, z0, solver, Stop(max_evals=evals, **FREE))
-    return seen
 
 
 def textbook(f, z0, memory, damping, evals, start=1):

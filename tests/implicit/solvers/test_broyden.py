@@ -11,7 +11,7 @@ from implicit import BadBroyden, Broyden, SolveOptions, Stop, fixed_point, itera
 from implicit.evaluation import FlatMap
 from implicit.pytree import Layout
 from implicit.solvers import Point
-from tests.implicit.solvers.test_anderson import FREE, smooth, visited
+from tests.helpers import FREE, smooth, visited
 
 F64 = torch.float64
 

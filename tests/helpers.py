@@ -1,0 +1,156 @@
+"""Shared by the tests: every solver, every estimator, counters of host synchronizations and small maps.
+
+A new solver or estimator is entered here once; the tests that hold for all of them go through these lists.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from implicit import (
+    IFT,
+    JFB,
+    SHINE,
+    AbstractGrad,
+    Anderson,
+    AndersonGS,
+    BadBroyden,
+    Broyden,
+    Neumann,
+    NewtonKrylov,
+    Phantom,
+    Picard,
+    Reversible,
+    StochasticJFB,
+    Stop,
+    Unrolled,
+    fixed_point,
+    iterate,
+)
+
+F64 = torch.float64
+SOLVERS = [Picard(), Picard(0.3), Anderson(), AndersonGS(), Broyden(), BadBroyden(), NewtonKrylov()]
+ESTIMATORS: dict[str, Callable[[], AbstractGrad]] = {
+    "IFT": IFT,
+    "JFB": JFB,
+    "JFB(3)": lambda: JFB(3),
+    "StochasticJFB": lambda: StochasticJFB(N=8, M=4, generator=torch.Generator().manual_seed(3)),
+    "Phantom": Phantom,
+    "Neumann": Neumann,
+    "SHINE": lambda: SHINE(refine=4),
+    "Reversible": Reversible,
+    "Unrolled": Unrolled,
+    "Unrolled, checkpointed": lambda: Unrolled(checkpoint=True),
+}
+each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s).__name__)
+each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
+
+
+def solve(f, z0, *args, **kwargs):
+    """`fixed_point` without a graph."""
+    with torch.no_grad():
+        return fixed_point(f, z0, *args, **kwargs)
+
+
+def half(z):
+    return 0.5 * z + 1
+
+
+FREE: dict[str, Any] = dict(rtol=0, atol=0)
+
+
+def smooth(n=12, batch=3, gain=0.8):
+    rng = torch.Generator().manual_seed(0)
+    w = gain * torch.linalg.qr(torch.randn(n, n, generator=rng, dtype=F64))[0]
+    x = torch.randn(batch, n, generator=rng, dtype=F64)
+    return lambda z: torch.tanh(z @ w) + x[: z.shape[0]], torch.zeros(batch, n, dtype=F64)
+
+
+def visited(f, z0, solver, evals):
+    """The points at which f is evaluated."""
+    seen = []
+
+    def watched(z):
+        seen.append(z.clone())
+        return f(z)
+
+    with torch.no_grad():
+        iterate(watched, z0, solver, Stop(max_evals=evals, **FREE))
+    return seen
+
+
+READS = {"item", "tolist", "numpy", "cpu", "nonzero", "masked_select", "unique", "equal", "allclose", "argwhere"}
+READS |= {"__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__"}
+VIEWS = {"detach", "view", "reshape", "squeeze", "unsqueeze", "select", "__getitem__", "to"}
+IS_CPU: Any = torch.Tensor.is_cpu  # which says no here: what a device would do is counted
+
+
+class Waits(TorchFunctionMode):
+    """Counts, by evaluation of f, the calls that would wait; `late` holds those for what was made just before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.evals = 0
+        self.counts: Counter[int] = Counter()
+        self.fresh = 0  # reads of what the newest evaluation gave
+        self.busy = False  # whether the device was given work since it was last waited for
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func == IS_CPU.__get__:
+            return False
+        name = getattr(func, "__name__", "")
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        host = first is not None and hasattr(first, "_host")
+        indices = args[1] if len(args) > 1 and isinstance(args[1], tuple) else args[1:2]
+        if first is not None and not host and name in READS:
+            self._wait(getattr(first, "_born", -1))
+        elif name in ("__getitem__", "__setitem__") and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices
+        ):
+            self._wait(self.evals)
+        elif name == "to" and host and not kwargs.get("non_blocking"):
+            self._wait(self.evals)
+        out = func(*args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            tensors: list[Any] = [t for t in args if isinstance(t, torch.Tensor)]
+            marked: Any = out
+            if name in ("to", "cpu"):
+                marked = out.view_as(out)  # where there is no device to move to, it is the very same tensor
+            if name == "cpu":
+                marked._host = True
+            elif name != "to" and tensors and all(hasattr(t, "_host") for t in tensors):
+                marked._host = True
+            else:
+                self.busy = self.busy or name not in VIEWS
+            born = [t._born for t in tensors if hasattr(t, "_born")]
+            marked._born = max(born) if name in VIEWS and born else self.evals
+            return marked
+        return out
+
+    def _wait(self, born: int) -> None:
+        if not self.busy:
+            return
+        self.busy = False
+        self.counts[self.evals] += 1
+        self.fresh += born == self.evals
+
+
+@contextmanager
+def watching(mode):
+    """`mode` switched on, and arrays from numpy, which torch does not tell it about, marked."""
+    from_numpy = torch.from_numpy
+
+    def on_the_host(array):
+        t: Any = from_numpy(array)
+        t._host = True
+        return t
+
+    with pytest.MonkeyPatch.context() as patch, mode:
+        patch.setattr(torch, "from_numpy", on_the_host)
+        yield
