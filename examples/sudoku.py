@@ -1,0 +1,150 @@
+"""A looped reasoner: Sudoku by a network whose depth is the number of iterations of one block.
+
+Each cell of an n x n puzzle is a vector of z, and x embeds the clues. One block is iterated,
+
+    z' = f(z, x) = norm(h + W_o silu(W h + sum_u U_u mean_u(h) + b)),    h = z + x,
+
+where mean_u averages over the cell's row, column and box; the digits are read from z linearly. Training draws the depth
+at random (StochasticJFB, arXiv 2401.08741, Algorithm 1) and the start z0 from N(0, I), and adds the penalty
+||df/dz||_F^2 / N (arXiv 2106.14342). The unrolled twin is the same network trained through 8 iterations from zero for
+the same CPU time. At test time depth is free: more iterations, stopping by residual, and among B random starts the
+answer of the smallest residual (arXiv 2605.21488). `python examples/sudoku.py --size 6 --seconds 900` for 6 x 6.
+"""
+
+import argparse
+import time
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from sudoku_puzzles import Puzzles, relabeled, splits, units
+from torch import Tensor, nn
+
+from implicit import DEQ, AndersonGS, Picard, StochasticJFB, Stop, Unrolled, fixed_point
+from implicit.diagnostics import jacobian_penalty
+
+DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+PLAIN, STOP = Picard(), Stop(rtol=1e-3, max_evals=64)
+
+
+class Block(nn.Module):
+    """f(z, x) above, on (B, n * n, width) states."""
+
+    def __init__(self, size: int, width: int, hidden: int) -> None:
+        super().__init__()
+        member = torch.from_numpy(units(size)).float().flatten(0, 1)  # (3 n, n * n)
+        self.register_buffer("pool", member / size)
+        self.register_buffer("spread", member.T.contiguous())
+        self.own, self.out, self.norm = nn.Linear(width, hidden), nn.Linear(hidden, width), nn.LayerNorm(width)
+        self.units = nn.Parameter(torch.randn(3, width, hidden) / (4 * width) ** 0.5)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        h = z + x
+        # means over the units (3, n B, width), their messages, and back to the cells of each unit
+        means = (self.pool @ h.transpose(0, 1).flatten(1)).view(3, -1, h.shape[2])
+        messages = torch.bmm(means, self.units).view(self.pool.shape[0], -1)
+        received = (self.spread @ messages).view(h.shape[1], h.shape[0], -1).transpose(0, 1)
+        return self.norm(h + self.out(nn.functional.silu(self.own(h) + received)))
+
+
+class Reasoner(nn.Module):
+    """Clues (B, n * n) to digits; `deq` is the loop."""
+
+    def __init__(self, size: int, twin: bool, seed: int, width: int = 192, hidden: int = 512) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.head = nn.Embedding(size + 1, width), nn.Linear(width, size)
+        self.twin, self.generator = twin, torch.Generator().manual_seed(seed)
+        grad = Unrolled() if twin else StochasticJFB(N=8, M=8, generator=self.generator)
+        self.deq = DEQ(Block(size, width, hidden), solver=PLAIN, grad=grad, stop=Stop(rtol=0, atol=0, max_evals=8))
+
+    def start(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x) if self.twin else torch.randn(x.shape, generator=self.generator)
+
+    def right(self, z: Tensor, solutions: Tensor) -> Tensor:
+        """(B,) 1 where every cell is right."""
+        return (self.head(z).argmax(-1) + 1 == solutions).all(1).float()
+
+
+def train(model: Reasoner, puzzles: Puzzles, seconds: float, penalty: float, rng: np.random.Generator) -> int:
+    """Train for `seconds` of CPU time, over which the learning rate falls to zero; return the number of steps."""
+    begin, step = time.process_time(), 0
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    while (spent := (time.process_time() - begin) / seconds) < 1:
+        optimizer.param_groups[0]["lr"] = 5e-4 * min(1, (step + 1) / 50) * (1 + np.cos(np.pi * spent))
+        clues, solutions = map(torch.from_numpy, relabeled(puzzles, 64, rng))
+        x = model.embed(clues)
+        z = model.deq(model.start(x), x).value
+        loss = nn.functional.cross_entropy(model.head(z).flatten(0, 1), solutions.flatten() - 1)
+        if step % 4 == 0 and not model.twin:
+            size = jacobian_penalty(model.deq.f, z[:16].detach(), x[:16], generator=model.generator)
+            loss += penalty * size.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+    return step
+
+
+def best_of(model: Reasoner, x: Tensor, solutions: Tensor, evals: int, starts: int = 8) -> tuple[float, float]:
+    """Share solved by one random start, on average, and by the start whose residual is the smallest."""
+    x, solutions = x.repeat_interleave(starts, 0), solutions.repeat_interleave(starts, 0)
+    found = fixed_point(model.deq.f, model.start(x), x, solver=PLAIN, stop=Stop(1e-3, max_evals=evals), compact=True)
+    right = model.right(found.value, solutions).view(-1, starts)
+    best = found.residual.view(-1, starts).argmin(1, keepdim=True)
+    return float(right.mean()), float(right.gather(1, best).mean())
+
+
+@torch.no_grad()
+def report(model: Reasoner, x: Tensor, solutions: Tensor) -> list[float]:
+    """Print what depth, the stopping criterion and random starts give; return the accuracy by depth."""
+    z, shares = model.start(x), []
+    for depth in np.diff(DEPTHS, prepend=0).tolist():
+        z = fixed_point(model.deq.f, z, x, solver=PLAIN, stop=Stop(rtol=0, atol=0, max_evals=depth)).value
+        shares.append(float(model.right(z, solutions).mean()))
+    print("    by iterations:", ", ".join(f"{d}: {s:.1%}" for d, s in zip(DEPTHS, shares, strict=True)))
+    for name, solver in (("Picard", PLAIN), ("AndersonGS", AndersonGS())):
+        found = fixed_point(model.deq.f, model.start(x), x, solver=solver, stop=STOP, compact=True)
+        right, evals, end = model.right(found.value, solutions), found.evals.float().mean(), found.converged
+        print(f"    {name} to 1e-3: {evals:.1f} iterations, {right.mean():.1%} solved; ", end="")
+        print(f"{end.float().mean():.1%} converged, of which {right[end].mean():.1%} solved")
+    for evals in () if model.twin else (3, 4, 64):
+        one, best = best_of(model, x, solutions, evals)
+        print(f"    {evals} iterations: one start {one:.1%}, best of 8 by residual {best:.1%}")
+    return shares
+
+
+def main(argv: list[str] | None = None) -> dict[str, list[float]]:
+    parser = argparse.ArgumentParser(description="A looped reasoner on Sudoku, beside its unrolled twin.")
+    parser.add_argument("--size", type=int, choices=(4, 6), default=4, help="digits of the Sudoku")
+    parser.add_argument("--seconds", type=float, default=60, help="CPU seconds of training, for each network")
+    parser.add_argument("--penalty", type=float, default=0.1, help="weight of the Jacobian penalty")
+    parser.add_argument("--tests", type=int, default=400, help="puzzles of each test set")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--figure", help="save the accuracy against iterations here")
+    args, curves = parser.parse_args(argv), {}
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(args.seed)
+    data = splits(args.size, 300, rng)
+    print("puzzles up to relabeling:", ", ".join(f"{name} {len(part.clues)}" for name, part in data.items()))
+    for kind in ("looped", "unrolled twin"):
+        model = Reasoner(args.size, kind == "unrolled twin", args.seed)
+        steps = train(model, data["train"], args.seconds, args.penalty, rng)
+        print(f"{kind}: {sum(p.numel() for p in model.parameters()):,} parameters, {args.seconds:g} s, {steps} steps")
+        for name in ("unseen", "new"):
+            clues, solutions = map(torch.from_numpy, relabeled(data[name], args.tests, np.random.default_rng(0)))
+            print(f"  {name} {'puzzles' if name == 'unseen' else 'grids'}")
+            curves[f"{kind}, {name}"] = report(model, model.embed(clues), solutions)
+    if args.figure:
+        figure, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+        for (name, shares), style in zip(curves.items(), ("C0.-", "C0.:", "C1.-", "C1.:"), strict=True):
+            ax.semilogx(DEPTHS, shares, style, label=name, base=2)
+        ax.set(xlabel="iterations at test time", ylabel="puzzles solved")
+        ax.legend()
+        figure.savefig(args.figure, dpi=90)
+    return curves
+
+
+if __name__ == "__main__":
+    main()
