@@ -52,7 +52,7 @@ def psnr(z: Tensor, x: Tensor) -> float:
 def train(deq: DEQ, x: Tensor, y: Tensor, steps: int, penalty: float, seed: int) -> None:
     """Adam on the mean square error, batches of 64."""
     rng = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(deq.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(deq.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         rows = torch.randint(0, len(x), (64,), generator=rng)
@@ -78,7 +78,7 @@ def by_depth(deq: DEQ, x: Tensor, y: Tensor) -> list[float]:
 
 def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     parser = argparse.ArgumentParser(description="Deblurring digits at an equilibrium, beside the unrolled twin.")
-    parser.add_argument("--steps", type=int, default=600, help="training steps of 64 images, for each model")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of 64 images, for each model")
     parser.add_argument("--width", type=float, default=1.0, help="standard deviation of the blur, pixels")
     parser.add_argument("--noise", type=float, default=0.02, help="standard deviation of the noise")
     parser.add_argument("--penalty", type=float, default=0.1, help="weight of the Jacobian penalty")

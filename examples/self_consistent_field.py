@@ -14,6 +14,7 @@ appendix A; its H2 and HeH+ (sections 3.5.2, 3.5.3) are the first two molecules 
 
 import argparse
 
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
@@ -124,8 +125,6 @@ def main(argv: list[str] | None = None) -> dict[str, Tensor]:
     print(f"second derivatives, likewise: {second_error:.1e} of up to {stiffness.abs().max():.2f}")
     print(f"with P taken as constant, forces would be off by up to {(without - slope).abs().max():.2f}")
     if args.figure:
-        import matplotlib.pyplot as plt
-
         figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
         length = positions[2:, 1, 0].detach()
         left.plot(length, total[2:].detach())

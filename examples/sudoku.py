@@ -7,8 +7,8 @@ Each cell of an n x n puzzle is a vector of z, and x embeds the clues. One block
 where mean_u averages over the cell's row, column and box; the digits are read from z linearly. Training draws the depth
 at random (StochasticJFB, arXiv 2401.08741, Algorithm 1) and the start z0 from N(0, I), and adds the penalty
 ||df/dz||_F^2 / N (arXiv 2106.14342). The unrolled twin is the same network trained through 8 iterations from zero for
-the same CPU time. At test time depth is free: more iterations, stopping by residual, and among B random starts the
-answer of the smallest residual (arXiv 2605.21488). `python examples/sudoku.py --size 6 --seconds 900` for 6 x 6.
+the same CPU time. At test time depth is free: more iterations, stopping by residual, and the best of several random
+starts by residual (arXiv 2605.21488).
 """
 
 import argparse
@@ -54,12 +54,12 @@ class Reasoner(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.embed, self.head = nn.Embedding(size + 1, width), nn.Linear(width, size)
-        self.twin, self.generator = twin, torch.Generator().manual_seed(seed)
-        grad = Unrolled() if twin else StochasticJFB(N=8, M=8, generator=self.generator)
+        self.twin, self.rng = twin, torch.Generator().manual_seed(seed)
+        grad = Unrolled() if twin else StochasticJFB(N=8, M=8, generator=self.rng)
         self.deq = DEQ(Block(size, width, hidden), solver=PLAIN, grad=grad, stop=Stop(rtol=0, atol=0, max_evals=8))
 
     def start(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x) if self.twin else torch.randn(x.shape, generator=self.generator)
+        return torch.zeros_like(x) if self.twin else torch.randn(x.shape, generator=self.rng)
 
     def right(self, z: Tensor, solutions: Tensor) -> Tensor:
         """(B,) 1 where every cell is right."""
@@ -77,8 +77,7 @@ def train(model: Reasoner, puzzles: Puzzles, seconds: float, penalty: float, rng
         z = model.deq(model.start(x), x).value
         loss = nn.functional.cross_entropy(model.head(z).flatten(0, 1), solutions.flatten() - 1)
         if step % 4 == 0 and not model.twin:
-            size = jacobian_penalty(model.deq.f, z[:16].detach(), x[:16], generator=model.generator)
-            loss += penalty * size.mean()
+            loss += penalty * jacobian_penalty(model.deq.f, z[:16].detach(), x[:16], generator=model.rng).mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -90,7 +89,8 @@ def train(model: Reasoner, puzzles: Puzzles, seconds: float, penalty: float, rng
 def best_of(model: Reasoner, x: Tensor, solutions: Tensor, evals: int, starts: int = 8) -> tuple[float, float]:
     """Share solved by one random start, on average, and by the start whose residual is the smallest."""
     x, solutions = x.repeat_interleave(starts, 0), solutions.repeat_interleave(starts, 0)
-    found = fixed_point(model.deq.f, model.start(x), x, solver=PLAIN, stop=Stop(1e-3, max_evals=evals), compact=True)
+    stop = Stop(rtol=1e-3, max_evals=evals)
+    found = fixed_point(model.deq.f, model.start(x), x, solver=PLAIN, stop=stop, compact=True)
     right = model.right(found.value, solutions).view(-1, starts)
     best = found.residual.view(-1, starts).argmin(1, keepdim=True)
     return float(right.mean()), float(right.gather(1, best).mean())
