@@ -26,6 +26,8 @@ DEPTHS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)
 class Reconstruction(nn.Module):
     """f(z, y) above, on images (B, 64)."""
 
+    blur: Tensor
+
     def __init__(self, blur: Tensor, hidden: int = 128) -> None:
         super().__init__()
         self.register_buffer("blur", blur)
@@ -87,7 +89,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(0)
-    x = torch.tensor(load_digits().data / 16, dtype=torch.float32)[torch.randperm(1797, generator=rng)]
+    x = torch.tensor(load_digits(return_X_y=True)[0] / 16, dtype=torch.float32)[torch.randperm(1797, generator=rng)]
     blur = gaussian_blur(args.width)
     y = x @ blur.T + args.noise * torch.randn(x.shape, generator=rng)
     x_test, y_test = x[1500:], y[1500:]

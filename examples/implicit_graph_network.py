@@ -55,7 +55,8 @@ class GraphNetwork(nn.Module):
         self.cut, self.kappa = cut, kappa
 
     def forward(self, graph: Chains) -> tuple[Tensor, Solution]:
-        u, mix = self.inject(graph.features), self.mix.weight.T
+        u = self.inject(graph.features)
+        mix = self.mix(torch.eye(u.shape[1]))  # W, read once: spectral_norm updates its estimate at every use
 
         def f(z: Tensor, u: Tensor) -> Tensor:
             messages = torch.zeros_like(z).index_add(0, graph.target, z[graph.source])

@@ -30,20 +30,20 @@ PLAIN, STOP = Picard(), Stop(rtol=1e-3, max_evals=64)
 class Block(nn.Module):
     """f(z, x) above, on (B, n * n, width) states."""
 
+    member: Tensor
+
     def __init__(self, size: int, width: int, hidden: int) -> None:
         super().__init__()
-        member = torch.from_numpy(units(size)).float().flatten(0, 1)  # (3 n, n * n)
-        self.register_buffer("pool", member / size)
-        self.register_buffer("spread", member.T.contiguous())
+        self.register_buffer("member", torch.from_numpy(units(size)).float().flatten(0, 1))  # (3 n, n * n)
         self.own, self.out, self.norm = nn.Linear(width, hidden), nn.Linear(hidden, width), nn.LayerNorm(width)
         self.units = nn.Parameter(torch.randn(3, width, hidden) / (4 * width) ** 0.5)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         h = z + x
         # means over the units (3, n B, width), their messages, and back to the cells of each unit
-        means = (self.pool @ h.transpose(0, 1).flatten(1)).view(3, -1, h.shape[2])
-        messages = torch.bmm(means, self.units).view(self.pool.shape[0], -1)
-        received = (self.spread @ messages).view(h.shape[1], h.shape[0], -1).transpose(0, 1)
+        means = (self.member @ h.transpose(0, 1).flatten(1)).view(3, -1, h.shape[2]) / (len(self.member) // 3)
+        messages = torch.bmm(means, self.units).view(len(self.member), -1)
+        received = (self.member.T @ messages).view(h.shape[1], h.shape[0], -1).transpose(0, 1)
         return self.norm(h + self.out(nn.functional.silu(self.own(h) + received)))
 
 
