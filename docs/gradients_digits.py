@@ -18,8 +18,7 @@ from torch import Tensor, nn
 import implicit
 from implicit import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, StochasticJFB, Stop, diagnostics, plotting
 from implicit.diagnostics import GradientBias, every_estimator
-from implicit.diagnostics.bias_table import markdown, size
-from implicit.diagnostics.gradient_bias import label
+from implicit.diagnostics.gradient_bias import label, markdown, size
 
 DOCS = Path(__file__).parent
 STOP = Stop(rtol=1e-3, atol=0, max_evals=40)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from implicit.autodiff.autocast import as_now
+from implicit.autodiff.parametrizations import weights_once
 from implicit.grads.base import AbstractGrad
 from implicit.grads.ift import IFT
-from implicit.options import SolveOptions
+from implicit.options import Problem, SolveOptions
 from implicit.pytree import Map, State, leaves
 from implicit.solution import Solution
 from implicit.solvers.anderson_gs import AndersonGS
@@ -82,8 +83,8 @@ def fixed_point(
     )
     kind = next((t.device.type for t in leaves(z0)), "cpu")
     estimator, solver, stop = grad or IFT(), solver or AndersonGS(), stop or Stop()
+    problem = Problem(as_now(weights_once(f), kind), z0, args)
     if not torch.is_autocast_enabled(kind):
-        return estimator(f, z0, args, solver, stop, options)
-    f = as_now(f, kind)
+        return estimator(problem, solver, stop, options)
     with torch.autocast(kind, enabled=False):
-        return estimator(f, z0, args, solver, stop, options)
+        return estimator(problem, solver, stop, options)

@@ -1,10 +1,27 @@
-"""`SolveOptions`: how a solve is run and observed, apart from when it stops."""
+"""`Problem`: what is solved; `SolveOptions`: how a solve is run and observed, apart from when it stops."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from implicit.pytree import Map, State
+
+
+@dataclass(frozen=True)
+class Problem:
+    """z = f(z, *args), to be solved from z0.
+
+    Attributes:
+        f: the map.
+        z0: the starting state, ``(B, *)`` tensors.
+        args: passed on to f.
+    """
+
+    f: Map
+    z0: State
+    args: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

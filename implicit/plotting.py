@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from implicit.diagnostics.bias_table import GradientBias
+from implicit.diagnostics.gradient_bias import GradientBias
 from implicit.diagnostics.path_independence import PathIndependence
 from implicit.diagnostics.spectral_radius import Spectrum
 from implicit.solution import Solution

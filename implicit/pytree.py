@@ -3,6 +3,7 @@
 Solvers see only the matrix: a state of several tensors behaves exactly as the same numbers in one tensor would.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -57,17 +58,35 @@ def real(dtype: torch.dtype) -> torch.dtype:
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], thing: Any) -> Any:
-    """`thing`, a nest of dataclasses, tuples, lists and dicts, with every tensor changed; all else as it is."""
+    """`thing`, a nest of dataclasses, tuples, lists and dicts, with every tensor changed.
+
+    A part without a changed tensor is the very same object, so that types which cannot be rebuilt may occur.
+    """
     if isinstance(thing, Tensor):
         return change(thing)
     if is_dataclass(thing) and not isinstance(thing, type):
-        return replace(thing, **{f.name: map_tensors(change, getattr(thing, f.name)) for f in fields(thing)})
+        named = {f.name: getattr(thing, f.name) for f in fields(thing)}
+        parts = {name: map_tensors(change, part) for name, part in named.items()}
+        return replace(thing, **parts) if any(parts[name] is not named[name] for name in named) else thing
     if isinstance(thing, dict):
-        return type(thing)((key, map_tensors(change, part)) for key, part in thing.items())
+        parts = {key: map_tensors(change, part) for key, part in thing.items()}
+        return _like(thing, parts) if any(parts[key] is not thing[key] for key in thing) else thing
     if isinstance(thing, (tuple, list)):
         parts = [map_tensors(change, part) for part in thing]
-        return type(thing)(*parts) if hasattr(thing, "_fields") else type(thing)(parts)
+        return _like(thing, parts) if any(a is not b for a, b in zip(parts, thing, strict=True)) else thing
     return thing
+
+
+def _like(thing: Any, parts: Any) -> Any:
+    """A container of the type of `thing`, subclasses included, that holds `parts`."""
+    if hasattr(thing, "_fields"):  # a namedtuple
+        return type(thing)(*parts)
+    if type(thing) in (list, dict) or isinstance(thing, tuple):
+        return type(thing)(parts)
+    made = copy.copy(thing)  # a subclass, with whatever else it holds
+    made.clear()
+    made.update(parts) if isinstance(made, dict) else made.extend(parts)
+    return made
 
 
 def validate_warm_start(memory: Any, like: Any) -> Any:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from implicit.diagnostics.bias_table import HEAD, BiasRow, cells, markdown
+from implicit.diagnostics.gradient_bias import HEAD, BiasRow, cells, markdown
 
 RESULT = Path(__file__).parents[1] / "results" / "gradients.json"
 PAGE = Path(__file__).parents[2] / "docs" / "gradients.md"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicit.pytree import Map, State, leaves, rebuild
+from implicit.pytree import Layout, Map, State, leaves, rebuild
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Autocast:
 
 def _cast(t: Tensor, like: Tensor) -> Tensor:
     return t.to(like.dtype) if t.is_floating_point() and like.is_floating_point() else t
+
+
+def rounding(f: Map, layout: Layout) -> float:
+    """Relative rounding error of an evaluation of f on a state of this layout."""
+    return max(layout.eps, f.eps) if isinstance(f, Autocast) else layout.eps
 
 
 def as_now(f: Map, kind: str) -> Map:

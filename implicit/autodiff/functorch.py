@@ -7,23 +7,23 @@ Setting: z* = F(z*, theta), J = dF/dz at z*. Derivatives of the solve are linear
 
 so three `autograd.Function`s close the algebra: `_Search` finds z* and has no derivative, `_Attach` is the identity at
 z* with the derivatives above, `_Linear` solves with J or J^T and differentiates into itself. Under vmap each turns
-the mapped axis into more batch.
+the mapped axis into more batch. The innermost call of each function has plain tensors, on which the host may decide.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from implicit.autodiff.closure_convert import Outside, explicit
-from implicit.autodiff.no_grad import constant
+from implicit.autodiff.closure_convert import ClosureTracer, closure_convert, own_view, tensors
+from implicit.autodiff.implicit_diff import require_same_map
 from implicit.evaluation import FlatMap
 from implicit.iterate import iterate
 from implicit.linear.adjoint_solve import LinearSolve
-from implicit.options import SolveOptions
-from implicit.pytree import Layout, Map, State
+from implicit.options import Problem, SolveOptions
+from implicit.pytree import Layout, PerSample, State, map_tensors
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
@@ -36,30 +36,77 @@ def active() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def search(
-    f: Map, z0: State, args: tuple[Any, ...], solver: AbstractSolver[Any], stop: Stop, options: SolveOptions
-) -> Solution:
-    """The solution without derivatives, inside or outside of a transform."""
-    if active():
-        return solve(f, z0, args, solver, stop, options)[0]
-    with constant():
-        return iterate(f, z0, solver, stop, args=args, options=options)
-
-
-def solve(
-    f: Map, z0: State, args: tuple[Any, ...], solver: AbstractSolver[Any], stop: Stop, options: SolveOptions
-) -> tuple[Solution, Layout, Pure, tuple[Tensor, ...]]:
-    """The solution without derivatives, and F(z, *theta) as a pure function of all tensors it depends on.
+def refuse_transforms(estimator: object) -> None:
+    """Refuse an estimator that does not work inside torch.func.
 
     Raises:
-        NotImplementedError: forward mode over forward mode.
+        NotImplementedError: a transform is on.
+    """
+    if active():
+        name = type(estimator).__name__
+        raise NotImplementedError(
+            f"{name} works with ordinary backward passes, not inside torch.func transforms or forward mode: use IFT, "
+            "JFB or Phantom there."
+        )
+
+
+def search(problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions) -> Solution:
+    """The solution without derivatives, inside or outside of a transform, in memory of its own."""
+    if active():
+        return solve(problem, solver, stop, options).solution
+    with torch.no_grad():
+        solved = iterate(problem.f, problem.z0, solver, stop, args=problem.args, options=options)
+        return replace(solved, value=_own_memory(solved.value, problem.z0))
+
+
+def _own_memory(value: State, z0: State) -> State:
+    """The value, copied where it is z0 itself: a solve that begins at its answer."""
+    if torch.compiler.is_compiling():
+        return value
+    starts = {t.untyped_storage().data_ptr() for t in tensors(z0)}
+    return map_tensors(lambda t: t.clone() if t.untyped_storage().data_ptr() in starts else t, value)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """A solution without derivatives, and its map F(z, *theta) as a pure function of all tensors it depends on."""
+
+    solution: Solution
+    layout: Layout
+    pure: Pure
+    theta: tuple[Tensor, ...]
+
+    def attach(self, linear_solve: LinearSolve) -> Tensor:
+        """The value, a (B, N) matrix, with the derivatives of the fixed point."""
+        z = self.layout.pack(self.solution.value)
+        return _Attach.apply(self.pure, linear_solve, z, self.solution.residual, *self.theta)
+
+
+def solve(problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions) -> Solved:
+    """Solve inside a transform.
+
+    Raises:
+        NotImplementedError: forward mode over forward mode, or an option that a transform cannot give.
     """
     _refuse_forward_over_forward()
-    layout = Layout.of(z0, options.batch_dims)
-    pure, theta = _purify(f, z0, args, layout)
-    value, residual, result, evals = _Search.apply(pure, solver, stop, layout.pack(z0).detach(), *theta)
+    _refuse_options(options)
+    layout = Layout.of(problem.z0, options.batch_dims)
+    pure, theta = _purify(problem, layout)
+    task = _Task(pure, layout, solver, stop, options)
+    value, residual, result, evals = _Search.apply(task, layout.pack(problem.z0).detach(), *theta)
     solution = Solution(value=layout.unpack(value), residual=residual, result=result, evals=evals + 1)
-    return solution, layout, pure, theta
+    return Solved(solution, layout, pure, theta)
+
+
+def _refuse_options(options: SolveOptions) -> None:
+    """A transform returns tensors of a fixed shape, and sees the tensors in args at its own level."""
+    given = {"trace": options.trace, "state": options.state is not None, "keep_state": options.keep_state}
+    given["compact"] = bool(options.compact)
+    for name, on in given.items():
+        if on:
+            raise NotImplementedError(
+                f"{name} is not possible inside a torch.func transform or forward mode: leave it unset there."
+            )
 
 
 def _refuse_forward_over_forward() -> None:
@@ -73,64 +120,39 @@ def _refuse_forward_over_forward() -> None:
         )
 
 
-def attach(pure: Pure, z: Tensor, theta: tuple[Tensor, ...], config: LinearSolve) -> Tensor:
-    """z with the derivatives of the fixed point of `pure`."""
-    return _Attach.apply(pure, config, z, *theta)
-
-
-def _purify(f: Map, z0: State, args: tuple[Any, ...], layout: Layout) -> tuple[Pure, tuple[Tensor, ...]]:
-    """f as F(z, *theta): theta are the tensors in args and, found by watching f run once, those it closes over.
+@torch.compiler.disable(recursive=True)  # dynamo does not trace the modes of closure conversion
+def _purify(problem: Problem, layout: Layout) -> tuple[Pure, tuple[Tensor, ...]]:
+    """f as F(z, *theta): theta are the tensors in args and, by closure conversion, those that f closes over.
 
     f runs on views: a tensor that it closes over may be z0 or stand in args too, and is another argument then.
     """
-    slots, given = _tensors_of(args)
-    views = tuple(t.view_as(t) for t in given)
-    z = layout.pack(z0)
-    z = z.view_as(z)
-    seen = Outside()
-    with seen:
-        FlatMap(f, slots(views), layout)(z)
-    ids = {id(t) for t in (z, *views)}
-    closed = tuple(t for t in seen.tensors if id(t) not in ids)
+    f, args = problem.f, problem.args
+    given: list[Tensor] = []
+
+    def collect(t: Tensor) -> Tensor:
+        if t.is_floating_point() or t.is_complex():
+            given.append(t)
+        return t
+
+    map_tensors(collect, args)
+    views = tuple(map(own_view, given))
+    z = own_view(layout.pack(problem.z0))
+    tracer = ClosureTracer((z, *views))
+    with tracer:
+        FlatMap(f, _filled(args, views), layout)(z)
+    closed = tracer.tensors
 
     def pure(z: Tensor, *theta: Tensor) -> Tensor:
-        filled = slots(theta[: len(given)])
-        return explicit(FlatMap(f, filled, layout), closed)(z, *theta[len(given) :])
+        flat = FlatMap(f, _filled(args, theta[: len(given)]), layout)
+        return closure_convert(flat, closed)(z, *theta[len(given) :])
 
-    return pure, (*given, *closed)
-
-
-def _tensors_of(args: tuple[Any, ...]) -> tuple[Callable[[tuple[Tensor, ...]], tuple[Any, ...]], tuple[Tensor, ...]]:
-    """The floating-point tensors in args, and how to put others in their place."""
-    found: list[Tensor] = []
-
-    def take(thing: Any) -> Any:
-        if isinstance(thing, Tensor) and (thing.is_floating_point() or thing.is_complex()):
-            found.append(thing)
-            return _Slot(len(found) - 1)
-        if type(thing) in (tuple, list):
-            return type(thing)(take(part) for part in thing)
-        if type(thing) is dict:
-            return {key: take(part) for key, part in thing.items()}
-        return thing
-
-    plan = take(args)
-
-    def fill(thing: Any, tensors: tuple[Tensor, ...]) -> Any:
-        if isinstance(thing, _Slot):
-            return tensors[thing.index]
-        if type(thing) in (tuple, list):
-            return type(thing)(fill(part, tensors) for part in thing)
-        if type(thing) is dict:
-            return {key: fill(part, tensors) for key, part in thing.items()}
-        return thing
-
-    return lambda tensors: fill(plan, tensors), tuple(found)
+    return torch.compiler.disable(pure, recursive=True), (*given, *closed)
 
 
-@dataclass(frozen=True)
-class _Slot:
-    index: int
+def _filled(args: tuple[Any, ...], others: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """args with other floating-point tensors in place of theirs."""
+    rest = iter(others)
+    return map_tensors(lambda t: next(rest) if t.is_floating_point() or t.is_complex() else t, args)
 
 
 def _fold(pure: Pure, size: int, dims: tuple[int | None, ...]) -> Pure:
@@ -143,12 +165,42 @@ def _fold(pure: Pure, size: int, dims: tuple[int | None, ...]) -> Pure:
     return folded
 
 
+@dataclass(frozen=True)
+class _Task:
+    """A solve of z = pure(z, *theta), in the dtypes of the state, so that tolerance and rounding are its own."""
+
+    pure: Pure
+    layout: Layout
+    solver: AbstractSolver[Any]
+    stop: Stop
+    options: SolveOptions
+
+    def __call__(self, z0: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        pack, unpack = self.layout.pack, self.layout.unpack
+        found = iterate(
+            lambda state, *theta: unpack(self.pure(pack(state), *theta)),
+            unpack(z0),
+            self.solver,
+            self.stop,
+            args=theta,
+            options=self.options,
+        )
+        return pack(found.value), found.residual, found.result, found.evals
+
+    def fold(self, size: int, dims: tuple[int | None, ...]) -> "_Task":
+        """`size` such solves at once; a whole state that is one system becomes a row."""
+        layout = replace(self.layout, batch_dims=1, plain=self.layout.plain and self.layout.batch_dims == 1)
+        return replace(
+            self, pure=_fold(self.pure, size, dims), layout=layout, options=replace(self.options, batch_dims=1)
+        )
+
+
 def _front(t: Tensor, dim: int | None) -> Tensor:
     return t if dim is None else t.movedim(dim, 0)
 
 
 def _flat(t: Tensor, dim: int | None, size: int) -> Tensor:
-    """(size B, N) from a mapped or unmapped (B, N); cloned, since expanded tensors alias their memory."""
+    """(size B, ...) from a mapped or unmapped (B, ...); cloned, since expanded tensors alias their memory."""
     full = t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
     return full.flatten(0, 1).clone()
 
@@ -161,10 +213,9 @@ class _Search(torch.autograd.Function):
     """z*, its residual, result and evaluations; constants to every derivative."""
 
     @staticmethod
-    def forward(pure: Pure, solver: AbstractSolver[Any], stop: Stop, z0: Tensor, *theta: Tensor) -> tuple[Tensor, ...]:
+    def forward(task: _Task, z0: Tensor, *theta: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            found = iterate(pure, z0, solver, stop, args=theta)
-        return found.value, found.residual, found.result, found.evals
+            return task(z0, theta)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -181,11 +232,10 @@ class _Search(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
-        pure, solver, stop, z0, *theta = args
-        size, dims = info.batch_size, in_dims[4:]
+        task, z0, *theta = args
+        size, dims = info.batch_size, in_dims[2:]
         theta = tuple(_front(t, d) for t, d in zip(theta, dims, strict=True))
-        pure = _fold(pure, size, _axes(dims))
-        found = _Search.apply(pure, solver, stop, _flat(z0, in_dims[3], size), *theta)
+        found = _Search.apply(task.fold(size, _axes(dims)), _flat(z0, in_dims[1], size), *theta)
         return tuple(t.unflatten(0, (size, -1)) for t in found), (0, 0, 0, 0)
 
 
@@ -193,106 +243,124 @@ class _Attach(torch.autograd.Function):
     """z* as a function of theta."""
 
     @staticmethod
-    def forward(pure: Pure, config: LinearSolve, z: Tensor, *theta: Tensor) -> Tensor:
+    def forward(pure: Pure, config: LinearSolve, z: Tensor, residual: PerSample, *theta: Tensor) -> Tensor:
         return z.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.pure, ctx.config, _, *theta = inputs
-        ctx.save_for_backward(output, *theta)
-        ctx.save_for_forward(output, *theta)
+        ctx.pure, ctx.config, _, residual, *theta = inputs
+        ctx.save_for_backward(output, residual, *theta)
+        ctx.save_for_forward(output, residual, *theta)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        z, *theta = ctx.saved_tensors
-        u = _Linear.apply(_Adjoint(ctx.pure), ctx.config, grads[0], z, *theta)
+        z, residual, *theta = ctx.saved_tensors
+        u = _Linear.apply(_Adjoint(ctx.pure), ctx.config, grads[0], residual, z, *theta)
         pull = torch.func.vjp(lambda *t: ctx.pure(z, *t), *theta)[1]
-        return None, None, None, *pull(u)
+        return None, None, None, None, *pull(u)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        z, *theta = ctx.saved_tensors
-        moves = tuple(_tangent(t, d) for t, d in zip(theta, tangents[3:], strict=True))
+        z, residual, *theta = ctx.saved_tensors
+        moves = tuple(_tangent(t, d) for t, d in zip(theta, tangents[4:], strict=True))
         push = _push(lambda *t: ctx.pure(z, *t), tuple(theta), moves)
-        return _Linear.apply(_Direct(ctx.pure), ctx.config, push, z, *theta)
+        return _Linear.apply(_Direct(ctx.pure), ctx.config, push, residual, z, *theta)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        pure, config, z, *theta = args
-        size, dims = info.batch_size, in_dims[3:]
+        pure, config, z, residual, *theta = args
+        size, dims = info.batch_size, in_dims[4:]
         theta = tuple(_front(t, d) for t, d in zip(theta, dims, strict=True))
         pure = _fold(pure, size, _axes(dims))
-        value = _Attach.apply(pure, config, _flat(z, in_dims[2], size), *theta)
-        return value.unflatten(0, (size, -1)), 0
+        z, residual = _flat(z, in_dims[2], size), _flat(residual, in_dims[3], size)
+        return _Attach.apply(pure, config, z, residual, *theta).unflatten(0, (size, -1)), 0
 
 
-@dataclass(frozen=True)
-class _Direct:
-    """v -> J v, J = dF/dz."""
-
-    pure: Pure
-
-    def __call__(self, v: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
-        return _push(lambda x: self.pure(x, *theta), (z,), (v,))
-
-    def adjoint(self) -> "_Adjoint":
-        return _Adjoint(self.pure)
-
-    def fold(self, size: int, dims: tuple[int | None, ...]) -> "_Direct":
-        return _Direct(_fold(self.pure, size, dims))
+Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class _Adjoint:
-    """v -> J^T v."""
+    """v -> J^T v, J = dF/dz."""
 
     pure: Pure
 
     def __call__(self, v: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
-        pull = torch.func.vjp(lambda x: self.pure(x, *theta), z)[1]
-        return pull(v)[0]
+        return self.linearize(z, theta)[1](v)
 
-    def adjoint(self) -> _Direct:
+    def linearize(self, z: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, Product]:
+        """F(z, theta), evaluated once, and v -> J^T v there."""
+        image, pull = torch.func.vjp(lambda x: self.pure(x, *theta), z)[:2]
+        return image, lambda v: pull(v)[0]
+
+    def adjoint(self) -> "_Direct":
         return _Direct(self.pure)
 
     def fold(self, size: int, dims: tuple[int | None, ...]) -> "_Adjoint":
         return _Adjoint(_fold(self.pure, size, dims))
 
 
+@dataclass(frozen=True)
+class _Direct:
+    """v -> J v."""
+
+    pure: Pure
+
+    def __call__(self, v: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
+        return _push(lambda x: self.pure(x, *theta), (z,), (v,))
+
+    def linearize(self, z: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, Product]:
+        """F(z, theta) and v -> J v there: the vjp of v -> J^T v, or the jvp where F has no second derivative."""
+        image, pull = torch.func.vjp(lambda x: self.pure(x, *theta), z)[:2]
+        try:
+            push = torch.func.vjp(lambda v: pull(v)[0], torch.zeros_like(image))[1]
+        except (NotImplementedError, RuntimeError):
+            return image, lambda v: self(v, z, *theta)
+        return image, lambda v: push(v)[0]
+
+    def adjoint(self) -> _Adjoint:
+        return _Adjoint(self.pure)
+
+    def fold(self, size: int, dims: tuple[int | None, ...]) -> "_Direct":
+        return _Direct(_fold(self.pure, size, dims))
+
+
 class _Linear(torch.autograd.Function):
-    """u = b + A u, for A = J or J^T at (z, theta)."""
+    """u = b + A u, for A = J or J^T at (z, theta); `residual` is ||F(z, theta) - z|| as the solve has found it."""
 
     @staticmethod
-    def forward(act: Any, config: LinearSolve, b: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
-        return config(lambda u: act(u, z, *theta), b)
+    def forward(act: Any, config: LinearSolve, b: Tensor, residual: PerSample, z: Tensor, *theta: Tensor) -> Tensor:
+        image, product = act.linearize(z, theta)
+        require_same_map(image, z, residual, config.eps)
+        return config(product, b)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.act, ctx.config, _, z, *theta = inputs
-        ctx.save_for_backward(output, z, *theta)
-        ctx.save_for_forward(output, z, *theta)
+        ctx.act, ctx.config, _, residual, z, *theta = inputs
+        ctx.save_for_backward(output, residual, z, *theta)
+        ctx.save_for_forward(output, residual, z, *theta)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        u, *at = ctx.saved_tensors
-        w = _Linear.apply(ctx.act.adjoint(), ctx.config, grads[0], *at)
+        u, residual, *at = ctx.saved_tensors
+        w = _Linear.apply(ctx.act.adjoint(), ctx.config, grads[0], residual, *at)
         pull = torch.func.vjp(lambda *t: ctx.act(u, *t), *at)[1]
-        return None, None, w, *pull(w)
+        return None, None, w, None, *pull(w)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        u, *at = ctx.saved_tensors
-        moves = tuple(_tangent(t, d) for t, d in zip(at, tangents[3:], strict=True))
+        u, residual, *at = ctx.saved_tensors
+        moves = tuple(_tangent(t, d) for t, d in zip(at, tangents[4:], strict=True))
         b = _push(lambda *t: ctx.act(u, *t), tuple(at), moves)
-        return _Linear.apply(ctx.act, ctx.config, b if tangents[2] is None else b + tangents[2], *at)
+        return _Linear.apply(ctx.act, ctx.config, b if tangents[2] is None else b + tangents[2], residual, *at)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        act, config, b, z, *theta = args
-        size, dims = info.batch_size, in_dims[4:]
+        act, config, b, residual, z, *theta = args
+        size, dims = info.batch_size, in_dims[5:]
         theta = tuple(_front(t, d) for t, d in zip(theta, dims, strict=True))
-        b, z = _flat(b, in_dims[2], size), _flat(z, in_dims[3], size)
-        u = _Linear.apply(act.fold(size, _axes(dims)), config, b, z, *theta)
+        b, residual, z = (_flat(t, d, size) for t, d in zip((b, residual, z), in_dims[2:5], strict=True))
+        u = _Linear.apply(act.fold(size, _axes(dims)), config, b, residual, z, *theta)
         return u.unflatten(0, (size, -1)), 0
 
 

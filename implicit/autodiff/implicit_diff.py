@@ -1,57 +1,71 @@
-"""Putting a fixed point into the graph, differentiable to any order.
+"""A fixed point as a differentiable function of what its map closes over, outside of `torch.func`.
 
-Setting: z* = phi(z*), where phi closes over tensors theta. y = phi(z*) is evaluated once with a graph. `_Identity`
-returns z* itself, and its backward pass sends
+Setting: z* = phi(z*), where phi closes over tensors theta, and J = dphi/dz at z*. y = phi(z*) is evaluated once with a
+graph. An autograd function returns z* itself, and its backward pass sends a vector u into y, from where autograd finds
+every theta by itself:
 
-    u = g + J^T u,     J = dphi/dz at z*
+    `attach`                 u = g + J^T u, the implicit function theorem; differentiable to any order
+    `attach_approximately`   u = rule(v -> J^T v, g), an estimate of it
 
-into y instead of g; from there autograd finds every theta by itself. No hook is set and nothing is stored on a module.
+No hook is set and nothing is stored on a module.
 
-Second derivatives: u^T dphi/dtheta depends on z* too, and y's own graph, which was built at a detached z*, cannot say
-so. When the gradient is to be differentiated, phi is evaluated again as an explicit function of z* and theta (found by
-watching phi run), at the *attached* z*, and the products are taken there. u itself is a fixed point, of
-psi(u) = g + J^T u, and is attached by the same function; so the recursion gives every order.
+Second derivatives: u^T dphi/dtheta depends on z* too, and the graph of y, which was built at a detached z*, does not
+contain that. When the gradient is to be differentiated, phi is evaluated again as an explicit function of z* and theta
+(by closure conversion) at the attached z*, and the products are taken there. u itself is the fixed point of
+psi(u) = g + J^T u and is attached by the same function, which gives every order.
+
+A map that is evaluated again has to be the map that was solved: f may read an attribute or a loop variable that has
+changed since. Its residual at z* is compared with that of the forward pass, and a difference raises.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from implicit.autodiff.closure_convert import Outside, explicit, unseen
-from implicit.autodiff.vjp import Cut, edge, pull
+from implicit.autodiff.batched import each_cotangent
+from implicit.autodiff.closure_convert import ClosureTracer, closure_convert, has_untraced_leaf, own_view
+from implicit.autodiff.vjp import Barrier, edge, pullback, vjp
 from implicit.linear.adjoint_solve import LinearSolve
-from implicit.pytree import Flat
+from implicit.pytree import Flat, PerSample, norm
+
+Product: TypeAlias = Callable[[Flat], Flat]
+"""v -> J^T v."""
+Rule: TypeAlias = Callable[[Product, Flat], Flat]
+"""(v -> J^T v, g) -> u, an estimate of (I - J^T)^-1 g."""
+
+_ROUNDING = 1e3  # differences of that many rounding errors are those of another order of operations
 
 
-@torch.compiler.disable(recursive=True)  # dynamo cannot watch phi run
-def attach(phi: Callable[[Flat], Flat], z: Flat, solve: LinearSolve) -> Flat:
-    """z, a fixed point of phi, as a differentiable function of all that phi closes over."""
+@torch.compiler.disable(recursive=True)  # dynamo does not trace the modes of closure conversion
+def attach(phi: Callable[[Flat], Flat], z: Flat, solve: LinearSolve) -> tuple[Flat, Flat]:
+    """(z, phi(z)): z, a fixed point of phi, as a differentiable function of all that phi closes over."""
     with torch.enable_grad():
-        seen = Outside()
-        x = Cut.apply(z.detach().requires_grad_())
-        with seen:
+        x = Barrier.apply(z.detach().requires_grad_())
+        tracer = ClosureTracer((x,))
+        with tracer:
             y = phi(x)
-        if not seen.tensors and not unseen(y, (x,)):
-            return z.detach()
-        again = explicit(phi, seen.tensors)
-        return _Identity.apply(y, x, z.detach(), again, solve, *(t.view_as(t) for t in seen.tensors))
+        image, theta = y.detach(), tracer.tensors
+        if not theta and not has_untraced_leaf(y, (x,)):
+            return z.detach(), image
+        explicit = _uncompiled(closure_convert(phi, theta))
+        views = map(own_view, theta)
+        return _FixedPoint.apply(y, x, z.detach(), explicit, solve, _hooked(), _residual(image, z), *views), image
 
 
-def _attach_explicit(phi: Callable[..., Flat], z: Flat, solve: LinearSolve, theta: tuple[Tensor, ...]) -> Flat:
-    """The same for a phi(z, *theta) that closes over nothing."""
-    x = Cut.apply(z.detach().requires_grad_())
-    return _Identity.apply(phi(x, *theta), x, z.detach(), phi, solve, *theta)
+def attach_approximately(phi: Callable[[Flat], Flat], z: Flat, rule: Rule, eps: float) -> tuple[Flat, Flat]:
+    """(z, phi(z)): z, a fixed point of phi, whose gradient reaches all that phi closes over by way of `rule`."""
+    with torch.enable_grad():
+        x = Barrier.apply(z.detach().requires_grad_())
+        y = phi(x)
+    image = y.detach()
+    if not y.requires_grad or not has_untraced_leaf(y, (x,)):
+        return z.detach(), image
+    return _Approximate.apply(y, x, z.detach(), phi if _hooked() else None, rule, eps, _residual(image, z)), image
 
 
-_UNSEEN = (
-    "Second derivatives through IFT need every tensor that f closes over, and one is used where it cannot be seen "
-    "(in a compiled function or a custom autograd.Function): pass it to fixed_point through `args`."
-)
-
-
-class _Identity(torch.autograd.Function):
+class _FixedPoint(torch.autograd.Function):
     """z, with the gradient of the fixed point of y = phi(x, *theta) at x = z."""
 
     @staticmethod
@@ -62,41 +76,131 @@ class _Identity(torch.autograd.Function):
         z: Tensor,
         phi: Callable[..., Flat],
         solve: LinearSolve,
+        hooked: bool,
+        residual: PerSample,
         *theta: Tensor,
     ) -> Tensor:
-        # z's memory under a version of its own: f's graph may have kept z, so that a write into the value has to be
-        # noticed, which it is, as the value is saved
+        # The memory of z with a version counter of its own: the graph of f may have saved z, and a write into the
+        # value has to be noticed. It is, since the value is saved.
         value = z.data
-        ctx.phi, ctx.solve = phi, solve
-        ctx.y, ctx.x = edge(y), edge(x)  # not the tensors: what nobody else needs is freed
-        ctx.save_for_backward(value, *theta)
+        ctx.phi, ctx.solve, ctx.hooked = phi, solve, hooked
+        ctx.y, ctx.x = edge(y), edge(x)  # not the tensors: memory that nothing else needs is freed
+        ctx.save_for_backward(value, residual, *theta)
         return value
 
     @staticmethod
+    @each_cotangent
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
-        value, *theta = ctx.saved_tensors
-        u = ctx.solve(lambda v: pull(ctx.y, ctx.x, v), g)
+        value, residual, *theta = ctx.saved_tensors
+        # u = g + J^T u, with products out of the graph of y
+        product = pullback(ctx.y, ctx.x)
+        if ctx.hooked:
+            constants = [t.detach() for t in theta]
+            product = _evaluated_again(lambda x: ctx.phi(x, *constants), value, residual, ctx.solve.eps)
+        u = ctx.solve(product, g)
         if not torch.is_grad_enabled():
-            return (u, *[None] * (4 + len(theta)))
+            return (u, *[None] * (6 + len(theta)))
 
-        # This gradient will be differentiated again: it becomes a function of g, z* and theta.
+        # The gradient will be differentiated: it becomes a function of g, z* and theta.
         def psi(v: Flat, g: Flat, value: Flat, *theta: Tensor) -> Flat:
             point = value.view_as(value)
-            return g + pull(edge(ctx.phi(point, *theta)), edge(point), v, create_graph=True)
+            return g + pullback(edge(ctx.phi(point, *theta)), edge(point), create_graph=True)(v)
 
         u = _attach_explicit(psi, u, ctx.solve, (g, value, *theta))
-        # Fresh views: derivatives with respect to them are partial, even if one tensor depends on another.
-        point, *stands = (t.view_as(t) for t in (value, *theta))
+        # u^T dphi/dtheta at views of z* and theta: partial derivatives, even where one tensor depends on another
+        point, *stands = map(own_view, (value, *theta))
         again = ctx.phi(point, *stands)
-        if unseen(again, (point, *stands)):
-            raise RuntimeError(_UNSEEN)
-        wanted = [t for t in stands if t.requires_grad]
-        pulled = iter(_grad(again, wanted, u))
-        return (None, None, None, None, None, *(next(pulled) if t.requires_grad else None for t in stands))
+        require_same_map(again, value, residual, ctx.solve.eps)
+        if has_untraced_leaf(again, (point, *stands)):
+            raise RuntimeError(_UNTRACED)
+        return (*[None] * 7, *vjp(again, stands, u, create_graph=True))
 
 
-def _grad(y: Tensor, inputs: list[Tensor], v: Flat) -> tuple[Tensor | None, ...]:
-    if not inputs or not y.requires_grad:
-        return (None,) * len(inputs)
-    return torch.autograd.grad(y, inputs, v, create_graph=True, allow_unused=True)
+def _attach_explicit(phi: Callable[..., Flat], z: Flat, solve: LinearSolve, theta: tuple[Tensor, ...]) -> Flat:
+    """The fixed point z of phi(z, *theta), which closes over nothing, as a differentiable function of theta."""
+    x = Barrier.apply(z.detach().requires_grad_())
+    y = phi(x, *theta)
+    return _FixedPoint.apply(y, x, z.detach(), phi, solve, False, _residual(y.detach(), z), *theta)
+
+
+class _Approximate(torch.autograd.Function):
+    """z, with a gradient that reaches y = phi(x) through `rule`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        z: Tensor,
+        phi: Callable[[Flat], Flat] | None,
+        rule: Rule,
+        eps: float,
+        residual: PerSample,
+    ) -> Tensor:
+        ctx.rule, ctx.y, ctx.x, ctx.phi, ctx.eps = rule, edge(y), edge(x), phi, eps
+        if phi is not None:
+            ctx.save_for_backward(z, residual)
+        return z.clone()
+
+    @staticmethod
+    @each_cotangent
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        recorded = torch.is_grad_enabled()
+        product = pullback(ctx.y, ctx.x, create_graph=recorded)
+        if ctx.phi is not None and not recorded:
+            product = _evaluated_again(ctx.phi, *ctx.saved_tensors, ctx.eps)
+        return (ctx.rule(product, grads[0]), *[None] * 6)
+
+
+def _hooked() -> bool:
+    """Whether saved tensors are packed by hooks: checkpointing, offloading.
+
+    Each product would unpack them anew, which under `torch.utils.checkpoint` evaluates everything within it again.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue]: no stub
+
+
+def _evaluated_again(phi: Callable[[Flat], Flat], z: Flat, residual: PerSample, eps: float) -> Product:
+    """v -> J^T v from a second evaluation of phi at z, whose graph is packed by no hook."""
+    with torch.enable_grad():
+        x = z.detach().requires_grad_()
+        y = _uncompiled(phi)(x)
+    require_same_map(y, z, residual, eps)
+    return pullback(y, x)
+
+
+def _residual(image: Flat, z: Flat) -> PerSample:
+    with torch.no_grad():
+        return norm(image - z)
+
+
+def require_same_map(again: Flat, z: Flat, residual: PerSample, eps: float) -> None:
+    """Compare phi(z) of a second evaluation, whose relative rounding error is eps, with the residual of the first.
+
+    Raises:
+        RuntimeError: phi is another map than it was.
+    """
+    with torch.no_grad():
+        again = again.detach()
+        off = (_residual(again, z) - residual).abs()
+        rounding = max(eps, torch.finfo(again.dtype).eps) * (norm(again) + norm(z))
+        if bool((off > _ROUNDING * rounding).any()):
+            raise RuntimeError(CHANGED)
+
+
+def _uncompiled(phi: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """phi without torch.compile inside: a compiled block would be compiled anew for every substitution mode."""
+    return torch.compiler.disable(phi, recursive=True)
+
+
+CHANGED = (
+    "f is another map in the backward pass than in the forward pass: evaluated again at the solution, it gives another "
+    "value. Something that f reads has changed since the solve: a loop variable of a lambda, an attribute of a module, "
+    "a buffer, or a weight that was written in place. Pass it to fixed_point through `args`, or bind it when f is made "
+    "(lambda z, x=x: ...)."
+)
+_UNTRACED = (
+    "Second derivatives through IFT need every tensor that f closes over, and one is used where it is not visible (in "
+    "another thread, or in a custom operator): pass it to fixed_point through `args`."
+)

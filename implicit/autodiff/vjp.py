@@ -1,6 +1,10 @@
-"""Products with one evaluation of f, out of its graph."""
+"""Products with the Jacobian of one evaluation y = f(x), taken out of its graph.
 
-from typing import Any
+Setting: J = dy/dx. `vjp` is v^T J; it is the one place where `torch.autograd.grad` is called for such a product.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -8,9 +12,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from implicit.pytree import Flat
 
+T = TypeVar("T", bound=Tensor | GradientEdge)
 
-class Cut(torch.autograd.Function):
-    """Identity that stops the engine: products with J are taken on demand, not accumulated in a leaf."""
+
+class Barrier(torch.autograd.Function):
+    """Identity at which the engine stops: products with J are taken on demand, not accumulated in a leaf."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -22,13 +28,47 @@ class Cut(torch.autograd.Function):
 
 
 def edge(t: Tensor) -> GradientEdge | None:
-    """Where t stands in the graph."""
+    """The place of t in the graph, which does not keep t itself alive."""
     return get_gradient_edge(t) if t.requires_grad else None
 
 
-def pull(y: GradientEdge | None, x: GradientEdge | None, v: Flat, create_graph: bool = False) -> Flat:
-    """v^T dy/dx."""
-    if y is None or x is None:
-        return torch.zeros_like(v)
-    (pulled,) = torch.autograd.grad(y, x, v, retain_graph=True, create_graph=create_graph, allow_unused=True)
-    return torch.zeros_like(v) if pulled is None else pulled
+def vjp(
+    y: Tensor | GradientEdge | None,
+    inputs: Sequence[Tensor | GradientEdge | None],
+    v: Tensor,
+    *,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """v^T dy/dinput for every input; None where y does not depend on it. The graph of y is kept."""
+    wanted = [t for t in inputs if isinstance(t, GradientEdge) or (t is not None and t.requires_grad)]
+    if y is None or (isinstance(y, Tensor) and not y.requires_grad) or not wanted:
+        return (None,) * len(inputs)
+    found = iter(
+        torch.autograd.grad(y, wanted, v, retain_graph=True, create_graph=create_graph, allow_unused=True)  # pyright: ignore[reportArgumentType]: the stub wants one kind of input
+    )
+    kept = {id(t) for t in wanted}
+    return tuple(next(found) if id(t) in kept else None for t in inputs)
+
+
+def pullback(
+    y: Tensor | GradientEdge | None, x: Tensor | GradientEdge | None, *, create_graph: bool = False
+) -> Callable[[Flat], Flat]:
+    """v -> v^T dy/dx, zero where y does not depend on x."""
+
+    def act(v: Flat) -> Flat:
+        (product,) = vjp(y, (x,), v, create_graph=create_graph)
+        return torch.zeros_like(v) if product is None else product
+
+    return act
+
+
+def linearize(f: Callable[[Flat], Flat], z: Flat) -> tuple[Flat, Callable[[Flat], Flat]]:
+    """(f(z), v -> v^T df/dz): one evaluation of f, then one product a call.
+
+    The graph is built on a private copy of z, whatever mode the caller is in, and no gradient is accumulated anywhere.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x = z.detach().clone().requires_grad_()
+        y = f(x)
+    product = pullback(y, x)
+    return y.detach(), lambda v: product(v.to(y.dtype))

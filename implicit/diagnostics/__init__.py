@@ -1,7 +1,7 @@
 """What kind of fixed point is this, and what do gradient estimators make of it? One question a file."""
 
-from implicit.diagnostics.bias_table import BiasRow as BiasRow
-from implicit.diagnostics.bias_table import GradientBias as GradientBias
+from implicit.diagnostics.gradient_bias import BiasRow as BiasRow
+from implicit.diagnostics.gradient_bias import GradientBias as GradientBias
 from implicit.diagnostics.gradient_bias import every_estimator as every_estimator
 from implicit.diagnostics.gradient_bias import gradient_bias as gradient_bias
 from implicit.diagnostics.jacobian_penalty import jacobian_penalty as jacobian_penalty

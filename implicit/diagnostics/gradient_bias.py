@@ -3,9 +3,10 @@
 The truth that they are compared with is `implicit.diagnostics.reference_gradient`.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -13,8 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit.autodiff.closure_convert import Outside
-from implicit.diagnostics.bias_table import BiasRow, GradientBias
+from implicit.autodiff.closure_convert import ClosureTracer, tensors
 from implicit.diagnostics.profiling import Measured, measure, paced
 from implicit.diagnostics.reference_gradient import Loss, exact_gradient
 from implicit.fixed_point import fixed_point
@@ -23,6 +23,55 @@ from implicit.pytree import Layout, Map, State, map_tensors
 from implicit.solution import Result, Solution
 from implicit.solvers import AbstractSolver, AndersonGS
 from implicit.stopping import Stop
+
+
+@dataclass(frozen=True)
+class BiasRow:
+    """One estimator on one batch.
+
+    Attributes:
+        name: its label.
+        cosine: of its gradient and the exact one; 1 is the right direction.
+        error: ||gradient - exact|| / ||exact||.
+        saved: bytes held between the forward and the backward pass, the value included, parameters and inputs not.
+        peak: most bytes in use at once, likewise; workspaces inside operators are not seen.
+        evals: evaluations of f on the whole batch, forward and backward together.
+        products: vector-Jacobian products with f on the whole batch.
+        time: of forward and backward, as a ratio to the forward solve without gradients.
+        note: warnings, or why there is no gradient (then cosine and error are NaN).
+    """
+
+    name: str
+    cosine: float
+    error: float
+    saved: float
+    peak: float
+    evals: float
+    products: float
+    time: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class GradientBias:
+    """Estimators beside the exact gradient: ``table["JFB"].cosine``; printed, it is a Markdown table.
+
+    Attributes:
+        rows: one per estimator.
+        truth: how the exact gradient was found.
+    """
+
+    rows: tuple[BiasRow, ...]
+    truth: str
+
+    def __getitem__(self, name: str) -> BiasRow:
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"There is no row {name!r}; there are {', '.join(row.name for row in self.rows)}.")
+
+    def __str__(self) -> str:
+        return markdown(HEAD, [cells(row) for row in self.rows])
 
 
 def every_estimator() -> list[AbstractGrad]:
@@ -157,10 +206,10 @@ def _gradient(forward: Callable[[Map], Tensor], f: Map, wanted: Sequence[Tensor]
 
 def _found(f: Map, z0: State, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Every tensor that f uses and that requires gradients, found by watching it run."""
-    seen = Outside()
-    with torch.enable_grad(), seen:
+    tracer = ClosureTracer(tensors(z0))
+    with torch.enable_grad(), tracer:
         f(z0, *args)
-    return tuple(t for t in seen.tensors if t.requires_grad)
+    return tuple(t for t in tracer.tensors if t.requires_grad)
 
 
 def _projection(layout: Layout, value: State) -> Tensor:
@@ -185,3 +234,54 @@ def label(grad: AbstractGrad) -> str:
         if value != default and not isinstance(value, torch.Generator):
             set_apart.append(f"{f.name}={value}")
     return type(grad).__name__ + (f"({', '.join(set_apart)})" if set_apart else "")
+
+
+HEAD = ("estimator", "cosine", "error", "saved", "peak", "f", "VJPs", "time", "note")
+
+
+def cells(row: BiasRow) -> tuple[str, ...]:
+    """A row as text, in the order of `HEAD`."""
+    return (
+        row.name,
+        _number(row.cosine, ".4f"),
+        _number(row.error, ".1e"),
+        size(row.saved),
+        size(row.peak),
+        _number(row.evals, ".4g"),
+        _number(row.products, ".4g"),
+        _number(row.time, ".2f"),
+        _short(row.note),
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"
+
+
+def markdown(head: tuple[str, ...], body: list[tuple[str, ...]]) -> str:
+    """An aligned Markdown table, names left and numbers right; an empty last column is left out."""
+    if not any(line[-1] for line in body):
+        head, body = head[:-1], [line[:-1] for line in body]
+    widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+    left = {0} | ({len(head) - 1} if head[-1] == "note" else set())
+
+    def line(texts: tuple[str, ...]) -> str:
+        padded = [t.ljust(w) if i in left else t.rjust(w) for i, (t, w) in enumerate(zip(texts, widths, strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (w + 2) if i in left else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(head), rule, *(line(texts) for texts in body)])
+
+
+def _number(x: float, form: str) -> str:
+    return "-" if math.isnan(x) else format(x, form)
+
+
+def _short(note: str, most: int = 80) -> str:
+    note = note.replace("|", "/").replace("\n", " ")
+    return note if len(note) <= most else note[: most - 3].rsplit(" ", 1)[0] + " ..."

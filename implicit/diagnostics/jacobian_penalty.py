@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from implicit.autodiff.vjp import pullback
 from implicit.evaluation import FlatMap
 from implicit.pytree import Layout, Map, State
 
@@ -59,14 +60,11 @@ def jacobian_penalty(
         # A node of our own: products are taken with respect to it, whatever z itself depends on.
         x = x.view_as(x) if x.requires_grad else x.clone().requires_grad_()
         y = FlatMap(f, args, layout)(x)
+        act = pullback(y, x, create_graph=keep)
         total = x.new_zeros(x.shape[0])
         for _ in range(probes):
             coin = torch.randint(0, 2, x.shape, generator=generator, device=generator.device)
             v = (2 * coin - 1).to(y)
-            if not y.requires_grad:
-                continue
-            (pulled,) = torch.autograd.grad(y, x, v, create_graph=keep, retain_graph=True, allow_unused=True)
-            if pulled is not None:
-                total = total + pulled.square().sum(dim=1)
+            total = total + act(v).square().sum(dim=1)
         total = total / (probes * x.shape[1])
     return total if keep else total.detach()

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit.autodiff.vjp import pullback, vjp
 from implicit.diagnostics.profiling import flat
 from implicit.evaluation import FlatMap
 from implicit.fixed_point import fixed_point
@@ -52,18 +53,15 @@ def exact_gradient(
     with torch.enable_grad():
         x = z.detach().requires_grad_()
         y = FlatMap(f, args, layout)(x)
+        act = pullback(y, x)
         end = z.detach().requires_grad_()
         total = loss(layout.unpack(end))
         g, *direct = torch.autograd.grad(total, (end, *wanted), allow_unused=True)
 
-    def act(v: Flat) -> Flat:
-        (pulled,) = torch.autograd.grad(y, x, v, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(v) if pulled is None else pulled
-
     g = torch.zeros_like(z) if g is None else g
     dense = z.shape[0] * z.shape[1] ** 2 <= _DENSE
     u = _directly(act, g) if dense else _iterated(act, g, replace(tight, rtol=4 * layout.eps), layout)
-    through = torch.autograd.grad(y, wanted, u.to(y.dtype), allow_unused=True)
+    through = vjp(y, wanted, u.to(y.dtype))
     kind = "a dense linear solve" if dense else "an iterated linear solve"
     return flat(direct, wanted) + flat(through, wanted), f"{kind} at a solution of relative residual {off:.0e}"
 

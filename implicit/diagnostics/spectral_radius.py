@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from implicit.diagnostics.jacobian import pullback
-from implicit.pytree import Flat, Map, PerSample, State, norm
+from implicit.autodiff.vjp import linearize
+from implicit.evaluation import FlatMap
+from implicit.pytree import Flat, Layout, Map, PerSample, State, norm
 
 _CHECK = 5  # products between two looks at the Ritz values
 
@@ -106,7 +107,8 @@ def spectrum(
         raise ValueError(f"products must be at least 1, got {products}.")
     if not tol > 0:
         raise ValueError(f"tol must be positive, got {tol}.")
-    layout, y, act = pullback(f, z, args, batch_dims)
+    layout = Layout.of(z, batch_dims)
+    y, act = linearize(FlatMap(f, args, layout), layout.pack(z))
     rng = generator or torch.Generator().manual_seed(0)
     start = torch.randn(y.shape[1], generator=rng, device=rng.device, dtype=torch.float64)
     start = (start / start.norm()).to(layout.device, layout.dtype).expand(y.shape)

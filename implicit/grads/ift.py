@@ -9,17 +9,15 @@ from typing import Any, Literal
 
 import torch
 
-from implicit.autodiff import functorch as transforms
-from implicit.autodiff.autocast import Autocast
+from implicit.autodiff.autocast import rounding
+from implicit.autodiff.functorch import active, search, solve
 from implicit.autodiff.implicit_diff import attach
-from implicit.autodiff.no_grad import constant
 from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
-from implicit.iterate import iterate
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.linear.gmres import GMRES
-from implicit.options import SolveOptions
-from implicit.pytree import Layout, Map, State
+from implicit.options import Problem, SolveOptions
+from implicit.pytree import Layout, Map
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
@@ -64,30 +62,23 @@ class IFT(AbstractGrad):
             raise ValueError(f'IFT.on_failure must be "warn", "raise" or "ignore", got {self.on_failure!r}.')
 
     def __call__(
-        self,
-        f: Map,
-        z0: State,
-        args: tuple[Any, ...],
-        solver: AbstractSolver[Any],
-        stop: Stop,
-        options: SolveOptions = SolveOptions(),
+        self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()
     ) -> Solution:
-        if transforms.active():
-            solved, layout, pure, theta = transforms.solve(f, z0, args, solver, stop, options)
-            value = transforms.attach(pure, layout.pack(solved.value), theta, self._linear_solve(f, layout))
-            return replace(solved, value=layout.unpack(value))
-        with constant():
-            solved = iterate(f, z0, solver, stop, args=args, options=options)
+        if active():
+            inside = solve(problem, solver, stop, options)
+            value = inside.attach(self._linear_solve(problem.f, inside.layout))
+            return replace(inside.solution, value=inside.layout.unpack(value))
+        solved = search(problem, solver, stop, options)
         if not torch.is_grad_enabled():
             return solved
         layout = Layout.of(solved.value, options.batch_dims)
-        packed = FlatMap(f, args, layout)
-        value = attach(packed, layout.pack(solved.value), self._linear_solve(f, layout))
-        packed.forget()
+        flat = FlatMap(problem.f, problem.args, layout)
+        value, _ = attach(flat, layout.pack(solved.value), self._linear_solve(problem.f, layout))
+        flat.forget()
         return replace(solved, value=layout.unpack(value), evals=solved.evals + 1)
 
     def _linear_solve(self, f: Map, layout: Layout) -> LinearSolve:
-        eps = max(layout.eps, f.eps) if isinstance(f, Autocast) else layout.eps
+        eps = rounding(f, layout)
         rtol = 1e-10 if eps < 1e-12 else 1e-6 if eps < 1e-6 else 4 * eps
         return LinearSolve(
             solver=self.solver or GMRES(),

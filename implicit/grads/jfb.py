@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from implicit.autodiff.functorch import search
-from implicit.grads.base import AbstractGrad, track
-from implicit.options import SolveOptions
-from implicit.pytree import Map, State
+from implicit.autodiff.tracked_steps import track
+from implicit.grads.base import AbstractGrad
+from implicit.options import Problem, SolveOptions
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
@@ -37,13 +37,7 @@ class JFB(AbstractGrad):
             raise ValueError(f"JFB.steps must be at least 1, got {self.steps}.")
 
     def __call__(
-        self,
-        f: Map,
-        z0: State,
-        args: tuple[Any, ...],
-        solver: AbstractSolver[Any],
-        stop: Stop,
-        options: SolveOptions = SolveOptions(),
+        self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()
     ) -> Solution:
-        solved = search(f, z0, args, solver, stop, options)
-        return track(f, args, options, solved, self.steps)
+        solved = search(problem, solver, stop, options)
+        return track(problem, solved, stop, options, steps=self.steps)

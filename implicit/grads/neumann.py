@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from implicit.autodiff.approximate import attach_approximately, refuse_transforms
-from implicit.autodiff.no_grad import constant
+from implicit.autodiff.autocast import rounding
+from implicit.autodiff.functorch import refuse_transforms, search
+from implicit.autodiff.implicit_diff import attach_approximately
 from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
-from implicit.iterate import iterate
-from implicit.options import SolveOptions
-from implicit.pytree import Flat, Layout, Map, State
+from implicit.options import Problem, SolveOptions
+from implicit.pytree import Flat, Layout
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
@@ -43,21 +43,16 @@ class Neumann(AbstractGrad):
             raise ValueError(f"Neumann.terms must be at least 1, got {self.terms}.")
 
     def __call__(
-        self,
-        f: Map,
-        z0: State,
-        args: tuple[Any, ...],
-        solver: AbstractSolver[Any],
-        stop: Stop,
-        options: SolveOptions = SolveOptions(),
+        self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()
     ) -> Solution:
         refuse_transforms(self)
-        with constant():
-            solved = iterate(f, z0, solver, stop, args=args, options=options)
+        solved = search(problem, solver, stop, options)
         if not torch.is_grad_enabled():
             return solved
         layout = Layout.of(solved.value, options.batch_dims)
-        value = attach_approximately(FlatMap(f, args, layout), layout.pack(solved.value), self._series)
+        flat = FlatMap(problem.f, problem.args, layout)
+        eps = rounding(problem.f, layout)
+        value, _ = attach_approximately(flat, layout.pack(solved.value), self._series, eps)
         return replace(solved, value=layout.unpack(value), evals=solved.evals + 1)
 
     def _series(self, act: Callable[[Flat], Flat], g: Flat) -> Flat:

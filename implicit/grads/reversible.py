@@ -10,26 +10,26 @@ and the answer is f(z_n). The inverse divides errors by up to (1 - b)^2n, so y a
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from implicit.autodiff.approximate import refuse_transforms
-from implicit.autodiff.closure_convert import Outside, explicit, unseen
-from implicit.autodiff.no_grad import constant, uncached
+from implicit.autodiff.autocast import rounding
+from implicit.autodiff.functorch import refuse_transforms
+from implicit.autodiff.implicit_diff import CHANGED
 from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
-from implicit.options import SolveOptions
-from implicit.pytree import Flat, Layout, Map, State, norm
+from implicit.options import Problem, SolveOptions
+from implicit.pytree import Flat, Layout, norm
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
 
-Phi = Callable[..., Flat]
 _RUNNING = -1
 _FAR = 1e4  # relative; a way back that misses by more says nothing of when it was lost
 
@@ -88,13 +88,7 @@ class Reversible(AbstractGrad):
             raise ValueError(f"Reversible.anchor must be at least 1 or None, got {self.anchor}.")
 
     def __call__(
-        self,
-        f: Map,
-        z0: State,
-        args: tuple[Any, ...],
-        solver: AbstractSolver[Any],
-        stop: Stop,
-        options: SolveOptions = SolveOptions(),
+        self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()
     ) -> Solution:
         if replace(options, batch_dims=1, trace=False) != SolveOptions():
             raise ValueError(
@@ -102,15 +96,10 @@ class Reversible(AbstractGrad):
                 "progress unset."
             )
         refuse_transforms(self)
-        layout = Layout.of(z0, options.batch_dims)
-        phi = FlatMap(f, args, layout)
-        start = layout.pack(z0)
-        first, theta = _first(phi, start) if torch.is_grad_enabled() else (None, ())
-        with constant():
-            run = _Run(phi, start, first, self, stop, options.trace)
-        value = run.value
-        if theta or (torch.is_grad_enabled() and start.requires_grad):
-            value = _Reverse.apply(start, explicit(phi, theta), run, self, *theta)
+        layout = Layout.of(problem.z0, options.batch_dims)
+        flat = FlatMap(problem.f, problem.args, layout)
+        run = _Run(flat, layout.pack(problem.z0), self, stop)
+        value = run.forward(options.trace)
         return Solution(
             value=layout.unpack(value),
             residual=run.residual,
@@ -120,135 +109,196 @@ class Reversible(AbstractGrad):
         )
 
 
-@torch.compiler.disable(recursive=True)  # dynamo cannot watch phi run
-def _first(phi: Phi, start: Flat) -> tuple[Flat, tuple[Tensor, ...]]:
-    """phi(start) and what phi closes over, found by watching it make a graph, which is thrown away."""
-    with torch.enable_grad(), uncached():  # as in the backward pass, which finds the same tensors
-        seen = Outside()
-        x = start.detach().requires_grad_().view_as(start)
-        with seen:
-            y = phi(x)
-    if unseen(y, (x, *seen.tensors)):
-        raise ValueError(
-            "Reversible needs every tensor that f closes over, and one is used where it cannot be seen (in a "
-            "compiled function or a custom autograd.Function): pass it to fixed_point through `args`."
-        )
-    return y.detach(), seen.tensors
-
-
 class _Run:
     """The iteration, every sample until it has converged, failed or spent the budget; then it is held.
 
     The loop of `implicit.iterate` returns the best iterate; a run that will be reversed needs its very last pair and
     the number of steps each sample took.
+
+    Evaluation 2k is f(z_k) and evaluation 2k - 1 is f(y_k). The graph of each is built without its saved tensors, as
+    `torch.utils.checkpoint` does, and without its input too: when the engine asks for the saved tensors of evaluation
+    j, the run goes back from where it is to the input of evaluation j, and evaluates f there again.
     """
 
-    def __init__(self, phi: Phi, start: Flat, first: Flat | None, grad: Reversible, stop: Stop, trace: bool) -> None:
-        rows = start.shape[0]
-        self.y = self.z = start.double()
-        self.steps = torch.zeros(rows, dtype=torch.int64, device=start.device)
-        self.result = torch.full((rows,), _RUNNING, dtype=torch.int8, device=start.device)
+    def __init__(self, flat: FlatMap, start: Flat, grad: Reversible, stop: Stop) -> None:
+        self.flat, self.grad, self.stop = flat, grad, stop
+        self.start, self.narrow = start, start.dtype
+        self.steps = torch.zeros(start.shape[0], dtype=torch.int64, device=start.device)
+        self.result = torch.full_like(self.steps, _RUNNING, dtype=torch.int8)
         self.trace: list[Tensor] = []
         self.anchors: list[Tensor] = []  # y, z after every `anchor` steps
-        narrow = start.dtype
-        fz = phi(start) if first is None else first
-        self._judge(fz, stop, trace)
-        for k in range((stop.max_evals - 1) // 2):
+
+    def forward(self, trace: bool) -> Flat:
+        """f(z_n), attached to the graph of all evaluations if autograd is on."""
+        # values and, with the suffix _node, their places in the graph: samples that fail have other values there
+        y = z = self.start.detach().double()
+        y_node = z_node = self.start.double()
+        f_node = self._evaluate(0, z_node)
+        fz = f_node.detach()
+        self._judge(fz, z, trace)
+        for k in range(1, (self.stop.max_evals - 1) // 2 + 1):
             running = self.result == _RUNNING
-            if stop.has_tolerance and not running.any():
+            if self.stop.has_tolerance and not running.any():
                 break
-            if grad.anchor and k and k % grad.anchor == 0:
-                self.anchors += [self.y, self.z]
-            y = torch.lerp(self.y, fz.double(), grad.beta)
-            fy = phi(y.to(narrow))
-            z = torch.lerp(self.z, fy.double(), grad.beta)
-            moved = phi(z.to(narrow))
+            if self.grad.anchor and k > 1 and (k - 1) % self.grad.anchor == 0:
+                self.anchors += [y, z]
+            # y' = (1 - b) y + b f(z), z' = (1 - b) z + b f(y')
+            y_node = _Step.apply(y_node, f_node, y, fz, running, self, k)
+            f_node = self._evaluate(2 * k - 1, y_node)
+            fy = f_node.detach()
+            z_node = _Step.apply(z_node, f_node, z, fy, running, self, k)
+            f_node = self._evaluate(2 * k, z_node)
+            moved = f_node.detach()
+            # samples with a value that is not finite have failed and stay where they were
             lost = ~(torch.isfinite(norm(fy)) & torch.isfinite(norm(moved)))
             self.result = torch.where(running & lost, int(Result.NONFINITE), self.result)
             go = (running & ~lost).unsqueeze(1)
-            self.y, self.z = torch.where(go, y, self.y), torch.where(go, z, self.z)
+            y, z = torch.where(go, y_node.detach(), y), torch.where(go, z_node.detach(), z)
             fz = torch.where(go, moved, fz)
             self.steps = self.steps + go.squeeze(1)
-            self._judge(fz, stop, trace)
+            self._judge(fz, z, trace)
         self.result = torch.where(self.result == _RUNNING, int(Result.MAX_EVALS), self.result)
-        self.value = torch.where(torch.isfinite(norm(fz)).unsqueeze(1), fz, start)
+        value = torch.where(torch.isfinite(norm(fz)).unsqueeze(1), fz, self.start.detach())
+        if f_node.requires_grad:
+            value = _End.apply(f_node, value, y, z, self.start.detach(), self, *self.anchors)
+        del self.start, self.anchors  # saved for the backward pass, if there is one
+        return value
 
-    def _judge(self, fz: Flat, stop: Stop, trace: bool) -> None:
+    def _judge(self, fz: Flat, z: Flat, trace: bool) -> None:
         size = norm(fz)
-        self.residual = norm(fz - self.z.to(fz.dtype))
+        self.residual = norm(fz - z.to(fz.dtype))
         running = self.result == _RUNNING
         if trace:
             self.trace.append(torch.where(running, self.residual, torch.nan))
-        small = self.residual <= stop.atol + stop.rtol * size
+        small = self.residual <= self.stop.atol + self.stop.rtol * size
         self.result = torch.where(running & small & torch.isfinite(size), int(Result.CONVERGED), self.result)
         self.result = torch.where(running & ~torch.isfinite(size), int(Result.NONFINITE), self.result)
 
+    def _evaluate(self, index: int, at: Float[Tensor, "B N"]) -> Flat:
+        if not torch.is_grad_enabled():
+            return self.flat(at.to(self.narrow))
+        with set_checkpoint_early_stop(False):  # the value is needed too
+            return checkpoint(
+                _Evaluation(self, index, at.to(self.narrow)), use_reentrant=False, preserve_rng_state=False
+            )
 
-class _Reverse(torch.autograd.Function):
-    """f(z_n) as a function of the start and of theta; the backward pass runs the iteration backwards."""
+    # -- backward
+
+    def begin(self, saved: Sequence[Tensor]) -> None:
+        """Stand at the end of the run, with a backward pass before it."""
+        self.value, self.y, self.z, self.begun, *self.true = saved
+        self.last = self.at = 2 * (int(self.steps.max()) if len(self.steps) else 0)
+        self.image: Tensor | None = None  # of the evaluation that the run stands at
+        self.drift = _Drift(self.steps, self.grad.beta)
+
+    def rewind(self, index: int) -> Float[Tensor, "B N"]:
+        """The input of an evaluation, found by running backwards."""
+        while self.at > index:
+            self._back()
+        return self.y if self.at % 2 else self.z
+
+    def _back(self) -> None:
+        """From evaluation `at` to the one before."""
+        k, beta = (self.at + 1) // 2, self.grad.beta
+        if self.at == self.last:
+            self._anchor(self.at // 2)
+        elif self.at % 2:
+            # z = (z' - b f(y')) / (1 - b) for the samples that took step k
+            go = (self.steps >= k).unsqueeze(1)
+            self.z = torch.where(go, (self.z - beta * self._value(self.y)) / (1 - beta), self.z)
+        else:
+            # y = (y' - b f(z)) / (1 - b), y' of step k + 1
+            go = (self.steps >= k + 1).unsqueeze(1)
+            self.y = torch.where(go, (self.y - beta * self._value(self.z)) / (1 - beta), self.y)
+            self._anchor(k)
+        self.at, self.image = self.at - 1, None
+
+    def _value(self, at: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        """f where the run stands, in float64."""
+        if self.image is None:
+            with torch.no_grad():
+                self.image = self.flat(at.to(self.narrow))
+        return self.image.double()
+
+    def _anchor(self, k: int) -> None:
+        """Take the pair after k steps as it was kept, if it was."""
+        every = self.grad.anchor
+        if every and k and k % every == 0 and 2 * k <= every * len(self.true):
+            pair = self.true[2 * (k // every) - 2 : 2 * (k // every)]
+            self.drift.measure(pair, (self.y, self.z))
+            self.y, self.z = pair
+
+    def evaluated(self, index: int, image: Flat) -> None:
+        """Take in f of an evaluation that was made again."""
+        if index == self.last:
+            # Rows that are not finite compare as equal
+            with torch.no_grad():
+                eps = rounding(self.flat.f, self.flat.layout)
+                if bool((norm(image - self.value) > 1e3 * eps * norm(self.value)).any()):
+                    raise RuntimeError(CHANGED)
+        self.image = image
+        if index == 0 and self.last:
+            # back at the start, which is known: y_0 = z_0
+            y = (self.y - self.grad.beta * image.double()) / (1 - self.grad.beta)
+            y = torch.where((self.steps >= 1).unsqueeze(1), y, self.y)
+            self.drift.measure((self.begun.double(), self.begun.double()), (y, self.z))
+            self.drift.judge(self.grad)
+
+
+class _Evaluation:
+    """One evaluation of f: first with the input it is given, in the backward pass with the one that the run finds."""
+
+    def __init__(self, run: _Run, index: int, at: Flat) -> None:
+        self.run, self.index = run, index
+        self.at: Flat | None = at
+        self.differentiated = at.requires_grad
+
+    def __call__(self) -> Flat:
+        at, self.at = self.at, None
+        if at is not None:
+            return self.run.flat(at)
+        at = self.run.rewind(self.index).to(self.run.narrow)
+        image = self.run.flat(at.detach().clone().requires_grad_(self.differentiated))
+        self.run.evaluated(self.index, image.detach())
+        return image
+
+
+class _Step(torch.autograd.Function):
+    """(1 - b) old + b image, for the samples that take the step."""
 
     @staticmethod
-    def forward(ctx: Any, start: Flat, phi: Phi, run: _Run, grad: Reversible, *theta: Tensor) -> Tensor:
-        ctx.phi, ctx.grad = phi, grad
-        ctx.anchors = len(run.anchors)
-        ctx.save_for_backward(start, run.y, run.z, run.steps, *run.anchors, *theta)
-        return run.value.clone()
+    def forward(
+        ctx: Any, node: Tensor, f_node: Tensor, old: Tensor, image: Tensor, running: Tensor, run: _Run, k: int
+    ) -> Tensor:
+        ctx.run, ctx.k, ctx.dtype = run, k, f_node.dtype
+        return torch.where(running.unsqueeze(1), torch.lerp(old, image.double(), run.grad.beta), old)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        beta, go = ctx.run.grad.beta, (ctx.run.steps >= ctx.k).unsqueeze(1)
+        ctx.run.drift.step(ctx.k, norm(g), go.squeeze(1))
+        return torch.where(go, (1 - beta) * g, g), torch.where(go, beta * g, 0.0).to(ctx.dtype), *[None] * 5
+
+
+class _End(torch.autograd.Function):
+    """The value of the run, which has the gradient of its last evaluation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, f_node: Tensor, value: Tensor, y: Tensor, z: Tensor, start: Tensor, run: _Run, *anchors: Tensor
+    ) -> Tensor:
+        ctx.run = run
+        value = value.clone()
+        ctx.save_for_backward(value, y, z, start, *anchors)
+        return value
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("Reversible cannot be differentiated twice (create_graph=True): use IFT or Unrolled.")
-        start, y, z, steps, *more = ctx.saved_tensors
-        anchors, theta = more[: ctx.anchors], more[ctx.anchors :]
-        pull = _Pull(ctx.phi, theta, start.dtype)
-        beta, every = ctx.grad.beta, ctx.grad.anchor
-        _, z_bar = pull(z, grads[0].double(), torch.ones_like(steps, dtype=torch.bool).unsqueeze(1))
-        y_bar = torch.zeros_like(z_bar)
-        drift = _Drift(steps, beta)
-        for k in range(int(steps.max()) if len(steps) else 0, 0, -1):
-            if every and k % every == 0 and 2 * k <= every * len(anchors):
-                at = 2 * (k // every)
-                drift.measure(anchors[at - 2 : at], (y, z))
-                y, z = anchors[at - 2 : at]
-            go = (steps >= k).unsqueeze(1)  # the samples that took step k
-            drift.step(norm(y_bar) + norm(z_bar), go.squeeze(1))
-            fy, bar = pull(y, beta * z_bar, go)
-            y_bar = y_bar + bar
-            z_before = torch.where(go, (z - beta * fy) / (1 - beta), z)
-            fz, bar = pull(z_before, beta * y_bar, go)
-            y = torch.where(go, (y - beta * fz) / (1 - beta), y)
-            z_bar = torch.where(go, (1 - beta) * z_bar + bar, z_bar)
-            y_bar = torch.where(go, (1 - beta) * y_bar, y_bar)
-            z = z_before
-        drift.measure((start.double(), start.double()), (y, z))
-        drift.judge(ctx.grad)
-        return ((y_bar + z_bar).to(start.dtype), None, None, None, *pull.theta_bar)
-
-
-class _Pull:
-    """Evaluates phi once with a graph and takes one vector-Jacobian product; theta's share is summed up."""
-
-    def __init__(self, phi: Phi, theta: list[Tensor], dtype: torch.dtype) -> None:
-        self.phi, self.dtype = phi, dtype
-        self.stands = [t.detach().requires_grad_() for t in theta]
-        self.theta_bar: list[Tensor | None] = [None] * len(theta)
-
-    def __call__(
-        self, at: Float[Tensor, "B N"], v: Float[Tensor, "B N"], rows: Bool[Tensor, "B 1"]
-    ) -> tuple[Float[Tensor, "B N"], Float[Tensor, "B N"]]:
-        """(phi(at), v^T dphi/dz), the rows not wanted giving 0."""
-        with torch.enable_grad(), uncached():
-            x = at.to(self.dtype).requires_grad_()
-            image = self.phi(x, *self.stands)
-        if not image.requires_grad:
-            return image.double(), torch.zeros_like(at)
-        v = torch.where(rows, v, 0.0).to(image.dtype)
-        x_bar, *theta_bar = torch.autograd.grad(image, (x, *self.stands), v, allow_unused=True)
-        for i, new in enumerate(theta_bar):
-            old = self.theta_bar[i]
-            self.theta_bar[i] = new if old is None else old if new is None else old + new
-        x_bar = torch.zeros_like(at) if x_bar is None else x_bar.double()
-        return image.detach().double(), x_bar
+        ctx.run.begin(ctx.saved_tensors)
+        return (grads[0], *[None] * (5 + len(ctx.run.true)))
 
 
 class _Drift:
@@ -264,10 +314,16 @@ class _Drift:
         self.wrong = torch.zeros(len(steps), dtype=torch.float64, device=steps.device)
         self.total = torch.zeros_like(self.wrong)
         self.shares: list[Tensor] = []  # since the last true state
+        self.k = -1
 
-    def step(self, share: Tensor, go: Tensor) -> None:
-        """Take in the size of the adjoint at a step, for the samples that took it."""
-        self.shares.append(torch.where(go, share, 0.0))
+    def step(self, k: int, share: Tensor, go: Tensor) -> None:
+        """Take in the size of the adjoint of y or z at step k, for the samples that took it."""
+        share = torch.where(go, share, 0.0)
+        if self.k == k and self.shares:
+            self.shares[-1] = self.shares[-1] + share
+        else:
+            self.shares.append(share)
+        self.k = k
 
     def measure(self, true: Sequence[Tensor], found: tuple[Tensor, Tensor]) -> None:
         """Compare the states with the true ones."""

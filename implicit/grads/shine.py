@@ -8,26 +8,21 @@ Setting: a solver's step is z' = z + H r with H ~ (I - J)^-1. The backward pass 
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
-from implicit.autodiff.approximate import attach_approximately, refuse_transforms
-from implicit.autodiff.no_grad import constant
+from implicit.autodiff.autocast import rounding
+from implicit.autodiff.functorch import refuse_transforms, search
+from implicit.autodiff.implicit_diff import attach_approximately
 from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
-from implicit.iterate import iterate
-from implicit.options import SolveOptions
-from implicit.pytree import Flat, Layout, Map, State, map_tensors, norm
+from implicit.options import Problem, SolveOptions
+from implicit.pytree import Flat, Layout, map_tensors, norm
 from implicit.solution import Solution
-from implicit.solvers.anderson import Anderson
-from implicit.solvers.anderson_gs import AndersonGS
-from implicit.solvers.bad_broyden import BadBroyden
 from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.broyden import Broyden
-from implicit.solvers.history_buffer import HistoryBuffer
 from implicit.stopping import Stop
 
 
@@ -70,54 +65,45 @@ class SHINE(AbstractGrad):
             raise ValueError(f"SHINE.fallback must be positive or None, got {self.fallback}.")
 
     def __call__(
-        self,
-        f: Map,
-        z0: State,
-        args: tuple[Any, ...],
-        solver: AbstractSolver[Any],
-        stop: Stop,
-        options: SolveOptions = SolveOptions(),
+        self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()
     ) -> Solution:
-        if not isinstance(solver, Anderson | AndersonGS | BadBroyden | Broyden):
+        if type(solver).inverse_transpose is AbstractSolver.inverse_transpose:
             raise ValueError(
-                f"SHINE reuses the inverse that Broyden or Anderson builds up, and {solver!r} builds none: pass "
-                "solver=Broyden()."
+                f"SHINE uses the inverse estimate that the solver builds up, and {solver!r} has none: pass a solver "
+                "that defines inverse_transpose, such as solver=Broyden()."
             )
         refuse_transforms(self)
         if not torch.is_grad_enabled():
-            return iterate(f, z0, solver, stop, args=args, options=options)
-        with constant():
-            keep = replace(
-                options, keep_state=True, compact=False, state=_wrapped(options.state, z0, options.batch_dims)
-            )
-            solved = iterate(f, z0, _Frozen(solver), stop, args=args, options=keep)
-        layout = Layout.of(solved.value, options.batch_dims)
-        packed, z = FlatMap(f, args, layout), layout.pack(solved.value)
-        images: list[Flat] = []
-
-        def phi(z: Flat) -> Flat:
-            fz = packed(z)
-            images.append(fz.detach())
-            return fz
-
-        value = attach_approximately(phi, z, lambda act, g: self._estimate(inverse, act, g))
-        with torch.no_grad():  # the answer's own secant, which the loop had no more use for
-            proposed = solved.converged.unsqueeze(1)  # any other answer is not the point that the solver asked for
-            state = replace(solved.state, z=torch.where(proposed, solved.state.z, z))
-            _, frozen = _Frozen(solver).step(packed, Point(z, images[0]), state)
-        memory = frozen.memory
-        inverse = partial(solver.inverse_transpose, memory)
+            return search(problem, solver, stop, options)
+        # The solve, without a graph; the state of a sample is kept as it was when the sample finished
+        layout = Layout.of(problem.z0, options.batch_dims)
+        frozen = _Frozen(solver)
+        warm = None if options.state is None else frozen.wrap(options.state, layout.pack(problem.z0))
+        solved = search(problem, frozen, stop, replace(options, keep_state=True, compact=False, state=warm))
+        # y = f(z*) with a graph; `state` is bound below, before the backward pass reads it
+        flat, z = FlatMap(problem.f, problem.args, layout), layout.pack(solved.value)
+        value, image = attach_approximately(
+            flat, z, lambda act, g: self._estimate(solver, state, act, g), rounding(problem.f, layout)
+        )
+        # The secant to z* itself, which the loop did not use. Only a converged sample ended at the point that the
+        # solver proposed; another one ended at f of its best point, to which there is no secant
+        with torch.no_grad():
+            proposed = solved.converged.unsqueeze(1)
+            last = replace(solved.state, z=torch.where(proposed, solved.state.z, z))
+            state = frozen.step(flat, Point(z, image), last)[-1].state
         return replace(
             solved,
             value=layout.unpack(value),
             evals=solved.evals + 1,
-            state=memory if options.keep_state else None,
+            state=state if options.keep_state else None,
         )
 
-    def _estimate(self, inverse: Callable[[Flat], Flat], act: Callable[[Flat], Flat], g: Flat) -> Flat:
-        u = inverse(g)
+    def _estimate(self, solver: AbstractSolver[Any], state: Any, act: Callable[[Flat], Flat], g: Flat) -> Flat:
+        # u = H^T g, or g where that is longer than the fallback allows
+        u = solver.inverse_transpose(state, g)
         if self.fallback is not None:
             u = torch.where((norm(u) <= self.fallback * norm(g)).unsqueeze(1), u, g)
+        # fixed-point steps u <- g + J^T u
         for _ in range(self.refine):
             u = g + act(u)
         return u
@@ -125,50 +111,64 @@ class SHINE(AbstractGrad):
 
 @dataclass(frozen=True)
 class _FrozenState:
-    memory: Any
+    """A solver's state, and the point of its last step."""
+
+    state: Any
     z: Flat
 
 
 @dataclass(frozen=True)
 class _Frozen(AbstractSolver[_FrozenState]):
-    """A solver that leaves the memory of a sample alone once the loop holds that sample.
+    """A solver that leaves the state of a sample alone once the loop holds that sample.
 
-    The solver itself would overwrite its history, which it needs no more, by differences of zero.
+    The solver itself would overwrite the history of that sample by differences of zero. The safeguard treats both
+    alike, so that the iterates are those of the solver.
     """
 
     solver: AbstractSolver[Any]
 
+    @property
+    def patience(self) -> int:
+        return self.solver.patience
+
+    def wrap(self, state: Any, z: Flat) -> _FrozenState:
+        """The state of the solver, no sample held."""
+        return _FrozenState(state, torch.full_like(z, torch.nan))
+
     def init(self, point: Point) -> _FrozenState:
-        return _FrozenState(self.solver.init(point), torch.full_like(point.z, torch.nan))
+        return self.wrap(self.solver.init(point), point.z)
 
-    def resume(self, point: Point, memory: _FrozenState) -> _FrozenState:
-        return _FrozenState(self.solver.resume(point, memory.memory), memory.z)
+    def resume(self, point: Point, state: _FrozenState) -> _FrozenState:
+        return _FrozenState(self.solver.resume(point, state.state), state.z)
 
-    def step(self, f: Evaluator, point: Point, memory: _FrozenState) -> tuple[Flat, _FrozenState]:
-        held = torch.nonzero((point.z == memory.z).all(dim=1)).flatten()
-        before = map_tensors(lambda t: t[held], memory.memory) if len(held) else None
-        z, after = self.solver.step(f, point, memory.memory)
+    def restart(self, point: Point, state: _FrozenState, mask: Bool[Tensor, "B 1"]) -> _FrozenState:
+        # a sample that goes back to its best point may stand where it stood, and is not held
+        return _FrozenState(self.solver.restart(point, state.state, mask), state.z.masked_fill(mask, torch.nan))
+
+    def step(self, f: Evaluator, point: Point, state: _FrozenState) -> tuple[Flat, _FrozenState]:
+        # held samples stand where they stood; their rows of the state are copied, since histories are written in place
+        held = torch.nonzero((point.z == state.z).all(dim=1)).flatten()
+        size = len(point.z)
+        before = map_tensors(lambda t: t[held] if t.shape[:1] == (size,) else t, state.state) if len(held) else None
+        z, after = self.solver.step(f, point, state.state)
         if before is not None:
-            after = _restore(after, before, held)
+            # what belongs to the point itself is not the solver's to write to, and is the same as before
+            own = {t.untyped_storage().data_ptr() for t in (point.z, point.fz, point.r)}
+            _restore(after, before, held, size, own)
         return z, _FrozenState(after, point.z)
 
 
-def _wrapped(state: Any, z0: State, batch_dims: int) -> _FrozenState | None:
-    if state is None:
-        return None
-    flat = Layout.of(z0, batch_dims).pack(z0)
-    return _FrozenState(state, torch.full_like(flat, torch.nan))
-
-
-def _restore(after: Any, before: Any, held: Tensor) -> Any:
-    """`after` with the history of the held samples as it was; the history may have grown since."""
-    if isinstance(after, HistoryBuffer):
-        for new, old in zip(after.blocks, before.blocks, strict=False):
-            new[held] = old
-    elif isinstance(after, Tensor):
-        if after.ndim == 3:
+def _restore(after: Any, before: Any, held: Tensor, size: int, own: set[int]) -> None:
+    """Write the rows `before` of the held samples back into the state; histories may have grown since."""
+    if isinstance(after, Tensor):
+        if isinstance(before, Tensor) and after.shape[:1] == (size,) and after.untyped_storage().data_ptr() not in own:
             after[held] = before
     elif is_dataclass(after):
         for field in fields(after):
-            _restore(getattr(after, field.name), getattr(before, field.name), held)
-    return after
+            _restore(getattr(after, field.name), getattr(before, field.name), held, size, own)
+    elif isinstance(after, dict):
+        for key in before:
+            _restore(after[key], before[key], held, size, own)
+    elif isinstance(after, tuple | list):
+        for new, old in zip(after, before, strict=False):
+            _restore(new, old, held, size, own)

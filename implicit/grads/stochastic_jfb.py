@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from implicit.autodiff.functorch import search
-from implicit.grads.base import AbstractGrad, track, unsolved
+from implicit.autodiff.tracked_steps import track, unsolved
+from implicit.grads.base import AbstractGrad
 from implicit.grads.jfb import JFB
-from implicit.options import SolveOptions
-from implicit.pytree import Map, State
+from implicit.options import Problem, SolveOptions
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
@@ -66,16 +66,9 @@ class StochasticJFB(AbstractGrad):
         return int(n), int(m)
 
     def __call__(
-        self,
-        f: Map,
-        z0: State,
-        args: tuple[Any, ...],
-        solver: AbstractSolver[Any],
-        stop: Stop,
-        options: SolveOptions = SolveOptions(),
+        self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()
     ) -> Solution:
         n, m = self.draw()
-        if n == 0:
-            return track(f, args, options, unsolved(z0, options), m)
-        solved = search(f, z0, args, solver, replace(stop, rtol=0, atol=0, max_evals=n), options)
-        return track(f, args, options, solved, m)
+        free = replace(stop, rtol=0, atol=0, max_evals=max(n, 1))
+        solved = search(problem, solver, free, options) if n else unsolved(problem, options)
+        return track(problem, solved, free, options, steps=m)

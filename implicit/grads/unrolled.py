@@ -1,16 +1,21 @@
 """Backpropagation through every iteration of the solver."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from implicit.autodiff.closure_convert import tensors
+from implicit.autodiff.failed_samples import failed, without
+from implicit.autodiff.implicit_diff import CHANGED
 from implicit.grads.base import AbstractGrad
 from implicit.iterate import iterate
-from implicit.options import SolveOptions
-from implicit.pytree import Map, State
-from implicit.solution import Solution
+from implicit.options import Problem, SolveOptions
+from implicit.pytree import Layout, Map, State, leaves
+from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
 
@@ -56,13 +61,7 @@ class Unrolled(AbstractGrad):
         return 0 if isinstance(self.checkpoint, bool) else self.checkpoint
 
     def __call__(
-        self,
-        f: Map,
-        z0: State,
-        args: tuple[Any, ...],
-        solver: AbstractSolver[Any],
-        stop: Stop,
-        options: SolveOptions = SolveOptions(),
+        self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()
     ) -> Solution:
         if torch._C._are_functorch_transforms_active():
             self._refuse_transform(stop, options)
@@ -71,14 +70,22 @@ class Unrolled(AbstractGrad):
                 f"Unrolled(checkpoint={self.checkpoint}) runs segments twice, so nothing may be decided while it runs: "
                 "pass stop=Stop(rtol=0, atol=0, max_evals=n) and no trace or callback, or checkpoint=True."
             )
-        if self.checkpoint is not True:
-            segment = self._segment if torch.is_grad_enabled() else 0
-            return iterate(f, z0, solver, stop, args=args, options=options, image=True, segment=segment)
+        solved = self._solve(problem, solver, stop, options)
+        lost = solved.result == Result.NONFINITE
+        if not any(t.requires_grad for t in tensors(solved.value)) or not failed(lost, stop):
+            return solved
+        # once more, with the failed samples out of the graph
+        helped = self._solve(without(problem, lost, options.batch_dims), solver, stop, options)
+        layout = Layout.of(problem.z0, options.batch_dims)
+        first, second = layout.pack(solved.value).detach(), layout.pack(helped.value)
+        value = layout.unpack(torch.where(lost.unsqueeze(1), first, second))
+        return replace(solved, value=value, evals=solved.evals + helped.evals)
 
-        def again(z: State, *args: Any) -> State:
-            return checkpoint(f, z, *args, use_reentrant=False)
-
-        return iterate(again, z0, solver, stop, args=args, options=options, image=True)
+    def _solve(self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions) -> Solution:
+        f, segment = problem.f, self._segment if torch.is_grad_enabled() else 0
+        if self.checkpoint is True and torch.is_grad_enabled():
+            f = partial(_checkpointed, f)
+        return iterate(f, problem.z0, solver, stop, args=problem.args, options=options, image=True, segment=segment)
 
     def _refuse_transform(self, stop: Stop, options: SolveOptions) -> None:
         """What is decided on the host, and checkpoints, cannot be looked into by torch.func."""
@@ -92,3 +99,21 @@ class Unrolled(AbstractGrad):
                 "Unrolled(checkpoint=...) does not work inside torch.func transforms, which do not support hooks on "
                 "saved tensors: leave checkpoint=False, or use IFT, JFB or Phantom there."
             )
+
+
+def _checkpointed(f: Map, z: State, *args: Any) -> State:
+    """f(z, *args) in a checkpoint, which refuses another value in the backward pass."""
+    sizes: list[Tensor] = []
+
+    def evaluate(z: State, *args: Any) -> State:
+        out = f(z, *args)
+        with torch.no_grad():
+            now = [torch.linalg.vector_norm(t) for t in leaves(out)]
+            for before, size, t in zip(sizes, now, leaves(out), strict=False):
+                if bool((size - before).abs() > 1e3 * torch.finfo(t.dtype).eps * before):
+                    raise RuntimeError(CHANGED)
+            sizes[:] = now
+        return out
+
+    with set_checkpoint_early_stop(False):  # the value is compared
+        return checkpoint(evaluate, z, *args, use_reentrant=False)

@@ -254,7 +254,7 @@ def test_a_layer_pickles_and_copies(estimator):
 
 
 def test_a_nested_equilibrium():
-    """The map of the outer equilibrium holds an inner one: against a plain double options."""
+    """The map of the outer equilibrium holds an inner one: against a plain double loop."""
     inner, outer = Tanh(4, 0.3), Tanh(4, 0.3, seed=5)
     x = inner.x[:2].clone().requires_grad_()
     stop = Stop(rtol=1e-11, atol=0)

@@ -142,7 +142,7 @@ def test_the_fallback_is_jfb():
 
 def test_a_solver_without_an_inverse_is_refused():
     f, x = layer("easy")
-    with pytest.raises(ValueError, match=r"pass solver=Broyden\(\)"):
+    with pytest.raises(ValueError, match="solver"):
         fixed_point(f, torch.zeros_like(x), x, solver=Picard(), grad=SHINE())
 
 

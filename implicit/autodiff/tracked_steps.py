@@ -1,0 +1,97 @@
+"""Fixed-point steps that autograd records, after a solve that it did not.
+
+Setting: the solve ended at z. z_0 = z and z_{i+1} = d z_i + (1 - d) f(z_i), with damping d; the gradient is that of
+z_k. With a tolerance the value remains z, of which residual and result are true, and only the gradient is that of z_k.
+Without one the steps belong to the number of iterations that was asked for, and the value is z_k.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit.autodiff.failed_samples import failed, without
+from implicit.autodiff.functorch import active
+from implicit.evaluation import FlatMap
+from implicit.options import Problem, SolveOptions
+from implicit.pytree import Flat, Layout, PerSample, norm
+from implicit.solution import Result, Solution
+from implicit.stopping import Stop
+
+
+def track(
+    problem: Problem, solved: Solution, stop: Stop, options: SolveOptions, *, steps: int, damping: float = 0.0
+) -> Solution:
+    """Take `steps` more steps from the value of `solved`, recorded by autograd if it is on.
+
+    A sample whose steps are not finite keeps the value it had, without a gradient.
+    """
+    if stop.has_tolerance and not torch.is_grad_enabled() and not active():
+        return solved
+    layout = Layout.of(solved.value, options.batch_dims)
+    start = layout.pack(solved.value)
+    z, residual = _steps(problem, layout, start, steps, damping)
+    lost = ~torch.isfinite(residual)
+    if z.requires_grad and failed(lost, stop):
+        z, _ = _steps(without(problem, lost, options.batch_dims), layout, start, steps, damping)
+        solved = replace(solved, evals=solved.evals + steps)
+    z = torch.where(lost.unsqueeze(1), start.detach(), z)
+    solved = replace(solved, evals=solved.evals + steps)
+    if stop.has_tolerance:
+        return replace(solved, value=layout.unpack(_Value.apply(start.detach(), z)))
+    return replace(solved, value=layout.unpack(z), residual=residual, result=_result(solved, residual))
+
+
+def _steps(problem: Problem, layout: Layout, z: Flat, steps: int, damping: float) -> tuple[Flat, PerSample]:
+    """z after the steps, and the residual that the last of them started from."""
+    flat = FlatMap(problem.f, problem.args, layout)
+    residual = torch.zeros(len(z), dtype=z.dtype, device=z.device)
+    for _ in range(steps):
+        fz = flat(z)
+        with torch.no_grad():
+            residual = norm(fz - z)
+        z = torch.lerp(fz, z, damping) if damping else fz
+    return z, residual
+
+
+def _result(solved: Solution, residual: PerSample) -> Tensor:
+    """The result codes after a fixed number of steps."""
+    with torch.no_grad():
+        ended = torch.where(residual == 0, int(Result.CONVERGED), int(Result.MAX_EVALS))
+        lost = ~torch.isfinite(residual) | (solved.result == Result.NONFINITE)
+        return torch.where(lost, int(Result.NONFINITE), ended).to(solved.result.dtype)
+
+
+def unsolved(problem: Problem, options: SolveOptions) -> Solution:
+    """The solution of a solve of no evaluations: z0 itself, still in the graph."""
+    layout = Layout.of(problem.z0, options.batch_dims)
+    z = layout.pack(problem.z0)
+    return Solution(
+        value=layout.unpack(z.clone()),
+        residual=torch.full((len(z),), torch.inf, dtype=layout.dtype, device=layout.device),
+        result=torch.full((len(z),), int(Result.MAX_EVALS), dtype=torch.int8, device=layout.device),
+        evals=torch.zeros(len(z), dtype=torch.int64, device=layout.device),
+    )
+
+
+class _Value(torch.autograd.Function):
+    """z, with the derivative of `tracked`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, tracked: Tensor) -> Tensor:
+        return z.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0]
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return tangents[1]
