@@ -95,3 +95,17 @@ def test_a_looped_reasoner_learns_and_gains_from_iterations(program, monkeypatch
     clues, solutions = map(torch.from_numpy, sudoku.relabeled(data["unseen"], 50, rng))
     shares = dict(zip(sudoku.DEPTHS, sudoku.report(model, model.embed(clues), solutions), strict=True))
     assert shares[64] >= 0.08 and shares[64] > shares[4] >= shares[1]
+
+
+@pytest.mark.parametrize("twin", [False, True])
+def test_the_networks_take_6_x_6(program, monkeypatch, twin):
+    sudoku = program("sudoku")
+    rng = np.random.default_rng(0)
+    data = sudoku.splits(6, 6, rng)
+    ticks = itertools.count()
+    monkeypatch.setattr(sudoku.time, "process_time", lambda: float(next(ticks)))
+    model = sudoku.Reasoner(6, twin, 0, width=16, hidden=16)
+    assert sudoku.train(model, data["train"], 4, 0.1, rng) == 3
+    clues, solutions = map(torch.from_numpy, sudoku.relabeled(data["new"], 3, rng))
+    assert sudoku.report(model, model.embed(clues), solutions)[0] == 0
+    assert sum(p.numel() for p in sudoku.Reasoner(6, twin, 0).parameters()) == pytest.approx(5e5, rel=0.02)
