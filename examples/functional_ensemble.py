@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         # gradient descent with momentum
         velocity = {name: 0.9 * velocity[name] + slopes[name] for name in theta}
         theta = {name: theta[name] - 0.05 * (1 - step / args.steps) * velocity[name] for name in theta}
-    outputs = vmap(logits, in_dims=(0, None))(theta, x[1500:])
+    with torch.no_grad():
+        outputs = vmap(logits, in_dims=(0, None))(theta, x[1500:])
     members = (outputs.argmax(-1) == y[1500:]).float().mean(1)
     together = float((outputs.softmax(-1).mean(0).argmax(-1) == y[1500:]).float().mean())
     ratio = seconds["one by one"] / ((args.steps + 49) // 50) / (seconds["vmap"] / args.steps)
