@@ -178,7 +178,8 @@ def check_inputs(x: Tensor, t: Tensor, y: Tensor | None, *, latent: tuple[int, i
         raise ValueError(
             f"y is {y.dtype} of shape {tuple(y.shape)}; give one integer per sample, shape ({x.shape[0]},)."
         )
-    if y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
+    plain = type(y) is Tensor  # a fake tensor has no values to check
+    if plain and y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in y.aminmax())
         if low < 0 or high > num_classes:
             raise ValueError(
