@@ -39,7 +39,7 @@ ESTIMATORS: dict[str, tuple[int, AbstractGrad]] = {
     "S-JFB (12, 12), the worst draw": (12, JFB(12)),
     "JFB": (12, JFB()),
 }
-"""Evaluations before the estimator's own, and the estimator. Counts are fixed, since fake tensors have no values; IFT and
+"""Evaluations before the estimator's own, and the estimator. Counts are fixed, as fake tensors have no values; IFT and
 Reversible read values in their backward passes and are therefore missing here."""
 
 

@@ -63,8 +63,8 @@ def _own_memory(value: State, z0: State) -> State:
     """The value, copied where it is z0 itself: a solve that begins at its answer."""
     if torch.compiler.is_compiling():
         return value
-    starts = {t.untyped_storage().data_ptr() for t in tensors(z0)}
-    return map_tensors(lambda t: t.clone() if t.untyped_storage().data_ptr() in starts else t, value)
+    starts = {t.untyped_storage()._cdata for t in tensors(z0)}
+    return map_tensors(lambda t: t.clone() if t.untyped_storage()._cdata in starts else t, value)
 
 
 @dataclass(frozen=True)
