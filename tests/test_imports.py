@@ -35,12 +35,8 @@ APP = (
 COMMANDS = APP[-1]
 # Moves in progress; each entry leaves with the rewrite of its file.
 PENDING = {
-    "apps/diffusion/data/latent_writer.py",
     "apps/diffusion/evaluation/feature_extractors.py",
     "apps/diffusion/models/autoencoder.py",
-    "apps/diffusion/models/build.py",
-    "apps/diffusion/sampling/output_folder.py",
-    "apps/diffusion/training/metric_logger.py",
 }
 USE_IMPLICIT = {"config", "models", "sampling", "training", "pipeline"}
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+
+from apps.diffusion.files.atomic import make_folder as make_folder
 
 
 def device_of(name: str) -> str:
@@ -28,15 +29,3 @@ def device_of(name: str) -> str:
             f"--device {name} cannot be used here ({reason}); give cpu, or another that there is."
         ) from None
     return device
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a folder for what a command writes.
-
-    Raises:
-        ValueError: something is in the way, or nobody may write there.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise ValueError(f"{folder} cannot be made ({error.strerror}); give another folder with --out.") from None

@@ -281,7 +281,7 @@ def write(model: DiT | FPDM, request: Request) -> str:
     import torch
 
     from apps.diffusion.checkpoint import state_dicts as layouts
-    from apps.diffusion.files.atomic import folder_at_once
+    from apps.diffusion.files.atomic import atomic_path
     from apps.diffusion.models import build
 
     layout = {"DiT": "dit", "FPDM": "fpdm"}[type(model).__name__]
@@ -290,7 +290,8 @@ def write(model: DiT | FPDM, request: Request) -> str:
             f"This is a {type(model).__name__}, which cannot be written as --to {request.to}; take {layout}."
         )
     result: Any = layouts.to_diffusers(model) if request.to == "diffusers" else model
-    with folder_at_once(request.out) as partial:
+    with atomic_path(request.out) as partial:
+        partial.mkdir()
         if request.to in ("dit", "fpdm"):
             state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
             torch.save(state, partial / "model.pt")
@@ -315,7 +316,7 @@ def write_pipeline(request: Request) -> str:
         ValueError: no run, or options that a run decides itself.
     """
     from apps.diffusion.checkpoint import pretrained, trained_run, training_state
-    from apps.diffusion.files.atomic import folder_at_once
+    from apps.diffusion.files.atomic import atomic_path
     from apps.diffusion.pipeline import FixedPointPipeline
 
     run = request.checkpoint
@@ -324,7 +325,7 @@ def write_pipeline(request: Request) -> str:
     _refuse(request, run, "heads", "input_size", "condition_on_time", "weights")
     state, config = training_state.newest(run), trained_run.read_config(run)
     pipe = FixedPointPipeline.from_run(run)
-    with folder_at_once(request.out) as partial:
+    with atomic_path(request.out) as partial:
         pipe.save_pretrained(partial)
         done = {name: getattr(state.progress, name) for name in ("images", "steps", "seconds")}
         pretrained.write_record(partial, config, done)

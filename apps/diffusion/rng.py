@@ -1,8 +1,7 @@
-"""Every random number of a run is a function of (seed, what it is for, where the run stands), and of nothing
-else.
+"""Random seeds: every random number of a run is a function of (seed, purpose, position) and of nothing else.
 
-A generator is made afresh from those three where it is needed. So no generator's state has to be saved for a
-run to go on exactly where it was cut off, and two uses of randomness can never shift one another.
+A generator is made from these three where it is needed. So no generator's state has to be saved for a run to go on
+exactly where it stopped, and two uses of randomness never shift each other.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 
 
 class Stream(enum.IntEnum):
-    """What randomness is used for; different streams are independent."""
+    """Purpose of random numbers; different streams are independent."""
 
     WEIGHTS = 0  # the model's first weights
     ORDER = 1  # in which order images are shown
@@ -24,23 +23,27 @@ class Stream(enum.IntEnum):
     SOLVE = 3  # how many iterations the estimator runs
     SAMPLE = 4  # one generated image
     CLASSIFIER = 5  # the classifier that scores
-    VIEW = 6  # how an epoch shows an image: mirrored or not, which latent of its distribution
+    AUGMENTATION = 6  # how an epoch shows an image: mirrored or not, which latent of its distribution
 
 
 def generator(seed: int, stream: Stream, position: int = 0) -> torch.Generator:
     """A CPU generator that depends on the three arguments alone (they are hashed, so near ones are
     independent).
     """
-    word = np.random.SeedSequence((seed, int(stream), position)).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(word >> np.uint64(1)))
+    return torch.Generator().manual_seed(seeds(seed, stream, position, 1)[0])
+
+
+def seeds(seed: int, stream: Stream, position: int, count: int) -> list[int]:
+    """`count` seeds of generators that depend on the other three arguments and their place in the list alone."""
+    words = np.random.SeedSequence((seed, int(stream), position)).generate_state(count, np.uint64)
+    return (words >> np.uint64(1)).tolist()
 
 
 @contextmanager
 def drawing_from(source: torch.Generator) -> Iterator[None]:
-    """Within the block, code that draws from torch's global CPU generator (such as `nn.Linear`) draws from
-    `source`.
+    """Within the block, code that draws from torch's global CPU generator (such as `nn.Linear`) draws from `source`.
 
-    The global generator is left as it was found.
+    Afterwards the global generator has the state that it had before.
     """
     with torch.random.fork_rng(devices=[]):
         torch.set_rng_state(source.get_state())

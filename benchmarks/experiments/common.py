@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from apps.diffusion.config.training import Config, EMAConfig, Grad, ModelConfig, OptimizerConfig
-from apps.diffusion.data import Images
+from apps.diffusion.data import TensorDataset
+from apps.diffusion.data import build as data
 from apps.diffusion.evaluation.digit_classifier import Judge
 from apps.diffusion.models import build
 from apps.diffusion.sampling.sampler import Solve, sample
@@ -75,14 +76,14 @@ def _config(model: ModelConfig, seconds: float, grad: Grad) -> Config:
 
 
 @cache
-def judge() -> tuple[Images, Images, Judge]:
+def judge() -> tuple[TensorDataset, TensorDataset, Judge]:
     """Training images, held-out images, and the classifier that scores samples."""
-    images, held_out = build.images(Config().data)
-    assert isinstance(images, Images) and held_out is not None
+    images, held_out = data.datasets(Config().data)
+    assert isinstance(images, TensorDataset) and held_out is not None
     return images, held_out, Judge.of(images)
 
 
-def floor(images: Images, ruler: Judge, count: int, draws: int = 20) -> dict[str, Any]:
+def floor(images: TensorDataset, ruler: Judge, count: int, draws: int = 20) -> dict[str, Any]:
     """Distances of real images drawn like samples, as many and with the same labels: the lower bound for a network."""
     distances = []
     for draw in range(draws):
@@ -99,8 +100,9 @@ def train(config: Config) -> tuple[nn.Module, dict[str, Any]]:
     began = time.process_time()
     losses: list[float] = []
     while not trainer.finished:
-        losses.append(trainer.step()[0])
+        losses.append(float(trainer.step()[0]))
         trainer.progress.seconds = time.process_time() - began
+    trainer.synchronize()
     facts = {
         "steps": trainer.progress.steps,
         "skipped": trainer.progress.skipped,

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.diffusion.config.training import Config
-from apps.diffusion.files.atomic import file_at_once
+from apps.diffusion.files.atomic import write_text
 
 SHIPPED = Path(__file__).resolve().parents[1] / "pretrained"
 RECORD = "training.json"
@@ -38,8 +38,7 @@ def locate(source: str | Path) -> Path:
 def write_record(folder: Path, config: Config, progress: dict[str, Any]) -> None:
     """Note in a pipeline folder how its network was trained; `progress` holds images, steps and seconds."""
     record = {**progress, "config": json.loads(config.to_json())}
-    with file_at_once(folder / RECORD) as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n")
+    write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> tuple[Config, int]:

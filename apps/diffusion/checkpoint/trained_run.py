@@ -1,8 +1,8 @@
-"""A trained run, opened for sampling."""
+"""A trained run, loaded for sampling: configuration, network, class names, and the VAE of its latents."""
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from apps.diffusion.checkpoint import pretrained
 from apps.diffusion.checkpoint import training_state as checkpoint
 from apps.diffusion.config.training import Config
+from apps.diffusion.files import hashing
 from apps.diffusion.models import build
 from apps.diffusion.models.autoencoder import open_decoder, open_vae
 from apps.diffusion.models.dit import DiT
@@ -24,23 +25,26 @@ from apps.diffusion.models.fpdm import FPDM
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a run has come to.
+    """A trained run.
 
     Attributes:
-        config: how it was trained.
+        config: its configuration.
         model: the network, in evaluation mode, on the CPU.
-        images: how many it had seen.
+        images: the images that it has seen.
         digest: SHA-256 of the weights.
+        classes: names of the classes by label; empty without classes.
     """
 
     config: Config
     model: DiT | FPDM
     images: int
     digest: str
+    classes: tuple[str, ...] = ()
 
 
 def read_config(run: Path) -> Config:
-    """The configuration in a run's folder.
+    """The configuration in a run's folder. Relative paths in it are found from the current folder, or else from a
+    folder above the run.
 
     Raises:
         ValueError: there is none, or it cannot be read.
@@ -52,7 +56,23 @@ def read_config(run: Path) -> Config:
             f"{run} holds no run (it has no config.json); train one: python -m apps.diffusion.train --out {run}, or "
             f"take a trained network by its name ({shipped})."
         )
-    return Config.from_json(file.read_text(), str(file))
+    config = Config.from_json(file.read_text(), str(file))
+    path, vae = config.data.path, config.data.vae
+    data = dataclasses.replace(
+        config.data,
+        path=None if path is None else located(path, run),
+        vae=None if vae is None else str(located(Path(vae), run)),
+    )
+    return dataclasses.replace(config, data=data)
+
+
+def located(path: Path, run: Path) -> Path:
+    """A relative path that a run has stored: as it is where it exists, else below the first folder above the run where
+    it exists, else as it is (a VAE may have the form of a relative path and be a name on the hub).
+    """
+    if path.is_absolute() or path.exists():
+        return path
+    return next((above / path for above in run.absolute().parents if (above / path).exists()), path)
 
 
 def open_run(run: Path, weights: Literal["ema", "model"] = "ema") -> Trained:
@@ -66,14 +86,20 @@ def open_run(run: Path, weights: Literal["ema", "model"] = "ema") -> Trained:
     if (run / pretrained.RECORD).is_file():
         return _open_pipeline(run, weights)
     config = read_config(run)
-    state = checkpoint.newest(run)
+    state = checkpoint.newest(run, tensors=(weights,))
     try:
         model = build.rebuild(state.network)
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"The checkpoint in {run} describes no network that this version knows ({error!r}).") from None
     chosen = state.ema if weights == "ema" else state.model
     fit(model, chosen, run)
-    return Trained(config=config, model=model.eval(), images=state.progress.images, digest=digest(chosen))
+    return Trained(
+        config=config,
+        model=model.eval(),
+        images=state.progress.images,
+        digest=hashing.of_tensors(chosen),
+        classes=state.classes,
+    )
 
 
 def _open_pipeline(folder: Path, weights: str) -> Trained:
@@ -88,7 +114,7 @@ def _open_pipeline(folder: Path, weights: str) -> Trained:
         model = network.from_pretrained(folder / "model")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"The network in {folder} cannot be read ({error}); fetch the folder again.") from None
-    return Trained(config=config, model=model.eval(), images=images, digest=digest(model.state_dict()))
+    return Trained(config=config, model=model.eval(), images=images, digest=hashing.of_tensors(model.state_dict()))
 
 
 def decoder_of(trained: Trained, name: str | None = None, device: str = "cpu") -> AutoencoderKL | None:
@@ -150,12 +176,3 @@ def fit(model: torch.nn.Module, weights: Mapping[str, Tensor], where: Path) -> N
             "Give the folder of a run whose checkpoints are its own."
         )
     model.load_state_dict(weights)
-
-
-def digest(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes and numbers."""
-    found = hashlib.sha256()
-    for name, value in sorted(weights.items()):
-        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()

@@ -1,35 +1,36 @@
-"""Checkpoints: one folder each, written whole or not at all, and read without executing anything.
+"""Checkpoints: one folder each, written whole or not at all, with checksums, and read without executing anything.
 
-    RUN/checkpoints/000000096000/        the images the run had seen
+    RUN/checkpoints/000000096000/        the images that the run had seen
         model.safetensors  ema.safetensors  optimizer.safetensors
-        state.json                       how the network is built, progress, the loss so far
+        state.json                       how the network is built, progress, losses, class names, SHA-256 of each file
 
-A checkpoint is written under another name, flushed to the disk, and renamed: a reader finds the old one or
-the new one. No state of a random generator is in it, because every random number of a run follows from the
-seed and the images seen.
+A checkpoint is written in a temporary folder, flushed to the disk, and renamed: a reader finds the old one or the new
+one. No state of a random generator is in it, because every random number of a run follows from the seed and the images
+seen. Format 1 had no checksums and no class names; it is read too.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from apps.diffusion.files.atomic import abandoned, folder_at_once
+from apps.diffusion.files import hashing
+from apps.diffusion.files.atomic import atomic_path, flush, remove_partial
 
-FORMAT = 1
-_TENSORS = ("model", "ema", "optimizer")
+FORMAT = 2
+TENSORS = ("model", "ema", "optimizer")
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """How far a run has come. It counts up while the run goes on."""
+    """Counts of a run; they grow while it trains."""
 
     images: int = 0
     """Images seen, over all processes."""
@@ -38,17 +39,24 @@ class Progress:
     skipped: int = 0
     """Steps left out because the gradient was not finite."""
     seconds: float = 0.0
-    """Time spent in training."""
+    """Training time."""
     history: list[tuple[int, float]] = field(default_factory=list)
     """(images, mean loss since the entry before)."""
+    last: dict[str, float] = field(default_factory=dict)
+    """The last entry of the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Everything from which a run goes on, or samples.
+    """Everything from which a run continues, or samples.
 
-    `network` is {"class": name, "config": arguments}, from which the model is built; `optimizer` is torch's
-    state by parameter number: {0: {"step": ..., "exp_avg": ..., ...}, ...}.
+    Attributes:
+        network: {"class": name, "config": arguments}, from which the model is built.
+        model: weights by name.
+        ema: averaged weights by name.
+        optimizer: torch's state by number of the parameter: {0: {"step": ..., "exp_avg": ..., ...}, ...}.
+        progress: counts.
+        classes: names of the classes; empty without classes, or where format 1 has not stored them.
     """
 
     network: dict[str, Any]
@@ -56,19 +64,20 @@ class Checkpoint:
     ema: Mapping[str, Tensor]
     optimizer: Mapping[int, Mapping[str, Tensor]]
     progress: Progress
+    classes: tuple[str, ...] = ()
 
 
 class Unreadable(ValueError):
-    """A checkpoint that is damaged, or that is none; the message says what to do."""
+    """A checkpoint that is damaged or missing; the message says what to do."""
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int = 1) -> Path:
-    """Write a checkpoint into the run's folder, then delete all but the newest `keep`; returns where it is.
+    """Writes a checkpoint into the run's folder, then deletes all but the newest `keep`; returns its folder.
 
-    A moment that has a checkpoint already keeps it.
+    A checkpoint of the same number of images is not written again. Only one process at a time may save.
 
     Raises:
-        OSError: it cannot be written, the disk being full or the like; the checkpoints before it are intact.
+        OSError: it cannot be written, because the disk is full or the like; the checkpoints before it are intact.
     """
     from safetensors.torch import save_file
 
@@ -77,20 +86,24 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 1) -> Path:
     final = folder / f"{checkpoint.progress.images:012d}"
     if final.exists():
         return final
-    for left_over in folder.glob(".*.partial"):
-        if abandoned(left_over):
-            shutil.rmtree(left_over)
+    remove_partial(folder)
     flat = {f"{i}.{name}": value for i, entry in checkpoint.optimizer.items() for name, value in entry.items()}
-    state = {"format": FORMAT, "network": checkpoint.network, "progress": asdict(checkpoint.progress)}
-    with folder_at_once(final) as partial:
-        for name, tensors in zip(_TENSORS, (checkpoint.model, checkpoint.ema, flat), strict=True):
+    with atomic_path(final) as partial:
+        partial.mkdir()
+        for name, tensors in zip(TENSORS, (checkpoint.model, checkpoint.ema, flat), strict=True):
             tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
             save_file(tensors, partial / f"{name}.safetensors", metadata={"format": "pt"})
+        state: dict[str, Any] = {
+            "format": FORMAT,
+            "network": checkpoint.network,
+            "progress": asdict(checkpoint.progress),
+            "classes": list(checkpoint.classes),
+            "files": {f"{name}.safetensors": hashing.of_file(partial / f"{name}.safetensors") for name in TENSORS},
+        }
+        state = json.loads(json.dumps(state))
+        state["sha256"] = hashing.of_json(state)
         (partial / "state.json").write_text(json.dumps(state))
-        for file in partial.iterdir():
-            _flush(file)
-        _flush(partial)
-    _flush(folder)
+    flush(folder)
     for old in all_of(run)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -101,46 +114,88 @@ def all_of(run: Path) -> list[Path]:
     return sorted(p for p in (run / "checkpoints").glob(12 * "[0-9]") if p.is_dir())
 
 
-def load(path: Path, device: str = "cpu") -> Checkpoint:
-    """Read the checkpoint in the folder `path`.
+def load(path: Path, device: str = "cpu", tensors: Sequence[str] = TENSORS) -> Checkpoint:
+    """Reads the checkpoint in the folder `path`, and compares the files with their checksums.
+
+    Args:
+        path: the folder.
+        device: of the tensors.
+        tensors: the files to read, of "model", "ema", "optimizer"; the others are left empty.
 
     Raises:
-        Unreadable: a file is missing, truncated, or not what it should be.
+        Unreadable: a file is missing, damaged, or of another format.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    file = path / "state.json"
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in TENSORS}
     try:
-        state = json.loads((path / "state.json").read_text())
-        if state["format"] != FORMAT:
-            raise Unreadable(
-                f"The checkpoint {path} has format {state['format']}, and this version reads format "
-                f"{FORMAT}; "
-                "read it with the version that wrote it."
-            )
-        model, ema, flat = (load_file(path / f"{name}.safetensors", device=device) for name in _TENSORS)
-        progress = Progress(**state["progress"])
-        progress.history = [(int(images), float(loss)) for images, loss in progress.history]
-        network = state["network"]
+        state = _state(file)
+        for name in tensors:
+            file = path / f"{name}.safetensors"
+            expected = state["files"].get(file.name) if "files" in state else None
+            if "files" in state and hashing.of_file(file) != expected:
+                raise ValueError("its SHA-256 is not the one in state.json")
+            found[name] = load_file(file, device=device)
         optimizer: dict[int, dict[str, Tensor]] = {}
-        for key, value in flat.items():
+        for key, value in found["optimizer"].items():
             number, name = key.split(".", 1)
             optimizer.setdefault(int(number), {})[name] = value
-    except Unreadable:
-        raise
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         others = [p for p in all_of(path.parent.parent) if p != path]
         remedy = (
-            f"the one before, {others[-1]}, may be whole: delete the damaged folder to use it"
+            f"the one before, {others[-1]}, may be whole: delete the folder {path} to use it"
             if others
-            else ("there is no other in this run; train again into a new folder")
+            else "there is no other in this run; train again into a new folder"
         )
-        raise Unreadable(f"The checkpoint {path} cannot be read ({type(error).__name__}: {error}); {remedy}.") from None
-    return Checkpoint(network=network, model=model, ema=ema, optimizer=optimizer, progress=progress)
+        reason = str(error) or type(error).__name__
+        raise Unreadable(f"The checkpoint {path} cannot be read because of {file.name} ({reason}); {remedy}.") from None
+    return Checkpoint(
+        network=state["network"],
+        model=found["model"],
+        ema=found["ema"],
+        optimizer=optimizer,
+        progress=state["progress"],
+        classes=tuple(state.get("classes", ())),
+    )
 
 
-def newest(run: Path, device: str = "cpu") -> Checkpoint:
-    """The newest checkpoint of a run.
+def _state(file: Path) -> dict[str, Any]:
+    """The content of a state.json, checked, with "progress" as `Progress`.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is damaged, or of an unknown format.
+    """
+    state = json.loads(file.read_text())
+    version = state["format"]
+    if version not in (1, FORMAT):
+        raise ValueError(f"it has format {version}, and this version reads formats 1 and {FORMAT}")
+    if version == FORMAT and state.pop("sha256") != hashing.of_json(state):
+        raise ValueError("its content does not fit its SHA-256")
+    if version == 1 and {"files", "sha256"} & set(state):
+        raise ValueError("format 1 has no checksums")
+    if not isinstance(state["network"]["config"], dict) or not isinstance(state["network"]["class"], str):
+        raise ValueError(f"network is {state['network']!r}")
+    state["progress"] = _progress(dict(state["progress"]))
+    return state
+
+
+def _progress(plain: dict[str, Any]) -> Progress:
+    """Raises ValueError or TypeError where a value is no count, no time or no loss."""
+    for name in ("images", "steps", "skipped"):
+        if type(plain[name]) is not int or plain[name] < 0:
+            raise ValueError(f"progress.{name} is {plain[name]!r}, which is no count")
+    seconds = plain["seconds"]
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
+        raise ValueError(f"progress.seconds is {seconds!r}, which is no time")
+    plain["seconds"] = float(seconds)
+    plain["history"] = [(int(images), float(loss)) for images, loss in plain["history"]]
+    return Progress(**plain)
+
+
+def newest(run: Path, device: str = "cpu", tensors: Sequence[str] = TENSORS) -> Checkpoint:
+    """The newest checkpoint of a run; arguments as those of `load`.
 
     Raises:
         Unreadable: there is none, or it is damaged.
@@ -150,21 +205,4 @@ def newest(run: Path, device: str = "cpu") -> Checkpoint:
         raise Unreadable(
             f"{run} holds no checkpoint; give the folder of a run, as printed by `python -m apps.diffusion.train`."
         )
-    return load(found[-1], device)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    _flush(partial)
-    os.replace(partial, path)
-
-
-def _flush(path: Path) -> None:
-    """Have the operating system bring a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return load(found[-1], device, tensors)

@@ -141,29 +141,37 @@ class DataConfig:
     """
     path: Path | None = None
     """Folder of the images (one subfolder per class, or none), of the IDX files or of the latents."""
-    size: int | None = None
-    """Side in pixels to which images are cropped and resized; folder only."""
+    size: int | tuple[int, int] | None = None
+    """Side in pixels to which images are cropped and resized, or height and width; folder only."""
     sha256: tuple[str, ...] = ()
     """Expected SHA-256 of the files of training images and labels; default: unchecked. idx only."""
     unconditional: bool = False
     """Ignore the classes of the data, and train an unconditional model."""
     mirror: bool | None = None
     """Random horizontal flips; on by default for folder and latents, not available for the others."""
+    workers: int | None = None
+    """Processes that read images ahead; default: none, images are read when a step needs them."""
+    channels: int | None = None
+    """Channels of the images, 1 (gray) or 3; default: those of the files. Folder only."""
     vae: str | None = None
     """VAE that decodes samples, a folder or a hub name; default: the one that encoded the latents. Latents only."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "size")
+        at_least(self, 0, "workers")
+        if self.size is not None and min(self.size if isinstance(self.size, tuple) else (self.size,)) < 1:
+            raise ValueError(f"{flag(self, 'size')} must be at least 1, got {self.size}.")
+        if self.channels not in (None, 1, 3):
+            raise ValueError(f"{flag(self, 'channels')} must be 1 or 3, got {self.channels}.")
         needs = {"folder": ("path", "size"), "latents": ("path",), "idx": ("path",)}.get(self.source, ())
         takes = {
             "idx": ("path", "sha256"),
-            "folder": ("path", "size", "mirror"),
+            "folder": ("path", "size", "channels", "mirror"),
             "latents": ("path", "mirror", "vae"),
         }.get(self.source, ())
         for name in needs:
             if getattr(self, name) is None:
                 raise ValueError(f"--data.source {self.source} needs --data.{name}; give it.")
-        for name in ("path", "size", "sha256", "mirror", "vae"):
+        for name in ("path", "size", "sha256", "channels", "mirror", "vae"):
             if name not in takes and getattr(self, name) not in (None, False, ()):
                 raise ValueError(
                     f"--data.{name} {getattr(self, name)} does not apply to --data.source {self.source}; leave it out, "

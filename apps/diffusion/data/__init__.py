@@ -1,6 +1,8 @@
-"""Data sets: images and labels by index."""
+"""Datasets: images and labels by number."""
 
-from apps.diffusion.data.dataset import DataSet as DataSet
-from apps.diffusion.data.dataset import Images as Images
-from apps.diffusion.data.dataset import order as order
+from apps.diffusion.data.batch_sampler import BatchSampler as BatchSampler
+from apps.diffusion.data.dataset import ImageDataset as ImageDataset
+from apps.diffusion.data.dataset import TensorDataset as TensorDataset
 from apps.diffusion.data.digits import digits as digits
+from apps.diffusion.data.image_folder import ImageFolderDataset as ImageFolderDataset
+from apps.diffusion.data.latents import LatentDataset as LatentDataset

@@ -1,29 +1,34 @@
-"""What a data set is to the trainer: images and labels by index, and how many classes there are.
+"""What a dataset is here, and the dataset of tensors in memory.
 
-Training sees image i in epoch e as `draw([i], [e], seed)`: a function of these numbers alone.
-
-The order in which a run sees its images is a function of (seed, number of images seen) alone: the k-th image
-of the run is number `k mod n` of the permutation drawn for epoch `k div n`. So a run may stop and go on
-anywhere, on any number of processes, and there is no loader whose state would have to be saved.
+A dataset is map-style, so that a plain `torch.utils.data.DataLoader` takes it: `dataset[i] -> (x, label)` with x
+(C, H, W) float32 in [-1, 1] (latents: scaled). Where images are augmented at random (mirrored, or a latent drawn from
+its distribution), an image depends on (seed, epoch, i) alone: `dataset[i, epoch]` is how that epoch shows image i, and
+`dataset[i]` is `dataset[i, 0]`. `batch_sampler.BatchSampler` yields such pairs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from apps.diffusion.files import hashing
 from apps.diffusion.rng import Stream, generator
 
+Key = int | tuple[int, int]
+"""Number of an image, or (number, epoch)."""
 
-class DataSet(Protocol):
-    """Images of one shape, by index; `Images`, `folder.Pixels` and `latents.Latents` are such."""
+
+class ImageDataset(Protocol):
+    """Images of one shape, by number."""
 
     def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        """The image (C, H, W), float32, as an epoch shows it, and its label; 0 without classes."""
+        ...
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -31,48 +36,62 @@ class DataSet(Protocol):
         ...
 
     @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes; empty without classes."""
+        ...
+
+    @property
     def num_classes(self) -> int:
-        """0 where the images have no classes."""
+        """0 without classes."""
         ...
 
-    def draw(self, index: Sequence[int], epoch: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
-        """Images (b, C, H, W), float32, and classes (b,): image k as epoch[k] shows it."""
+    def fingerprint(self) -> str:
+        """SHA-256 that tells these images and labels from others."""
         ...
 
 
-@dataclass(frozen=True)
-class Images:
-    """Images `x` (n, C, H, W), float, in [-1, 1], and their classes `y` (n,), integers below `num_classes`.
+class TensorDataset:
+    """Images in memory.
 
-    `num_classes` = 0 says that the images have no classes; `y` is then ignored.
+    Args:
+        x: (n, C, H, W), float, in [-1, 1].
+        y: (n,) labels, integers from 0; None without classes.
+        num_classes: by default the largest label plus one; 0: without classes, and `y` is ignored.
+        classes: names of the classes; by default their numbers.
+
+    Raises:
+        ValueError: no images, another number of labels, or labels outside of the classes.
     """
 
-    x: Tensor
-    y: Tensor
-    num_classes: int
-
-    def __post_init__(self) -> None:
-        if self.x.ndim != 4 or len(self.x) == 0:
-            raise ValueError(f"Images have the shape (n, C, H, W) with n > 0, but this has {tuple(self.x.shape)}.")
-        if len(self.y) != len(self.x):
-            raise ValueError(f"Every image needs one label: there are {len(self.x)} images and {len(self.y)} labels.")
-        if self.num_classes and not (0 <= int(self.y.min()) and int(self.y.max()) < self.num_classes):
+    def __init__(
+        self, x: Tensor, y: Tensor | None = None, num_classes: int | None = None, classes: Sequence[str] = ()
+    ) -> None:
+        if x.ndim != 4 or len(x) == 0:
+            raise ValueError(f"x has the shape {tuple(x.shape)}; images have the shape (n, C, H, W) with n > 0.")
+        if y is not None and len(y) != len(x):
+            raise ValueError(f"y has {len(y)} labels for {len(x)} images; give one label for each image.")
+        if y is None and num_classes:
+            raise ValueError(f"num_classes={num_classes}, but the images have no labels; give y.")
+        labels = torch.zeros(len(x), dtype=torch.long) if y is None else y
+        if num_classes is None:
+            num_classes = 0 if y is None else len(classes) or int(labels.max()) + 1
+        if num_classes and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
             raise ValueError(
-                f"Labels lie in 0..{self.num_classes - 1}, but these reach from {int(self.y.min())} to "
-                f"{int(self.y.max())}; give num_classes as the largest label plus one."
+                f"y reaches from {int(labels.min())} to {int(labels.max())}, and num_classes={num_classes} allows "
+                f"0..{num_classes - 1}; give num_classes as the largest label plus one."
             )
+        if classes and num_classes and len(classes) != num_classes:
+            raise ValueError(f"classes has {len(classes)} names for {num_classes} classes; give one for each.")
+        self.x, self.y = x, labels
+        self.classes = tuple(classes or map(str, range(num_classes))) if num_classes else ()
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, index: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The images (b, C, H, W) and labels (b,) at these indices."""
-        chosen = torch.as_tensor(index)
-        return self.x[chosen], self.y[chosen]
-
-    def draw(self, index: Sequence[int], epoch: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
-        """The same: every epoch shows them alike."""
-        return self[index]
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        """The image and its label, the same in every epoch."""
+        i, _ = index_and_epoch(key)
+        return self.x[i], int(self.y[i])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,20 +99,32 @@ class Images:
         channels, height, width = self.x.shape[1:]
         return channels, height, width
 
+    @property
+    def num_classes(self) -> int:
+        """0 without classes."""
+        return len(self.classes)
 
-def order(n: int, seed: int, start: int, count: int) -> list[int]:
-    """Indices of the images that a run shows as its `start`-th to `start + count - 1`-th, out of a set of
-    `n`.
-    """
-    shown: list[int] = []
-    while count > 0:
-        epoch, position = divmod(start, n)
-        part = _permutation(n, seed, epoch)[position : position + count].tolist()
-        shown += part
-        start, count = start + len(part), count - len(part)
-    return shown
+    def unconditional(self) -> TensorDataset:
+        """The same images without classes."""
+        return TensorDataset(self.x)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of images and labels."""
+        return hashing.of_tensors({"x": self.x, "y": self.y})
 
 
-@lru_cache(maxsize=2)
-def _permutation(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=generator(seed, Stream.ORDER, epoch))
+def index_and_epoch(key: Key) -> tuple[int, int]:
+    """(number of the image, epoch)."""
+    return key if isinstance(key, tuple) else (key, 0)
+
+
+def augmentation_generator(seed: int, n: int, key: Key) -> torch.Generator:
+    """Randomness of an image's augmentation, a function of (seed, epoch, number) alone, in a dataset of `n`."""
+    i, epoch = index_and_epoch(key)
+    return generator(seed, Stream.AUGMENTATION, epoch * n + i)
+
+
+def all_images(dataset: ImageDataset, numbers: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """The images (b, C, H, W) and labels (b,) of these numbers, or of the whole dataset, as epoch 0 shows them."""
+    pairs: list[Any] = [dataset[i] for i in (range(len(dataset)) if numbers is None else numbers)]
+    return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import torch
 
-from apps.diffusion.data.dataset import Images
+from apps.diffusion.data.dataset import TensorDataset
 
 HELD_OUT = 300
 
 
-def digits(split: str = "train") -> Images:
+def digits(split: str = "train") -> TensorDataset:
     """The digits of one split, "train" (1497 images) or "held-out" (300), as float32 images (n, 1, 8, 8) in
     [-1, 1].
     """
@@ -30,4 +30,4 @@ def digits(split: str = "train") -> Images:
     chosen = torch.tensor(train if split == "train" else held_out)
     x = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 8 - 1
     y = torch.from_numpy(labels).long()
-    return Images(x[chosen], y[chosen], num_classes=int(y.max()) + 1)
+    return TensorDataset(x[chosen], y[chosen], num_classes=int(y.max()) + 1)

@@ -27,13 +27,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from apps.diffusion.data.dataset import Images
+from apps.diffusion.data.dataset import TensorDataset
 
 UNSIGNED_BYTE = 8
 PREFIX = {"train": "train", "held-out": "t10k"}
 
 
-def idx(root: Path, split: str = "train", *, sha256: Sequence[str] = ()) -> Images:
+def idx(root: Path, split: str = "train", *, sha256: Sequence[str] = ()) -> TensorDataset:
     """The images of one split of a folder of IDX files, as float32 images (n, 1, H, W) in [-1, 1].
 
     Args:
@@ -60,7 +60,7 @@ def idx(root: Path, split: str = "train", *, sha256: Sequence[str] = ()) -> Imag
     # intensities 0..255 to -1..1, in place: a large set is in memory once
     x = torch.from_numpy(pixels[:, None].astype(np.float32)).div_(127.5).sub_(1)
     y = torch.from_numpy(labels.astype(np.int64))
-    return Images(x, y, num_classes=int(y.max()) + 1)
+    return TensorDataset(x, y, num_classes=int(y.max()) + 1)
 
 
 def has_split(root: Path, split: str) -> bool:

@@ -1,36 +1,47 @@
-"""A folder of images: which files there are and of which class, and their pixels as a data set.
+"""A folder of images: its files and classes, and the images as a dataset that reads them when they are asked for.
 
-The classes are the subfolders in alphabetical order, whatever lies deeper belongs to them; images that lie in
-the folder itself have no class. Everything goes by the index in one sorted list.
+The classes are the subfolders in alphabetical order, whatever lies deeper belongs to them; an empty subfolder keeps its
+number. Images that lie in the folder itself have no class. Everything goes by the index in one sorted list of files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from apps.diffusion.data import preprocessing as crop
-from apps.diffusion.rng import Stream, generator
+from apps.diffusion.data import preprocessing
+from apps.diffusion.data.dataset import Key, augmentation_generator, index_and_epoch
+from apps.diffusion.data.preprocessing import Size, Unusable, height_width, minimal_side
+from apps.diffusion.files import hashing
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
 Classes = Literal["folders", "none"]
+T = TypeVar("T")
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 class Skipped(NamedTuple):
-    """An image that was left out, by its path below the folder, and why."""
+    """An image that is left out: its path below the folder, and the reason."""
 
     file: str
     reason: str
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of all formats that Pillow reads here, in lower case."""
+    Image.init()
+    return frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN)
 
 
 @dataclass(frozen=True)
@@ -40,23 +51,50 @@ class Listing:
     Attributes:
         root: the folder.
         files: paths below it with "/" between folders, sorted.
-        labels: the class of each.
-        classes: names of the classes; empty where there are none.
+        labels: the class of each; zeros without classes.
+        classes: names of the classes; empty without classes.
+        others: files with a suffix of no image format, by path below `root`.
+        loops: links to a folder above themselves, which are not followed, by path below `root`.
     """
 
     root: Path
     files: tuple[str, ...]
     labels: tuple[int, ...]
     classes: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    loops: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """SHA-256 of names and labels."""
-        text = "\n".join(f"{label} {file}" for file, label in zip(self.files, self.labels, strict=True))
-        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+        pairs = zip(self.files, self.labels, strict=True)
+        return hashing.of_parts(["\n".join(f"{label} {file}" for file, label in pairs)])
+
+    def remarks(self) -> list[str]:
+        """Sentences about what a user may not expect: files and links left out, empty classes, classes that are
+        splits.
+        """
+        said = []
+        if self.others:
+            kinds = Counter(Path(file).suffix.lower() or "no suffix" for file in self.others)
+            counts = ", ".join(f"{count} with {kind}" for kind, count in kinds.most_common(8))
+            more = f" and {len(kinds) - 8} more suffixes" if len(kinds) > 8 else ""
+            said.append(f"{len(self.others)} files are of no image format: {counts}{more}, such as {self.others[0]}.")
+        if self.loops:
+            said.append(f"{len(self.loops)} links to a folder above them are not followed: {_first(self.loops)}.")
+        empty = [name for i, name in enumerate(self.classes) if i not in set(self.labels)]
+        if empty:
+            said.append(f"{len(empty)} classes have no image and keep their numbers: {_first(empty)}.")
+        if self.classes and {name.lower() for name in self.classes} <= SPLITS:
+            inner = self.root / self.classes[0]
+            said.append(
+                f"The classes are {', '.join(self.classes)}, which are names of splits; give {inner} if its subfolders "
+                "are the classes."
+            )
+        return said
 
 
 def listing(root: Path, classes: Classes = "folders") -> Listing:
-    """The images below `root`; hidden files and files of other kinds are passed over.
+    """The image files below `root`, links followed; hidden files and folders are left out.
 
     Args:
         root: a folder.
@@ -68,147 +106,223 @@ def listing(root: Path, classes: Classes = "folders") -> Listing:
     """
     if not root.is_dir():
         raise ValueError(f"{root} is no folder; give a folder of images.")
-    files = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        below = Path(folder).relative_to(root)
-        files += [(below / n).as_posix() for n in names if n[0] != "." and Path(n).suffix.lower() in SUFFIXES]
-    files.sort()
+    found: list[str] = []
+    loops: list[str] = []
+    for folder, names in _walk(root, loops):
+        below = folder.relative_to(root)
+        found += [(below / name).as_posix() for name in names if not name.startswith(".")]
+    known = suffixes()
+    files = sorted(f for f in found if Path(f).suffix.lower() in known)
+    others = sorted(f for f in found if Path(f).suffix.lower() not in known)
     if not files:
-        raise ValueError(f"{root} holds no images ({', '.join(sorted(SUFFIXES))}); give a folder of images.")
+        kinds = ", ".join(sorted({Path(f).suffix.lower() or "no suffix" for f in others})[:8])
+        held = f"; its {len(others)} files have {kinds}" if others else ""
+        raise ValueError(f"{root} holds no images in a format that Pillow reads{held}; give a folder of images.")
+    rest = (tuple(others), tuple(sorted(loops)))
     inside = [file for file in files if "/" in file]
     if classes == "none" or not inside:
-        return Listing(root, tuple(files), (0,) * len(files), ())
+        return Listing(root, tuple(files), (0,) * len(files), (), *rest)
     if len(inside) < len(files):
         loose = next(file for file in files if "/" not in file)
         raise ValueError(
             f"{root} holds images in subfolders, which are classes, and images of no class, such as {loose}; move "
-            "them into subfolders, or choose classes = none."
+            "them into subfolders, or leave the classes out (--data.unconditional in train, --classes none in encode)."
         )
-    names = sorted({file.split("/", 1)[0] for file in files})
+    in_loops = {loop for loop in loops if "/" not in loop}
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in in_loops)
     number = {name: i for i, name in enumerate(names)}
-    return Listing(root, tuple(files), tuple(number[file.split("/", 1)[0]] for file in files), tuple(names))
+    return Listing(root, tuple(files), tuple(number[file.split("/", 1)[0]] for file in files), tuple(names), *rest)
 
 
-def least_side(size: int) -> int:
-    """Pictures with a side shorter than this would be enlarged more than fourfold, and are left out."""
-    return max(1, size // 4)
+def _walk(root: Path, loops: list[str]) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder below `root` with the names of its files. A link to a folder that contains the link, on the disk or
+    by the links followed so far, is not followed, but added to `loops`.
+    """
+    pending = [(root, frozenset([os.path.realpath(root)]))]
+    while pending:
+        folder, above = pending.pop()
+        here = Path(os.path.realpath(folder))
+        names = []
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if not entry.is_dir():
+                names.append(entry.name)
+                continue
+            target = os.path.realpath(entry.path)
+            if target in above or Path(target) in here.parents:
+                loops.append((folder.relative_to(root) / entry.name).as_posix())
+            elif not entry.name.startswith("."):
+                pending.append((folder / entry.name, above | {target}))
+        yield folder, names
 
 
-def attempt(listed: Listing, size: int, least: int, i: int) -> np.ndarray | Skipped:
-    """The i-th image as (3, size, size) uint8, or why it cannot be used."""
+def attempt(listed: Listing, size: Size, least: int, i: int, channels: int = 3) -> np.ndarray | Skipped:
+    """The i-th image as (channels, height, width) uint8, or the reason why it cannot be used."""
     try:
-        return crop.read(listed.root / listed.files[i], size, least)
-    except crop.Unusable as reason:
+        return preprocessing.read(listed.root / listed.files[i], size, least, channels)
+    except Unusable as reason:
         return Skipped(listed.files[i], str(reason))
 
 
-@dataclass(frozen=True)
-class Pixels:
-    """A folder of images as a data set, held in memory: 3 size^2 bytes an image.
+class ImageFolderDataset:
+    """A folder of images as a dataset: `dataset[i] -> (x, label)`, x (C, H, W) float32 in [-1, 1].
 
-    For a set that does not fit, encode latents (`python -m apps.diffusion.encode`), which stay on the disk.
+    Every file is decoded once at the start, so that damaged ones are found, named and left out. The decoded images
+    are kept where they fit `memory`; otherwise a file is read again whenever its image is asked for, so that the
+    folder may be larger than the memory.
+
+    Args:
+        path: a folder of images.
+        size: side in pixels, or (height, width).
+        mirror: show an image mirrored in about half of the epochs (see dataset.py).
+        classes: "folders": the subfolders are the classes; "none": there are none.
+        channels: 1 (gray) or 3 (RGB); None: 1 where all images are gray, else 3.
+        least: leave out images with a shorter side; None: a quarter of `size`.
+        seed: of the mirroring.
+        memory: bytes of decoded images that are kept.
+        progress: called as progress(done, total) while files are read.
 
     Attributes:
-        x: (n, 3, size, size) uint8.
-        y: (n,) classes; zeros where there are none.
-        classes: their names.
-        files: (n) the path of each image below its folder.
-        skipped: the images that could not be used.
-        mirror: in training, show every other image mirrored.
+        files: the path of each image below its folder.
+        y: (n,) labels.
+        classes: names of the classes.
+        skipped: the images that are left out.
+        listed: all files.
+
+    Raises:
+        ValueError: no folder, no usable image, a size below 1, or other channels than 1 and 3.
     """
 
-    x: Tensor
-    y: Tensor
-    classes: tuple[str, ...]
-    files: tuple[str, ...]
-    skipped: tuple[Skipped, ...]
-    mirror: bool = True
+    def __init__(
+        self,
+        path: Path | str,
+        size: Size,
+        *,
+        mirror: bool = False,
+        classes: Classes = "folders",
+        channels: int | None = None,
+        least: int | None = None,
+        seed: int = 0,
+        memory: int = 2**30,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        height, width = height_width(size)
+        if channels not in (None, 1, 3):
+            raise ValueError(f"channels={channels}, but images have 1 or 3; leave it out to take those of the files.")
+        self.listed = listing(Path(path), classes)
+        self.size, self.mirror, self.seed = (height, width), mirror, seed
+        self.least = minimal_side(size) if least is None else least
+        total = len(self.listed.files)
+        heads = list(_parallel(self._header, range(total)))
+        gray = all(head == 1 for head in heads if not isinstance(head, Skipped))
+        self._channels = channels or (1 if gray else 3)
+        self._pixels: np.ndarray | None = None
+        if total * self._channels * height * width <= memory:
+            self._pixels = np.empty((total, *self.shape), dtype=np.uint8)
+        kept, skipped = self._decode(heads, progress)
+        if not kept:
+            raise ValueError(f"None of the {total} images below {path} can be used; the first one: {skipped[0].reason}")
+        if self._pixels is not None:
+            self._pixels = self._pixels[: len(kept)]
+        self.files = tuple(self.listed.files[i] for i in kept)
+        self.y = torch.tensor([self.listed.labels[i] for i in kept])
+        self.classes, self.skipped = self.listed.classes, tuple(skipped)
 
     def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The images (b, 3, size, size), float32 in [-1, 1], and classes (b,) at these indices."""
-        chosen = torch.as_tensor(index)
-        return self.x[chosen].float() / 127.5 - 1, self.y[chosen]
-
-    def draw(self, index: Sequence[int], epoch: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
-        """The same, image k as epoch[k] shows it: mirrored or not, by (seed, epoch, index)."""
-        x, y = self[index]
-        if self.mirror:
-            n = len(self)
-            own = [generator(seed, Stream.VIEW, e * n + i) for e, i in zip(epoch, index, strict=True)]
-            flipped = torch.tensor([bool(torch.rand((), generator=g) < 0.5) for g in own])
-            x = torch.where(flipped[:, None, None, None], x.flip(3), x)
-        return x, y
+        return len(self.files)
 
     @property
     def num_classes(self) -> int:
-        """0 where the images have no classes."""
+        """0 without classes."""
         return len(self.classes)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(3, size, size)."""
-        channels, height, width = self.x.shape[1:]
-        return channels, height, width
+        """(C, H, W) of one image."""
+        return (self._channels, *self.size)
 
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        """The image and its label.
 
-def folder(
-    root: Path,
-    size: int,
-    *,
-    classes: Classes = "folders",
-    mirror: bool = True,
-    least: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Pixels:
-    """Reads the images below `root`, cropped and resized to `size` (see crop.py).
+        Raises:
+            ValueError: the file has been damaged or deleted since the start.
+        """
+        i, epoch = index_and_epoch(key)
+        i = range(len(self))[i]
+        x = torch.from_numpy(self._read(i)).float() / 127.5 - 1
+        if self.mirror:
+            own = augmentation_generator(self.seed, len(self), (i, epoch))
+            x = x.flip(2) if torch.rand((), generator=own) < 0.5 else x
+        return x, int(self.y[i])
 
-    Args:
-        root: a folder of images.
-        size: side in pixels.
-        classes: whether subfolders are classes.
-        mirror: show every other image mirrored in training.
-        least: leave out images with a shorter side; None: a quarter of `size`.
-        progress: called as progress(done, total).
+    def fingerprint(self) -> str:
+        """SHA-256 of the names and labels of the images."""
+        return hashing.of_json([self.files, self.y.tolist()])
 
-    Raises:
-        ValueError: no folder, no usable image, or a size below 1.
-    """
-    if size < 1:
-        raise ValueError(f"size={size} leaves no pixels; give at least 1.")
-    listed = listing(root, classes)
-    total = len(listed.files)
-    pixels = np.empty((total, 3, size, size), dtype=np.uint8)
-    kept, skipped = [], []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes without the interpreter's lock
-        read = partial(attempt, listed, size, least_side(size) if least is None else least)
-        for i, found in enumerate(pool.map(read, range(total))):
+    def remarks(self) -> list[str]:
+        """Sentences about files that are left out and classes without images."""
+        said = self.listed.remarks()
+        if self.skipped:
+            said.append(skipped_text(self.skipped, len(self.listed.files)))
+        return said
+
+    def _read(self, i: int) -> np.ndarray:
+        if self._pixels is not None:
+            return self._pixels[i]
+        file = self.listed.root / self.files[i]
+        try:
+            return preprocessing.read(file, self.size, self.least, self._channels)
+        except Unusable as reason:
+            raise ValueError(
+                f"{file} could be read at the start, and now it is {reason}; delete or restore it, and start again."
+            ) from None
+
+    def _header(self, i: int) -> int | Skipped:
+        try:
+            return preprocessing.header(self.listed.root / self.listed.files[i], self.least)
+        except Unusable as reason:
+            return Skipped(self.listed.files[i], str(reason))
+
+    def _decode(
+        self, heads: Sequence[int | Skipped], progress: Callable[[int, int], None] | None
+    ) -> tuple[list[int], list[Skipped]]:
+        """Decodes every file whose header could be read; returns the numbers of the usable ones, and the others."""
+
+        def one(i: int) -> np.ndarray | Skipped:
+            head = heads[i]
+            return head if isinstance(head, Skipped) else attempt(self.listed, self.size, self.least, i, self._channels)
+
+        kept: list[int] = []
+        skipped: list[Skipped] = []
+        for i, found in enumerate(_parallel(one, range(len(heads)))):
             if isinstance(found, Skipped):
                 skipped.append(found)
             else:
-                pixels[len(kept)] = found
+                if self._pixels is not None:
+                    self._pixels[len(kept)] = found
                 kept.append(i)
             if progress:
-                progress(i + 1, total)
-    if not kept:
-        raise ValueError(f"None of the {total} images below {root} can be used; the first one: {skipped[0].reason}.")
-    return Pixels(
-        x=torch.from_numpy(pixels[: len(kept)]),
-        y=torch.tensor([listed.labels[i] for i in kept]),
-        classes=listed.classes,
-        files=tuple(listed.files[i] for i in kept),
-        skipped=tuple(skipped),
-        mirror=mirror,
-    )
+                progress(i + 1, len(heads))
+        return kept, skipped
 
 
-def told(skipped: Sequence[Skipped], total: int) -> str:
-    """A sentence that counts and names what was left out; empty for nothing."""
+def _parallel(call: Callable[[int], T], numbers: Sequence[int], ahead: int = 1024) -> Iterable[T]:
+    """Results in order, of threads that run at most `ahead` calls in advance; Pillow decodes without the interpreter's
+    lock.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(numbers), ahead):
+            yield from pool.map(call, numbers[start : start + ahead])
+
+
+def skipped_text(skipped: Sequence[Skipped], total: int) -> str:
+    """A sentence that counts and names what is left out; empty for nothing."""
     if not skipped:
         return ""
     named = "; ".join(f"{file} ({reason})" for file, reason in skipped[:20])
     more = f"; and {len(skipped) - 20} more" if len(skipped) > 20 else ""
     return f"{len(skipped)} of {total} images were skipped: {named}{more}."
+
+
+def _first(names: Sequence[Any], count: int = 5) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(map(str, names[:count])) + more

@@ -1,29 +1,253 @@
-"""A folder of latents that is being made: what it was begun with, and which of its shards are there.
+"""Writing a folder of latents, shard by shard, so that the work can be interrupted, continued and shared.
 
     settings.json              how all latents are made
-    shards/00000.safetensors   the tensors of a shard
-    shards/00000.json          its note, written last: counts, checksum, and sizes and dates of its pictures
+    shards/00000.safetensors   mean, std, label of the images of a shard
+    shards/00000.json          its record, written last: counts, checksum, digest of the sizes and dates of its files
+    index.json                 written by the process that finds all shards complete
 
-This file does not import torch, so that `--help` is quick.
+A shard is complete when its record is there and fits the files; any other is made again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from apps.diffusion.cli import make_folder
-from apps.diffusion.files.atomic import file_at_once
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from apps.diffusion.data.image_folder import Listing
+from apps.diffusion.data.image_folder import Listing, Skipped, attempt, skipped_text
+from apps.diffusion.data.latents import FORMAT
+from apps.diffusion.files import hashing
+from apps.diffusion.files.atomic import atomic_path, make_folder, write_text
+from apps.diffusion.files.settings_file import write_or_compare
+from apps.diffusion.models import autoencoder
+
+PREPROCESSING = 2
+"""Version of preprocessing.py: 1 had neither EXIF orientation nor ICC profiles, and left transparency out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentWriter:
+    """The latents of a folder of images.
+
+    Attributes:
+        out: folder of the latents.
+        listed: the image files.
+        vae: the autoencoder, on its device.
+        name: of the autoencoder, for the index.
+        size: side of the cropped images.
+        least: images with a shorter side are skipped.
+        batch: images encoded at a time.
+        shard_size: images of a shard.
+        dtype: of the stored latents.
+    """
+
+    out: Path
+    listed: Listing
+    vae: Any
+    name: str
+    size: int
+    least: int
+    batch: int = 16
+    shard_size: int = 4096
+    dtype: Literal["float32", "float16"] = "float32"
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-len(self.listed.files) // self.shard_size)
+
+    def images_of(self, k: int) -> range:
+        """Numbers of the images in shard k."""
+        start = k * self.shard_size
+        return range(start, min(start + self.shard_size, len(self.listed.files)))
+
+    def settings(self) -> dict[str, Any]:
+        """Content of settings.json."""
+        return {
+            "format": FORMAT,
+            "images": {
+                "count": len(self.listed.files),
+                "sha256": self.listed.digest(),
+                "classes": list(self.listed.classes),
+            },
+            "preprocessing": {
+                "version": PREPROCESSING,
+                "size": self.size,
+                "crop": "center",
+                "least_side": self.least,
+                "range": [-1, 1],
+            },
+            "vae": autoencoder.digests(self.vae),
+            "stored": {"dtype": self.dtype, "shard_size": self.shard_size, "mirrored": True},
+        }
+
+    def begin(self) -> None:
+        """Makes the folder and writes settings.json.
+
+        Raises:
+            ValueError: the folder holds latents of other settings, or cannot be made.
+        """
+        make_folder(self.out / "shards")
+        write_or_compare(self.out / "settings.json", self.settings(), "give another folder with --out.")
+
+    def record(self, k: int, *, checksum: bool = False) -> dict[str, Any] | None:
+        """The record of shard k; None if the shard is incomplete, or its image files have changed.
+
+        Args:
+            k: number of the shard.
+            checksum: read the whole shard; otherwise its size is compared.
+        """
+        tensors, file = self._paths(k)
+        try:
+            found = json.loads(file.read_text())
+            same = found["sources"] == self._sources(k) and tensors.stat().st_size == found["bytes"]
+            return found if same and (not checksum or hashing.of_file(tensors) == found["sha256"]) else None
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
+            return None
+
+    def write(self, k: int, pool: ThreadPoolExecutor, progress: Callable[[int, list[Skipped]], None]) -> None:
+        """Encodes and writes shard k.
+
+        Args:
+            k: number of the shard.
+            pool: threads that read images.
+            progress: called with the number of images of each batch, and those that cannot be used.
+        """
+        before = self._sources(k)
+        rows: list[tuple[Tensor, Tensor]] = []
+        good: list[int] = []
+        skipped: list[Skipped] = []
+        for numbers, pixels, unusable in self._batches(k, pool):
+            total = len(numbers) + len(unusable)
+            if numbers:
+                x = torch.from_numpy(np.stack(pixels)).to(self.vae.device).float() / 127.5 - 1
+                kept, row, infinite = self._finite(numbers, autoencoder.moments(self.vae, x))
+                good += kept
+                rows.append(row)
+                unusable = unusable + infinite
+            skipped += unusable
+            progress(total, unusable)
+        self._write_shard(k, good, rows, skipped, before)
+
+    def finish(self, source: Path) -> str:
+        """Writes index.json if every shard is complete; returns a summary.
+
+        Args:
+            source: the folder of the images, for the index.
+
+        Raises:
+            ValueError: not one image can be used.
+        """
+        records = [found for k in range(self.shards) if (found := self.record(k))]
+        if len(records) < self.shards:
+            done = f"{len(records)} of {self.shards} shards are in {self.out}"
+            return f"{done}; other processes make the rest, and the index."
+        total = len(self.listed.files)
+        skipped = [Skipped(**image) for found in records for image in found["skipped"]]
+        if len(skipped) == total:
+            raise ValueError(f"None of the {total} images below {source} can be used; {skipped_text(skipped, total)}")
+        scaling, shift = autoencoder.constants(self.vae)
+        config: Any = self.vae.config
+        settings = self.settings()
+        index = {
+            "format": FORMAT,
+            "images": sum(found["images"] for found in records),
+            "shape": next(found["shape"] for found in records if found["shape"]),
+            "classes": list(self.listed.classes),
+            "class_counts": [sum(n) for n in zip(*(found["class_counts"] for found in records), strict=True)],
+            "scaling_factor": scaling,
+            "shift_factor": shift,
+            "latents_mean": _numbers(getattr(config, "latents_mean", None)),
+            "latents_std": _numbers(getattr(config, "latents_std", None)),
+            "vae": {"name": self.name, **settings["vae"]},
+            "preprocessing": settings["preprocessing"],
+            "stored": settings["stored"],
+            "source": {"folder": str(source.absolute()), "listed": total, "sha256": settings["images"]["sha256"]},
+            "skipped": [image._asdict() for image in skipped],
+            "shards": [{key: found[key] for key in ("file", "images", "bytes", "sha256")} for found in records],
+        }
+        write_text(self.out / "index.json", json.dumps(index, indent=2) + "\n")
+        summary = f"{index['images']} images in {len(self.listed.classes)} classes are in {self.out}."
+        return f"{summary} {skipped_text(skipped, total)}".rstrip()
+
+    def _paths(self, k: int) -> tuple[Path, Path]:
+        """Of shard k: its tensors, and its record."""
+        return self.out / "shards" / f"{k:05d}.safetensors", self.out / "shards" / f"{k:05d}.json"
+
+    def _sources(self, k: int) -> str:
+        """SHA-256 of the sizes and dates of the image files of shard k."""
+        parts = []
+        for i in self.images_of(k):
+            try:
+                found = (self.listed.root / self.listed.files[i]).stat()
+                parts.append(f"{found.st_size} {found.st_mtime_ns}\n")
+            except OSError:
+                parts.append("unreadable\n")
+        return hashing.of_parts(parts)
+
+    def _batches(self, k: int, pool: ThreadPoolExecutor) -> Iterator[tuple[list[int], list[np.ndarray], list[Skipped]]]:
+        """The images of shard k, batch by batch: numbers, pixels, and those that cannot be used. The next batch is read
+        while one is encoded.
+        """
+        numbers = self.images_of(k)
+        read = partial(attempt, self.listed, self.size, self.least)
+        parts = [numbers[i : i + self.batch] for i in range(0, len(numbers), self.batch)]
+        ahead = pool.map(read, parts[0])
+        for i, part in enumerate(parts):
+            found = list(ahead)
+            if i + 1 < len(parts):
+                ahead = pool.map(read, parts[i + 1])
+            pairs = list(zip(part, found, strict=True))
+            good = [(n, pixels) for n, pixels in pairs if not isinstance(pixels, Skipped)]
+            yield [n for n, _ in good], [p for _, p in good], [p for _, p in pairs if isinstance(p, Skipped)]
+
+    def _finite(
+        self, numbers: list[int], latents: tuple[Tensor, Tensor]
+    ) -> tuple[list[int], tuple[Tensor, Tensor], list[Skipped]]:
+        """Of these images those whose latents are finite in the stored type, their latents, and the others."""
+        mean, std = (part.to(getattr(torch, self.dtype)) for part in latents)
+        sound = mean.flatten(1).isfinite().all(1) & std.flatten(1).isfinite().all(1)
+        pairs = list(zip(numbers, sound.tolist(), strict=True))
+        reason = f"its latent is not finite in {self.dtype}"
+        bad = [Skipped(self.listed.files[n], reason) for n, finite in pairs if not finite]
+        return [n for n, finite in pairs if finite], (mean[sound], std[sound]), bad
+
+    def _write_shard(
+        self, k: int, good: list[int], rows: list[tuple[Tensor, Tensor]], skipped: list[Skipped], before: str
+    ) -> None:
+        """Writes the tensors of shard k, then its record; `before` is the digest of its files when they were read."""
+        file, record = self._paths(k)
+        labels = torch.tensor([self.listed.labels[i] for i in good], dtype=torch.int64)
+        tensors = {"label": labels}
+        if good:
+            mean, std = (torch.cat(parts) for parts in zip(*rows, strict=True))
+            tensors |= {"mean": mean, "std": std}
+        with atomic_path(file) as temporary:
+            save_file(tensors, temporary, metadata={"files": json.dumps([self.listed.files[i] for i in good])})
+        found = {
+            "file": f"shards/{file.name}",
+            "images": len(good),
+            "shape": list(tensors["mean"].shape[2:]) if good else None,
+            "class_counts": torch.bincount(labels, minlength=max(1, len(self.listed.classes))).tolist(),
+            "skipped": [image._asdict() for image in skipped],
+            "sources": before,
+            "bytes": file.stat().st_size,
+            "sha256": hashing.of_file(file),
+        }
+        write_text(record, json.dumps(found, indent=2) + "\n")
 
 
 def check_out(out: Path) -> None:
-    """Raises ValueError where something else than latents is in the way."""
+    """Raises ValueError where `out` is a file, or a folder that holds something else than latents."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder.")
     if (out / "settings.json").exists() or not out.exists():
@@ -32,53 +256,5 @@ def check_out(out: Path) -> None:
         raise ValueError(f"--out {out} holds something else than latents; give another folder.")
 
 
-def settle(out: Path, settings: dict[str, Any]) -> None:
-    """Make the folder and note in it how its latents are made; refuse one whose latents are made otherwise."""
-    note = out / "settings.json"
-    make_folder(out / "shards")
-    if note.exists():
-        try:
-            before = dict(json.loads(note.read_text()))
-        except (ValueError, TypeError):
-            raise ValueError(f"{note} is damaged; give another folder with --out.") from None
-        changed = [f"{k} was {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]
-        if changed:
-            raise ValueError(
-                f"{out} holds latents made otherwise ({'; '.join(changed)}); give another folder with --out."
-            )
-        return
-    with file_at_once(note) as partial:
-        partial.write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def paths(out: Path, k: int) -> tuple[Path, Path]:
-    """Of shard k: its tensors, and the note that is written last."""
-    return out / "shards" / f"{k:05d}.safetensors", out / "shards" / f"{k:05d}.json"
-
-
-def complete(out: Path, k: int, now: str, *, checksum: bool = False) -> dict[str, Any] | None:
-    """The note of shard k, if the shard is there as it was written, of pictures as they are `now` (see `sources`).
-
-    `checksum` reads the shard; without, its size must do.
-    """
-    from apps.diffusion.data.latents import sha256  # imports torch
-
-    tensors, note = paths(out, k)
-    try:
-        found = json.loads(note.read_text())
-        same = found["sources"] == now and tensors.stat().st_size == found["bytes"]
-        return found if same and (not checksum or sha256(tensors) == found["sha256"]) else None
-    except (FileNotFoundError, ValueError, LookupError, TypeError):
-        return None  # not there, or damaged: the shard is made again
-
-
-def sources(listed: Listing, numbers: Sequence[int]) -> str:
-    """SHA-256 of the sizes and dates of these pictures."""
-    found = hashlib.sha256()
-    for i in numbers:
-        try:
-            told = (listed.root / listed.files[i]).stat()
-            found.update(f"{told.st_size} {told.st_mtime_ns}\n".encode())
-        except OSError:
-            found.update(b"unreadable\n")
-    return found.hexdigest()
+def _numbers(values: Any) -> list[float] | None:
+    return None if values is None else [float(value) for value in values]

@@ -1,21 +1,21 @@
-"""VAE latents on the disk as a data set; `python -m apps.diffusion.encode` writes them.
+"""VAE latents on the disk as a dataset; `python -m apps.diffusion.encode` writes them.
 
-    DIR/index.json                  what they are and where they come from
+    DIR/index.json                  settings, checksums and origin
     DIR/shards/00000.safetensors    mean (n, 2, C, h, w), std likewise, label (n,)
 
-The second axis is the image and its mirror image. A VAE encodes an image x to a normal distribution of
-latents; what training sees of it is
+The second axis is the image and its mirror image. A VAE encodes an image x to a normal distribution of latents. An
+epoch shows the sample
 
-    z = scaling (mean_k + std_k eps - shift),    k ~ U{0, 1},  eps ~ N(0, 1)
+    l = mean_k + std_k eps,    k ~ U{0, 1},  eps ~ N(0, 1)
+    z = scaling (l - shift),   or, where the VAE's configuration has latents_mean and latents_std, numbers by channel,
+    z = scaling (l - latents_mean) / latents_std
 
-drawn afresh in every epoch by (seed, epoch, index) alone. Nothing is held in memory: shards are mapped.
+a function of (seed, epoch, number). The shards are memory-mapped.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,64 +24,86 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from apps.diffusion.rng import Stream, generator
+from apps.diffusion.data.dataset import Key, augmentation_generator, index_and_epoch
+from apps.diffusion.files import hashing
 
 FORMAT = 1
 
 
-class Latents:
-    """The latents in a folder.
+class LatentDataset:
+    """A folder of latents as a dataset: `dataset[i] -> (z, label)`, z (C, h, w) float32, scaled.
 
     Args:
-        root: the folder.
-        mirror: show every other image mirrored.
-        sample: draw from each distribution; False shows its mean.
-        labels: tell the classes; False hides them.
+        path: the folder.
+        mirror: show an image mirrored in about half of the epochs.
+        sample: draw from the distribution of the latent; False gives its mean.
+        labels: give the classes; False leaves them out.
+        seed: of mirroring and drawing.
+
+    Attributes:
+        y: (n,) labels.
+        classes: names of the classes.
+        shape: (C, h, w) of a latent.
+        index: content of index.json.
 
     Raises:
         ValueError: no such folder, encoding is not finished, or a shard is missing or truncated.
     """
 
-    def __init__(self, root: Path, *, mirror: bool = True, sample: bool = True, labels: bool = True) -> None:
-        self.root, self.mirror, self.sample = root, mirror, sample
-        self.index = read_index(root)
+    def __init__(
+        self, path: Path | str, *, mirror: bool = False, sample: bool = True, labels: bool = True, seed: int = 0
+    ) -> None:
+        self.root, self.mirror, self.sample, self.seed = Path(path), mirror, sample, seed
+        self.index = read_index(self.root)
         self.classes: tuple[str, ...] = tuple(self.index["classes"] if labels else ())
         self.shape: tuple[int, int, int] = tuple(self.index["shape"])
-        self._shards = [self._open(shard) for shard in self.index["shards"]]
         self._starts = np.cumsum([0, *(shard["images"] for shard in self.index["shards"])])
-        self.y = torch.cat([shard.get_tensor("label") for shard in self._shards])
+        self._shards: list[Any] | None = None
+        mean, std = self.index.get("latents_mean"), self.index.get("latents_std")
+        self._normalization: list[Tensor] | None = None
+        if mean is not None and std is not None:
+            self._normalization = [torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std)]
+        self.y = torch.cat([shard.get_tensor("label") for shard in self._opened()])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shards": None}  # a worker process opens the files itself
+
     @property
     def num_classes(self) -> int:
-        """0 where the images have no classes."""
+        """0 without classes."""
         return len(self.classes)
 
-    def __getitem__(self, index: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The means (b, C, h, w) of the images at these indices, scaled, not mirrored; and classes (b,)."""
-        moments = [self.moments(i) for i in index]
-        return self._scaled(torch.stack([mean[0] for mean, _ in moments])), self.y[torch.as_tensor(index)]
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        """The latent and its label."""
+        i, epoch = index_and_epoch(key)
+        i = range(len(self))[i]
+        if not (self.mirror or self.sample):
+            return self._scaled(self.moments(i)[0][0]), int(self.y[i])
+        own = augmentation_generator(self.seed, len(self), (i, epoch))
+        side = int(torch.randint(2, (), generator=own)) if self.mirror else 0
+        mean, std = (moment[side] for moment in self.moments(i))
+        noise = torch.randn(self.shape, generator=own) if self.sample else 0.0
+        return self._scaled(mean + std * noise), int(self.y[i])
 
-    def draw(self, index: Sequence[int], epoch: Sequence[int], seed: int) -> tuple[Tensor, Tensor]:
-        """Latents (b, C, h, w), float32, scaled, and classes (b,): image k as epoch[k] shows it."""
-        z = []
-        for i, e in zip(index, epoch, strict=True):
-            own = generator(seed, Stream.VIEW, e * len(self) + i)
-            side = int(torch.randint(2, (), generator=own)) if self.mirror else 0
-            mean, std = (moment[side] for moment in self.moments(i))
-            noise = torch.randn(self.shape, generator=own) if self.sample else 0.0
-            z.append(mean + std * noise)
-        return self._scaled(torch.stack(z)), self.y[torch.as_tensor(index)]
+    def fingerprint(self) -> str:
+        """SHA-256 of the checksums of the shards."""
+        return hashing.of_json([shard["sha256"] for shard in self.index["shards"]])
 
     def moments(self, i: int) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (2, C, h, w) of image i and its mirror image, as the VAE gives them."""
+        """Mean and standard deviation (2, C, h, w) of image i and its mirror image, as the VAE gives them.
+
+        Raises:
+            IndexError: there is no image i.
+        """
         if not 0 <= i < len(self):
             raise IndexError(f"There are {len(self)} images, and no number {i}.")
         k = int(np.searchsorted(self._starts, i, side="right")) - 1
         row = i - int(self._starts[k])
-        mean, std = (self._shards[k].get_slice(name)[row] for name in ("mean", "std"))
+        shard = self._opened()[k]
+        mean, std = (shard.get_slice(name)[row] for name in ("mean", "std"))
         return mean.float(), std.float()
 
     def verify(self) -> None:
@@ -91,14 +113,23 @@ class Latents:
             ValueError: naming the shard that is damaged.
         """
         for shard in self.index["shards"]:
-            if sha256(self.root / shard["file"]) != shard["sha256"]:
+            if hashing.of_file(self.root / shard["file"]) != shard["sha256"]:
                 raise ValueError(
                     f"{self.root / shard['file']} is damaged: its checksum is not the one in index.json. Delete it and "
                     "its .json, and encode again: only that shard is made."
                 )
 
     def _scaled(self, z: Tensor) -> Tensor:
+        """z of the equation at the top of this file."""
+        if self._normalization is not None:
+            mean, std = self._normalization
+            return self.index["scaling_factor"] * (z - mean) / std
         return self.index["scaling_factor"] * (z - self.index["shift_factor"])
+
+    def _opened(self) -> list[Any]:
+        if self._shards is None:
+            self._shards = [self._open(shard) for shard in self.index["shards"]]
+        return self._shards
 
     def _open(self, shard: dict[str, Any]) -> Any:
         path = self.root / shard["file"]
@@ -134,9 +165,3 @@ def read_index(root: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise ValueError(f"{root} has format {version}, and this version reads {FORMAT}; encode the images again.")
     return index
-
-
-def sha256(path: Path) -> str:
-    """Of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from apps.diffusion.data.dataset import Images
+from apps.diffusion.data.dataset import TensorDataset
 
 FILE = Path("data", "data", "mnist_5k.csv.gz")
 SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 FOLD = 5
 
 
-def mnist(split: str = "train") -> Images:
+def mnist(split: str = "train") -> TensorDataset:
     """The digits of one split, "train" (4000 images) or "held-out" (1000), as float32 images (n, 1, 28, 28) in
     [-1, 1].
 
@@ -44,7 +44,7 @@ def mnist(split: str = "train") -> Images:
         rank[where] = np.arange(len(where))
     chosen = (rank % FOLD == FOLD - 1) == (split == "held-out")
     x = torch.from_numpy(pixels[chosen]).float() / 127.5 - 1
-    return Images(x, torch.from_numpy(labels[chosen]), num_classes=10)
+    return TensorDataset(x, torch.from_numpy(labels[chosen]), num_classes=10)
 
 
 def _stored() -> bytes:

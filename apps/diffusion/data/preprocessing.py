@@ -1,75 +1,202 @@
-"""A picture file as square pixels, as ADM prepares ImageNet (Dhariwal & Nichol 2021, arXiv 2105.05233).
+"""An image file as pixels: as image viewers show it, then cropped as ADM prepares ImageNet (Dhariwal & Nichol 2021,
+arXiv 2105.05233).
 
-while the shorter side is at least twice `size`: halve both sides (box filter)
-resize so that the shorter side is `size` (bicubic)
-cut the square in the middle
+    1. turn or mirror it as its EXIF orientation says
+    2. 8 bits a channel; 16-bit gray is scaled, 32-bit gray is refused, since its range is unknown
+    3. colors to sRGB, by the ICC profile in the file
+    4. transparent pixels are composed on a white background
+    5. gray (1 channel) or RGB (3 channels)
+    6. while both sides are at least twice the size: halve them (box filter)
+    7. resize so that the image covers the size (bicubic), and cut out the middle
+
+Training, encoding and scoring all read image files by `read`. Of an animation the first frame is read.
 """
 
 from __future__ import annotations
 
-import struct
-import zlib
+import io
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
+
+Size = int | tuple[int, int]
+"""Side of a square, or (height, width), in pixels."""
+BACKGROUND = 255  # white
 
 
 class Unusable(ValueError):
-    """A picture that cannot be used; the message is the reason, in a few words."""
+    """An image file that cannot be used; the message is the reason, in a few words."""
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle of the picture, `size` x `size` pixels, by the rule above."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """The picture with 8 bits a channel. Pillow's own conversion clips grey ones of 16 bits to white.
+def height_width(size: Size) -> tuple[int, int]:
+    """(height, width).
 
     Raises:
-        Unusable: 32 bits, whose range nobody knows.
+        ValueError: a side below 1.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        return Image.fromarray((np.asarray(image).astype(np.uint32) / 257).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise Unusable(f"grey in 32 bits ({image.mode}), of unknown range")
-    return image
+    height, width = (size, size) if isinstance(size, int) else size
+    if height < 1 or width < 1:
+        raise ValueError(f"size={size} leaves no pixels; give at least 1.")
+    return height, width
 
 
-def read(path: Path, size: int, least: int) -> np.ndarray:
-    """The picture as (3, size, size) uint8, grey ones with three equal channels, transparency dropped.
+def minimal_side(size: Size) -> int:
+    """Default of `least`: images with a shorter side would be enlarged more than fourfold."""
+    return max(1, min(height_width(size)) // 4)
+
+
+def center_crop(image: Image.Image, size: Size) -> Image.Image:
+    """The middle of the image (steps 6 and 7)."""
+    height, width = height_width(size)
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    scaled = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    image = image.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def read(path: Path, size: Size | None, least: int = 1, channels: int = 3) -> np.ndarray:
+    """The image in a file as (channels, height, width) uint8.
 
     Args:
         path: any format that Pillow reads.
-        size: side in pixels.
-        least: pictures whose shorter side is below this are too small to be enlarged.
+        size: of the crop; None: the image as it is.
+        least: images whose shorter side is below this are refused.
+        channels: 1 or 3.
 
     Raises:
-        Unusable: it cannot be decoded, or it is too small.
+        Unusable: it cannot be decoded, it is too small, or its range of values is unknown.
     """
     try:
         with Image.open(path) as file:
-            if min(file.size) < least:
-                raise Unusable(f"too small: {file.width} x {file.height}, less than {least} on a side")
-            image = eight_bits(file)
-            image = image.convert("RGBA").convert("RGB") if "transparency" in image.info else image.convert("RGB")
-        return np.asarray(centre_crop(image, size)).transpose(2, 0, 1)
+            _check_side(file, least)
+            image = as_shown(file, channels)
     except Unusable:
         raise
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,  # what Pillow raises for some damaged PNGs
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of damaged files raise errors of many classes
         raise Unusable(f"unreadable: {error or type(error).__name__}".replace(str(path), path.name)) from None
+    rows = np.asarray(image if size is None else center_crop(image, size))
+    return rows[None] if channels == 1 else rows.transpose(2, 0, 1)
+
+
+def header(path: Path, least: int) -> int:
+    """Channels of the image in a file, 1 or 3, as its header says; its pixels are not decoded.
+
+    Raises:
+        Unusable: no decoder knows the file, or it is too small.
+    """
+    try:
+        with Image.open(path) as file:
+            _check_side(file, least)
+            return 1 if _is_gray(file) else 3
+    except Unusable:
+        raise
+    except Exception as error:
+        raise Unusable(f"unreadable: {error or type(error).__name__}".replace(str(path), path.name)) from None
+
+
+def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
+    """The image with mode L (1 channel) or RGB (3 channels), as viewers show it (steps 1 to 5)."""
+    profile, kind = image.info.get("icc_profile"), image.format
+    image = _eight_bits(_upright(image), kind)
+    image = _without_palette(image)
+    image = _to_srgb(image, profile)
+    if image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, (BACKGROUND, BACKGROUND, BACKGROUND, 255))
+        image = Image.alpha_composite(ground, image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _check_side(file: Image.Image, least: int) -> None:
+    if min(file.size) < least:
+        raise Unusable(f"too small: {file.width} x {file.height}, less than {least} on a side")
+
+
+def _is_gray(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Step 1. Damaged EXIF data count as none."""
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # Pillow parses EXIF data with code of many formats
+        orientation = 1
+    if orientation not in (2, 3, 4, 5, 6, 7, 8):
+        return image
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # other damaged entries, which exif_transpose writes again
+        turn = Image.Transpose
+        return image.transpose(
+            {
+                2: turn.FLIP_LEFT_RIGHT,
+                3: turn.ROTATE_180,
+                4: turn.FLIP_TOP_BOTTOM,
+                5: turn.TRANSPOSE,
+                6: turn.ROTATE_270,
+                7: turn.TRANSVERSE,
+                8: turn.ROTATE_90,
+            }[orientation]
+        )
+
+
+def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
+    """Step 2 for an image of the format `kind`. Pillow's own conversion clips 16-bit gray to white."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        levels = np.asarray(image).astype(np.int64)
+        gray = Image.fromarray((levels / 257).round().astype(np.uint8))
+        if isinstance(transparent := image.info.get("transparency"), int):  # PNG: one gray level is transparent
+            gray.putalpha(Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)))
+        return gray
+    if image.mode in ("I", "F"):
+        raise Unusable(f"gray in 32 bits ({image.mode}), of unknown range")
+    return image
+
+
+def _without_palette(image: Image.Image) -> Image.Image:
+    """Colors in place of a palette's numbers, and an alpha channel in place of a transparent color."""
+    if "transparency" in image.info and image.mode in ("1", "L", "RGB", "P"):
+        return image.convert("RGBA")
+    if image.mode in ("P", "PA"):
+        return image.convert("RGBA" if image.mode == "PA" else "RGB")
+    return image.convert("L") if image.mode == "1" else image
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Step 3. A profile that is damaged, or made for another kind of image, counts as none."""
+    if not profile or image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
+        return image
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    colors = image.convert(image.mode.removesuffix("A")) if alpha else image
+    try:
+        transform = _transform(profile, colors.mode)
+        if transform is None:
+            # A gray profile on colors that a palette or a transparent gray level has made of gray, or the reverse.
+            return image
+        colors = ImageCms.applyTransform(colors, transform)
+    except (ImageCms.PyCMSError, ValueError, OSError):
+        return image
+    assert colors is not None
+    if alpha is not None:
+        colors.putalpha(alpha)
+    return colors
+
+
+@lru_cache(maxsize=64)
+def _transform(profile: bytes, mode: str) -> Any:
+    """From images of this mode with this profile to sRGB; None where the profile is made for other images."""
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if source.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
+        return None
+    intent = ImageCms.Intent.PERCEPTUAL
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", renderingIntent=intent)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from apps.diffusion.data import Images
+from apps.diffusion.data import TensorDataset
 from apps.diffusion.evaluation.lenet import SMALLEST, LeNet, train_lenet
 from apps.diffusion.rng import Stream, drawing_from, generator
 
@@ -63,7 +63,7 @@ class Classifier(nn.Module):
         return (self(x).argmax(1) == y).double().mean().item()
 
 
-def train_classifier(images: Images, seed: int = 0, epochs: int = 12, batch_size: int = 64) -> Classifier:
+def train_classifier(images: TensorDataset, seed: int = 0, epochs: int = 12, batch_size: int = 64) -> Classifier:
     """A classifier of these real images (AdamW, one-cycle learning rate, shifts by one pixel); seconds for
     the digits.
 
@@ -79,7 +79,7 @@ def train_classifier(images: Images, seed: int = 0, epochs: int = 12, batch_size
     for _ in range(epochs):
         shuffled = torch.randperm(len(images), generator=draws)
         for chosen in shuffled[: batches * batch_size].split(batch_size):
-            x, y = images[chosen.tolist()]
+            x, y = images.x[chosen], images.y[chosen]
             x = _shift(x, torch.randint(-1, 2, (2,), generator=draws).tolist())
             loss = nn.functional.cross_entropy(model(x), y, label_smoothing=0.05)
             optimizer.zero_grad()
@@ -147,7 +147,7 @@ class Judge:
     real: Gaussian
 
     @classmethod
-    def of(cls, images: Images, seed: int = 0, epochs: int | None = None) -> Judge:
+    def of(cls, images: TensorDataset, seed: int = 0, epochs: int | None = None) -> Judge:
         """Train the classifier on real images and keep their statistics: LeNet from 12 x 12 pixels on (see lenet.py),
         below that `Classifier`.
         """

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from apps.diffusion.checkpoint.trained_run import digest
 from apps.diffusion.cli import device_of
-from apps.diffusion.data import Images, digits
+from apps.diffusion.data import TensorDataset, digits
 from apps.diffusion.data.mnist import mnist
 from apps.diffusion.evaluation.digit_classifier import Classifier, train_classifier
 from apps.diffusion.evaluation.lenet import LeNet, train_lenet
@@ -65,7 +64,7 @@ class Digits:
     name: str = "digits"
 
     @classmethod
-    def of(cls, images: Images | None = None, seed: int = 0, epochs: int = 12) -> Digits:
+    def of(cls, images: TensorDataset | None = None, seed: int = 0, epochs: int = 12) -> Digits:
         """Trained on these images, by default the training digits."""
         images = images or digits("train")
         return cls(train_classifier(images, seed, epochs), images.shape)
@@ -96,7 +95,7 @@ class Mnist:
     name: str = "mnist"
 
     @classmethod
-    def of(cls, images: Images | None = None, seed: int = 0, epochs: int | None = None) -> Mnist:
+    def of(cls, images: TensorDataset | None = None, seed: int = 0, epochs: int | None = None) -> Mnist:
         """Trained on these images of 28 x 28 pixels, by default the held-out digits."""
         return cls(train_lenet(images or mnist("held-out"), seed, epochs))
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from apps.diffusion.evaluation.digit_classifier import Gaussian
 from apps.diffusion.evaluation.feature_extractors import Extractor
 from apps.diffusion.evaluation.image_sources import Source
-from apps.diffusion.files.atomic import file_at_once
+from apps.diffusion.files.atomic import atomic_path
 
 FORMAT = 1
 KEPT = 10_000
@@ -144,7 +144,7 @@ def save(statistics: Statistics, file: Path) -> None:
         tensors |= {"spatial_mean": statistics.spatial.mean, "spatial_cov": statistics.spatial.cov}
     if statistics.features is not None:
         tensors["features"] = statistics.features
-    with file_at_once(file) as partial:
+    with atomic_path(file) as partial:
         save_file(
             {name: value.contiguous() for name, value in tensors.items()},
             partial,

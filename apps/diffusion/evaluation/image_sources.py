@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from apps.diffusion.data import digits
-from apps.diffusion.data import preprocessing as crop
-from apps.diffusion.data.image_folder import least_side, listing
+from apps.diffusion.data.image_folder import listing
 from apps.diffusion.data.mnist import mnist
-from apps.diffusion.files import images as pictures
+from apps.diffusion.data.preprocessing import Unusable, header, minimal_side, read
 
 BATCH = 64
 NAMED = {"digits": digits, "mnist": mnist}
@@ -110,9 +109,9 @@ def of_folder(root: Path, size: int | None = None) -> Source:
         total.update(hashlib.sha256(file.read_bytes()).digest())
 
     def batches() -> Iterator[Tensor]:
-        shape = None
+        shape, channels = None, _channels(files)
         for first in range(0, len(files), BATCH):
-            rows = [_picture(file, size) for file in files[first : first + BATCH]]
+            rows = [_read(file, size, channels) for file in files[first : first + BATCH]]
             shape = shape or rows[0].shape
             for file, row in zip(files[first:], rows, strict=False):
                 if row.shape != shape:
@@ -125,16 +124,24 @@ def of_folder(root: Path, size: int | None = None) -> Source:
     return Source(str(root), len(files), labels, total.hexdigest(), batches, others)
 
 
-def _picture(file: Path, size: int | None) -> np.ndarray:
-    """(C, H, W) uint8; grey pictures keep one channel unless they are cropped."""
+def _read(file: Path, size: int | None, channels: int) -> np.ndarray:
+    """(channels, H, W) uint8."""
     try:
-        if size is not None:
-            return crop.read(file, size, least_side(size))
-        picture = crop.eight_bits(pictures.read(file))
-        rows = np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+        return read(file, size, 1 if size is None else minimal_side(size), channels)
+    except Unusable as error:
         raise ValueError(f"{file} cannot be read ({error}); take it out of the folder, or make it again.") from None
-    return rows[None] if rows.ndim == 2 else rows.transpose(2, 0, 1)
+
+
+def _channels(files: list[Path]) -> int:
+    """1 where all images are gray, else 3."""
+
+    def one(file: Path) -> int:
+        try:
+            return header(file, 1)
+        except Unusable:
+            return 1  # reported when it is read
+
+    return max(map(one, files))
 
 
 def of_npz(path: Path) -> Source:

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from apps.diffusion.data import Images
+from apps.diffusion.data import TensorDataset
 from apps.diffusion.rng import Stream, drawing_from, generator
 
 FEATURES = 84
@@ -74,7 +74,7 @@ class LeNet(nn.Module):
         return (self(x).argmax(1) == y).double().mean().item()
 
 
-def train_lenet(images: Images, seed: int = 0, epochs: int | None = None) -> LeNet:
+def train_lenet(images: TensorDataset, seed: int = 0, epochs: int | None = None) -> LeNet:
     """LeNet trained on these real images: AdamW, one-cycle learning rate, a random affine map for each image.
 
     Args:
@@ -92,7 +92,7 @@ def train_lenet(images: Images, seed: int = 0, epochs: int | None = None) -> LeN
     with drawing_from(generator(seed, Stream.CLASSIFIER, 2)):  # dropout draws from torch's global generator
         for _ in range(epochs):
             for chosen in torch.randperm(len(images), generator=draws).split(BATCH):
-                x, y = images[chosen.tolist()]
+                x, y = images.x[chosen], images.y[chosen]
                 loss = nn.functional.cross_entropy(model(affine(x, draws)), y)
                 optimizer.zero_grad()
                 loss.backward()

@@ -1,74 +1,115 @@
-"""Files and folders that are written whole or not at all.
+"""Files and folders that are written whole or not at all, and a lock on a folder.
 
-Each is written under a name of its own, so that several processes may write the same one, and renamed when it
-is complete. A disk that is full, or another failure to write, is an OSError whoever writes: safetensors and torch.save
-raise errors of their own kinds.
+A file is written in a temporary folder beside its destination, flushed to the disk and renamed, so that a reader finds
+the old content or the new one, and several processes may write the same file. Whatever library writes, a failure to
+write is an OSError: safetensors and torch.save raise errors of their own classes.
 """
 
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 
-@contextmanager
-def file_at_once(path: Path) -> Iterator[Path]:
-    """A name to write a file under; it becomes `path` when the block ends well, and vanishes otherwise."""
-    partial = _partial(path)
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        raise_as_os_error(error, path)
-        raise
+PARTIAL = ".partial"  # suffix of the temporary folders
+LOCK = ".lock"
 
 
 @contextmanager
-def folder_at_once(path: Path) -> Iterator[Path]:
-    """A folder to write into; it becomes `path`, which may be an empty folder by then, when the block ends
-    well, and vanishes otherwise.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path for a file, or for a folder that the block makes; it is renamed to `path` when the block ends
+    without an error, and deleted otherwise.
+
+    Raises:
+        OSError: it cannot be written; what was at `path` before is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(path)
-    partial.mkdir()
+    with tempfile.TemporaryDirectory(
+        prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent, ignore_cleanup_errors=True
+    ) as folder:
+        partial = Path(folder) / path.name
+        try:
+            yield partial
+            for file in [partial, *partial.rglob("*")]:
+                flush(file)
+            os.replace(partial, path)
+        except Exception as error:
+            _raise_as_os_error(error, path)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all."""
+    with atomic_path(path) as partial:
+        partial.write_text(text)
+
+
+def remove_partial(folder: Path) -> None:
+    """Deletes what killed processes have left in `folder`; only for folders that one process at a time writes to."""
+    for left_over in folder.glob(f".*{PARTIAL}"):
+        shutil.rmtree(left_over, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Writes the system's buffers of a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise_as_os_error(error, path)
-        raise
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def raise_as_os_error(error: BaseException, path: Path) -> None:
-    """Raise what safetensors or torch.save say of a failed write as the OSError it is; do nothing otherwise."""
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder. The folder is made, and removed again if nothing was written into it.
+
+    Raises:
+        ValueError: another process holds the lock, or `folder` is a file.
+        OSError: the folder cannot be made or written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is a file; give a folder.")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        with lock:
+            try:
+                yield
+            finally:
+                # filelock looks for an unlinked file after locking it, so no two processes can hold the lock
+                (folder / LOCK).unlink(missing_ok=True)
+    except Timeout:
+        raise ValueError(
+            f"Another process is training into {folder}; wait until it ends, or give another folder with --out."
+        ) from None
+    finally:
+        for path in made:
+            with suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def _raise_as_os_error(error: Exception, path: Path) -> None:
+    """Raises OSError in place of the error by which safetensors or torch.save report a failed write."""
     from safetensors import SafetensorError
 
-    torchs = isinstance(error, RuntimeError) and any(w in str(error) for w in ("StreamWriter", "inline_container"))
-    if isinstance(error, SafetensorError) or torchs:
+    of_torch = isinstance(error, RuntimeError) and any(w in str(error) for w in ("StreamWriter", "inline_container"))
+    if isinstance(error, SafetensorError) or of_torch:
         raise OSError(f"{path} could not be written ({str(error).splitlines()[0]})") from None
 
 
-def abandoned(partial: Path) -> bool:
-    """Whether what was begun under this name will not be finished: no other process of this machine is at it."""
-    number = partial.name.split(".")[-2].split("-")[0]
-    if not number.isdecimal() or int(number) == os.getpid():
-        return True
+def make_folder(folder: Path) -> None:
+    """Makes a folder for the output of a command.
+
+    Raises:
+        ValueError: a file stands at this path, or the permission is missing.
+    """
     try:
-        os.kill(int(number), 0)  # 0 is no signal: it only asks whether there is such a process
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # there is, and it is another user's
-        return False
-    return False
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ValueError(f"{folder} cannot be made ({error.strerror}); give another folder with --out.") from None

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any, Literal
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import implicit
 from apps.diffusion.config import training as c
-from apps.diffusion.data import DataSet, Images, digits
-from apps.diffusion.data.idx import has_split, idx
-from apps.diffusion.data.image_folder import Pixels, folder
-from apps.diffusion.data.latents import Latents
-from apps.diffusion.data.mnist import mnist
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.models.layers import SIZES, Size
@@ -26,61 +18,6 @@ from apps.diffusion.schedulers.noise_schedule import make_scheduler
 
 _SIZES = {"tiny": Size(hidden_size=128, depth=6, num_heads=4), **SIZES}
 _NETWORKS = {"DiT": DiT, "FPDM": FPDM}
-
-
-def images(config: c.DataConfig, progress: Callable[[int, int], None] | None = None) -> tuple[DataSet, Images | None]:
-    """The images to train on, and those held out, where there are some.
-
-    Args:
-        config: what to learn from.
-        progress: called as progress(done, total) while pictures are read.
-
-    Raises:
-        ValueError: no such folder, or nothing in it that can be used.
-    """
-    mirror = config.mirror is not False
-    try:
-        match config.source:
-            case "digits" | "mnist":
-                read = digits if config.source == "digits" else mnist
-                return _unlabelled(config, read("train")), _unlabelled(config, read("held-out"))
-            case "idx":
-                assert config.path is not None
-                train = idx(config.path, sha256=config.sha256)
-                held_out = idx(config.path, "held-out") if has_split(config.path, "held-out") else None
-                return _unlabelled(config, train), None if held_out is None else _unlabelled(config, held_out)
-            case "folder":
-                assert config.path is not None and config.size is not None
-                classes = "none" if config.unconditional else "folders"
-                return folder(config.path, config.size, classes=classes, mirror=mirror, progress=progress), None
-            case "latents":
-                assert config.path is not None
-                return Latents(config.path, mirror=mirror, labels=not config.unconditional), None
-    except ValueError as error:
-        raise ValueError(f"Data.path: {error}") from None
-
-
-def _unlabelled(config: c.Data, images: Images) -> Images:
-    """The images, without their classes where the configuration leaves these out."""
-    return replace(images, num_classes=0) if config.unconditional else images
-
-
-def fingerprint(images: DataSet) -> dict[str, Any]:
-    """What a run that goes on must find again: how many images of which shape and classes, and which ones.
-
-    A folder is told by the names and classes of its files, latents by the checksums of their shards.
-    """
-    known: list[Any] = []
-    if isinstance(images, Pixels):
-        known = [images.files, images.y.tolist()]
-    if isinstance(images, Latents):
-        known = [shard["sha256"] for shard in images.index["shards"]]
-    return {
-        "images": len(images),
-        "shape": list(images.shape),
-        "classes": images.num_classes,
-        "sha256": hashlib.sha256(json.dumps(known).encode()).hexdigest() if known else None,
-    }
 
 
 def network(

@@ -22,8 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from apps.diffusion.cli import make_folder
-from apps.diffusion.files.atomic import file_at_once
+from apps.diffusion.files.atomic import atomic_path, make_folder
 from apps.diffusion.files.images import columns_by_class, grid, read, to_pil
 from apps.diffusion.sampling.sampler import SampleResult
 
@@ -72,12 +71,12 @@ class Album:
             if not note.exists():  # another process may have settled in the meantime
                 raise ValueError(f"{self.folder} holds something else than samples; give another folder with --out.")
         make_folder(self.folder)
-        with file_at_once(note) as partial:
+        with atomic_path(note) as partial:
             partial.write_text(json.dumps(settings, indent=2) + "\n")
 
     def write(self, i: int, image: Any) -> None:
         """Write sample i, an image (C, H, W) in [-1, 1]."""
-        with file_at_once(self.folder / self.name(i)) as partial:
+        with atomic_path(self.folder / self.name(i)) as partial:
             to_pil(image).save(partial, format="PNG")
 
     def read(self, i: int) -> Image.Image:
@@ -102,7 +101,7 @@ class Album:
         columns = len(classes) if by_class else min(10, len(known))
         order = columns_by_class(known, GRID // columns) if by_class else list(range(min(GRID, len(known))))
         head = [str(y) for y in classes] if by_class else ()
-        with file_at_once(self.folder / "grid.png") as partial:
+        with atomic_path(self.folder / "grid.png") as partial:
             grid([self.read(i) for i in order], columns, head=head).save(partial, format="PNG")
 
     def write_npz(self) -> None:
@@ -111,7 +110,7 @@ class Album:
         One image at a time, so that 50,000 need no memory; equal images give equal bytes.
         """
         width, height = self.read(0).size
-        with file_at_once(self.folder / "samples.npz") as partial, zipfile.ZipFile(partial, "w") as archive:
+        with atomic_path(self.folder / "samples.npz") as partial, zipfile.ZipFile(partial, "w") as archive:
             with _member(archive, "arr_0.npy", (len(self.labels), height, width, 3), "|u1") as file:
                 for i in range(len(self.labels)):
                     image = self.read(i)
@@ -153,7 +152,7 @@ class Album:
                 except ValueError:
                     continue  # cut off by a kill
         total = summed(lines, timesteps)
-        with file_at_once(self.folder / "effort.json") as partial:
+        with atomic_path(self.folder / "effort.json") as partial:
             partial.write_text(json.dumps(total, indent=2) + "\n")
         return total
 

@@ -1,31 +1,33 @@
-"""Several processes: who computes what, and where the weights are.
+"""Several processes: parallelism by accelerate, and the state of a run as whole tensors.
 
-Weights are copied to every process (DDP), or each process holds a share of every tensor: FSDP2 through accelerate,
-`accelerate launch --use_fsdp --fsdp_version 2`. A share is put together for the time of its use:
+Weights are copied to every process (DDP), or each process holds a shard of every tensor: FSDP2 through accelerate,
+`accelerate launch --use_fsdp --fsdp_version 2`. Shards are gathered for the time of their use:
 
     DiT    block by block
     FPDM   all at once, from the beginning of a step to its end: the iterations of the fixed point evaluate the same
            weights again and again, and they are few
 
-The averaged weights and the optimizer's moments are shared out like the weights. What leaves the trainer, checkpoints
-and networks to sample from, is whole.
+Averaged weights and the optimizer's moments have the shards of the weights. Checkpoints, and networks to sample from,
+hold whole tensors; `torch.distributed.checkpoint.state_dict` translates.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from apps.diffusion.config.training import OptimizerConfig
+from apps.diffusion.config import training as c
 
 _KNOWN = {
     DistributedType.NO,
@@ -35,34 +37,29 @@ _KNOWN = {
     DistributedType.MULTI_XPU,
     DistributedType.FSDP,
 }
+_WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def accelerator(config: OptimizerConfig, track: str | None, folder: Path) -> Accelerator:
-    """What accelerate knows of this process and the others.
-
-    accelerate offers FSDP on accelerators alone; its code runs on CPUs as well, once its state says so. It also has to
-    be told that processes are there where no accelerator is.
+def accelerator(config: c.OptimizerConfig, track: str | None, folder: Path) -> Accelerator:
+    """accelerate's view of this process and the others.
 
     Raises:
-        ValueError: settings of FSDP that are not supported, or a batch that cannot be shared out.
+        ValueError: settings of FSDP that are not supported, or a batch that the processes cannot share.
     """
-    plugin = _fsdp()
+    # accelerate takes several processes without an accelerator for one, unless it is told to compute on the CPU
     cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
     found = Accelerator(
-        cpu=cpu, mixed_precision=config.precision, log_with=track, project_dir=folder, fsdp_plugin=plugin
+        cpu=cpu, mixed_precision=config.precision, log_with=track, project_dir=folder, fsdp_plugin=fsdp_plugin()
     )
-    if plugin is not None and found.distributed_type == DistributedType.MULTI_CPU:
-        found.state.distributed_type = DistributedType.FSDP
-        found.state.fsdp_plugin = plugin
     check_processes(config, found)
     return found
 
 
-def _fsdp() -> FullyShardedDataParallelPlugin | None:
-    """FSDP as `accelerate launch` was asked for it; None where it was not.
+def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
+    """FSDP with the settings of `accelerate launch`; None where it was launched without.
 
-    Computing in bfloat16 is autocast's business, as without FSDP: weights are gathered and gradients added up in
-    float32. The parts are those of `_no_split_modules`.
+    Weights, gathered weights and gradients are float32; bfloat16 is autocast's, as without FSDP. The units are those of
+    `_no_split_modules`.
 
     Raises:
         ValueError: settings that are not supported.
@@ -77,13 +74,13 @@ def _fsdp() -> FullyShardedDataParallelPlugin | None:
         cpu_ram_efficient_loading=False,  # every process makes the same weights from the seed
         mixed_precision_policy=MixedPrecisionPolicy(),
     )
-    plugin.transformer_cls_names_to_wrap = None  # the network knows its parts
-    # that what it returns must not be written into, which nobody does
+    plugin.transformer_cls_names_to_wrap = None  # the network's own `_no_split_modules`
+    # FSDP warns that the output must not be written in place, which the training step does not do
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     if plugin.activation_checkpointing:
         raise ValueError(
-            "accelerate's activation checkpointing does not see the iterations of a fixed point; leave out "
-            "--fsdp_activation_checkpointing and give --optimizer.checkpointing."
+            "--fsdp_activation_checkpointing does not cover the iterations of a fixed point; leave it out, and give "
+            "--optimizer.checkpointing."
         )
     for refused, flag in (
         (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "--fsdp_offload_params"),
@@ -94,58 +91,69 @@ def _fsdp() -> FullyShardedDataParallelPlugin | None:
     return plugin
 
 
-def check_processes(config: OptimizerConfig, accelerator: Accelerator) -> None:
-    """Raises ValueError where the batch cannot be shared out, or processes work together in a way unknown here."""
+def check_processes(config: c.OptimizerConfig, accelerator: Accelerator) -> None:
+    """Raises ValueError where the processes cannot share the batch, or work together in an unsupported way."""
     processes, parts = accelerator.num_processes, config.accumulate
     if config.batch % (processes * parts):
         raise ValueError(
-            f"--optimizer.batch = {config.batch} cannot be shared by {processes} processes in {parts} parts each; "
+            f"--optimizer.batch {config.batch} cannot be shared by {processes} processes in {parts} parts each; "
             f"make it a multiple of {processes * parts}."
         )
     if accelerator.distributed_type not in _KNOWN:
         raise ValueError(
-            f"accelerate was asked for {accelerator.distributed_type.value}, which is not supported; launch with "
-            "--multi_gpu, or with --use_fsdp --fsdp_version 2 to share out the weights."
+            f"accelerate is configured for {accelerator.distributed_type.value}, which is not supported; launch with "
+            "--multi_gpu, or with --use_fsdp --fsdp_version 2 to shard the weights."
         )
 
 
-def like(model: nn.Module, sharded: nn.Module) -> None:
-    """Share out the tensors of a network as those of its sharded copy are; nothing where those are whole."""
+def shard_like(model: nn.Module, sharded: nn.Module) -> None:
+    """Shards the tensors of a network like those of its sharded copy; leaves them where those are whole."""
     if isinstance(sharded, FSDPModule):
         mesh = next(p.device_mesh for p in sharded.parameters() if isinstance(p, DTensor))
         fully_shard(model, mesh=mesh)
 
 
-def number(value: Tensor) -> float:
-    """A scalar, put together if need be."""
-    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+def full_tensor(value: Tensor) -> Tensor:
+    """The whole tensor; all processes must call this."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Tensors put together from their shares, on the CPU where `keep` is set and nowhere else; whole ones as they are.
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights, whole, on the CPU; all processes must call this, and the others than the first get none."""
+    return dict(dcp.get_model_state_dict(model, options=_WHOLE))
 
-    All processes must call this. One tensor at a time is put together.
+
+def optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, names: Sequence[str]
+) -> dict[int, dict[str, Tensor]]:
+    """The moments by number of the parameter, whole, on the CPU; all processes must call this, and the others than the
+    first get none.
+
+    Args:
+        model: as the optimizer's parameters belong to it.
+        optimizer: before its first step it has no state.
+        names: of the parameters, in the optimizer's order.
     """
-    found = {}
-    for name, value in tensors.items():
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
-            if not keep:
-                continue
-            value = value.cpu()
-        found[name] = value
-    return found
+    if not optimizer.state:
+        return {}
+    found: Mapping[str, Any] = dcp.get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("state", {})
+    return {i: dict(found[name]) for i, name in enumerate(names) if name in found}
 
 
-def shares(state: Mapping[int, Mapping[str, Tensor]], parameters: Iterable[Tensor]) -> dict[int, dict[str, Tensor]]:
-    """An optimizer's state by parameter number, each moment shared out as its parameter is."""
-    held = list(parameters)
-
-    def share(value: Tensor, parameter: Tensor) -> Tensor:
-        if not isinstance(parameter, DTensor) or not value.ndim:
-            return value
-        here = value.to(parameter.device)
-        # every process has read the same checkpoint, so none has to send its own
-        return distribute_tensor(here, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-    return {i: {name: share(value, held[i]) for name, value in entry.items()} for i, entry in state.items()}
+def load_optimizer_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    names: Sequence[str],
+    state: Mapping[int, Mapping[str, Tensor]],
+) -> None:
+    """Loads what `optimizer_state` has returned, on every process; tensors are sharded like the parameters."""
+    groups = optimizer.state_dict()["param_groups"]
+    if not isinstance(model, FSDPModule):
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    elif state:
+        named = {
+            "state": {names[i]: dict(entry) for i, entry in state.items()},
+            "param_groups": [{**group, "params": [names[i] for i in group["params"]]} for group in groups],
+        }
+        options = dcp.StateDictOptions(full_state_dict=True)
+        dcp.set_optimizer_state_dict(model, optimizer, named, options=options)

@@ -1,19 +1,19 @@
-"""What a diffusion model is trained on, as a pure function of the batch and of the randomness of the step.
+"""Training loss of a diffusion model, a pure function of the batch and of the randomness of the step.
 
     L = mean ( model(x_t, t, y') - target )^2,      x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
 
-with t uniform over all timesteps, target = v, eps or x_0 as the scheduler says (`prediction_type`), and y'
-the label, or the null class where it was dropped. No weight depends on t.
+with t uniform over all timesteps, target = v, eps or x_0 by the scheduler's `prediction_type`, and y' the label, or the
+null class where it is dropped. All timesteps have the same weight.
 
-A network that also predicts its variance gives rho in C further channels and gets the variational bound on
-top (Nichol & Dhariwal 2021, arXiv 2102.09672, equations 13 to 16):
+For a network that also predicts its variance, as rho in C further channels, the variational bound is added (Nichol &
+Dhariwal 2021, arXiv 2102.09672, equations 13 to 16):
 
     log var_t = a log beta_t + (1 - a) log btilde_t,   a = (rho + 1) / 2
     btilde_t = beta_t (1 - abar_{t-1}) / (1 - abar_t)
     L_vb = KL( N(mean_q, btilde_t) || N(mean, var_t) ) for t > 0;   -log N(x_0; mean, var_0) for t = 0
 
-in bits per value, with btilde_1 for btilde_0 = 0, and the mean detached, so that it teaches the variance
-alone.
+in bits per value, with btilde_1 for btilde_0 = 0, and the mean detached, so that its gradient reaches the variance
+only.
 """
 
 import math
@@ -31,20 +31,20 @@ from implicit import Solution
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draw:
+class TrainingNoise:
     """The randomness of one training step: noise (B, C, H, W), timesteps t (B,), and dropped labels (B,)."""
 
     noise: Float[Tensor, "B C H W"]
     t: Int[Tensor, "B"]
     dropped: Bool[Tensor, "B"]
 
-    def to(self, device: torch.device | str) -> "Draw":
-        """The same draw on another device."""
+    def to(self, device: torch.device | str) -> "TrainingNoise":
+        """The same on another device."""
         moved = {name: getattr(self, name).to(device) for name in ("noise", "t", "dropped")}
         return replace(self, **moved)
 
-    def part(self, rows: slice) -> "Draw":
-        """That of some samples of the batch."""
+    def part(self, rows: slice) -> "TrainingNoise":
+        """The randomness of some samples of the batch."""
         return replace(self, noise=self.noise[rows], t=self.t[rows], dropped=self.dropped[rows])
 
 
@@ -53,11 +53,10 @@ class Loss:
     """The loss of a batch.
 
     Attributes:
-        total: scalar, with its graph: what to minimise.
+        total: scalar, with its graph; the objective.
         error: (B,) mean squared error of each sample, without a graph.
-        bound: (B,) bits per value of the variational bound, without a graph; None unless the variance is
-            learned.
-        solution: the fixed-point solve, where the model was asked to return it (`return_solution=True`).
+        bound: (B,) bits per value of the variational bound, without a graph; None unless the variance is learned.
+        solution: the fixed-point solve, with the model's `return_solution=True`.
     """
 
     total: Tensor
@@ -70,7 +69,7 @@ def loss(
     model: Callable[..., Any],
     x0: Float[Tensor, "B C H W"],
     y: Int[Tensor, "B"] | None,
-    draw: Draw,
+    noise: TrainingNoise,
     *,
     scheduler: DDPMScheduler,
     null_class: int | None = None,
@@ -79,39 +78,40 @@ def loss(
     """The training loss of `model` on clean latents `x0` with labels `y` (None: unconditional).
 
     Args:
-        draw: the step's randomness, on the device of `x0`.
-        scheduler: noise schedule and prediction type (`schedule.make_scheduler("ddpm")`).
-        null_class: the label put where `draw.dropped`; needed as soon as one is dropped.
+        noise: the step's randomness, on the device of `x0`.
+        scheduler: noise schedule and prediction type (`noise_schedule.make_scheduler("ddpm")`).
+        null_class: the label that replaces dropped ones; needed as soon as one is dropped.
         solve: passed on to the model: `grad`, `stop`, `solver`, `iterations`, `return_solution` of an FPDM.
 
     Raises:
         ValueError: labels are to be dropped and there is no null class, or shapes do not fit.
     """
-    if draw.noise.shape != x0.shape or draw.t.shape != x0.shape[:1]:
-        raise ValueError(f"The draw is for {tuple(draw.noise.shape)}, the batch is {tuple(x0.shape)}; draw anew.")
+    if noise.noise.shape != x0.shape or noise.t.shape != x0.shape[:1]:
+        shapes = f"noise has the shape {tuple(noise.noise.shape)}, x0 {tuple(x0.shape)}"
+        raise ValueError(f"{shapes}; draw noise for this batch.")
     if y is not None and null_class is not None:
-        y = torch.where(draw.dropped, null_class, y)
-    elif y is not None and bool(draw.dropped.any()):
+        y = torch.where(noise.dropped, null_class, y)
+    elif y is not None and bool(noise.dropped.any()):
         raise ValueError("Labels are to be dropped, but null_class is None; give the model's null class.")
-    noisy = scheduler.add_noise(x0, draw.noise, draw.t)  # pyright: ignore[reportArgumentType]
-    answer = model(noisy, draw.t, y, **solve)
+    noisy = scheduler.add_noise(x0, noise.noise, noise.t)  # pyright: ignore[reportArgumentType]
+    answer = model(noisy, noise.t, y, **solve)
     prediction, solution = answer if isinstance(answer, tuple) else (answer, None)
     mean_part, variance_part = prediction[:, : x0.shape[1]], prediction[:, x0.shape[1] :]
-    error = (mean_part.to(x0.dtype) - target(x0, draw, scheduler)).square().flatten(1).mean(1)
+    error = (mean_part.to(x0.dtype) - target(x0, noise, scheduler)).square().flatten(1).mean(1)
     total, bound = error.mean(), None
     if variance_part.shape[1]:
-        bound = variational_bound(mean_part.detach(), variance_part, x0, noisy, draw.t, scheduler)
+        bound = variational_bound(mean_part.detach(), variance_part, x0, noisy, noise.t, scheduler)
         total, bound = total + bound.mean(), bound.detach()
     return Loss(total=total, error=error.detach(), bound=bound, solution=solution)
 
 
-def target(x0: Tensor, draw: Draw, scheduler: DDPMScheduler) -> Tensor:
-    """What the network should say: v, eps or x_0."""
+def target(x0: Tensor, noise: TrainingNoise, scheduler: DDPMScheduler) -> Tensor:
+    """Prediction target of the network: v, eps or x_0."""
     match scheduler.config["prediction_type"]:
         case "v_prediction":
-            return scheduler.get_velocity(x0, draw.noise, draw.t)  # pyright: ignore[reportArgumentType]
+            return scheduler.get_velocity(x0, noise.noise, noise.t)  # pyright: ignore[reportArgumentType]
         case "epsilon":
-            return draw.noise
+            return noise.noise
         case _:
             return x0
 

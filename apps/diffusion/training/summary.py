@@ -1,5 +1,5 @@
-"""What a run shows when its training is over: metrics.json, loss.png, samples.png, and for digits its score beside
-that of real ones.
+"""Summary of a training run: metrics.json, loss.png, samples.png, and for labeled images in memory the scores of the
+samples beside those of held-out images.
 """
 
 from __future__ import annotations
@@ -18,43 +18,49 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from tqdm import tqdm
 
-from apps.diffusion.checkpoint.training_state import write_atomically
 from apps.diffusion.config.training import Config
-from apps.diffusion.data import DataSet, Images
+from apps.diffusion.data import ImageDataset, TensorDataset
 from apps.diffusion.evaluation.digit_classifier import Judge, Score
-from apps.diffusion.files.images import loss_curve
+from apps.diffusion.files.atomic import atomic_path, write_text
+from apps.diffusion.files.images import ROWS, class_labels, sample_grid
+from apps.diffusion.files.plots import loss_curve
+from apps.diffusion.models.autoencoder import decode
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
+from apps.diffusion.sampling.generate import generate
 from apps.diffusion.sampling.sampler import SampleResult
-from apps.diffusion.training import gallery
 from apps.diffusion.training.trainer import Trainer
 
 
-def finish(
+def summarize(
     config: Config,
     trainer: Trainer,
     network: DiT | FPDM,
-    images: DataSet,
-    held_out: Images | None,
+    images: ImageDataset,
+    held_out: TensorDataset | None,
     decoder: AutoencoderKL | None,
     began: float,
 ) -> None:
-    """Sample from the averaged weights, score, draw, write and print.
+    """Samples from the averaged weights, scores, draws, writes and prints. Its time does not count as training time.
 
     Args:
         config: of the run.
-        trainer: when it is done.
+        trainer: after its run.
         network: with the averaged weights.
-        images: what it learnt from.
-        held_out: what it has not seen; with classes, samples are scored beside these.
+        images: the training images.
+        held_out: images not trained on; with classes, their scores stand beside those of the samples.
         decoder: of latents; without it their samples are not drawn.
         began: monotonic clock at the run's start.
     """
-    real = (images, held_out) if isinstance(images, Images) and held_out is not None and images.num_classes else None
-    count = config.sampling.images if real else min(config.sampling.images, gallery.ROWS**2)
+    real = None
+    if isinstance(images, TensorDataset) and held_out is not None and images.num_classes:
+        real = (images, held_out)
+    count = config.sampling.images if real else min(config.sampling.images, ROWS**2)
+    if config.max_time is not None:
+        print(f"Sampling {count} images for the summary, which is not part of --max-time.", flush=True)
     result = _samples(config, network, images.num_classes, count)
     scores = _scores(config, result, *real) if real else {}
-    _pictures(config, trainer, result, decoder)
+    _draw(config, trainer, result, images, decoder)
     metrics = {
         **{name: asdict(score) for name, score in scores.items()},
         "training": {
@@ -63,15 +69,15 @@ def finish(
             "images": trainer.progress.images,
             "steps": trainer.progress.steps,
             "skipped": trainer.progress.skipped,
-            "loss": trainer.progress.history[-1][1],
+            "loss": trainer.progress.history[-1][1] if trainer.progress.history else None,
             "seconds": trainer.progress.seconds,
-            "last": trainer.entry,
+            "last": trainer.progress.last,
         },
         "sampling": {**asdict(config.sampling), "images": count, "effort_per_image": result.effort.summary()},
         "seconds_in_all": time.monotonic() - began,
         "versions": _versions(trainer),
     }
-    write_atomically(config.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(config.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     _print(config, metrics, scores)
 
 
@@ -82,20 +88,27 @@ def _samples(config: Config, network: DiT | FPDM, num_classes: int, count: int) 
             bar.total = total
             bar.update(done - bar.n)
 
-        return gallery.draw(config, network, num_classes, count, network.device, progress)
+        labels = class_labels(count, num_classes)
+        return generate(network, config, config.sampling, range(count), labels, config.seed, network.device, progress)
 
 
-def sheet(config: Config, network: DiT | FPDM, num_classes: int, decoder: AutoencoderKL | None) -> Image.Image | None:
-    """Samples of a network in training; None for latents without a decoder."""
+def image_grid(
+    config: Config, network: DiT | FPDM, images: ImageDataset, decoder: AutoencoderKL | None
+) -> Image.Image | None:
+    """A grid of samples of a network in training; None for latents without a decoder."""
     if decoder is None and config.data.source == "latents":
         return None
-    count = min(config.sampling.images, gallery.ROWS**2)
-    result = _samples(config, network, num_classes, count)
+    count = min(config.sampling.images, ROWS**2)
+    return _grid(_samples(config, network, images.num_classes, count), images, decoder)
+
+
+def _grid(result: SampleResult, images: ImageDataset, decoder: AutoencoderKL | None) -> Image.Image:
     labels = None if result.labels is None else result.labels.tolist()
-    return gallery.sheet(gallery.pixels(result.samples, decoder), labels)
+    pixels = result.samples if decoder is None else decode(decoder, result.samples)
+    return sample_grid(pixels, labels, images.classes)
 
 
-def _scores(config: Config, result: SampleResult, images: Images, held_out: Images) -> dict[str, Score]:
+def _scores(config: Config, result: SampleResult, images: TensorDataset, held_out: TensorDataset) -> dict[str, Score]:
     """Of the generated images, and of as many real ones as there are, up to that number, that the classifier has not
     seen.
 
@@ -112,12 +125,16 @@ def _scores(config: Config, result: SampleResult, images: Images, held_out: Imag
     return {**scores, name: judge.score(unseen.x[chosen], unseen.y[chosen])}
 
 
-def _pictures(config: Config, trainer: Trainer, result: SampleResult, decoder: AutoencoderKL | None) -> None:
-    loss_curve(trainer.progress.history, config.out / "loss.png", f"{trainer.network['class']}: training loss")
-    if decoder is None and config.data.source == "latents":
-        return
-    labels = None if result.labels is None else result.labels.tolist()
-    gallery.sheet(gallery.pixels(result.samples, decoder), labels).save(config.out / "samples.png")
+def _draw(
+    config: Config, trainer: Trainer, result: SampleResult, images: ImageDataset, decoder: AutoencoderKL | None
+) -> None:
+    """loss.png, and samples.png where samples are images or can be decoded."""
+    if trainer.progress.history:
+        with atomic_path(config.out / "loss.png") as partial:
+            loss_curve(trainer.progress.history, partial, f"{trainer.network['class']}: training loss")
+    if decoder is not None or config.data.source != "latents":
+        with atomic_path(config.out / "samples.png") as partial:
+            _grid(result, images, decoder).save(partial, format="PNG")
 
 
 def _versions(trainer: Trainer) -> dict[str, Any]:
@@ -139,10 +156,10 @@ def _print(config: Config, metrics: dict[str, Any], scores: dict[str, Score]) ->
     if scores:
         print(f"{'':24}{'images':>8}{'right label':>14}{'Fréchet distance':>19}")
     for name, score in scores.items():
-        told = name.replace("real_", "real, ").replace("_", " ")
-        print(f"{told:24}{score.images:8}{100 * score.accuracy:12.1f} %{score.frechet:19.2f}")
-    pictures = [str(p) for p in (out / "samples.png", out / "loss.png") if p.exists()]
-    print(f"\nPictures:      {'  '.join(pictures)}")
+        title = name.replace("real_", "real, ").replace("_", " ")
+        print(f"{title:24}{score.images:8}{100 * score.accuracy:12.1f} %{score.frechet:19.2f}")
+    drawn = [str(p) for p in (out / "samples.png", out / "loss.png") if p.exists()]
+    print(f"\nImages:        {'  '.join(drawn)}")
     print(f"Numbers:       {out / 'metrics.json'}")
     print(f"Weights:       {out / 'checkpoints'}")
     print(f"More samples:  python -m apps.diffusion.sample {out} --num 100")

@@ -1,9 +1,12 @@
 """The training loop.
 
-One step: images s, s + 1, ..., s + B - 1 of the run's order (s = images seen so far), their timesteps, noise
-and hidden labels, all drawn from (seed, s); the loss and its gradient; AdamW; the moving average of the
-weights. Each of P processes takes its B / P of the B draws, in A parts one after another where they would not fit
-the memory, so P and A change nothing but rounding.
+One step: images s, s + 1, ..., s + B - 1 of the run's order (s images seen so far), their timesteps, noise and dropped
+labels, all drawn from (seed, s); the loss and its gradient; AdamW; the moving average of the weights. Each of P
+processes takes B / P of the B samples, in A parts one after another where they would not fit the memory, so P and A
+change nothing but rounding.
+
+A step does not wait for the device: whether its gradient was finite is decided there, and counts and losses are read
+every `LOG_EVERY` steps.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -19,24 +22,26 @@ from typing import Any
 import torch
 from accelerate.utils import gather
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import implicit
 from apps.diffusion.checkpoint.trained_run import fit
 from apps.diffusion.checkpoint.training_state import Checkpoint, Progress
-from apps.diffusion.config.training import Config, OptimizerConfig
-from apps.diffusion.data import DataSet, order
+from apps.diffusion.config.training import Config
+from apps.diffusion.data import BatchSampler, ImageDataset
+from apps.diffusion.data.batch_sampler import Batch, training_batches
 from apps.diffusion.models import build
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.rng import Stream, generator
-from apps.diffusion.training import distributed as sharding
-from apps.diffusion.training import loss as objective
-from apps.diffusion.training.loss import Draw
-from apps.diffusion.training.metric_logger import Tally, tracker
+from apps.diffusion.training import distributed, loss
+from apps.diffusion.training.loss import TrainingNoise
+from apps.diffusion.training.metric_logger import StepMetrics, tracker
+from apps.diffusion.training.optimizer import AveragedWeights, adamw, learning_rate, step_if_finite
 
-PATIENCE = 50  # steps in a row without a finite gradient after which there is no hope
+LOG_EVERY = 25  # steps between two readings of the device, at most
+PATIENCE = 50  # steps in a row without a finite gradient after which training is aborted
+AGREE_EVERY = 1.0  # seconds between two agreements of several processes on the clock and on stopping, about
 
 
 Log = Callable[[dict[str, float], int], Any]
@@ -44,43 +49,27 @@ Show = Callable[[DiT | FPDM], Any]
 
 
 class Diverged(RuntimeError):
-    """Training went wrong; the message says what to change."""
-
-
-def learning_rate(config: OptimizerConfig, images: int, time_share: float) -> float:
-    """The rate of the step that starts after `images` images, when the share `time_share` of `max_time` is
-    spent.
-    """
-    rising = min(1.0, (images + config.batch) / config.warmup) if config.warmup else 1.0
-    if config.decay == "constant":
-        return config.lr * rising
-    done = min(1.0, max(images / config.images, time_share))
-    return config.lr * rising * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def averaged_decay(decay: float, steps: int) -> float:
-    """Weight of the old average at the update after `steps` steps."""
-    return min(decay, (1 + steps) / (10 + steps))
+    """Training has diverged; the message says what to change."""
 
 
 class Trainer:
-    """A run in the making: `Trainer(config, images, start).run()`."""
+    """A training run: `Trainer(config, images, start).run(save)`.
 
-    def __init__(self, config: Config, images: DataSet, start: Checkpoint | None = None) -> None:
-        self.config = config
-        self.images = images
-        self.accelerator = sharding.accelerator(config.optimizer, tracker(config.track), config.out / "logs")
+    Attributes:
+        progress: counts; those of steps are up to date after `synchronize`, a log entry, a checkpoint and `run`.
+        stop_requested: may be set at any time, by a signal handler say.
+        stopping: the processes have agreed to stop.
+    """
+
+    def __init__(self, config: Config, images: ImageDataset, start: Checkpoint | None = None) -> None:
+        self.config, self.images = config, images
+        self.accelerator = distributed.accelerator(config.optimizer, tracker(config.track), config.out / "logs")
         self.scheduler = build.scheduler(config, "ddpm")
         model = build.network(config.model, images.shape, images.num_classes, config.sampling.iterations, config.seed)
         self.network = build.describe(model)
         self.null_class = model.null_class
-        self.ema = AveragedModel(model, device=self.accelerator.device, multi_avg_fn=self._average)
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=config.optimizer.lr,
-            betas=(0.9, config.optimizer.beta2),
-            weight_decay=config.optimizer.weight_decay,
-        )
+        self.names = [name for name, _ in model.named_parameters()]
+        self.ema = AveragedWeights(model, config.ema.decay)
         self.progress = Progress()
         if start is not None:
             self._restore(model, start)
@@ -88,39 +77,40 @@ class Trainer:
             model.enable_gradient_checkpointing()
         if config.optimizer.compile != "no":
             model.compile_blocks(backend=config.optimizer.compile)
+        optimizer = adamw(model.parameters(), config.optimizer)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        sharding.like(self.ema.module, self.model)
+        self.ema.module.to(self.accelerator.device)
+        distributed.shard_like(self.ema.module, self.model)
         if start is not None:
-            moments = sharding.shares(start.optimizer, self.model.parameters())
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.tally = Tally()
-        self.entry: dict[str, float] = {}  # the last one
+            distributed.load_optimizer_state(self.model, self.optimizer.optimizer, self.names, start.optimizer)
+        counts = [self.progress.steps, self.progress.skipped, 0]
+        # on the device: steps, skipped steps, and skipped steps since the last finite gradient
+        self.counts = torch.tensor(counts, device=self.accelerator.device)
+        self.metrics = StepMetrics()
         self.saved = -1  # images seen at the last checkpoint
-        self.asked = False  # anyone may set it, at any time
-        self.stopping = False  # what all processes have agreed on; `_agree` alone writes it
+        self.stop_requested = False
+        self.stopping = False  # only `_agree` writes it
+        self._batches: Iterator[Batch] | None = None
+        self._next_agreement, self._last_agreement = 0, (0, self.progress.seconds)  # in steps of this process
+        self._steps = 0
 
-    def run(
-        self,
-        save: Callable[[Checkpoint], Any],
-        log: Log | None = None,
-        show: Show | None = None,
-    ) -> Progress:
-        """Train to the end of the budget, or to the end of the step in which a process sets its `asked`.
+    def run(self, save: Callable[[Checkpoint], Any], log: Log | None = None, show: Show | None = None) -> Progress:
+        """Trains to the end of the budget, or to the end of the step in which a process sets `stop_requested`.
 
         Args:
             save: called by the main process with every checkpoint.
-            log: called with every entry (see logbook.py) and the images seen.
-            show: called by the main process every `sample_every` images with the averaged network; the time it takes
-                is not training's.
+            log: called with every entry (see metric_logger.py) and the images seen.
+            show: called by the main process every `sample_every` images with the averaged network; its time does not
+                count as training time.
 
         Raises:
             Diverged: no step, or none of the last `PATIENCE`, had a finite gradient.
         """
         config, progress = self.config, self.progress
         start = time.monotonic() - progress.seconds
-        failures = 0
-        bar = tqdm(
+        batch = config.optimizer.batch
+        self._agree(progress.seconds)  # a signal may have come before the first step
+        with tqdm(
             total=config.optimizer.images,
             initial=progress.images,
             unit="img",
@@ -128,32 +118,26 @@ class Trainer:
             desc=config.model.kind,
             mininterval=0.5 if sys.stderr.isatty() else 20,
             disable=not self.accelerator.is_main_process,
-        )
-        self._agree(progress.seconds)  # on a signal that came before the first step
-        while not self.finished and not self.stopping:
-            loss, finite = self.step()
-            failures = 0 if finite else failures + 1
-            if failures == PATIENCE:
-                raise Diverged(
-                    f"The gradient has not been finite for {PATIENCE} steps in a row, at {progress.images} images; "
-                    "lower --optimizer.lr, or clip harder; where it never was, see whether the data are finite."
-                )
-            progress.seconds = self._agree(time.monotonic() - start)
-            bar.update(config.optimizer.batch)
-            self._record(loss, bar, log)
-            if progress.images % config.checkpoint_every < config.optimizer.batch:
-                self._save(save, log)
-            if show and config.sample_every and progress.images % config.sample_every < config.optimizer.batch:
-                start += self._show(show)
-        bar.close()
+        ) as bar:
+            while not self.finished and not self.stopping:
+                self.step()
+                progress.seconds = self._agree(time.monotonic() - start)
+                bar.update(batch)
+                if self.metrics.steps >= LOG_EVERY:
+                    self._log(log, bar)
+                if progress.images % config.checkpoint_every < batch:
+                    self._save(save, log, bar)
+                if show and config.sample_every and progress.images % config.sample_every < batch:
+                    start += self._show(show)
+        self._log(log)
         if self.finished and not progress.steps:
             raise Diverged(
-                f"Not one of the {progress.skipped} steps had a finite gradient, and nothing is learnt; see whether "
+                f"Not one of the {progress.skipped} steps had a finite gradient, and nothing is learned; see whether "
                 "the data are finite, and lower --optimizer.lr."
             )
         if self.saved != progress.images:
             self._save(save, log)
-        self._agree(progress.seconds)  # on a signal that came since the last step
+        self._agree(progress.seconds, now=True)  # a signal may have come since the last step
         return progress
 
     @property
@@ -161,57 +145,63 @@ class Trainer:
         """Whether the budget of images or time is spent."""
         return self.progress.images >= self.config.optimizer.images or self._time_share() >= 1
 
-    def step(self) -> tuple[float, bool]:
-        """One step of training; returns the loss of the whole batch, and whether its gradient was finite."""
+    def step(self) -> tuple[Tensor, Tensor]:
+        """One step of training.
+
+        Returns:
+            The loss of this process's samples, and whether the gradient of the whole batch was finite; scalars on the
+            device.
+        """
         config, progress = self.config, self.progress
-        x, y, draw = self._batch()
+        x, y, noise = self._batch()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.optimizer, progress.images, self._time_share())
         self.optimizer.zero_grad()
-        parts, loss = config.optimizer.accumulate, torch.zeros((), device=x.device)
+        parts, total = config.optimizer.accumulate, torch.zeros((), device=x.device)
         for k in range(parts):
             part = slice(k * len(x) // parts, (k + 1) * len(x) // parts)
             # gradients are averaged over processes once, with the last part
             together = nullcontext() if k == parts - 1 else self.accelerator.no_sync(self.model)
             with together, build.attention(config):
-                found = self._loss(x[part], None if y is None else y[part], draw.part(part))
+                found = self._loss(x[part], None if y is None else y[part], noise.part(part))
                 self.accelerator.backward(found.total / parts)
-            loss += found.total.detach() / parts
-            self.tally.solved(found.solution)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip or math.inf)
-        finite = norm is None or math.isfinite(sharding.number(norm))  # of the average over all processes
-        if finite:
-            self.optimizer.step()
-            progress.steps += 1
-            self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
-        else:
-            progress.skipped += 1
+            total += found.total.detach() / parts
+            self.metrics.add_solve(found.solution)
+        # the norm of the gradient averaged over all processes
+        norm: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), config.optimizer.clip or math.inf)
+        finite = distributed.full_tensor(norm).isfinite()
+        step_if_finite(self.optimizer.optimizer, finite)
+        steps, skipped, failures = self.counts
+        self.counts = torch.stack([steps + finite, skipped + ~finite, (failures + 1) * ~finite])
+        self.ema.update(self.accelerator.unwrap_model(self.model), self.counts[0], finite)
         progress.images += config.optimizer.batch
-        return float(self.accelerator.reduce(loss, reduction="mean")), finite  # pyright: ignore
+        self._steps += 1
+        self.metrics.add_step(total, config.optimizer.batch)
+        return total, finite
 
-    def _loss(self, x: Tensor, y: Tensor | None, draw: Draw) -> objective.Loss:
+    def _loss(self, x: Tensor, y: Tensor | None, noise: TrainingNoise) -> loss.Loss:
         with self.accelerator.autocast():
-            return objective.loss(
-                self.model, x, y, draw, scheduler=self.scheduler, null_class=self.null_class, **self._solve()
+            return loss.loss(
+                self.model, x, y, noise, scheduler=self.scheduler, null_class=self.null_class, **self._solve()
             )
 
-    def _batch(self) -> tuple[Tensor, Tensor | None, Draw]:
-        """This process's part of the step: images (b, C, H, W), labels (b,), and their draws."""
-        size, seen, seed = self.config.optimizer.batch, self.progress.images, self.config.seed
-        draws = generator(seed, Stream.STEP, seen)
-        noise = torch.randn(size, *self.images.shape, generator=draws)
+    def _batch(self) -> tuple[Tensor, Tensor | None, TrainingNoise]:
+        """This process's part of the step: images (b, C, H, W), labels (b,), and their randomness, on the device."""
+        config, device = self.config, self.accelerator.device
+        size, rank = config.optimizer.batch, self.accelerator.process_index
+        sampler = BatchSampler(
+            len(self.images), size, config.seed, self.progress.images, rank, self.accelerator.num_processes
+        )
+        if self._batches is None:
+            workers = 0 if config.data.workers is None else config.data.workers
+            pin = device.type == "cuda"
+            self._batches = training_batches(self.images, sampler, workers=workers, pin_memory=pin)
+        x, y, noise, level, dropout = (value.to(device, non_blocking=True) for value in next(self._batches))
         # one timestep from each of `size` equal parts of 0..T-1: uniform, with less variance
-        levels = (torch.arange(size) + torch.rand(size, generator=draws, dtype=torch.float64)) / size
-        t = (levels * self.config.schedule.timesteps).long()
-        dropped = torch.rand(size, generator=draws) < self.config.optimizer.label_dropout
-        share = size // self.accelerator.num_processes
-        mine = slice(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
-        n = len(self.images)
-        epochs = [(seen + i) // n for i in range(size)]
-        x, y = self.images.draw(order(n, seed, seen, size)[mine], epochs[mine], seed)
-        device = self.accelerator.device
-        labels = y.to(device) if self.images.num_classes else None
-        return x.to(device), labels, Draw(noise=noise[mine], t=t[mine], dropped=dropped[mine]).to(device)
+        own = torch.arange(sampler.part.start, sampler.part.stop, device=device)
+        t = ((own + level) / size * config.schedule.timesteps).long()
+        dropped = dropout < config.optimizer.label_dropout
+        return x, y if self.images.num_classes else None, TrainingNoise(noise=noise, t=t, dropped=dropped)
 
     def _solve(self) -> dict[str, Any]:
         """How this step solves the fixed point."""
@@ -231,57 +221,74 @@ class Trainer:
             return grad
         return replace(grad, generator=generator(self.config.seed, Stream.SOLVE, self.progress.images))
 
-    def _average(self, average: Any, current: Any, updates: Any) -> None:
-        """average <- d average + (1 - d) current; torch calls this with two lists of tensors."""
-        get_ema_multi_avg_fn(averaged_decay(self.config.ema.decay, int(updates)))(average, current, updates)
-
     def _time_share(self) -> float:
         return self.progress.seconds / self.config.max_time if self.config.max_time else 0.0
 
-    def _agree(self, seconds: float) -> float:
-        """The longest clock, and whether anyone was told to stop, so that all processes stop at the same step."""
+    def _agree(self, seconds: float, now: bool = False) -> float:
+        """The longest clock, and whether a process has been told to stop, so that all stop at the same step. Several
+        processes agree about every `AGREE_EVERY` seconds, and between two agreements the clock stands still.
+        """
         if self.accelerator.num_processes == 1:
-            self.stopping = self.asked
+            self.stopping = self.stop_requested
             return seconds
-        mine = torch.tensor([[seconds, float(self.asked)]], dtype=torch.float64, device=self.accelerator.device)
+        if self._steps < self._next_agreement and not (now or self.finished):
+            return self.progress.seconds
+        mine = torch.tensor([[seconds, float(self.stop_requested)]], device=self.accelerator.device)
         clock, stopping = gather(mine).amax(0).tolist()  # pyright: ignore[reportAttributeAccessIssue]
         self.stopping = bool(stopping)
+        # the same numbers on all processes, so that all agree again after the same step
+        steps, before = self._last_agreement
+        per_step = max(clock - before, 1e-9) / max(self._steps - steps, 1)
+        self._last_agreement = (self._steps, clock)
+        self._next_agreement = self._steps + min(LOG_EVERY, max(1, int(AGREE_EVERY / per_step)))
         return clock
 
-    def _record(self, loss: float, bar: tqdm[Any], log: Log | None) -> None:
-        self.tally.stepped(loss, self.config.optimizer.batch)
-        if self.tally.steps >= 25:
-            self._enter(log)
-        mean = self.entry.get("loss", loss)
-        told = {"loss": f"{mean:.4f}", "skipped": self.progress.skipped}
-        if "residual/mean" in self.entry:
-            told["residual"] = f"{self.entry['residual/mean']:.1e}"
-        bar.set_postfix(told, refresh=False)
+    def synchronize(self) -> int:
+        """Reads the numbers of steps from the device into `progress`; returns the skipped steps since the last finite
+        gradient.
+        """
+        self.progress.steps, self.progress.skipped, failures = self.counts.tolist()
+        return failures
 
-    def _enter(self, log: Log | None) -> None:
-        """Add to the history what has come together since the last entry."""
-        found = self.tally.entry()
-        if found:
-            rate = self.optimizer.param_groups[0]["lr"]
-            self.entry = {**found, "learning_rate": float(rate), "skipped": float(self.progress.skipped)}
-            self.progress.history.append((self.progress.images, found["loss"]))
+    def _log(self, log: Log | None, bar: tqdm[Any] | None = None) -> None:
+        """Reads the device's counts, and adds an entry for the steps since the last one.
+
+        Raises:
+            Diverged: none of the last `PATIENCE` steps had a finite gradient.
+        """
+        progress = self.progress
+        failures = self.synchronize()
+        if failures >= PATIENCE:
+            raise Diverged(
+                f"The gradient has not been finite for {failures} steps in a row, at {progress.images} images; lower "
+                "--optimizer.lr, or --optimizer.clip; where it never was, see whether the data are finite."
+            )
+        if found := self.metrics.entry():
+            rate = float(self.optimizer.param_groups[0]["lr"])
+            progress.last = {**found, "learning_rate": rate, "skipped": float(progress.skipped)}
+            progress.history.append((progress.images, found["loss"]))
             if log:
-                log(self.entry, self.progress.images)
-        self.tally = Tally()
+                log(progress.last, progress.images)
+        self.metrics = StepMetrics()
+        if bar is not None and progress.last:
+            shown: dict[str, Any] = {"loss": f"{progress.last['loss']:.4f}", "skipped": progress.skipped}
+            if "residual/mean" in progress.last:
+                shown["residual"] = f"{progress.last['residual/mean']:.1e}"
+            bar.set_postfix(shown, refresh=False)
 
     def _show(self, show: Show) -> float:
-        """Have samples shown; returns the seconds that it took."""
+        """Calls `show`; returns the seconds that it took."""
         began = time.monotonic()
         network = self.averaged()
         if network is not None:
             show(network)
         self.accelerator.wait_for_everyone()
-        self.tally.began += time.monotonic() - began
+        self.metrics.began += time.monotonic() - began
         return time.monotonic() - began
 
     def averaged(self) -> DiT | FPDM | None:
-        """The network with the averaged weights, in evaluation mode: the main process gets it, all must ask."""
-        weights = sharding.whole(self.ema.module.state_dict(), self.accelerator.is_main_process)
+        """The network with the averaged weights, in evaluation mode: the main process gets it, all must call this."""
+        weights = distributed.model_state(self.ema.module)
         if not self.accelerator.is_main_process:
             return None
         with torch.device("meta"):
@@ -289,8 +296,8 @@ class Trainer:
         network.load_state_dict(weights, assign=True)
         return network.to(self.accelerator.device).eval()
 
-    def _save(self, save: Callable[[Checkpoint], Any], log: Log | None = None) -> None:
-        self._enter(log)
+    def _save(self, save: Callable[[Checkpoint], Any], log: Log | None = None, bar: tqdm[Any] | None = None) -> None:
+        self._log(log, bar)
         state = self.checkpoint()
         if self.accelerator.is_main_process:
             save(state)
@@ -298,24 +305,26 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def checkpoint(self) -> Checkpoint:
-        """The run as it stands, its tensors whole. All processes must ask; the main one gets the tensors."""
-        keep = self.accelerator.is_main_process
-        moments = self.optimizer.state_dict()["state"]
+        """The state of the run, its tensors whole. All processes must call this; the main one gets the tensors."""
         return Checkpoint(
             network=self.network,
-            model=sharding.whole(self.accelerator.unwrap_model(self.model).state_dict(), keep),
-            ema=sharding.whole(self.ema.module.state_dict(), keep),
-            optimizer={i: sharding.whole(entry, keep) for i, entry in moments.items()},
+            model=distributed.model_state(self.model),
+            ema=distributed.model_state(self.ema.module),
+            optimizer=distributed.optimizer_state(self.model, self.optimizer.optimizer, self.names),
             progress=self.progress,
+            classes=tuple(self.images.classes),
         )
 
     def _restore(self, model: torch.nn.Module, start: Checkpoint) -> None:
-        """All but the optimizer's state, which is checked."""
+        """Everything but the optimizer's state, which is only checked.
+
+        Raises:
+            ValueError: the checkpoint holds another network, or another network's moments.
+        """
         if _architecture(start.network) != _architecture(self.network):
             raise ValueError(
                 f"The checkpoint holds another network ({start.network}) than the configuration describes "
-                f"({self.network}); "
-                "resume it with the settings it was started with."
+                f"({self.network}); resume it with the settings it was started with."
             )
         fit(model, start.model, self.config.out)
         fit(self.ema.module, start.ema, self.config.out)
@@ -326,7 +335,6 @@ class Trainer:
                     f"The optimizer's state in {self.config.out} is that of another network (parameter {i} has another "
                     "shape); delete this checkpoint to go on from the one before, or train again into a new folder."
                 )
-        self.ema.n_averaged.fill_(start.progress.steps)
         self.progress = start.progress
 
 

@@ -13,8 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from apps.diffusion import encode
-from apps.diffusion.data import preprocessing as crop
-from apps.diffusion.data.latents import Latents, sha256
+from apps.diffusion.data import latent_writer, preprocessing
+from apps.diffusion.data.dataset import all_images
+from apps.diffusion.data.latent_writer import LatentWriter
+from apps.diffusion.data.latents import LatentDataset
+from apps.diffusion.files.hashing import of_file as sha256
 from apps.diffusion.models import autoencoder as vae
 from tests.apps.diffusion import picture_files as pf
 
@@ -44,13 +47,13 @@ def contents(out):
 
 def test_mean_and_deviation_of_both_sides_are_the_vaes(images, vae_folder, tmp_path):
     assert call(images, vae_folder, tmp_path / "out") == 0
-    latents = Latents(tmp_path / "out")
+    latents = LatentDataset(tmp_path / "out")
     model: Any = pf.tiny_vae()
     assert (len(latents), latents.num_classes, latents.shape) == (15, 3, (4, 4, 4))
     assert latents.y.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and latents.classes == ("cat", "dog", "owl")
     files = sorted(p.relative_to(images) for p in images.rglob("*.*"))
     for i in (0, 7, 14):
-        pixels = torch.from_numpy(crop.read(images / files[i], 16, 1).copy()).float() / 127.5 - 1
+        pixels = torch.from_numpy(preprocessing.read(images / files[i], 16, 1).copy()).float() / 127.5 - 1
         for side, x in enumerate((pixels, pixels.flip(2))):
             with torch.no_grad():
                 mean, logvar = model.quant_conv(model.encoder(x[None])).chunk(2, dim=1)
@@ -72,12 +75,18 @@ def test_the_index_says_where_the_latents_come_from(images, vae_folder, tmp_path
         **vae.digests(pf.tiny_vae()),
     }
     assert vae.digests(pf.tiny_vae(1))["weights_sha256"] != index["vae"]["weights_sha256"]
-    assert index["preprocessing"] == {"size": 16, "crop": "centre", "least_side": 4, "range": [-1, 1]}
+    assert index["preprocessing"] == {
+        "version": 2,
+        "size": 16,
+        "crop": "center",
+        "least_side": 4,
+        "range": [-1, 1],
+    }
     assert [shard["images"] for shard in index["shards"]] == [4, 3, 3, 3, 2]
     for shard in index["shards"]:
         assert sha256(tmp_path / "out" / shard["file"]) == shard["sha256"]
         assert (tmp_path / "out" / shard["file"]).stat().st_size == shard["bytes"]
-    Latents(tmp_path / "out").verify()
+    LatentDataset(tmp_path / "out").verify()
 
 
 def test_bad_files_are_named_as_they_come_and_at_the_end(images, vae_folder, tmp_path, capsys):
@@ -92,27 +101,27 @@ def test_a_shard_of_bad_files_alone(images, vae_folder, tmp_path):
     for i in range(8):
         (images / "cat" / f"a{i}.png").write_text("no picture")
     assert call(images, vae_folder, tmp_path / "out") == 0
-    latents = Latents(tmp_path / "out")
+    latents = LatentDataset(tmp_path / "out")
     assert len(latents) == 15 and 0 in [shard["images"] for shard in latents.index["shards"]]
-    assert latents.draw(range(15), [0] * 15, 0)[0].shape == (15, 4, 4, 4)
+    assert all_images(latents)[0].shape == (15, 4, 4, 4)
     assert torch.bincount(latents.y).tolist() == [5, 5, 5]
 
 
 def test_an_interrupted_run_goes_on(images, vae_folder, tmp_path, monkeypatch, capsys):
     assert call(images, vae_folder, tmp_path / "whole") == 0
-    write, written = encode.write_shard, []
+    write, written = LatentWriter.write, []
 
-    def interrupted(work, k, *rest):
+    def interrupted(writer, k, *rest):
         if len(written) == 2:
             raise OSError(28, "No space left on device")
         written.append(k)
-        write(work, k, *rest)
+        write(writer, k, *rest)
 
-    monkeypatch.setattr(encode, "write_shard", interrupted)
+    monkeypatch.setattr(LatentWriter, "write", interrupted)
     assert call(images, vae_folder, tmp_path / "out") == 1
     assert "No space left" in capsys.readouterr().err
     with pytest.raises(ValueError, match="not finished"):
-        Latents(tmp_path / "out")
+        LatentDataset(tmp_path / "out")
     monkeypatch.undo()
     first = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in contents(tmp_path / "out")}
     pf.truncate(tmp_path / "out" / "shards" / "00001.safetensors")  # as by a crash of the machine
@@ -123,13 +132,11 @@ def test_an_interrupted_run_goes_on(images, vae_folder, tmp_path, monkeypatch, c
 
 
 def test_a_failed_write_leaves_no_half_file(images, vae_folder, tmp_path, monkeypatch):
-    import safetensors.torch
-
     def half(tensors, path, metadata):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", half)
+    monkeypatch.setattr(latent_writer, "save_file", half)
     assert call(images, vae_folder, tmp_path / "out") == 1
     assert set(contents(tmp_path / "out")) == {"settings.json"}
 
@@ -160,7 +167,7 @@ def test_a_process_takes_its_own_shards_only(images, vae_folder, tmp_path, capsy
     assert names() == ["00000.safetensors", "00001.safetensors", "00003.safetensors"]
     assert not (tmp_path / "out" / "index.json").exists()
     assert call(images, vae_folder, tmp_path / "out", "--rank", "2", "--world", "3") == 0
-    assert len(Latents(tmp_path / "out")) == 15
+    assert len(LatentDataset(tmp_path / "out")) == 15
     assert call(images, vae_folder, tmp_path / "out", "--rank", "3", "--world", "3") == 2
 
 
@@ -169,11 +176,12 @@ def test_half_precision_and_images_of_no_class(vae_folder, tmp_path):
         pf.save(tmp_path / "images" / f"{i}.png", pf.picture(i))
     assert call(tmp_path / "images", vae_folder, tmp_path / "full") == 0
     assert call(tmp_path / "images", vae_folder, tmp_path / "half", "--dtype", "float16") == 0
-    full, half = Latents(tmp_path / "full"), Latents(tmp_path / "half")
+    full, half = LatentDataset(tmp_path / "full"), LatentDataset(tmp_path / "half")
     assert (full.num_classes, len(full)) == (0, 5)
     assert load_file(tmp_path / "half" / "shards" / "00000.safetensors")["mean"].dtype == torch.float16
-    torch.testing.assert_close(half[range(5)][0], full[range(5)][0], rtol=2e-3, atol=2e-3)
-    assert half.draw([0], [0], 0)[0].dtype == torch.float32
+    low, high = (all_images(LatentDataset(tmp_path / name, sample=False))[0] for name in ("half", "full"))
+    torch.testing.assert_close(low, high, rtol=2e-3, atol=2e-3)
+    assert half[0][0].dtype == torch.float32
 
 
 def test_latents_made_otherwise_are_not_mixed(images, vae_folder, tmp_path, capsys):
@@ -250,7 +258,7 @@ def test_bad_input_is_refused(images, vae_folder, tmp_path, capsys):
 def test_a_vae_in_the_folder_of_a_pipeline(images, tmp_path):
     pf.tiny_vae().save_pretrained(tmp_path / "pipeline" / "vae")
     assert call(images, tmp_path / "pipeline", tmp_path / "out") == 0
-    assert Latents(tmp_path / "out").index["vae"]["name"].endswith("pipeline/vae")
+    assert LatentDataset(tmp_path / "out").index["vae"]["name"].endswith("pipeline/vae")
 
 
 def test_only_bad_files(vae_folder, tmp_path, capsys):
@@ -273,9 +281,9 @@ def test_latents_that_are_not_finite_are_named_and_left_out(images, vae_folder, 
     monkeypatch.setattr(vae, "moments", spoilt)
     assert call(images, vae_folder, tmp_path / "out", "--batch", "10", "--shard-size", "15", "--dtype", "float16") == 0
     told = capsys.readouterr()
-    latents = Latents(tmp_path / "out")
+    latents = LatentDataset(tmp_path / "out")
     assert len(latents) == 13 and latents.y.tolist() == [0] * 4 + [1] * 5 + [2] * 4
-    assert latents[range(13)][0].isfinite().all()
+    assert all_images(latents)[0].isfinite().all()
     assert "2 of 15 images were skipped" in told.out and "not finite in float16" in told.out
     assert "cat/0.png" in told.err and "owl/0.png" in told.err
 

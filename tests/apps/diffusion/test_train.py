@@ -17,10 +17,12 @@ import implicit
 from apps.diffusion import train
 from apps.diffusion.checkpoint import training_state as checkpoint
 from apps.diffusion.config import training as c
-from apps.diffusion.data import Images, digits
+from apps.diffusion.data import TensorDataset, digits
 from apps.diffusion.models.build import rebuild
+from apps.diffusion.training import run as run_module
 from apps.diffusion.training import trainer as trainer_module
-from apps.diffusion.training.trainer import Diverged, Trainer, averaged_decay, learning_rate
+from apps.diffusion.training.optimizer import decay_at, learning_rate
+from apps.diffusion.training.trainer import Diverged, Trainer
 
 SMALL = c.Config(
     model=c.ModelConfig(hidden=16, heads=2),
@@ -48,18 +50,20 @@ def run(config, images=None, start=None, until=None):
 
 
 class _StopAt:
-    """Images that ask their trainer to stop when it has seen `until`."""
+    """Images that have their trainer stop when it has seen `until`."""
 
     def __init__(self, trainer, until):
         self.trainer, self.until, self.images = trainer, until, trainer.images
         self.shape, self.num_classes = trainer.images.shape, trainer.images.num_classes
 
+        self.classes = trainer.images.classes
+
     def __len__(self):
         return len(self.images)
 
-    def draw(self, index, epoch, seed):
-        self.trainer.asked = self.trainer.progress.images + len(index) >= self.until
-        return self.images.draw(index, epoch, seed)
+    def __getitem__(self, key):
+        self.trainer.stop_requested = self.trainer.progress.images + 16 >= self.until
+        return self.images[key]
 
 
 def same(a, b):
@@ -115,24 +119,25 @@ def test_the_average_is_the_recursion_it_says():
         d = min(0.5, (1 + step) / (10 + step))
         average = d * average + (1 - d) * state.model["x_embedder.proj.weight"]
     torch.testing.assert_close(saved[-1].ema["x_embedder.proj.weight"], average)
-    assert [averaged_decay(0.9, k) for k in (0, 8, 10**6)] == [0.1, 0.5, 0.9]
+    assert [float(decay_at(0.9, torch.tensor(k))) for k in (0, 8, 10**6)] == pytest.approx([0.1, 0.5, 0.9])
 
 
 def test_steps_without_a_finite_gradient_are_counted_and_leave_no_trace():
     images = digits("train")
     spoilt = torch.full_like(images.x, float("nan"))
-    trainer = Trainer(SMALL, Images(spoilt, images.y, 10))
+    trainer = Trainer(SMALL, TensorDataset(spoilt, images.y, 10))
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
     for _ in range(3):
         loss, finite = trainer.step()
         assert not finite and loss != loss
+    assert trainer.synchronize() == 3
     assert (trainer.progress.skipped, trainer.progress.steps, trainer.progress.images) == (3, 0, 48)
     assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
-    trainer.images = images
-    assert trainer.step()[1] and trainer.progress.steps == 1
+    trainer.images, trainer._batches = images, None
+    assert trainer.step()[1] and trainer.synchronize() == 0 and trainer.progress.steps == 1
     long = dataclasses.replace(SMALL, optimizer=dataclasses.replace(SMALL.optimizer, images=10**6))
-    with pytest.raises(Diverged, match=r"optimizer.lr"):
-        run(long, images=Images(spoilt, images.y, 10))
+    with pytest.raises(Diverged, match=r"--optimizer\.lr"):
+        run(long, images=TensorDataset(spoilt, images.y, 10))
 
 
 def test_the_learning_rate_follows_images_or_time_whichever_is_further():
@@ -146,9 +151,7 @@ def test_the_learning_rate_follows_images_or_time_whichever_is_further():
 
 
 def test_time_ends_a_run():
-    config = dataclasses.replace(
-        SMALL, max_time=0.5, optimizer=dataclasses.replace(SMALL.optimizer, images=10**9)
-    )
+    config = dataclasses.replace(SMALL, max_time=0.5, optimizer=dataclasses.replace(SMALL.optimizer, images=10**9))
     began = time.monotonic()
     trainer, saved = run(config)
     assert 0.5 <= trainer.progress.seconds < 5 and time.monotonic() - began < 20
@@ -183,13 +186,14 @@ def test_a_signal_is_heard_at_the_agreed_moment_alone():
     others = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "gather", lambda mine: torch.cat([mine, torch.tensor(others)]))
-        with train._stop_on_signals(trainer):
+        with run_module._stop_on_signals(trainer):
             signal.raise_signal(signal.SIGTERM)
-        assert trainer.asked and not trainer.stopping
+        assert trainer.stop_requested and not trainer.stopping
         others[:] = [[3.0, 0.0]]
         assert trainer._agree(2.0) == 3.0 and trainer.stopping
-        trainer.asked, others[:] = False, [[1.0, 1.0]]
-        assert trainer._agree(2.0) == 2.0 and trainer.stopping and not trainer.asked
+        trainer.stop_requested, others[:] = False, [[1.0, 1.0]]
+        assert trainer._agree(2.0) == 0.0 and trainer.stopping  # the time of the next agreement has not come
+        assert trainer._agree(2.0, now=True) == 2.0 and trainer.stopping and not trainer.stop_requested
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -199,7 +203,7 @@ def test_a_signal_during_a_save_is_not_lost(number):
 
     def save(state):
         saved.append(state.progress.images)
-        trainer.asked = len(saved) > number
+        trainer.stop_requested = len(saved) > number
 
     trainer.run(save)
     assert trainer.stopping and trainer.progress.images == [80, 144][number]
@@ -207,10 +211,10 @@ def test_a_signal_during_a_save_is_not_lost(number):
 
 def test_training_without_one_finite_step_says_so(tmp_path, capsys, monkeypatch):
     images = digits("train")
-    spoilt = Images(torch.full_like(images.x, float("nan")), images.y, 10)
-    with pytest.raises(Diverged, match="the data are finite"):
+    spoilt = TensorDataset(torch.full_like(images.x, float("nan")), images.y, 10)
+    with pytest.raises(Diverged, match="finite"):
         run(SMALL, images=spoilt)
-    monkeypatch.setattr(train, "load_images", lambda config: (spoilt, None))
+    monkeypatch.setattr(run_module, "load_images", lambda config: (spoilt, None))
     assert train.main([*TINY, "--out", str(tmp_path / "run")]) == 1
     assert "Not one of the 6 steps" in capsys.readouterr().err
 
@@ -233,8 +237,8 @@ def test_two_processes_do_not_train_into_one_folder(tmp_path, capsys):
     assert train.main([*TINY, "--out", str(out)]) == 0  # the lock of a dead process holds nobody up
 
 
-HOLD = "import sys, pathlib, time; from apps.diffusion.files.lock import alone\n"
-HOLD += "with alone(pathlib.Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
+HOLD = "import sys, pathlib, time; from apps.diffusion.files.atomic import exclusive\n"
+HOLD += "with exclusive(pathlib.Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
 
 
 TINY = (

@@ -14,15 +14,29 @@ import sys
 import traceback
 
 import torch
+from accelerate.utils import DistributedType
 
 from apps.diffusion import train
-from apps.diffusion.checkpoint.trained_run import digest
-from apps.diffusion.training import summary as report
-from apps.diffusion.training import trainer
+from apps.diffusion.files.hashing import of_tensors as digest
+from apps.diffusion.training import distributed
+from apps.diffusion.training import run as training_run
 
-assert trainer.Trainer  # imported before the forks
-report.finish = lambda _config, _trainer, network, *_: print("averaged:", digest(network.state_dict()))
+training_run.summarize = lambda _config, _trainer, network, *_: print("averaged:", digest(network.state_dict()))
 torch.set_num_threads(1)
+make_accelerator = distributed.accelerator
+
+
+def accelerator(*arguments):
+    """accelerate offers FSDP on accelerators only; its code runs on CPUs as well, once its state says so."""
+    found = make_accelerator(*arguments)
+    plugin = distributed.fsdp_plugin()
+    if plugin is not None and found.distributed_type == DistributedType.MULTI_CPU:
+        found.state.distributed_type = DistributedType.FSDP
+        found.state.fsdp_plugin = plugin
+    return found
+
+
+distributed.accelerator = accelerator
 
 
 def run(argv, log, largest):

@@ -1,9 +1,9 @@
 """Checkpoints are whole or absent, and come back as they were."""
 
+import dataclasses
 import json
 import os
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -59,16 +59,11 @@ def test_a_folder_of_another_name_is_no_checkpoint(tmp_path):
     assert backup.exists() and not older.exists()
 
 
-def test_what_another_process_is_writing_is_left_to_it(tmp_path):
-    folder = tmp_path / "checkpoints"
-    with subprocess.Popen(["sleep", "60"]) as other:
-        theirs = folder / f".{64:012d}.{other.pid}-00000000.partial"
-        theirs.mkdir(parents=True)
-        checkpoint.save(tmp_path, _state(64), keep=2)
-        assert theirs.exists()
-        other.kill()
-    checkpoint.save(tmp_path, _state(128), keep=2)
-    assert not theirs.exists()
+def test_what_a_killed_process_has_left_is_deleted(tmp_path):
+    left = tmp_path / "checkpoints" / f".{64:012d}.abc.partial"
+    left.mkdir(parents=True)
+    checkpoint.save(tmp_path, _state(64), keep=2)
+    assert not left.exists()
 
 
 @pytest.mark.parametrize("fails_at", ["save_file", "replace", "fsync"])
@@ -78,7 +73,7 @@ def test_a_failed_write_leaves_the_one_before(tmp_path, monkeypatch, fails_at):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    target = "safetensors.torch.save_file" if fails_at == "save_file" else f"apps.diffusion.checkpoint.os.{fails_at}"
+    target = "safetensors.torch.save_file" if fails_at == "save_file" else f"apps.diffusion.files.atomic.os.{fails_at}"
     with monkeypatch.context() as patch:
         patch.setattr(target, full)
         with pytest.raises(OSError, match="No space"):
@@ -109,5 +104,56 @@ def test_another_format_and_an_empty_folder_are_refused(tmp_path):
     path = checkpoint.save(tmp_path, _state(64))
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(state | {"format": 99}))
-    with pytest.raises(Unreadable, match="format 99"):
+    with pytest.raises(Unreadable, match="99"):
         checkpoint.newest(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
+def test_one_flipped_bit_anywhere_is_noticed_and_named(tmp_path, file):
+    path = checkpoint.save(tmp_path, _state(64))
+    whole = (path / file).read_bytes()
+    for position in range(0, len(whole), max(1, len(whole) // 40)):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1
+        (path / file).write_bytes(bytes(flipped))
+        with pytest.raises(Unreadable, match=file):
+            checkpoint.load(path)
+    (path / file).write_bytes(whole)
+    _equal(checkpoint.load(path), _state(64))
+
+
+def test_damage_to_a_file_that_is_not_read_does_not_count(tmp_path):
+    path = checkpoint.save(tmp_path, _state(64))
+    (path / "optimizer.safetensors").unlink()
+    found = checkpoint.newest(tmp_path, tensors=("ema",))
+    assert found.ema.keys() == _state(64).ema.keys() and not found.model and not found.optimizer
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seconds", "x"),
+        ("seconds", -1),
+        ("images", 1.5),
+        ("steps", None),
+        ("skipped", -2),
+        ("history", [[1]]),
+        ("history", 3),
+    ],
+)
+def test_values_of_format_1_that_make_no_sense_are_refused(tmp_path, name, value):
+    path = checkpoint.save(tmp_path, _state(64))
+    state = json.loads((path / "state.json").read_text())
+    del state["files"], state["sha256"], state["classes"]
+    plain = state | {"format": 1}
+    (path / "state.json").write_text(json.dumps(plain))
+    _equal(checkpoint.load(path), dataclasses.replace(_state(64), classes=()))
+    plain["progress"][name] = value
+    (path / "state.json").write_text(json.dumps(plain))
+    with pytest.raises(Unreadable, match=r"state\.json"):
+        checkpoint.load(path)
+
+
+def test_class_names_come_back(tmp_path):
+    checkpoint.save(tmp_path, dataclasses.replace(_state(64), classes=("ant", "Bär")))
+    assert checkpoint.newest(tmp_path).classes == ("ant", "Bär")

@@ -1,9 +1,10 @@
-"""The digits, and the order in which a run sees its images."""
+"""Datasets in memory, and the digits."""
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from apps.diffusion.data import Images, digits, order
+from apps.diffusion.data import TensorDataset, digits
 
 
 def test_digits_are_split_once_and_cover_everything():
@@ -28,29 +29,35 @@ def test_an_unknown_split_is_refused():
         digits("test")
 
 
-def test_every_epoch_shows_every_image_once():
-    n = 13
-    shown = order(n, seed=3, start=0, count=5 * n)
-    epochs = [shown[k * n : (k + 1) * n] for k in range(5)]
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 5
-    assert order(n, seed=4, start=0, count=n) != epochs[0]
-
-
-@pytest.mark.parametrize(("start", "count"), [(0, 1), (5, 20), (12, 1), (13, 40), (27, 0)])
-def test_the_order_can_be_entered_anywhere(start, count):
-    assert order(13, 3, start, count) == order(13, 3, 0, 100)[start : start + count]
-
-
 @pytest.mark.parametrize(
     ("x", "y", "classes", "message"),
     [
         (torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long), 2, "n > 0"),
         (torch.zeros(3, 8, 8), torch.zeros(3, dtype=torch.long), 2, r"\(n, C, H, W\)"),
-        (torch.zeros(3, 1, 8, 8), torch.zeros(2, dtype=torch.long), 2, "3 images and 2 labels"),
+        (torch.zeros(3, 1, 8, 8), torch.zeros(2, dtype=torch.long), 2, "2 labels for 3 images"),
         (torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]), 2, "0..1"),
     ],
 )
 def test_images_that_do_not_fit_their_labels_are_refused(x, y, classes, message):
     with pytest.raises(ValueError, match=message):
-        Images(x, y, classes)
+        TensorDataset(x, y, classes)
+
+
+def test_a_plain_loader_takes_a_dataset():
+    x, y = torch.linspace(-1, 1, 24).view(6, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2])
+    images = TensorDataset(x, y, classes=("ant", "bee", "cow"))
+    assert (len(images), images.num_classes, images.shape) == (6, 3, (1, 2, 2))
+    batches = list(DataLoader(images, batch_size=4))
+    assert torch.equal(torch.cat([a for a, _ in batches]), x) and torch.equal(torch.cat([b for _, b in batches]), y)
+    assert torch.equal(images[3][0], images[3, 7][0])
+    flat = images.unconditional()
+    assert flat.num_classes == 0 and flat[1][1] == 0 and flat.classes == ()
+
+
+def test_the_fingerprint_changes_with_every_value():
+    x, y = torch.zeros(3, 1, 2, 2), torch.tensor([0, 1, 1])
+    other = x.clone()
+    other[1, 0, 1, 1] = 1e-7
+    prints = {TensorDataset(x, y).fingerprint(), TensorDataset(other, y).fingerprint()}
+    prints.add(TensorDataset(x, y.flip(0)).fingerprint())
+    assert len(prints) == 3 and TensorDataset(x.clone(), y.clone()).fingerprint() in prints

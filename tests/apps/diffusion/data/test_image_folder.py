@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from apps.diffusion.data import preprocessing as crop
-from apps.diffusion.data.image_folder import folder, listing, told
+from apps.diffusion.data import ImageFolderDataset, preprocessing
+from apps.diffusion.data.dataset import all_images
+from apps.diffusion.data.image_folder import listing, skipped_text
 from tests.apps.diffusion import picture_files as pf
 
 
@@ -14,7 +15,7 @@ from tests.apps.diffusion import picture_files as pf
 def test_crops_are_square_and_centred(width, height):
     size = 16
     ramp = np.linspace(0, 255, width)[None, :, None] * np.ones((height, 1, 3))
-    found = np.asarray(crop.centre_crop(Image.fromarray(ramp.astype(np.uint8)), size), dtype=float)
+    found = np.asarray(preprocessing.center_crop(Image.fromarray(ramp.astype(np.uint8)), size), dtype=float)
     assert found.shape == (size, size, 3)
     # the picture is a ramp to the right, so that position and scale of the crop can be read off
     middle, slope = found[size // 2, :, 0].mean(), np.diff(found[size // 2, 2:-2, 0]).mean()
@@ -29,7 +30,7 @@ def test_a_large_picture_is_halved_by_boxes_first():
         for axis in (1, 0):  # Pillow goes along rows, then columns, and rounds to 8 bits each time
             pairs = [np.take(expected, range(start, expected.shape[axis], 2), axis) for start in (0, 1)]
             expected = np.floor(sum(pairs) / 2 + 0.5)
-    found = np.asarray(crop.centre_crop(Image.fromarray(pixels), 16), dtype=float)
+    found = np.asarray(preprocessing.center_crop(Image.fromarray(pixels), 16), dtype=float)
     assert np.array_equal(found, expected)
     direct = np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC), dtype=float)
     assert np.abs(found - direct).max() > 10
@@ -37,14 +38,16 @@ def test_a_large_picture_is_halved_by_boxes_first():
 
 def test_classes_are_the_subfolders_and_pairs_go_by_index(tmp_path):
     total = pf.tree(tmp_path)
-    images = folder(tmp_path, 16)
+    images = ImageFolderDataset(tmp_path, 16)
     assert (len(images), images.num_classes, images.shape) == (total, 3, (3, 16, 16))
     assert images.classes == ("cat", "dog", "owl") and images.y.tolist() == [0] * 5 + [1] * 5 + [2] * 5
-    x, y = images[[7, 0]]
+    x, y = all_images(images, [7, 0])
     for row, label, i in zip(x, y, (7, 0), strict=True):
         assert images.files[i].split("/")[0] == images.classes[label]
         with Image.open(tmp_path / images.files[i]) as file:
-            expected = np.asarray(crop.centre_crop(file.convert("RGB"), 16)) / 127.5 - 1
+            image = file.convert("RGBA")
+        white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        expected = np.asarray(preprocessing.center_crop(white, 16)) / 127.5 - 1
         assert np.allclose(row.permute(1, 2, 0), expected, atol=1e-6)
 
 
@@ -53,10 +56,10 @@ def test_images_of_no_class(tmp_path):
     pf.save(tmp_path / "a.png", pf.picture(2))
     pf.save(tmp_path / ".hidden.png", pf.picture(3))
     (tmp_path / "notes.txt").write_text("not an image")
-    images = folder(tmp_path, 16)
+    images = ImageFolderDataset(tmp_path, 16)
     assert images.files == ("a.png", "b.png") and images.num_classes == 0 and images.y.tolist() == [0, 0]
     pf.tree(tmp_path)
-    with pytest.raises(ValueError, match=r"classes, and images of no class, such as a\.png"):
+    with pytest.raises(ValueError, match=r"a\.png"):
         listing(tmp_path)
     assert len(listing(tmp_path, "none").files) == 17 and listing(tmp_path, "none").classes == ()
 
@@ -71,71 +74,67 @@ def test_deeper_folders_belong_to_their_class(tmp_path):
 
 def test_bad_files_are_named_counted_and_skipped(tmp_path):
     total = pf.tree(tmp_path)
-    clean = folder(tmp_path, 16)
+    clean = ImageFolderDataset(tmp_path, 16)
     bad = pf.damage(tmp_path)
-    images = folder(tmp_path, 16)
-    assert len(images) == total and torch.equal(images.x, clean.x) and torch.equal(images.y, clean.y)
+    images = ImageFolderDataset(tmp_path, 16)
+    assert len(images) == total and all(
+        torch.equal(a, b) for a, b in zip(all_images(images), all_images(clean), strict=True)
+    )
     assert {image.file for image in images.skipped} == bad
-    text = told(images.skipped, total + 4)
+    text = skipped_text(images.skipped, total + 4)
     assert text.startswith("4 of 19 images were skipped") and all(name in text for name in bad)
     assert "50 x 3" in text and "truncated" in text
-    assert told([], 3) == "" and folder(tmp_path, 16, least=3).files[-1] == "owl/tiny.png"
+    assert skipped_text([], 3) == "" and ImageFolderDataset(tmp_path, 16, least=3).files[-1] == "owl/tiny.png"
 
 
 def test_a_palette_with_transparency_is_read(tmp_path):
     image = pf.picture(0).quantize(16)
     image.info["transparency"] = bytes(range(16))
     image.save(tmp_path / "a.png", transparency=bytes(range(16)))
-    assert folder(tmp_path, 16).shape == (3, 16, 16)
+    assert ImageFolderDataset(tmp_path, 16).shape == (3, 16, 16)
 
 
-def test_grey_pictures_of_sixteen_bits_keep_their_shades(tmp_path):
+def test_gray_images_of_sixteen_bits_keep_their_levels(tmp_path):
     shades = np.linspace(300, 65535, 400).reshape(20, 20).astype(np.uint16)
     Image.fromarray(shades).save(tmp_path / "a.png")
     Image.fromarray(shades).save(tmp_path / "b.tif")
     for name in ("a.png", "b.tif"):
-        assert np.array_equal(crop.read(tmp_path / name, 20, 1), np.stack([(shades / 257).round()] * 3)), name
+        assert np.array_equal(preprocessing.read(tmp_path / name, 20, 1), np.stack([(shades / 257).round()] * 3)), name
     Image.fromarray(shades.astype(np.float32)).save(tmp_path / "c.tif")
-    with pytest.raises(crop.Unusable, match="unknown range"):
-        crop.read(tmp_path / "c.tif", 20, 1)
+    with pytest.raises(preprocessing.Unusable, match="32 bits"):
+        preprocessing.read(tmp_path / "c.tif", 20, 1)
 
 
-def test_an_epoch_mirrors_about_half_by_seed_epoch_and_index(tmp_path):
+def test_an_epoch_mirrors_about_half_by_seed_epoch_and_number(tmp_path):
     pf.tree(tmp_path, each=5)
-    images = folder(tmp_path, 16)
-    n = len(images)
-    plain, y = images[range(n)]
+    plain, y = all_images(ImageFolderDataset(tmp_path, 16))
+    images, n = ImageFolderDataset(tmp_path, 16, mirror=True, seed=3), len(y)
     epochs = []
     for epoch in range(6):
-        x, labels = images.draw(range(n), [epoch] * n, seed=3)
-        assert torch.equal(labels, y)
-        mirrored = [torch.equal(a, b.flip(2)) for a, b in zip(x, plain, strict=True)]
-        assert all(m or torch.equal(a, b) for m, a, b in zip(mirrored, x, plain, strict=True))
+        pairs = [images[i, epoch] for i in range(n)]
+        assert [label for _, label in pairs] == y.tolist()
+        mirrored = [torch.equal(a, b.flip(2)) for (a, _), b in zip(pairs, plain, strict=True)]
+        assert all(m or torch.equal(a, b) for m, (a, _), b in zip(mirrored, pairs, plain, strict=True))
         epochs.append(mirrored)
     assert 0.3 < np.mean(epochs) < 0.7 and len({tuple(e) for e in epochs}) == 6
-    alone, _ = images.draw([4], [2], seed=3)
-    assert torch.equal(alone[0], images.draw(range(n), [2] * n, seed=3)[0][4])
-    assert any(
-        not torch.equal(a, b)
-        for a, b in zip(images.draw(range(n), [0] * n, 4)[0], images.draw(range(n), [0] * n, 3)[0], strict=True)
-    )
-    assert torch.equal(folder(tmp_path, 16, mirror=False).draw(range(n), [0] * n, 3)[0], plain)
+    other = ImageFolderDataset(tmp_path, 16, mirror=True, seed=4)
+    assert any(not torch.equal(images[i][0], other[i][0]) for i in range(n))
 
 
 def test_what_is_no_folder_of_images_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is no folder"):
-        folder(tmp_path / "missing", 16)
-    with pytest.raises(ValueError, match="holds no images"):
-        folder(tmp_path, 16)
+        ImageFolderDataset(tmp_path / "missing", 16)
+    with pytest.raises(ValueError, match="no images"):
+        ImageFolderDataset(tmp_path, 16)
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(ValueError, match="None of the 1 images"):
-        folder(tmp_path, 16)
+        ImageFolderDataset(tmp_path, 16)
     with pytest.raises(ValueError, match="size=0"):
-        folder(tmp_path, 0)
+        ImageFolderDataset(tmp_path, 0)
 
 
 def test_progress_counts_to_the_end(tmp_path):
     total = pf.tree(tmp_path)
     seen = []
-    folder(tmp_path, 16, progress=lambda done, of: seen.append((done, of)))
+    ImageFolderDataset(tmp_path, 16, progress=lambda done, of: seen.append((done, of)))
     assert seen == [(i + 1, total) for i in range(total)]

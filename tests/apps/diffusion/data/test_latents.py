@@ -1,12 +1,15 @@
 """Latents on the disk: drawn afresh by (seed, epoch, index), with the stored moments."""
 
 import json
+import pickle
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from apps.diffusion.data.latents import Latents, sha256
+from apps.diffusion.data.dataset import all_images
+from apps.diffusion.data.latents import LatentDataset
+from apps.diffusion.files.hashing import of_file as sha256
 
 SHAPE = (2, 3, 5)
 
@@ -39,8 +42,8 @@ def folder(tmp_path):
 
 def test_means_and_labels_by_index(folder):
     root, mean, _, label = folder
-    latents = Latents(root)
-    x, y = latents[[6, 0, 3, 4]]
+    latents = LatentDataset(root, sample=False)
+    x, y = all_images(latents, [6, 0, 3, 4])
     assert torch.equal(x, 0.5 * (mean[[6, 0, 3, 4], 0] - 0.2)) and torch.equal(y, label[[6, 0, 3, 4]])
     assert (len(latents), latents.num_classes, latents.shape, latents.classes) == (
         7,
@@ -53,10 +56,15 @@ def test_means_and_labels_by_index(folder):
             latents.moments(i)
 
 
+def draw(latents, numbers, epochs):
+    pairs = [latents[i, e] for i, e in zip(numbers, epochs, strict=True)]
+    return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])
+
+
 def test_draws_have_the_stored_moments(folder):
     root, mean, std, label = folder
-    latents, n = Latents(root), 4000
-    x, y = latents.draw([4] * n, range(n), seed=1)
+    latents, n = LatentDataset(root, mirror=True, seed=1), 4000
+    x, y = draw(latents, [4] * n, range(n))
     assert torch.equal(y, label[[4] * n])
     z = x / 0.5 + 0.2
     # which side a draw is of shows in its distance, in standard deviations, from either mean
@@ -71,21 +79,38 @@ def test_draws_have_the_stored_moments(folder):
 
 
 def test_a_draw_depends_on_seed_epoch_and_index_alone(folder):
-    latents, again = Latents(folder[0]), Latents(folder[0])
-    x, _ = latents.draw([0, 3, 6, 3], [0, 0, 0, 1], seed=5)
-    assert torch.equal(again.draw([6], [0], seed=5)[0][0], x[2])
-    assert torch.equal(again.draw([3, 3], [1, 0], seed=5)[0], x[[3, 1]])
-    assert not torch.equal(x[1], x[3]) and not torch.equal(again.draw([0], [0], seed=6)[0][0], x[0])
-    # image 0 of epoch 1 is not image 7 of epoch 0, nor anybody else
-    flat = latents.draw([i for _ in range(5) for i in range(7)], [e for e in range(5) for _ in range(7)], 0)[0]
+    latents, again = (LatentDataset(folder[0], mirror=True, seed=5) for _ in range(2))
+    x, _ = draw(latents, [0, 3, 6, 3], [0, 0, 0, 1])
+    assert torch.equal(again[6, 0][0], x[2]) and torch.equal(again[6][0], x[2])
+    assert torch.equal(draw(again, [3, 3], [1, 0])[0], x[[3, 1]])
+    assert not torch.equal(x[1], x[3])
+    assert not torch.equal(LatentDataset(folder[0], mirror=True, seed=6)[0][0], x[0])
+    # image 0 of epoch 1 differs from image 7 of epoch 0, and from all others
+    flat = draw(latents, [i for _ in range(5) for i in range(7)], [e for e in range(5) for _ in range(7)])[0]
     assert len({tuple(row.flatten().tolist()) for row in flat}) == 35
+
+
+def test_a_copy_in_another_process_opens_its_own_files(folder):
+    latents = LatentDataset(folder[0], mirror=True)
+    copy = pickle.loads(pickle.dumps(latents))
+    assert all(torch.equal(copy[i][0], latents[i][0]) for i in range(7))
+
+
+def test_the_statistics_of_a_vae_by_channel_replace_its_shift(folder):
+    root, mean, _, _ = folder
+    index = json.loads((root / "index.json").read_text())
+    own, scale = torch.tensor([-1.0, 2.0]), torch.tensor([5.0, 6.0])
+    (root / "index.json").write_text(json.dumps(index | {"latents_mean": own.tolist(), "latents_std": scale.tolist()}))
+    z = LatentDataset(root, sample=False)[5][0]
+    for channel in range(2):
+        assert torch.allclose(z[channel], 0.5 * (mean[5, 0, channel] - own[channel]) / scale[channel])
 
 
 def test_without_noise_or_mirror(folder):
     root, mean, _, _ = folder
-    plain = Latents(root, mirror=False, sample=False)
-    assert torch.equal(plain.draw([2, 5], [0, 9], 0)[0], 0.5 * (mean[[2, 5], 0] - 0.2))
-    sides = Latents(root, sample=False).draw([2] * 20, range(20), 0)[0]
+    plain = LatentDataset(root, mirror=False, sample=False)
+    assert torch.equal(draw(plain, [2, 5], [0, 9])[0], 0.5 * (mean[[2, 5], 0] - 0.2))
+    sides = draw(LatentDataset(root, mirror=True, sample=False), [2] * 20, range(20))[0]
     scaled = 0.5 * (mean[2] - 0.2)
     which = [int(torch.equal(row, scaled[1])) for row in sides]
     assert all(torch.equal(row, scaled[k]) for row, k in zip(sides, which, strict=True)) and 0 < sum(which) < 20
@@ -97,22 +122,22 @@ def test_a_damaged_shard_is_named(folder):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ValueError, match=r"00001\.safetensors is damaged"):
-        Latents(root).verify()
+        LatentDataset(root).verify()
     shard.write_bytes(whole[:-5])
     with pytest.raises(ValueError, match=r"00001.safetensors cannot be read .* instead of"):
-        Latents(root)
+        LatentDataset(root)
     shard.unlink()
     with pytest.raises(ValueError, match="encode again"):
-        Latents(root)
+        LatentDataset(root)
 
 
 @pytest.mark.parametrize(("text", "message"), [("{", "not the index"), ("[]", "not the index"), ('{"format": 9}', "9")])
 def test_a_foreign_index_is_refused(tmp_path, text, message):
     (tmp_path / "index.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        Latents(tmp_path)
+        LatentDataset(tmp_path)
 
 
 def test_a_folder_without_latents_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no latents"):
-        Latents(tmp_path)
+        LatentDataset(tmp_path)

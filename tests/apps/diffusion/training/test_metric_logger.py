@@ -1,4 +1,4 @@
-"""What a run tells of itself: entries by images seen, residuals that say whether solves converge, sheets of samples."""
+"""Log entries by images seen, residuals of the solves, image grids."""
 
 import dataclasses
 import time
@@ -36,7 +36,7 @@ def test_an_entry_has_the_means_of_its_steps():
     trainer.run(lambda state: None, lambda entry, images: found.append((images, dict(entry))))
     assert [images for images, _ in found] == [48, 96]  # with every checkpoint
     for k, (images, entry) in enumerate(found):
-        part = [loss for loss, _ in losses[3 * k : 3 * k + 3]]
+        part = [float(loss) for loss, _ in losses[3 * k : 3 * k + 3]]
         assert entry["loss"] == pytest.approx(sum(part) / 3)
         assert (images, entry["loss"]) in trainer.progress.history
         assert entry["learning_rate"] == pytest.approx(3e-4) and entry["skipped"] == 0
@@ -50,12 +50,12 @@ def test_the_residual_is_that_of_the_solve():
     with torch.no_grad():  # a new block is the identity: make it do something
         for p in trainer.model.parameters():
             p.add_(0.05 * torch.sin(torch.arange(p.numel()).view(p.shape)))
-    x, y, draw = trainer._batch()
+    x, y, noise = trainer._batch()
     seen = []
     trainer.model.iteration = lambda *args, f=trainer.model.iteration: seen.append((args[0], f(*args))) or seen[-1][1]
-    trainer.tally.solved(trainer._loss(x, y, draw).solution)
-    trainer.tally.stepped(1.0, 16)
-    entry = trainer.tally.entry()
+    trainer.metrics.add_solve(trainer._loss(x, y, noise).solution)
+    trainer.metrics.add_step(torch.tensor(1.0), 16)
+    entry = trainer.metrics.entry()
     z, fz = (s.detach().flatten(1) for s in seen[-1])
     relative = (fz - z).norm(dim=1) / fz.norm(dim=1)
     assert len(seen) == entry["iterations"] == 4  # three, and the one with a graph

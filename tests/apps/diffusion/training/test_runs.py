@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from apps.diffusion.checkpoint import training_state as checkpoint
-from apps.diffusion.checkpoint.trained_run import digest
+from apps.diffusion.files.hashing import of_tensors as digest
 
 EVERY, IMAGES = 48, 720
 TINY = (

@@ -9,9 +9,13 @@ import torch
 
 from apps.diffusion import encode, train
 from apps.diffusion.checkpoint import training_state as checkpoint
+from apps.diffusion.checkpoint.trained_run import read_config
 from apps.diffusion.config import training as c
-from apps.diffusion.data import Images
+from apps.diffusion.data import TensorDataset
+from apps.diffusion.data import build as data_build
+from apps.diffusion.files.images import sample_grid
 from apps.diffusion.models import build
+from apps.diffusion.models.autoencoder import decode
 from apps.diffusion.sampling.generate import generate
 from apps.diffusion.training.trainer import Trainer
 from tests.apps.diffusion import picture_files as pf
@@ -92,7 +96,7 @@ def test_resuming_on_other_pictures_is_refused(pictures, tmp_path, capsys):
     (moved / "cat" / "0.png").unlink()
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     assert train.main([*again, "12"]) == 2
-    assert "learnt from other images" in capsys.readouterr().err
+    assert "data.path" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
@@ -102,15 +106,13 @@ def test_latents_train_resume_and_decode(latents, tmp_path):
     assert call("latents", tmp_path / "parts", *data, 12) == 0
     assert train.main(["--resume", "--out", str(tmp_path / "parts"), "--optimizer.images", "24"]) == 0
     equal(tmp_path / "whole", tmp_path / "parts")
-    config = train.saved_config(tmp_path / "whole")
+    config = read_config(tmp_path / "whole")
     state = checkpoint.newest(tmp_path / "whole")
     model = build.rebuild(state.network)
     assert (model.num_classes, model.latent) == (3, (4, 4, 4))
     model.load_state_dict(state.ema)
     result = generate(model.eval(), config, config.sampling, range(6), [0, 1, 2, 0, 1, 2], config.seed)
-    from apps.diffusion.training.gallery import pixels, sheet
-
-    drawn = sheet(pixels(result.samples, pf.tiny_vae()), [0, 1, 2, 0, 1, 2])
+    drawn = sample_grid(decode(pf.tiny_vae(), result.samples), [0, 1, 2, 0, 1, 2], ("cat", "dog", "owl"))
     drawn.save(tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "whole" / "samples.png").read_bytes()
     assert not build.scheduler(config, "ddim").config.clip_sample
@@ -123,7 +125,7 @@ def test_without_labels_the_model_is_unconditional(latents, pictures, tmp_path):
         options = [*options, *size, "--data.unconditional", "--optimizer.images", 4]
         assert call(source, out, *options) == 0
         assert build.rebuild(checkpoint.newest(out).network).null_class is None
-    train_set, held_out = build.images(c.DataConfig(unconditional=True))
+    train_set, held_out = data_build.datasets(c.DataConfig(unconditional=True))
     assert held_out is not None and train_set.num_classes == held_out.num_classes == 0
 
 
@@ -131,10 +133,10 @@ def test_an_epoch_is_drawn_by_index_and_number():
     """Image k of the run is drawn as epoch k div n, whatever the batch."""
     seen = []
 
-    class Spy(Images):
-        def draw(self, index, epoch, seed):
-            seen.extend(zip(epoch, index, strict=True))
-            return super().draw(index, epoch, seed)
+    class Spy(TensorDataset):
+        def __getitem__(self, key):
+            seen.append((key[1], key[0]))
+            return super().__getitem__(key)
 
     config = c.Config(
         model=c.ModelConfig(kind="dit", hidden=16, heads=2, depth=1), optimizer=c.OptimizerConfig(images=24, batch=4)
@@ -163,7 +165,7 @@ def test_the_vae_of_sample_sheets(latents, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["folder", "--data.path", "nowhere"], "Data.path: nowhere is no folder"),
+        (["folder", "--data.path", "nowhere"], "nowhere is no folder"),
         (["latents", "--data.path", "nowhere"], "python -m apps.diffusion.encode"),
         (["--data.source", "latents"], "needs Data.path"),
         (["--data.size", "64"], "Data.size = 64 means nothing"),

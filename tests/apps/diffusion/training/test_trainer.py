@@ -25,7 +25,7 @@ SMALL = c.Config(
 def trained(steps=4, config=SMALL, **optimizer):
     o = dataclasses.replace(config.optimizer, **optimizer)
     trainer = t.Trainer(dataclasses.replace(config, optimizer=o), digits("train"))
-    losses = [trainer.step()[0] for _ in range(steps)]
+    losses = [float(trainer.step()[0]) for _ in range(steps)]
     return trainer, torch.tensor(losses)
 
 
@@ -69,11 +69,11 @@ def kept(trainer):
             seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    x, y, draw = trainer._batch()
+    x, y, noise = trainer._batch()
     config = dataclasses.replace(trainer.config, grad=implicit.JFB(steps=4), stop=implicit.Stop(max_evals=2))
     trainer.config = config
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        found = trainer._loss(x, y, draw)
+        found = trainer._loss(x, y, noise)
     assert found.total.requires_grad
     return sum(seen.values())
 

@@ -1,0 +1,79 @@
+"""From the configuration of the data to the datasets, and what identifies them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from apps.diffusion.config import training as c
+from apps.diffusion.data.dataset import ImageDataset, TensorDataset
+from apps.diffusion.data.digits import digits
+from apps.diffusion.data.idx import has_split, idx
+from apps.diffusion.data.image_folder import ImageFolderDataset
+from apps.diffusion.data.latents import LatentDataset
+from apps.diffusion.data.mnist import mnist
+
+
+def datasets(
+    config: c.DataConfig, seed: int = 0, progress: Callable[[int, int], None] | None = None
+) -> tuple[ImageDataset, TensorDataset | None]:
+    """The images to train on, and those held out, where there are some.
+
+    Args:
+        config: of the data.
+        seed: of mirroring, and of drawing latents from their distributions.
+        progress: called as progress(done, total) while image files are read.
+
+    Raises:
+        ValueError: no such folder, or nothing in it that can be used.
+    """
+    mirror = config.mirror is not False
+    try:
+        match config.source:
+            case "digits" | "mnist":
+                read = digits if config.source == "digits" else mnist
+                return _conditional(config, read("train")), _conditional(config, read("held-out"))
+            case "idx":
+                assert config.path is not None
+                train = _conditional(config, idx(config.path, sha256=config.sha256))
+                if not has_split(config.path, "held-out"):
+                    return train, None
+                return train, _conditional(config, idx(config.path, "held-out"))
+            case "folder":
+                assert config.path is not None and config.size is not None
+                classes = "none" if config.unconditional else "folders"
+                folder = ImageFolderDataset(
+                    config.path,
+                    config.size,
+                    mirror=mirror,
+                    classes=classes,
+                    channels=config.channels,
+                    seed=seed,
+                    progress=progress,
+                )
+                return folder, None
+            case "latents":
+                assert config.path is not None
+                return LatentDataset(config.path, mirror=mirror, labels=not config.unconditional, seed=seed), None
+    except ValueError as error:
+        raise ValueError(f"--data.path: {error}") from None
+
+
+def _conditional(config: c.DataConfig, images: TensorDataset) -> TensorDataset:
+    """The images, without their classes where the configuration leaves these out."""
+    return images.unconditional() if config.unconditional else images
+
+
+def fingerprint(images: ImageDataset) -> dict[str, Any]:
+    """What a run that goes on must find again: number, shape and classes of the images, and which ones they are.
+
+    A folder is identified by the names and classes of its files, latents by the checksums of their shards, images in
+    memory by their values.
+    """
+    return {
+        "images": len(images),
+        "shape": list(images.shape),
+        "classes": images.num_classes,
+        "sha256": images.fingerprint(),
+        "class_names": list(images.classes),
+    }

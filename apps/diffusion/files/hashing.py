@@ -1,0 +1,49 @@
+"""SHA-256 of files, texts and tensors, as hexadecimal digits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def of_file(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def of_parts(parts: Iterable[str | bytes]) -> str:
+    """Of texts and bytes in their order, joined without a separator."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.encode(errors="surrogateescape") if isinstance(part, str) else part)
+    return found.hexdigest()
+
+
+def of_json(value: Any) -> str:
+    """Of a value as JSON, its keys sorted; what JSON lacks is written as text."""
+    return of_parts([json.dumps(value, sort_keys=True, default=str)])
+
+
+def of_tensors(tensors: Mapping[str, Tensor], as_float: bool = False) -> str:
+    """Of names, shapes, types and numbers; the order of the mapping does not count.
+
+    Args:
+        tensors: by name, on any device.
+        as_float: converts the numbers to float32 first.
+    """
+    import torch
+
+    found = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        value = value.detach().cpu()
+        value = (value.float() if as_float else value).contiguous()
+        found.update(value.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()

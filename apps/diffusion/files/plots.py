@@ -1,0 +1,37 @@
+"""Figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+def loss_curve(history: Sequence[tuple[int, float]], path: Path, title: str) -> None:
+    """Draws the loss over the images seen, as means of 25 steps and smoothed, on a logarithmic axis.
+
+    Args:
+        history: pairs (images seen, mean loss of 25 steps).
+        path: of the PNG file.
+        title: above the figure.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    images, losses = (np.array(column, dtype=float) for column in zip(*history, strict=True))
+    axes.plot(images, losses, color="tab:blue", alpha=0.35, linewidth=1, marker=".", label="mean of 25 steps")
+    width = max(1, len(losses) // 20)
+    if width > 1:
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        middle = images[(width - 1) // 2 :][: len(smooth)]
+        axes.plot(middle, smooth, color="tab:blue", linewidth=2, label=f"mean of {25 * width}")
+    axes.set(xlabel="images seen", ylabel="mean squared error", yscale="log", title=title)
+    for side in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        side("{x:g}")
+    axes.grid(which="both", alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)

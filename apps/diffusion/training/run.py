@@ -1,0 +1,191 @@
+"""A training run from its configuration to its summary.
+
+    OUT/config.json  data.json       configuration; number, shape, classes and checksum of the images
+    OUT/checkpoints/  logs/  sheets/ checkpoints, tracker, image grids of `sample_every`
+    OUT/metrics.json  loss.png  samples.png      when training is complete
+
+The first process writes; a second process that trains into the same folder is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from tqdm import tqdm
+
+from apps.diffusion.checkpoint import training_state as checkpoint
+from apps.diffusion.checkpoint.training_state import Checkpoint
+from apps.diffusion.config.training import Config
+from apps.diffusion.data import ImageDataset, ImageFolderDataset, TensorDataset
+from apps.diffusion.data import build as data
+from apps.diffusion.files.atomic import LOCK, write_text
+from apps.diffusion.files.settings_file import write_or_compare
+from apps.diffusion.models.autoencoder import open_decoder
+from apps.diffusion.training.metric_logger import MetricLogger
+from apps.diffusion.training.summary import image_grid, summarize
+from apps.diffusion.training.trainer import Diverged, Trainer
+
+
+def start_of(config: Config, resume: bool) -> Checkpoint | None:
+    """The checkpoint to continue from; None to begin.
+
+    Raises:
+        ValueError: the folder holds something already and `resume` is not set, or its checkpoint cannot be read.
+    """
+    out = config.out
+    if resume:
+        return checkpoint.newest(out) if checkpoint.all_of(out) else None
+    if int(os.environ.get("RANK", 0)) == 0 and out.exists() and {p.name for p in out.iterdir()} - {LOCK}:
+        what = "a run" if (out / "config.json").exists() else "files"
+        raise ValueError(
+            f"{out} holds {what} already, and nothing is overwritten: continue it with --resume, give another folder "
+            f"with --out, or delete {out}."
+        )
+    return None
+
+
+def run(config: Config, start: Checkpoint | None) -> int:
+    """Trains, samples, scores and draws; returns the exit code: 0, 1 if training diverged, 128 + the number of the
+    signal that stopped it.
+
+    Raises:
+        ValueError: images or a VAE that cannot be used, or other images than the run was started with.
+        OSError: the run's folder cannot be written.
+    """
+    began = time.monotonic()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    images, held_out = load_images(config)
+    trainer = Trainer(config, images, start)
+    main_process = trainer.accelerator.is_main_process
+    decoder = decoder_of_grids(config) if main_process else None
+    if main_process:
+        _open_folder(config, trainer, resumed=start is not None)
+    logger = MetricLogger(trainer.accelerator, config.out, trainer.progress.images, config.to_json())
+    try:
+        with _stop_on_signals(trainer) as caught:
+            trainer.run(
+                lambda state: checkpoint.save(config.out, state, config.keep),
+                logger.log,
+                lambda network: logger.show(image_grid(config, network, images, decoder), trainer.progress.images),
+            )
+    except Diverged as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    finally:
+        logger.close()
+    if trainer.stopping:
+        if main_process:
+            print(
+                f"Stopped at {trainer.progress.images} images; the checkpoint is in {config.out}.\n"
+                f"Continue:      python -m apps.diffusion.train --resume --out {config.out}"
+            )
+        return 128 + (caught[0] if caught else signal.SIGTERM)  # the signal may have come to another process
+    network = trainer.averaged()
+    if network is not None:
+        summarize(config, trainer, network, images, held_out, decoder, began)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    return 0
+
+
+def _open_folder(config: Config, trainer: Trainer, resumed: bool) -> None:
+    """Writes config.json and data.json, and prints what is trained.
+
+    Raises:
+        ValueError: the run was started with other images.
+    """
+    images = trainer.images
+    write_data(config.out, data.fingerprint(images))
+    write_text(config.out / "config.json", config.to_json())
+    count = sum(p.numel() for p in trainer.model.parameters())
+    classes = f"in {images.num_classes} classes" if images.num_classes else "without classes"
+    print(
+        f"{'Resuming' if resumed else 'Training'} {trainer.network['class']} with {count:,} parameters on "
+        f"{len(images)} images of {' x '.join(map(str, images.shape))} {classes}; the run's folder is {config.out}.",
+        flush=True,
+    )
+
+
+def write_data(out: Path, found: dict[str, Any]) -> None:
+    """Writes data.json, or compares it with the images that there are now. Runs of earlier versions have no class
+    names in it, and no checksum of images in memory.
+
+    Raises:
+        ValueError: the run was started with other images.
+    """
+    file = out / "data.json"
+    remedy = "give the folder of the run's images with --data.path, or another --out for another run."
+    write_or_compare(file, found, remedy, optional=("class_names", "sha256"))
+
+
+def load_images(config: Config) -> tuple[ImageDataset, TensorDataset | None]:
+    """The images to train on, and those held out; prints which files are left out.
+
+    Raises:
+        ValueError: nothing that can be used, or guidance of images without classes.
+    """
+    quiet = config.data.source != "folder" or int(os.environ.get("RANK", 0)) > 0
+    with tqdm(desc="reading", unit="img", disable=quiet, mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        images, held_out = data.datasets(config.data, config.seed, progress)
+    if isinstance(images, ImageFolderDataset) and not quiet:
+        for remark in images.remarks():
+            print(f"train: {remark}", file=sys.stderr)
+    if not images.num_classes and config.sampling.guidance != 1:
+        raise ValueError(
+            f"--sampling.guidance {config.sampling.guidance:g} needs classes, and these images have none; leave it at "
+            "1."
+        )
+    return images, held_out
+
+
+def decoder_of_grids(config: Config) -> AutoencoderKL | None:
+    """The VAE that decodes image grids; None for pixels, and where the VAE cannot be found and --data.vae names none.
+
+    Raises:
+        ValueError: the VAE that --data.vae names cannot be read, or is another one.
+    """
+    if config.data.source != "latents" or config.data.path is None:
+        return None
+    try:
+        return open_decoder(config.data.path, config.data.vae)
+    except ValueError as error:
+        if config.data.vae is not None:
+            raise
+        print(f"train: there will be no images of samples: {error} --data.vae names a copy.", file=sys.stderr)
+        return None
+
+
+@contextmanager
+def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
+    """Within the block, SIGTERM and Ctrl-C stop the trainer after its step; a second signal ends the process.
+
+    The list holds the signals that came.
+    """
+    caught: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        caught.append(number)
+        trainer.stop_requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
