@@ -13,6 +13,7 @@ from apps.diffusion import sample
 from apps.diffusion.checkpoint import training_state as checkpoint
 from apps.diffusion.checkpoint.trained_run import decoder_of, open_run
 from apps.diffusion.config import training as c
+from apps.diffusion.files import hashing
 from apps.diffusion.files.images import read
 from apps.diffusion.models import DiT, build
 from apps.diffusion.models.autoencoder import digests
@@ -121,8 +122,9 @@ def damaged(runs: Path, tmp_path: Path, what: str) -> list[str]:
     elif what == "no checkpoint":
         shutil.rmtree(newest)
     elif what == "another network":
-        text = (newest / "state.json").read_text()
-        (newest / "state.json").write_text(text.replace('"DiT"', '"UNet"'))
+        state = json.loads((newest / "state.json").read_text().replace('"DiT"', '"UNet"'))
+        del state["sha256"]
+        (newest / "state.json").write_text(json.dumps(state | {"sha256": hashing.of_json(state)}))
     elif what == "unreadable vae":
         options = ["--vae", str(tmp_path / "vae")]
         shutil.copytree(runs / "vae", tmp_path / "vae")
