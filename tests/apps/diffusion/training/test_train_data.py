@@ -167,11 +167,11 @@ def test_the_vae_of_sample_sheets(latents, tmp_path, capsys):
     [
         (["folder", "--data.path", "nowhere"], "nowhere is no folder"),
         (["latents", "--data.path", "nowhere"], "python -m apps.diffusion.encode"),
-        (["--data.source", "latents"], "needs Data.path"),
-        (["--data.size", "64"], "Data.size = 64 means nothing"),
-        (["--data.mirror", "True"], "Data.mirror = True means nothing"),
+        (["--data.source", "latents"], "--data.path"),
+        (["--data.size", "64"], "--data.size"),
+        (["--data.mirror", "True"], "--data.mirror"),
         (["--data.unconditional", "--sampling.guidance", "2"], "guidance"),
-        (["folder", "--data.size", "0"], "Data.size must be at least 1"),
+        (["folder", "--data.size", "0"], "--data.size"),
     ],
 )
 def test_bad_data_is_refused_and_nothing_is_made(argv, message, tmp_path, capsys, monkeypatch):
