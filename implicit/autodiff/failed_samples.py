@@ -27,9 +27,11 @@ def failed(samples: Bool[Tensor, " B"], stop: Stop) -> bool:
     """Whether a sample has failed, where the host may read that.
 
     With a tolerance the host reads residuals anyway, and on a CPU reading costs nothing. A fixed number of evaluations
-    on another device never waits, and a transform or a compiled graph has nothing to read.
+    on another device never waits; a transform, a compiled graph and a fake tensor have no value to read.
     """
-    if active() or torch.compiler.is_compiling() or not (stop.has_tolerance or samples.device.type == "cpu"):
+    if active() or torch.compiler.is_compiling() or type(samples) is not Tensor:
+        return False
+    if not (stop.has_tolerance or samples.device.type == "cpu"):
         return False
     return bool(samples.any())
 
