@@ -6,6 +6,7 @@ import torch
 from scipy import optimize
 
 from benchmarks.problems import acceleration, published_maps, systems
+from benchmarks.problems.acceleration.grids import charges, electric_field
 from benchmarks.problems.acceleration.random_numbers import PortableRandom, RRandom
 
 SYSTEMS = {p.name: p for p in systems()}
@@ -81,6 +82,20 @@ def test_the_discrete_integral_equation_is_that_of_its_loops():
         expected.append(float(x[k - 1]) + h / 2 * ((1 - k * h) * first + k * h * second))
     got = x - SYSTEMS["Discrete integral equation"].f(x.unsqueeze(0))[0]
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("w", [1.0, 1.94])
+def test_a_sweep_of_relaxation_is_that_of_its_loops(w):
+    side = 12
+    f, _, _ = electric_field(side, w)
+    push = charges(side) / (side - 1) ** 2
+    u = torch.linspace(-1, 2, side * side, dtype=torch.float64).cos().reshape(side, side)
+    expected = u.clone()
+    for i in range(1, side - 1):
+        for j in range(1, side - 1):
+            near = expected[i - 1, j] + expected[i + 1, j] + expected[i, j - 1] + expected[i, j + 1]
+            expected[i, j] += w * ((near + push[i, j]) / 4 - expected[i, j])
+    torch.testing.assert_close(f(u.reshape(1, -1)).reshape(side, side), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_random_numbers_are_those_of_r_and_of_the_suite():

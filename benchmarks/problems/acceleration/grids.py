@@ -82,21 +82,25 @@ def electric_field(side: int, relaxation: float | None) -> Made:
 def _sweep(side: int, push: Tensor, w: float) -> Callable[[Tensor], Tensor]:
     """u_ij <- (1 - w) u_ij + w/4 (new left, new above, old right, old below, h^2 s), rows one after the other.
 
-    Within a row, x_j = (w/4) x_{j-1} + d_j is solved with the matrix of powers of w/4.
+    With q = w/4 the new values solve x_ij = q (x_{i-1,j} + x_{i,j-1}) + d_ij, d made of old ones: x is the convolution
+    of d with h_ij = binom(i + j, i) q^(i + j), done by the fast Fourier transform.
     """
-    steps = torch.arange(side - 2)
-    apart = steps[:, None] - steps[None, :]
-    powers = torch.where(apart >= 0, (w / 4) ** apart.clamp(min=0).to(F64), 0.0)
+    n, q = side - 2, w / 4
+    h = np.zeros((n, n))
+    h[0] = q ** np.arange(n)
+    for i in range(1, n):
+        h[i, 0] = q * h[i - 1, 0]
+        for j in range(1, n):
+            h[i, j] = q * (h[i - 1, j] + h[i, j - 1])
+    spectrum = torch.fft.rfft2(torch.from_numpy(h), s=(2 * n, 2 * n))
 
     def f(u: Tensor) -> Tensor:
-        grid, inverse, s = u.unflatten(1, (side, side)), like(powers, u), like(push, u)
-        rows = [grid[:, 0]]
-        for i in range(1, side - 1):
-            old = grid[:, i]
-            d = w / 4 * (old[:, 2:] + grid[:, i + 1, 1:-1] + rows[-1][:, 1:-1] + s[i - 1]) + (1 - w) * old[:, 1:-1]
-            d = torch.cat((d[:, :1] + w / 4 * old[:, :1], d[:, 1:]), dim=1)
-            rows.append(torch.cat((old[:, :1], d @ inverse.T, old[:, -1:]), dim=1))
-        rows.append(grid[:, -1])
-        return torch.stack(rows, dim=1).flatten(1)
+        grid, kernel = u.unflatten(1, (side, side)), spectrum.to(u.dtype.to_complex())
+        d = (1 - w) * grid[:, 1:-1, 1:-1] + q * (grid[:, 2:, 1:-1] + grid[:, 1:-1, 2:] + like(push, u))
+        # the boundary's values above the first row and left of the first column
+        edge = pad(grid[:, :1, 1:-1], (0, 0, 0, n - 1)) + pad(grid[:, 1:-1, :1], (0, n - 1))
+        new = torch.fft.irfft2(torch.fft.rfft2(d + q * edge, s=(2 * n, 2 * n)) * kernel, s=(2 * n, 2 * n))[:, :n, :n]
+        middle = torch.cat((grid[:, 1:-1, :1], new, grid[:, 1:-1, -1:]), dim=2)
+        return torch.cat((grid[:, :1], middle, grid[:, -1:]), dim=1).flatten(1)
 
     return f
