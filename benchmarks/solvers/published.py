@@ -9,7 +9,6 @@ test; f is called as the solvers call it, and a call that brings a product along
 """
 
 import argparse
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import implicit
-from benchmarks.harness import provenance
+from benchmarks.harness import provenance, read_result, write_result
 from benchmarks.problems import Problem, published_maps, systems
 from benchmarks.problems.acceleration.simulation_codes import sirius
 from benchmarks.report.published import page
@@ -50,8 +49,7 @@ class Passed(Exception):
 
 @dataclass
 class Counted:
-    """A problem's map that counts its calls and products and ends the solve at the published stopping test.
-    """
+    """A problem's map that counts its calls and products and ends the solve at the published stopping test."""
 
     problem: Problem
     calls: int = 0
@@ -119,7 +117,7 @@ def sirius_residuals(count: int = 5) -> list[float]:
 
 
 def exact_residuals(count: int = 5, history: int = 4, beta: float = 0.15, n: int = 100) -> list[str]:
-    """The same residual norms in arithmetic of 50 digits: Anderson's method by its normal equations, 16 digits shown."""
+    """The same residual norms in arithmetic of 50 digits, to 16 digits: Anderson's method by normal equations."""
     with mpmath.workdps(50):
         diagonal = mpmath.matrix([2 + mpmath.mpf(1) / i for i in range(1, n + 1)])
         x, norms = mpmath.zeros(n, 1), []
@@ -149,12 +147,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if not options.page:
-        old = json.loads(RESULT.read_text())["tables"] if RESULT.exists() else {}
+        old = read_result(RESULT)["tables"] if RESULT.exists() else {}
         new = {name: provenance("cpu") | {"rows": measure(name)} for name in options.tables}
-        result = {"sirius": provenance("cpu") | {"residuals": sirius_residuals(), "exact": exact_residuals()}, "tables": old | new}
+        result = {
+            "sirius": provenance("cpu") | {"residuals": sirius_residuals(), "exact": exact_residuals()},
+            "tables": old | new,
+        }
         result["tables"] = {name: result["tables"][name] for name in TABLES if name in result["tables"]}
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    PAGE.write_text(page(json.loads(RESULT.read_text())))
+        write_result(RESULT, result)
+    PAGE.write_text(page(read_result(RESULT)))
 
 
 if __name__ == "__main__":
