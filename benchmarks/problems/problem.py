@@ -32,6 +32,7 @@ class Problem:
         norm: the norm of that test.
         answer: computes ``(B, N)`` the fixed point by a route that is not fixed-point iteration; None where only the
             residual can be checked.
+        accept: whether a point of zero residual is one that the problem asks for; None where every one is.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Problem:
     atol: float = 0.0
     norm: Literal["euclidean", "max"] = "euclidean"
     answer: Callable[[], Tensor] | None = None
+    accept: Callable[[Tensor], bool] | None = None
 
     def to(self, dtype: torch.dtype) -> "Problem":
         """The same problem for states of another dtype."""

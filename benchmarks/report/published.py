@@ -13,7 +13,7 @@ page. Rows where `implicit` is behind stay rows.
 
 A count of ours is the number of calls of f up to the first point that meets the published stopping test. `a + b` is a
 calls of which b carry a Jacobian-vector product along. A dash is a solve that did not meet the test within the budget
-(5000 calls; 3000 for states of more than 1000 numbers). "default" is `implicit.fixed_point(f, z0)` as it is.
+(5000 calls; 3000 for states of 1000 numbers or more; 1000 for NewtonKrylov). "default" is `implicit.fixed_point(f, z0)` as it is.
 """
 MISSING = {
     "Wang, proportional hazards": "its data are files of the suite, which are not copied here",

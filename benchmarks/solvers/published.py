@@ -63,7 +63,7 @@ class Counted:
         primal, image = (forward_ad.unpack_dual(t).primal.detach() for t in (z, fz))
         excess = float(self.problem.excess(primal, image).max())
         self.smallest = min(self.smallest, excess)
-        if excess <= 1:
+        if excess <= 1 and (self.problem.accept is None or self.problem.accept(primal)):
             raise Passed
         return fz
 
@@ -100,7 +100,10 @@ def measure(table: str) -> dict[str, dict[str, dict[str, Any]]]:
     out: dict[str, dict[str, dict[str, Any]]] = {}
     for name, problem in problems(table).items():
         budget = 5000 if problem.z0.shape[1] < 1000 else 3000
-        out[name] = {label: run(problem, solver, budget) for label, solver in OURS.items()}
+        out[name] = {}
+        for label, solver in OURS.items():
+            most = min(budget, 1000) if isinstance(solver, NewtonKrylov) else budget
+            out[name][label] = run(problem, solver, most)
         print(name, {k: v["calls"] if v["solved"] else "-" for k, v in out[name].items()}, flush=True)
     return out
 

@@ -5,10 +5,12 @@ of the perceptron and of the prices come from R's generator.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from benchmarks.problems.acceleration.consumption import consumption
 from benchmarks.problems.acceleration.random_numbers import RRandom
 from benchmarks.problems.problem import F64, Problem, bisect, like, row
 
@@ -29,6 +31,7 @@ def r_package() -> list[Problem]:
         _perceptron("Modified perceptron", modified=True),
         _prices(),
         _perpetual_put(),
+        consumption("Consumption smoothing", SOURCE.format("ValueFunctionProblem"), "max", 1e-10, straight=True),
     ]
 
 
@@ -111,7 +114,7 @@ def _perceptron(name: str, modified: bool) -> Problem:
             if not len(wrong):
                 break
             at += int(wrong[0, 0])
-            score = w @ x[at]
+            score = w[0] + w[1] * x[at, 1] + w[2] * x[at, 2]
             w = w + (-torch.sign(score) * score.abs().sqrt() if modified else y[at]) * x[at]
             at += 1
         return w
@@ -119,7 +122,11 @@ def _perceptron(name: str, modified: bool) -> Problem:
     def f(w: Tensor) -> Tensor:
         return torch.stack([train(each) for each in w.unbind(0)])
 
-    return _problem(name, f, row(1, 1, 1), "Perceptron", None, 1e-13)
+    def accept(w: Tensor) -> bool:
+        # weights so large that the steps are lost in rounding are fixed too, without separating the points
+        return bool(((w.to(F64) @ points.T > 0) == (labels > 0)).all())
+
+    return replace(_problem(name, f, row(1, 1, 1), "Perceptron", None, 1e-13), accept=accept)
 
 
 def _prices(households: int = 8, goods: int = 10) -> Problem:

@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from benchmarks.problems.acceleration.consumption import consumption
 from benchmarks.problems.acceleration.grids import bratu, electric_field
 from benchmarks.problems.acceleration.random_numbers import PortableRandom
 from benchmarks.problems.problem import F64, Problem, like, row
@@ -23,7 +24,7 @@ def suite(name: str, f, z0: Tensor, origin: str, answer=None) -> Problem:
 
 
 def fixed_point_test_problems(side: int = 100) -> list[Problem]:
-    """Eleven of the fifteen; the grids have `side` squared points (published: 100)."""
+    """Twelve of the fifteen; the grids have `side` squared points (published: 100)."""
     made = [
         _hasselblad(),
         _exchange_economy(),
@@ -33,6 +34,8 @@ def fixed_point_test_problems(side: int = 100) -> list[Problem]:
         _linear(),
         _candecomp(),
     ]
+    source = SOURCE.format("consumption smoothing")
+    made.append(consumption("Consumption smoothing", source, "euclidean", 1e-7, straight=False))
     f, z0, answer = bratu(side)
     made.append(suite("Bratu", f, z0, "Bratu, arXiv 2408.16920", answer))
     for name, relaxation in (("Gauss-Seidel", 1.0), ("SOR", 1.94), ("Jacobi", None)):
