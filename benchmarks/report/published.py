@@ -13,7 +13,10 @@ page. Rows where `implicit` is behind stay rows.
 
 A count of ours is the number of calls of f up to the first point that meets the published stopping test. `a + b` is a
 calls of which b carry a Jacobian-vector product along. A dash is a solve that did not meet the test within the budget
-(5000 calls; 3000 for states of 1000 numbers or more; 1000 for NewtonKrylov). "default" is `implicit.fixed_point(f, z0)` as it is.
+(5000 calls; 3000 for states of 1000 numbers or more; 400 for NewtonKrylov), or that ended at a point which the problem
+does not accept: a perceptron's weights grown until its steps are lost in rounding, as the R package's authors report
+too. "default" is `implicit.fixed_point(f, z0)` as it is. Picard's counts check the problems: they equal the published
+counts of plain iteration row by row, but for the modified perceptron, whose path hangs on the order of additions.
 """
 MISSING = {
     "Wang, proportional hazards": "its data are files of the suite, which are not copied here",
@@ -71,25 +74,32 @@ def section(figures: Figures, table: dict[str, Any]) -> str:
     """One published table with our columns and what follows from them."""
     rows = table["rows"]
     theirs = list(dict.fromkeys(name for counts in figures.rows.values() for name in counts))
-    ours = list(next(iter(rows.values())))
+    ours = list(dict.fromkeys(name for row in rows.values() for name in row))
     verdicts = compared(figures, rows)
     body = []
     for problem, counts in figures.rows.items():
         left = [problem, *(_figure(counts, name) for name in theirs)]
         if problem in rows:
-            body.append([*left, *(cell(rows[problem][name]) for name in ours), verdicts[problem]])
+            body.append(
+                [
+                    *left,
+                    *(cell(rows[problem][name]) if name in rows[problem] else "" for name in ours),
+                    verdicts[problem],
+                ]
+            )
         else:
             body.append([*left, *[""] * len(ours), "not posed"])
-    solved = {name: [rows[p][name] for p in rows] for name in ours}
+    solved = {name: [row[name] for row in rows.values() if name in row] for name in ours}
     sums = [["Solved", *(f"{sum(c.get(n) is not None for c in figures.rows.values())}" for n in theirs)]]
-    sums[0] += [f"{sum(o['solved'] for o in solved[name])} of {len(rows)}" for name in ours] + [""]
+    sums[0] += [f"{sum(o['solved'] for o in solved[name])} of {len(solved[name])}" for name in ours] + [""]
     header = ["problem", *theirs, *(f"**{name}**" for name in ours), f"default against {' / '.join(figures.rival)}"]
     count = {word: list(verdicts.values()).count(word) for word in ("ahead", "equal", "behind")}
     behind = [name for name, word in verdicts.items() if word == "behind"]
     summary = f"The default is ahead on {count['ahead']}, equal on {count['equal']} and behind on {count['behind']}"
     summary += f" of {len(rows)}" + (f": {', '.join(behind)}." if behind else ".")
     missing = [f"{name}: {MISSING[name]}." for name in figures.rows if name not in rows and name in MISSING]
-    where = f"Ours: {table['device']}, torch {table['versions']['torch']}, commit {table['commit']}."
+    commits = ", ".join(sorted({outcome["commit"] for row in rows.values() for outcome in row.values()}))
+    where = f"Ours: {table['device']}, torch {table['versions']['torch']}, commit {commits}."
     parts = [f"## {figures.title}", f"Source: {figures.source}. {figures.counting}", _markdown(header, body + sums)]
     parts += [summary] + ([" ".join(["Not posed here.", *missing])] if missing else []) + [where]
     return "\n\n".join(parts)

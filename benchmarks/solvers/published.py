@@ -2,7 +2,8 @@
 
 python -m benchmarks.solvers.published                        measures all, writes results/published.json
                                                               and docs/published.md
-python -m benchmarks.solvers.published --tables Systems R     measures these again and keeps the others
+python -m benchmarks.solvers.published --tables Systems R     measures these again and keeps the others; --problems and
+                                                              --solvers restrict it further
 
 A run counts calls of f, and Jacobian-vector products apart, up to the first point that meets the published stopping
 test; f is called as the solvers call it, and a call that brings a product along counts as a call and a product.
@@ -95,17 +96,27 @@ def problems(table: str) -> dict[str, Problem]:
     return {p.name: p for p in published_maps() if p.name in rows and p.source.startswith(name)}
 
 
-def measure(table: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Problem -> solver -> outcome."""
-    out: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, problem in problems(table).items():
-        budget = 5000 if problem.z0.shape[1] < 1000 else 3000
-        out[name] = {}
-        for label, solver in OURS.items():
-            most = min(budget, 1000) if isinstance(solver, NewtonKrylov) else budget
-            out[name][label] = run(problem, solver, most)
-        print(name, {k: v["calls"] if v["solved"] else "-" for k, v in out[name].items()}, flush=True)
+def measure(problem: Problem, solvers: list[str]) -> dict[str, dict[str, Any]]:
+    """Solver -> outcome."""
+    budget = 5000 if problem.z0.shape[1] < 1000 else 3000
+    out = {}
+    for label in solvers:
+        solver = OURS[label]
+        out[label] = run(problem, solver, min(budget, 400) if isinstance(solver, NewtonKrylov) else budget)
     return out
+
+
+def update(result: dict[str, Any], table: str, problem: str, outcomes: dict[str, dict[str, Any]]) -> None:
+    """Put the outcomes of one problem into the result, in the order of the tables, with the commit of each."""
+    where = provenance("cpu")
+    tables = result.setdefault("tables", {})
+    rows = tables.get(table, {}).get("rows", {})
+    for outcome in outcomes.values():
+        outcome["commit"] = where["commit"]
+    row = rows.get(problem, {}) | outcomes
+    rows[problem] = {label: row[label] for label in OURS if label in row}
+    tables[table] = where | {"rows": {name: rows[name] for name in TABLES[table].rows if name in rows}}
+    result["tables"] = {name: tables[name] for name in TABLES if name in tables}
 
 
 def sirius_residuals(count: int = 5) -> list[float]:
@@ -146,19 +157,22 @@ def main() -> None:
     """Measure, write the result file and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="*", choices=list(TABLES), default=list(TABLES), help="what to measure")
+    parser.add_argument("--solvers", nargs="*", choices=list(OURS), default=list(OURS), help="with which solvers")
+    parser.add_argument("--problems", nargs="*", help="which problems of them; all if not given")
     parser.add_argument("--page", action="store_true", help="write the page from the result file, measure nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    result = read_result(RESULT)
     if not options.page:
-        old = read_result(RESULT)["tables"] if RESULT.exists() else {}
-        new = {name: provenance("cpu") | {"rows": measure(name)} for name in options.tables}
-        result = {
-            "sirius": provenance("cpu") | {"residuals": sirius_residuals(), "exact": exact_residuals()},
-            "tables": old | new,
-        }
-        result["tables"] = {name: result["tables"][name] for name in TABLES if name in result["tables"]}
-        write_result(RESULT, result)
-    PAGE.write_text(page(read_result(RESULT)))
+        result["sirius"] = provenance("cpu") | {"residuals": sirius_residuals(), "exact": exact_residuals()}
+        for table in options.tables:
+            for name, problem in problems(table).items():
+                if options.problems is None or name in options.problems:
+                    outcomes = measure(problem, options.solvers)
+                    print(name, {k: v["calls"] if v["solved"] else "-" for k, v in outcomes.items()}, flush=True)
+                    update(result, table, name, outcomes)
+                    write_result(RESULT, result)
+    PAGE.write_text(page(result))
 
 
 if __name__ == "__main__":

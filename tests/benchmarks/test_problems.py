@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import optimize
 
+import implicit
 from benchmarks.problems import acceleration, published_maps, systems
 from benchmarks.problems.acceleration.grids import charges, electric_field
 from benchmarks.problems.acceleration.random_numbers import PortableRandom, RRandom
@@ -39,6 +40,50 @@ def test_systems_have_the_answer_that_is_published_or_that_scipy_finds(p):
 def test_maps_keep_the_answer_of_the_second_route(p):
     if p.answer is not None:
         assert float(p.residual(p.answer()).max()) < PRINTED.get(p.name, 0.1)
+
+
+NEWTON = """Three normals EM, Douglas-Rachford, Plug and play, Multivariate t EM, Poisson mixtures EM,
+Normal mixtures EM, Sinkhorn, Implicit midpoint / pendulum, Implicit midpoint / chain, Self-consistent field,
+Best response""".replace("\n", " ").split(", ")
+
+
+@pytest.mark.parametrize("name", NEWTON)
+def test_newton_from_plain_iteration_finds_the_point_of_the_default_solver(name):
+    p = MAPS[name.replace(" /", ",")]
+    args = tuple(a[:1] for a in p.args)
+
+    def f(x):
+        return p.f(x.unsqueeze(0), *args)[0]
+
+    x = p.z0[0]
+    with torch.no_grad():
+        for _ in range(200):
+            x = f(x)
+        ours = implicit.fixed_point(p.f, p.z0[:1], *args, stop=implicit.Stop(rtol=1e-9, atol=0, max_evals=1000)).check()
+    for _ in range(8):
+        slope = torch.eye(len(x), dtype=x.dtype) - torch.autograd.functional.jacobian(f, x)
+        x = x + torch.linalg.lstsq(slope, (f(x) - x).unsqueeze(1), driver="gelsd").solution[:, 0]
+        if float(p.excess(x.unsqueeze(0), f(x).unsqueeze(0))) < 1e-4:
+            break
+    torch.testing.assert_close(ours.value[0], x, rtol=1e-5, atol=1e-5)
+
+
+def test_the_nearest_correlation_matrix_meets_its_optimality_conditions():
+    # every correlation matrix with S = 0 is a fixed point; Dykstra's start selects the nearest one
+    p = MAPS["Higham correlation"]
+    with torch.no_grad():
+        ys = implicit.fixed_point(p.f, p.z0, stop=implicit.Stop(rtol=1e-10, atol=0, max_evals=1000)).check().value[0]
+    i, j = torch.triu_indices(6, 6)
+    y, s, given = (torch.zeros(6, 6, dtype=ys.dtype) for _ in range(3))
+    for matrix, entries in ((y, ys[:21]), (s, ys[21:]), (given, p.z0[0, :21])):
+        matrix[i, j] = entries
+        matrix[j, i] = entries
+    off = ~torch.eye(6, dtype=torch.bool)
+    torch.testing.assert_close((y - s)[off], given[off], rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(y.diagonal(), torch.ones(6, dtype=ys.dtype), rtol=1e-7, atol=1e-7)
+    # Y and S are positive semidefinite and complementary
+    assert float(torch.linalg.eigvalsh(y)[0]) > -1e-7 and float(torch.linalg.eigvalsh(s)[0]) > -1e-6
+    assert float((y @ s).norm()) < 1e-5
 
 
 @pytest.mark.parametrize("p", ids({**SYSTEMS, **MAPS}))
