@@ -82,7 +82,7 @@ def read(path: Path, size: Size | None, least: int = 1, channels: int = 3) -> np
         raise
     except Exception as error:  # decoders of damaged files raise errors of many classes
         raise Unusable(f"unreadable: {error or type(error).__name__}".replace(str(path), path.name)) from None
-    rows = np.asarray(image if size is None else center_crop(image, size))
+    rows = np.array(image if size is None else center_crop(image, size))
     return rows[None] if channels == 1 else rows.transpose(2, 0, 1)
 
 

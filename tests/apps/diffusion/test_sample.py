@@ -15,7 +15,8 @@ from apps.diffusion.checkpoint import training_state as checkpoint
 from apps.diffusion.checkpoint.trained_run import open_run
 from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
-from apps.diffusion.files.images import columns_by_class, grid, loss_curve, read, to_pil
+from apps.diffusion.files.images import columns_by_class, grid, read, to_pil
+from apps.diffusion.files.plots import loss_curve
 from apps.diffusion.training.trainer import Trainer
 from tests.apps.diffusion.sampling_process import one_of_two
 

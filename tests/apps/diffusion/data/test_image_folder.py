@@ -138,3 +138,93 @@ def test_progress_counts_to_the_end(tmp_path):
     seen = []
     ImageFolderDataset(tmp_path, 16, progress=lambda done, of: seen.append((done, of)))
     assert seen == [(i + 1, total) for i in range(total)]
+
+
+def colors(root, *names, mode="RGB"):
+    for i, name in enumerate(names):
+        pf.save(root / name, pf.picture(i, mode=mode))
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "avif", "jp2", "tga", "PNG", "JPEG", "qoi", "pcx"])
+def test_every_suffix_that_pillow_reads_is_an_image(tmp_path, suffix):
+    colors(tmp_path, "0.png", f"1.{suffix}")
+    assert ImageFolderDataset(tmp_path, 16).files == ("0.png", f"1.{suffix}")
+
+
+def test_files_of_no_image_format_are_named_and_counted(tmp_path):
+    colors(tmp_path, "0.png")
+    for name in ("a.heic", "b.heic", "notes.txt", "README"):
+        (tmp_path / name).write_text("?")
+    said = " ".join(ImageFolderDataset(tmp_path, 16).remarks())
+    for part in ("4 files", "2 with .heic", "1 with .txt", "1 with no suffix", "README"):
+        assert part in said, part
+    (tmp_path / "0.png").unlink()
+    with pytest.raises(ValueError, match=r"\.heic"):
+        ImageFolderDataset(tmp_path, 16)
+
+
+@pytest.mark.parametrize("target", ["..", ".", "../..", "../../.."])
+def test_a_link_upwards_is_not_followed(tmp_path, target):
+    root = tmp_path / "a" / "images"
+    colors(root, "cat/cat.png", "dog/dog.png")
+    colors(tmp_path, "a/elsewhere/x.png")
+    (root / "cat" / "all").symlink_to(target)
+    found = listing(root)
+    assert found.files == ("cat/cat.png", "dog/dog.png") and found.labels == (0, 1) and found.loops == ("cat/all",)
+    assert "cat/all" in " ".join(found.remarks())
+
+
+def test_links_to_other_folders_are_followed_once(tmp_path):
+    root = tmp_path / "images"
+    colors(root, "cat/cat.png")
+    colors(tmp_path / "shared", "1.png", "2.png")
+    for name in ("dog", "owl"):
+        (root / name).symlink_to(tmp_path / "shared")
+    (tmp_path / "shared" / "back").symlink_to(root)  # by way of which the root contains itself
+    found = listing(root)
+    assert found.files == ("cat/cat.png", "dog/1.png", "dog/2.png", "owl/1.png", "owl/2.png")
+    assert found.labels == (0, 1, 1, 2, 2) and found.loops == ("dog/back", "owl/back")
+    (root / "cat" / "to-dog").symlink_to(root / "dog")
+    assert "cat/to-dog/1.png" in listing(root).files
+
+
+def test_a_class_without_images_is_named_and_keeps_its_number(tmp_path):
+    colors(tmp_path, "ant/0.png", "cow/0.png")
+    (tmp_path / "bee").mkdir()
+    (tmp_path / "bee" / "x.heic").write_text("?")
+    images = ImageFolderDataset(tmp_path, 16)
+    assert images.classes == ("ant", "bee", "cow") and images.y.tolist() == [0, 2] and images.num_classes == 3
+    assert "bee" in " ".join(images.remarks())
+
+
+def test_folders_that_are_splits_are_mentioned(tmp_path):
+    colors(tmp_path, "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
+    images = ImageFolderDataset(tmp_path, 16)
+    assert images.classes == ("train", "val") and str(tmp_path / "train") in " ".join(images.remarks())
+    assert not ImageFolderDataset(tmp_path / "train", 16).remarks()
+
+
+def test_channels_are_those_of_the_files_unless_given(tmp_path):
+    colors(tmp_path, "a.png", "b.png", mode="L")
+    gray = ImageFolderDataset(tmp_path, 16)
+    assert gray.shape == (1, 16, 16) and gray[0][0].shape == (1, 16, 16)
+    color = ImageFolderDataset(tmp_path, 16, channels=3)
+    assert color.shape == (3, 16, 16) and torch.equal(color[1][0], gray[1][0].expand(3, -1, -1))
+    colors(tmp_path, "c.png")
+    assert ImageFolderDataset(tmp_path, 16).shape == (3, 16, 16)
+    assert ImageFolderDataset(tmp_path, 16, channels=1).shape == (1, 16, 16)
+    with pytest.raises(ValueError, match="channels=2"):
+        ImageFolderDataset(tmp_path, 16, channels=2)
+
+
+def test_images_beyond_the_memory_are_read_when_they_are_asked_for(tmp_path):
+    total = pf.tree(tmp_path)
+    kept = ImageFolderDataset(tmp_path, (16, 24), mirror=True, seed=1)
+    read = ImageFolderDataset(tmp_path, (16, 24), mirror=True, seed=1, memory=0)
+    assert read._pixels is None and kept.shape == (3, 16, 24)
+    assert all(torch.equal(kept[i, 3][0], read[i, 3][0]) for i in range(total))
+    assert kept.fingerprint() == read.fingerprint()
+    file = tmp_path / read.files[4]
+    pf.truncate(file)
+    with pytest.raises(ValueError, match=file.name):
+        read[4]

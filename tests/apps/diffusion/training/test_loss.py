@@ -6,14 +6,14 @@ from torch.distributions import Normal, kl_divergence
 
 from apps.diffusion.models import FPDM
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
-from apps.diffusion.training.loss import Draw, loss
+from apps.diffusion.training.loss import TrainingNoise, loss
 from implicit import JFB
 from tests.apps.diffusion.small_models import randomised
 
 
 def a_draw(n=6, shape=(2, 4, 4), seed=0, dropped=False, t=None):
     source = torch.Generator().manual_seed(seed)
-    return Draw(
+    return TrainingNoise(
         noise=torch.randn(n, *shape, generator=source, dtype=torch.float64),
         t=torch.randint(1000, (n,), generator=source) if t is None else torch.tensor(t),
         dropped=torch.full((n,), dropped),
@@ -55,7 +55,7 @@ def test_dropped_labels_become_the_null_class_and_no_others():
     x0, y = clean(), torch.arange(6)
     seen = []
     drop = torch.tensor([True, False, False, True, False, False])
-    draw = Draw(noise=a_draw().noise, t=a_draw().t, dropped=drop)
+    draw = TrainingNoise(noise=a_draw().noise, t=a_draw().t, dropped=drop)
     loss(lambda x, t, y: seen.append(y) or x, x0, y, draw, scheduler=make_scheduler(), null_class=10)
     assert seen[0].tolist() == [10, 1, 2, 10, 4, 5]
     assert y.tolist() == [0, 1, 2, 3, 4, 5]
@@ -64,7 +64,7 @@ def test_dropped_labels_become_the_null_class_and_no_others():
 
 
 def test_a_draw_for_another_batch_is_refused():
-    with pytest.raises(ValueError, match="draw anew"):
+    with pytest.raises(ValueError, match="noise"):
         loss(lambda x, t, y: x, clean(5), None, a_draw(6), scheduler=make_scheduler())
 
 
@@ -131,7 +131,7 @@ def test_the_bound_is_least_where_the_variance_is_right():
 def test_an_fpdm_is_trained_through_its_estimator_and_gives_its_solve_back():
     model = randomised(FPDM(input_size=4, in_channels=2, hidden_size=32, num_heads=4, num_classes=10))
     x0, draw = clean().float(), a_draw()
-    draw = Draw(noise=draw.noise.float(), t=draw.t, dropped=draw.t > 500)
+    draw = TrainingNoise(noise=draw.noise.float(), t=draw.t, dropped=draw.t > 500)
     options = {"grad": JFB(), "iterations": 3, "return_solution": True}
     result = loss(model, x0, torch.arange(6), draw, scheduler=make_scheduler(), null_class=model.null_class, **options)
     result.total.backward()
