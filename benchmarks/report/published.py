@@ -100,7 +100,7 @@ def section(figures: Figures, table: dict[str, Any]) -> str:
     summary += f" of {len(rows)}" + (f": {', '.join(behind)}." if behind else ".")
     missing = [f"{name}: {MISSING[name]}." for name in figures.rows if name not in rows and name in MISSING]
     commits = ", ".join(sorted({outcome["commit"] for row in rows.values() for outcome in row.values()}))
-    where = f"Ours: {table['device']}, torch {table['versions']['torch']}, commit {commits}."
+    where = f"Ours: {table['device']}, torch {table['versions']['torch']}, implicit at commit {commits}."
     parts = [f"## {figures.title}", f"Source: {figures.source}. {figures.counting}", _markdown(header, body + sums)]
     parts += [summary] + ([" ".join(["Not posed here.", *missing])] if missing else []) + [where]
     return "\n\n".join(parts)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from benchmarks.harness import read_result
+from benchmarks.problems import published_maps, systems
 from benchmarks.report import published as report
 from benchmarks.solvers.published import OURS, RESULT, exact_residuals, problems, run, sirius_residuals
-from benchmarks.solvers.published_figures import R_PACKAGE, SIRIUS, SPEED_MAPPING
+from benchmarks.solvers.published_figures import KINSOL, R_PACKAGE, SIRIUS, SPEED_MAPPING, SYSTEMS
 
 ROOT = Path(__file__).parents[2]
 R = problems("R")
@@ -84,6 +85,26 @@ def test_weights_lost_in_rounding_do_not_count_as_a_perceptron():
     problem = R["Perceptron"]
     huge = torch.tensor([[1.7672e17, 1.1367e18, -4.2149e17]], dtype=torch.float64)
     assert float(problem.residual(huge)) <= 1 and not problem.accept(huge)
+
+
+def test_the_result_file_holds_every_posed_problem_and_every_solver():
+    tables = read_result(RESULT)["tables"]
+    assert set(tables["Systems"]["rows"]) == {p.name for p in systems()} == set(SYSTEMS.rows)
+    for table, posed in POSED.items():
+        assert set(tables[table]["rows"]) == set(posed)
+        assert all(set(row) == set(OURS) for row in tables[table]["rows"].values())
+        assert {"device", "versions", "commit"} <= set(tables[table])
+    assert set(KINSOL.rows) == set(CODES) and set(R_PACKAGE.rows) == set(R)
+    assert set(SPEED_MAPPING.rows) - set(SUITE) == set(report.MISSING)
+    assert {p.name for p in published_maps()} >= {*CODES, *R, *SUITE}
+
+
+def test_slow_plain_counts_of_the_result_file_are_the_published_ones():
+    rows = read_result(RESULT)["tables"]["R"]["rows"]
+    for name in ("Consumption smoothing", "Perceptron"):
+        assert rows[name]["Picard"]["calls"] == R_PACKAGE.rows[name]["Simple"]
+    apart = rows["Modified perceptron"]["Picard"]["calls"] - R_PACKAGE.rows["Modified perceptron"]["Simple"]
+    assert abs(apart) <= 10
 
 
 def test_the_page_is_what_the_result_file_gives():
