@@ -1,31 +1,105 @@
-"""Where a command computes and writes, tried out before anything is written."""
+"""Shared by the commands: exit codes, interruption, missing packages, devices, ranks.
+
+    0    success
+    1    the disk failed
+    2    bad input, or a package that is not installed
+    130  interrupted (Ctrl-C)
+
+This module imports the standard library alone, so that an interruption or a missing package is reported in one line
+from the first import of a command on.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any
 
-from apps.diffusion.files.atomic import make_folder as make_folder
+_EXTRA = ("accelerate", "diffusers", "matplotlib", "PIL", "safetensors", "sklearn", "tqdm", "tyro")
+
+
+def missing_packages() -> str | None:
+    """The remedy where packages of the extra `diffusion` are not installed; None where all are."""
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if not missing:
+        return None
+    return (
+        f"apps.diffusion needs {', '.join(missing)}; install the extra: pip install 'implicit-fixed-points[diffusion]'"
+    )
+
+
+def report_interruption() -> None:
+    """From here on, Ctrl-C ends the process with one line and exit code 130, also during imports."""
+    usual = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            usual(kind, error, trace)
+            return
+        print("\nInterrupted.", file=sys.stderr)
+        raise SystemExit(130)
+
+    sys.excepthook = hook
+
+
+def run_command(
+    name: str, command: Callable[[list[str]], int | None], argv: Sequence[str] | None = None, *, after: str = ""
+) -> int:
+    """Run a command and return its exit code; see the top of this file.
+
+    Args:
+        name: of the command, which begins its messages.
+        command: parses and runs; it returns an exit code, or None for 0.
+        argv: arguments; None: those of the process.
+        after: what an interruption or a failed disk leaves, as a sentence.
+    """
+    try:
+        return command(list(sys.argv[1:] if argv is None else argv)) or 0
+    except KeyboardInterrupt:
+        message, code = f"interrupted. {after}".strip(), 130
+    except ModuleNotFoundError as error:
+        message, code = missing_packages() or f"the package {error.name} is not installed.", 2
+    except ValueError as error:
+        spelled = getattr(error, "spelled", None)  # of an OptionError
+        message, code = spelled(flag) if spelled else str(error), 2
+    except OSError as error:
+        message, code = f"{error}. {after}".strip(), 1
+    print(f"{name}: {message}", file=sys.stderr)
+    return code
+
+
+def flag(name: str) -> str:
+    """The flag of an option: max_evals is --max-evals."""
+    return "--" + name.replace("_", "-")
+
+
+def rank_and_world(rank: int | None = None, world: int | None = None) -> tuple[int, int]:
+    """Number of this process and number of processes; None: RANK and WORLD_SIZE, as torchrun sets them.
+
+    Raises:
+        ValueError: the number is not below the number of processes.
+    """
+    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+    world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
+    if not 0 <= rank < world:
+        raise ValueError(f"--rank {rank} must lie between 0 and --world {world} minus 1.")
+    return rank, world
 
 
 def device_of(name: str) -> str:
-    """The device by this name; cuda alone is this process's own of several (LOCAL_RANK).
+    """The device by this name; cuda without a number is the one of this process (LOCAL_RANK).
 
     Raises:
-        ValueError: there is none by this name here, or nothing can be computed on it.
+        ValueError: it is not available, or a sum of one number fails on it.
     """
     import torch
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
         torch.ones(1, device=device).sum().item()
-    except (
-        RuntimeError,
-        AssertionError,
-        ImportError,
-        NotImplementedError,
-    ) as error:  # whatever the device's code raises
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
         reason = str(error).split("\n")[0][:200]
-        raise ValueError(
-            f"--device {name} cannot be used here ({reason}); give cpu, or another that there is."
-        ) from None
+        raise ValueError(f"--device {name} is not available ({reason}); use cpu, or another device.") from None
     return device

@@ -10,43 +10,37 @@ image i of `python -m apps.diffusion.sample RUN --seed s` for the same class and
 
 from __future__ import annotations
 
-import json
 import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-import diffusers
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.outputs import BaseOutput
-from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor
 
-from apps.diffusion.checkpoint import pretrained
-from apps.diffusion.checkpoint.trained_run import decoder_of, open_run
-from apps.diffusion.config.sampling import Sampler
+from apps.diffusion.checkpoint.open_network import open_network, pipeline_options
+from apps.diffusion.config.sampling import Allocation, OptionError, Sampler, SamplingOptions, Start
 from apps.diffusion.files.images import to_pil
-from apps.diffusion.models.autoencoder import decode, open_vae
+from apps.diffusion.models.autoencoder import decode
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
-from apps.diffusion.sampling.generate import scheduler_of
-from apps.diffusion.sampling.guidance import Guidance
-from apps.diffusion.sampling.iteration_budget import Shape
-from apps.diffusion.sampling.keyword_options import labels_for, solve_of, walk_of, whole
+from apps.diffusion.sampling.options import SamplingPlan, as_integer, as_integers, labels_for, plan
 from apps.diffusion.sampling.sampler import CHUNK, Effort, SampleResult, sample
 from apps.diffusion.sampling.warm_start import Reuse
+from apps.diffusion.schedulers.noise_schedule import same_noise
 from implicit import AbstractSolver, Stop
 
 Output = Literal["pil", "np", "pt", "latent"]
 _DEFAULTS = ("steps", "iterations", "guidance", "reuse")
-_CLASSES = {"DiT": DiT, "FPDM": FPDM}
+_KEYWORDS = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 
 
 @dataclass
@@ -70,12 +64,13 @@ class FixedPointPipeline(DiffusionPipeline):
 
     Args:
         model: the network, in evaluation mode.
-        scheduler: from `schedule.make_scheduler`; its timestep_spacing says which timesteps are visited.
+        scheduler: a diffusers scheduler with the network's noise schedule; it also spaces the timesteps.
         vae: decodes latents; None for a network of pixels.
-        steps: timesteps of a call that does not say how many.
-        iterations: of the fixed-point layer at each of them, likewise; None is the model's own count.
-        guidance: scale of classifier-free guidance, likewise.
-        reuse: start from the previous timestep's solution, likewise.
+        steps: default number of timesteps.
+        iterations: default iterations of the fixed-point layer, one number or one per timestep; None: the model's own.
+        guidance: default scale of classifier-free guidance.
+        reuse: default start of each solve: False or "off", True or "on", "blended", "extrapolated".
+        classes: names of the classes.
     """
 
     model_cpu_offload_seq = "model->vae"
@@ -87,13 +82,16 @@ class FixedPointPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         steps: int = 20,
-        iterations: int | None = None,
+        iterations: int | Sequence[int] | None = None,
         guidance: float = 1.0,
-        reuse: bool = False,
+        reuse: bool | Start = False,
+        classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(model=model.eval(), scheduler=scheduler, vae=vae)
-        self.register_to_config(steps=steps, iterations=iterations, guidance=guidance, reuse=reuse)
+        self.register_to_config(
+            steps=steps, iterations=iterations, guidance=guidance, reuse=reuse, classes=list(classes or ()) or None
+        )
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -104,51 +102,22 @@ class FixedPointPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin | None = None,
         torch_dtype: torch.dtype | None = None,
     ) -> FixedPointPipeline:
-        """The pipeline in a folder that `save_pretrained` wrote, or of a training run (see `from_run`).
+        """The pipeline of a trained network.
 
         Args:
-            source: the folder, or the name of a network that comes with the repository (checkpoint/pretrained.py).
-            vae: instead of the folder's own: a model, a folder, or a name on the hub.
+            source: folder of a pipeline (`save_pretrained`), of a training run or of a model (`convert`), or the name
+                of a network of the repository; see checkpoint/open_network.py.
+            vae: instead of the folder's own: a model, a folder, or a hub name.
             scheduler: instead of the folder's own.
             torch_dtype: of the network's weights; None leaves them as they are.
 
         Raises:
-            ValueError: neither a pipeline nor a run, or one that cannot be read.
+            ValueError: no network in the folder, or one that cannot be read.
         """
-        folder = pretrained.locate(source)
-        if (folder / "checkpoints").is_dir():
-            pipe = cls.from_run(folder, vae=vae)
-            if torch_dtype is not None:  # diffusers warns of any
-                pipe.model.to(torch_dtype)
-            return pipe if scheduler is None else cls(pipe.model, scheduler, pipe.vae, **pipe.defaults)
-        try:
-            index = json.loads((folder / "model_index.json").read_text())
-            network, noise = _CLASSES[index["model"][1]], getattr(diffusers, index["scheduler"][1])
-            defaults = {name: index[name] for name in _DEFAULTS if name in index}
-            has_vae = bool(index["vae"][0])
-        except FileNotFoundError:
-            raise ValueError(
-                f"{folder} holds neither a pipeline (model_index.json) nor a training run (checkpoints); give a folder "
-                "that FixedPointPipeline.save_pretrained or python -m apps.diffusion.train wrote."
-            ) from None
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{folder / 'model_index.json'} is not that of a FixedPointPipeline ({error!r})."
-            ) from None
-        try:
-            model = network.from_pretrained(folder / "model", torch_dtype=torch_dtype)
-            own: Any = scheduler or noise.from_pretrained(folder / "scheduler")
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"The pipeline in {folder} cannot be read ({error}); save it again.") from None
-        decoder = vae or (folder / "vae" if has_vae else None)
-        if isinstance(decoder, str | Path):
-            decoder, _ = open_vae(decoder)
-        return cls(model, own, decoder, **defaults)
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """What a call does that does not say otherwise."""
-        return {name: self.config[name] for name in _DEFAULTS}
+        pipe = cls._open(source, vae=vae, scheduler=scheduler)
+        if torch_dtype is not None:
+            pipe.model.to(torch_dtype)
+        return pipe
 
     @classmethod
     def from_run(
@@ -163,40 +132,60 @@ class FixedPointPipeline(DiffusionPipeline):
 
         Args:
             run: the run's folder.
-            vae: decodes latents: a model, a folder, or a name on the hub.
+            vae: decodes latents: a model, a folder, or a hub name.
             weights: the averaged weights, or the last ones.
-            sampler: how sampling steps; None is the run's own way.
+            sampler: None: that of the run.
 
         Raises:
             ValueError: no run in the folder, or one that cannot be read.
         """
-        trained = open_run(Path(run), weights)
-        own = trained.config.sampling
-        scheduler = scheduler_of(trained.config, sampler or own.sampler)
-        name = str(vae) if isinstance(vae, str | Path) else None
+        return cls._open(run, vae=vae, weights=weights, sampler=sampler)
+
+    @classmethod
+    def _open(
+        cls,
+        source: str | Path,
+        *,
+        vae: AutoencoderKL | str | Path | None = None,
+        weights: Literal["ema", "model"] = "ema",
+        sampler: Sampler | None = None,
+        scheduler: SchedulerMixin | None = None,
+    ) -> FixedPointPipeline:
+        opened = open_network(source, weights)
+        own = opened.options
+        chosen = sampler or own.sampler
+        noise = scheduler or (opened.scheduler if chosen is None else same_noise(opened.scheduler, chosen))
         decoder = vae if isinstance(vae, AutoencoderKL) else None
         if decoder is None:
             try:
-                decoder = decoder_of(trained, name)
+                decoder = opened.decoder(None if vae is None else str(vae), "cpu")
             except ValueError as error:
-                if name is not None:
+                if vae is not None:
                     raise
-                warnings.warn(f"{error} Until then, the pipeline has latents alone to give.", stacklevel=2)
-        fixed_point = isinstance(trained.model, FPDM)
+                warnings.warn(f"{error} Until then, the pipeline returns latents only.", stacklevel=3)
+        fixed_point = isinstance(opened.model, FPDM)
+        iterations = own.iterations[0] if len(own.iterations) == 1 else list(own.iterations)
+        reuse = own.value("reuse") if fixed_point else "off"
         return cls(
-            trained.model,
-            scheduler,
+            opened.model,
+            noise,
             decoder,
-            own.steps,
-            own.iterations if fixed_point else None,
-            own.guidance,
-            own.reuse and fixed_point,
+            own.value("steps"),
+            (iterations or None) if fixed_point else None,
+            own.value("guidance"),
+            {"off": False, "on": True}.get(reuse, reuse),
+            opened.classes,
         )
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The options of a call that does not give them."""
+        return {name: self.config[name] for name in _DEFAULTS}
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | Sequence[int] | None = None,
+        class_labels: int | str | Sequence[int | str] | None = None,
         *,
         num_images: int | None = None,
         num_inference_steps: int | None = None,
@@ -206,12 +195,13 @@ class FixedPointPipeline(DiffusionPipeline):
         iterations: int | Sequence[int] | None = None,
         block_passes: int | None = None,
         macs: float | None = None,
-        allocation: Shape = "constant",
+        allocation: Allocation | None = None,
         stop: Stop | Sequence[Stop] | None = None,
         solver: AbstractSolver[Any] | None = None,
-        reuse: bool | Reuse | None = None,
+        reuse: bool | Start | Reuse | None = None,
         timesteps: Sequence[int] | None = None,
-        eta: float = 0.0,
+        sampler: Sampler | None = None,
+        eta: float | None = None,
         chunk: int = CHUNK,
         output_type: Output = "pil",
         return_dict: bool = True,
@@ -219,7 +209,7 @@ class FixedPointPipeline(DiffusionPipeline):
         """Images.
 
         Args:
-            class_labels: the class of each image, or one for all; None for an unconditional network.
+            class_labels: the class of each image, or one for all, by number or name; None for an unconditional network.
             num_images: how many; None: one for each label.
             num_inference_steps: how many timesteps; None is the pipeline's own number.
             generator: a seed, or a torch generator, which then advances; None is a fresh seed.
@@ -232,10 +222,11 @@ class FixedPointPipeline(DiffusionPipeline):
                 on; see allocation.py.
             stop: a tolerance instead, for all or for each timestep; FPDM only.
             solver: how the next iterate is made; FPDM only.
-            reuse: start from the previous timestep's solution, or as the rule says; None is the pipeline's own;
-                FPDM only.
+            reuse: start of each solve: False or "off", True or "on" (the previous timestep's solution), "blended",
+                "extrapolated", or a rule; None: the pipeline's default; FPDM only.
             timesteps: the array to walk, falling, instead of num_inference_steps and the scheduler's spacing.
-            eta: DDIM's share of fresh noise.
+            sampler: another sampler than the pipeline's scheduler, by its name in the sampling command.
+            eta: stochasticity of DDIM, 0 to 1.
             chunk: images computed at a time. A single image costs as much as a chunk, so take 1 for one alone;
                 another chunk changes the last bits.
             output_type: "pil", "np", "pt" or "latent"; see FixedPointOutput.
@@ -246,51 +237,57 @@ class FixedPointPipeline(DiffusionPipeline):
                 options of a fixed point for a DiT, several generators.
         """
         model: DiT | FPDM = self.model
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r} is unknown; choose pil, np, pt or latent.")
-        labels = labels_for(class_labels, num_images, model.num_classes)
-        walk = walk_of(self.scheduler, self.config["steps"], num_inference_steps, timesteps)
-        chunk = whole("chunk", chunk, 1)
-        guidance = Guidance(
-            scale=self.config["guidance"] if guidance_scale is None else guidance_scale, channels=guidance_channels
-        )
-        solve = solve_of(
-            model,
-            self.config["iterations"],
-            len(walk),
-            guided=guidance.doubles,
+        if output_type not in get_args(Output):
+            raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(get_args(Output))}.")
+        labels = labels_for(class_labels, num_images, model.num_classes, self.config["classes"] or ())
+        total = len(labels) if labels is not None else as_integer("num_images", num_images or 1, 1)
+        options = _options(
+            steps=num_inference_steps,
+            timesteps=timesteps,
+            guidance=guidance_scale,
+            guidance_channels=guidance_channels,
             iterations=iterations,
             block_passes=block_passes,
             macs=macs,
             allocation=allocation,
-            stop=stop,
             solver=solver,
-            reuse=self.config["reuse"] if reuse is None else reuse,
-        )
-        seed = _seed(generator)
-        total = len(labels) if labels is not None else whole("num_images", num_images or 1)
-        result = self._sampled(
-            total,
-            labels,
-            seed=seed,
-            scheduler=self.scheduler,
-            timesteps=walk,
+            reuse=reuse,
+            sampler=sampler,
             eta=eta,
-            guidance=guidance,
-            solve=solve,
-            device=self._execution_device,
-            chunk=chunk,
         )
+        warm_start = reuse if isinstance(reuse, Reuse) else None
+        chosen = self._plan(options, stop, warm_start)
+        seed = _seed(generator)
+        result = self._sampled(total, labels, chosen, seed, as_integer("chunk", chunk, 1))
         self.maybe_free_model_hooks()
         images = self._images(result.samples, output_type)
         return FixedPointOutput(images=images, effort=result.effort, seed=seed) if return_dict else (images,)
 
-    def _sampled(self, total: int, labels: list[int] | None, **choices: Any) -> SampleResult:
-        """`sampler.sample` with these choices, under the pipeline's progress bar."""
+    def _plan(self, options: SamplingOptions, stop: Any, warm_start: Reuse | None) -> SamplingPlan:
+        """What the options of a call mean, over the defaults of the pipeline."""
+        defaults = pipeline_options(self.defaults)
+        if stop is not None and options.given().keys() & {"iterations", "block_passes", "macs"}:
+            raise ValueError("stop excludes iterations, block_passes and macs; give one of them.")
+        try:
+            return plan(self.model, self.scheduler, options, defaults=defaults, stop=stop, warm_start=warm_start)
+        except OptionError as error:
+            raise ValueError(error.spelled(_keyword)) from None
+
+    def _sampled(
+        self, total: int, labels: list[int] | None, chosen: SamplingPlan, seed: int, chunk: int
+    ) -> SampleResult:
+        """Samples under the pipeline's progress bar."""
         bar_of: Any = self.progress_bar  # untyped: pyright takes it for a decorator
-        with bar_of(total=len(choices["timesteps"]) * -(-total // choices["chunk"])) as bar:
+        with bar_of(total=len(chosen.timesteps) * -(-total // chunk)) as bar:
             return sample(
-                self.model, range(total), labels, **choices, progress=lambda done, _: bar.update(done - bar.n)
+                self.model,
+                range(total),
+                labels,
+                seed=seed,
+                chunk=chunk,
+                device=self._execution_device,
+                progress=lambda done, _: bar.update(done - bar.n),
+                **chosen.arguments(),
             )
 
     def _images(self, x: Tensor, output_type: Output) -> Any:
@@ -300,14 +297,42 @@ class FixedPointPipeline(DiffusionPipeline):
             x = decode(self.vae, x)
         if x.shape[1] not in (1, 3):
             raise ValueError(
-                f"The network makes latents of {x.shape[1]} channels, and the pipeline has no VAE to decode them; give "
-                'it one (vae=...), or ask for output_type="latent".'
+                f"The network generates latents of {x.shape[1]} channels, and the pipeline has no VAE; give one "
+                '(vae=...), or output_type="latent".'
             )
-        if output_type == "pil":
-            pictures: list[Image.Image] = [to_pil(image) for image in x]
-            return pictures
-        x = (x.clamp(-1, 1) + 1) / 2
-        return x if output_type == "pt" else np.ascontiguousarray(x.permute(0, 2, 3, 1).numpy())
+        if output_type == "pil":  # the rounding of the sampling command
+            return [to_pil(image) for image in x]
+        return VaeImageProcessor().postprocess(x.float(), output_type=output_type)
+
+
+def _options(**given: Any) -> SamplingOptions:
+    """The keywords of a call as sampling options; whole numbers may be those of numpy or torch."""
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in ("steps", "block_passes", "guidance_channels"):
+        if name in given:
+            given[name] = as_integer(_keyword(name), given[name], 1)
+    for name, least in (("iterations", 1), ("timesteps", 0)):
+        if name in given:
+            given[name] = as_integers(name, given[name], least)
+            if not given[name]:
+                raise ValueError(f"{name} is an empty list; leave it out.")
+    reuse = given.get("reuse")
+    if isinstance(reuse, bool):
+        given["reuse"] = "on" if reuse else "off"
+    elif isinstance(reuse, Reuse):
+        del given["reuse"]
+    for name, words in (("reuse", Start), ("allocation", Allocation), ("sampler", Sampler)):
+        if name in given and given[name] not in get_args(words):
+            raise ValueError(f"{name}={given[name]!r} is unknown; choose one of {', '.join(get_args(words))}.")
+    try:
+        return SamplingOptions(**given)
+    except OptionError as error:
+        raise ValueError(error.spelled(_keyword)) from None
+
+
+def _keyword(name: str) -> str:
+    """The keyword of a call for a sampling option."""
+    return _KEYWORDS.get(name, name)
 
 
 def _seed(generator: torch.Generator | int | None) -> int:

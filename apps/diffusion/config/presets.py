@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.training import (
     Config,
     DataConfig,
@@ -15,7 +16,6 @@ from apps.diffusion.config.training import (
     ModelConfig,
     NoiseSchedule,
     OptimizerConfig,
-    Sampling,
 )
 from implicit import Picard, StochasticJFB
 
@@ -31,7 +31,7 @@ def digits() -> Config:
         optimizer=OptimizerConfig(images=3_000 * 64, batch=64, lr=2e-3, warmup=6_400),
         ema=EMAConfig(decay=0.99),
         grad=StochasticJFB(N=6, M=3),
-        sampling=Sampling(sampler="ddpm", steps=20, iterations=10),
+        sampling=SamplingOptions(sampler="ddpm", steps=20, iterations=(10,)),
         max_time=240.0,
         threads=1,
         out=Path("runs/digits"),
@@ -44,7 +44,7 @@ def digits_dit() -> Config:
         model=ModelConfig(kind="dit", patch=4),
         optimizer=OptimizerConfig(images=3_000 * 64, batch=64, lr=2e-3, warmup=6_400),
         ema=EMAConfig(decay=0.99),
-        sampling=Sampling(sampler="ddpm", steps=20),
+        sampling=SamplingOptions(sampler="ddpm", steps=20),
         max_time=240.0,
         threads=1,
         out=Path("runs/digits-dit"),
@@ -63,7 +63,8 @@ def mnist() -> Config:
         optimizer=OptimizerConfig(images=1_000_000, batch=64, lr=2e-3, warmup=12_800),
         ema=EMAConfig(decay=0.999),
         grad=StochasticJFB(N=2, M=2),
-        sampling=Sampling(sampler="ddim", steps=20, iterations=5, guidance=3.0, images=500),
+        sampling=SamplingOptions(sampler="ddim", steps=20, iterations=(5,), guidance=3.0),
+        num_samples=500,
         max_time=3600.0,
         threads=1,
         out=Path("runs/mnist"),
@@ -83,7 +84,8 @@ def pictures() -> Config:
         optimizer=OptimizerConfig(images=20_000_000, batch=128, lr=3e-4, warmup=128_000),
         ema=EMAConfig(decay=0.9999),
         grad=StochasticJFB(N=12, M=12),
-        sampling=Sampling(steps=50, iterations=12, images=64),
+        sampling=SamplingOptions(steps=50, iterations=(12,)),
+        num_samples=64,
         checkpoint_every=512_000,
         sample_every=512_000,
         keep=2,
@@ -145,7 +147,8 @@ def published(data: str, kind: Kind) -> Config:
         ema=EMAConfig(decay=0.9999),
         grad=StochasticJFB(N=12, M=12),
         solver=Picard(damping=0.0),
-        sampling=Sampling(sampler="ddpm", steps=20, spacing="linspace", iterations=26, guidance=1.0, images=64),
+        sampling=SamplingOptions(sampler="ddpm", steps=20, spacing="linspace", iterations=(26,), guidance=1.0),
+        num_samples=64,
         max_time=None,
         checkpoint_every=10_000 * batch,
         sample_every=10_000 * batch,

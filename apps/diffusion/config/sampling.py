@@ -1,116 +1,167 @@
-"""How samples are made, as one frozen dataclass: the flags of the sampling command, and what Python may give.
+"""Sampling options, one class for the training configuration, the sampling command and the pipeline's keywords.
 
-This file does not import torch, so that `--help` is quick; generate.py makes the objects that are meant.
+An option that is None is left open: `over` fills it from other options (those of the run, of the pipeline), and
+`DEFAULTS` applies where nobody gives it. `sampling/options.py` translates them into what the sampling loop takes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from apps.diffusion.config.training import Sampling
+import implicit
+from apps.diffusion.config.fixed_point import Solver
 
 Sampler = Literal["ddim", "ddpm", "dpm++", "dpm++-single", "unipc", "lms", "euler", "euler-ancestral"]
-Solver = Literal["picard", "anderson", "anderson-gs", "broyden"]
+Spacing = Literal["trailing", "linspace", "leading"]
 Allocation = Literal["constant", "increasing", "decreasing"]
 Start = Literal["off", "on", "blended", "extrapolated"]
 
-COUNTS = ("iterations", "block_passes", "macs", "rtol")
+DEFAULTS: dict[str, Any] = {
+    "sampler": "ddim",
+    "eta": 0.0,
+    "steps": 20,
+    "spacing": "trailing",
+    "guidance": 1.0,
+    "allocation": "constant",
+    "max_evals": 50,
+    "solver": implicit.Picard(),
+    "reuse": "off",
+    "share": 0.5,
+    "extrapolation": 1.0,
+}
+_COUNTS = ("iterations", "block_passes", "macs", "rtol")
+# what one option replaces when other options fill the rest: its own group, never half of it
+_GROUPS = (
+    (("sampler",), ("sampler", "eta")),
+    (("timesteps",), ("timesteps", "steps", "spacing")),
+    (("steps", "spacing"), ("timesteps",)),
+    (_COUNTS, (*_COUNTS, "max_evals", "allocation")),
+    (("reuse",), ("reuse", "share", "extrapolation")),
+)
+
+
+class OptionError(ValueError):
+    """Options out of range, or that exclude each other. `spelled` says it in the words of a caller: flags, keywords."""
+
+    def __init__(self, message: str, *names: str) -> None:
+        self.message, self.names = message, names
+        super().__init__(self.spelled(str))
+
+    def spelled(self, name: Callable[[str], str]) -> str:
+        """The message with each option's name as `name` spells it."""
+        return self.message.format(*map(name, self.names))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How samples are made. What is left out is done as the run's own configuration says.
+class SamplingOptions:
+    """How samples are made; None leaves an option at the default of the run, or of this program.
 
     Raises:
-        ValueError: a value out of range, or two that exclude each other.
+        OptionError: a value out of range, or two options that exclude each other.
     """
 
+    SECTION: ClassVar[str] = "sampling"
+
     sampler: Sampler | None = None
-    """ddim: deterministic; ddpm: ancestral; dpm++: second order; the others are diffusers' schedulers."""
-    eta: float = 0.0
-    """Share of fresh noise in a step of ddim, 0 to 1."""
+    """ddim: deterministic; ddpm: ancestral; dpm++: second order; others: diffusers' schedulers. Default: ddim."""
+    eta: float | None = None
+    """Stochasticity of ddim, 0 (deterministic) to 1 (ddpm). Default: 0."""
     steps: int | None = None
-    """Timesteps."""
-    spacing: Literal["trailing", "linspace", "leading"] | None = None
-    """Which timesteps: from the last one down in equal steps, both ends, or beginning below the last."""
+    """Number of timesteps. Default: 20."""
+    spacing: Spacing | None = None
+    """Spacing of the timesteps: trailing includes the last one, linspace both ends, leading the first. Default:
+    trailing.
+    """
     timesteps: tuple[int, ...] = ()
-    """The timesteps themselves, falling, instead of --steps and --spacing."""
+    """The timesteps themselves, decreasing, instead of a number and a spacing."""
     guidance: float | None = None
-    """Weight of classifier-free guidance; 1 is none."""
+    """Scale of classifier-free guidance. Default: 1, no guidance."""
     guidance_channels: int | None = None
-    """Guide the first so many channels only (3 in the published DiT); all by default."""
+    """Number of channels to guide, from the first on (3 in the published DiT). Default: all."""
     iterations: tuple[int, ...] = ()
-    """Iterations of the fixed-point layer at every timestep, or one number for each; FPDM only."""
+    """Iterations of the fixed-point layer at every timestep, or one number per timestep; FPDM only. Default: the
+    network's own.
+    """
     block_passes: int | None = None
-    """Budget of an image in transformer blocks applied, spent exactly, instead of --iterations."""
+    """Budget per image in transformer block evaluations, spent exactly, instead of iterations."""
     macs: float | None = None
-    """Budget of an image in multiply-accumulates, such as 5.9e11, instead of --iterations."""
-    allocation: Allocation = "constant"
-    """How a budget, or --iterations times the timesteps, is shared out from the noisiest timestep on."""
+    """Budget per image in multiply-accumulates, such as 5.9e11, instead of iterations; FPDM only."""
+    allocation: Allocation | None = None
+    """Allocation of a budget, or of iterations times timesteps, from the noisiest timestep on; FPDM only. Default:
+    constant.
+    """
     rtol: tuple[float, ...] = ()
-    """Relative tolerance of every timestep, or one for each, instead of --iterations; every image stops by itself."""
-    max_evals: int = 50
-    """Most iterations with --rtol."""
-    solver: Solver = "picard"
-    """How the next iterate is made; picard is the naive iteration. FPDM only."""
-    memory: int | None = None
-    """Iterates that the solver remembers; the solver's own number by default."""
+    """Relative tolerance at every timestep, or one per timestep, instead of iterations; each image stops on its own.
+    FPDM only.
+    """
+    max_evals: int | None = None
+    """Maximum evaluations per timestep with a relative tolerance; FPDM only. Default: 50."""
+    solver: Solver | None = None
+    """Solver of the fixed-point layer; FPDM only. Default: Picard, the plain iteration."""
     reuse: Start | None = None
-    """Start a solve fresh (off), from the solution of the timestep before (on), from a mixture of the two (blended), or
-    from the line through the last two solutions (extrapolated). FPDM only."""
-    share: float = 0.5
-    """Weight of the earlier solution in --reuse blended."""
-    extrapolation: float = 1.0
-    """How far along that line --reuse extrapolated goes: 0 is its last point, 1 one timestep further."""
+    """Start of each solve: off (none of the earlier solutions), on (the previous timestep's solution), blended (a
+    mixture of both), extrapolated (from the last two solutions). FPDM only. Default: off.
+    """
+    share: float | None = None
+    """Weight of the earlier solution in a blended start, 0 to 1. Default: 0.5."""
+    extrapolation: float | None = None
+    """Step of an extrapolated start: 0 is the last solution, 1 one timestep further. Default: 1."""
 
     def __post_init__(self) -> None:
-        given = [name for name in COUNTS if getattr(self, name) not in ((), None)]
-        if len(given) > 1:
-            raise ValueError(f"{_flags(given)} say the same thing in different ways; give one of them.")
+        counts = [name for name in _COUNTS if getattr(self, name) not in ((), None)]
+        if len(counts) > 1:
+            names = ", ".join(f"{{{i}}}" for i in range(len(counts)))
+            raise OptionError(f"{names} exclude each other; give one of them.", *counts)
         if self.timesteps and (self.steps is not None or self.spacing is not None):
-            raise ValueError("--timesteps stands instead of --steps and --spacing; leave those out.")
-        for name, values in (("iterations", self.iterations), ("steps", (self.steps,)), ("memory", (self.memory,))):
-            if any(v is not None and v < 1 for v in values):
-                raise ValueError(f"--{name} must be at least 1, got {' '.join(map(str, values))}.")
-        if self.guidance is not None and not 0 <= self.guidance < float("inf"):
-            raise ValueError(f"--guidance must be 0 or more, got {self.guidance}; 1 is none, 4 is strong.")
-        if any(not 0 <= r < 1 for r in self.rtol) or self.max_evals < 1:
-            raise ValueError(
-                f"--rtol must lie in [0, 1) and --max-evals be at least 1, got {self.rtol} and {self.max_evals}."
-            )
-        if self.memory is not None and self.solver == "picard":
-            raise ValueError("--memory is for a solver that remembers; choose --solver anderson or broyden, or none.")
-        for name, other, needed in (
-            ("share", self.reuse == "blended", "--reuse blended"),
-            ("extrapolation", self.reuse == "extrapolated", "--reuse extrapolated"),
-            ("max_evals", bool(self.rtol), "--rtol"),
+            raise OptionError("{0} excludes {1} and {2}; leave those out.", "timesteps", "steps", "spacing")
+        self._check_ranges()
+        for name, met, needed, value in (
+            ("share", self.reuse == "blended", "reuse", "blended"),
+            ("extrapolation", self.reuse == "extrapolated", "reuse", "extrapolated"),
+            ("max_evals", bool(self.rtol), "rtol", ""),
         ):
-            if not other and getattr(self, name) != getattr(type(self), name):
-                raise ValueError(f"{_flags([name])} means nothing without {needed}; give that too, or leave it out.")
-        if self.allocation != "constant" and (len(self.iterations) > 1 or self.rtol):
-            raise ValueError("--allocation shares out a budget; a list of --iterations and --rtol leave none to share.")
-        if not (0 <= self.share <= 1 and 0 <= self.extrapolation <= 1 and 0 <= self.eta <= 1):
-            raise ValueError("--share, --extrapolation and --eta must lie in [0, 1].")
+            if not met and getattr(self, name) is not None:
+                raise OptionError("{0} needs {1}" + f" {value}".rstrip() + "; give it, or leave {0} out.", name, needed)
+        if self.allocation not in (None, "constant") and (len(self.iterations) > 1 or self.rtol):
+            other = "rtol" if self.rtol else "iterations"
+            raise OptionError("{0} needs a budget or one number of iterations, and excludes {1}.", "allocation", other)
 
-    def of_fixed_point(self) -> list[str]:
-        """The options given that only an FPDM knows."""
-        default = Recipe()
-        names = ("iterations", "macs", "allocation", "rtol", "max_evals", "solver", "memory", "reuse", "share")
-        return [name for name in (*names, "extrapolation") if getattr(self, name) != getattr(default, name)]
+    def _check_ranges(self) -> None:
+        bounds = {"steps": 1, "iterations": 1, "guidance_channels": 1, "max_evals": 1, "timesteps": 0, "guidance": 0}
+        for name, least in bounds.items():
+            value = getattr(self, name)
+            values = value if isinstance(value, tuple) else () if value is None else (value,)
+            if not all(least <= v < float("inf") for v in values):
+                raise OptionError(f"{{0}} must be at least {least} and finite, got {value}.", name)
+        for name in ("eta", "share", "extrapolation"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise OptionError(f"{{0}} must lie in [0, 1], got {value}.", name)
+        if any(not 0 <= r < 1 for r in self.rtol):
+            raise OptionError(f"{{0}} must lie in [0, 1), got {self.rtol}.", "rtol")
 
-    def filled(self, sampling: Sampling) -> Recipe:
-        """With the run's own choices where this one has none."""
-        own: dict[str, object] = {"sampler": sampling.sampler, "guidance": sampling.guidance}
-        if not self.timesteps:
-            own |= {"steps": sampling.steps, "spacing": sampling.spacing}
-        own["reuse"] = "on" if sampling.reuse else "off"
-        if all(getattr(self, name) in ((), None) for name in COUNTS):
-            own["iterations"] = (sampling.iterations,)
-        left_out = {name: value for name, value in own.items() if getattr(self, name) in ((), None)}
-        return dataclasses.replace(self, **left_out)  # pyright: ignore[reportArgumentType]
+    def given(self) -> dict[str, Any]:
+        """The options that are not left open."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value not in ((), None)}
 
+    def fixed_point_options(self) -> list[str]:
+        """The given options that only an FPDM takes."""
+        names = {"iterations", "macs", "allocation", "rtol", "max_evals", "solver", "reuse", "share", "extrapolation"}
+        return [name for name in self.given() if name in names]
 
-def _flags(names: list[str]) -> str:
-    return ", ".join("--" + name.replace("_", "-") for name in names)
+    def over(self, other: SamplingOptions) -> SamplingOptions:
+        """These options, and those of `other` where they are left open and these do not replace them."""
+        mine, theirs = self.given(), other.given()
+        for leading, group in _GROUPS:
+            if any(name in mine for name in leading):
+                theirs = {name: value for name, value in theirs.items() if name not in group}
+        return SamplingOptions(**theirs | mine)
+
+    def value(self, name: str) -> Any:
+        """An option, or its default."""
+        found = getattr(self, name)
+        return DEFAULTS.get(name, found) if found in ((), None) else found

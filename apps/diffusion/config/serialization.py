@@ -100,6 +100,7 @@ _RENAMED = {
     "Data": "DataConfig",
     "Optimisation": "OptimizerConfig",
     "EMA": "EMAConfig",
+    "Sampling": "SamplingOptions",
 }
 
 
@@ -114,6 +115,11 @@ def upgraded(plain: Any) -> Any:
     if name == "IFT" and "rtol" in plain:
         rtol = plain.pop("rtol")
         plain["stop"] = None if rtol is None else {"type": "Stop", "rtol": rtol, "atol": 0.0, "max_evals": 200}
+    sampling = plain.get("sampling")
+    if name == "Config" and isinstance(sampling, dict) and "images" in sampling:
+        plain["num_samples"] = sampling.pop("images")
+        sampling["iterations"] = [sampling.get("iterations", 10)]
+        sampling["reuse"] = "on" if sampling.get("reuse") else "off"
     return plain
 
 

@@ -7,44 +7,18 @@ that a run means the same on any number of processes.
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
-
-import tyro
+from typing import ClassVar, Literal
 
 import implicit
+from apps.diffusion.config.fixed_point import Grad, Solver, check_pair
+from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.serialization import at_least, flag, from_plain, to_plain, upgraded, within
 
-
-def _summary(kind: type) -> Any:
-    """The first sentence of a class, for `--help`."""
-    return tyro.conf.subcommand(description=(inspect.getdoc(kind) or "").split("\n\n")[0])
-
-
-# Choices on the command line and in config.json; a new solver or estimator of `implicit` is one more line.
-Solver = (
-    Annotated[implicit.Picard, _summary(implicit.Picard)]
-    | Annotated[implicit.Anderson, _summary(implicit.Anderson)]
-    | Annotated[implicit.AndersonGS, _summary(implicit.AndersonGS)]
-    | Annotated[implicit.Broyden, _summary(implicit.Broyden)]
-    | Annotated[implicit.BadBroyden, _summary(implicit.BadBroyden)]
-    | Annotated[implicit.NewtonKrylov, _summary(implicit.NewtonKrylov)]
-)
-Grad = (
-    Annotated[implicit.StochasticJFB, _summary(implicit.StochasticJFB)]
-    | Annotated[implicit.JFB, _summary(implicit.JFB)]
-    | Annotated[implicit.IFT, _summary(implicit.IFT)]
-    | Annotated[implicit.Phantom, _summary(implicit.Phantom)]
-    | Annotated[implicit.Neumann, _summary(implicit.Neumann)]
-    | Annotated[implicit.SHINE, _summary(implicit.SHINE)]
-    | Annotated[implicit.Reversible, _summary(implicit.Reversible)]
-    | Annotated[implicit.Unrolled, _summary(implicit.Unrolled)]
-)
 Kind = Literal["fpdm", "dit"]
 Size = Literal["tiny", "S", "B", "L", "XL"]
 
@@ -242,37 +216,6 @@ class EMAConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How samples are made when the training is over (`python -m apps.diffusion.sample` has the same choices,
-    and more).
-    """
-
-    SECTION: ClassVar[str] = "sampling"
-
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    """ddim: deterministic; ddpm: ancestral, fresh noise at every step."""
-    steps: int = 20
-    """Timesteps."""
-    spacing: Literal["trailing", "linspace", "leading"] = "trailing"
-    """Which timesteps: from the last one down in equal steps, or both ends included, or up to the last but
-    some.
-    """
-    iterations: int = 10
-    """Iterations of the fixed-point layer per timestep; FPDM only."""
-    reuse: bool = False
-    """Start each timestep's solve from the solution of the one before; FPDM only."""
-    guidance: float = 1.0
-    """Weight of classifier-free guidance; 1 is none."""
-    images: int = 300
-    """Images that are scored."""
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "steps", "iterations")
-        at_least(self, 0, "guidance")
-        at_least(self, 2, "images")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """Configuration of a training run: a Fixed Point Diffusion Model (FPDM), or the DiT baseline."""
 
@@ -287,7 +230,9 @@ class Config:
     """Solver of the fixed-point layer in training; FPDM only."""
     stop: implicit.Stop = field(default_factory=partial(implicit.Stop, rtol=1e-3, atol=0.0, max_evals=20))
     """Stopping criterion of the fixed-point layer in training; S-JFB ignores it. FPDM only."""
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    num_samples: int = 300
+    """Number of images to sample and score at the end."""
     seed: int = 0
     """Random seed of the run."""
     max_time: float | None = None
@@ -312,12 +257,13 @@ class Config:
         at_least(self, 1, "checkpoint_every", "keep", "threads", "sample_every")
         if self.model.kind == "fpdm":
             check_pair(self.grad, self.solver)
-        if self.schedule.zero_snr and self.sampling.spacing == "leading":
+        at_least(self, 2, "num_samples")
+        sampling, guidance = self.sampling, self.sampling.value("guidance")
+        if self.schedule.zero_snr and sampling.spacing == "leading":
             raise ValueError(
                 "--sampling.spacing leading omits the last timestep, where sampling starts with zero terminal SNR; "
                 "use trailing or linspace, or --schedule.no-zero-snr."
             )
-        guidance = self.sampling.guidance
         if guidance != 1 and self.data.unconditional:
             raise ValueError(
                 f"--sampling.guidance {guidance:g} needs classes, which --data.unconditional ignores; leave it at 1."
@@ -327,13 +273,17 @@ class Config:
                 f"--sampling.guidance {guidance:g} needs a network trained with the null class too; raise "
                 "--optimizer.label-dropout from 0 to 0.1, or leave guidance at 1."
             )
-        if self.sampling.steps > self.schedule.timesteps:
+        if not sampling.timesteps and sampling.value("steps") > self.schedule.timesteps:
             raise ValueError(
-                f"--sampling.steps {self.sampling.steps} exceeds --schedule.timesteps {self.schedule.timesteps}; take "
-                "fewer."
+                f"--sampling.steps {sampling.value('steps')} exceeds --schedule.timesteps {self.schedule.timesteps}; "
+                "take fewer."
             )
         if self.max_time is not None and not self.max_time > 0:
             raise ValueError(f"--max-time must be positive, got {self.max_time}; leave it out for no limit.")
+
+    def sampling_options(self) -> SamplingOptions:
+        """The sampling options of this run, with a sampler."""
+        return self.sampling.over(SamplingOptions(sampler="ddim"))
 
     def to_json(self) -> str:
         """The whole tree as JSON; `from_json` gives an equal tree back."""
@@ -356,18 +306,3 @@ class Config:
             raise ValueError(f"{source} is not the configuration of a run, because it is not JSON: {error}.") from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{source}: {error}") from None
-
-
-def check_pair(grad: implicit.AbstractGrad, solver: implicit.AbstractSolver[Any]) -> None:
-    """Raises ValueError where an estimator cannot work with a solver, or would ignore it."""
-    own, base = type(solver), implicit.AbstractSolver
-    inverses = ("inverse_transpose", "transposed")
-    if isinstance(grad, implicit.SHINE) and all(getattr(own, i, None) is getattr(base, i, None) for i in inverses):
-        raise ValueError(
-            f"SHINE needs a solver with an approximate inverse, and {own.__name__} has none; use solver:broyden, "
-            "solver:anderson, solver:anderson-gs or solver:bad-broyden."
-        )
-    if isinstance(grad, implicit.Reversible) and solver != implicit.Picard():
-        raise ValueError(
-            f"Reversible is an iteration of its own and would ignore {own.__name__}; leave the solver at solver:picard."
-        )

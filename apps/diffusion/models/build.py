@@ -1,10 +1,10 @@
-"""From a configuration to the objects it describes."""
+"""Networks from their configuration, and from the description in a checkpoint."""
 
 from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -14,7 +14,6 @@ from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.models.layers import SIZES, Size
 from apps.diffusion.rng import Stream, drawing_from, generator
-from apps.diffusion.schedulers.noise_schedule import make_scheduler
 
 _SIZES = {"tiny": Size(hidden_size=128, depth=6, num_heads=4), **SIZES}
 _NETWORKS = {"DiT": DiT, "FPDM": FPDM}
@@ -61,25 +60,6 @@ def describe(model: DiT | FPDM) -> dict[str, Any]:
 def rebuild(description: dict[str, Any]) -> DiT | FPDM:
     """The network that `describe` described, with fresh weights."""
     return _NETWORKS[description["class"]](**description["config"])
-
-
-def scheduler(config: c.Config, kind: Literal["ddim", "ddpm"]) -> Any:
-    """The noise schedule of a run, as a diffusers scheduler. What is predicted of pixels is kept within [-1, 1];
-    latents know no bound.
-    """
-    schedule = config.schedule
-    return make_scheduler(
-        kind,
-        prediction=schedule.prediction,
-        zero_snr=schedule.zero_snr,
-        spacing=config.sampling.spacing,
-        learn_sigma=config.model.learn_sigma,
-        betas=schedule.betas,
-        beta_start=schedule.beta_start,
-        beta_end=schedule.beta_end,
-        train_steps=schedule.timesteps,
-        clip=None if config.data.source == "latents" else 1.0,
-    )
 
 
 def attention(config: c.Config) -> AbstractContextManager[Any]:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from apps.diffusion.files.atomic import atomic_path, make_folder
+from apps.diffusion.files.atomic import file_at_once
 from apps.diffusion.files.images import columns_by_class, grid, read, to_pil
 from apps.diffusion.sampling.sampler import SampleResult
 
@@ -30,7 +30,7 @@ GRID = 100  # most images in grid.png
 
 
 @dataclass(frozen=True)
-class Album:
+class OutputFolder:
     """Samples number 0 ... n - 1 in a folder, with their classes (None: they have none)."""
 
     folder: Path
@@ -45,7 +45,7 @@ class Album:
         """The samples that are not there yet."""
         return [i for i in range(len(self.labels)) if not (self.folder / self.name(i)).exists()]
 
-    def settle(self, settings: dict[str, Any]) -> None:
+    def write_or_check_settings(self, settings: dict[str, Any]) -> None:
         """Make the folder and note in it how its images are made.
 
         Raises:
@@ -70,13 +70,17 @@ class Album:
         ):
             if not note.exists():  # another process may have settled in the meantime
                 raise ValueError(f"{self.folder} holds something else than samples; give another folder with --out.")
-        make_folder(self.folder)
-        with atomic_path(note) as partial:
+        _make_folder(self.folder)
+        with file_at_once(note) as partial:
             partial.write_text(json.dumps(settings, indent=2) + "\n")
+
+    def others(self) -> int:
+        """The number of further images in the folder."""
+        return sum(file.name[:5].isdigit() for file in self.folder.glob("*.png")) - len(self.labels)
 
     def write(self, i: int, image: Any) -> None:
         """Write sample i, an image (C, H, W) in [-1, 1]."""
-        with atomic_path(self.folder / self.name(i)) as partial:
+        with file_at_once(self.folder / self.name(i)) as partial:
             to_pil(image).save(partial, format="PNG")
 
     def read(self, i: int) -> Image.Image:
@@ -101,7 +105,7 @@ class Album:
         columns = len(classes) if by_class else min(10, len(known))
         order = columns_by_class(known, GRID // columns) if by_class else list(range(min(GRID, len(known))))
         head = [str(y) for y in classes] if by_class else ()
-        with atomic_path(self.folder / "grid.png") as partial:
+        with file_at_once(self.folder / "grid.png") as partial:
             grid([self.read(i) for i in order], columns, head=head).save(partial, format="PNG")
 
     def write_npz(self) -> None:
@@ -110,7 +114,7 @@ class Album:
         One image at a time, so that 50,000 need no memory; equal images give equal bytes.
         """
         width, height = self.read(0).size
-        with atomic_path(self.folder / "samples.npz") as partial, zipfile.ZipFile(partial, "w") as archive:
+        with file_at_once(self.folder / "samples.npz") as partial, zipfile.ZipFile(partial, "w") as archive:
             with _member(archive, "arr_0.npy", (len(self.labels), height, width, 3), "|u1") as file:
                 for i in range(len(self.labels)):
                     image = self.read(i)
@@ -121,13 +125,13 @@ class Album:
                 with _member(archive, "arr_1.npy", (len(self.labels),), "<i8") as file:
                     file.write(np.asarray(self.labels, dtype="<i8").tobytes())
 
-    def note_effort(self, rank: int, result: SampleResult, wanted: Sequence[int]) -> None:
-        """Add to the books of process `rank` what one part cost, of which the samples `wanted` were missing."""
+    def add_effort(self, rank: int, result: SampleResult, wanted: Sequence[int]) -> None:
+        """Append the effort of one part to the log of process `rank`; the samples `wanted` were missing."""
         rows = [result.indices.index(i) for i in wanted]
         effort = result.effort
         residuals = effort.residuals[rows].double()
         line = {
-            "images": len(rows),
+            "indices": list(wanted),
             "block_passes": int(effort.block_passes[rows].sum()),
             "macs": int(effort.macs[rows].sum()),
             "computed": effort.computed,
@@ -152,23 +156,32 @@ class Album:
                 except ValueError:
                     continue  # cut off by a kill
         total = summed(lines, timesteps)
-        with atomic_path(self.folder / "effort.json") as partial:
+        with file_at_once(self.folder / "effort.json") as partial:
             partial.write_text(json.dumps(total, indent=2) + "\n")
         return total
 
 
-def summed(lines: Sequence[dict[str, Any]], timesteps: Sequence[int]) -> dict[str, Any]:
-    """The books as one report.
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ValueError(f"{folder} cannot be created ({error.strerror}); give another folder with --out.") from None
 
-    images                   samples made, those that were lost and made again counted twice
+
+def summed(lines: Sequence[dict[str, Any]], timesteps: Sequence[int]) -> dict[str, Any]:
+    """The logs as one report.
+
+    images                   different samples
+    sampled                  samples computed, with those that were lost and computed again
     per_image                means: block passes, MACs, evaluations of the fixed-point layer
-    block_passes_computed    really run in all, for places of a chunk that nobody asked for as well
+    block_passes_computed    block passes of all rows of all chunks, unrequested places included
     by_timestep              mean evaluations; mean and largest relative residual at the end of the solves
     seconds                  in the sampling loop, added up over processes
     """
-    images = sum(line["images"] for line in lines)
-    if not images:
+    sampled = sum(line["images"] if "images" in line else len(line["indices"]) for line in lines)
+    if not sampled:
         return {"images": 0, "seconds": 0.0}
+    different = {i for line in lines for i in line.get("indices", ())}
 
     def column(name: str) -> list[Any]:
         return [line[name] for line in lines]
@@ -176,16 +189,17 @@ def summed(lines: Sequence[dict[str, Any]], timesteps: Sequence[int]) -> dict[st
     evaluations = np.sum(column("evaluations"), axis=0)
     by_timestep: dict[str, Any] = {"timestep": list(timesteps)}
     if evaluations.any():
-        by_timestep["evaluations"] = (evaluations / images).tolist()
+        by_timestep["evaluations"] = (evaluations / sampled).tolist()
     if all(column("residual_sum")):
-        by_timestep["residual_mean"] = (np.sum(column("residual_sum"), axis=0) / images).tolist()
+        by_timestep["residual_mean"] = (np.sum(column("residual_sum"), axis=0) / sampled).tolist()
         by_timestep["residual_max"] = np.max(column("residual_max"), axis=0).tolist()
     return {
-        "images": images,
+        "images": len(different) or sampled,
+        "sampled": sampled,
         "per_image": {
-            "block_passes": sum(column("block_passes")) / images,
-            "macs": sum(column("macs")) / images,
-            "evaluations": float(evaluations.sum()) / images,
+            "block_passes": sum(column("block_passes")) / sampled,
+            "macs": sum(column("macs")) / sampled,
+            "evaluations": float(evaluations.sum()) / sampled,
         },
         "block_passes_computed": sum(column("computed")),
         "by_timestep": by_timestep,

@@ -1,4 +1,4 @@
-"""Noise schedules, as diffusers schedulers, and the timesteps that sampling visits.
+"""Noise schedules, as diffusers schedulers.
 
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,     abar_t = prod_{s <= t} (1 - beta_s),     t = 0 ... T - 1
     v   = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
@@ -10,18 +10,18 @@ does, and sampling has to start at T - 1.
 
 import inspect
 import warnings
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import diffusers
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from torch import Tensor
+
+from apps.diffusion.config.training import Config
+from apps.diffusion.schedulers.timesteps import Spacing
 
 Kind = Literal["ddim", "ddpm", "dpm++"]
 Prediction = Literal["v_prediction", "epsilon", "sample"]
-Spacing = Literal["trailing", "linspace", "leading"]
 Betas = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 # what `same_noise` makes: diffusers schedulers that walk an explicit array, each tested on data with a known denoiser
@@ -100,6 +100,26 @@ def make_scheduler(
     return DDPMScheduler(**common, variance_type="learned_range" if learn_sigma else "fixed_small")
 
 
+def scheduler_of(config: Config) -> Any:
+    """The DDPM scheduler of a run: its noise schedule, prediction target and spacing of timesteps.
+
+    Predictions of x_0 are clipped to [-1, 1] for pixels and not for latents, which are unbounded.
+    """
+    noise = config.schedule
+    return make_scheduler(
+        "ddpm",
+        prediction=noise.prediction,
+        zero_snr=noise.zero_snr,
+        spacing=config.sampling.value("spacing"),
+        learn_sigma=config.model.learn_sigma,
+        betas=noise.betas,
+        beta_start=noise.beta_start,
+        beta_end=noise.beta_end,
+        train_steps=noise.timesteps,
+        clip=None if config.data.source == "latents" else 1.0,
+    )
+
+
 def same_noise(scheduler: Any, name: str) -> Any:
     """Another scheduler for the network that `scheduler` is for: its noise, prediction, spacing and, where it
     knows them, bound of |x_0| and learned variance.
@@ -147,46 +167,3 @@ def check_pair(prediction: str, zero_snr: bool, spacing: str) -> None:
             "spacing='leading' cannot go with zero_snr=True: it never visits the last timestep, where "
             "sampling has to start. Use spacing='trailing' or 'linspace', or zero_snr=False."
         )
-
-
-def check_start(walk: Sequence[int], zero_snr: bool, train_steps: int = 1000) -> None:
-    """Raises ValueError where a walk does not begin where the noise is pure, though the network knows that."""
-    if zero_snr and walk[0] != train_steps - 1:
-        raise ValueError(
-            f"The timesteps begin at {walk[0]}, but sampling begins with pure noise, and that is timestep "
-            f"{train_steps - 1} of this network; put it first."
-        )
-
-
-def timesteps(n: int, spacing: Spacing = "trailing", train_steps: int = 1000) -> tuple[int, ...]:
-    """The n timesteps that sampling visits, from the noisiest down.
-
-        trailing   round(T (n - i) / n) - 1          ends above 0, begins at T - 1
-        linspace   round((T - 1) (n - 1 - i) / (n - 1))   both ends, as published FPDM samples
-        leading    (n - 1 - i) floor(T / n)          begins below T - 1
-
-    for i = 0 ... n - 1. One step alone is at T - 1 (leading: 0).
-
-    Raises:
-        ValueError: n is not between 1 and T, or the spacing is unknown.
-    """
-    if not 1 <= n <= train_steps:
-        raise ValueError(f"n={n} steps do not fit a schedule of {train_steps}; give 1 to {train_steps}.")
-    last = train_steps - 1
-    if spacing == "trailing":
-        return tuple(round(train_steps * i / n) - 1 for i in range(n, 0, -1))
-    if spacing == "linspace":
-        return tuple(round(last * i / (n - 1)) for i in range(n - 1, -1, -1)) if n > 1 else (last,)
-    if spacing == "leading":
-        return tuple(i * (train_steps // n) for i in range(n - 1, -1, -1))
-    raise ValueError(f"spacing={spacing!r} is unknown; choose one of {', '.join(get_args(Spacing))}.")
-
-
-def clean_and_noise(prediction: Tensor, x: Tensor, abar: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """(x_0, eps) of x = sqrt(abar) x_0 + sqrt(1 - abar) eps, given a prediction of v, eps or x_0."""
-    a, b = (float(c) if c.ndim == 0 else c for c in (abar.sqrt(), (1 - abar).sqrt()))
-    if kind == "v_prediction":
-        return a * x - b * prediction, a * prediction + b * x
-    if kind == "epsilon":
-        return (x - b * prediction) / a, prediction
-    return prediction, (x - a * prediction) / b

@@ -28,7 +28,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
-from apps.diffusion.schedulers.noise_schedule import clean_and_noise
+from apps.diffusion.schedulers.prediction import clean_and_noise
 
 
 class Reverse:
@@ -50,7 +50,7 @@ class Reverse:
         if not timesteps or not falling or timesteps[0] >= train_steps or timesteps[-1] < 0:
             raise ValueError(
                 f"timesteps={list(timesteps)} must fall strictly and lie between {train_steps - 1} and 0; "
-                "`schedule.timesteps` makes such an array."
+                "`timesteps.timesteps` makes such an array."
             )
         if not 0 <= eta <= 1 or (eta and not isinstance(scheduler, DDIMScheduler)):
             raise ValueError(f"eta={eta} does not fit {type(scheduler).__name__}; DDIM takes 0 to 1, others none.")

@@ -26,7 +26,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apps.diffusion.schedulers.noise_schedule import clean_and_noise
+from apps.diffusion.schedulers.prediction import clean_and_noise
 from implicit import Solution
 
 

@@ -243,7 +243,7 @@ HOLD += "with exclusive(pathlib.Path(sys.argv[1])): print('in', flush=True); tim
 
 TINY = (
     "--model.hidden 16 --model.heads 2 --optimizer.images 192 --optimizer.batch 32 --sampling.steps 2 "
-    "--sampling.iterations 2 --sampling.images 30"
+    "--sampling.iterations 2 --num-samples 30"
 ).split()
 
 

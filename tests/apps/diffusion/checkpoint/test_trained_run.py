@@ -24,7 +24,7 @@ from tests.apps.diffusion.small_models import randomised
 SMALL: dict[str, Any] = {"in_channels": 4, "input_size": 4, "hidden_size": 16, "num_heads": 2, "depth": 1}
 
 
-def write_run(folder: Path, data: c.DataConfig, num_classes: int, sampling: c.Sampling, seed: int = 0) -> Path:
+def write_run(folder: Path, data: c.DataConfig, num_classes: int, sampling: c.SamplingOptions, seed: int = 0) -> Path:
     """A run's folder, as training leaves it, with drawn weights."""
     config = c.Config(model=c.ModelConfig(kind="dit", depth=1), data=data, sampling=sampling, out=folder)
     model = randomised(DiT(num_classes=num_classes, **SMALL), seed)
@@ -50,10 +50,10 @@ def runs(tmp_path_factory):
     index = {"format": 1, "vae": {"name": str(root / "vae"), **digests(vae)}}
     (root / "latents" / "index.json").write_text(json.dumps(index))
     data = c.DataConfig(source="latents", path=root / "latents")
-    quick = c.Sampling(steps=2, sampler="ddpm", guidance=1.0)
-    write_run(root / "classes", data, 5, c.Sampling(steps=2, sampler="ddpm", guidance=2.0))
+    quick = c.SamplingOptions(steps=2, sampler="ddpm", guidance=1.0)
+    write_run(root / "classes", data, 5, c.SamplingOptions(steps=2, sampler="ddpm", guidance=2.0))
     write_run(root / "plain", data, 0, quick)
-    write_run(root / "other", data, 5, c.Sampling(steps=2, sampler="ddpm", guidance=2.0), seed=1)
+    write_run(root / "other", data, 5, c.SamplingOptions(steps=2, sampler="ddpm", guidance=2.0), seed=1)
     return root
 
 

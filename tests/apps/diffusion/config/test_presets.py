@@ -10,6 +10,7 @@ from apps.diffusion import train
 from apps.diffusion.config import training as c
 from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.models import build
+from apps.diffusion.schedulers.noise_schedule import scheduler_of
 
 SETS = ("imagenet", "celebahq", "ffhq", "lsun-church")
 COUNTS = {"fpdm": (86_500_256, 86_481_808), "dit": (674_834_720, 674_816_272)}  # with and without a learned sigma
@@ -35,13 +36,14 @@ def test_published_sizes_and_lengths(name, kind):
     o = config.optimizer
     assert o.images == (400_000 if name == "imagenet" else 100_000) * 512
     assert (o.batch, o.lr, o.weight_decay, o.warmup, o.decay) == (512, 1e-4, 0.0, 0, "constant")
-    assert (config.ema.decay, o.label_dropout, config.sampling.guidance) == (0.9999, 0.1 if classes else 0.0, 1.0)
+    assert (config.ema.decay, o.label_dropout) == (0.9999, 0.1 if classes else 0.0)
+    assert config.sampling.value("guidance") == 1
     assert config.grad == implicit.StochasticJFB(N=12, M=12)
-    betas = build.scheduler(
-        dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, zero_snr=False)), "ddpm"
+    betas = scheduler_of(
+        dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, zero_snr=False))
     ).betas
     assert (len(betas), float(betas[0]), float(betas[-1])) == (1000, pytest.approx(1e-4), pytest.approx(0.02))
-    assert build.scheduler(config, "ddpm").betas[-1] == 1
+    assert scheduler_of(config).betas[-1] == 1
 
 
 @pytest.mark.parametrize("name", [*SETS, "mnist"])
@@ -74,20 +76,20 @@ def test_impossible_changes_end_with_code_2(options, message, tmp_path, capsys, 
 
 def test_a_learned_variance_trains_and_samples():
     from apps.diffusion.data import digits
-    from apps.diffusion.sampling.generate import generate
+    from apps.diffusion.training.gallery import draw
     from apps.diffusion.training.trainer import Trainer
 
     config = c.Config(
         model=c.ModelConfig(kind="dit", depth=1, hidden=16, heads=2, learn_sigma=True),
         optimizer=c.OptimizerConfig(images=32, batch=16, clip=None),
-        sampling=c.Sampling(sampler="ddpm", steps=3),
+        sampling=c.SamplingOptions(sampler="ddpm", steps=3),
     )
     trainer = Trainer(config, digits("train"))
     before = trainer.model.final_layer.linear.weight.detach().clone()
     trainer.run(lambda state: None)
     rows = (trainer.model.final_layer.linear.weight.detach() != before).any(1).view(4, 2)
     assert rows.all()  # the means and the variances of all four pixels of a patch have learnt
-    samples = generate(trainer.ema.module.eval(), config, config.sampling, range(2), [0, 1], 0).samples
+    samples = draw(config, trainer.ema.module.eval(), 10, 2, "cpu").samples
     assert samples.shape == (2, 1, 8, 8) and samples.isfinite().all()
 
 

@@ -62,7 +62,7 @@ def test_a_damaged_config_is_refused_by_name(old, new, message):
         (lambda: c.ModelConfig(mlp_ratio=float("inf")), "--model.mlp-ratio"),
         (lambda: c.OptimizerConfig(lr=float("inf")), "--optimizer.lr"),
         (
-            lambda: c.Config(sampling=c.Sampling(guidance=2), optimizer=c.OptimizerConfig(label_dropout=0)),
+            lambda: c.Config(sampling=c.SamplingOptions(guidance=2), optimizer=c.OptimizerConfig(label_dropout=0)),
             "--optimizer.label-dropout",
         ),
         (lambda: c.OptimizerConfig(lr=0), "--optimizer.lr"),
@@ -73,7 +73,7 @@ def test_a_damaged_config_is_refused_by_name(old, new, message):
         (lambda: implicit.Anderson(memory=0), "Anderson.memory"),
         (lambda: implicit.Picard(damping=1.0), "Picard.damping"),
         (lambda: implicit.Stop(rtol=-1), "Stop.rtol"),
-        (lambda: c.Sampling(guidance=-1), "--sampling.guidance"),
+        (lambda: c.SamplingOptions(guidance=-1), "guidance"),
         (lambda: c.Config(max_time=0), "--max-time"),
         (lambda: c.Config(keep=0), "--keep"),
     ],

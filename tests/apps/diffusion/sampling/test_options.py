@@ -1,4 +1,4 @@
-"""Recipes: what is asked for is what the sampler is given, budgets are spent exactly, and solvers agree."""
+"""Sampling options: the sampler takes what is given, budgets are spent exactly, and solvers agree."""
 
 from dataclasses import replace
 from typing import Any, get_args
@@ -7,15 +7,17 @@ import pytest
 import torch
 
 from apps.diffusion.config import training as c
-from apps.diffusion.config.sampling import Recipe, Sampler
+from apps.diffusion.config.sampling import Sampler, SamplingOptions
 from apps.diffusion.models import FPDM, DiT
-from apps.diffusion.sampling.generate import generate, plan
+from apps.diffusion.sampling.options import plan as translate
+from apps.diffusion.sampling.sampler import sample
 from apps.diffusion.sampling.warm_start import Reuse
-from apps.diffusion.schedulers.noise_schedule import SAMPLERS, make_scheduler, same_noise, timesteps
-from implicit import Anderson, Broyden, Picard
+from apps.diffusion.schedulers.noise_schedule import SAMPLERS, make_scheduler, same_noise, scheduler_of
+from apps.diffusion.schedulers.timesteps import timesteps
+from implicit import Anderson, AndersonGS, Broyden, Picard
 from tests.apps.diffusion.small_models import randomised
 
-CONFIG = c.Config(sampling=c.Sampling(steps=4, iterations=3, sampler="ddpm", reuse=True, guidance=2.0))
+CONFIG = c.Config(sampling=SamplingOptions(steps=4, iterations=(3,), sampler="ddpm", reuse="on", guidance=2.0))
 SMALL: dict[str, Any] = {"input_size": 4, "in_channels": 2, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
 
 
@@ -26,30 +28,34 @@ def fpdm(**change):
     return model
 
 
+def plan(model, config, options):
+    return translate(model, scheduler_of(config), options, defaults=config.sampling_options())
+
+
+def draw(chosen, model, indices, labels, **options):
+    return sample(model, indices, labels, **chosen.arguments(), **options)
+
+
 def samples(recipe, model=None, n=3):
     model = model or fpdm()
-    return plan(model, CONFIG, recipe).sample(model, range(n), [1, 2, 3][:n], seed=0, chunk=4)
+    return draw(plan(model, CONFIG, recipe), model, range(n), [1, 2, 3][:n], seed=0, chunk=4)
 
 
 def test_what_is_left_out_is_the_runs_own():
     model = fpdm()
-    own: Any = plan(model, CONFIG, Recipe())
+    own: Any = plan(model, CONFIG, SamplingOptions())
     assert own.timesteps == timesteps(4) and own.guidance.scale == 2.0 and own.solve.iterations == (3, 3, 3, 3)
     assert type(own.scheduler).__name__ == "DDPMScheduler" and own.solve.reuse == Reuse()
-    by_hand = generate(model, c.Config(), CONFIG.sampling, range(3), [1, 2, 3], 0)
-    expected = own.sample(model, range(3), [1, 2, 3], seed=0).samples
-    assert torch.equal(by_hand.samples, expected)
     other: Any = plan(
         model,
         CONFIG,
-        Recipe(
+        SamplingOptions(
             sampler="dpm++",
             steps=5,
             spacing="linspace",
             guidance=1.5,
             guidance_channels=1,
-            solver="broyden",
-            memory=7,
+            solver=Broyden(memory=7),
             reuse="blended",
             share=0.25,
             rtol=(0.1,),
@@ -61,19 +67,19 @@ def test_what_is_left_out_is_the_runs_own():
     assert other.solve.solver == Broyden(memory=7) and other.solve.reuse == Reuse(share=0.25)
     assert [(s.rtol, s.atol, s.max_evals) for s in other.solve.stop] == [(0.1, 0.0, 9)] * 5
     for recipe, reuse, solver in (
-        (Recipe(reuse="extrapolated"), Reuse(extrapolation=1.0), Picard()),
-        (Recipe(reuse="off", solver="anderson"), None, Anderson()),
+        (SamplingOptions(reuse="extrapolated"), Reuse(extrapolation=1.0), Picard()),
+        (SamplingOptions(reuse="off", solver=Anderson()), None, Anderson()),
     ):
         solve: Any = plan(model, CONFIG, recipe).solve
         assert (solve.reuse, solve.solver) == (reuse, solver)
-    assert plan(model, CONFIG, Recipe(timesteps=(999, 7))).timesteps == (999, 7)
+    assert plan(model, CONFIG, SamplingOptions(timesteps=(999, 7))).timesteps == (999, 7)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("allocation", ["constant", "increasing", "decreasing"])
 def test_a_budget_of_block_passes_is_spent_to_the_last_block(allocation, guidance):
     for budget in (50, 96):
-        effort = samples(Recipe(block_passes=budget, allocation=allocation, guidance=guidance)).effort
+        effort = samples(SamplingOptions(block_passes=budget, allocation=allocation, guidance=guidance)).effort
         assert effort.block_passes.tolist() == [budget] * 3
         assert effort.computed == budget * 4
         each = effort.evaluations[0].tolist()
@@ -83,21 +89,22 @@ def test_a_budget_of_block_passes_is_spent_to_the_last_block(allocation, guidanc
 def test_a_budget_of_multiply_accumulates_leaves_less_than_one_iteration():
     model = fpdm()
     budget = 4 * model.macs(6) + 100
-    effort = samples(Recipe(macs=float(budget), guidance=1.0), model).effort
+    effort = samples(SamplingOptions(macs=float(budget), guidance=1.0), model).effort
     assert 0 <= budget - int(effort.macs[0]) < model.macs(2) - model.macs(1)
 
 
 def test_iterations_are_shared_out_or_listed():
-    each = samples(Recipe(iterations=(4,), allocation="decreasing", guidance=1.0)).effort.evaluations[0].tolist()
+    decreasing = samples(SamplingOptions(iterations=(4,), allocation="decreasing", guidance=1.0))
+    each = decreasing.effort.evaluations[0].tolist()
     assert sum(each) == 16 and each == sorted(each, reverse=True) and each[0] > each[-1]
-    listed = samples(Recipe(iterations=(1, 5, 2, 4), guidance=1.0)).effort.evaluations
+    listed = samples(SamplingOptions(iterations=(1, 5, 2, 4), guidance=1.0)).effort.evaluations
     assert listed.tolist() == [[1, 5, 2, 4]] * 3
 
 
 @pytest.mark.parametrize("reuse", ["off", "on", "blended", "extrapolated"])
 def test_no_tolerance_is_a_fixed_count(reuse):
-    counted = samples(Recipe(iterations=(3,), reuse=reuse))
-    untold = samples(Recipe(rtol=(0.0,), max_evals=3, reuse=reuse))
+    counted = samples(SamplingOptions(iterations=(3,), reuse=reuse))
+    untold = samples(SamplingOptions(rtol=(0.0,), max_evals=3, reuse=reuse))
     assert torch.equal(counted.samples, untold.samples)
     assert torch.equal(counted.effort.evaluations, untold.effort.evaluations)
     assert not counted.samples.requires_grad
@@ -108,17 +115,17 @@ def test_the_solver_does_not_change_a_converged_sample():
 
     def found(solver, reuse, **options):
         options = options or {"rtol": (1e-8,), "max_evals": 200}
-        return samples(Recipe(steps=3, solver=solver, reuse=reuse, guidance=1.0, **options), model, n=2)
+        return samples(SamplingOptions(steps=3, solver=solver, reuse=reuse, guidance=1.0, **options), model, n=2)
 
-    exact = found("picard", "off")
+    exact = found(Picard(), "off")
     assert exact.effort.residuals.max() <= 1.1e-8 and exact.samples.std() > 0.1
-    assert (found("picard", "off", iterations=(1,)).samples - exact.samples).abs().max() > 1e-2
-    for choice in (("picard", "on"), ("anderson", "blended"), ("anderson-gs", "extrapolated"), ("broyden", "on")):
+    assert (found(Picard(), "off", iterations=(1,)).samples - exact.samples).abs().max() > 1e-2
+    for choice in ((Picard(), "on"), (Anderson(), "blended"), (AndersonGS(), "extrapolated"), (Broyden(), "on")):
         torch.testing.assert_close(found(*choice).samples, exact.samples, rtol=1e-5, atol=1e-5)
 
 
 def test_a_tolerance_for_each_timestep_stops_each_sample_by_itself():
-    tight = samples(Recipe(rtol=(0.5, 0.1, 1e-2, 1e-3), guidance=1.0, reuse="off"))
+    tight = samples(SamplingOptions(rtol=(0.5, 0.1, 1e-2, 1e-3), guidance=1.0, reuse="off"))
     assert (tight.effort.residuals <= 1.001 * torch.tensor([0.5, 0.1, 1e-2, 1e-3])).all()
     evaluations = tight.effort.evaluations
     assert (evaluations.unique(dim=0).shape[0] > 1) and (evaluations[:, 0] < evaluations[:, 3]).all()
@@ -128,22 +135,22 @@ def test_a_tolerance_for_each_timestep_stops_each_sample_by_itself():
 
 def test_a_dit_spends_its_budget_in_steps():
     model = randomised(DiT(depth=3, **SMALL))
-    effort = samples(Recipe(block_passes=30, guidance=1.0), model).effort
+    effort = samples(SamplingOptions(block_passes=30, guidance=1.0), model).effort
     assert effort.evaluations.shape == (3, 10) and effort.block_passes.tolist() == [30] * 3
-    with pytest.raises(ValueError, match="multiple of 6"):
-        samples(Recipe(block_passes=30 + 3), model)
-    with pytest.raises(ValueError, match="multiple of 3"):
-        samples(Recipe(block_passes=30, steps=4, guidance=1.0), model)
-    with pytest.raises(ValueError, match="no fixed point to solve; leave out iterations, solver"):
-        samples(Recipe(iterations=(3,), solver="anderson"), model)
+    with pytest.raises(ValueError, match="block_passes"):
+        samples(SamplingOptions(block_passes=30 + 3), model)
+    with pytest.raises(ValueError, match="steps"):
+        samples(SamplingOptions(block_passes=30, steps=4, guidance=1.0), model)
+    with pytest.raises(ValueError, match="iterations, solver"):
+        samples(SamplingOptions(iterations=(3,), solver=Anderson()), model)
 
 
 def test_guidance_needs_classes():
     model = fpdm(num_classes=0)
-    with pytest.raises(ValueError, match="knows none"):
-        plan(model, CONFIG, Recipe(guidance=2.0))
-    chosen = plan(model, CONFIG, Recipe(guidance=1.0))
-    assert chosen.sample(model, range(2), None, seed=0).labels is None
+    with pytest.raises(ValueError, match="guidance"):
+        plan(model, CONFIG, SamplingOptions(guidance=2.0))
+    chosen = plan(model, CONFIG, SamplingOptions(guidance=1.0))
+    assert draw(chosen, model, range(2), None, seed=0).labels is None
 
 
 def test_every_sampler_has_the_networks_noise():
@@ -164,16 +171,16 @@ def test_every_sampler_has_the_networks_noise():
 
 def test_recipes_are_checked():
     config = replace(CONFIG, schedule=c.NoiseSchedule(zero_snr=False))
-    assert plan(fpdm(), config, Recipe(spacing="leading")).timesteps == (750, 500, 250, 0)
+    assert plan(fpdm(), config, SamplingOptions(spacing="leading")).timesteps == (750, 500, 250, 0)
     with pytest.raises(ValueError, match="cannot follow"):
-        plan(fpdm(), config, Recipe(sampler="unipc", spacing="linspace"))
+        plan(fpdm(), config, SamplingOptions(sampler="unipc", spacing="linspace"))
     bad: dict[str, Any]
     for bad in ({"eta": 2.0}, {"share": -1.0}, {"extrapolation": 1.5}, {"iterations": (0,)}, {"max_evals": 0}):
         with pytest.raises(ValueError):
-            Recipe(**bad)
+            SamplingOptions(**bad)
     for bad in ({"share": 0.9}, {"share": 0.9, "reuse": "on"}, {"extrapolation": 0.5}, {"max_evals": 9}):
-        with pytest.raises(ValueError, match="means nothing without"):
-            Recipe(**bad)
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            SamplingOptions(**bad)
     for macs in (float("nan"), float("inf"), 0.0):
         with pytest.raises(ValueError, match="finite number above 0"):
-            plan(fpdm(), config, Recipe(macs=macs))
+            plan(fpdm(), config, SamplingOptions(macs=macs))

@@ -17,7 +17,8 @@ from apps.diffusion.rng import Stream, generator
 from apps.diffusion.sampling.guidance import Guidance
 from apps.diffusion.sampling.sampler import Solve, cost, sample
 from apps.diffusion.sampling.warm_start import Reuse
-from apps.diffusion.schedulers.noise_schedule import SAMPLERS, make_scheduler, same_noise, timesteps
+from apps.diffusion.schedulers.noise_schedule import SAMPLERS, make_scheduler, same_noise
+from apps.diffusion.schedulers.timesteps import timesteps
 from implicit import Anderson, Stop
 from tests.apps.diffusion.small_models import randomised
 

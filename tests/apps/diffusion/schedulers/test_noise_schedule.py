@@ -7,7 +7,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from apps.diffusion.schedulers.noise_schedule import clean_and_noise, make_scheduler, timesteps
+from apps.diffusion.schedulers.noise_schedule import make_scheduler
+from apps.diffusion.schedulers.prediction import clean_and_noise
+from apps.diffusion.schedulers.timesteps import timesteps
 
 ABAR = {0: 0.9999, 250: 0.5189, 500: 0.07525, 750: 0.002644, 900: 0.000103, 998: 4.213e-09, 999: 0.0}
 

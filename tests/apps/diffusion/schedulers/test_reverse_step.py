@@ -4,8 +4,9 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, PNDMScheduler
 
-from apps.diffusion.schedulers.noise_schedule import make_scheduler, timesteps
+from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from apps.diffusion.schedulers.reverse_step import Reverse, fresh_noise
+from apps.diffusion.schedulers.timesteps import timesteps
 
 ARRAYS = [timesteps(20), timesteps(30), timesteps(7, "linspace"), (999, 998, 500, 3, 2, 0), (999,)]
 

@@ -71,7 +71,7 @@ def test_a_network_without_a_fixed_point_has_no_residual():
 
 TINY = (
     "--model.hidden 16 --model.heads 2 --model.patch 4 --optimizer.images 64 --optimizer.batch 16 "
-    "--optimizer.decay constant --sampling.steps 2 --sampling.iterations 2 --sampling.images 20 "
+    "--optimizer.decay constant --sampling.steps 2 --sampling.iterations 2 --num-samples 20 "
     "--checkpoint-every 32 --sample-every 32 --data.unconditional --max-time None"
 ).split()
 

@@ -1,0 +1,178 @@
+"""Open a trained network for sampling, whatever holds it.
+
+    a training run                       its newest checkpoint, noise schedule and sampling options
+    a network by name                    see pretrained.py
+    a pipeline folder                    what FixedPointPipeline.save_pretrained wrote
+    a model folder                       what DiT.save_pretrained, FPDM.save_pretrained or the convert command wrote
+
+A model folder has no noise schedule. It is taken for a published network on latents: DiT predicts eps on a linear
+schedule, FPDM predicts v on the same schedule rescaled to zero terminal SNR.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from safetensors import SafetensorError
+
+from apps.diffusion.checkpoint import pretrained
+from apps.diffusion.checkpoint.readers import read_model_folder
+from apps.diffusion.checkpoint.trained_run import decoder_of, digest, open_run
+from apps.diffusion.config.sampling import SamplingOptions
+from apps.diffusion.models.autoencoder import open_vae
+from apps.diffusion.models.dit import DiT
+from apps.diffusion.models.fpdm import FPDM
+from apps.diffusion.schedulers.noise_schedule import make_scheduler, scheduler_of
+
+Weights = Literal["ema", "model"]
+Prediction = Literal["v_prediction", "epsilon"]
+_NETWORKS = {"DiT": DiT, "FPDM": FPDM}
+_PIPELINE = ("steps", "iterations", "guidance", "reuse")  # options in a pipeline's index
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedNetwork:
+    """A network with what sampling needs.
+
+    Attributes:
+        model: the network, in evaluation mode, on the CPU.
+        scheduler: a diffusers scheduler with its noise schedule.
+        options: sampling options of its training run or pipeline.
+        decoder: called as decoder(name, device): the VAE of its latents, by default its own; None for pixels.
+        classes: names of its classes; empty where they have none.
+        images: images seen in training; None where unknown.
+        threads: CPU threads of its run; None for PyTorch's choice.
+        digest: SHA-256 of its weights.
+    """
+
+    model: DiT | FPDM
+    scheduler: Any
+    options: SamplingOptions
+    decoder: Callable[[str | None, str], AutoencoderKL | None]
+    classes: tuple[str, ...] = ()
+    images: int | None = None
+    threads: int | None = None
+    digest: str
+
+
+def open_network(
+    source: str | Path,
+    weights: Weights = "ema",
+    *,
+    prediction: Prediction | None = None,
+    zero_snr: bool | None = None,
+) -> OpenedNetwork:
+    """The network in a folder, or by name.
+
+    Args:
+        source: see the top of this file.
+        weights: averaged or last weights, of a run.
+        prediction: target of a model folder; None: by its class.
+        zero_snr: whether a model folder was trained with zero terminal SNR; None: by its class.
+
+    Raises:
+        ValueError: no network, one that cannot be read, or arguments that its folder decides.
+    """
+    folder = pretrained.locate(source)
+    is_run = (folder / "checkpoints").is_dir() or (folder / pretrained.RECORD).is_file()
+    is_pipeline = not is_run and (folder / "model_index.json").is_file()
+    is_model = not is_run and any((folder / file).is_file() for file in ("conversion.json", "config.json"))
+    if (is_run or is_pipeline) and (prediction is not None or zero_snr is not None):
+        raise ValueError(f"{folder} has a noise schedule of its own; leave out --prediction and --zero-snr.")
+    if not is_run and weights != "ema" and (is_pipeline or is_model):
+        raise ValueError(f"{folder} holds one set of weights; leave out --weights.")
+    if is_pipeline:
+        return _of_pipeline(folder)
+    if is_model and not (folder / "data.json").exists():
+        return _of_model(folder, prediction, zero_snr)
+    return _of_run(folder, weights)
+
+
+def _of_run(folder: Path, weights: Weights) -> OpenedNetwork:
+    trained = open_run(folder, weights)
+    return OpenedNetwork(
+        model=trained.model,
+        scheduler=scheduler_of(trained.config),
+        options=trained.config.sampling_options(),
+        decoder=partial(decoder_of, trained),
+        classes=tuple(getattr(trained, "classes", ())),
+        images=trained.images,
+        threads=trained.config.threads,
+        digest=trained.digest,
+    )
+
+
+def _of_pipeline(folder: Path) -> OpenedNetwork:
+    file = folder / "model_index.json"
+    try:
+        index = json.loads(file.read_text())
+        network, noise = _NETWORKS[index["model"][1]], getattr(diffusers, index["scheduler"][1])
+        options = pipeline_options({name: index[name] for name in _PIPELINE if name in index})
+        vae = folder / "vae" if index["vae"][0] else None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not the index of a FixedPointPipeline ({error!r}).") from None
+    try:
+        model, scheduler = network.from_pretrained(folder / "model"), noise.from_pretrained(folder / "scheduler")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"The pipeline in {folder} cannot be read ({error}); save it again.") from None
+    return OpenedNetwork(
+        model=model.eval(),
+        scheduler=scheduler,
+        options=options,
+        decoder=partial(_decoder, model, vae),
+        classes=tuple(index.get("classes") or ()),
+        digest=digest(model.state_dict()),
+    )
+
+
+def pipeline_options(values: dict[str, Any]) -> SamplingOptions:
+    """The sampling options of a pipeline, from its index: iterations as a number, reuse as a flag or a word."""
+    values = {name: value for name, value in values.items() if value is not None}
+    if "iterations" in values:
+        each = values["iterations"]
+        values["iterations"] = tuple(each) if isinstance(each, list | tuple) else (each,)
+    if isinstance(values.get("reuse"), bool):
+        values["reuse"] = "on" if values["reuse"] else "off"
+    return SamplingOptions(**values)
+
+
+def _of_model(folder: Path, prediction: Prediction | None, zero_snr: bool | None) -> OpenedNetwork:
+    model = read_model_folder(folder)
+    published = isinstance(model, DiT)
+    scheduler = make_scheduler(
+        "ddpm",
+        prediction=prediction or ("epsilon" if published else "v_prediction"),
+        zero_snr=(prediction != "epsilon" and not published) if zero_snr is None else zero_snr,
+        spacing="linspace",
+        learn_sigma=model.out_channels == 2 * model.latent[0],
+    )
+    return OpenedNetwork(
+        model=model.eval(),
+        scheduler=scheduler,
+        options=SamplingOptions(),
+        decoder=partial(_decoder, model, None),
+        digest=digest(model.state_dict()),
+    )
+
+
+def _decoder(model: DiT | FPDM, own: Path | None, name: str | None, device: str) -> AutoencoderKL | None:
+    """The VAE that `name` names, or a folder's own; None for a network of pixels."""
+    source, channels = name or own, model.latent[0]
+    if source is None and channels in (1, 3):
+        return None
+    if source is None:
+        raise ValueError("This network generates latents and its folder has no VAE; name one, a folder or a hub name.")
+    vae, title = open_vae(source, device=device)
+    found: Any = vae.config
+    if found.latent_channels != channels:
+        raise ValueError(
+            f"The VAE {title} decodes latents of {found.latent_channels} channels, and this network has {channels}."
+        )
+    return vae

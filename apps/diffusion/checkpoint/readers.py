@@ -1,0 +1,245 @@
+"""Networks and tensors from files: state dicts of the published layouts, model folders, training runs.
+
+Nothing in a checkpoint is executed. From Python, a published state dict is loaded by
+
+    tensors = read_tensors(Path("DiT-XL-2-256x256.pt"))
+    model = state_dicts.network(tensors)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from apps.diffusion.checkpoint import state_dicts, training_state
+from apps.diffusion.models import build
+from apps.diffusion.models.dit import DiT
+from apps.diffusion.models.fpdm import FPDM
+
+_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What a state dict does not determine; a folder with a configuration does.
+
+    Attributes:
+        weights: which weights, where a checkpoint holds both; None prefers the averaged ones.
+        heads: attention heads; None: those of the published size with the same hidden size.
+        input_size: (height, width) of the latent; None: a square.
+        condition_on_time: whether the explicit blocks of an FPDM are conditioned on the time.
+    """
+
+    weights: Literal["ema", "model"] | None = None
+    heads: int | None = None
+    input_size: tuple[int, int] | None = None
+    condition_on_time: bool = False
+
+
+def read_model_folder(path: Path) -> DiT | FPDM:
+    """The network in a model folder: one that `save_pretrained` or the convert command wrote, or diffusers'.
+
+    Raises:
+        ValueError: it cannot be read, or is no DiT or FPDM.
+    """
+    return _read_folder(path, ReadOptions())
+
+
+def read_network(path: Path, options: ReadOptions = ReadOptions()) -> DiT | FPDM:
+    """The network in the checkpoint.
+
+    Raises:
+        ValueError: it cannot be read, or is no DiT or FPDM; unknown and missing tensors are listed.
+    """
+    if path.is_dir():
+        return _read_folder(path, options)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give a checkpoint file, or the folder of a model or a run.")
+    return _assemble(read_tensors(path, options.weights), options, {})
+
+
+def _read_folder(path: Path, options: ReadOptions) -> DiT | FPDM:
+    if (path / "model.pt").is_file() and (path / "conversion.json").is_file():
+        refuse(options, path, "heads", "input_size", "condition_on_time", "weights")
+        try:
+            description = json.loads((path / "conversion.json").read_text())["network"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path / 'conversion.json'} is damaged ({error!r}); convert again.") from None
+        return _rebuilt(description, read_tensors(path / "model.pt"), str(path))
+    if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
+        refuse(options, path, "heads", "input_size", "condition_on_time")
+        state = training_state.load(path) if (path / "state.json").is_file() else training_state.newest(path)
+        chosen = dict(state.model if options.weights == "model" else state.ema)
+        check_finite(chosen, path)
+        return _rebuilt(state.network, chosen, str(path))
+    file = path / "config.json"
+    if not file.is_file() and (path / "transformer" / "config.json").is_file():
+        return _read_folder(path / "transformer", options)
+    if not file.is_file() and (path / "model" / "config.json").is_file():
+        return _read_folder(path / "model", options)
+    try:
+        config = json.loads(file.read_text())
+        name = config["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{path} holds no model (a config.json with the model's class) and no training run; give a folder that "
+            "does, or a checkpoint file."
+        ) from None
+    refuse(options, path, "weights")
+    tensors = _folder_tensors(path)
+    if name in ("DiT", "FPDM"):
+        refuse(options, path, "heads", "input_size", "condition_on_time")
+        arguments = {key: value for key, value in config.items() if not key.startswith("_")}
+        return _rebuilt({"class": name, "config": arguments}, tensors, str(path))
+    if name != "DiTTransformer2DModel":
+        raise ValueError(f"{path} holds a {name}; only DiTTransformer2DModel, DiT and FPDM can be converted.")
+    for key, only in (
+        ("norm_type", "ada_norm_zero"),
+        ("activation_fn", "gelu-approximate"),
+        ("norm_elementwise_affine", False),
+        ("attention_bias", True),
+    ):
+        if config.get(key, only) != only:
+            raise ValueError(f"{path} is not a DiT, because its {key} is {config[key]!r} instead of {only!r}.")
+    return _assemble(tensors, options, config)
+
+
+def refuse(options: ReadOptions, path: Path, *names: str) -> None:
+    """Raises ValueError where an option was given that this folder itself decides."""
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+    if given:
+        raise ValueError(f"{path} determines {', '.join(given)}; leave it out.")
+
+
+def _assemble(tensors: dict[str, Tensor], options: ReadOptions, config: dict[str, Any]) -> DiT | FPDM:
+    """The network with these tensors; `config` is diffusers' where there is one."""
+    heads, size = options.heads or config.get("num_attention_heads"), options.input_size
+    layout = state_dicts.layout_of(tensors)
+    if options.condition_on_time and layout != "fpdm":
+        raise ValueError("--condition-on-time is for an FPDM, and this is a DiT; leave it out.")
+    if layout == "diffusers":
+        if size is None and config.get("sample_size"):
+            size = (config["sample_size"], config["sample_size"])
+        if size is None:
+            raise ValueError(
+                "A file in diffusers' layout does not say how large the latent is; give the folder with its "
+                "config.json, or say it with --input-size, such as --input-size 32 32."
+            )
+        tensors = state_dicts.from_diffusers(tensors, size)
+    return state_dicts.network(tensors, heads=heads, input_size=size, condition_on_time=options.condition_on_time)
+
+
+def _rebuilt(description: dict[str, Any], tensors: dict[str, Tensor], where: str) -> DiT | FPDM:
+    """A network of ours by its description."""
+    try:
+        with torch.device("meta"):
+            model = build.rebuild(description)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{where} does not describe a network of this version ({error}); it cannot be read.") from None
+    state_dicts.check_names(tensors, model.state_dict())
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"The weights in {where} do not fit its description: {error}.") from None
+    return model
+
+
+def read_tensors(path: Path, which: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a network in a file, by name; nothing in the file is executed.
+
+    Args:
+        path: .safetensors, or anything else for what torch.save wrote: a state dict, or a dict of such.
+        which: "ema" or "model" where there are several; None prefers the averaged weights.
+
+    Raises:
+        ValueError: not such a file, damaged, or it holds objects that would have to be executed.
+    """
+    found = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__} instead of tensors by name; save a state dict.")
+    parts = {
+        name: part for name, part in found.items() if isinstance(part, dict) and name in ("ema", "model", "state_dict")
+    }
+    if parts:
+        wanted = which or ("ema" if "ema" in parts else next(iter(parts)))
+        if wanted not in parts:
+            raise ValueError(f"{path} holds no weights called {wanted}, but {', '.join(parts)}; choose with --weights.")
+        found = parts[wanted]
+    elif which is not None:
+        raise ValueError(f"{path} holds one set of weights only; leave out --weights.")
+    foreign = [name for name, value in found.items() if not isinstance(value, torch.Tensor)]
+    if foreign or not found:
+        raise ValueError(
+            f"{path} is no state dict: {', '.join(map(str, foreign)) or 'it is empty'}; give tensors by name."
+        )
+    for prefix in _WRAPPERS:
+        if all(name.startswith(prefix) for name in found):
+            found = {name.removeprefix(prefix): value for name, value in found.items()}
+    check_finite(found, path)
+    return found
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ValueError where a tensor holds NaN or infinity."""
+    bad = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise ValueError(
+            f"{path} holds NaN or infinity in {', '.join(bad[:3])}{more}; fetch or train it again."
+        )
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); it may be truncated: fetch it again.") from None
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        # training scripts store their arguments beside the weights: a Namespace holds values and runs nothing
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = _refused_object(str(error))
+        raise ValueError(
+            f"{path} is damaged, or holds objects other than tensors, which are never executed ({reason}). Save its "
+            "tensors alone, with safetensors."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = f"{type(error).__name__}: {str(error)[:300] or 'no tensors'}"
+        raise ValueError(f"{path} is no checkpoint that can be read ({reason}); fetch it again.") from None
+
+
+def _refused_object(message: str) -> str:
+    """The object that torch.load refused, such as posix.system, or the first line of its message."""
+    found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:class|global|operand)\w* ([\w.]+)", message)
+    return f"the object {found[1] or found[2]}" if found else message.split("\n")[0][:300]
+
+
+def _folder_tensors(path: Path) -> dict[str, Tensor]:
+    """Of the one or several weight files of a diffusers model."""
+    files = sorted(path.glob("diffusion_pytorch_model*.safetensors")) or sorted(
+        path.glob("diffusion_pytorch_model*.bin")
+    )
+    if len(files) > 1 and not any("-of-" in file.name for file in files):
+        files = [file for file in files if file.stem == "diffusion_pytorch_model"] or files[:1]  # others: fp16, ...
+    if not files:
+        raise ValueError(f"{path} has a config.json but no weights (diffusion_pytorch_model.safetensors).")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= read_tensors(file)
+    return tensors

@@ -1,0 +1,52 @@
+"""Choices of solver and gradient estimator: `implicit`'s own dataclasses, with all their options.
+
+A new solver or estimator of `implicit` is one more line here, which makes it a choice of every command
+(`solver:picard`, `grad:jfb`) and of config.json.
+"""
+
+import inspect
+from typing import Annotated, Any
+
+import tyro
+
+import implicit
+
+
+def _summary(kind: type) -> Any:
+    """The first sentence of a class, for `--help`."""
+    return tyro.conf.subcommand(description=(inspect.getdoc(kind) or "").split("\n\n")[0])
+
+
+Solver = (
+    Annotated[implicit.Picard, _summary(implicit.Picard)]
+    | Annotated[implicit.Anderson, _summary(implicit.Anderson)]
+    | Annotated[implicit.AndersonGS, _summary(implicit.AndersonGS)]
+    | Annotated[implicit.Broyden, _summary(implicit.Broyden)]
+    | Annotated[implicit.BadBroyden, _summary(implicit.BadBroyden)]
+    | Annotated[implicit.NewtonKrylov, _summary(implicit.NewtonKrylov)]
+)
+Grad = (
+    Annotated[implicit.StochasticJFB, _summary(implicit.StochasticJFB)]
+    | Annotated[implicit.JFB, _summary(implicit.JFB)]
+    | Annotated[implicit.IFT, _summary(implicit.IFT)]
+    | Annotated[implicit.Phantom, _summary(implicit.Phantom)]
+    | Annotated[implicit.Neumann, _summary(implicit.Neumann)]
+    | Annotated[implicit.SHINE, _summary(implicit.SHINE)]
+    | Annotated[implicit.Reversible, _summary(implicit.Reversible)]
+    | Annotated[implicit.Unrolled, _summary(implicit.Unrolled)]
+)
+
+
+def check_pair(grad: implicit.AbstractGrad, solver: implicit.AbstractSolver[Any]) -> None:
+    """Raises ValueError where an estimator cannot work with a solver, or would ignore it."""
+    own, base = type(solver), implicit.AbstractSolver
+    inverses = ("inverse_transpose", "transposed")
+    if isinstance(grad, implicit.SHINE) and all(getattr(own, i, None) is getattr(base, i, None) for i in inverses):
+        raise ValueError(
+            f"SHINE needs a solver with an approximate inverse, and {own.__name__} has none; use solver:broyden, "
+            "solver:anderson, solver:anderson-gs or solver:bad-broyden."
+        )
+    if isinstance(grad, implicit.Reversible) and solver != implicit.Picard():
+        raise ValueError(
+            f"Reversible is an iteration of its own and would ignore {own.__name__}; leave the solver at solver:picard."
+        )

@@ -1,0 +1,214 @@
+"""From sampling options to the arguments of the sampling loop: scheduler, timesteps, guidance, iterations, warm start.
+
+The training summary, the sampling command and the pipeline all use `plan`; class labels are checked here too.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from apps.diffusion.config.sampling import OptionError, SamplingOptions
+from apps.diffusion.models.dit import DiT
+from apps.diffusion.models.fpdm import FPDM
+from apps.diffusion.sampling import iteration_budget
+from apps.diffusion.sampling.guidance import Guidance
+from apps.diffusion.sampling.sampler import Solve
+from apps.diffusion.sampling.warm_start import Reuse
+from apps.diffusion.schedulers import noise_schedule, timesteps
+from apps.diffusion.schedulers.reverse_step import Reverse
+from implicit import Stop
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingPlan:
+    """What the options mean for one network: keyword arguments of `sampler.sample`, by these names."""
+
+    scheduler: Any
+    timesteps: tuple[int, ...]
+    eta: float
+    guidance: Guidance
+    solve: Solve | None
+
+    def arguments(self) -> dict[str, Any]:
+        """The fields by name."""
+        return dict(vars(self))
+
+
+def plan(
+    model: DiT | FPDM,
+    scheduler: Any,
+    options: SamplingOptions,
+    *,
+    defaults: SamplingOptions = SamplingOptions(),
+    stop: Stop | Sequence[Stop] | None = None,
+    warm_start: Reuse | None = None,
+) -> SamplingPlan:
+    """The arguments of `sampler.sample` for a network.
+
+    Args:
+        model: the network.
+        scheduler: a diffusers scheduler with the network's noise; it samples where no sampler is given.
+        options: what the caller gives.
+        defaults: options of the run or of the pipeline, for what the caller leaves open.
+        stop: stopping criterion of every timestep, or one per timestep, instead of counts.
+        warm_start: rule for the start of each solve, instead of `options.reuse`.
+
+    Raises:
+        OptionError: options that do not fit the network or each other.
+        ValueError: timesteps that the scheduler cannot follow, a budget that cannot be spent.
+    """
+    given = [*options.fixed_point_options(), *(["stop"] if stop is not None else [])]
+    given += ["reuse"] if warm_start is not None and "reuse" not in given else []
+    if given and not isinstance(model, FPDM):
+        names = ", ".join(f"{{{i}}}" for i in range(len(given)))
+        raise OptionError(f"A DiT has no fixed-point layer; leave out {names}, or use an FPDM.", *given)
+    steps, options = options.steps, options.over(defaults)
+    guidance = Guidance(scale=options.value("guidance"), channels=options.guidance_channels)
+    if guidance.doubles and not model.num_classes:
+        raise OptionError(
+            f"{{0}} = {guidance.scale:g} needs a network with classes; leave it at 1 for this one.",
+            "guidance",
+        )
+    if options.spacing is not None:
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.register_to_config(timestep_spacing=options.spacing)
+    if options.sampler is not None:
+        scheduler = noise_schedule.same_noise(scheduler, options.sampler)
+    walk = options.timesteps or _timesteps(model, scheduler, options, guidance, steps)
+    noise = scheduler.config
+    zero_snr = bool(noise.get("rescale_betas_zero_snr"))
+    if not options.timesteps:
+        noise_schedule.check_pair(noise["prediction_type"], zero_snr, noise["timestep_spacing"])
+    timesteps.check_start(walk, zero_snr, noise["num_train_timesteps"])
+    Reverse(scheduler, walk, eta=options.value("eta"))  # raises where they do not fit
+    solve = _solve(model, options, len(walk), guidance, stop, warm_start) if isinstance(model, FPDM) else None
+    return SamplingPlan(scheduler=scheduler, timesteps=walk, eta=options.value("eta"), guidance=guidance, solve=solve)
+
+
+def _timesteps(
+    model: DiT | FPDM, scheduler: Any, options: SamplingOptions, guidance: Guidance, given: int | None
+) -> tuple[int, ...]:
+    """The timesteps by number and spacing; the number of a DiT may follow from a budget of block passes."""
+    noise, steps, budget = scheduler.config, options.value("steps"), options.block_passes
+    if budget is not None and not isinstance(model, FPDM):
+        each = model.block_passes() * (2 if guidance.doubles else 1)
+        if budget % each or not budget:
+            raise OptionError(
+                f"{{0}} = {budget} cannot be spent exactly: a timestep of this DiT costs {each}; give a multiple.",
+                "block_passes",
+            )
+        if given not in (None, budget // each):
+            message = f"{{0}} = {budget} means {budget // each} timesteps; leave out {{1}}."
+            raise OptionError(message, "block_passes", "steps")
+        steps = budget // each
+    return timesteps.timesteps(steps, noise["timestep_spacing"], noise["num_train_timesteps"])
+
+
+def _solve(
+    model: FPDM,
+    options: SamplingOptions,
+    steps: int,
+    guidance: Guidance,
+    stop: Stop | Sequence[Stop] | None,
+    warm_start: Reuse | None,
+) -> Solve:
+    """How an FPDM solves at each of `steps` timesteps."""
+    iterations: tuple[int, ...] | None = options.iterations or None
+    allocation, guided = options.value("allocation"), guidance.doubles
+    if stop is not None:
+        iterations = None
+    elif options.block_passes is not None:
+        budget = options.block_passes
+        iterations = iteration_budget.within_block_passes(model, budget, steps, allocation, guided=guided)
+    elif options.macs is not None:
+        iterations = iteration_budget.within_macs(model, options.macs, steps, allocation, guided=guided)
+    elif options.rtol:
+        stop = tuple(Stop(rtol=r, atol=0.0, max_evals=options.value("max_evals")) for r in options.rtol)
+        stop = stop * steps if len(stop) == 1 else stop
+    elif len(options.iterations) <= 1:
+        each = options.iterations[0] if options.iterations else int(model.config["iterations"])
+        iterations = iteration_budget.spread(each * steps, steps, allocation)
+    starts = {
+        "off": None,
+        "on": Reuse(),
+        "blended": Reuse(share=options.value("share")),
+        "extrapolated": Reuse(extrapolation=options.value("extrapolation")),
+    }
+    reuse = starts[options.value("reuse")] if warm_start is None else warm_start
+    solve = Solve(iterations=iterations, stop=stop, solver=options.value("solver"), reuse=reuse)
+    solve.check(steps)
+    return solve
+
+
+def as_integer(name: str, value: Any, least: int | None = None) -> int:
+    """A whole number of Python, numpy or torch as an int.
+
+    Raises:
+        ValueError: it is none, or below `least`.
+    """
+    try:
+        number = operator.index(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}={value!r} is no whole number; give one.") from None
+    if isinstance(value, bool) or (least is not None and number < least):
+        raise ValueError(f"{name}={value!r} must be a whole number, at least {least or 0}.")
+    return number
+
+
+def as_integers(name: str, value: Any, least: int | None = None) -> tuple[int, ...]:
+    """One whole number, or a list, array or tensor of such, as a tuple."""
+    if getattr(value, "ndim", 1) and isinstance(value, Iterable):
+        return tuple(as_integer(name, each, least) for each in value)
+    return (as_integer(name, value, least),)
+
+
+def class_numbers(
+    name: str, given: Iterable[Any], num_classes: int, names: Sequence[str] = (), *, null: bool = True
+) -> list[int]:
+    """Classes by number, or by name where the network's classes have names.
+
+    Args:
+        name: of the flag or keyword, for messages.
+        given: numbers or names.
+        num_classes: of the network.
+        names: of its classes.
+        null: whether `num_classes` is allowed, for the null class.
+
+    Raises:
+        ValueError: a class that does not exist.
+    """
+    numbers = []
+    for each in given:
+        text = each if isinstance(each, str) else ""
+        number = names.index(text) if text in names else int(text) if text.isdecimal() else each
+        if isinstance(number, str) or not 0 <= as_integer(name, number) < num_classes + null:
+            known = f"0 to {num_classes - 1}" + (f", or {', '.join(names)}" if names else "")
+            raise ValueError(f"{name} {each!r} does not exist; the classes are {known}.")
+        numbers.append(as_integer(name, number))
+    return numbers
+
+
+def labels_for(given: Any, count: int | None, num_classes: int, names: Sequence[str] = ()) -> list[int] | None:
+    """The class of each of `count` images, from one for all or one for each; None for an unconditional network.
+
+    Raises:
+        ValueError: they do not fit the network or each other.
+    """
+    count = None if count is None else as_integer("num_images", count, 1)
+    if num_classes == 0:
+        if given is not None:
+            raise ValueError("class_labels: this network is unconditional; leave them out, and give num_images.")
+        return None
+    if given is None:
+        raise ValueError(f"class_labels are missing: give the class of each image, 0 to {num_classes - 1}.")
+    one = isinstance(given, str) or not (getattr(given, "ndim", 1) and isinstance(given, Iterable))
+    labels = class_numbers("class_labels", [given] if one else given, num_classes, names)
+    if one:
+        return labels * (count or 1)
+    if not labels or (count is not None and len(labels) != count):
+        raise ValueError(f"There are {len(labels)} class_labels for num_images={count or 0}; give one for each image.")
+    return labels

@@ -1,0 +1,39 @@
+"""The timesteps that sampling visits, from the noisiest down."""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+Spacing = Literal["trailing", "linspace", "leading"]
+
+
+def timesteps(n: int, spacing: Spacing = "trailing", train_steps: int = 1000) -> tuple[int, ...]:
+    """The n timesteps that sampling visits, from the noisiest down.
+
+        trailing   round(T (n - i) / n) - 1          ends above 0, begins at T - 1
+        linspace   round((T - 1) (n - 1 - i) / (n - 1))   both ends, as published FPDM samples
+        leading    (n - 1 - i) floor(T / n)          begins below T - 1
+
+    for i = 0 ... n - 1. One step alone is at T - 1 (leading: 0).
+
+    Raises:
+        ValueError: n is not between 1 and T, or the spacing is unknown.
+    """
+    if not 1 <= n <= train_steps:
+        raise ValueError(f"n={n} steps do not fit a schedule of {train_steps}; give 1 to {train_steps}.")
+    last = train_steps - 1
+    if spacing == "trailing":
+        return tuple(round(train_steps * i / n) - 1 for i in range(n, 0, -1))
+    if spacing == "linspace":
+        return tuple(round(last * i / (n - 1)) for i in range(n - 1, -1, -1)) if n > 1 else (last,)
+    if spacing == "leading":
+        return tuple(i * (train_steps // n) for i in range(n - 1, -1, -1))
+    raise ValueError(f"spacing={spacing!r} is unknown; choose one of {', '.join(get_args(Spacing))}.")
+
+
+def check_start(walk: Sequence[int], zero_snr: bool, train_steps: int = 1000) -> None:
+    """Raises ValueError where a walk does not begin where the noise is pure, though the network knows that."""
+    if zero_snr and walk[0] != train_steps - 1:
+        raise ValueError(
+            f"The timesteps begin at {walk[0]}, but sampling begins with pure noise, and that is timestep "
+            f"{train_steps - 1} of this network; put it first."
+        )
