@@ -27,7 +27,7 @@ import tyro
 from apps.diffusion.checkpoint import pretrained, state_dicts, trained_run, training_state
 from apps.diffusion.checkpoint.readers import ReadOptions, read_network, refuse
 from apps.diffusion.cli import run_command
-from apps.diffusion.files.atomic import folder_at_once
+from apps.diffusion.files.atomic import atomic_path
 from apps.diffusion.models import build
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
@@ -101,7 +101,8 @@ def write(model: DiT | FPDM, request: Request) -> str:
             f"This is a {type(model).__name__}, which cannot be written as --to {request.to}; take {layout}."
         )
     result: Any = state_dicts.to_diffusers(model) if request.to == "diffusers" else model
-    with folder_at_once(request.out) as partial:
+    with atomic_path(request.out) as partial:
+        partial.mkdir()
         if request.to in ("dit", "fpdm"):
             state = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
             torch.save(state, partial / "model.pt")
@@ -131,7 +132,8 @@ def write_pipeline(request: Request) -> str:
     refuse(request.options(), run, "heads", "input_size", "condition_on_time", "weights")
     state, config = training_state.newest(run), trained_run.read_config(run)
     pipe = FixedPointPipeline.from_run(run)
-    with folder_at_once(request.out) as partial:
+    with atomic_path(request.out) as partial:
+        partial.mkdir()
         pipe.save_pretrained(partial)
         done = {name: getattr(state.progress, name) for name in ("images", "steps", "seconds")}
         pretrained.write_record(partial, config, done)

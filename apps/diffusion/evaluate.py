@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 
-if TYPE_CHECKING:
-    from apps.diffusion.evaluation.feature_extractors import Extractor
-    from apps.diffusion.evaluation.feature_statistics import Statistics
-    from apps.diffusion.evaluation.image_sources import Source
+from apps.diffusion.cli import device_of, run_command
+from apps.diffusion.evaluation import feature_extractors
+from apps.diffusion.evaluation.feature_statistics import cached, is_statistics, load, save
+from apps.diffusion.evaluation.image_sources import Source, of_named, open_source
+from apps.diffusion.evaluation.nearest import nearest, neighbor_grid
+from apps.diffusion.evaluation.scores import evaluate, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +37,9 @@ class Request:
     """Folder of pictures, .npz file, statistics (.safetensors, .npz), or digits, digits:held-out, mnist,
     mnist:held-out.
     """
-    features: Literal["digits", "mnist", "inception"] = "digits"
-    """The network whose features are compared: a classifier of the 8 x 8 digits, one of MNIST (each trained by the
-    command, in seconds), or Inception where it is installed.
+    features: Literal["digits", "mnist", "trained", "inception"] = "digits"
+    """Network whose features are compared: a classifier of the 8 x 8 digits, one of MNIST, one of the reference's own
+    images (each trained by the command, in seconds), or Inception where it is installed.
     """
     weights: Path | None = None
     """Inception's weights, where they are not in torch.hub's folder."""
@@ -66,49 +69,18 @@ class Request:
             raise ValueError(f"--save {self.save}: there is no folder {self.save.parent}; make it, or give another.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """What can be said of a set of pictures; None where it cannot.
-
-    Attributes:
-        images: how many.
-        frechet: Fréchet distance of the pooled features; with Inception this is the FID. 0 is equal.
-        sfid: that of the spatial features.
-        kid: kernel distance, unbiased; with `kid_std` over subsets.
-        precision: share of the pictures that lie among the real ones, 0 to 1.
-        recall: share of the real ones that lie among the pictures, 0 to 1.
-        inception_score: how sure and how various the verdicts are, 1 to the number of classes; with its std.
-        accuracy: share of the pictures that show the class in their name, 0 to 1.
-    """
-
-    images: int
-    frechet: float
-    sfid: float | None = None
-    kid: float | None = None
-    kid_std: float | None = None
-    precision: float | None = None
-    recall: float | None = None
-    inception_score: float | None = None
-    inception_score_std: float | None = None
-    accuracy: float | None = None
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns its exit code: 0, 1 if the disk fails, 2 for bad input."""
-    try:
-        request = tyro.cli(Request, args=argv, prog="python -m apps.diffusion.evaluate")
+    """The command; returns its exit code (see cli.py)."""
+
+    def command(args: list[str]) -> None:
+        request = tyro.cli(Request, args=args, prog="python -m apps.diffusion.evaluate")
         report = run(request)
-    except ValueError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"evaluate: {error}.", file=sys.stderr)
-        return 1
-    if request.json:
-        print(json.dumps(report, indent=2))
-    else:
-        _print(report)
-    return 0
+        if request.json:
+            print(json.dumps(report, indent=2))
+        else:
+            _print(report)
+
+    return run_command("evaluate", command, argv)
 
 
 def run(request: Request) -> dict[str, Any]:
@@ -118,10 +90,6 @@ def run(request: Request) -> dict[str, Any]:
     Raises:
         ValueError: what is no source of pictures, or does not fit the features or each other.
     """
-    from apps.diffusion.evaluation.feature_extractors import open_extractor
-    from apps.diffusion.evaluation.feature_statistics import cached, is_statistics, load, measure, save
-    from apps.diffusion.evaluation.image_sources import of_named, open_source
-
     samples = open_source(request.samples, request.size)
     if samples.count < 2:
         raise ValueError(f"{samples.name} holds {samples.count} pictures; at least 2 are needed.")
@@ -135,18 +103,20 @@ def run(request: Request) -> dict[str, Any]:
                 f"others, such as {some}, are left out; move those that count to a folder of their own.",
                 file=sys.stderr,
             )
-    extractor = open_extractor(request.features, request.weights, request.device)
+    if request.features == "inception":
+        device_of(request.device)
+    extractor = _extractor(request, real)
     if real is None:
         reference = load(Path(request.reference), extractor)
     else:
         reference = cached(real, extractor, request.cache)
-    report = {"generated": asdict(compare(samples, measure(samples, extractor), reference, extractor, request.nearest))}
+    report: dict[str, Any] = {"generated": evaluate(samples, reference, extractor, request.nearest)}
     # real images that the classifier has not seen, as many as there are samples: distances fall with the number
     unseen = {"digits": ("digits", "held-out"), "mnist:held-out": ("mnist", "train")}.get(request.reference)
     if unseen is not None and real is not None and real.name.startswith(unseen[0]):
         other = of_named(*unseen, samples.count)
-        scores = compare(other, measure(other, extractor), reference, extractor, request.nearest)
-        report["real_held_out" if unseen[1] == "held-out" else "real_training"] = asdict(scores)
+        scores = evaluate(other, reference, extractor, request.nearest)
+        report["real_held_out" if unseen[1] == "held-out" else "real_training"] = scores
     if request.neighbors is not None:
         report["nearest"] = _neighbors(samples, real, request)
     if request.save is not None:
@@ -154,12 +124,17 @@ def run(request: Request) -> dict[str, Any]:
     return {**report, "reference": reference.provenance}
 
 
+def _extractor(request: Request, real: Source | None) -> feature_extractors.Extractor:
+    """The network of --features; `trained` is trained on the reference."""
+    if request.features != "trained":
+        return feature_extractors.open_extractor(request.features, request.weights, request.device)
+    if real is None:
+        raise ValueError(f"--features trained needs the images of the reference; {request.reference} holds statistics.")
+    return feature_extractors.TrainedFeatures.of(torch.cat(list(real.batches())), real.labels)
+
+
 def _neighbors(samples: Source, real: Source | None, request: Request) -> dict[str, float]:
     """Draw samples above their nearest reference images; returns the distances from there of all samples."""
-    import torch
-
-    from apps.diffusion.evaluation.nearest import nearest, neighbor_grid
-
     if real is None:
         raise ValueError(f"--neighbors needs the images of the reference, and {request.reference} holds statistics.")
     assert request.neighbors is not None
@@ -169,62 +144,9 @@ def _neighbors(samples: Source, real: Source | None, request: Request) -> dict[s
     return {"median": float(distance.median()), "least": float(distance.min())}
 
 
-def compare(source: Source, found: Statistics, reference: Statistics, extractor: Extractor, nearest: int = 3) -> Scores:
-    """The scores of a source with the statistics `found` against the reference.
-
-    Raises:
-        ValueError: statistics of other features, or classes that the extractor does not know.
-    """
-    from apps.diffusion.evaluation.digit_classifier import frechet_distance
-    from apps.diffusion.evaluation.metrics import inception_score, kernel_distance, precision_recall
-
-    if found.pooled.mean.shape != reference.pooled.mean.shape:
-        raise ValueError(
-            f"The reference has {len(reference.pooled.mean)} features and {extractor.name} has "
-            f"{len(found.pooled.mean)}; choose the --features that the reference was measured with."
-        )
-    scores: dict[str, Any] = {"frechet": frechet_distance(found.pooled, reference.pooled)}
-    if found.spatial is not None and reference.spatial is not None:
-        scores["sfid"] = frechet_distance(found.spatial, reference.spatial)
-    if found.features is not None and reference.features is not None:
-        scores["kid"], scores["kid_std"] = kernel_distance(found.features, reference.features)
-        if min(len(found.features), len(reference.features)) > nearest:
-            sides = precision_recall(found.features, reference.features, nearest)
-            scores["precision"], scores["recall"] = sides
-    if found.logits is not None:
-        scores["inception_score"], scores["inception_score_std"] = inception_score(found.logits)
-        if source.labels is not None and extractor.name in ("digits", "mnist"):
-            known = found.logits.shape[1]
-            if int(source.labels.max()) >= known:
-                raise ValueError(
-                    f"{source.name} has pictures of class {int(source.labels.max())}, and digits have the classes 0 to "
-                    f"{known - 1}; choose --features inception for them."
-                )
-            scores["accuracy"] = float((found.logits.argmax(1) == source.labels).double().mean())
-    return Scores(images=source.count, **scores)
-
-
-_ROWS = {
-    "images": ("images", "{:.0f}"),
-    "accuracy": ("right label", "{:.1%}"),
-    "frechet": ("Fréchet distance", "{:.3f}"),
-    "sfid": ("spatial (sFID)", "{:.3f}"),
-    "kid": ("kernel (KID)", "{:.5f}"),
-    "precision": ("precision", "{:.3f}"),
-    "recall": ("recall", "{:.3f}"),
-    "inception_score": ("inception score", "{:.3f}"),
-}
-
-
 def _print(report: dict[str, Any]) -> None:
-    columns = {"generated": "generated", "real_held_out": "real, held out", "real_training": "real, training"}
-    shown = [name for name in columns if name in report]
-    print(f"{'':20}" + "".join(f"{columns[name]:>18}" for name in shown))
-    for key, (title, form) in _ROWS.items():
-        values = [report[name][key] for name in shown]
-        if any(value is not None for value in values):
-            cells = ["-" if value is None else form.format(value) for value in values]
-            print(f"{title:20}" + "".join(f"{cell:>18}" for cell in cells))
+    titles = {"generated": "generated", "real_held_out": "real, held out", "real_training": "real, training"}
+    print(table({title: report[name] for name, title in titles.items() if name in report}))
     if "nearest" in report:
         near = report["nearest"]
         print(f"nearest reference image: {near['median']:.3f} RMS away (median), {near['least']:.3f} (least)")

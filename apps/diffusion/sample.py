@@ -100,7 +100,9 @@ def run(request: Request) -> None:
     out = request.out or (request.run / "samples" if inside else Path("samples") / request.run)
     classes = _classes(request, opened)
     folder = OutputFolder(out, [classes[i % len(classes)] for i in range(request.num)])
-    decoder = opened.decoder(request.vae, device)
+    decoder, channels = opened.decoder(request.vae, device), opened.model.latent[0]
+    if decoder is None and channels not in (1, 3):
+        raise ValueError(f"This network generates latents of {channels} channels; name their VAE with --vae.")
     folder.write_or_check_settings(_settings(request, opened, classes, decoder))
     missing = folder.missing()
     mine = [i for i in missing if (i // request.chunk) % world == rank]

@@ -36,7 +36,7 @@ _FPDM_ONLY = (
     "sampling.reuse",
 )
 # options that may differ between a run and its continuation: its length, and the use of its result
-_EXTENDABLE = ("max_time", "threads", "checkpoint_every", "keep", "track", "sample_every", "sampling")
+_EXTENDABLE = ("max_time", "threads", "checkpoint_every", "keep", "track", "sample_every", "sampling", "num_samples")
 
 
 def main(argv: list[str] | None = None) -> int:

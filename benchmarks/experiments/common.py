@@ -16,9 +16,9 @@ from apps.diffusion.config.training import Config, EMAConfig, Grad, ModelConfig,
 from apps.diffusion.data import TensorDataset
 from apps.diffusion.data import build as data
 from apps.diffusion.evaluation.digit_classifier import Judge
-from apps.diffusion.models import build
 from apps.diffusion.sampling.sampler import Solve, sample
 from apps.diffusion.schedulers import noise_schedule as schedule
+from apps.diffusion.schedulers.timesteps import timesteps
 from apps.diffusion.training.trainer import Trainer
 from benchmarks.harness import provenance
 from implicit import StochasticJFB
@@ -134,8 +134,8 @@ def score(model: Any, config: Config, way: Way, count: int) -> dict[str, float]:
         range(count),
         labels,
         seed=config.seed,
-        scheduler=build.scheduler(config, "ddim"),
-        timesteps=schedule.timesteps(way.steps),
+        scheduler=schedule.same_noise(schedule.scheduler_of(config), "ddim"),
+        timesteps=timesteps(way.steps),
         solve=way.solve(model),
         chunk=100,
     )

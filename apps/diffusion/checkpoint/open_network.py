@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 
 from apps.diffusion.checkpoint import pretrained
 from apps.diffusion.checkpoint.readers import read_model_folder
-from apps.diffusion.checkpoint.trained_run import decoder_of, digest, open_run
+from apps.diffusion.checkpoint.trained_run import decoder_of, open_run
 from apps.diffusion.config.sampling import SamplingOptions
+from apps.diffusion.files import hashing
 from apps.diffusion.models.autoencoder import open_vae
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
@@ -45,7 +46,8 @@ class OpenedNetwork:
         model: the network, in evaluation mode, on the CPU.
         scheduler: a diffusers scheduler with its noise schedule.
         options: sampling options of its training run or pipeline.
-        decoder: called as decoder(name, device): the VAE of its latents, by default its own; None for pixels.
+        decoder: called as decoder(name, device): the VAE of its latents, by default its own; None for pixels,
+            and where the folder has no VAE.
         classes: names of its classes; empty where they have none.
         images: images seen in training; None where unknown.
         threads: CPU threads of its run; None for PyTorch's choice.
@@ -128,7 +130,7 @@ def _of_pipeline(folder: Path) -> OpenedNetwork:
         options=options,
         decoder=partial(_decoder, model, vae),
         classes=tuple(index.get("classes") or ()),
-        digest=digest(model.state_dict()),
+        digest=hashing.of_tensors(model.state_dict()),
     )
 
 
@@ -158,17 +160,15 @@ def _of_model(folder: Path, prediction: Prediction | None, zero_snr: bool | None
         scheduler=scheduler,
         options=SamplingOptions(),
         decoder=partial(_decoder, model, None),
-        digest=digest(model.state_dict()),
+        digest=hashing.of_tensors(model.state_dict()),
     )
 
 
 def _decoder(model: DiT | FPDM, own: Path | None, name: str | None, device: str) -> AutoencoderKL | None:
-    """The VAE that `name` names, or a folder's own; None for a network of pixels."""
+    """The VAE that `name` names, or a folder's own; None where there is neither."""
     source, channels = name or own, model.latent[0]
-    if source is None and channels in (1, 3):
-        return None
     if source is None:
-        raise ValueError("This network generates latents and its folder has no VAE; name one, a folder or a hub name.")
+        return None
     vae, title = open_vae(source, device=device)
     found: Any = vae.config
     if found.latent_channels != channels:

@@ -1,15 +1,7 @@
-"""How good are generated images? A Fréchet distance and the accuracy of their labels, on the features of a
-small classifier.
+"""Classifiers of real images, trained on the spot, whose features score generated images.
 
-Fréchet: two sets of features, taken as Gaussians N(m1, C1) and N(m2, C2), lie apart by
-
-    d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
-    tr (C1 C2)^(1/2) = sum_i sqrt(lambda_i(C1^(1/2) C2 C1^(1/2)))
-
-(Dowson and Landau 1982; Heusel et al. 2017, arXiv 1706.08500). With Inception features and 50,000 images this
-is the FID. Here the features are the 32 that a classifier of the *real* images ends in, each standardised
-over the real training images. The distance is 0 for equal Gaussians; with few images it is biased upwards, so
-always compare equal numbers of images.
+The features are the 32 in which a convolutional classifier of the *real* images ends, each standardized over the real
+training images; LeNet (lenet.py) takes its place from 12 x 12 pixels on.
 """
 
 from __future__ import annotations
@@ -21,6 +13,7 @@ from torch import Tensor, nn
 
 from apps.diffusion.data import TensorDataset
 from apps.diffusion.evaluation.lenet import SMALLEST, LeNet, train_lenet
+from apps.diffusion.evaluation.metrics import Gaussian, frechet_distance
 from apps.diffusion.rng import Stream, drawing_from, generator
 
 FEATURES = 32
@@ -67,7 +60,7 @@ def train_classifier(images: TensorDataset, seed: int = 0, epochs: int = 12, bat
     """A classifier of these real images (AdamW, one-cycle learning rate, shifts by one pixel); seconds for
     the digits.
 
-    It never sees a generated image, and no diffusion model ever sees it: it is a judge.
+    It is trained on real images only.
     """
     draws = generator(seed, Stream.CLASSIFIER)
     with drawing_from(draws):
@@ -98,34 +91,6 @@ def _shift(x: Tensor, by: list[int]) -> Tensor:
     padded = nn.functional.pad(x, (1, 1, 1, 1), value=-1.0)
     height, width = x.shape[-2:]
     return padded[..., 1 + by[0] : 1 + by[0] + height, 1 + by[1] : 1 + by[1] + width]
-
-
-@dataclass(frozen=True)
-class Gaussian:
-    """Mean (D,) and covariance (D, D) of a set of features, in float64."""
-
-    mean: Tensor
-    cov: Tensor
-
-    @classmethod
-    def of(cls, features: Tensor) -> Gaussian:
-        """The Gaussian with the mean and the unbiased covariance of features (n, D), n >= 2."""
-        if features.ndim != 2 or len(features) < 2:
-            raise ValueError(
-                f"A covariance needs features (n, D) of at least 2 images, but their shape is "
-                f"{tuple(features.shape)}; "
-                "generate more images."
-            )
-        features = features.double()
-        return cls(features.mean(0), torch.cov(features.T))
-
-
-def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared Fréchet distance of two Gaussians (see above); symmetric, 0 if and only if they are equal."""
-    values, vectors = torch.linalg.eigh(a.cov)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b.cov @ root).clamp(min=0).sqrt().sum()
-    return (((a.mean - b.mean) ** 2).sum() + a.cov.trace() + b.cov.trace() - 2 * cross).clamp(min=0).item()
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from apps.diffusion.cli import device_of
 from apps.diffusion.data import TensorDataset, digits
 from apps.diffusion.data.mnist import mnist
 from apps.diffusion.evaluation.digit_classifier import Classifier, train_classifier
-from apps.diffusion.evaluation.lenet import LeNet, train_lenet
+from apps.diffusion.evaluation.lenet import SMALLEST, LeNet, train_lenet
+from apps.diffusion.files.hashing import of_tensors
 
+SMALLEST_SET = 64  # images: one batch of the classifier
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -62,6 +63,7 @@ class Digits:
     classifier: Classifier
     shape: tuple[int, int, int]
     name: str = "digits"
+    classifies: ClassVar[bool] = True
 
     @classmethod
     def of(cls, images: TensorDataset | None = None, seed: int = 0, epochs: int = 12) -> Digits:
@@ -71,7 +73,7 @@ class Digits:
 
     @property
     def digest(self) -> str:
-        return digest(self.classifier.state_dict())
+        return of_tensors(self.classifier.state_dict())
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Looked:
@@ -93,6 +95,7 @@ class Mnist:
 
     classifier: LeNet
     name: str = "mnist"
+    classifies: ClassVar[bool] = True
 
     @classmethod
     def of(cls, images: TensorDataset | None = None, seed: int = 0, epochs: int | None = None) -> Mnist:
@@ -101,7 +104,7 @@ class Mnist:
 
     @property
     def digest(self) -> str:
-        return digest(self.classifier.state_dict())
+        return of_tensors(self.classifier.state_dict())
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Looked:
@@ -114,6 +117,61 @@ class Mnist:
             )
         x = pictures.float() / 127.5 - 1
         return Looked(self.classifier.features(x), None, self.classifier(x))
+
+
+@dataclass(frozen=True)
+class TrainedFeatures:
+    """A small classifier trained here on the reference, for images of any kind: no weights are fetched.
+
+    Images are resized to at most 32 x 32 pixels. Without classes the network learns by which multiple of 90 degrees an
+    image is rotated (Gidaris et al. 2018, arXiv 1803.07728).
+    """
+
+    classifier: Classifier | LeNet
+    shape: tuple[int, int, int]
+    classifies: bool
+    name: str = "trained"
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor | None = None, seed: int = 0, epochs: int = 12) -> TrainedFeatures:
+        """Trained on images (n, C, H, W), uint8, and their classes (n,), if they have any.
+
+        Raises:
+            ValueError: fewer than 64 images.
+        """
+        if len(images) < SMALLEST_SET:
+            raise ValueError(f"--features trained needs at least {SMALLEST_SET} reference images, got {len(images)}.")
+        side = min(32, *images.shape[2:])
+        shape = (images.shape[1], side, side)
+        x = _resized(images, shape)
+        if labels is None:
+            x = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])
+        y = torch.arange(4).repeat_interleave(len(images)) if labels is None else labels
+        known = TensorDataset(x, y, num_classes=int(y.max()) + 1)
+        return cls(train_classifier(known, seed, epochs), shape, labels is not None)
+
+    @property
+    def digest(self) -> str:
+        return of_tensors(self.classifier.state_dict())
+
+    @torch.no_grad()
+    def __call__(self, pictures: Tensor) -> Looked:
+        x = _resized(pictures, self.shape)
+        logits = self.classifier(x) if self.classifies else None
+        spatial = None
+        if isinstance(self.classifier, Classifier):
+            spatial = self.classifier.body[:5](x)[:, :7].flatten(1)  # after the first pooling
+        return Looked(self.classifier.features(x), spatial, logits)
+
+
+def _resized(pictures: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Images (b, C, H, W), uint8, with the channels and the size of `shape`, in [-1, 1]."""
+    x = pictures.float()
+    if x.shape[1] != shape[0]:
+        x = x.mean(1, keepdim=True).expand(-1, shape[0], -1, -1)
+    if tuple(x.shape[2:]) != shape[1:]:
+        x = torch.nn.functional.interpolate(x, shape[1:], mode="area")
+    return x / 127.5 - 1
 
 
 class Inception:
@@ -152,7 +210,7 @@ class Inception:
         except Exception as error:  # pickles, zip archives, keys: whatever torch.load lets through
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{file} holds no weights of Inception ({reason}); fetch {INCEPTION} again.") from None
-        self.digest = digest(network.state_dict())
+        self.digest = of_tensors(network.state_dict())
         self.device = device
         self._network = network.to(device).eval()
         self._spatial: list[Tensor] = []
@@ -167,6 +225,12 @@ class Inception:
         return Looked(pooled.cpu(), self._spatial.pop().flatten(1).float().cpu(), logits.cpu())
 
 
+def classifier_of(images: TensorDataset, seed: int = 0) -> TrainedFeatures:
+    """A classifier trained here on labeled images: LeNet from 12 x 12 pixels on, below that `Classifier`."""
+    train = train_lenet if min(images.shape[1:]) >= SMALLEST else train_classifier
+    return TrainedFeatures(train(images, seed), images.shape, True)
+
+
 def open_extractor(name: str, weights: Path | None = None, device: str = "cpu") -> Extractor:
     """The extractor "digits", "mnist" or "inception".
 
@@ -174,7 +238,7 @@ def open_extractor(name: str, weights: Path | None = None, device: str = "cpu") 
         ValueError: it is not installed, there is none by this name, or weights for one that takes none.
     """
     if name == "inception":
-        return Inception(weights, device_of(device))
+        return Inception(weights, device)
     if name not in ("digits", "mnist"):
         raise ValueError(f"There are no features {name!r}; choose digits, mnist or inception.")
     if device != "cpu":

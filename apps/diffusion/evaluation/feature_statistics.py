@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from apps.diffusion.evaluation.digit_classifier import Gaussian
 from apps.diffusion.evaluation.feature_extractors import Extractor
 from apps.diffusion.evaluation.image_sources import Source
+from apps.diffusion.evaluation.metrics import Gaussian
 from apps.diffusion.files.atomic import atomic_path
 
 FORMAT = 1

@@ -88,6 +88,13 @@ def of_named(name: str, split: str, count: int | None = None) -> Source:
     return Source(f"{name} ({split})", count, held.y[chosen], found, lambda: iter(x.split(BATCH)))
 
 
+def of_tensors(name: str, x: Tensor, labels: Tensor | None) -> Source:
+    """Images (n, C, H, W) in memory, with values about in [-1, 1], in 8 bits."""
+    eight = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+    digest = hashlib.sha256(eight.numpy().tobytes()).hexdigest()
+    return Source(name, len(eight), labels, digest, lambda: iter(eight.split(BATCH)))
+
+
 def of_folder(root: Path, size: int | None = None) -> Source:
     """The pictures of a folder: samples by their number, others by their path.
 

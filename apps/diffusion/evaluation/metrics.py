@@ -1,4 +1,11 @@
-"""Scores of generated images on the features of a network, other than the Fréchet distance (metrics.py).
+"""Metrics of generated images on the features of a network.
+
+Fréchet distance (Dowson and Landau 1982; Heusel et al. 2017, arXiv 1706.08500; with Inception features the FID): two
+sets of features, taken as Gaussians N(m1, C1) and N(m2, C2), lie apart by
+
+    d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)),   tr (C1 C2)^(1/2) = sum_i sqrt(lambda_i(C1^(1/2) C2 C1^(1/2)))
+
+It is 0 for equal Gaussians, and biased upwards with few images: compare equal numbers.
 
 Inception score (Salimans et al. 2016, arXiv 1606.03498), p(y|x) what a classifier says of the image x:
 
@@ -16,6 +23,7 @@ points within the manifold of the real ones, recall the share of real points wit
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,6 +37,39 @@ class Spread(NamedTuple):
 
     mean: float
     std: float
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean (D,) and covariance (D, D) of a set of features, in float64."""
+
+    mean: Tensor
+    cov: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Gaussian:
+        """The Gaussian with the mean and the unbiased covariance of features (n, D), n >= 2."""
+        if features.ndim != 2 or len(features) < 2:
+            raise ValueError(
+                f"A covariance needs features (n, D) of at least 2 images, but their shape is "
+                f"{tuple(features.shape)}; "
+                "generate more images."
+            )
+        features = features.double()
+        return cls(features.mean(0), torch.cov(features.T))
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Squared Fréchet distance of two Gaussians (see above); symmetric, 0 if and only if they are equal."""
+    values, vectors = torch.linalg.eigh(a.cov)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ b.cov @ root).clamp(min=0).sqrt().sum()
+    return (((a.mean - b.mean) ** 2).sum() + a.cov.trace() + b.cov.trace() - 2 * cross).clamp(min=0).item()
+
+
+def label_accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of images whose largest logit (n, K) is that of their label (n,)."""
+    return float((logits.argmax(1) == labels).double().mean())
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> Spread:

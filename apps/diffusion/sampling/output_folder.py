@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from apps.diffusion.files.atomic import file_at_once
+from apps.diffusion.files.atomic import atomic_path, make_folder
 from apps.diffusion.files.images import columns_by_class, grid, read, to_pil
 from apps.diffusion.sampling.sampler import SampleResult
 
@@ -70,8 +70,8 @@ class OutputFolder:
         ):
             if not note.exists():  # another process may have settled in the meantime
                 raise ValueError(f"{self.folder} holds something else than samples; give another folder with --out.")
-        _make_folder(self.folder)
-        with file_at_once(note) as partial:
+        make_folder(self.folder)
+        with atomic_path(note) as partial:
             partial.write_text(json.dumps(settings, indent=2) + "\n")
 
     def others(self) -> int:
@@ -80,7 +80,7 @@ class OutputFolder:
 
     def write(self, i: int, image: Any) -> None:
         """Write sample i, an image (C, H, W) in [-1, 1]."""
-        with file_at_once(self.folder / self.name(i)) as partial:
+        with atomic_path(self.folder / self.name(i)) as partial:
             to_pil(image).save(partial, format="PNG")
 
     def read(self, i: int) -> Image.Image:
@@ -105,7 +105,7 @@ class OutputFolder:
         columns = len(classes) if by_class else min(10, len(known))
         order = columns_by_class(known, GRID // columns) if by_class else list(range(min(GRID, len(known))))
         head = [str(y) for y in classes] if by_class else ()
-        with file_at_once(self.folder / "grid.png") as partial:
+        with atomic_path(self.folder / "grid.png") as partial:
             grid([self.read(i) for i in order], columns, head=head).save(partial, format="PNG")
 
     def write_npz(self) -> None:
@@ -114,7 +114,7 @@ class OutputFolder:
         One image at a time, so that 50,000 need no memory; equal images give equal bytes.
         """
         width, height = self.read(0).size
-        with file_at_once(self.folder / "samples.npz") as partial, zipfile.ZipFile(partial, "w") as archive:
+        with atomic_path(self.folder / "samples.npz") as partial, zipfile.ZipFile(partial, "w") as archive:
             with _member(archive, "arr_0.npy", (len(self.labels), height, width, 3), "|u1") as file:
                 for i in range(len(self.labels)):
                     image = self.read(i)
@@ -156,16 +156,9 @@ class OutputFolder:
                 except ValueError:
                     continue  # cut off by a kill
         total = summed(lines, timesteps)
-        with file_at_once(self.folder / "effort.json") as partial:
+        with atomic_path(self.folder / "effort.json") as partial:
             partial.write_text(json.dumps(total, indent=2) + "\n")
         return total
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise ValueError(f"{folder} cannot be created ({error.strerror}); give another folder with --out.") from None
 
 
 def summed(lines: Sequence[dict[str, Any]], timesteps: Sequence[int]) -> dict[str, Any]:

@@ -145,7 +145,7 @@ def load_images(config: Config) -> tuple[ImageDataset, TensorDataset | None]:
     if isinstance(images, ImageFolderDataset) and not quiet:
         for remark in images.remarks():
             print(f"train: {remark}", file=sys.stderr)
-    if not images.num_classes and config.sampling.guidance != 1:
+    if not images.num_classes and config.sampling.value("guidance") != 1:
         raise ValueError(
             f"--sampling.guidance {config.sampling.guidance:g} needs classes, and these images have none; leave it at "
             "1."

@@ -8,7 +8,6 @@ import json
 import platform
 import sys
 import time
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,23 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from tqdm import tqdm
 
+from apps.diffusion.config.sampling import SamplingOptions
+from apps.diffusion.config.serialization import to_plain
 from apps.diffusion.config.training import Config
 from apps.diffusion.data import ImageDataset, TensorDataset
-from apps.diffusion.evaluation.digit_classifier import Judge, Score
+from apps.diffusion.evaluation.feature_extractors import classifier_of
+from apps.diffusion.evaluation.feature_statistics import measure
+from apps.diffusion.evaluation.image_sources import of_tensors
+from apps.diffusion.evaluation.scores import Scores, evaluate, table
 from apps.diffusion.files.atomic import atomic_path, write_text
 from apps.diffusion.files.images import ROWS, class_labels, sample_grid
 from apps.diffusion.files.plots import loss_curve
 from apps.diffusion.models.autoencoder import decode
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
-from apps.diffusion.sampling.generate import generate
-from apps.diffusion.sampling.sampler import SampleResult
+from apps.diffusion.sampling.options import plan
+from apps.diffusion.sampling.sampler import SampleResult, sample
+from apps.diffusion.schedulers.noise_schedule import scheduler_of
 from apps.diffusion.training.trainer import Trainer
 
 
@@ -55,14 +60,14 @@ def summarize(
     real = None
     if isinstance(images, TensorDataset) and held_out is not None and images.num_classes:
         real = (images, held_out)
-    count = config.sampling.images if real else min(config.sampling.images, ROWS**2)
+    count = config.num_samples if real else min(config.num_samples, ROWS**2)
     if config.max_time is not None:
         print(f"Sampling {count} images for the summary, which is not part of --max-time.", flush=True)
-    result = _samples(config, network, images.num_classes, count)
+    result = draw_samples(config, network, images.num_classes, count)
     scores = _scores(config, result, *real) if real else {}
     _draw(config, trainer, result, images, decoder)
     metrics = {
-        **{name: asdict(score) for name, score in scores.items()},
+        **scores,
         "training": {
             "network": trainer.network["class"],
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -73,7 +78,11 @@ def summarize(
             "seconds": trainer.progress.seconds,
             "last": trainer.progress.last,
         },
-        "sampling": {**asdict(config.sampling), "images": count, "effort_per_image": result.effort.summary()},
+        "sampling": {
+            **to_plain(config.sampling_options()),
+            "images": count,
+            "effort_per_image": result.effort.summary(),
+        },
         "seconds_in_all": time.monotonic() - began,
         "versions": _versions(trainer),
     }
@@ -81,7 +90,8 @@ def summarize(
     _print(config, metrics, scores)
 
 
-def _samples(config: Config, network: DiT | FPDM, num_classes: int, count: int) -> SampleResult:
+def draw_samples(config: Config, network: DiT | FPDM, num_classes: int, count: int) -> SampleResult:
+    """The first `count` samples of the run's seed, by its sampling options."""
     with tqdm(desc="sampling", unit="step", leave=False, mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -89,7 +99,9 @@ def _samples(config: Config, network: DiT | FPDM, num_classes: int, count: int) 
             bar.update(done - bar.n)
 
         labels = class_labels(count, num_classes)
-        return generate(network, config, config.sampling, range(count), labels, config.seed, network.device, progress)
+        chosen = plan(network, scheduler_of(config), SamplingOptions(), defaults=config.sampling_options())
+        options = {"seed": config.seed, "device": network.device, "progress": progress, **chosen.arguments()}
+        return sample(network, range(count), labels, **options)
 
 
 def image_grid(
@@ -98,8 +110,8 @@ def image_grid(
     """A grid of samples of a network in training; None for latents without a decoder."""
     if decoder is None and config.data.source == "latents":
         return None
-    count = min(config.sampling.images, ROWS**2)
-    return _grid(_samples(config, network, images.num_classes, count), images, decoder)
+    count = min(config.num_samples, ROWS**2)
+    return _grid(draw_samples(config, network, images.num_classes, count), images, decoder)
 
 
 def _grid(result: SampleResult, images: ImageDataset, decoder: AutoencoderKL | None) -> Image.Image:
@@ -108,7 +120,7 @@ def _grid(result: SampleResult, images: ImageDataset, decoder: AutoencoderKL | N
     return sample_grid(pixels, labels, images.classes)
 
 
-def _scores(config: Config, result: SampleResult, images: TensorDataset, held_out: TensorDataset) -> dict[str, Score]:
+def _scores(config: Config, result: SampleResult, images: TensorDataset, held_out: TensorDataset) -> dict[str, Scores]:
     """Of the generated images, and of as many real ones as there are, up to that number, that the classifier has not
     seen.
 
@@ -117,12 +129,17 @@ def _scores(config: Config, result: SampleResult, images: TensorDataset, held_ou
     """
     assert result.labels is not None
     known, unseen = (images, held_out) if config.data.source == "digits" else (held_out, images)
-    judge = Judge.of(known)
+    extractor = classifier_of(known)
+    reference = measure(of_tensors("reference", known.x, known.y), extractor)
     count = min(len(unseen), len(result.samples))
     chosen = torch.arange(count) * len(unseen) // count  # from all over: files are often sorted by class
-    scores = {"generated": judge.score(result.samples.clamp(-1, 1), result.labels)}
-    name = "real_held_out" if unseen is held_out else "real_training"
-    return {**scores, name: judge.score(unseen.x[chosen], unseen.y[chosen])}
+    sets = {
+        "generated": of_tensors("generated", result.samples, result.labels),
+        "real_held_out" if unseen is held_out else "real_training": of_tensors(
+            "real", unseen.x[chosen], unseen.y[chosen]
+        ),
+    }
+    return {name: evaluate(source, reference, extractor) for name, source in sets.items()}
 
 
 def _draw(
@@ -147,17 +164,14 @@ def _versions(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _print(config: Config, metrics: dict[str, Any], scores: dict[str, Score]) -> None:
+def _print(config: Config, metrics: dict[str, Any], scores: dict[str, Scores]) -> None:
     training, out = metrics["training"], Path(config.out)
     print(
         f"\nTrained for {training['seconds']:.0f} s on {training['images']:,} images, {training['skipped']} "
         f"steps skipped."
     )
     if scores:
-        print(f"{'':24}{'images':>8}{'right label':>14}{'Fréchet distance':>19}")
-    for name, score in scores.items():
-        title = name.replace("real_", "real, ").replace("_", " ")
-        print(f"{title:24}{score.images:8}{100 * score.accuracy:12.1f} %{score.frechet:19.2f}")
+        print(table({name.replace("real_", "real, ").replace("_", " "): score for name, score in scores.items()}))
     drawn = [str(p) for p in (out / "samples.png", out / "loss.png") if p.exists()]
     print(f"\nImages:        {'  '.join(drawn)}")
     print(f"Numbers:       {out / 'metrics.json'}")

@@ -34,6 +34,7 @@ from apps.diffusion.models import build
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.rng import Stream, generator
+from apps.diffusion.schedulers.noise_schedule import scheduler_of
 from apps.diffusion.training import distributed, loss
 from apps.diffusion.training.loss import TrainingNoise
 from apps.diffusion.training.metric_logger import StepMetrics, tracker
@@ -64,8 +65,9 @@ class Trainer:
     def __init__(self, config: Config, images: ImageDataset, start: Checkpoint | None = None) -> None:
         self.config, self.images = config, images
         self.accelerator = distributed.accelerator(config.optimizer, tracker(config.track), config.out / "logs")
-        self.scheduler = build.scheduler(config, "ddpm")
-        model = build.network(config.model, images.shape, images.num_classes, config.sampling.iterations, config.seed)
+        self.scheduler = scheduler_of(config)
+        iterations = (config.sampling.iterations or (10,))[0]
+        model = build.network(config.model, images.shape, images.num_classes, iterations, config.seed)
         self.network = build.describe(model)
         self.null_class = model.null_class
         self.names = [name for name, _ in model.named_parameters()]

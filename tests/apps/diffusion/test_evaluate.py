@@ -15,7 +15,8 @@ from apps.diffusion.data import digits
 from apps.diffusion.evaluation import feature_extractors as features
 from apps.diffusion.evaluation import feature_statistics as reference
 from apps.diffusion.evaluation import image_sources as sources
-from apps.diffusion.evaluation.digit_classifier import Gaussian, frechet_distance
+from apps.diffusion.evaluation.metrics import Gaussian, frechet_distance
+from apps.diffusion.evaluation.scores import compare
 from apps.diffusion.files.images import to_pil
 from tests.apps.diffusion import picture_files as pf
 
@@ -141,10 +142,10 @@ def test_known_gaussians_have_their_known_distance():
     a, b = (reference.measure(source(v, str(i)), Pixels(), kept=500) for i, v in enumerate(bytes_))
     expected = float(((means[0] - means[1]) ** 2).sum()) + 4 * 0.15**2
     assert frechet_distance(a.pooled, b.pooled) == pytest.approx(expected, rel=0.05)
-    scores = evaluate.compare(source(bytes_[0]), a, b, Pixels())
-    assert scores.frechet == frechet_distance(a.pooled, b.pooled) and scores.images == 5_000
-    assert scores.sfid == pytest.approx(0.09 + 0.01 + 0.01 + 3 * 0.15**2, rel=0.05)
-    assert a.features is not None and a.features.shape == (500, 4) and scores.accuracy is None
+    scores = compare(source(bytes_[0]), a, b, Pixels())
+    assert scores["frechet"] == frechet_distance(a.pooled, b.pooled) and scores["images"] == 5_000
+    assert scores["sfid"] == pytest.approx(0.09 + 0.01 + 0.01 + 3 * 0.15**2, rel=0.05)
+    assert a.features is not None and a.features.shape == (500, 4) and scores["accuracy"] is None
 
 
 def test_saved_statistics_and_published_ones(folder, quick, tmp_path, capsys):
@@ -332,8 +333,8 @@ def test_inception_by_torch_fidelity(tmp_path, monkeypatch):
 def test_equal_gaussians_of_few_pictures():
     x = torch.randint(256, (9, 1, 2, 2), dtype=torch.uint8)
     same = reference.measure(source(x), Pixels())
-    scores = evaluate.compare(source(x), same, same, Pixels())
-    assert scores.frechet == pytest.approx(0, abs=1e-9) and (scores.precision, scores.recall) == (1, 1)
+    scores = compare(source(x), same, same, Pixels())
+    assert scores["frechet"] == pytest.approx(0, abs=1e-9) and (scores["precision"], scores["recall"]) == (1, 1)
     few = reference.measure(source(x[:3]), Pixels())
-    assert evaluate.compare(source(x[:3]), few, same, Pixels()).precision is None
+    assert compare(source(x[:3]), few, same, Pixels())["precision"] is None
     assert isinstance(same.pooled, Gaussian)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ from tests.apps.diffusion import picture_files as pf
 from tests.apps.diffusion.small_models import randomised
 
 SMALL = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
+
+
+ROOT = str(Path(__file__).parents[3])
 
 
 def network(kind="fpdm", **options):
@@ -78,7 +82,7 @@ def test_a_process_with_only_the_folder_gives_the_same_bits(tmp_path, kind):
         "pipe = FixedPointPipeline.from_pretrained('saved')\n"
         "numpy.save('there.npy', pipe([1, 3], generator=5, output_type='np').images)\n"
     )
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty"), "OMP_NUM_THREADS": "1"}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "empty"), "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=offline, capture_output=True)
     here, there = (np.load(tmp_path / name) for name in ("here.npy", "there.npy"))
     assert here.shape == (2, 16, 16, 3) and np.array_equal(here, there)
@@ -222,7 +226,7 @@ def test_what_is_no_pipeline_is_refused(tmp_path):
         FixedPointPipeline.from_pretrained(tmp_path)
     for text in ("{", "[]", '{"model": ["a", "UNet"], "scheduler": ["diffusers", "DDIMScheduler"]}'):
         (tmp_path / "model_index.json").write_text(text)
-        with pytest.raises(ValueError, match="model_index.json"):
+        with pytest.raises(ValueError, match="model_index"):
             FixedPointPipeline.from_pretrained(tmp_path)
     pipeline().save_pretrained(tmp_path / "saved")
     pf.truncate(tmp_path / "saved" / "model" / "diffusion_pytorch_model.safetensors")

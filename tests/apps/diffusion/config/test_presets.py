@@ -76,7 +76,7 @@ def test_impossible_changes_end_with_code_2(options, message, tmp_path, capsys, 
 
 def test_a_learned_variance_trains_and_samples():
     from apps.diffusion.data import digits
-    from apps.diffusion.training.gallery import draw
+    from apps.diffusion.training.summary import draw_samples
     from apps.diffusion.training.trainer import Trainer
 
     config = c.Config(
@@ -89,7 +89,7 @@ def test_a_learned_variance_trains_and_samples():
     trainer.run(lambda state: None)
     rows = (trainer.model.final_layer.linear.weight.detach() != before).any(1).view(4, 2)
     assert rows.all()  # the means and the variances of all four pixels of a patch have learnt
-    samples = draw(config, trainer.ema.module.eval(), 10, 2, "cpu").samples
+    samples = draw_samples(config, trainer.ema.module.eval(), 10, 2).samples
     assert samples.shape == (2, 1, 8, 8) and samples.isfinite().all()
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from apps.diffusion.data import digits
-from apps.diffusion.evaluation.digit_classifier import Gaussian, Judge, frechet_distance
+from apps.diffusion.evaluation.digit_classifier import Judge
+from apps.diffusion.evaluation.metrics import Gaussian, frechet_distance
 
 
 def _gaussian(seed, dim=5, rank=None):

@@ -16,13 +16,14 @@ from apps.diffusion.data import build as data_build
 from apps.diffusion.files.images import sample_grid
 from apps.diffusion.models import build
 from apps.diffusion.models.autoencoder import decode
-from apps.diffusion.sampling.generate import generate
+from apps.diffusion.schedulers.noise_schedule import scheduler_of
+from apps.diffusion.training.summary import draw_samples
 from apps.diffusion.training.trainer import Trainer
 from tests.apps.diffusion import picture_files as pf
 
 TINY = (
     "--model.size tiny --model.hidden 16 --model.heads 2 --optimizer.batch 4 --optimizer.warmup 8 "
-    "--optimizer.decay constant --sampling.steps 2 --sampling.iterations 2 --sampling.images 6 --threads 1"
+    "--optimizer.decay constant --sampling.steps 2 --sampling.iterations 2 --num-samples 6 --threads 1"
 ).split()
 
 
@@ -111,11 +112,11 @@ def test_latents_train_resume_and_decode(latents, tmp_path):
     model = build.rebuild(state.network)
     assert (model.num_classes, model.latent) == (3, (4, 4, 4))
     model.load_state_dict(state.ema)
-    result = generate(model.eval(), config, config.sampling, range(6), [0, 1, 2, 0, 1, 2], config.seed)
+    result = draw_samples(config, model.eval(), 3, 6)
     drawn = sample_grid(decode(pf.tiny_vae(), result.samples), [0, 1, 2, 0, 1, 2], ("cat", "dog", "owl"))
     drawn.save(tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "whole" / "samples.png").read_bytes()
-    assert not build.scheduler(config, "ddim").config.clip_sample
+    assert not scheduler_of(config).config.clip_sample
 
 
 def test_without_labels_the_model_is_unconditional(latents, pictures, tmp_path):
