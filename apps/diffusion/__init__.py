@@ -1,14 +1,44 @@
-"""Fixed Point Diffusion Models and the DiT baseline: commands and library."""
+"""Fixed Point Diffusion Models and the DiT baseline: commands and library.
+
+`python -m apps.diffusion.COMMAND` reports a missing package and an interruption in one line, during its imports too.
+"""
 
 import sys
+from importlib.util import find_spec
+from typing import Any
 
-from apps.diffusion import cli
+_EXTRA = ("accelerate", "diffusers", "matplotlib", "PIL", "safetensors", "sklearn", "tqdm", "tyro")
 
-_remedy = cli.missing_packages()
-if _remedy and sys.argv[:1] == ["-m"]:  # `python -m` is locating a command
+
+def missing_packages() -> str | None:
+    """The remedy where packages of the extra `diffusion` are not installed; None where all are."""
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if not missing:
+        return None
+    return (
+        f"apps.diffusion needs {', '.join(missing)}; install the extra: pip install 'implicit-fixed-points[diffusion]'"
+    )
+
+
+def report_interruption() -> None:
+    """From here on, Ctrl-C ends the process with one line and exit code 130, also during imports."""
+    usual = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            usual(kind, error, trace)
+            return
+        print("\nInterrupted.", file=sys.stderr)
+        raise SystemExit(130)
+
+    sys.excepthook = hook
+
+
+_remedy, _locating = missing_packages(), sys.argv[:1] == ["-m"]  # `python -m` is locating a command
+if _remedy and _locating:
     print(_remedy, file=sys.stderr)
     raise SystemExit(2)
 if _remedy:
     raise ModuleNotFoundError(_remedy)
-if sys.argv[:1] == ["-m"]:
-    cli.report_interruption()
+if _locating:
+    report_interruption()

@@ -5,8 +5,7 @@
     2    bad input, or a package that is not installed
     130  interrupted (Ctrl-C)
 
-This module imports the standard library alone, so that an interruption or a missing package is reported in one line
-from the first import of a command on.
+An interruption or a missing package is reported in one line from the first import on (see __init__.py).
 """
 
 from __future__ import annotations
@@ -14,34 +13,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
-from typing import Any
 
-_EXTRA = ("accelerate", "diffusers", "matplotlib", "PIL", "safetensors", "sklearn", "tqdm", "tyro")
-
-
-def missing_packages() -> str | None:
-    """The remedy where packages of the extra `diffusion` are not installed; None where all are."""
-    missing = [name for name in _EXTRA if find_spec(name) is None]
-    if not missing:
-        return None
-    return (
-        f"apps.diffusion needs {', '.join(missing)}; install the extra: pip install 'implicit-fixed-points[diffusion]'"
-    )
-
-
-def report_interruption() -> None:
-    """From here on, Ctrl-C ends the process with one line and exit code 130, also during imports."""
-    usual = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if not issubclass(kind, KeyboardInterrupt):
-            usual(kind, error, trace)
-            return
-        print("\nInterrupted.", file=sys.stderr)
-        raise SystemExit(130)
-
-    sys.excepthook = hook
+from apps.diffusion import missing_packages
 
 
 def run_command(

@@ -16,6 +16,7 @@ from torch import Tensor
 from apps.diffusion.checkpoint import pretrained
 from apps.diffusion.checkpoint import training_state as checkpoint
 from apps.diffusion.config.training import Config
+from apps.diffusion.data.latents import read_index
 from apps.diffusion.files import hashing
 from apps.diffusion.models import build
 from apps.diffusion.models.autoencoder import open_decoder, open_vae
@@ -139,7 +140,7 @@ def decoder_of(trained: Trained, name: str | None = None, device: str = "cpu") -
         return None
     name = name or data.vae
     if data.path is not None and (data.path / "index.json").exists():
-        return open_decoder(data.path, name, device)
+        return open_decoder(read_index(data.path), name, device)
     if name is None:
         raise ValueError(
             f"This run makes latents, and the folder they were learnt from, {data.path}, which names their VAE, is not "

@@ -1,20 +1,20 @@
 """The autoencoder between images and latents: any diffusers AutoencoderKL.
 
-A latent is scaled for the diffusion model, z = scaling (latent - shift), with the VAE's own constants.
+A latent is scaled for the diffusion model with the VAE's own constants: z = scaling (latent - shift), or
+z = scaling (latent - latents_mean) / latents_std per channel where the VAE has these.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
-
-from apps.diffusion.data.latents import read_index
 
 
 def open_vae(name: str | Path, subfolder: str | None = None, device: str = "cpu") -> tuple[AutoencoderKL, str]:
@@ -47,25 +47,25 @@ def open_vae(name: str | Path, subfolder: str | None = None, device: str = "cpu"
     return vae.requires_grad_(False).eval().to(device), told
 
 
-def open_decoder(root: Path, name: str | None = None, device: str = "cpu") -> AutoencoderKL:
-    """The VAE that decodes the latents in the folder `root`: by default the one that encoded them.
+def open_decoder(index: Mapping[str, Any], name: str | None = None, device: str = "cpu") -> AutoencoderKL:
+    """The VAE that decodes the latents of an index: by default the one that encoded them.
 
     Args:
-        root: what `python -m apps.diffusion.encode` has written.
+        index: of a folder of latents (`data.latents.read_index`).
         name: of a copy, where the VAE is no longer where it was.
         device: where to compute.
 
     Raises:
         ValueError: it cannot be read, or it is not the one that encoded these latents.
     """
-    made_by = read_index(root)["vae"]
+    made_by = index["vae"]
     where, subfolder = name or made_by["name"], None
     if not Path(where).is_dir() and where.count("/") == 2:  # owner/repository/subfolder, on the hub
         where, subfolder = where.rsplit("/", 1)
     vae, told = open_vae(where, subfolder, device)
     if digests(vae)["weights_sha256"] != made_by["weights_sha256"]:
         raise ValueError(
-            f"The VAE {told} has other weights than the one that encoded {root}, {made_by['name']}; give that one "
+            f"The VAE {told} has other weights than the encoder of these latents, {made_by['name']}; give that one "
             "with --data.vae."
         )
     return vae
@@ -117,5 +117,12 @@ def decode(vae: AutoencoderKL, z: Tensor) -> Tensor:
     One at a time, so that an image does not depend on those decoded with it.
     """
     scaling, shift = constants(vae)
-    rows = (z.to(vae.device, vae.dtype) / scaling + shift).split(1)
+    config: Any = vae.config
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    z = z.to(vae.device, vae.dtype)
+    if mean is not None and std is not None:  # one number per channel, in place of the shift
+        mean, std = (torch.tensor(v, device=z.device, dtype=z.dtype).view(1, -1, 1, 1) for v in (mean, std))
+        rows = (z * std / scaling + mean).split(1)
+    else:
+        rows = (z / scaling + shift).split(1)
     return torch.cat([vae.decode(row, return_dict=False)[0].float().cpu() for row in rows])  # pyright: ignore

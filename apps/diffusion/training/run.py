@@ -27,6 +27,7 @@ from apps.diffusion.checkpoint.training_state import Checkpoint
 from apps.diffusion.config.training import Config
 from apps.diffusion.data import ImageDataset, ImageFolderDataset, TensorDataset
 from apps.diffusion.data import build as data
+from apps.diffusion.data.latents import read_index
 from apps.diffusion.files.atomic import LOCK, write_text
 from apps.diffusion.files.settings_file import write_or_compare
 from apps.diffusion.models.autoencoder import open_decoder
@@ -162,7 +163,7 @@ def decoder_of_grids(config: Config) -> AutoencoderKL | None:
     if config.data.source != "latents" or config.data.path is None:
         return None
     try:
-        return open_decoder(config.data.path, config.data.vae)
+        return open_decoder(read_index(config.data.path), config.data.vae)
     except ValueError as error:
         if config.data.vae is not None:
             raise
