@@ -25,3 +25,5 @@ from implicit.solvers import Broyden as Broyden
 from implicit.solvers import NewtonKrylov as NewtonKrylov
 from implicit.solvers import Picard as Picard
 from implicit.stopping import Stop as Stop
+
+__version__ = "0.2.0"

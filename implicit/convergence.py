@@ -1,4 +1,15 @@
-"""When a solve is good enough, and the books that are kept of it, sample by sample, on the host."""
+"""Convergence of a solve, sample by sample: status, best iterate, and the final test of what is returned.
+
+The loop (`implicit.iterate`) hands every evaluated point to a `ConvergenceMonitor`, which reads its norms on the host:
+
+    running      no decision yet
+    converged    the criterion (`implicit.stopping`) holds; the sample is frozen at this z
+    nonfinite    f(z) is NaN or infinite and a retry from the best iterate failed, or none was possible
+    stalled      the smallest residual is rounding error and has not improved for some evaluations
+
+Frozen samples are evaluated along with the running ones, so that their residual is known at every point. One that no
+longer meets the tolerance has lost it to the other samples (f couples them) or to noise in f (two values at one z).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,150 +19,181 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicit.pytree import Flat, Layout, norm
+from implicit.pytree import Flat, to_device, to_host
 from implicit.safeguard import Safeguard
-from implicit.solution import Result, Solution
+from implicit.solution import Result
 from implicit.solvers.base import AbstractSolver, Point
-from implicit.stopping import Stop
+from implicit.stopping import Criterion
 
-_PATIENCE = 10  # evaluations without a new smallest residual before rounding error is blamed
 _RUNNING = np.int8(-1)
-_FEW = 64  # samples that are judged one by one
-_TINY, _HUGE = 1e-15, 1e15  # norms outside may have lost their squares in float32
-_ROUNDING = (
-    25.0  # residuals below this many eps ||f(z)|| count as rounding, below 4 times it after 3 times the patience
-)
+_PATIENCE = 10  # evaluations without a new smallest residual before rounding error is assumed
+_AGED = 3  # evaluations without one after which the last of the budget is spent on the best iterate
+_LISTS = 64  # samples up to which Python lists are quicker than arrays
+_ROUNDING = 25.0  # residuals below this many eps ||f(z)|| count as rounding, below 4 times it after 3 times _PATIENCE
+REPEATABLE = 100.0  # eps ||f(z)|| by which two evaluations of f at one z may differ
 
 
 @dataclass
-class _Look:
-    """A point on its way to being judged: its norms may still be moving to the host."""
+class _Observation:
+    """A point whose norms are on their way to the host."""
 
     point: Point
     rows: np.ndarray  # the samples it holds
+    held: np.ndarray  # (rows,) those of them that were evaluated at their best iterate, finished ones among them
     calls: int
-    sizes: tuple[Tensor, ...]  # ||r|| and ||f(z)||, (B,) each, on the host
-    moved: "torch.cuda.Event | None"  # when they are there
+    sizes: tuple[Tensor, Tensor]  # norms of f(z) - z and f(z), on the host
+    ready: "torch.cuda.Event | None"  # when they are there
 
 
 @dataclass
 class ConvergenceMonitor:
-    """The books of one solve of B samples: who still runs, the best point of each, and how each one ended.
+    """Status of B samples: which still run, the best iterate of each, and how each one ended.
 
     `rows` are the samples that the loop evaluates at present: all of them, or with compaction those still running.
     """
 
-    layout: Layout
-    stop: Stop
+    criterion: Criterion
     best_z: Flat
-    watch: Callable[[int, np.ndarray], Any] | None = None
+    callback: Callable[[int, np.ndarray], Any] | None = None
     patience: int = 0  # of the safeguard; 0: none
-    running: Tensor | None = None  # (rows, 1) on the device, once a sample has finished
-    plain: Tensor | None = None  # (rows, 1) on the device, once the safeguard has made a sample take plain steps
-    done: bool = False
-    _pending: _Look | None = None
-    _looks: int = 0
-    _calls: int = 0  # evaluations made when residuals were last read
+    begin: int = 0  # evaluations made before
     trace: list[np.ndarray] = field(default_factory=list)
+    running: Tensor | None = None  # (rows, 1) on the device, once a sample has finished
+    use_picard: Tensor | None = None  # (rows, 1) on the device, once the safeguard has set a sample to plain steps
+    done: bool = False
+    inconsistent: bool = False  # f gave another value at the z of a sample: coupling or noise
+    noisy: bool = False  # it was noise
 
     def __post_init__(self) -> None:
         size = self.best_z.shape[0]
+        self.layout, self.stop = self.criterion.layout, self.criterion.stop
         self.best_fz = self.best_z
         self.rows = np.arange(size)
         self.code = np.full(size, _RUNNING, dtype=np.int8)
         self.evals = np.zeros(size, dtype=np.int64)
-        self.residual = np.full(size, np.inf)
-        self.size = np.zeros(size)  # ||f(z)|| at the smallest residual
-        self.since = np.zeros(size, dtype=np.int64)  # number of the evaluation whose residual was smallest
-        self.guard = Safeguard(size, self.patience) if self.patience else None
+        self.residual = np.full(size, np.inf)  # smallest
+        self.size = np.zeros(size)  # ||f(z)|| with it
+        self.since = np.zeros(size, dtype=np.int64)  # number of the evaluation that gave it
+        self.reset_at = np.zeros(size, dtype=np.int64)  # evaluations made when the sample was last reset
+        self.safeguard = Safeguard(size, self.patience) if self.patience else None
         self.done = size == 0
-        self._least: list[float] | np.ndarray = [np.inf] * size  # the smallest residuals,
-        self._sizes: list[float] | np.ndarray | None = None  # if not yet in `size`: ||f(z)|| with them,
-        self._oldest = 0  # and the number of the evaluation at which the first of them was found
-        self._floor = max(self.stop.atol, 0.0 if self.layout.dtype == torch.float64 else _TINY)
+        self._held = np.zeros(size, dtype=bool)  # evaluated at their best iterate
+        self._lost = np.zeros(0, dtype=np.int64)  # samples that had converged and meet the tolerance no longer
+        self._pending: _Observation | None = None
+        self.last: tuple[np.ndarray, np.ndarray, int] | None = None  # rows, held, calls of the reading before
+        self.observed: Point | None = None  # where f gave another value than before
+        self._new = True  # nothing was read yet
+        self._looks = self._made = self._calls = 0  # looks, evaluations made, evaluations made at the last reading
+        # record of the fast path: smallest residuals, ||f(z)|| with them if not yet in `size`, the age of the oldest
+        self._least: list[float] | np.ndarray = [np.inf] * size
+        self._sizes: list[float] | np.ndarray | None = None
+        self._oldest = 0
+        self._floor: list[float] | np.ndarray = [np.inf] * size
 
     @property
-    def idle(self) -> bool:
+    def has_finished_rows(self) -> bool:
         """Whether samples are evaluated that have finished."""
         return bool((self.code[self.rows] != _RUNNING).any())
 
-    def see(self, point: Point, calls: int, last: bool) -> Point:
-        """Take in a point, the result of call number `calls`, now or one evaluation later; returns it."""
+    # ---- the loop's calls
+
+    def observe(self, point: Point, calls: int, last: bool) -> None:
+        """Take in the point of call number `calls`; its norms are read now or, with `Stop.late`, at the next call."""
         self._looks += 1
-        if self._looks % self.stop.check_every and not last:
-            return point
-        ready, self._pending = self._pending, _Look(point, self.rows, calls, *_fetch(point))
-        if ready is not None:
-            self._read(ready, calls)
-        if last or not self.stop.late:
+        self._made = calls
+        first = self._looks == 1 and self.stop.check_every > 1 and not last  # read along with the first reading
+        if self._looks % self.stop.check_every and not last and not first:
+            return
+        sizes, ready = _fetch(self.criterion, point)
+        due, self._pending = self._pending, _Observation(point, self.rows, self._held[self.rows], calls, sizes, ready)
+        if due is not None:
+            self._read(due, calls)
+        if (last or not self.stop.late) and not first:
             self._read(self._pending, calls)
             self._pending = None
-        return point
 
-    def hold(self, z: Flat, point: Point) -> Flat:
-        """z, with plain steps where the safeguard wants them and finished samples kept where they ended."""
-        if self.plain is not None:
-            z = torch.where(self.plain, point.fz, z)
-        return z if self.running is None else torch.where(self.running, z, self._best().z)
+    def next_iterate(self, z: Flat, point: Point, last: bool) -> Flat:
+        """z with plain steps where the safeguard is on, and finished samples frozen where they ended.
 
-    def back(self, point: Point, memory: Any, solver: AbstractSolver[Any]) -> tuple[Point, Any]:
-        """The samples that the safeguard sends back, at their best point and without a history."""
-        if self.guard is None or not self.guard.waiting:
-            return point, memory
-        mask, self.plain = self._mask(self.guard.take()), self._mask(self.guard.plain)
+        In the last evaluation of the budget a sample without recent progress is evaluated at its best iterate again:
+        that costs it little, and shows whether f gives one value there.
+        """
+        if self.use_picard is not None:
+            z = torch.where(self.use_picard, point.fz, z)
+        if self.running is not None:
+            z = torch.where(self.running, z, self._best().z)
+        self._held = self.code != _RUNNING
+        if last and not self.noisy and self._made - self._oldest >= _AGED:
+            self._flush()
+            aged = (self._made - self.since >= _AGED) & np.isfinite(self.residual) & ~self._held
+            if aged.any():
+                z, self._held = torch.where(self._mask(aged), self._best().z, z), self._held | aged
+        return z
+
+    def apply_resets(self, point: Point, state: Any, solver: AbstractSolver[Any]) -> tuple[Point, Any]:
+        """The samples that the safeguard resets, at their best iterate and without a history."""
+        if self.safeguard is None or not self.safeguard.pending:
+            return point, state
+        resets = self.safeguard.pop_resets()
+        self.reset_at[resets] = self._made
+        mask, self.use_picard = self._mask(resets), self._mask(self.safeguard.use_picard)
         best = self._best()
-        point = Point(torch.where(mask, best.z, point.z), torch.where(mask, best.fz, point.fz))
-        return point, solver.restart(point, memory, mask)
-
-    def _mask(self, which: np.ndarray) -> Tensor:
-        # CUDA stages pageable memory before it returns: such a copy neither waits for the device nor needs the array
-        return torch.from_numpy(which[self.rows]).to(self.layout.device, non_blocking=True).unsqueeze(1)
-
-    def _best(self) -> Point:
-        """The best points of `rows`."""
-        if len(self.rows) == len(self.code):
-            return Point(self.best_z, self.best_fz)
-        index = torch.from_numpy(self.rows).to(self.layout.device, non_blocking=True)
-        return Point(self.best_z[index], self.best_fz[index])
+        z, fz = torch.where(mask, best.z, point.z), torch.where(mask, best.fz, point.fz)
+        point = Point(z, fz, point.product, point.remaining)
+        return point, solver.restart(point, state, mask)
 
     def compact(self) -> Tensor:
         """Turn to the running samples alone; returns their positions among the rows evaluated so far."""
         keep = np.flatnonzero(self.code[self.rows] == _RUNNING)
         self.rows = self.rows[keep]
         self.running = None
-        if self.plain is not None and self.guard is not None:
-            self.plain = self._mask(self.guard.plain)
-        return torch.from_numpy(keep).to(self.layout.device, non_blocking=True)
+        if self.use_picard is not None and self.safeguard is not None:
+            self.use_picard = self._mask(self.safeguard.use_picard)
+        return to_device(keep, self.layout.device)
 
-    def _read(self, look: _Look, calls: int) -> None:
+    def accept_noise(self) -> None:
+        """f gives two values at one z: continue with the samples that this has cost their convergence."""
+        self.inconsistent, self.noisy, self.observed = False, True, None
+        self._release(self._lost)
+
+    # ---- reading
+
+    def _read(self, seen: _Observation, calls: int) -> None:
         self._calls = calls
-        if look.moved is not None:
-            look.moved.synchronize()
-        if self._no_news(look):
+        if seen.ready is not None:
+            seen.ready.synchronize()
+        if self._new:
+            self._set_first(seen)
+        if self._fast_path(seen):
             return
-        self._open()
-        rows = look.rows
-        r, s = _exact(look.point, *_arrays(look.sizes))
+        self._flush()
+        rows, self.last = seen.rows, (seen.rows, seen.held, seen.calls)
+        r, s, tolerance = self._norms(seen.point, seen.sizes, rows, seen.held)
+        self._check_held(seen, r, s, tolerance)
+
+        # which samples converge here, and which have a new best iterate
         running = self.code[rows] == _RUNNING
         finite = np.isfinite(r) & np.isfinite(s)
         live = running & finite
-        converged = live & (r <= self.stop.atol + self.stop.rtol * np.where(finite, s, 0))
+        converged = live & (r <= tolerance)
         better = (live & (r < self.residual[rows])) | converged
-        self._keep(look, better, r, s)
-        floor, age = _ROUNDING * self.layout.eps * self.size[rows], look.calls - self.since[rows]
+        self._update_best(seen, better, r, s)
+
+        # which have come to rounding error
+        floor, age = _ROUNDING * self.layout.eps * self.size[rows], seen.calls - self.since[rows]
         best = self.residual[rows]
-        spent = ((age >= _PATIENCE) & (best <= floor)) | ((age >= 3 * _PATIENCE) & (best <= 4 * floor))
-        stalled = live & ~converged & spent
-        broken = running & ~finite
-        if self.guard is not None:
-            broken &= ~self.guard.forgives(rows, broken, self.residual)
-            still = live & ~converged & ~stalled
-            self.guard.watch(rows[still], r[still], self.residual, look.calls)
-        if self.watch is not None:
-            full = np.full(len(self.code), np.nan)
-            full[rows] = np.where(running, r, np.nan)
-            self.trace.append(full)
-            self.watch(look.calls, full)
+        at_rounding = ((age >= _PATIENCE) & (best <= floor)) | ((age >= 3 * _PATIENCE) & (best <= 4 * floor))
+        stalled = live & ~converged & at_rounding
+
+        # which have failed; a point made before a reset says nothing about the retry
+        fresh = seen.calls > self.reset_at[rows]
+        broken = running & ~finite & fresh
+        if self.safeguard is not None:
+            broken[fresh] &= ~self.safeguard.allow_retry(rows[fresh], broken[fresh], self.residual)
+            still = live & ~converged & ~stalled & fresh
+            self.safeguard.update(rows[still], r[still], self.residual, seen.calls - self.begin)
+        if self.callback is not None:
+            self._report(seen, r, running)
         for code, which in ((Result.CONVERGED, converged), (Result.NONFINITE, broken), (Result.STALLED, stalled)):
             self.code[rows[which]] = code
         ended = rows[converged | broken | stalled]
@@ -159,99 +201,201 @@ class ConvergenceMonitor:
             self.evals[ended] = calls
             self.done = not (self.code == _RUNNING).any()
             self.running = self._mask(self.code == _RUNNING)
-        self._least = self.residual.tolist() if len(self.code) <= _FEW else self.residual
-        self._oldest = int(self.since.min(initial=look.calls))
+        self._least = self.residual.tolist() if len(self.code) <= _LISTS else self.residual
+        self._oldest = int(self.since.min(initial=seen.calls))
 
-    def _no_news(self, look: _Look) -> bool:
-        """Whether no sample ends or needs the safeguard, and all are better than ever or none is: nearly always."""
-        if self.running is not None or self.watch is not None or len(look.rows) < len(self.code):
+    def _set_first(self, seen: _Observation) -> None:
+        """The norm of the first f(z), and the least tolerance that follows from it."""
+        self._new = False
+        s = _array(seen.sizes[1])
+        unsafe = self.criterion.unsafe(s, s)
+        if unsafe.any():
+            s = np.where(unsafe, to_host(self.criterion.measure(seen.point.fz.detach(), scaled=True)), s)
+        if not isinstance(self.criterion.first, np.ndarray):
+            self.criterion.first = np.where(np.isfinite(s), s, 0.0)
+        if not self.criterion.grouped:
+            rtol, smallest, first = self.stop.rtol, self.criterion.smallest, self.criterion.first
+            floor = self.stop.atol + rtol * smallest * first + self.criterion.tiny
+            self._floor = floor.tolist() if len(floor) <= _LISTS else floor
+
+    def _norms(
+        self, point: Point, sizes: tuple[Tensor, Tensor], rows: np.ndarray, held: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """(residual, size, tolerance); norms whose squares may be out of range are taken again, scaled."""
+        r, s = _array(sizes[0]), _array(sizes[1])
+        unsafe = self.criterion.unsafe(r, s)
+        unsafe[held] = False  # known already
+        if unsafe.any():
+            with torch.no_grad():
+                again = [to_host(self.criterion.measure(x, scaled=True)) for x in (point.r.detach(), point.fz.detach())]
+            r, s = np.where(unsafe, again[0], r), np.where(unsafe, again[1], s)
+        first = self.criterion.first
+        return self.criterion.compare(r, s, first[rows] if isinstance(first, np.ndarray) else first)
+
+    def _check_held(self, seen: _Observation, r: np.ndarray, s: np.ndarray, tolerance: np.ndarray) -> None:
+        """Whether samples that were evaluated where they were before have another residual now.
+
+        A sample that had converged has lost it if its residual is above the tolerance too.
+        """
+        if not seen.held.any():
+            return
+        rows = seen.rows
+        same = np.abs(r - self.residual[rows]) <= REPEATABLE * self.layout.eps * np.maximum(s, self.size[rows])
+        lost = seen.held & ~same & ~(r <= tolerance) & (self.code[rows] == Result.CONVERGED)
+        moved = seen.held & ~same & (self.code[rows] == _RUNNING) & np.isfinite(self.residual[rows])
+        self._lost = rows[lost]
+        drifted = seen.held & ~same & (r <= tolerance) & (self.code[rows] == Result.CONVERGED)
+        self.residual[rows[drifted]] = r[drifted]
+        if self.noisy:
+            self._release(self._lost)
+        elif lost.any() or moved.any():
+            self.inconsistent, self.observed = True, seen.point
+
+    def _release(self, rows: np.ndarray) -> None:
+        """Let samples run again that had finished."""
+        if len(rows):
+            self.code[rows], self.residual[rows], self.since[rows] = _RUNNING, np.inf, self._calls
+            self.running, self.done = self._mask(self.code == _RUNNING), False
+
+    def _fast_path(self, seen: _Observation) -> bool:
+        """True if no sample finishes, none needs the safeguard, and all or none of the best iterates change.
+
+        Only then nothing but the record of smallest residuals has to be updated, which costs a tenth.
+        """
+        if self.running is not None or self.callback is not None or self.criterion.grouped:
             return False
-        rtol, floor = self.stop.rtol, self._floor
-        if len(look.rows) <= _FEW:  # plain numbers, which cost a tenth of what so short arrays do
-            r, s = look.sizes[0].tolist(), look.sizes[1].tolist()
-            clear = all([new > rtol * size + floor for new, size in zip(r, s, strict=True)])
+        if len(seen.rows) < len(self.code) or seen.held.any():
+            return False
+        rtol, count = self.stop.rtol, len(seen.rows)
+        if count <= _LISTS:
+            r, s = seen.sizes[0].tolist(), seen.sizes[1].tolist()
+            clear = all([new > rtol * size + low for new, size, low in zip(r, s, self._floor, strict=True)])
             gained = sum([new < old for new, old in zip(r, self._least, strict=True)])
         else:
-            r, s = _arrays(look.sizes)
-            clear = bool((r > rtol * s + floor).all())
-            gained = np.count_nonzero(r < self._least)
-        if not clear or (self.guard is not None and not self.guard.calm(look.calls)):
+            r, s = _array(seen.sizes[0]), _array(seen.sizes[1])
+            clear = bool((r > rtol * s + self._floor).all())
+            gained = int(np.count_nonzero(r < self._least))
+        if not clear or (self.safeguard is not None and not self.safeguard.is_quiet(seen.calls - self.begin)):
             return False
-        if gained < len(look.rows):
-            return not gained and self.guard is None and look.calls - self._oldest < _PATIENCE
-        self.best_z, self.best_fz = look.point.z, look.point.fz
-        self._least, self._sizes, self._oldest = r, s, look.calls
+        if gained < count:
+            return not gained and self.safeguard is None and seen.calls - self._oldest < _PATIENCE
+        self.best_z, self.best_fz = seen.point.z, seen.point.fz
+        self._least, self._sizes, self._oldest = r, s, seen.calls
         return True
 
-    def _open(self) -> None:
-        """Enter into the arrays what `_no_news` has noted down."""
+    def _flush(self) -> None:
+        """Write the deferred record of the fast path into the arrays."""
         if self._sizes is not None:
             self.residual[:], self.size[:], self._sizes = self._least, self._sizes, None
             self.since.fill(self._oldest)
 
-    def _keep(self, look: _Look, better: np.ndarray, r: np.ndarray, s: np.ndarray) -> None:
+    def _update_best(self, seen: _Observation, better: np.ndarray, r: np.ndarray, s: np.ndarray) -> None:
         if not better.any():
             return
-        rows, point = look.rows, look.point
+        rows, point = seen.rows, seen.point
         if len(rows) < len(self.code):
-            which = torch.from_numpy(np.flatnonzero(better)).to(point.z.device, non_blocking=True)
-            into = torch.from_numpy(rows[better]).to(point.z.device, non_blocking=True)
+            which, into = (to_device(i, self.layout.device) for i in (np.flatnonzero(better), rows[better]))
             self.best_z = self.best_z.index_copy(0, into, point.z[which])
             self.best_fz = self.best_fz.index_copy(0, into, point.fz[which])
         elif better.all():
             self.best_z, self.best_fz = point.z, point.fz
         else:
-            mask = torch.from_numpy(better).to(point.z.device, non_blocking=True).unsqueeze(1)
+            mask = to_device(better, self.layout.device).unsqueeze(1)
             self.best_z = torch.where(mask, point.z, self.best_z)
             self.best_fz = torch.where(mask, point.fz, self.best_fz)
         kept = rows[better]
-        self.residual[kept], self.size[kept], self.since[kept] = r[better], s[better], look.calls
+        self.residual[kept], self.size[kept], self.since[kept] = r[better], s[better], seen.calls
 
-    def solution(self, *, image: bool, trace: bool, state: Any) -> Solution:
-        """The books closed."""
-        self._open()
-        converged = self.code == Result.CONVERGED
-        value = self.best_fz
-        if not image and converged.any():
-            mask = torch.from_numpy(converged).to(value.device, non_blocking=True).unsqueeze(1)
-            value = self.best_z if converged.all() else torch.where(mask, self.best_z, value)
-        self.evals[self.code == _RUNNING] = self._calls
-        code = np.where(self.code == _RUNNING, np.int8(Result.MAX_EVALS), self.code)
-        device, dtype = value.device, value.dtype
-        return Solution(
-            value=self.layout.unpack(value),
-            residual=torch.from_numpy(self.residual).to(device, dtype, non_blocking=True),
-            result=torch.from_numpy(code).to(device, non_blocking=True),
-            evals=torch.from_numpy(self.evals).to(device, non_blocking=True),
-            trace=torch.from_numpy(np.stack(self.trace)).to(device, dtype, non_blocking=True) if trace else None,
-            state=state,
-        )
+    def _report(self, seen: _Observation, r: np.ndarray, running: np.ndarray) -> None:
+        """Residuals of all samples to the callback and the trace, NaN where they had finished before."""
+        if self.criterion.joint > 1:
+            apart, raw = self.criterion.apart(), [self.criterion.samples(_array(t)) for t in seen.sizes]
+            full = apart.compare(raw[0], raw[1], apart.first)[0]
+        else:
+            full = np.full(len(self.code), np.nan)
+            full[seen.rows] = np.where(running, r, np.nan)
+        self.trace.append(full)
+        assert self.callback is not None
+        self.callback(seen.calls, full)
+
+    def _mask(self, which: np.ndarray) -> Tensor:
+        return to_device(which[self.rows], self.layout.device).unsqueeze(1)
+
+    def _best(self) -> Point:
+        """The best iterates of `rows`."""
+        if len(self.rows) == len(self.code):
+            return Point(self.best_z, self.best_fz)
+        index = to_device(self.rows, self.layout.device)
+        return Point(self.best_z[index], self.best_fz[index])
+
+    # ---- the end
+
+    def close(self) -> None:
+        """No more evaluations: what still runs has spent the budget."""
+        self._flush()
+        left = self.code == _RUNNING
+        self.evals[left] = self._calls
+        self.code[left] = Result.NONDETERMINISTIC if self.noisy else Result.MAX_EVALS
+
+    def _all(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.arange(len(self.code)), np.zeros(len(self.code), dtype=bool)
+
+    @property
+    def verified(self) -> bool:
+        """Whether every claim of convergence was tested in one evaluation at the best iterates.
+
+        A sample that converged there was; so was one that had converged before and was evaluated along, with its mates
+        where they were by then: its residual had not changed, so that they have no influence on it.
+        """
+        claimed = np.flatnonzero(self.code == Result.CONVERGED)
+        if not len(claimed) or self.last is None:
+            return True
+        rows, held, calls = self.last
+        tested = np.zeros(len(self.code), dtype=bool)
+        tested[rows[held]] = True
+        if tested[claimed].all():
+            return True
+        return bool((tested | (self.since == calls)).all())
+
+    def verify(self, point: Point) -> np.ndarray:
+        """Residuals at `point`, the best iterates; returns the samples whose claim does not hold there."""
+        r, _, tolerance = self._norms(point, _fetch(self.criterion, point)[0], *self._all())
+        known = np.isfinite(r)
+        lost = (self.code == Result.CONVERGED) & ~(r <= tolerance)
+        self.residual[known] = r[known]
+        self.evals += 1
+        return np.flatnonzero(lost)
+
+    def finish_jointly(self, best: Point, code: np.int8, calls: int) -> None:
+        """Enter the outcome of a solve of all samples as one system that ended with `code`."""
+        self.best_z, self.best_fz, self.evals[:] = best.z, best.fz, calls
+        r, _, tolerance = self._norms(best, _fetch(self.criterion, best)[0], *self._all())
+        self.residual, self.code[:] = r, np.where(r <= tolerance, np.int8(Result.CONVERGED), code)
 
 
-def _fetch(point: Point) -> tuple[tuple[Tensor, ...], "torch.cuda.Event | None"]:
-    """(||r||, ||f(z)||) on their way to the host, and the event that says that they are there."""
+def differs(criterion: Criterion, a: Flat, b: Flat) -> bool:
+    """Whether a and b, values of f at one z, differ by more than rounding in a row where both are finite."""
+    with torch.no_grad():
+        off, size = to_host(criterion.measure(a - b)), to_host(criterion.measure(b))
+    with np.errstate(all="ignore"):
+        return bool((off > REPEATABLE * criterion.layout.eps * size).any())
+
+
+def _fetch(criterion: Criterion, point: Point) -> tuple[tuple[Tensor, Tensor], "torch.cuda.Event | None"]:
+    """The norms of f(z) - z and f(z) on their way to the host, and the event that says that they are there."""
     r, fz = point.r, point.fz
     if fz.requires_grad:
         r, fz = r.detach(), fz.detach()
-    sizes = norm(r), norm(fz)
-    if not fz.is_cuda:
+    sizes = criterion.measure(r), criterion.measure(fz)
+    if fz.device.type == "cpu":
         return sizes, None
-    sizes = torch.stack(sizes).to("cpu", non_blocking=True).unbind()
-    moved = torch.cuda.Event()
-    moved.record()
-    return sizes, moved
+    r_size, fz_size = torch.stack(sizes).to("cpu", non_blocking=fz.is_cuda).unbind()
+    if not fz.is_cuda:
+        return (r_size, fz_size), None
+    ready = torch.cuda.Event()
+    ready.record()
+    return (r_size, fz_size), ready
 
 
-def _arrays(sizes: tuple[Tensor, ...]) -> tuple[np.ndarray, ...]:
-    return tuple(size.numpy().astype(np.float64) for size in sizes)
-
-
-def _exact(point: Point, r: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The norms r and s, once more in double where squares may have under- or overflowed."""
-    if point.fz.dtype == torch.float64 or not r.size:
-        return r, s
-    if min(r.min(), s.min()) >= _TINY and max(r.max(), s.max()) <= _HUGE:
-        return r, s
-    with torch.no_grad():
-        sizes = norm(point.r.double()), norm(point.fz.double())
-    return sizes[0].cpu().numpy(), sizes[1].cpu().numpy()
+def _array(host: Tensor) -> np.ndarray:
+    return host.numpy().astype(np.float64)

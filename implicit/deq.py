@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from implicit.fixed_point import fixed_point
+from implicit.fixed_point import check_types, fixed_point
 from implicit.grads.base import AbstractGrad
+from implicit.grads.ift import IFT
 from implicit.grads.stochastic_jfb import StochasticJFB
 from implicit.pytree import Map, State
-from implicit.solution import Solution
+from implicit.solvers.anderson_gs import AndersonGS
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
 
@@ -27,20 +28,24 @@ class DEQ(nn.Module):
         solver, grad, stop: as in `fixed_point`.
         eval_stop: used instead of `stop` in evaluation mode; default `stop`. It decides there even if `grad` draws its
             own budget: StochasticJFB then gives way to JFB.
+        return_value: return ``solution.value`` alone, as `nn.Sequential`, `torch.vmap` and
+            ``checkpoint(use_reentrant=True)`` need it.
     """
 
     def __init__(
         self,
         f: Map,
         *,
-        solver: AbstractSolver[Any] | None = None,
-        grad: AbstractGrad | None = None,
-        stop: Stop | None = None,
+        solver: AbstractSolver[Any] = AndersonGS(),
+        grad: AbstractGrad = IFT(),
+        stop: Stop = Stop(),
         eval_stop: Stop | None = None,
+        return_value: bool = False,
     ) -> None:
         super().__init__()
+        check_types(solver, grad, stop)
         self.f, self.solver, self.grad = f, solver, grad
-        self.stop, self.eval_stop = stop, eval_stop
+        self.stop, self.eval_stop, self.return_value = stop, eval_stop, return_value
 
     def forward(
         self,
@@ -53,12 +58,12 @@ class DEQ(nn.Module):
         compact: bool | tuple[bool, ...] = False,
         callback: Callable[[int, Tensor], None] | None = None,
         progress: bool = False,
-    ) -> Solution:
+    ) -> Any:
         """Solve z = f(z, *args) from z0; see `fixed_point`."""
         grad, stop = self.grad, self.stop
         if not self.training and self.eval_stop is not None:
-            grad, stop = grad and grad.settled(), self.eval_stop
-        return fixed_point(
+            grad, stop = grad.settled(), self.eval_stop
+        solution = fixed_point(
             self.f,
             z0,
             *args,
@@ -73,6 +78,7 @@ class DEQ(nn.Module):
             callback=callback,
             progress=progress,
         )
+        return solution.value if self.return_value else solution
 
     @property
     def _generator(self) -> torch.Generator | None:
@@ -104,4 +110,5 @@ class DEQ(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"solver={self.solver}, grad={self.grad}, stop={self.stop}, eval_stop={self.eval_stop}"
+        shown = f"solver={self.solver}, grad={self.grad}, stop={self.stop}, eval_stop={self.eval_stop or self.stop}"
+        return shown + (", return_value=True" if self.return_value else "")

@@ -1,104 +1,174 @@
 """f on (B, N) matrices: evaluated, checked and counted, with Jacobian-vector products."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from implicit.pytree import Flat, Layout, Map, State, leaves, map_tensors
 from implicit.solvers.base import Point
+from implicit.torch_internals import transforms_active, version
+
+_CHECKED = 2  # evaluations that are checked for writes into their input and into an earlier output
 
 
 @dataclass
 class FlatMap:
-    """f on (B, N) matrices: checked, and every call counted."""
+    """f as a map of (B, N) matrices; every call is counted, and the first ones are checked for in-place writes.
+
+    Attributes:
+        budget: calls allowed.
+        calls: calls made.
+    """
 
     f: Map
     args: tuple[Any, ...]
     layout: Layout
     budget: int = 0
     calls: int = 0
-    aimed: Flat | None = None
-    pushed: Flat | None = None
     forward: bool = True  # whether f has a forward mode, as far as is known
-    last: tuple[State, Any] = (None, None)  # what f returned last, outside the graph, and its stamp
+    _output: tuple[State, Any] = field(default=(None, None), repr=False)  # of the last checked call, with its versions
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
+        """Calls left in the budget."""
         return self.budget - self.calls
 
     def __call__(self, z: Flat) -> Flat:
+        """f(z).
+
+        Raises:
+            ValueError: f changes structure, shape, dtype or device, or writes in place.
+        """
         self.calls += 1
         state = self.layout.unpack(z)
-        if torch.compiler.is_compiling():
+        if self.calls > _CHECKED or torch.compiler.is_compiling():
             return self.layout.pack(self.layout.check(self.f(state, *self.args), state))
-        before = _stamp(state, self.calls == 1)
+        # versions of the input, and of the previous output, before and after the call
+        before = _versions(state)
         out = self.f(state, *self.args)
-        if _written(before, state) or _written(self.last[1], self.last[0]):
+        if _written(before, state) or _written(self._output[1], self._output[0]):
             raise ValueError(
                 "f modifies its input in place, or writes its result into a tensor that it returned before; z and "
                 "f(z) would be one tensor and every residual 0: use out-of-place operations in f, or clone."
             )
         out = self.layout.check(out, state)
-        last = map_tensors(_detached, out)
-        self.last = last, _stamp(last, False)
+        last = map_tensors(lambda t: t.detach() if t.requires_grad else t, out)
+        self._output = (last, _versions(last)) if self.calls < _CHECKED else (None, None)
         return self.layout.pack(out)
 
     def forget(self) -> None:
-        """Let go of what f returned last."""
-        self.last = None, None
+        """Drop the reference to the last checked output."""
+        self._output = None, None
 
-    def aim(self, v: Flat) -> None:
-        """Take J v along with the next evaluation."""
-        self.aimed = v
-
-    def at(self, z: Flat) -> Point:
-        """Evaluate f at z, rounded to what the state's dtype can hold, and J v there if a solver aimed at it."""
+    def evaluate(self, z: Flat, tangent: Flat | None = None) -> Point:
+        """f at z, rounded to what the state's dtype can hold, and J tangent there where a solver asks for it."""
         z = self.layout.round(z) if self.layout.lossy else z
-        v, self.aimed, self.pushed = self.aimed, None, None
-        if v is None:
-            return Point(z, self(z))
-        fz, self.pushed = self._push(z, v)
-        return Point(z, fz)
+        if tangent is None:
+            return Point(z, self(z), remaining=self.remaining)
+        fz, product = self._jvp(z, tangent)
+        return Point(z, fz, product, self.remaining)
 
-    def _push(self, z: Flat, v: Flat) -> tuple[Flat, Flat]:
-        """f(z) and J v, by forward mode or, where an operator of f has none, by two vector-Jacobian products."""
+    def _jvp(self, z: Flat, tangent: Flat) -> tuple[Flat, Flat]:
         if self.forward:
             try:
-                out, pushed = torch.func.jvp(self, (z,), (v,))[:2]
-                self.forget()  # it belongs to the transform
-                return out, pushed
+                return forward_jvp(self, z, tangent)
             except (NotImplementedError, RuntimeError) as error:
-                if not any(word in str(error) for word in ("orward", "setup_context")):
+                if not lacks_forward_mode(error):
                     raise
-            self.calls -= 1  # the attempt above is not charged for
+            finally:
+                self.forget()  # an output that belongs to the transform
             self.forward = False
-        recorded = torch.is_grad_enabled()
-        with torch.enable_grad():
-            x, w = z.detach().requires_grad_(), torch.zeros_like(v, requires_grad=True)
-            out = self(x)
-            pulled = (
-                torch.autograd.grad(out, x, w, create_graph=True, allow_unused=True)[0] if out.requires_grad else None
-            )
-            pushed = torch.zeros_like(v) if pulled is None else torch.autograd.grad(pulled, w, v)[0]
-        return out if recorded else out.detach(), pushed
+        return double_backward_jvp(self, z, tangent)
 
 
-def _detached(t: Tensor) -> Tensor:
-    return t.detach() if t.requires_grad else t
+def lacks_forward_mode(error: Exception) -> bool:
+    """Whether PyTorch's error says that an operator has no forward-mode derivative."""
+    return any(word in str(error) for word in ("orward", "setup_context"))
 
 
-def _stamp(state: State, first: bool) -> Any:
-    """What tells later whether tensors were written to; inference tensors have no version and are copied once."""
-    if isinstance(state, Tensor):
-        return state._version if not state.is_inference() else state.clone() if first else None
-    return [_stamp(t, first) for t in leaves(state)]
+def forward_jvp(f: Callable[[Flat], Flat], z: Flat, tangent: Flat) -> tuple[Flat, Flat]:
+    """(f(z), J tangent) by forward mode; attention by its math kernel, the only one that has derivatives of this kind.
+
+    Raises:
+        RuntimeError: an operator of f has no forward mode.
+    """
+    with math_attention():
+        return torch.func.jvp(f, (z,), (tangent,))[:2]
 
 
-def _written(before: Any, state: State) -> bool:
-    if isinstance(before, int):
-        return before != state._version
-    if isinstance(before, Tensor):
-        return not torch.allclose(before, state, rtol=0, atol=0, equal_nan=True)
-    return isinstance(before, list) and any(map(_written, before, leaves(state)))
+def double_backward_jvp(f: Callable[[Flat], Flat], z: Flat, tangent: Flat) -> tuple[Flat, Flat]:
+    """(f(z), J tangent) by two vector-Jacobian products: w -> J^T w is linear, and its transpose is J."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad(), math_attention():
+        x, w = z.detach().requires_grad_(), torch.zeros_like(tangent, requires_grad=True)
+        out = f(x)
+        pulled = torch.autograd.grad(out, x, w, create_graph=True, allow_unused=True)[0] if out.requires_grad else None
+        product = torch.zeros_like(tangent) if pulled is None else torch.autograd.grad(pulled, w, tangent)[0]
+    return out if recorded else out.detach(), product
+
+
+def math_attention() -> Any:
+    """Scaled dot-product attention by its math kernel alone, as a context."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+@dataclass
+class JointMap:
+    """A `FlatMap` of B samples as a map of one row of B N numbers: the whole batch is one system."""
+
+    inner: FlatMap
+    rows: int
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of the samples."""
+        return self.inner.layout
+
+    @property
+    def calls(self) -> int:
+        """Calls made."""
+        return self.inner.calls
+
+    @property
+    def remaining(self) -> int:
+        """Calls left in the budget."""
+        return self.inner.remaining
+
+    def evaluate(self, z: Flat, tangent: Flat | None = None) -> Point:
+        """f at z, and J tangent there."""
+        apart = self.inner.evaluate(self._rows(z), None if tangent is None else self._rows(tangent))
+        joint = [t if t is None else t.reshape(1, -1) for t in (apart.z, apart.fz, apart.product)]
+        assert joint[0] is not None and joint[1] is not None
+        return Point(joint[0], joint[1], joint[2], apart.remaining)
+
+    def _rows(self, flat: Float[Tensor, "1 BN"]) -> Flat:
+        return flat.reshape(self.rows, -1)
+
+
+def _versions(state: State) -> list[int | Tensor | None]:
+    """The version counter of every tensor; inference tensors have none and are copied."""
+    found: list[int | Tensor | None] = []
+    for t in leaves(state):
+        if not t.is_inference():
+            found.append(version(t))
+        else:
+            found.append(None if transforms_active() else t.clone())
+    return found
+
+
+def _written(before: list[int | Tensor | None] | None, state: State) -> bool:
+    """Whether a tensor of `state` was written to since `_versions`."""
+    if before is None:
+        return False
+    for then, t in zip(before, leaves(state), strict=True):
+        if isinstance(then, Tensor) and not torch.allclose(then, t, rtol=0, atol=0, equal_nan=True):
+            return True
+        if isinstance(then, int) and then != version(t):
+            return True
+    return False

@@ -13,7 +13,7 @@ from implicit.grads.ift import IFT
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Map, State, leaves
 from implicit.solution import Solution
-from implicit.solvers.anderson_gs import AndersonGS
+from implicit.solvers import Anderson, AndersonGS, BadBroyden, Broyden, NewtonKrylov, Picard
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
 
@@ -22,9 +22,9 @@ def fixed_point(
     f: Map,
     z0: State,
     *args: Any,
-    solver: AbstractSolver[Any] | None = None,
-    grad: AbstractGrad | None = None,
-    stop: Stop | None = None,
+    solver: AbstractSolver[Any] = AndersonGS(),
+    grad: AbstractGrad = IFT(),
+    stop: Stop = Stop(),
     batch_dims: int = 1,
     trace: bool = False,
     state: Any = None,
@@ -41,13 +41,15 @@ def fixed_point(
         z0: where to start: a tensor ``(B, *)`` or any nested tuple, list or dict of such tensors with one batch size.
             Each sample is its own system, with its own tolerance, failure and answer.
         args: passed on to f.
-        solver: how the next iterate is made; default ``AndersonGS()``.
-        grad: what autograd sees of the solve; default ``IFT()``, the exact gradient.
-        stop: when it is good enough; default ``Stop()``.
-        batch_dims: 0 makes the whole state one system.
+        solver: how the next iterate is made.
+        grad: what autograd sees of the solve; `IFT` is the exact gradient.
+        stop: tolerance, norm and budget.
+        batch_dims: 1, each row of the state is a system of its own; 0, the whole state is one system. A state without
+            a batch dimension, such as a vector, needs 0. Rows that f takes into each other (nodes of a graph) are
+            noticed, solved on as one system with a warning, and solved in fewer evaluations with 0.
         trace: record the residual at every evaluation.
-        state: the solver's memory to go on with, from ``Solution.state`` of an earlier, related solve.
-        keep_state: put the solver's memory into ``Solution.state``.
+        state: solver state to continue with, from ``Solution.state`` of an earlier, related solve.
+        keep_state: put the solver state into ``Solution.state``.
         compact: evaluate f on the samples still running only; see `SolveOptions` for how `args` are cut.
         callback: called with (number of evaluations, (B,) residuals on the host) whenever residuals are read.
         progress: show a tqdm bar.
@@ -56,6 +58,7 @@ def fixed_point(
         A `Solution`: ``.value`` is attached to the graph, ``.check()`` raises if a sample failed.
 
     Raises:
+        TypeError: an argument has the wrong type; the message names what fits.
         ValueError: f changes the shape, dtype, device or structure of the state or writes into it, or z0 is not a
             state that can be solved for.
 
@@ -64,14 +67,9 @@ def fixed_point(
         >>> implicit.fixed_point(torch.cos, torch.ones(1, 1)).value
         tensor([[0.7391]])
     """
-    for name, given, kind in (
-        ("solver", solver, AbstractSolver),
-        ("grad", grad, AbstractGrad),
-        ("stop", stop, Stop),
-    ):
-        if given is not None and not isinstance(given, kind):
-            hint = f"an instance such as {given.__name__}()" if isinstance(given, type) else f"a {kind.__name__}"
-            raise ValueError(f"{name} must be {hint}, got {given!r}.")
+    check_types(solver, grad, stop)
+    if isinstance(z0, Solution):
+        raise TypeError("z0 must be a tensor or a nest of tensors, got a Solution: pass solution.value.")
     options = SolveOptions(
         batch_dims=batch_dims,
         trace=trace,
@@ -81,10 +79,34 @@ def fixed_point(
         callback=callback,
         progress=progress,
     )
-    kind = next((t.device.type for t in leaves(z0)), "cpu")
-    estimator, solver, stop = grad or IFT(), solver or AndersonGS(), stop or Stop()
+    kind = next((t.device.type for t in leaves(z0) if t.device.type != "meta"), "cpu")  # autocast has no meta device
     problem = Problem(as_now(weights_once(f), kind), z0, args)
     if not torch.is_autocast_enabled(kind):
-        return estimator(problem, solver, stop, options)
+        return grad(problem, solver, stop, options)
     with torch.autocast(kind, enabled=False):
-        return estimator(problem, solver, stop, options)
+        return grad(problem, solver, stop, options)
+
+
+_SOLVERS = (Anderson, AndersonGS, BadBroyden, Broyden, NewtonKrylov, Picard)
+
+
+def check_types(solver: object, grad: object, stop: object) -> None:
+    """Refuse a class, a name or anything else in place of an instance.
+
+    Raises:
+        TypeError: naming the argument and what fits.
+    """
+    known = {kind.__name__.lower(): kind.__name__ for kind in (*_SOLVERS, *AbstractGrad.__subclasses__())}
+    for name, given, kind, example in (
+        ("solver", solver, AbstractSolver, "AndersonGS()"),
+        ("grad", grad, AbstractGrad, "IFT()"),
+        ("stop", stop, Stop, "Stop(rtol=1e-4)"),
+    ):
+        if isinstance(given, kind):
+            continue
+        if isinstance(given, type):
+            example = f"{given.__name__}()"
+        elif isinstance(given, str):
+            found = known.get(given.lower().replace("_", "").replace("-", ""))
+            example = example if found is None else f"{found}()"
+        raise TypeError(f"{name} must be an instance of {kind.__name__}, got {given!r}: pass implicit.{example}.")

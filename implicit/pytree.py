@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -136,6 +137,8 @@ class Layout:
     """Relative rounding error of the coarsest leaf."""
     plain: bool
     """Whether the state is the matrix."""
+    widths: tuple[int, ...] = ()
+    """Columns of the matrix that each tensor of the state takes."""
 
     @classmethod
     def of(cls, state: State, batch_dims: int = 1) -> "Layout":
@@ -155,6 +158,12 @@ class Layout:
         if batch_dims and len({t.shape[0] for t in tensors}) > 1:
             sizes = [t.shape[0] for t in tensors]
             raise ValueError(f"All tensors of the state must share one batch size, got {sizes}; or pass batch_dims=0.")
+        if batch_dims and all(t.ndim == 1 for t in tensors):
+            n = tuple(tensors[0].shape)
+            raise ValueError(
+                f"A starting state of shape {n} with batch_dims=1 would be a system of one number per entry: pass "
+                "batch_dims=0 if it is one system, or z0.unsqueeze(1) if every entry is a system of its own."
+            )
         shapes = tuple(t.shape[batch_dims:] for t in tensors)
         if sum(map(math.prod, shapes)) == 0:
             raise ValueError("The starting state has no elements, so there is nothing to solve for.")
@@ -172,6 +181,7 @@ class Layout:
             lossy=any(real(d) != dtype for d in dtypes),
             eps=max(torch.finfo(d).eps for d in dtypes),
             plain=isinstance(state, Tensor) and state.dtype == dtype and state.ndim == 2 and batch_dims == 1,
+            widths=tuple(math.prod(s) * (2 if d.is_complex else 1) for s, d in zip(shapes, dtypes, strict=True)),
         )
 
     def pack(self, state: State) -> Flat:
@@ -194,8 +204,7 @@ class Layout:
             return flat
         if isinstance(self.like, Tensor):
             return self._leaf(flat, self.shapes[0], self.dtypes[0])
-        widths = [math.prod(s) * (2 if d.is_complex else 1) for s, d in zip(self.shapes, self.dtypes, strict=True)]
-        parts = zip(torch.split(flat, widths, dim=1), self.shapes, self.dtypes, strict=True)
+        parts = zip(torch.split(flat, list(self.widths), dim=1), self.shapes, self.dtypes, strict=True)
         return rebuild(self.like, iter([self._leaf(*part) for part in parts]))
 
     def _leaf(self, rows: Flat, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -230,6 +239,29 @@ class Layout:
             if t.device != like.device:
                 raise ValueError(f"f must keep the device of the state: {like.device}, got {t.device}: move it in f.")
         return out
+
+
+def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A host array on `device`, in `dtype` before it gets there, without waiting for the device.
+
+    CUDA stages pageable memory before it returns, so the array may change afterwards.
+    """
+    if dtype is not None:
+        array = array.astype(np.float64 if dtype == torch.float64 else np.float32)
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
+def to_host(t: Tensor) -> np.ndarray:
+    """A float64 array on the host; the tensor itself keeps its device and dtype."""
+    return t.detach().cpu().numpy().astype(np.float64)
+
+
+def scaled_norm(flat: Flat, ord: float = 2, *, overwrite: bool = False) -> PerSample:
+    """Norm of every row, (B,), free of under- and overflow of squares; `overwrite` spares a copy of `flat`."""
+    unit = torch.linalg.vector_norm(flat, ord=torch.inf, dim=1, keepdim=True)
+    unit = torch.where((unit > 0) & torch.isfinite(unit), unit, 1)
+    scaled = flat.div_(unit) if overwrite else flat / unit
+    return torch.linalg.vector_norm(scaled, ord=ord, dim=1) * unit[:, 0]
 
 
 def norm(flat: Flat) -> PerSample:

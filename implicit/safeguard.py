@@ -1,14 +1,14 @@
-"""The safeguard of accelerated solvers: back to the best point, and plain iterations where acceleration gains nothing.
+"""Safeguard of accelerated solvers: reset to the best iterate, and plain steps where acceleration gains nothing.
 
 For every sample, on the host, from residuals that the loop reads anyway:
 
-    blown up      ||r|| > 1e3 times the smallest so far, or not finite: go back to the best point, forget the
+    blown up      ||r|| > 1e3 times the smallest so far, or not finite: reset to the best iterate and clear the
                   history (so that the next step is plain). Not finite again at once: the sample has failed.
-    no progress   the smallest residual has not halved within `patience` evaluations: back to the best point, and
-                  plain steps z' = f(z) from there. If those do not halve it within 6 `patience`, back to
-                  acceleration, with twice the patience.
+    no progress   the smallest residual has not halved within `patience` evaluations: reset to the best iterate, and
+                  plain steps z' = f(z) from there. If those do not halve it within 6 `patience`, acceleration again,
+                  with twice the patience.
 
-In a solve without a tolerance nothing is read, so nothing is guarded.
+A solve without a tolerance reads no residuals, so it has no safeguard.
 """
 
 import numpy as np
@@ -19,13 +19,13 @@ _PLAIN = 6  # patience with plain steps, in that of accelerated ones
 
 
 class Safeguard:
-    """Which samples take plain steps (`plain`) and which must go back to their best point (`back`)."""
+    """Which samples take plain steps (`use_picard`) and which are to be reset to their best iterate (`resets`)."""
 
     def __init__(self, size: int, patience: int) -> None:
         self.patience = np.full(size, patience)
-        self.plain = np.zeros(size, dtype=bool)
-        self.back = np.zeros(size, dtype=bool)
-        self.waiting = False  # whether `back` holds a sample
+        self.use_picard = np.zeros(size, dtype=bool)
+        self.resets = np.zeros(size, dtype=bool)
+        self.pending = False  # whether `resets` holds a sample
         self.retried = np.zeros(size, dtype=bool)
         self.tried = False  # whether `retried` holds a sample
         self.mark = np.full(size, np.inf)  # the smallest residual when the present trial began
@@ -33,41 +33,42 @@ class Safeguard:
         self.due = np.full(size, patience)
         self.next_due = patience
 
-    def calm(self, calls: int) -> bool:
-        """Whether the guard has nothing to say to residuals that are all the smallest so far."""
+    def is_quiet(self, calls: int) -> bool:
+        """True if no check is due for samples whose residuals are all the smallest so far."""
         return self.begun and calls < self.next_due and not self.tried
 
-    def take(self) -> np.ndarray:
-        """Who must go back, once."""
-        back, self.back, self.waiting = self.back, np.zeros_like(self.back), False
-        return back
+    def pop_resets(self) -> np.ndarray:
+        """Return and clear the mask of samples to reset."""
+        resets, self.resets, self.pending = self.resets, np.zeros_like(self.resets), False
+        return resets
 
-    def _send(self, rows: np.ndarray) -> None:
+    def _schedule_reset(self, rows: np.ndarray) -> None:
         if len(rows):
-            self.back[rows] = self.waiting = True
+            self.resets[rows] = self.pending = True
 
-    def forgives(self, rows: np.ndarray, broken: np.ndarray, best: np.ndarray) -> np.ndarray:
-        """Of the samples whose f(z) is not finite, those that may go back and try again."""
-        again = broken & ~self.retried[rows] & np.isfinite(best[rows]) & ~self.plain[rows]
+    def allow_retry(self, rows: np.ndarray, broken: np.ndarray, best: np.ndarray) -> np.ndarray:
+        """Of the samples whose f(z) is not finite, those that are reset and may try again."""
+        again = broken & ~self.retried[rows] & np.isfinite(best[rows]) & ~self.use_picard[rows]
         self.retried[rows] = broken
         self.tried = bool(self.retried.any())
-        self._send(rows[again])
+        self._schedule_reset(rows[again])
         return again
 
-    def watch(self, rows: np.ndarray, r: np.ndarray, best: np.ndarray, calls: int) -> None:
-        """Take in the residuals r of `rows` and the smallest ones of all samples."""
+    def update(self, rows: np.ndarray, r: np.ndarray, best: np.ndarray, calls: int) -> None:
+        """Update from the residuals r of `rows` and the smallest ones of all samples."""
         if not self.begun:
             self.mark, self.begun = best.copy(), True
-        blown = (r > _BLOWN * best[rows]) & ~self.plain[rows]
-        self._send(rows[blown])
+        blown = (r > _BLOWN * best[rows]) & ~self.use_picard[rows]
+        self._schedule_reset(rows[blown])
         if calls < self.next_due:
             return
         due = rows[calls >= self.due[rows]]
         gained = best[due] <= _HALF * self.mark[due]
         stuck = due[~gained]
-        self.patience[stuck[self.plain[stuck]]] *= 2
-        self.plain[stuck] ^= True
-        self._send(stuck)
+        self.patience[stuck[self.use_picard[stuck]]] *= 2
+        self.use_picard[stuck] ^= True
+        self._schedule_reset(stuck)
         self.mark[due] = best[due]
-        self.due[due] = calls + self.patience[due] * np.where(self.plain[due] & ~np.isin(due, due[gained]), _PLAIN, 1)
+        length = np.where(self.use_picard[due] & ~gained, _PLAIN, 1)
+        self.due[due] = calls + self.patience[due] * length
         self.next_due = int(self.due[rows].min(initial=np.iinfo(np.int64).max))

@@ -1,12 +1,16 @@
 """What a solve returns: the value, and per sample how it went and what to do about it."""
 
 import enum
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from implicit.torch_internals import register_pytree
 
 
 class Result(enum.IntEnum):
@@ -16,6 +20,7 @@ class Result(enum.IntEnum):
     MAX_EVALS = 1
     NONFINITE = 2
     STALLED = 3
+    NONDETERMINISTIC = 4
 
     @property
     def message(self) -> str:
@@ -37,6 +42,10 @@ _MESSAGES = {
         "The residual has reached the rounding error of the state's dtype and no longer improves: loosen Stop.rtol "
         "and Stop.atol, or use a wider dtype."
     ),
+    Result.NONDETERMINISTIC: (
+        "f gives two values at one z, so it has no fixed point to converge to: draw dropout masks and other noise once "
+        "before the solve, and put layers that change as they are called (spectral_norm, BatchNorm) into eval mode."
+    ),
 }
 
 
@@ -44,19 +53,21 @@ class NotConverged(RuntimeError):
     """Raised by `Solution.check` when a sample did not converge."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Solution:
     """The outcome of a fixed-point solve of a batch of B independent systems.
 
     Attributes:
-        value: the answer, with the structure, shapes and dtypes of the starting state. With a tolerance, a converged
-            sample holds the very z whose residual is reported; any other holds f(z) of its best finite z. Without
-            tolerance (``rtol = atol = 0``) it is f(z) of the last evaluation.
-        residual: (B,) Euclidean norm of f(z) - z, at the z that `value` belongs to.
+        value: the answer, with the structure, shapes and dtypes of the starting state. With a tolerance it is the z
+            with the smallest residual, the best finite iterate. Without tolerance (``rtol = atol = 0``) it is f(z) of
+            the last evaluation. Estimators that take further steps with a graph return where those end.
+        residual: (B,) norm of f(z) - z at z = `value`; without tolerance, of the last step, which led to `value`.
         result: (B,) a `Result` code for every sample (int8).
-        evals: (B,) how often f was evaluated for this sample (int64).
+        evals: (B,) how often f was evaluated for this sample (int64), at most `Stop.max_evals` times by the solve; an
+            evaluation that verifies the answer, and those of the estimator, come on top.
         trace: (evaluations, B) residual at each evaluation, NaN once a sample has finished; None unless asked for.
-        state: the solver's memory at the end, for a warm start of a related problem; None unless asked for.
+        state: the solver state at the end, for a warm start of a related problem; None unless asked for.
+        scale: (B,) norm of f at the start, to which the tolerance of a fixed point of zero refers.
 
     With a whole-state system (``batch_dims=0``) B is 1.
     """
@@ -67,6 +78,25 @@ class Solution:
     evals: Int[Tensor, " B"]
     trace: Float[Tensor, "evaluations B"] | None = None
     state: Any = None
+    scale: Float[Tensor, "B ..."] | None = None
+
+    def __repr__(self) -> str:
+        """One line: how many samples ended how, the largest residual and the evaluations."""
+        ends = Counter(Result(code).name for code in self.result.tolist())
+        how = ", ".join(f"{count} {name}" for name, count in ends.items()) or "no samples"
+        worst = float(self.residual.max()) if len(self.residual) else 0.0
+        evals = int(self.evals.max()) if len(self.evals) else 0
+        return f"Solution({how}; largest residual {worst:.3g}, evals {evals}; the answer is .value)"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Say what to pass to PyTorch's functions and modules.
+
+        Raises:
+            TypeError: always.
+        """
+        name = getattr(func, "__name__", str(func))
+        raise TypeError(f"{name} got a Solution, which is no tensor: pass its answer, solution.value.")
 
     @property
     def converged(self) -> Bool[Tensor, " B"]:
@@ -82,7 +112,7 @@ class Solution:
         if bool(self.converged.all()):
             return self
         parts = []
-        for code in (Result.NONFINITE, Result.STALLED, Result.MAX_EVALS):
+        for code in (Result.NONFINITE, Result.STALLED, Result.NONDETERMINISTIC, Result.MAX_EVALS):
             rows = torch.nonzero(self.result == code).flatten().tolist()
             if rows:
                 worst = float(self.residual[rows].max())
@@ -90,3 +120,20 @@ class Solution:
                 parts.append(f"{code.name}: samples {shown} (largest residual {worst:.3g}). {code.message}")
         bad = int((~self.converged).sum())
         raise NotConverged(f"{bad} of {len(self.result)} samples did not converge. " + " ".join(parts))
+
+
+def _flatten(solution: Solution) -> tuple[list[Any], list[str]]:
+    parts = {f.name: getattr(solution, f.name) for f in fields(solution)}
+    names = [name for name, part in parts.items() if part is not None]
+    return [parts[name] for name in names], names
+
+
+def _unflatten(parts: Iterable[Any], names: list[str]) -> Solution:
+    solution = object.__new__(Solution)  # the parts may be placeholders, which __init__ need not accept
+    given = dict(zip(names, parts, strict=True))
+    for f in fields(Solution):
+        object.__setattr__(solution, f.name, given.get(f.name))
+    return solution
+
+
+register_pytree(Solution, _flatten, _unflatten)  # so that torch.vmap returns one

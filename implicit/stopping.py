@@ -1,31 +1,64 @@
-"""Stopping criterion: tolerances, budget, and how often the host reads the residual."""
+"""Stopping criterion: tolerances, norms and budget of a solve, and the test whether a sample has converged.
+
+Setting: z is an iterate of one sample, r = f(z) - z. The sample has converged when
+
+    ||r||  <=  atol + rtol max(||f(z)||, sqrt(eps) ||f(z_0)||)
+
+z_0 is the start and eps the rounding error of the state's dtype. The second term in the maximum ends the solve of a
+sample whose fixed point is zero; a state of any larger size is judged by its own size alone.
+"""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit.pytree import Flat, Layout, PerSample, scaled_norm
+from implicit.solution import Result
+
+Norm = Literal["euclidean", "rms", "max", "leaf"]
+_SAFE = {torch.float32: 1e-15, torch.float64: 1e-150}  # below, or above the inverse, the square of a norm is lost
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """When a solve is good enough: ``||f(z) - z|| <= atol + rtol ||f(z)||`` per sample.
+    """When a solve ends: ``||f(z) - z|| <= atol + rtol ||f(z)||`` for a sample, or after `max_evals` evaluations.
 
-    The norm is Euclidean over all numbers of a sample, so `atol` is in that norm's unit: multiply a tolerance per
-    entry by the square root of their number. ``rtol = atol = 0`` means no tolerance: exactly `max_evals` evaluations,
-    with no synchronisation between host and device.
+    ``rtol = atol = 0`` means no tolerance: exactly `max_evals` evaluations, with no synchronization between host and
+    device. A fixed point of zero meets any `rtol` once ||f(z)|| is below sqrt(eps) of its first value.
+
+    ============  =======================================================  ==========================================
+    norm          of the numbers x_1 .. x_N of a sample                    use it where
+    ============  =======================================================  ==========================================
+    "euclidean"   (sum x_i^2)^(1/2)                                        the state is one quantity (default)
+    "rms"         (sum x_i^2 / N)^(1/2)                                    `atol` is to be the error of a typical entry
+    "max"         max |x_i|                                                every entry counts, `atol` bounds each
+    "leaf"        Euclidean, for every tensor of the state by itself       tensors of the state differ in unit or size
+    ============  =======================================================  ==========================================
+
+    A complex number counts as two real ones. With "leaf" every tensor of a nested state has to meet the tolerance, and
+    `Solution.residual` is the largest ||r|| / (||f(z)|| + atol / rtol) among them.
 
     Args:
         rtol: relative tolerance, >= 0.
-        atol: absolute tolerance, >= 0.
+        atol: absolute tolerance, >= 0, in the unit of the norm.
         max_evals: budget of evaluations of f, >= 1.
-        check_every: look at the residual at every k-th evaluation only (and at the last): one device synchronisation
-            per look. A sample may then run up to k - 1 evaluations past its tolerance.
+        check_every: read the residual at every k-th evaluation only (and at the last): one device synchronization per
+            reading. A sample may then run up to k - 1 evaluations past its tolerance.
         late: read each residual one evaluation after it was computed, when the device has it ready, so that the host
-            never waits; a finished sample costs one evaluation more. The answers are the same.
+            does not wait; a finished sample costs one evaluation more.
+        norm: the norm of residuals and of f(z), see the table.
     """
 
     rtol: float = 1e-4
-    atol: float = 1e-6
+    atol: float = 0.0
     max_evals: int = 50
     check_every: int = 1
     late: bool = False
+    norm: Norm = "euclidean"
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -34,8 +67,80 @@ class Stop:
         for name in ("max_evals", "check_every"):
             if getattr(self, name) != int(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(f"Stop.{name} must be a whole number, at least 1, got {getattr(self, name)}.")
+        if self.norm not in get_args(Norm):
+            raise ValueError(f"Stop.norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}.")
 
     @property
     def has_tolerance(self) -> bool:
         """False when only the budget ends the solve."""
         return self.rtol > 0 or self.atol > 0
+
+
+class Criterion:
+    """The test of `Stop` for the rows of a (B, N) matrix; `joint` rows of the state may stand side by side in one row.
+
+    Norms are taken on the device in the state's dtype, one per group: the row, or with ``norm="leaf"`` every tensor in
+    it, or with `joint` > 1 every sample in it. Comparisons are made on the host.
+
+    Attributes:
+        first: (B, groups) norm of the first f(z), zeros until it is set.
+    """
+
+    def __init__(self, stop: Stop, layout: Layout, joint: int = 1, first: np.ndarray | float = 0.0) -> None:
+        self.stop, self.layout, self.joint, self.first = stop, layout, joint, first
+        self.widths = layout.widths if stop.norm == "leaf" and len(layout.widths) > 1 else None
+        self.grouped = joint > 1 or self.widths is not None
+        self.smallest = layout.eps**0.5  # share of the first ||f(z)|| below which a state counts as zero
+        self.tiny = _SAFE[layout.dtype]
+
+    def measure(self, flat: Flat, *, scaled: bool = False, overwrite: bool = False) -> Tensor:
+        """Norms of the groups of every row, (B,) for one group a row or (B, groups).
+
+        `scaled` divides by the largest entry first, which keeps squares in the range of the dtype; `overwrite` does
+        so in place.
+        """
+        x = flat.reshape(flat.shape[0] * self.joint, -1) if self.joint > 1 else flat
+        if self.widths is None:
+            sizes = _norm(x, self.stop.norm, scaled, overwrite)
+        else:
+            parts = x.split(list(self.widths), dim=1)
+            sizes = torch.stack([_norm(part, self.stop.norm, scaled) for part in parts], dim=1)
+        return sizes.reshape(flat.shape[0], -1) if self.grouped else sizes
+
+    def compare(self, r: np.ndarray, s: np.ndarray, first: np.ndarray | float) -> tuple[np.ndarray, ...]:
+        """(residual, size, tolerance) of every row, (B,) each, from the norms r of f(z) - z and s of f(z)."""
+        rtol, atol = self.stop.rtol, self.stop.atol
+        with np.errstate(all="ignore"):
+            size = np.fmax(s, self.smallest * first)
+            if not self.grouped:
+                return r, s, atol + rtol * size
+            if not rtol:
+                return r.max(axis=1, initial=0), s.max(axis=1, initial=0), np.full(len(r), atol)
+            relative = np.where(r == 0, 0.0, r / (size + atol / rtol))
+            return relative.max(axis=1, initial=0), np.ones(len(r)), np.full(len(r), rtol)
+
+    def samples(self, numbers: np.ndarray) -> np.ndarray:
+        """(B joint,) or (B joint, leaves): the same numbers with a row for every sample."""
+        return numbers.reshape(-1, len(self.widths)) if self.widths is not None else numbers.reshape(-1)
+
+    def apart(self) -> "Criterion":
+        """The same criterion with a row for every sample."""
+        first = self.samples(self.first) if isinstance(self.first, np.ndarray) else self.first
+        return Criterion(self.stop, self.layout, 1, first)
+
+    def unsafe(self, r: np.ndarray, s: np.ndarray) -> np.ndarray:
+        """Where a plain norm may have lost its squares to the range of the dtype."""
+        low, high = np.minimum(r, s), np.maximum(r, s)
+        return ~((low >= self.tiny) & (high <= 1 / self.tiny)) & (self.stop.norm != "max")
+
+
+def classify(residual: Float[Tensor, " B"], tolerance: Float[Tensor, " B"]) -> Tensor:
+    """(B,) `Result` codes: CONVERGED within the tolerance, NONFINITE for NaN and infinity, MAX_EVALS for the rest."""
+    code = torch.where(residual <= tolerance, int(Result.CONVERGED), int(Result.MAX_EVALS))
+    return torch.where(torch.isfinite(residual), code, int(Result.NONFINITE)).to(torch.int8)
+
+
+def _norm(x: Flat, kind: Norm, scaled: bool, overwrite: bool = False) -> PerSample:
+    ord = torch.inf if kind == "max" else 2
+    sizes = scaled_norm(x, ord, overwrite=overwrite) if scaled else torch.linalg.vector_norm(x, ord=ord, dim=1)
+    return sizes * x.shape[1] ** -0.5 if kind == "rms" else sizes

@@ -22,7 +22,7 @@ from implicit.grads.base import AbstractGrad
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Flat, Layout, map_tensors, norm
 from implicit.solution import Solution
-from implicit.solvers.base import AbstractSolver, Evaluator, Point
+from implicit.solvers.base import AbstractSolver, Point
 from implicit.stopping import Stop
 
 
@@ -90,7 +90,7 @@ class SHINE(AbstractGrad):
         with torch.no_grad():
             proposed = solved.converged.unsqueeze(1)
             last = replace(solved.state, z=torch.where(proposed, solved.state.z, z))
-            state = frozen.step(flat, Point(z, image), last)[-1].state
+            state = frozen.step(Point(z, image), last)[-1].state
         return replace(
             solved,
             value=layout.unpack(value),
@@ -145,17 +145,17 @@ class _Frozen(AbstractSolver[_FrozenState]):
         # a sample that goes back to its best point may stand where it stood, and is not held
         return _FrozenState(self.solver.restart(point, state.state, mask), state.z.masked_fill(mask, torch.nan))
 
-    def step(self, f: Evaluator, point: Point, state: _FrozenState) -> tuple[Flat, _FrozenState]:
+    def step(self, point: Point, state: _FrozenState) -> tuple[Flat, Flat | None, _FrozenState]:
         # held samples stand where they stood; their rows of the state are copied, since histories are written in place
         held = torch.nonzero((point.z == state.z).all(dim=1)).flatten()
         size = len(point.z)
         before = map_tensors(lambda t: t[held] if t.shape[:1] == (size,) else t, state.state) if len(held) else None
-        z, after = self.solver.step(f, point, state.state)
+        z, tangent, after = self.solver.step(point, state.state)
         if before is not None:
             # what belongs to the point itself is not the solver's to write to, and is the same as before
             own = {t.untyped_storage().data_ptr() for t in (point.z, point.fz, point.r)}
             _restore(after, before, held, size, own)
-        return z, _FrozenState(after, point.z)
+        return z, tangent, _FrozenState(after, point.z)
 
 
 def _restore(after: Any, before: Any, held: Tensor, size: int, own: set[int]) -> None:

@@ -65,7 +65,7 @@ class Unrolled(AbstractGrad):
     ) -> Solution:
         if torch._C._are_functorch_transforms_active():
             self._refuse_transform(stop, options)
-        if self._segment and (stop.has_tolerance or options.watched):
+        if self._segment and (stop.has_tolerance or options.observed):
             raise ValueError(
                 f"Unrolled(checkpoint={self.checkpoint}) runs segments twice, so nothing may be decided while it runs: "
                 "pass stop=Stop(rtol=0, atol=0, max_evals=n) and no trace or callback, or checkpoint=True."
@@ -89,7 +89,7 @@ class Unrolled(AbstractGrad):
 
     def _refuse_transform(self, stop: Stop, options: SolveOptions) -> None:
         """What is decided on the host, and checkpoints, cannot be looked into by torch.func."""
-        if stop.has_tolerance or options.watched:
+        if stop.has_tolerance or options.observed:
             raise NotImplementedError(
                 "Unrolled inside a torch.func transform takes a fixed number of evaluations: pass "
                 "stop=Stop(rtol=0, atol=0, max_evals=n) and no trace or callback, or use IFT, JFB or Phantom there."

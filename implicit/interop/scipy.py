@@ -60,7 +60,7 @@ def _one(f: FlatMap, z0: torch.Tensor, method: str, options: dict[str, Any]) -> 
 
     def g(x: np.ndarray) -> np.ndarray:
         nonlocal best, smallest
-        if f.left <= 0:
+        if f.remaining <= 0:
             raise _Spent
         z = torch.from_numpy(x.astype(np.float64)).to(z0.device, z0.dtype).reshape(z0.shape)
         with torch.no_grad():

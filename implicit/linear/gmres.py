@@ -24,7 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicit.pytree import Flat, norm
+from implicit.linear.arnoldi import orthogonalize
+from implicit.pytree import Flat, norm, to_device, to_host
 from implicit.solution import Result, Solution
 from implicit.solvers.history_buffer import HistoryBuffer
 from implicit.stopping import Stop
@@ -79,7 +80,7 @@ class GMRES:
         the solution is none. None: all were content at once.
         """
         length, u = norm(g), torch.zeros_like(g)
-        books = _Books(_host(length), stop, max(eps, torch.finfo(g.dtype).eps))
+        books = _Books(to_host(length), stop, max(eps, torch.finfo(g.dtype).eps))
         fit = _LeastSquares(books.residual, 4 * torch.finfo(g.dtype).eps)
         short = min(self.short if g.shape[1] >= _SMALL else self.memory, self.memory)
         basis, v, size = HistoryBuffer(self.memory, first=short if short < self.memory else 0), _unit(g, length), ()
@@ -89,8 +90,8 @@ class GMRES:
             if idle.any():
                 v = v.masked_fill(_mask(idle, v), 0)
             basis, v = _append(basis, fit.place, v)
-            h, v, length = _orthogonalise(act(v), basis, again=fit.columns >= _ONCE)
-            found = _host(torch.cat((h, torch.stack((length, *size), dim=1)), dim=1))
+            h, v, length = orthogonalize(act(v), basis, passes=1 if fit.columns < _ONCE else 2)
+            found = to_host(torch.cat((h, torch.stack((length, *size), dim=1)), dim=1))
             v, k = _unit(v, length), h.shape[1]
             if idle.any():
                 apart = not (np.abs(found[idle, : k + 1]) > 0).any()
@@ -112,28 +113,15 @@ class GMRES:
 def _append(basis: HistoryBuffer, place: "int | np.ndarray", v: Flat) -> tuple[HistoryBuffer, Flat]:
     """The basis with v in row `place` of every sample, and v as it lies there where that is one row."""
     if isinstance(place, int):
-        basis = basis.room(place, v).put(place, v)
+        basis = basis.reserve(place, v).set(place, v)
         return basis, basis.row(place)
-    first, basis = 0, basis.room(int(place.max()), v)
+    first, basis = 0, basis.reserve(int(place.max()), v)
     for block in basis.blocks:
         rows = np.flatnonzero((place >= first) & (place < first + block.shape[1]))
-        b, k = (torch.from_numpy(i).to(v.device, non_blocking=True) for i in (rows, place[rows] - first))
+        b, k = (to_device(i, v.device) for i in (rows, place[rows] - first))
         block[b, k] = v[b]
         first += block.shape[1]
     return basis, v
-
-
-def _orthogonalise(w: Flat, basis: HistoryBuffer, again: bool) -> tuple[Tensor, Flat, Tensor]:
-    """The coefficients (B, K) of w's part in the span of the basis, w without it, and the length of that.
-
-    Twice, it is orthogonal to rounding error, which a long basis needs.
-    """
-    h = basis.dot(w)
-    w = basis.add(w, h, -1)
-    if again:
-        more = basis.dot(w)
-        h, w = h + more, basis.add(w, more, -1)
-    return h.squeeze(1), w, norm(w)
 
 
 def _start_over(basis: HistoryBuffer, v: Flat, fit: "_LeastSquares", over: np.ndarray) -> tuple[HistoryBuffer, Flat]:
@@ -142,7 +130,7 @@ def _start_over(basis: HistoryBuffer, v: Flat, fit: "_LeastSquares", over: np.nd
     last, rows = np.where(over, last, 1.0), rows * over[:, None]
     v = basis.add(v * _upload(last[:, None], 1, v)[:, 0], _upload(rows, basis.rows, v))
     fit.start_over(over)
-    return basis.forget(_mask(over, v)), v
+    return basis.clear(_mask(over, v)), v
 
 
 def _unit(w: Flat, length: Tensor) -> Flat:
@@ -153,15 +141,11 @@ def _upload(c: np.ndarray, width: int, like: Flat) -> Tensor:
     """Coefficients on the device, (B, 1, width): filled up with zeros."""
     full = np.zeros((len(c), 1, width))
     full[:, 0, : c.shape[1]] = c[:, :width]
-    return torch.from_numpy(full).to(like.device, like.dtype, non_blocking=True)
+    return to_device(full, like.device, like.dtype)
 
 
 def _mask(which: np.ndarray, like: Flat) -> Tensor:
-    return torch.from_numpy(which).to(like.device, non_blocking=True).unsqueeze(1)
-
-
-def _host(t: Tensor) -> np.ndarray:
-    return t.cpu().numpy().astype(np.float64)
+    return to_device(which, like.device).unsqueeze(1)
 
 
 class _LeastSquares:
@@ -302,7 +286,9 @@ class _Books:
     def solution(self, value: Flat) -> Solution:
         """The books closed."""
         code = np.where(self.running, np.int8(Result.MAX_EVALS), self.code)
-        residual, code, evals = (
-            torch.from_numpy(a).to(value.device, non_blocking=True) for a in (self.residual, code, self.evals)
+        return Solution(
+            value=value,
+            residual=to_device(self.residual, value.device, value.dtype),
+            result=to_device(code, value.device),
+            evals=to_device(self.evals, value.device),
         )
-        return Solution(value=value, residual=residual.to(value.dtype), result=code, evals=evals)

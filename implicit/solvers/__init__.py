@@ -4,7 +4,6 @@ from implicit.solvers.anderson import Anderson as Anderson
 from implicit.solvers.anderson_gs import AndersonGS as AndersonGS
 from implicit.solvers.bad_broyden import BadBroyden as BadBroyden
 from implicit.solvers.base import AbstractSolver as AbstractSolver
-from implicit.solvers.base import Evaluator as Evaluator
 from implicit.solvers.base import Point as Point
 from implicit.solvers.broyden import Broyden as Broyden
 from implicit.solvers.newton_krylov import NewtonKrylov as NewtonKrylov

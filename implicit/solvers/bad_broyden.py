@@ -14,7 +14,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from implicit.pytree import Flat
-from implicit.solvers.base import AbstractSolver, Evaluator, Point
+from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history
 from implicit.solvers.history_buffer import HistoryBuffer
 
 
@@ -27,34 +27,32 @@ class BadBroydenState:
     u: HistoryBuffer
     v: HistoryBuffer
     updates: int = 0
-    fresh: bool = True  # the last point is not apart from the next: no secant yet
+    fresh: bool = True  # until two points are known, so that no secant can be formed yet
 
 
 @dataclass(frozen=True)
 class BadBroyden(AbstractSolver[BadBroydenState]):
     """Bad Broyden with the latest `memory` rank-one terms per sample.
 
-    When the memory is full the oldest term is dropped *before* the new one is computed, so the newest secant equation
-    always holds. Memory grows with the steps taken, to at most 2 memory + 3 states.
+    When the history is full the oldest term is dropped *before* the new one is computed, so the newest secant equation
+    always holds. States held: a growing number, at most 2 memory + 3.
 
     Args:
         memory: number of rank-one terms kept, >= 1.
-        safeguard: go back to the best point after a blow-up, and to plain steps where nothing is gained.
+        safeguard: reset to the best iterate after a blow-up, and take plain steps where acceleration gains nothing.
     """
 
     memory: int = 20
     safeguard: bool = True
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"BadBroyden.memory must be at least 1, got {self.memory}.")
+        check_at_least(self, 1, "memory")
 
     def init(self, point: Point) -> BadBroydenState:
         return BadBroydenState(point.z, point.r, HistoryBuffer(self.memory), HistoryBuffer(self.memory))
 
     def resume(self, point: Point, state: BadBroydenState) -> BadBroydenState:
-        if state.u.memory != self.memory:
-            raise ValueError(f"state must come from a solver with memory={self.memory}, got {state.u.memory}.")
+        check_history(state.u.capacity, self.memory)
         return replace(state, z=point.z, r=point.r, fresh=True)
 
     @property
@@ -66,31 +64,29 @@ class BadBroyden(AbstractSolver[BadBroydenState]):
             state,
             z=torch.where(mask, point.z, state.z),
             r=torch.where(mask, point.r, state.r),
-            u=state.u.forget(mask),
-            v=state.v.forget(mask),
+            u=state.u.clear(mask),
+            v=state.v.clear(mask),
         )
 
-    def step(self, f: Evaluator, point: Point, state: BadBroydenState) -> tuple[Flat, BadBroydenState]:
+    def step(self, point: Point, state: BadBroydenState) -> tuple[Flat, None, BadBroydenState]:
         u, v, updates = state.u, state.v, state.updates
         if not state.fresh:
-            slot = updates % self.memory
-            u, v = self._learn(point, state, slot)
+            u, v = self._update(point, state, updates % self.memory)
             updates += 1
         z = u.add(point.fz, v.dot(point.r)) if updates else point.fz
-        return z, BadBroydenState(point.z, point.r, u, v, updates, False)
+        return z, None, BadBroydenState(point.z, point.r, u, v, updates, False)
 
-    def _learn(self, point: Point, state: BadBroydenState, slot: int) -> tuple[HistoryBuffer, HistoryBuffer]:
+    def _update(self, point: Point, state: BadBroydenState, slot: int) -> tuple[HistoryBuffer, HistoryBuffer]:
         """The terms with the newest one at `slot`."""
         s, y = point.z - state.z, point.r - state.r
-        u = state.u.room(slot, y)
-        v = state.v.room(slot, y)
+        u, v = state.u.reserve(slot, y), state.v.reserve(slot, y)
         if state.updates >= self.memory:
-            u = u.put(slot, torch.zeros_like(y))
+            u = u.set(slot, torch.zeros_like(y))
         scale = torch.linalg.vecdot(y, y).unsqueeze(1)
         scale = scale.masked_fill(scale == 0, torch.inf)  # not clamped: a backward pass would divide by the clamp
         column = (s + u.add(y, v.dot(y))) / -scale
-        return u.put(slot, column), v.put(slot, y)
+        return u.set(slot, column), v.set(slot, y)
 
     def inverse_transpose(self, state: BadBroydenState, g: Flat) -> Flat:
-        """H^T g."""
+        """H^T g, H = I + sum_i u_i v_i^T."""
         return state.v.add(g, state.u.dot(g)) if state.u.rows else g

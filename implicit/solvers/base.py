@@ -1,12 +1,12 @@
-"""What a solver is: a rule that proposes the next iterate from the points seen so far.
+"""Solver protocol: a rule that proposes the next iterate from the points evaluated so far.
 
-A solver never evaluates the stopping rule, never counts and never touches a sample that has finished: that is the
-loop's work (`implicit.iterate`), one for all solvers. All vectors are (B, N): row b belongs to sample b, and nothing a
-solver does may mix rows.
+A solver does not evaluate f or the stopping criterion, does not count, and does not treat samples that have finished:
+that is the loop's work (`implicit.iterate`), one for all solvers. All vectors are (B, N): row b belongs to sample b,
+and no operation of a solver may mix rows.
 """
 
 import abc
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, TypeVar
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -17,12 +17,19 @@ S = TypeVar("S")
 
 
 class Point:
-    """An iterate and what f said about it: z, f(z) and the residual r = f(z) - z (made when first asked for)."""
+    """An evaluated iterate: z, f(z), the residual r = f(z) - z (made when first asked for), and J v if asked for.
 
-    __slots__ = ("_r", "fz", "z")
+    Attributes:
+        z: (B, N) the iterate.
+        fz: (B, N) f(z).
+        product: (B, N) J v at z, J = df/dz, for the tangent v that the last step returned; None if that was None.
+        remaining: evaluations left in the budget after this one.
+    """
 
-    def __init__(self, z: Flat, fz: Flat) -> None:
-        self.z, self.fz = z, fz
+    __slots__ = ("_r", "fz", "product", "remaining", "z")
+
+    def __init__(self, z: Flat, fz: Flat, product: Flat | None = None, remaining: int = 2**31) -> None:
+        self.z, self.fz, self.product, self.remaining = z, fz, product, remaining
         self._r: Flat | None = None
 
     @property
@@ -33,68 +40,77 @@ class Point:
         return self._r
 
 
-@runtime_checkable
-class Evaluator(Protocol):
-    """f as solvers see it, on (B, N) matrices. Every call is counted against the budget."""
-
-    def __call__(self, z: Flat) -> Flat:
-        """f(z)."""
-        ...
-
-    def aim(self, v: Flat) -> None:
-        """Take J v, J = df/dz, along with the next evaluation, in place of f(z) alone; it counts once."""
-        ...
-
-    @property
-    def pushed(self) -> Flat | None:
-        """J v at the point evaluated last, if that evaluation was aimed."""
-        ...
-
-    @property
-    def left(self) -> int:
-        """How many more evaluations the budget allows."""
-        ...
-
-
 class AbstractSolver(abc.ABC, Generic[S]):
     """Subclasses are frozen dataclasses whose fields are their configuration.
 
-    `S` is the memory the solver carries from step to step: tensors whose first dimension is the batch, in a
-    dataclass, tuple, list or dict; or None.
+    `S` is the solver state, carried from step to step: tensors whose first dimension is the batch, in a dataclass,
+    tuple, list or dict; or None.
     """
 
     @abc.abstractmethod
     def init(self, point: Point) -> S:
-        """The memory after the first evaluation."""
+        """The solver state after the first evaluation."""
 
     def resume(self, point: Point, state: S) -> S:
-        """The memory after the first evaluation of a solve that goes on with the memory of an earlier, related one.
+        """The solver state after the first evaluation of a solve that continues with the state of an earlier one.
 
-        `memory` is a private copy. By default nothing carries over.
+        `state` is a private copy. By default nothing carries over.
         """
         return self.init(point)
 
     @property
     def patience(self) -> int:
-        """Evaluations without progress after which the loop's safeguard (`implicit.safeguard`) steps in; 0: never."""
+        """Evaluations without progress after which the loop's safeguard (`implicit.safeguard`) acts; 0: never."""
         return 0
 
     def restart(self, point: Point, state: S, mask: Bool[Tensor, "B 1"]) -> S:
-        """The memory with the history of the samples in `mask` forgotten; they go on from `point`."""
+        """The solver state with the history of the samples in `mask` cleared; they continue from `point`.
+
+        Cleared histories must not keep NaN or infinity that a later product would spread.
+        """
         return state
 
     @abc.abstractmethod
-    def step(self, f: Evaluator, point: Point, state: S) -> tuple[Flat, S]:
-        """Propose the next iterate, which the loop will evaluate, and the memory that goes with it.
+    def step(self, point: Point, state: S) -> tuple[Flat, Flat | None, S]:
+        """(next iterate, tangent, solver state).
 
-        `f` is there for solvers that need Jacobian-vector products, which come with the loop's evaluations. Tensors of
-        `point` may be kept but never written to.
+        The loop evaluates f at the next iterate. A tangent v (B, N) asks for J v along with that evaluation, which
+        then costs one evaluation and one Jacobian-vector product; None asks for f alone. Tensors of `point` may be
+        kept but never written to.
         """
 
-    def inverse_transpose(self, state: S, g: Flat) -> Flat:
-        """H^T g, for solvers whose memory holds an approximate inverse H of I - df/dz.
+    def inverse_transpose(self, state: S, g: Flat) -> Flat | None:
+        """H^T g, where the solver state holds an approximate inverse H of I - df/dz; None where it holds none."""
+        return None
 
-        Raises:
-            ValueError: this solver's memory holds none.
-        """
-        raise ValueError(f"{type(self).__name__} keeps no approximate inverse: use Broyden or Anderson.")
+
+def check_history(state_size: int, size: int) -> None:
+    """Refuse a solver state whose history has another length.
+
+    Raises:
+        ValueError: it has.
+    """
+    if state_size != size:
+        raise ValueError(f"state must come from a solver with memory={size}, got {state_size}.")
+
+
+def check_at_least(solver: Any, least: int, *names: str) -> None:
+    """Refuse settings below `least`.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    for name in names:
+        if getattr(solver, name) < least:
+            kind = type(solver).__name__
+            raise ValueError(f"{kind}.{name} must be at least {least}, got {getattr(solver, name)}.")
+
+
+def check_share(solver: Any, name: str) -> None:
+    """Refuse a setting outside [0, 1).
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not 0 <= getattr(solver, name) < 1:
+        raise ValueError(f"{type(solver).__name__}.{name} must lie in [0, 1), got {getattr(solver, name)}.")

@@ -21,21 +21,17 @@ With a line search only the part t_j of s_j is taken, and s_{j+1} above becomes 
 """
 
 from dataclasses import dataclass, replace
-from operator import mul
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
 from implicit.pytree import Flat, norm
-from implicit.solvers.base import AbstractSolver, Evaluator, Point
-from implicit.solvers.history_buffer import HistoryBuffer, near, put
+from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history
+from implicit.solvers.history_buffer import HistoryBuffer, put
 
 _NOISE = 0.75  # a share of a direction below this power of eps is made of rounding errors, and dividing by it a blow-up
-
-_LONG = 64  # steps from which on torch's triangular solve is quicker than plain numbers
 
 
 @dataclass(frozen=True)
@@ -57,15 +53,15 @@ class BroydenState:
 class Broyden(AbstractSolver[BroydenState]):
     """Broyden with at most `memory` secant pairs per sample.
 
-    When the memory is full it starts anew from the newest pair, so the newest secant equation always holds. (Later
+    When the history is full it starts anew from the newest pair, so the newest secant equation always holds. (Later
     pairs mislead without the earlier ones that they were made with: dropping one at a time diverges on slow linear
     maps. scipy's truncated SVD takes about as many evaluations, for a factorisation a step.) A sample whose direction
-    is lost to rounding (s^T H y = 0) leaves that pair out. Memory grows with the steps taken, to at most memory + 3
-    states.
+    is lost to rounding (s^T H y = 0) leaves that pair out. States held: a growing number, at most
+    memory + 3.
 
     Args:
         memory: number of secant pairs kept, >= 1.
-        safeguard: go back to the best point after a blow-up, and to plain steps where nothing is gained.
+        safeguard: reset to the best iterate after a blow-up, and take plain steps where acceleration gains nothing.
         search: how often a step that makes the residual grow may be halved, >= 0, for each sample by itself; every
             trial is an evaluation and takes a place in the state. For maps whose full steps overshoot; a residual
             that grows a thousandfold is the safeguard's, unless that is off.
@@ -76,10 +72,8 @@ class Broyden(AbstractSolver[BroydenState]):
     search: int = 0
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"Broyden.memory must be at least 1, got {self.memory}.")
-        if self.search < 0:
-            raise ValueError(f"Broyden.search must be at least 0, got {self.search}.")
+        check_at_least(self, 1, "memory")
+        check_at_least(self, 0, "search")
 
     @property
     def _rows(self) -> int:
@@ -95,9 +89,11 @@ class Broyden(AbstractSolver[BroydenState]):
         return (-torch.finfo(r.dtype).tiny * eye).repeat(r.shape[0], 1, 1)
 
     def resume(self, point: Point, state: BroydenState) -> BroydenState:
-        if state.steps.memory != self._rows:
-            raise ValueError(f"state must come from a solver with memory={self.memory}, got {state.steps.memory - 2}.")
-        return replace(state, r=point.r, fresh=True)
+        check_history(state.steps.capacity - 2, self.memory)
+        short = state.short
+        if self.search and short is None:
+            short = point.r.new_zeros(point.r.shape[0], 1, self._rows)
+        return replace(state, r=point.r, short=short, fresh=True)
 
     @property
     def patience(self) -> int:
@@ -107,51 +103,33 @@ class Broyden(AbstractSolver[BroydenState]):
         return replace(
             state,
             r=torch.where(mask, point.r, state.r),
-            steps=state.steps.forget(mask),
+            steps=state.steps.clear(mask),
             system=torch.where(mask.unsqueeze(2), self._blank(point.r), state.system),
         )
 
-    def step(self, f: Evaluator, point: Point, state: BroydenState) -> tuple[Flat, BroydenState]:
+    def step(self, point: Point, state: BroydenState) -> tuple[Flat, None, BroydenState]:
         r = point.r
+        # a full history begins anew; a step that was not taken forms no pair
         if state.count > self.memory:
-            state = self._anew(r, state)
+            state = self._begin_anew(r, state)
         elif state.fresh and state.count:
-            state = _leave_out(state, torch.ones_like(r[:, :1], dtype=torch.bool), r)
+            state = _drop_pair(state, torch.ones_like(r[:, :1], dtype=torch.bool), r)
         if not state.count:
-            return point.fz, _append(state, r, r)
-        blocks = state.steps.blocks
-        if len(r) == len(blocks) == 1 and state.count < min(blocks[0].shape[1], _LONG) and not self.search:
-            if near(point.z, r, state.system, blocks[0]):
-                return self._near(point, BroydenState(r, state.steps, state.system, state.count + 1))
+            return point.fz, None, _append(state, r, r)
+        # H r with all factors but the newest
         c = _coefficients(state, r)
         s = state.steps.add(r, c[:, :, :-1], -1, first=1)
         if state.short is not None:
             s = state.steps.add(s, c * state.short[:, :, : state.count], -1)
+        # the newest factor; its pair is dropped where the division would blow up rounding errors
         share = 1 + c[:, :, -1]
         lost = share.abs() <= torch.finfo(r.dtype).eps ** _NOISE
-        state = _leave_out(state, lost, r)
+        state = _drop_pair(state, lost, r)
         s = s / share.masked_fill(lost, 1)
         if state.short is None:
-            return point.z + s, _append(state, s, r)
-        return self._search(point, state, state.short, s)
-
-    @np.errstate(all="ignore")
-    def _near(self, point: Point, state: BroydenState) -> tuple[Flat, BroydenState]:
-        """The same step of one sample in numpy, in the same memory: small states wait for calls, which cost less so."""
-        r, new = point.r.numpy()[0], state.count - 1
-        steps, system = state.steps.blocks[0].numpy()[0], state.system.numpy()[0]
-        limits = torch.finfo(point.r.dtype)
-        c = _forward(system[:new, 1 : new + 1].tolist(), (steps[:new] @ r).tolist())
-        s = r - np.array(c[:-1], r.dtype) @ steps[1:new]
-        share = 1 + c[-1]
-        if abs(share) <= limits.eps**_NOISE:
-            system[new - 1, new] = -limits.max
-        else:
-            s /= share
-        steps[new] = s
-        system[new, : new + 1] = dots = steps[: new + 1] @ s
-        system[new, new + 1] = -limits.tiny - dots[new]
-        return point.z + torch.from_numpy(s), state
+            return point.z + s, None, _append(state, s, r)
+        z, state = self._search(point, state, state.short, s)
+        return z, None, state
 
     def _search(
         self, point: Point, state: BroydenState, short: Float[Tensor, "B 1 K"], s: Flat
@@ -163,12 +141,12 @@ class Broyden(AbstractSolver[BroydenState]):
         z = torch.where(grown, point.z - 0.5 * part * d, point.z + s)
         s, r = torch.where(grown, d, s), torch.where(grown, state.r, point.r)
         now = put(short.mT, last + 1, torch.where(grown, 0.5 * part - 1, 0)).mT
-        return z, replace(_append(_leave_out(state, grown, r), s, r), short=now)
+        return z, replace(_append(_drop_pair(state, grown, r), s, r), short=now)
 
-    def _anew(self, r: Flat, state: BroydenState) -> BroydenState:
-        """The memory with the newest pair alone, H_{k-1} = I: u takes a row of its own, for it is not the next step."""
+    def _begin_anew(self, r: Flat, state: BroydenState) -> BroydenState:
+        """The newest secant pair alone, with H_{k-1} = I; its u is stored in a row, for it is not the next step."""
         slot = state.count - 1
-        s, y = state.steps.row(slot).clone(), r - state.r  # forgetting writes into the row
+        s, y = state.steps.row(slot).clone(), r - state.r  # clearing writes into the row
         if state.short is not None:
             s = s * (1 + state.short[:, :, slot])
         scale = torch.linalg.vecdot(s, y).unsqueeze(1)
@@ -176,8 +154,8 @@ class Broyden(AbstractSolver[BroydenState]):
         lost = scale.abs() <= torch.finfo(r.dtype).eps ** _NOISE * size
         u = (s + y) * (size / scale.masked_fill(lost, -torch.inf).neg())
         short = None if state.short is None else torch.zeros_like(state.short)
-        blank = BroydenState(r, state.steps.forget(torch.ones_like(lost)), self._blank(r), short=short)
-        return _leave_out(_append(_append(blank, s, r), u, r), torch.ones_like(lost), r)
+        blank = BroydenState(r, state.steps.clear(torch.ones_like(lost)), self._blank(r), short=short)
+        return _drop_pair(_append(_append(blank, s, r), u, r), torch.ones_like(lost), r)
 
     def inverse_transpose(self, state: BroydenState, g: Flat) -> Flat:
         """H^T g, without the pair of the last step, whose end is not known."""
@@ -199,18 +177,10 @@ def _coefficients(state: BroydenState, x: Flat) -> Float[Tensor, "B 1 C"]:
     return torch.linalg.solve_triangular(state.system[:, :count, 1 : count + 1], dots, upper=False).mT
 
 
-def _forward(rows: list[list[float]], b: list[float]) -> list[float]:
-    """The solution of a lower triangular system."""
-    c: list[float] = []
-    for i, (row, x) in enumerate(zip(rows, b, strict=True)):
-        c.append((x - sum(map(mul, row, c))) / row[i])
-    return c
-
-
 def _append(state: BroydenState, s: Flat, r: Flat) -> BroydenState:
-    """The memory with one more step s, made at the residual r."""
+    """The solver state with one more step s, made at the residual r."""
     count = state.count
-    steps = state.steps.room(count, s).put(count, s)
+    steps = state.steps.reserve(count, s).set(count, s)
     dots = steps.dot(s).squeeze(1)
     row = pad(dots, (0, state.system.shape[2] - dots.shape[1]))
     if state.short is not None:
@@ -220,8 +190,8 @@ def _append(state: BroydenState, s: Flat, r: Flat) -> BroydenState:
     return BroydenState(r, steps, system, count + 1, state.short)
 
 
-def _leave_out(state: BroydenState, mask: Bool[Tensor, "B 1"], r: Flat) -> BroydenState:
-    """The memory without the pair that begins with the newest step, for the samples in `mask`: its c is 0."""
+def _drop_pair(state: BroydenState, mask: Bool[Tensor, "B 1"], r: Flat) -> BroydenState:
+    """The solver state without the pair that begins with the newest step, for the samples in `mask`: its c is 0."""
     slot = state.count - 1
     recorded = torch.is_grad_enabled() and (r.requires_grad or state.system.requires_grad)
     system = state.system.clone() if recorded else state.system

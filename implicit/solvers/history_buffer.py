@@ -1,9 +1,9 @@
-"""A growing ring of vectors per sample, the history of quasi-Newton solvers.
+"""Growing history of vectors per sample, for quasi-Newton solvers and Krylov bases.
 
-Rows live in blocks of 8, 8, 16, 32, ... rows that are allocated when first needed and never copied, so k rows take k
-to 2k states and at most `memory`; a ring of less than a mebibyte is one block from the start, or has a second one for
-all rows but the `first`, if that is given. Writing is in place when
-nobody differentiates through it, else into a copy.
+Rows are stored in blocks of 8, 8, 16, 32, ... rows that are allocated when first needed and never copied, so k rows
+take k to 2k states and at most `capacity`. A history of less than a mebibyte is one block from the start, or has a
+second one for all rows but the `first`, if that is given. Writing is in place unless autograd records it, and into a
+copy then.
 """
 
 from dataclasses import dataclass, replace
@@ -15,38 +15,27 @@ from torch import Tensor
 from implicit.pytree import Flat
 
 _FIRST = 8  # rows of the first block
-_SMALL = 2**20  # bytes of a ring that is one block
-_NEAR = 2**20  # bytes of the largest tensor that numpy takes over
+_SMALL = 2**20  # bytes of a history that is one block
 Coefficients = Float[Tensor, "B 1 K"]
 
 
-def near(*tensors: Tensor) -> bool:
-    """Whether numpy may work in their memory: small, on the CPU, neither recorded, transformed nor traced."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or torch._C._len_torch_dispatch_stack():
-        return False
-    for t in tensors:
-        if type(t) is not Tensor or not t.is_cpu or t.requires_grad or t.is_neg() or t.nbytes > _NEAR:
-            return False
-    return not torch._C._are_functorch_transforms_active() and torch.autograd.forward_ad._current_level < 0
-
-
-def put(ring: Float[Tensor, "B K M"], slot: int, value: Float[Tensor, "B M"]) -> Float[Tensor, "B K M"]:
-    """`ring` with row `slot` of every sample replaced by `value`."""
-    if torch.is_grad_enabled() and (ring.requires_grad or value.requires_grad):
-        return torch.cat((ring[:, :slot], value.unsqueeze(1), ring[:, slot + 1 :]), dim=1)
-    ring[:, slot] = value
-    return ring
+def put(rows: Float[Tensor, "B K M"], slot: int, value: Float[Tensor, "B M"]) -> Float[Tensor, "B K M"]:
+    """`rows` with row `slot` of every sample replaced by `value`."""
+    if torch.is_grad_enabled() and (rows.requires_grad or value.requires_grad):
+        return torch.cat((rows[:, :slot], value.unsqueeze(1), rows[:, slot + 1 :]), dim=1)
+    rows[:, slot] = value
+    return rows
 
 
 def put_difference(
-    ring: Float[Tensor, "B K M"], slot: int, a: Float[Tensor, "B M"], b: Float[Tensor, "B M"]
+    rows: Float[Tensor, "B K M"], slot: int, a: Float[Tensor, "B M"], b: Float[Tensor, "B M"]
 ) -> Float[Tensor, "B K M"]:
-    """`ring` with row `slot` of every sample replaced by a - b."""
-    recorded = torch.is_grad_enabled() and (ring.requires_grad or a.requires_grad or b.requires_grad)
+    """`rows` with row `slot` of every sample replaced by a - b."""
+    recorded = torch.is_grad_enabled() and (rows.requires_grad or a.requires_grad or b.requires_grad)
     if recorded or torch.compiler.is_compiling():  # dynamo has no out= that is a view
-        return put(ring, slot, a - b)
-    torch.sub(a, b, out=ring[:, slot])
-    return ring
+        return put(rows, slot, a - b)
+    torch.sub(a, b, out=rows[:, slot])
+    return rows
 
 
 def dots(rows: Float[Tensor, "B K M"], x: Float[Tensor, "B M"]) -> Float[Tensor, "B 1 K"]:
@@ -56,12 +45,12 @@ def dots(rows: Float[Tensor, "B K M"], x: Float[Tensor, "B M"]) -> Float[Tensor,
 
 @dataclass(frozen=True)
 class HistoryBuffer:
-    """At most `memory` rows of N numbers per sample; unused rows are zero."""
+    """At most `capacity` rows of N numbers per sample; unused rows are zero."""
 
-    memory: int
+    capacity: int
     blocks: tuple[Float[Tensor, "B _ N"], ...] = ()
     first: int = 0
-    """Rows of the first block where few are often enough; 0: no such number is known."""
+    """Rows of the first block where few usually suffice; 0: no such number is known."""
 
     @property
     def rows(self) -> int:
@@ -80,19 +69,19 @@ class HistoryBuffer:
             slot -= block.shape[1]
         raise IndexError(slot)
 
-    def room(self, slot: int, like: Flat) -> "HistoryBuffer":
-        """The ring with a row number `slot`."""
+    def reserve(self, slot: int, like: Flat) -> "HistoryBuffer":
+        """The history with room for row number `slot`."""
         if slot < self.rows:
             return self
         if self.first and not self.blocks:
             more = self.first
         else:
-            small = self.memory * like.numel() * like.element_size() < _SMALL
-            more = min(self.memory if small else max(_FIRST, self.rows), self.memory - self.rows)
+            small = self.capacity * like.numel() * like.element_size() < _SMALL
+            more = min(self.capacity if small else max(_FIRST, self.rows), self.capacity - self.rows)
         return replace(self, blocks=(*self.blocks, like.new_zeros(like.shape[0], more, like.shape[1])))
 
-    def put(self, slot: int, value: Flat) -> "HistoryBuffer":
-        """The ring with row `slot` replaced by `value`."""
+    def set(self, slot: int, value: Flat) -> "HistoryBuffer":
+        """The history with row `slot` replaced by `value`."""
         blocks = list(self.blocks)
         for i, block in enumerate(blocks):
             if slot < block.shape[1]:
@@ -106,13 +95,13 @@ class HistoryBuffer:
         parts = [dots(block, x) for block in self.blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def forget(self, mask: Bool[Tensor, "B 1"]) -> "HistoryBuffer":
-        """The ring with all rows of the samples in `mask` zero."""
-        lost = mask.unsqueeze(2)
+    def clear(self, mask: Bool[Tensor, "B 1"]) -> "HistoryBuffer":
+        """The history with all rows of the samples in `mask` zero."""
+        cleared = mask.unsqueeze(2)
         if torch.is_grad_enabled() and any(block.requires_grad for block in self.blocks):
-            return replace(self, blocks=tuple(block.masked_fill(lost, 0) for block in self.blocks))
+            return replace(self, blocks=tuple(block.masked_fill(cleared, 0) for block in self.blocks))
         for block in self.blocks:  # a copy would hold the history twice
-            block.masked_fill_(lost, 0)
+            block.masked_fill_(cleared, 0)
         return self
 
     def add(self, x: Flat, c: Coefficients, sign: int = 1, first: int = 0) -> Flat:

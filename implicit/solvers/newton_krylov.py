@@ -8,8 +8,8 @@ to ||(I - J) d - r|| <= forcing ||r||, by GMRES from d = 0: Arnoldi's method bui
 space with (I - J) V_k = V_{k+1} H, and d = V y, y = argmin || ||r|| e_1 - H y ||  (Saad and Schultz, SIAM J. Sci. Stat.
 Comput. 7(3), 1986; Dembo, Eisenstat and Steihaug, SIAM J. Numer. Anal. 19(2), 1982).
 
-One evaluation a step: a sample in the midst of GMRES proposes the z where it is and aims the evaluation along its
-newest basis vector, so that J v comes with f(z). Each sample is where it is in its own GMRES, whatever the others do.
+One evaluation a step: a sample in the midst of GMRES proposes the z where it is, with its newest basis vector as the
+tangent, so that J v comes with f(z). Every sample has a GMRES of its own, whatever the others do.
 """
 
 import functools
@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from implicit.pytree import Flat, norm
-from implicit.solvers.base import AbstractSolver, Evaluator, Point
+from implicit.linear.arnoldi import orthogonalize
+from implicit.linear.hessenberg import HessenbergSystem
+from implicit.pytree import Flat, norm, scaled_norm
+from implicit.solvers.base import AbstractSolver, Point, check_at_least
 from implicit.solvers.history_buffer import HistoryBuffer
 
 _PLAIN = -2  # instead of a slot: the next step is plain
@@ -29,13 +31,13 @@ _PLAIN = -2  # instead of a slot: the next step is plain
 
 @dataclass(frozen=True)
 class NewtonKrylovState:
-    """GMRES of every sample at its z: `slot` products asked for, none (0) where a new step begins."""
+    """GMRES of every sample at its z: `slot` products asked for, none (0) where a new Newton step begins."""
 
     z: Flat
     basis: HistoryBuffer
-    hessenberg: Float[Tensor, "B M K"]
+    system: HessenbergSystem
     slot: Int[Tensor, " B"]
-    passes: int = 0  # evaluations that were aimed: no sample has more basis vectors
+    passes: int = 0  # evaluations with a tangent: no sample has more basis vectors
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,13 @@ class NewtonKrylov(AbstractSolver[NewtonKrylovState]):
     """Newton-GMRES: each step costs one evaluation and as many Jacobian-vector products as GMRES takes.
 
     Products are taken by forward mode or, where an operator of f has none, by differentiating backward mode twice;
-    each counts as one evaluation. Not differentiable through `Unrolled`. Memory grows to at most `inner` + 6 states.
+    each counts as one evaluation. Not differentiable through `Unrolled`. States held: a growing number, at most
+    min(inner, N) + 6 for a sample of N numbers.
 
     Args:
-        inner: largest number of Krylov vectors a step, >= 1.
+        inner: largest number of Krylov vectors a step, >= 1; N of them always suffice.
         forcing: relative accuracy of the linear solves, in (0, 1).
-        safeguard: go back to the best point after a blow-up, and to plain steps where nothing is gained.
+        safeguard: reset to the best iterate after a blow-up, and take plain steps where acceleration gains nothing.
     """
 
     inner: int = 40
@@ -56,86 +59,85 @@ class NewtonKrylov(AbstractSolver[NewtonKrylovState]):
     safeguard: bool = True
 
     def __post_init__(self) -> None:
-        if self.inner < 1:
-            raise ValueError(f"NewtonKrylov.inner must be at least 1, got {self.inner}.")
+        check_at_least(self, 1, "inner")
         if not 0 < self.forcing < 1:
             raise ValueError(f"NewtonKrylov.forcing must lie in (0, 1), got {self.forcing}.")
 
     def init(self, point: Point) -> NewtonKrylovState:
-        rows, device = point.z.shape[0], point.z.device
-        hessenberg = torch.zeros(rows, self.inner + 1, self.inner, dtype=torch.float64, device=device)
-        slot = torch.zeros(rows, dtype=torch.int64, device=device)
-        return NewtonKrylovState(point.z, HistoryBuffer(self.inner), hessenberg, slot)
+        rows, numbers = point.z.shape
+        columns = min(self.inner, numbers)
+        system = HessenbergSystem.empty(columns, point.z.new_ones(rows))
+        slot = torch.zeros(rows, dtype=torch.int64, device=point.z.device)
+        return NewtonKrylovState(point.z, HistoryBuffer(columns), system, slot)
 
     @property
     def patience(self) -> int:
         return 3 * self.inner if self.safeguard else 0
 
     def restart(self, point: Point, state: NewtonKrylovState, mask: Bool[Tensor, "B 1"]) -> NewtonKrylovState:
-        return replace(state, slot=state.slot.masked_fill(mask[:, 0], _PLAIN))
+        return replace(
+            state,
+            basis=state.basis.clear(mask),
+            system=state.system.reset(mask[:, 0], torch.ones_like(state.system.rho)),
+            slot=state.slot.masked_fill(mask[:, 0], _PLAIN),
+        )
 
-    def step(self, f: Evaluator, point: Point, state: NewtonKrylovState) -> tuple[Flat, NewtonKrylovState]:
+    def step(self, point: Point, state: NewtonKrylovState) -> tuple[Flat, Flat | None, NewtonKrylovState]:
         with torch.no_grad():
-            return self._step(f, point, state)
+            return self._step(point, state)
 
-    def _step(self, f: Evaluator, point: Point, state: NewtonKrylovState) -> tuple[Flat, NewtonKrylovState]:
-        last, z = f.left <= 1, point.z
-        size = torch.linalg.vector_norm(point.r, dim=1, dtype=torch.float64).to(z.dtype)  # squares stay in range
-        # whose z was moved, by the loop's safeguard or by a step, begins anew
+    def _step(self, point: Point, state: NewtonKrylovState) -> tuple[Flat, Flat | None, NewtonKrylovState]:
+        last, z, columns = point.remaining <= 1, point.z, state.basis.capacity
+        size = scaled_norm(point.r)
+        # a sample whose z was moved, by the loop's safeguard or by a Newton step, begins a new GMRES
         plain = state.slot == _PLAIN
         slot = torch.where(plain, -1, state.slot * (z == state.z).all(dim=1))
         broken = ~size.isfinite() | (size == 0)
         v = point.r.masked_fill(broken.unsqueeze(1), 0) / size.masked_fill(broken, 1).unsqueeze(1)
-        basis, hessenberg, proposed = (
-            state.basis,
-            state.hessenberg,
-            torch.where(plain.unsqueeze(1) | last, point.fz, z),
-        )
-        if f.pushed is not None:
+        proposed = torch.where(plain.unsqueeze(1) | last, point.fz, z)
+        basis, system = state.basis, state.system
+        if point.product is not None:
             going = slot > 0
-            w, hessenberg = _arnoldi(basis, hessenberg, slot, f.pushed)
-            y, rest = _least_squares(hessenberg[:, : basis.rows + 1, : basis.rows])
-            spent = (w == 0).all(dim=1) | ~rest.isfinite() | (slot == self.inner)  # more vectors would not help
+            w, system, exhausted = _extend(basis, system, slot, point.product)
+            # GMRES ends where it is accurate enough, or where more vectors would not help
+            rest = system.rho.abs()
+            spent = exhausted | ~rest.isfinite() | (slot == columns)
             done = going & ((rest <= self.forcing) | spent | last)
             good = done & rest.isfinite()
-            c = (y * size.double().unsqueeze(1)).masked_fill(~good.unsqueeze(1), 0).to(z.dtype)
+            # the Newton step from its solution, or a plain step where there is none
+            c = (system.y[:, : basis.rows] * size.unsqueeze(1)).masked_fill(~good.unsqueeze(1), 0)
             proposed = torch.where(done.unsqueeze(1), point.fz, proposed)
             proposed = torch.where(good.unsqueeze(1), basis.add(z, c.unsqueeze(1)), proposed)
             v = torch.where(going.unsqueeze(1), w.masked_fill(done.unsqueeze(1), 0), v)
             slot = torch.where(done, -1, slot)
         if last:
-            return proposed, replace(state, z=z, slot=torch.zeros_like(slot))
-        basis = _write(basis.room(min(state.passes, self.inner - 1), v), slot, v)
-        hessenberg = hessenberg.masked_fill((slot == 0).view(-1, 1, 1), 0)
-        f.aim(v)
-        return proposed, NewtonKrylovState(z, basis, hessenberg, slot + 1, state.passes + 1)
+            return proposed, None, replace(state, z=z, slot=torch.zeros_like(slot))
+        # the newest vector joins the basis and is the tangent of the next evaluation
+        basis = _write(basis.reserve(min(state.passes, columns - 1), v), slot, v)
+        system = system.reset(slot == 0, torch.ones_like(system.rho))
+        return proposed, v, NewtonKrylovState(z, basis, system, slot + 1, state.passes + 1)
 
 
-def _arnoldi(
-    basis: HistoryBuffer, hessenberg: Float[Tensor, "B M K"], slot: Int[Tensor, " B"], pushed: Flat
-) -> tuple[Flat, Float[Tensor, "B M K"]]:
-    """The next basis vector, 0 where the space is exhausted, and H with its column number slot - 1, where slot > 0."""
-    w = _read(basis, slot - 1) - pushed
-    column = hessenberg.new_zeros(hessenberg.shape[:2])
+def _extend(
+    basis: HistoryBuffer, system: HessenbergSystem, slot: Int[Tensor, " B"], product: Flat
+) -> tuple[Flat, HessenbergSystem, Bool[Tensor, " B"]]:
+    """(next basis vector, H with its column number slot - 1, whether the space is exhausted), where slot > 0."""
+    w = _read(basis, slot - 1) - product
     before = norm(w)
-    known = torch.arange(basis.rows, device=w.device) < slot.unsqueeze(1)
-    for _ in range(2):  # twice for accuracy
-        h = basis.dot(w).masked_fill(~known.unsqueeze(1), 0)
-        column[:, : basis.rows] += h.squeeze(1)
-        w = basis.add(w, h, -1)
-    after = norm(w)
-    exhausted = ~(after > 10 * torch.finfo(w.dtype).eps * before) | ~after.isfinite()
+    used = torch.arange(basis.rows, device=w.device) < slot.unsqueeze(1)
+    h, w, after = orthogonalize(w, basis, used)
+    eps = torch.finfo(w.dtype).eps
+    exhausted = ~(after > 10 * eps * before) | ~after.isfinite()
     w = w.masked_fill(exhausted.unsqueeze(1), 0) / after.masked_fill(exhausted, 1).unsqueeze(1)
-    place = torch.arange(column.shape[1], device=w.device) == slot.unsqueeze(1)
-    column = torch.where(place, after.masked_fill(exhausted, 0).double().unsqueeze(1), column)
-    here = place[:, 1:].unsqueeze(1) & (slot > 0).view(-1, 1, 1)
-    return w, torch.where(here, column.unsqueeze(2), hessenberg)
+    column = torch.nn.functional.pad(h, (0, system.y.shape[1] - h.shape[1]))
+    system = system.add(column, after.masked_fill(exhausted, 0), slot - 1, slot > 0, 4 * eps)
+    return w, system, exhausted
 
 
 def _places(
     basis: HistoryBuffer, slot: Int[Tensor, " B"]
 ) -> Iterator[tuple[Tensor, Int[Tensor, "B 1 N"], Bool[Tensor, "B 1"]]]:
-    """Every block, the index of row `slot` of every sample in it, and who has that row there."""
+    """Every block, the index of row `slot` of every sample in it, and which samples have that row there."""
     for block in basis.blocks:
         at = slot.clamp(0, block.shape[1] - 1)
         yield block, at.view(-1, 1, 1).expand(-1, 1, block.shape[2]), (at == slot).unsqueeze(1)
@@ -149,18 +151,7 @@ def _read(basis: HistoryBuffer, slot: Int[Tensor, " B"]) -> Flat:
 
 
 def _write(basis: HistoryBuffer, slot: Int[Tensor, " B"], v: Flat) -> HistoryBuffer:
-    """The basis with row `slot` of every sample, another of each, set to v; nothing where there is none."""
+    """The basis with row `slot` of every sample, another of each, set to v; unchanged where there is none."""
     for block, at, here in _places(basis, slot):
         block.scatter_(1, at, torch.where(here, v, block.gather(1, at)[:, 0]).unsqueeze(1))
     return basis
-
-
-def _least_squares(h: Float[Tensor, "B M K"]) -> tuple[Float[Tensor, "B K"], Float[Tensor, " B"]]:
-    """argmin ||e_1 - H y|| and its value; columns of zeros get the weight 0."""
-    normal = h.mT @ h
-    diagonal = normal.diagonal(dim1=1, dim2=2)
-    diagonal.masked_fill_(diagonal == 0, 1)
-    y = torch.linalg.solve_ex(normal, h[:, 0].unsqueeze(2))[0]
-    rest = -(h @ y).squeeze(2)
-    rest[:, 0] += 1
-    return y.squeeze(2), torch.linalg.vector_norm(rest, dim=1)

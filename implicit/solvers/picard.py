@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from implicit.pytree import Flat
-from implicit.solvers.base import AbstractSolver, Evaluator, Point
+from implicit.solvers.base import AbstractSolver, Point, check_share
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Picard(AbstractSolver[None]):
     """z' = damping z + (1 - damping) f(z).
 
     With ``damping=0`` and no tolerance, n evaluations give exactly f applied n times. Converges where the spectral
-    radius of (1 - damping) df/dz + damping I is below 1, by that factor per evaluation. Memory: none.
+    radius of (1 - damping) df/dz + damping I is below 1, by that factor per evaluation. States held: none.
 
     Args:
         damping: share of the old iterate kept, in [0, 1).
@@ -22,11 +22,11 @@ class Picard(AbstractSolver[None]):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damping < 1:
-            raise ValueError(f"Picard.damping must lie in [0, 1), got {self.damping}.")
+        check_share(self, "damping")
 
     def init(self, point: Point) -> None:
         return None
 
-    def step(self, f: Evaluator, point: Point, state: None) -> tuple[Flat, None]:
-        return (torch.lerp(point.fz, point.z, self.damping) if self.damping else point.fz), None
+    def step(self, point: Point, state: None) -> tuple[Flat, None, None]:
+        z = torch.lerp(point.fz, point.z, self.damping) if self.damping else point.fz
+        return z, None, None

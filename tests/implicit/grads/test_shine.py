@@ -29,7 +29,7 @@ def test_against_a_solver_run_by_hand(solver):
     point = Point(torch.zeros_like(x), go(torch.zeros_like(x)))
     memory = solver.init(point)
     for _ in range(8):
-        z, memory = solver.step(go, point, memory)
+        z, _, memory = solver.step(point, memory)
         point = Point(z, go(z))
     f.requires_grad_(True)
     g = cotangent(x)

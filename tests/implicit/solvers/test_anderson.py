@@ -4,8 +4,6 @@ import pytest
 import torch
 
 from implicit import Anderson, AndersonGS, Broyden, Picard, SolveOptions, Stop, fixed_point, iterate
-from implicit.evaluation import FlatMap
-from implicit.pytree import Layout
 from implicit.solvers.base import Point
 from implicit.testing import problem
 from tests.helpers import FREE, smooth, visited
@@ -75,7 +73,7 @@ def test_the_inverse_estimate_is_the_adjoint_of_what_a_step_does(solver):
     a, b = torch.randn(2, *z0.shape, generator=torch.Generator().manual_seed(3), dtype=F64)
     point = Point(z0 * 0, a)
     hb = solver.inverse_transpose(memory, b)  # before the step, which writes into the memory
-    ha, _ = solver.step(FlatMap(f, (), Layout.of(z0)), point, solver.resume(point, memory))
+    ha, _, _ = solver.step(point, solver.resume(point, memory))
     torch.testing.assert_close((ha * b).sum(1), (a * hb).sum(1))
     assert not torch.allclose(ha, a)
 
@@ -102,3 +100,11 @@ def test_the_safeguard_ends_a_stall_on_the_non_normal_map(memory):
         safe = fixed_point(p, p.z0, *p.args, solver=Anderson(memory), stop=stop)
     assert not free.converged.any() and safe.converged.all()
     assert float(p.residual(free.value).max()) > 1e-2 and float(p.residual(safe.value).max()) < 1e-9
+
+
+def test_columns_that_repeat_each_other():
+    x = torch.ones(2, 3, dtype=F64)
+    stop = Stop(rtol=1e-12)
+    found = fixed_point(lambda z: 0.5 * z + x, torch.zeros_like(x), solver=Anderson(ridge=1e-300), stop=stop)
+    assert found.converged.all()
+    torch.testing.assert_close(found.value, 2 * x)

@@ -8,8 +8,6 @@ import torch
 from scipy import optimize
 
 from implicit import BadBroyden, Broyden, SolveOptions, Stop, fixed_point, iterate
-from implicit.evaluation import FlatMap
-from implicit.pytree import Layout
 from implicit.solvers import Point
 from tests.helpers import FREE, smooth, visited
 
@@ -107,7 +105,7 @@ def learnt(solver, f, z0, evals):
     """The last two points, and the memory that has learnt from both."""
     zs = visited(f, z0, solver, evals + 1)
     memory = iterate(f, z0, solver, Stop(max_evals=evals, **FREE), options=SolveOptions(keep_state=True)).state
-    _, memory = solver.step(FlatMap(f, (), Layout.of(z0)), Point(zs[evals - 1], f(zs[evals - 1])), memory)
+    memory = solver.step(Point(zs[evals - 1], f(zs[evals - 1])), memory)[2]
     return zs[evals - 2], zs[evals - 1], memory
 
 

@@ -1,0 +1,81 @@
+"""Least squares with an upper Hessenberg matrix that grows by columns, as in GMRES.
+
+Setting: y = argmin || beta e_1 - M y ||, M is (k+1) x k, upper Hessenberg. With Q the product of the Givens rotations
+that make M triangular, Q M = [R; 0] and Q beta e_1 = [t; rho]: y = R^-1 t, and |rho| is the residual. Q, R^-1 and y
+grow by one row and column at a time:
+
+    (a, b) = newest column of Q M on and below the diagonal,  p = (a^2 + b^2)^(1/2),  c = a / p,  s = b / p
+    R^-1 gets the column (-R^-1 Q m; 1) / p,     y <- y + c rho (that column),     rho <- -s rho
+
+(Saad and Schultz, "GMRES", SIAM J. Sci. Stat. Comput. 7(3), 1986.)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from implicit.pytree import PerSample
+
+
+@dataclass(frozen=True)
+class HessenbergSystem:
+    """Q, R^-1, y and rho of every sample, with room for K columns; each sample has a number of columns of its own."""
+
+    q: Float[Tensor, "B K1 K1"]
+    inverse: Float[Tensor, "B K1 K1"]
+    y: Float[Tensor, "B K1"]
+    rho: PerSample
+
+    @classmethod
+    def empty(cls, columns: int, beta: PerSample) -> "HessenbergSystem":
+        """No columns yet, room for `columns`."""
+        eye = torch.eye(columns + 1, dtype=beta.dtype, device=beta.device).repeat(len(beta), 1, 1)
+        return cls(eye, torch.zeros_like(eye), beta.new_zeros(len(beta), columns + 1), beta)
+
+    def reset(self, mask: Bool[Tensor, " B"], beta: PerSample) -> "HessenbergSystem":
+        """No columns for the samples in `mask`."""
+        eye = torch.eye(self.y.shape[1], dtype=beta.dtype, device=beta.device)
+        wide = mask.view(-1, 1, 1)
+        return HessenbergSystem(
+            torch.where(wide, eye, self.q),
+            self.inverse.masked_fill(wide, 0),
+            self.y.masked_fill(mask.unsqueeze(1), 0),
+            torch.where(mask, beta, self.rho),
+        )
+
+    def add(
+        self,
+        column: Float[Tensor, "B K1"],
+        below: PerSample,
+        k: Int[Tensor, " B"],
+        mask: Bool[Tensor, " B"],
+        rounding: float,
+    ) -> "HessenbergSystem":
+        """With one more column for the samples in `mask`: number k, `column` down to the diagonal and `below` under it.
+
+        A column that is zero to rounding gets the coefficient 0 and leaves the residual as it is.
+        """
+        index = torch.arange(column.shape[1], device=column.device)
+        here, next_row = index == k.unsqueeze(1), index == k.unsqueeze(1) + 1
+        # the column after the earlier rotations, and the rotation that takes `below` out
+        turned = torch.bmm(self.q, column.unsqueeze(2)).squeeze(2)
+        a = turned.masked_fill(~here, 0).sum(dim=1)
+        pivot = torch.hypot(a, below)
+        none = pivot <= rounding * (1 + torch.linalg.vector_norm(column, dim=1))
+        pivot = pivot.masked_fill(none, torch.inf)
+        cos, sin = a / pivot, (below / pivot).masked_fill(none, -1)
+        # Q with this rotation
+        last = self.q.masked_fill(~here.unsqueeze(2), 0).sum(dim=1)
+        row = cos.unsqueeze(1) * last + sin.unsqueeze(1) * next_row
+        under = -sin.unsqueeze(1) * last + cos.unsqueeze(1) * next_row
+        change, step = mask.view(-1, 1, 1), mask.unsqueeze(1)
+        q = torch.where(change & here.unsqueeze(2), row.unsqueeze(1), self.q)
+        q = torch.where(change & next_row.unsqueeze(2), under.unsqueeze(1), q)
+        # R^-1 and y with one more column
+        new = torch.bmm(self.inverse, turned.unsqueeze(2)).squeeze(2)
+        new = torch.where(here, -1, new) / -pivot.unsqueeze(1)
+        inverse = torch.where(change & here.unsqueeze(1), new.unsqueeze(2), self.inverse)
+        y = self.y + torch.where(step, (cos * self.rho).unsqueeze(1) * new, 0)
+        return HessenbergSystem(q, inverse, y, torch.where(mask, -sin * self.rho, self.rho))

@@ -1,0 +1,64 @@
+"""Every private call into PyTorch that the package makes, with the version that it was checked with.
+
+Checked with torch 2.13.0. A name that a later version drops fails here and nowhere else.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree
+
+R = TypeVar("R")
+
+
+def transforms_active() -> bool:
+    """Whether a torch.func transform is on (`torch._C._are_functorch_transforms_active`, 2.13.0)."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def forward_mode_active() -> bool:
+    """Whether a forward-mode level is open (`forward_ad._current_level`, 2.13.0)."""
+    return forward_ad._current_level >= 0
+
+
+def version(t: Tensor) -> int:
+    """How often a tensor was written to in place (`Tensor._version`, 2.13.0)."""
+    return t._version
+
+
+def inside_backward() -> bool:
+    """Whether an autograd engine runs in this thread (`torch._C._current_graph_task_id`, 2.13.0)."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def register_pytree(kind: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]) -> None:
+    """Let PyTorch's transforms take objects of a class apart (`torch.utils._pytree`, 2.13.0)."""
+    _pytree.register_pytree_node(kind, flatten, unflatten, serialized_type_name=f"implicit.{kind.__name__}")
+
+
+def not_compiled(function: Callable[..., R]) -> Callable[..., R]:
+    """`function` outside of compiled graphs, with all that it calls.
+
+    `torch.compiler.disable` imports torch._dynamo, which takes longer than torch itself, so it is called when
+    something was compiled, and not when this package is imported.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> R:
+        return (_disabled(function) if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+
+    return call
+
+
+_DISABLED: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def _disabled(function: Callable[..., R]) -> Callable[..., R]:
+    if function not in _DISABLED:
+        _DISABLED[function] = torch.compiler.disable(function, recursive=True)
+    return _DISABLED[function]

@@ -1,0 +1,242 @@
+"""CONVERGED is true of the value returned, and `residual` is that value's, however a solve is run."""
+
+import warnings
+
+import pytest
+import torch
+
+from implicit import JFB, Picard, Result, Stop, Unrolled, fixed_point
+from tests.helpers import F64, each_solver, solve
+
+TIGHT = Stop(rtol=1e-6, max_evals=300)
+
+
+def relative(f, z):
+    """||f(z) - z|| / ||f(z)|| of every row."""
+    fz = f(z)
+    return (fz - z).norm(dim=1) / fz.norm(dim=1)
+
+
+def graph(nodes=12, width=4, seed=0):
+    """Nodes of a graph as rows: a chain along which the first node's input travels."""
+    rng = torch.Generator().manual_seed(seed)
+    a = torch.diag(torch.ones(nodes - 1, dtype=F64), -1)
+    w = 0.8 * torch.linalg.qr(torch.randn(width, width, generator=rng, dtype=F64))[0]
+    b = torch.zeros(nodes, width, dtype=F64)
+    b[0] = 1
+    return lambda z: a @ z @ w + b
+
+
+@each_solver
+def test_rows_that_reach_each_other_are_solved_as_one_system(solver):
+    f, z0 = graph(), torch.zeros(12, 4, dtype=F64)
+    with pytest.warns(RuntimeWarning, match="batch_dims=0"):
+        found = solve(f, z0, solver=solver, stop=TIGHT)
+    whole = solve(f, z0, solver=solver, stop=TIGHT, batch_dims=0)
+    assert found.converged.all() and (relative(f, found.value) <= 1.01e-6).all()
+    torch.testing.assert_close(found.residual, (f(found.value) - found.value).norm(dim=1))
+    torch.testing.assert_close(found.value, whole.value, rtol=1e-5, atol=1e-6)
+    assert int(found.evals.max()) <= 2 * int(whole.evals) + 20
+
+
+@pytest.mark.parametrize("estimator", [JFB(), Unrolled()], ids=repr)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_batch_norm_in_training_mode_makes_no_false_claim(estimator):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        lin, bn = torch.nn.Linear(16, 16), torch.nn.BatchNorm1d(16, track_running_stats=False)
+        x = torch.randn(32, 16) * torch.linspace(0.01, 3, 32)[:, None]
+
+        def f(z, lin=lin, bn=bn, x=x):
+            return torch.tanh(bn(0.7 * lin(z) + x)) * 0.9
+
+        found = fixed_point(f, torch.zeros(32, 16), grad=estimator, stop=Stop(rtol=1e-4, max_evals=200))
+        with torch.no_grad():
+            assert (relative(f, found.value)[found.converged] <= 1.01e-4).all()
+
+
+@each_solver
+def test_a_weight_cut_by_compaction_is_no_answer(solver):
+    """A bias whose length is the batch size is taken for one row per sample."""
+    bias = torch.linspace(1, 2, 6, dtype=F64)
+    rate = torch.linspace(0.1, 0.9, 6, dtype=F64).unsqueeze(1)
+
+    def f(z, rate, bias):
+        return rate * torch.tanh(z) + (bias if len(bias) == z.shape[1] else bias[:1])
+
+    found = solve(f, torch.zeros(6, 6, dtype=F64), rate, bias, solver=solver, stop=TIGHT, compact=True)
+    assert (relative(lambda z: f(z, rate, bias), found.value)[found.converged] <= 1.01e-6).all()
+    told = solve(f, torch.zeros(6, 6, dtype=F64), rate, bias, solver=solver, stop=TIGHT, compact=(True, False))
+    assert told.converged.all()
+    torch.testing.assert_close(found.value, told.value, rtol=1e-4, atol=1e-5)
+
+
+@each_solver
+@pytest.mark.parametrize("stop", [{}, {"late": True}, {"check_every": 3}], ids=str)
+def test_residual_is_that_of_the_value_whether_or_not_it_converged(solver, stop):
+    rate = torch.tensor([[0.3], [0.9], [0.99], [-3.0]], dtype=F64)
+
+    def f(z):
+        return rate * torch.tanh(z + 0.1) + 1
+
+    for evals in (1, 2, 5, 12, 60):
+        found = solve(f, torch.zeros(4, 3, dtype=F64), solver=solver, stop=Stop(rtol=1e-8, max_evals=evals, **stop))
+        true = (f(found.value) - found.value).norm(dim=1)
+        torch.testing.assert_close(found.residual, true, rtol=1e-9, atol=1e-15)
+        assert (true[found.converged] <= 1.0001e-8 * f(found.value).norm(dim=1)[found.converged]).all()
+
+
+def test_unrolled_returns_what_it_claims():
+    w = torch.tensor(-3.0, dtype=F64, requires_grad=True)
+
+    def f(z):
+        return w * torch.tanh(z) + 1
+
+    found = fixed_point(f, torch.zeros(2, 3, dtype=F64), solver=Picard(0.7), grad=Unrolled())
+    with torch.no_grad():
+        torch.testing.assert_close(found.residual, (f(found.value) - found.value).norm(dim=1))
+
+
+def test_a_vector_is_refused_by_name():
+    with pytest.raises(ValueError, match="batch_dims=0"):
+        solve(torch.cos, torch.zeros(5))
+    assert solve(torch.cos, torch.zeros(5), batch_dims=0).converged.all()
+
+
+# ---- tolerance
+
+
+@each_solver
+@pytest.mark.parametrize("size", [1e6, 1.0, 1e-3, 1e-6, 1e-30])
+def test_rtol_alone_decides_at_every_size(solver, size):
+    def f(z):
+        return 0.9 * z + 0.1 * size
+
+    found = solve(f, torch.zeros(1, 2, dtype=F64), solver=solver, stop=Stop(rtol=1e-12, max_evals=500))
+    assert found.converged.all() and (relative(f, found.value) <= 1.01e-12).all()
+
+
+@each_solver
+def test_a_solution_of_zero_is_found(solver):
+    for dtype in (F64, torch.float32):
+        found = solve(
+            lambda z: 0.5 * torch.sin(z), torch.ones(3, 2, dtype=dtype), solver=solver, stop=Stop(max_evals=150)
+        )
+        assert found.converged.all() and found.value.abs().max() < 1e-6
+
+
+def test_small_leaves_meet_the_tolerance_of_their_own():
+    def f(state):
+        return {"pressure": 0 * state["pressure"] + 1e6, "share": 0.9 * state["share"] + 0.1}
+
+    z0 = {"pressure": torch.zeros(1, 1), "share": torch.zeros(1, 1)}
+    together = solve(f, z0, solver=Picard(), stop=Stop(rtol=1e-4, max_evals=200))
+    apart = solve(f, z0, solver=Picard(), stop=Stop(rtol=1e-4, max_evals=200, norm="leaf"))
+    assert together.converged.all() and abs(float(together.value["share"]) - 1) > 0.5
+    assert apart.converged.all() and abs(float(apart.value["share"]) - 1) < 2e-3
+    assert float(apart.residual) <= 1e-4
+
+
+@pytest.mark.parametrize("norm", ["euclidean", "rms", "max", "leaf"])
+def test_each_norm_is_the_one_of_its_name(norm):
+    f, n = (lambda z: 0.5 * z + 1), 50
+    found = solve(f, torch.zeros(2, n, dtype=F64), solver=Picard(), stop=Stop(rtol=0, atol=1e-3, norm=norm))
+    r = f(found.value) - found.value
+    sizes = {"euclidean": r.norm(dim=1), "rms": r.norm(dim=1) / n**0.5, "max": r.abs().amax(1), "leaf": r.norm(dim=1)}
+    torch.testing.assert_close(found.residual, sizes[norm])
+    assert (found.residual <= 1e-3).all() and (found.residual > 4e-4).all()
+
+
+def test_a_norm_that_does_not_exist_is_named():
+    with pytest.raises(Exception, match="norm"):  # a ValueError, where the tests do not check types before
+        Stop(norm="l2")  # pyright: ignore[reportArgumentType]
+
+
+def test_a_fixed_count_claims_nothing_where_squares_underflow():
+    b = torch.full((1, 4), 1e-24)
+    found = solve(lambda z: b - z, torch.zeros(1, 4), solver=Picard(), stop=Stop(rtol=0, max_evals=7))
+    assert not found.converged.any() and float(found.residual) == pytest.approx(2e-24, rel=1e-5)
+
+
+# ---- NaN on the way, noise
+
+
+@each_solver
+@pytest.mark.parametrize("stop", [{}, {"late": True}, {"check_every": 2}, {"check_every": 3}], ids=str)
+def test_one_nan_on_the_way_is_forgiven_however_residuals_are_read(solver, stop):
+    rng = torch.Generator().manual_seed(0)
+    a = torch.randn(6, 6, generator=rng, dtype=F64)
+    a = 0.9 * a / torch.linalg.eigvals(a).abs().max()
+    b = torch.randn(3, 6, generator=rng, dtype=F64)
+    for at in range(3, 9):
+        calls = 0
+
+        def f(z, at=at):
+            nonlocal calls
+            calls += 1
+            return torch.tanh(z @ a.T) + b + (torch.nan if calls == at else 0.0)
+
+        found = solve(f, torch.zeros(3, 6, dtype=F64), solver=solver, stop=Stop(rtol=1e-8, max_evals=200, **stop))
+        if not solver.patience:  # plain iteration has no safeguard
+            assert (found.result == Result.NONFINITE).all() or found.converged.all()
+        else:
+            assert found.converged.all(), (at, found)
+
+
+@each_solver
+def test_noise_in_f_is_named(solver):
+    torch.manual_seed(0)
+    drop, w = torch.nn.Dropout(0.3), 0.5 * torch.linalg.qr(torch.randn(8, 8))[0]
+    found = solve(lambda z: torch.tanh(drop(z @ w) + 1), torch.zeros(6, 8), solver=solver)
+    assert not found.converged.any() and (found.result == Result.NONDETERMINISTIC).any()
+    assert "dropout" in Result.NONDETERMINISTIC.message
+
+
+def test_a_map_that_settles_while_it_is_solved_is_no_coupling():
+    """spectral_norm in training mode: every call changes the weight a little."""
+    torch.manual_seed(0)
+    layer = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(8, 8))
+    x = torch.randn(5, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = solve(lambda z: torch.tanh(0.9 * layer(z) + x), torch.zeros(5, 8), stop=Stop(rtol=1e-5, max_evals=200))
+    assert found.converged.all()
+
+
+@each_solver
+def test_no_more_calls_than_the_budget(solver):
+    rate = torch.tensor([[0.3], [0.9], [0.99]], dtype=F64)
+    for evals in range(1, 25):
+        calls = 0
+
+        def f(z):
+            nonlocal calls
+            calls += 1
+            return rate * torch.tanh(z + 0.1) + 1
+
+        found = solve(f, torch.zeros(3, 3, dtype=F64), solver=solver, stop=Stop(rtol=1e-7, max_evals=evals))
+        added = int(found.evals.max()) - min(int(found.evals.max()), evals)
+        assert calls <= evals + added and added <= 1
+
+
+# ---- independence of samples
+
+
+@each_solver
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_mates_change_no_bit_at_one_batch_size(solver, dtype):
+    rng = torch.Generator().manual_seed(1)
+    w = 0.9 * torch.linalg.qr(torch.randn(5, 5, generator=rng, dtype=F64))[0].to(dtype)
+    x = torch.randn(8, 5, generator=rng, dtype=F64).to(dtype)
+
+    def f(z, x):
+        return torch.tanh((z.unsqueeze(1) * w).sum(2)) + x  # no matrix product: its rounding may depend on the batch
+
+    stop = Stop(rtol=1e-5, max_evals=100)
+    plain = solve(f, torch.zeros_like(x), x, solver=solver, stop=stop)
+    for mates in (torch.nan, 0.0, 1e3):
+        y = x.clone()
+        y[::2] = mates
+        found = solve(f, torch.zeros_like(x), y, solver=solver, stop=stop)
+        assert torch.equal(found.value[1::2], plain.value[1::2]) and torch.equal(found.evals[1::2], plain.evals[1::2])
+        assert torch.equal(found.residual[1::2], plain.residual[1::2])
