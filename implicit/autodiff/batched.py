@@ -50,3 +50,8 @@ def _split(g: Tensor) -> tuple[list[Tensor], Callable[[Tensor], Tensor]] | None:
     if rows.shape[0] == 0:
         return None
     return list(rows.unbind()), lambda t: torch._add_batch_dim(t, 0, level)
+
+
+def is_batched(g: Tensor) -> bool:
+    """Whether g holds several cotangents."""
+    return _split(g) is not None

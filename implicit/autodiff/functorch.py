@@ -19,6 +19,7 @@ from torch import Tensor
 
 from implicit.autodiff.closure_convert import ClosureTracer, closure_convert, own_view, tensors
 from implicit.autodiff.implicit_diff import require_same_map
+from implicit.autodiff.vjp import linearize, pullback
 from implicit.evaluation import FlatMap
 from implicit.iterate import iterate
 from implicit.linear.adjoint_solve import LinearSolve
@@ -256,8 +257,7 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         z, residual, *theta = ctx.saved_tensors
         u = _Linear.apply(_Adjoint(ctx.pure), ctx.config, grads[0], residual, z, *theta)
-        pull = torch.func.vjp(lambda *t: ctx.pure(z, *t), *theta)[1]
-        return None, None, None, None, *pull(u)
+        return None, None, None, None, *_pull(lambda *t: ctx.pure(z, *t), tuple(theta), u)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -286,12 +286,11 @@ class _Adjoint:
     pure: Pure
 
     def __call__(self, v: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
-        return self.linearize(z, theta)[1](v)
+        return _pull(lambda x: self.pure(x, *theta), (z,), v)[0]
 
     def linearize(self, z: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, Product]:
-        """F(z, theta), evaluated once, and v -> J^T v there."""
-        image, pull = torch.func.vjp(lambda x: self.pure(x, *theta), z)[:2]
-        return image, lambda v: pull(v)[0]
+        """F(z, theta), evaluated once, and v -> J^T v there, for plain tensors."""
+        return linearize(lambda x: self.pure(x, *theta), z)
 
     def adjoint(self) -> "_Direct":
         return _Direct(self.pure)
@@ -310,13 +309,19 @@ class _Direct:
         return _push(lambda x: self.pure(x, *theta), (z,), (v,))
 
     def linearize(self, z: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, Product]:
-        """F(z, theta) and v -> J v there: the vjp of v -> J^T v, or the jvp where F has no second derivative."""
-        image, pull = torch.func.vjp(lambda x: self.pure(x, *theta), z)[:2]
-        try:
-            push = torch.func.vjp(lambda v: pull(v)[0], torch.zeros_like(image))[1]
-        except (NotImplementedError, RuntimeError):
-            return image, lambda v: self(v, z, *theta)
-        return image, lambda v: push(v)[0]
+        """F(z, theta) and v -> J v there, for plain tensors.
+
+        J v is the vjp of v -> J^T v, or where F has no second derivative, a jvp that evaluates F anew.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            x = z.detach().clone().requires_grad_()
+            image = self.pure(x, *(t.detach() for t in theta))
+            w = torch.zeros_like(image, requires_grad=True)
+            try:
+                pulled = pullback(image, x, create_graph=True)(w)
+            except (NotImplementedError, RuntimeError):
+                return image.detach(), lambda v: self(v, z, *theta)
+        return image.detach(), pullback(pulled, w)
 
     def adjoint(self) -> _Adjoint:
         return _Adjoint(self.pure)
@@ -344,8 +349,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         u, residual, *at = ctx.saved_tensors
         w = _Linear.apply(ctx.act.adjoint(), ctx.config, grads[0], residual, *at)
-        pull = torch.func.vjp(lambda *t: ctx.act(u, *t), *at)[1]
-        return None, None, w, None, *pull(w)
+        return None, None, w, None, *_pull(lambda *t: ctx.act(u, *t), tuple(at), w)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -368,6 +372,13 @@ def _tangent(t: Tensor, move: Tensor | None) -> Tensor:
     return torch.zeros_like(t) if move is None else move
 
 
+def _pull(f: Callable[..., Tensor], at: tuple[Tensor, ...], v: Tensor) -> tuple[Tensor, ...]:
+    """v^T df(at), taken while the level of the transform is alive: a solve within f starts transforms of its own."""
+    if not at:
+        return ()
+    return torch.func.grad(lambda *t: (f(*t) * v).sum(), argnums=tuple(range(len(at))))(*at)
+
+
 def _push(f: Callable[..., Tensor], at: tuple[Tensor, ...], moves: tuple[Tensor, ...]) -> Tensor:
     """df(at) moves: by forward mode or, where an operator of f has none, by two vector-Jacobian products."""
     if not at:
@@ -377,6 +388,7 @@ def _push(f: Callable[..., Tensor], at: tuple[Tensor, ...], moves: tuple[Tensor,
     except (NotImplementedError, RuntimeError) as error:
         if "forward" not in str(error).lower():
             raise
-    out, pull = torch.func.vjp(f, *at)[:2]
-    push = torch.func.vjp(pull, torch.zeros_like(out))[1]
-    return push(moves)[0]
+    out = f(*at)
+    return torch.func.grad(lambda w: sum((a * b).sum() for a, b in zip(_pull(f, at, w), moves, strict=True)))(
+        torch.zeros_like(out)
+    )

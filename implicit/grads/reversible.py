@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from implicit.autodiff.autocast import rounding
+from implicit.autodiff.batched import is_batched
 from implicit.autodiff.functorch import refuse_transforms
 from implicit.autodiff.implicit_diff import CHANGED
 from implicit.evaluation import FlatMap
@@ -297,6 +298,11 @@ class _End(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("Reversible cannot be differentiated twice (create_graph=True): use IFT or Unrolled.")
+        if is_batched(grads[0]):
+            raise NotImplementedError(
+                "Reversible takes one cotangent at a time, since it runs backwards once: pass vectorize=False and "
+                "is_grads_batched=False, or use IFT."
+            )
         ctx.run.begin(ctx.saved_tensors)
         return (grads[0], *[None] * (5 + len(ctx.run.true)))
 
