@@ -84,6 +84,7 @@ def test_a_run_counts_products_apart_and_stops_at_the_first_point_that_passes():
 def test_weights_lost_in_rounding_do_not_count_as_a_perceptron():
     problem = R["Perceptron"]
     huge = torch.tensor([[1.7672e17, 1.1367e18, -4.2149e17]], dtype=torch.float64)
+    assert problem.accept is not None
     assert float(problem.residual(huge)) <= 1 and not problem.accept(huge)
 
 
