@@ -77,7 +77,10 @@ def run(problem: Problem, solver: AbstractSolver[Any] | None, budget: int) -> di
     stop = Stop(rtol=0.99 * problem.rtol, atol=0.99 * problem.atol, max_evals=budget)
     with torch.no_grad():
         try:
-            end = implicit.fixed_point(counted, problem.z0, *problem.args, solver=solver, stop=stop)
+            if solver is None:
+                end = implicit.fixed_point(counted, problem.z0, *problem.args, stop=stop)
+            else:
+                end = implicit.fixed_point(counted, problem.z0, *problem.args, solver=solver, stop=stop)
             ended = implicit.Result(int(end.result.max())).name
         except Passed:
             ended = "passed"
