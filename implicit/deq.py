@@ -26,8 +26,8 @@ class DEQ(nn.Module):
     Args:
         f: the map f(z, *args).
         solver, grad, stop: as in `fixed_point`.
-        eval_stop: used instead of `stop` in evaluation mode; default `stop`. It decides there even if `grad` draws its
-            own budget: StochasticJFB then gives way to JFB.
+        eval_stop: used instead of `stop` in evaluation mode; default `stop`. In evaluation mode the tolerance and the
+            budget decide even if `grad` draws a budget of its own: StochasticJFB then gives way to JFB.
         return_value: return ``solution.value`` alone, as `nn.Sequential`, `torch.vmap` and
             ``checkpoint(use_reentrant=True)`` need it.
     """
@@ -61,8 +61,8 @@ class DEQ(nn.Module):
     ) -> Any:
         """Solve z = f(z, *args) from z0; see `fixed_point`."""
         grad, stop = self.grad, self.stop
-        if not self.training and self.eval_stop is not None:
-            grad, stop = grad.settled(), self.eval_stop
+        if not self.training:
+            grad, stop = grad.settled(), self.eval_stop or stop
         solution = fixed_point(
             self.f,
             z0,

@@ -46,10 +46,11 @@ def _split(g: Tensor) -> tuple[list[Tensor], Callable[[Tensor], Tensor]] | None:
     torch._C._vmapmode_decrement_nesting()
     if level < 1:
         return None
-    rows = torch._remove_batch_dim(g, level, 0, 0)  # without a batch at this level: expanded to none
+    legacy: Any = torch  # vmap as autograd has it, which torch does not export
+    rows = legacy._remove_batch_dim(g, level, 0, 0)  # without a batch at this level: expanded to none
     if rows.shape[0] == 0:
         return None
-    return list(rows.unbind()), lambda t: torch._add_batch_dim(t, 0, level)
+    return list(rows.unbind()), lambda t: legacy._add_batch_dim(t, 0, level)
 
 
 def is_batched(g: Tensor) -> bool:

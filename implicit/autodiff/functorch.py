@@ -147,7 +147,8 @@ def _purify(problem: Problem, layout: Layout) -> tuple[Pure, tuple[Tensor, ...]]
         flat = FlatMap(f, _filled(args, theta[: len(given)]), layout)
         return closure_convert(flat, closed)(z, *theta[len(given) :])
 
-    return torch.compiler.disable(pure, recursive=True), (*given, *closed)
+    uncompiled: Any = torch.compiler.disable(pure, recursive=True)
+    return uncompiled, (*given, *closed)
 
 
 def _filled(args: tuple[Any, ...], others: tuple[Tensor, ...]) -> tuple[Any, ...]:

@@ -18,23 +18,27 @@ A map that is evaluated again has to be the map that was solved: f may read an a
 changed since. Its residual at z* is compared with that of the forward pass, and a difference raises.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from implicit.autodiff.batched import each_cotangent
-from implicit.autodiff.closure_convert import ClosureTracer, closure_convert, has_untraced_leaf, own_view
+from implicit.autodiff.closure_convert import ClosureTracer, closure_convert, has_untraced_leaf, own_view, tensors
 from implicit.autodiff.vjp import Barrier, edge, pullback, vjp
 from implicit.linear.adjoint_solve import LinearSolve
-from implicit.pytree import Flat, PerSample, norm
+from implicit.options import Problem
+from implicit.pytree import Flat, PerSample, State, norm
 
 Product: TypeAlias = Callable[[Flat], Flat]
 """v -> J^T v."""
 Rule: TypeAlias = Callable[[Product, Flat], Flat]
 """(v -> J^T v, g) -> u, an estimate of (I - J^T)^-1 g."""
 
+_NEAR = 8  # nodes between a learned start and its parameter
 _ROUNDING = 1e3  # differences of that many rounding errors are those of another order of operations
 
 
@@ -149,8 +153,44 @@ class _Approximate(torch.autograd.Function):
         recorded = torch.is_grad_enabled()
         product = pullback(ctx.y, ctx.x, create_graph=recorded)
         if ctx.phi is not None and not recorded:
-            product = _evaluated_again(ctx.phi, *ctx.saved_tensors, ctx.eps)
+            z, residual = ctx.saved_tensors
+            product = _evaluated_again(ctx.phi, z, residual, ctx.eps)
         return (ctx.rule(product, grads[0]), *[None] * 6)
+
+
+def warn_learned_start(problem: Problem, value: State) -> None:
+    """Warn where the starting state is made from a parameter that `value` gives no gradient.
+
+    The graph of the starting state is searched to a small depth: a start that is learned is near its parameter.
+    """
+    learned = _parameters(tensors(problem.z0), most=_NEAR)
+    if learned and not learned <= _parameters(tensors(value)):
+        warnings.warn(
+            "The starting state z0 is a parameter, or made from one, and this estimator gives it no gradient: the "
+            "solution does not depend on where the solve begins. Pass z0.detach() if that is meant; Unrolled and "
+            "Reversible differentiate the iterations, the start included.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def _parameters(roots: Iterable[Tensor], most: int | None = None) -> set[int]:
+    """The identities of the parameters in the graph of some tensors, from at most so many nodes."""
+    found: set[int] = set()
+    todo: list[Any] = []
+    for t in roots:
+        if t.requires_grad:
+            todo.append(get_gradient_edge(t).node)
+    done: set[Any] = set()
+    while todo and (most is None or len(done) < most):
+        node = todo.pop()
+        if node is None or node in done:
+            continue
+        done.add(node)
+        if isinstance(getattr(node, "variable", None), torch.nn.Parameter):
+            found.add(id(node.variable))
+        todo += [following for following, _ in node.next_functions]
+    return found
 
 
 def _hooked() -> bool:
@@ -191,7 +231,8 @@ def require_same_map(again: Flat, z: Flat, residual: PerSample, eps: float) -> N
 
 def _uncompiled(phi: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """phi without torch.compile inside: a compiled block would be compiled anew for every substitution mode."""
-    return torch.compiler.disable(phi, recursive=True)
+    uncompiled: Any = torch.compiler.disable(phi, recursive=True)
+    return uncompiled
 
 
 CHANGED = (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from implicit.autodiff.failed_samples import failed, without
 from implicit.autodiff.functorch import active
+from implicit.autodiff.implicit_diff import warn_learned_start
 from implicit.evaluation import FlatMap
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Flat, Layout, PerSample, norm
@@ -38,6 +39,8 @@ def track(
         solved = replace(solved, evals=solved.evals + steps)
     z = torch.where(lost.unsqueeze(1), start.detach(), z)
     solved = replace(solved, evals=solved.evals + steps)
+    if z.requires_grad and not active() and not torch.compiler.is_compiling() and not start.requires_grad:
+        warn_learned_start(problem, z)
     if stop.has_tolerance:
         return replace(solved, value=layout.unpack(_Value.apply(start.detach(), z)))
     return replace(solved, value=layout.unpack(z), residual=residual, result=_result(solved, residual))

@@ -4,15 +4,13 @@ Setting: J = dy/dx. `vjp` is v^T J; it is the one place where `torch.autograd.gr
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from implicit.pytree import Flat
-
-T = TypeVar("T", bound=Tensor | GradientEdge)
 
 
 class Barrier(torch.autograd.Function):
@@ -40,12 +38,11 @@ def vjp(
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """v^T dy/dinput for every input; None where y does not depend on it. The graph of y is kept."""
-    wanted = [t for t in inputs if isinstance(t, GradientEdge) or (t is not None and t.requires_grad)]
+    wanted: list[Any] = [t for t in inputs if isinstance(t, GradientEdge) or (t is not None and t.requires_grad)]
     if y is None or (isinstance(y, Tensor) and not y.requires_grad) or not wanted:
         return (None,) * len(inputs)
-    found = iter(
-        torch.autograd.grad(y, wanted, v, retain_graph=True, create_graph=create_graph, allow_unused=True)  # pyright: ignore[reportArgumentType]: the stub wants one kind of input
-    )
+    of: Any = y
+    found = iter(torch.autograd.grad(of, wanted, v, retain_graph=True, create_graph=create_graph, allow_unused=True))
     kept = {id(t) for t in wanted}
     return tuple(next(found) if id(t) in kept else None for t in inputs)
 

@@ -222,7 +222,13 @@ def _projection(layout: Layout, value: State) -> Tensor:
 def _labelled(estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad]) -> dict[str, AbstractGrad]:
     if isinstance(estimators, Mapping):
         return {str(name): grad for name, grad in estimators.items()}
-    return {label(grad): grad for grad in estimators}
+    labelled: dict[str, AbstractGrad] = {}
+    for grad in estimators:
+        name, count = label(grad), 2
+        while name in labelled:  # estimators that differ in a generator or a callback only
+            name, count = f"{label(grad)} #{count}", count + 1
+        labelled[name] = grad
+    return labelled
 
 
 def label(grad: AbstractGrad) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.functorch import active, search, solve
-from implicit.autodiff.implicit_diff import attach
+from implicit.autodiff.implicit_diff import attach, warn_learned_start
 from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
 from implicit.linear.adjoint_solve import LinearSolve
@@ -75,6 +75,7 @@ class IFT(AbstractGrad):
         flat = FlatMap(problem.f, problem.args, layout)
         value, _ = attach(flat, layout.pack(solved.value), self._linear_solve(problem.f, layout))
         flat.forget()
+        warn_learned_start(problem, value)
         return replace(solved, value=layout.unpack(value), evals=solved.evals + 1)
 
     def _linear_solve(self, f: Map, layout: Layout) -> LinearSolve:

@@ -8,7 +8,7 @@ import torch
 
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.functorch import refuse_transforms, search
-from implicit.autodiff.implicit_diff import attach_approximately
+from implicit.autodiff.implicit_diff import attach_approximately, warn_learned_start
 from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
 from implicit.options import Problem, SolveOptions
@@ -53,6 +53,7 @@ class Neumann(AbstractGrad):
         flat = FlatMap(problem.f, problem.args, layout)
         eps = rounding(problem.f, layout)
         value, _ = attach_approximately(flat, layout.pack(solved.value), self._series, eps)
+        warn_learned_start(problem, value)
         return replace(solved, value=layout.unpack(value), evals=solved.evals + 1)
 
     def _series(self, act: Callable[[Flat], Flat], g: Flat) -> Flat:

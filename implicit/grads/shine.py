@@ -16,7 +16,7 @@ from torch import Tensor
 
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.functorch import refuse_transforms, search
-from implicit.autodiff.implicit_diff import attach_approximately
+from implicit.autodiff.implicit_diff import attach_approximately, warn_learned_start
 from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
 from implicit.options import Problem, SolveOptions
@@ -85,6 +85,7 @@ class SHINE(AbstractGrad):
         value, image = attach_approximately(
             flat, z, lambda act, g: self._estimate(solver, state, act, g), rounding(problem.f, layout)
         )
+        warn_learned_start(problem, value)
         # The secant to z* itself, which the loop did not use. Only a converged sample ended at the point that the
         # solver proposed; another one ended at f of its best point, to which there is no secant
         with torch.no_grad():

@@ -246,3 +246,84 @@ def test_a_starting_state_that_f_closes_over():
     torch.testing.assert_close(grad(lambda x: (solve(x) ** 3).sum())(B), expected, rtol=1e-9, atol=1e-11)
     pushed = jvp(lambda b: unrolled(W, b), (B,), (B.sin(),))[1]
     torch.testing.assert_close(jvp(solve, (B,), (B.sin(),))[1], pushed, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("estimator", [EXACT, JFB()], ids=["IFT", "JFB"])
+@pytest.mark.parametrize("name", ["vmap over inputs", "vmap over parameters", "jvp", "jacfwd", "grad"])
+def test_gradients_switched_off_around_a_transform(name, estimator, mode):
+    if isinstance(estimator, JFB) and name in ("jvp", "jacfwd", "grad"):
+        reference = one_step
+    else:
+        reference = unrolled
+    truth = _flat(TRANSFORMS[name](reference))
+    with mode():
+        mine = _flat(TRANSFORMS[name](through_closure(estimator)))
+    torch.testing.assert_close(mine.clone(), truth, rtol=1e-9, atol=1e-9)
+
+
+def _nested(solve):
+    return lambda w, b: solve(lambda u: torch.sin(solve(lambda z: 0.5 * torch.tanh(z @ w.T + u))) @ WS[1].T + b)
+
+
+def _by_iterating(f):
+    z = ZERO
+    for _ in range(50):
+        z = f(z)
+    return z
+
+
+@pytest.mark.parametrize("name", ["grad", "jvp", "jacfwd", "hessian", "jacrev of jacrev", "vmap over parameters"])
+def test_an_equilibrium_inside_an_equilibrium(name):
+    mine = _nested(lambda f: fixed_point(f, ZERO, stop=TIGHT, grad=EXACT).value)
+    truth = _flat(TRANSFORMS[name](_nested(_by_iterating)))
+    torch.testing.assert_close(_flat(TRANSFORMS[name](mine)), truth, rtol=1e-8, atol=1e-9)
+
+
+def test_newton_krylov_around_an_inner_solve():
+    value = _nested(lambda f: fixed_point(f, ZERO, stop=TIGHT, solver=implicit.NewtonKrylov()).value)(W, B)
+    torch.testing.assert_close(value, _nested(_by_iterating)(W, B), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"trace": True}, {"keep_state": True}, {"state": object()}, {"compact": True}],
+    ids=lambda o: next(iter(o)),
+)
+def test_an_option_that_a_transform_cannot_give_is_refused(option):
+    with pytest.raises(NotImplementedError, match=next(iter(option))):
+        grad(lambda w: fixed_point(lambda z: f(z, w, B), ZERO, **option).value.sum())(W)
+
+
+def test_a_callback_is_called_inside_a_transform():
+    calls = []
+    grad(lambda w: fixed_point(lambda z: f(z, w, B), ZERO, callback=lambda n, r: calls.append(n)).value.sum())(W)
+    assert calls[:3] == [1, 2, 3]
+
+
+def test_the_map_is_linearized_once_a_linear_solve():
+    calls = [0]
+
+    def counted(z, w):
+        calls[0] += 1
+        return f(z, w, B)
+
+    grad(lambda w: fixed_point(counted, ZERO, w, stop=TIGHT, grad=EXACT).value.sum())(W)
+    with torch.no_grad():
+        solve = fixed_point(f, ZERO, W, B, stop=TIGHT).evals.max().item()
+    assert calls[0] == solve + 3  # closure conversion, linearization, u^T df/dtheta
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 3e-3), (torch.float16, 3e-4), (torch.float32, 1e-6)])
+def test_claims_in_half_precision(dtype, rtol):
+    """The solve inside a transform rounds and judges as the one outside does."""
+    w, x = (0.25 * _random(8, 8)).to(dtype), _random(16, 8, seed=1).to(dtype)
+    stop = Stop(rtol=rtol, atol=0, max_evals=60)
+
+    def solve(w):
+        found = fixed_point(lambda z, w: torch.tanh(z @ w.T + x), torch.zeros_like(x), w, stop=stop)
+        return found.value.float().sum(), (found.value, found.result)
+
+    _, (value, result) = grad(solve, has_aux=True)(w)
+    outside = fixed_point(lambda z, w: torch.tanh(z @ w.T + x), torch.zeros_like(x), w, stop=stop)
+    assert torch.equal(result, outside.result) and torch.equal(value, outside.value)
