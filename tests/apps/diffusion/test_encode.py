@@ -351,3 +351,37 @@ def test_pixels_reach_the_vae_between_minus_one_and_one(images, vae_folder, tmp_
     x = torch.cat(seen)
     assert -1 <= x.min() < -0.5 and 0.5 < x.max() <= 1 and max(len(part) for part in seen) == 3
     assert np.allclose((x + 1) * 127.5, ((x + 1) * 127.5).round(), atol=1e-3)
+
+
+def test_statistics_by_channel_of_the_vae_are_honored(images, tmp_path):
+    model: Any = pf.tiny_vae()
+    mean, std = [-1.0, 2.0, 0.5, 3.0], [5.0, 6.0, 7.0, 8.0]
+    model.register_to_config(latents_mean=mean, latents_std=std)
+    model.save_pretrained(tmp_path / "vae")
+    assert call(images, tmp_path / "vae", tmp_path / "out") == 0
+    latents = LatentDataset(tmp_path / "out", sample=False)
+    assert latents.index["latents_mean"] == mean and latents.index["latents_std"] == std
+    file = images / sorted(p.relative_to(images) for p in images.rglob("*.*"))[3]
+    x = torch.from_numpy(preprocessing.read(file, 16)).float() / 127.5 - 1
+    with torch.no_grad():
+        raw = model.encode(x[None]).latent_dist.mean[0]
+    # as the pipelines of diffusers that know these fields: (z - mean) scaling / std
+    expected = (raw - torch.tensor(mean)[:, None, None]) * 0.5 / torch.tensor(std)[:, None, None]
+    torch.testing.assert_close(latents[3][0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_latents_can_be_used_from_another_folder(images, vae_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(vae_folder.parent)
+    assert call(images, Path(vae_folder.name), tmp_path / "out") == 0
+    monkeypatch.chdir(tmp_path)
+    assert vae.open_decoder(tmp_path / "out").config["scaling_factor"] == 0.5
+
+
+def test_an_interrupt_is_one_line_and_code_130(images, vae_folder, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LatentWriter, "write", interrupted)
+    assert call(images, vae_folder, tmp_path / "out") == 130
+    said = capsys.readouterr().err.rstrip().split("\n")[-1]
+    assert said.startswith("encode: ") and "Traceback" not in said

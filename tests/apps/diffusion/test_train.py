@@ -278,3 +278,42 @@ def test_the_command_leaves_a_whole_run_and_never_overwrites_it(tmp_path, capsys
     assert train.main(["--resume", "--out", str(out), "--optimizer.images", "256"]) == 0
     assert json.loads((out / "metrics.json").read_text())["training"]["images"] == 256
     assert train.main(["--resume", "--out", str(tmp_path / "nothing")]) == 2
+
+
+def test_an_interrupt_outside_of_the_training_loop_is_one_line(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "summarize", interrupted)
+    assert train.main([*TINY, "--out", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err.rstrip().split("\n")[-1].startswith("train: ")
+    monkeypatch.undo()
+    assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0
+
+
+def test_a_step_reads_nothing_from_the_device(monkeypatch):
+    """A number is read by `Tensor.item`, `tolist`, `__bool__`, `__float__` or `__int__`; a step calls none of them on
+    the counts, or on a tensor with a graph.
+    """
+    trainer = Trainer(SMALL, digits("train"))
+    trainer.step()
+    counts, read = [trainer.counts], []
+
+    def spy(name):
+        method = getattr(torch.Tensor, name)
+
+        def call(self, *arguments):
+            if self.requires_grad or any(self is known for known in counts):
+                read.append(name)
+            return method(self, *arguments)
+
+        return call
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, spy(name))
+    for _ in range(3):
+        trainer.step()
+        counts.append(trainer.counts)
+    assert not read
+    trainer.synchronize()
+    assert read == ["tolist"]

@@ -199,3 +199,39 @@ def test_configurations_of_older_runs_still_load():
     assert c.Config.from_json(json.dumps(text)) == c.Config()
     tree = dataclasses.replace(c.Config(), data=c.DataConfig(source="latents", path=train.Path("x"), vae="y"))
     assert c.Config.from_json(tree.to_json()) == tree
+
+
+def test_class_names_and_absolute_paths_are_kept_with_a_run(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(pictures.parent)
+    out = tmp_path / "run"
+    assert call("folder", out, "--data.path", pictures.name, "--data.size", 16, "--optimizer.images", 4) == 0
+    assert json.loads((out / "data.json").read_text())["class_names"] == ["cat", "dog", "owl"]
+    assert checkpoint.newest(out).classes == ("cat", "dog", "owl")
+    monkeypatch.chdir(tmp_path)
+    assert read_config(out).data.path == pictures
+    assert train.main(["--resume", "--out", "run", "--optimizer.images", "8"]) == 0
+
+
+def test_relative_paths_of_earlier_runs_are_found_above_the_run(tmp_path, monkeypatch):
+    out = tmp_path / "project" / "runs" / "a"
+    out.mkdir(parents=True)
+    (tmp_path / "project" / "images").mkdir()
+    config = dataclasses.replace(c.Config(), data=c.DataConfig(source="folder", path=train.Path("images"), size=8))
+    (out / "config.json").write_text(config.to_json())
+    monkeypatch.chdir(tmp_path)
+    assert read_config(out).data.path == tmp_path / "project" / "images"
+
+
+def test_gray_images_train_a_network_of_one_channel(tmp_path):
+    for i in range(4):
+        pf.save(tmp_path / "gray" / f"{i}.png", pf.picture(i, mode="L"))
+    options = ["--data.path", tmp_path / "gray", "--data.size", 8, 16, "--optimizer.images", 4]
+    assert call("folder", tmp_path / "run", *options) == 0
+    assert build.rebuild(checkpoint.newest(tmp_path / "run").network).latent == (1, 8, 16)
+
+
+def test_workers_train_the_same(pictures, tmp_path):
+    options = ["--data.path", pictures, "--data.size", 16, "--optimizer.images", 12]
+    assert call("folder", tmp_path / "a", *options) == 0
+    assert call("folder", tmp_path / "b", *options, "--data.workers", 2) == 0
+    equal(tmp_path / "a", tmp_path / "b")
