@@ -11,7 +11,8 @@ from apps.diffusion.models import build
 from apps.diffusion.train import parse
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "diffusion.md").read_text()
-COMMANDS = re.findall(r"apps\.diffusion\.train(?: ([^\n#]*))?", "".join(re.findall(r"```\n(.*?)```", GUIDE, re.S)))
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```", GUIDE, re.S | re.M)
+COMMANDS = re.findall(r"apps\.diffusion\.train(?: ([^\n#]*))?", "".join(BLOCKS))
 
 
 def test_the_guide_has_commands():
