@@ -10,13 +10,14 @@ WORLD_SIZE as torchrun sets them; the last one to finish writes the index.
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from apps.diffusion.cli import rank_and_world, run_command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,32 +58,14 @@ class Request:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
 
-    def place(self) -> tuple[int, int]:
-        """(rank, world)."""
-        rank = int(os.environ.get("RANK", 0)) if self.rank is None else self.rank
-        world = int(os.environ.get("WORLD_SIZE", 1)) if self.world is None else self.world
-        if not 0 <= rank < world:
-            raise ValueError(f"Process {rank} of {world} does not exist; --rank counts from 0 to --world minus 1.")
-        return rank, world
-
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code: 0, 1 if the disk fails, 2 for bad input."""
-    try:
-        run(tyro.cli(Request, args=argv, prog="python -m apps.diffusion.encode"))
-    except ValueError as error:
-        print(f"encode: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("encode: interrupted; complete shards are kept, the same command continues.", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(
-            f"encode: {error}; complete shards are kept, the same command continues.",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
+
+    def command(args: list[str]) -> None:
+        run(tyro.cli(Request, args=args, prog="python -m apps.diffusion.encode"))
+
+    return run_command("encode", command, argv, after="Complete shards are kept; the same command continues.")
 
 
 def run(request: Request) -> None:
@@ -91,7 +74,7 @@ def run(request: Request) -> None:
     Raises:
         ValueError: a folder without images, a VAE that cannot be read, an output folder with other content.
     """
-    rank, world = request.place()
+    rank, world = rank_and_world(request.rank, request.world)
     from concurrent.futures import ThreadPoolExecutor
 
     import torch

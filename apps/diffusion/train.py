@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ from typing import Annotated
 
 import tyro
 
+from apps.diffusion.cli import run_command
 from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.config.training import Config
 from apps.diffusion.files.atomic import exclusive
@@ -43,23 +43,16 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code: 0, 1 if the disk fails or training diverges, 2 for bad input, 128 + the
     number of the signal that stopped it.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        config, resume = parse(argv)
+
+    def command(args: list[str]) -> int:
+        config, resume = parse(args)
         first = int(os.environ.get("RANK", 0)) == 0
         with exclusive(config.out) if first else nullcontext():
             from apps.diffusion.training import run
 
             return run.run(config, run.start_of(config, resume))
-    except ValueError as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"train: {error}; what the run has saved before is intact.", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("train: interrupted; --resume continues from the last checkpoint.", file=sys.stderr)
-        return 128 + signal.SIGINT
+
+    return run_command("train", command, argv, after="Saved checkpoints are intact; --resume continues from the last.")
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, bool]:

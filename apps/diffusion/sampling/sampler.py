@@ -18,52 +18,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apps.diffusion.models.cost import cost, explicit_blocks
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.models.transformer import Frame
 from apps.diffusion.rng import Stream, generator
+from apps.diffusion.sampling.effort import Effort as Effort
 from apps.diffusion.sampling.guidance import Guidance
 from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.reverse_step import Reverse, fresh_noise
 from implicit import AbstractSolver, Solution, Stop
 
 CHUNK = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Effort:
-    """What sampling N images over K timesteps cost.
-
-    Counts are per sample, guidance's second row included, computed but unrequested places excluded; `computed`
-    counts everything.
-
-    Attributes:
-        evaluations: (N, K) evaluations of the fixed-point layer; 0 for an explicit network.
-        residuals: (N, K) relative residual ||f(z) - z|| / ||f(z)|| that each solve ended with, the worse of
-            the two with guidance; NaN for an explicit network.
-        block_passes: (N,) transformer blocks applied.
-        macs: (N,) multiply-accumulates.
-        seconds: wall time of the whole call.
-        computed: transformer blocks applied in all, to all rows of all chunks: places that nobody asked for
-            and samples that had met their tolerance before their batch-mates are in it.
-    """
-
-    evaluations: Int[Tensor, "N K"]
-    residuals: Float[Tensor, "N K"]
-    block_passes: Int[Tensor, "N"]
-    macs: Int[Tensor, "N"]
-    seconds: float
-    computed: int = 0
-
-    def summary(self) -> dict[str, float]:
-        """Means per sample (residual: median over samples and timesteps) and seconds, for a log or JSON.
-
-        An explicit network has no evaluations and no residual to report.
-        """
-        means = {"block_passes": self.block_passes, "macs": self.macs, "evaluations": self.evaluations.sum(1)}
-        summary = {name: float(value.double().mean()) for name, value in means.items() if value.any()}
-        if self.evaluations.any():
-            summary["residual"] = float(self.residuals.median())
-        return {**summary, "seconds": self.seconds}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,26 +188,6 @@ def _placed(labels: Tensor, places: Tensor, chunk: int) -> Tensor:
     y = labels[0].repeat(chunk)
     y[places] = labels
     return y
-
-
-def explicit_blocks(model: Any) -> int:
-    """Transformer blocks of one call that no solve repeats; 0 for a function that does not say."""
-    if isinstance(model, FPDM):
-        return model.block_passes(1) - 1
-    return model.block_passes() if hasattr(model, "block_passes") else 0
-
-
-def cost(model: Any, evaluations: Int[Tensor, "N K"], rows: int) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
-    """Block passes and multiply-accumulates of each sample; each timestep calls the model on `rows` rows."""
-    n, steps = evaluations.shape
-    calls = torch.full((n,), rows * steps, dtype=torch.int64)
-    if isinstance(model, FPDM):
-        spent = evaluations.sum(1)
-        slope = model.macs(2) - model.macs(1)
-        return calls * explicit_blocks(model) + spent, calls * (model.macs(1) - slope) + spent * slope
-    if hasattr(model, "block_passes"):
-        return calls * model.block_passes(), calls * model.macs()
-    return torch.zeros_like(calls), torch.zeros_like(calls)
 
 
 @dataclass(frozen=True, kw_only=True)

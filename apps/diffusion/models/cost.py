@@ -1,0 +1,29 @@
+"""Cost of samples in block passes and multiply-accumulates, from the evaluations of the fixed-point layer."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from apps.diffusion.models.fpdm import FPDM
+
+
+def explicit_blocks(model: Any) -> int:
+    """Transformer blocks of one call that no solve repeats; 0 for a function that does not say."""
+    if isinstance(model, FPDM):
+        return model.block_passes(1) - 1
+    return model.block_passes() if hasattr(model, "block_passes") else 0
+
+
+def cost(model: Any, evaluations: Int[Tensor, "N K"], rows: int) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
+    """Block passes and multiply-accumulates of each sample; each timestep calls the model on `rows` rows."""
+    n, steps = evaluations.shape
+    calls = torch.full((n,), rows * steps, dtype=torch.int64)
+    if isinstance(model, FPDM):
+        spent = evaluations.sum(1)
+        slope = model.macs(2) - model.macs(1)
+        return calls * explicit_blocks(model) + spent, calls * (model.macs(1) - slope) + spent * slope
+    if hasattr(model, "block_passes"):
+        return calls * model.block_passes(), calls * model.macs()
+    return torch.zeros_like(calls), torch.zeros_like(calls)

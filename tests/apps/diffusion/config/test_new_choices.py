@@ -1,0 +1,48 @@
+"""A new solver and estimator of the library become choices of every command by one line each in one file."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+import implicit
+from apps.diffusion.config import fixed_point
+from apps.diffusion.config.serialization import from_plain, to_plain
+
+ROOT = Path(__file__).parents[4]
+
+
+@dataclass(frozen=True)
+class Halving(implicit.Picard):
+    """Half a plain step."""
+
+    share: float = 0.5
+
+
+@dataclass(frozen=True)
+class Once(implicit.JFB):
+    """One evaluation with a graph."""
+
+    weight: float = 1.0
+
+
+def test_a_new_choice_is_parsed_and_saved():
+    @dataclass(frozen=True)
+    class Settings:
+        solver: fixed_point.Solver | Halving = field(default_factory=implicit.Picard)
+        grad: fixed_point.Grad | Once = field(default_factory=implicit.JFB)
+
+    options = (tyro.conf.CascadeSubcommandArgs,)
+    argv = "solver:halving --solver.share 0.25 grad:once --grad.weight 2".split()
+    found = tyro.cli(Settings, args=argv, config=options)
+    assert found == Settings(Halving(share=0.25), Once(weight=2.0))
+    for kind, value in ((fixed_point.Solver | Halving, found.solver), (fixed_point.Grad | Once, found.grad)):
+        assert from_plain(kind, to_plain(value), "here") == value
+
+
+def test_one_file_of_the_application_lists_solvers_and_estimators():
+    """With itself, its two __init__ and tests/helpers.py, a new one touches five files."""
+    files = [file for file in (ROOT / "apps").rglob("*.py") if "BadBroyden" in file.read_text()]
+    assert [file.name for file in files] == ["fixed_point.py"]
+    files = [file for file in (ROOT / "apps").rglob("*.py") if "Neumann" in file.read_text()]
+    assert [file.name for file in files] == ["fixed_point.py"]
