@@ -22,6 +22,7 @@ from implicit.solvers import Anderson as Anderson
 from implicit.solvers import AndersonGS as AndersonGS
 from implicit.solvers import BadBroyden as BadBroyden
 from implicit.solvers import Broyden as Broyden
+from implicit.solvers import Multisecant as Multisecant
 from implicit.solvers import NewtonKrylov as NewtonKrylov
 from implicit.solvers import Picard as Picard
 from implicit.stopping import Stop as Stop

@@ -23,6 +23,7 @@ from implicit.pytree import Flat, to_device, to_host
 from implicit.safeguard import Safeguard
 from implicit.solution import Result
 from implicit.solvers.base import AbstractSolver, Point
+from implicit.staged_safeguard import Stage, StagedSafeguard
 from implicit.stopping import Criterion
 
 _RUNNING = np.int8(-1)
@@ -55,11 +56,13 @@ class ConvergenceMonitor:
     criterion: Criterion
     best_z: Flat
     callback: Callable[[int, np.ndarray], Any] | None = None
-    patience: int = 0  # of the safeguard; 0: none
+    safeguard: Safeguard | StagedSafeguard | None = None
     begin: int = 0  # evaluations made before
     trace: list[np.ndarray] = field(default_factory=list)
     running: Tensor | None = None  # (rows, 1) on the device, once a sample has finished
     use_picard: Tensor | None = None  # (rows, 1) on the device, once the safeguard has set a sample to plain steps
+    use_newton: Tensor | None = None  # (rows, 1) on the device, samples in the safeguard's Newton-Krylov stage, if any
+    scale: Tensor | None = None  # (rows, 1) on the device, the share of the next step to take, if not all of it
     done: bool = False
     inconsistent: bool = False  # f gave another value at the z of a sample: coupling or noise
     noisy: bool = False  # it was noise
@@ -75,7 +78,6 @@ class ConvergenceMonitor:
         self.size = np.zeros(size)  # ||f(z)|| with it
         self.since = np.zeros(size, dtype=np.int64)  # number of the evaluation that gave it
         self.reset_at = np.zeros(size, dtype=np.int64)  # evaluations made when the sample was last reset
-        self.safeguard = Safeguard(size, self.patience) if self.patience else None
         self.done = size == 0
         self._held = np.zeros(size, dtype=bool)  # evaluated at their best iterate
         self._lost = np.zeros(0, dtype=np.int64)  # samples that had converged and meet the tolerance no longer
@@ -120,6 +122,10 @@ class ConvergenceMonitor:
         """
         if self.use_picard is not None:
             z = torch.where(self.use_picard, point.fz, z)
+        if self.scale is not None:
+            z = torch.where(self.scale < 1, torch.lerp(point.z, z, self.scale), z)
+            # a sample in GMRES stays where it is for some evaluations before it takes its step
+            self.scale = None if self.use_newton is None else torch.where(self.use_newton, self.scale, 1)
         if self.running is not None:
             z = torch.where(self.running, z, self._best().z)
         self._held = self.code != _RUNNING
@@ -136,19 +142,37 @@ class ConvergenceMonitor:
             return point, state
         resets = self.safeguard.pop_resets()
         self.reset_at[resets] = self._made
-        mask, self.use_picard = self._mask(resets), self._mask(self.safeguard.use_picard)
+        mask, failed = self._mask(resets), point
+        self._set_stages()
         best = self._best()
         z, fz = torch.where(mask, best.z, point.z), torch.where(mask, best.fz, point.fz)
         point = Point(z, fz, point.product, point.remaining)
-        return point, solver.restart(point, state, mask)
+        if not isinstance(self.safeguard, StagedSafeguard):
+            return point, solver.restart(point, state, mask)
+        self.scale = self._mask(self.safeguard.scale).to(self.layout.dtype) if self.safeguard.shortened else None
+        return point, solver.retreat(point, failed, state, mask, self._mask(self.safeguard.on(Stage.CAUTIOUS)))
+
+    def _set_stages(self) -> None:
+        """Bring the masks of the safeguard's stages to the device."""
+        if self.safeguard is None:
+            return
+        plain = self.safeguard.use_picard
+        self.use_picard = self._mask(plain) if self.use_picard is not None or plain.any() else None
+        newton = self.safeguard.on(Stage.NEWTON) if isinstance(self.safeguard, StagedSafeguard) else plain[:0]
+        self.use_newton = self._mask(newton) if newton.any() else None
+
+    def without_newton(self) -> None:
+        """f cannot be differentiated: the safeguard's Newton-Krylov stage is left out."""
+        if isinstance(self.safeguard, StagedSafeguard):
+            self.safeguard.without_newton()
+            self._set_stages()
 
     def compact(self) -> Tensor:
         """Turn to the running samples alone; returns their positions among the rows evaluated so far."""
         keep = np.flatnonzero(self.code[self.rows] == _RUNNING)
         self.rows = self.rows[keep]
         self.running = None
-        if self.use_picard is not None and self.safeguard is not None:
-            self.use_picard = self._mask(self.safeguard.use_picard)
+        self._set_stages()
         return to_device(keep, self.layout.device)
 
     def accept_noise(self) -> None:

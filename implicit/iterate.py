@@ -30,11 +30,15 @@ from implicit.convergence import ConvergenceMonitor, differs
 from implicit.evaluation import FlatMap, JointMap
 from implicit.options import SolveOptions
 from implicit.pytree import Flat, Layout, Map, State, map_tensors, to_device, validate_warm_start
+from implicit.safeguard import Safeguard
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver, Point
+from implicit.solvers.newton_krylov import NewtonKrylov
+from implicit.staged_safeguard import StagedSafeguard
 from implicit.stopping import Criterion, Stop
-from implicit.torch_internals import not_compiled
+from implicit.torch_internals import not_compiled, transforms_active
 
+_NEWTON = NewtonKrylov(safeguard=False)  # the steps of the safeguard's last stage
 COUPLED = (
     "f takes one sample of the batch into another (nodes of a graph as rows, batch normalization in training mode, a "
     "mean over the batch), so that samples which had converged lost it again. The whole batch was solved on as one "
@@ -164,7 +168,8 @@ def _until(
 ) -> Solution:
     """The loop with a tolerance: the host reads two norms per sample and evaluation, in one copy."""
     with _progress_callback(options, stop) as callback:
-        monitor = ConvergenceMonitor(Criterion(stop, f.layout), f.layout.pack(z0), callback, solver.patience, f.calls)
+        start = f.layout.pack(z0)
+        monitor = ConvergenceMonitor(Criterion(stop, f.layout), start, callback, _safeguard(solver, start), f.calls)
         args = f.args
         state = _run(f, monitor, solver, options)
         f.args = args
@@ -172,7 +177,7 @@ def _until(
             if options.compact:
                 options = replace(options, compact=False, state=None)
                 monitor = ConvergenceMonitor(
-                    monitor.criterion, monitor.best_z, callback, solver.patience, f.calls, monitor.trace
+                    monitor.criterion, monitor.best_z, callback, _safeguard(solver, start), f.calls, monitor.trace
                 )
                 state = _run(f, monitor, solver, options)
                 again = _must_continue(f, monitor)
@@ -189,15 +194,21 @@ def _run(f: FlatMap | JointMap, monitor: ConvergenceMonitor, solver: AbstractSol
     compactor = _Compactor(f, monitor, options) if isinstance(f, FlatMap) and options.compact else None
     point = f.evaluate(monitor.best_z)
     monitor.observe(point, f.calls, f.remaining <= 0)
-    state = _begin(solver, point, options)
+    state, newton = _begin(solver, point, options), None
+    if point.fz.requires_grad:
+        monitor.without_newton()
     while f.remaining > 0 and not monitor.done:
         # samples to leave out, and samples to reset
         if compactor is not None and monitor.has_finished_rows:
             point, state = compactor(point, state)
+            newton = None
         point, state = monitor.apply_resets(point, state, solver)
         # the next iterate, and f there
         z, tangent, state = solver.step(point, state)
-        point = f.evaluate(monitor.next_iterate(z, point, f.remaining == 1), tangent)
+        if monitor.use_newton is not None:
+            krylov, tangent, newton = _NEWTON.step(point, _NEWTON.init(point) if newton is None else newton)
+            z = torch.where(monitor.use_newton, krylov, z)
+        point = _evaluate(f, monitor.next_iterate(z, point, f.remaining == 1), tangent, monitor)
         monitor.observe(point, f.calls, f.remaining <= 0)
         del z, tangent
         if monitor.inconsistent:
@@ -256,7 +267,7 @@ def _solve_jointly(
     first = first.reshape(1, -1) if isinstance(first, np.ndarray) else first
     criterion = Criterion(stop, f.layout, rows, first)
     start = monitor.best_z.reshape(1, -1)
-    joint = ConvergenceMonitor(criterion, start, callback, solver.patience, f.calls, monitor.trace)
+    joint = ConvergenceMonitor(criterion, start, callback, _safeguard(solver, start), f.calls, monitor.trace)
     _run(JointMap(f, rows), joint, solver, SolveOptions())
     joint.close()
     best = Point(joint.best_z.reshape(rows, -1), joint.best_fz.reshape(rows, -1))
@@ -291,6 +302,29 @@ def _solution(monitor: ConvergenceMonitor, value: Flat, options: SolveOptions, s
         state=state if options.keep_state else None,
         scale=to_device(first, device, dtype) if isinstance(first, np.ndarray) else None,
     )
+
+
+def _safeguard(solver: AbstractSolver[Any], z: Flat) -> Safeguard | StagedSafeguard | None:
+    """The safeguard that the solver asks for; its Newton-Krylov stage needs derivatives that no transform takes."""
+    if not solver.patience:
+        return None
+    if not solver.has_cautious_stage:
+        return Safeguard(len(z), solver.patience)
+    guard = StagedSafeguard(len(z), solver.stall_after(z.shape[1]))
+    if transforms_active():
+        guard.without_newton()
+    return guard
+
+
+def _evaluate(f: FlatMap | JointMap, z: Flat, tangent: Flat | None, monitor: ConvergenceMonitor) -> Point:
+    """f at z with the Newton-Krylov stage's product; without it where f cannot be differentiated."""
+    if monitor.use_newton is None or tangent is None:
+        return f.evaluate(z, tangent)
+    try:
+        return f.evaluate(z, tangent)
+    except (RuntimeError, NotImplementedError, TypeError):
+        monitor.without_newton()
+        return f.evaluate(z)
 
 
 class _Compactor:

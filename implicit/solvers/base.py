@@ -63,12 +63,31 @@ class AbstractSolver(abc.ABC, Generic[S]):
         """Evaluations without progress after which the loop's safeguard (`implicit.safeguard`) acts; 0: never."""
         return 0
 
+    def stall_after(self, numbers: int) -> int:
+        """`patience` on a state of so many numbers per sample."""
+        return self.patience
+
     def restart(self, point: Point, state: S, mask: Bool[Tensor, "B 1"]) -> S:
         """The solver state with the history of the samples in `mask` cleared; they continue from `point`.
 
         Cleared histories must not keep NaN or infinity that a later product would spread.
         """
         return state
+
+    @property
+    def has_cautious_stage(self) -> bool:
+        """Whether the solver has `retreat` and so the safeguard in stages (`implicit.staged_safeguard`)."""
+        return False
+
+    def retreat(
+        self, point: Point, failed: Point, state: S, mask: Bool[Tensor, "B 1"], cautious: Bool[Tensor, "B 1"]
+    ) -> S:
+        """The state once the samples in `mask` have been reset from `failed` to `point`, their best.
+
+        `cautious` marks the samples in the safeguard's cautious stage. By default the history is lost, as it is for
+        `restart`.
+        """
+        return self.restart(point, state, mask)
 
     @abc.abstractmethod
     def step(self, point: Point, state: S) -> tuple[Flat, Flat | None, S]:

@@ -95,6 +95,11 @@ class HistoryBuffer:
         parts = [dots(block, x) for block in self.blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
+    def products(self, xs: Float[Tensor, "B P N"]) -> Float[Tensor, "B P K"]:
+        """<row_i, x> for every row and each of P vectors x, reading the rows once."""
+        parts = [torch.bmm(xs, block.mT) for block in self.blocks]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
     def clear(self, mask: Bool[Tensor, "B 1"]) -> "HistoryBuffer":
         """The history with all rows of the samples in `mask` zero."""
         cleared = mask.unsqueeze(2)

@@ -1,0 +1,156 @@
+"""The safeguard in stages: resets to the best iterate, and other steps where acceleration gains nothing.
+
+For every sample, on the host, from the residuals that the loop reads anyway:
+
+    blow-up    ||r|| > 1e4 times the smallest so far, or not finite: reset to the best iterate. The solver may use the
+               pair of the two points. After a second blow-up without a smaller residual in between, a quarter of
+               the next step is taken, then a sixteenth, and so on; a sample that is not finite `_TRIES` times in a
+               row has failed. In the Newton-Krylov stage the limit is 10 times.
+    stall      the smallest residual has not fallen to `gain` of what it was within `patience` evaluations: the next
+               stage, from the best iterate,
+
+                   accelerated -> cautious -> plain steps z' = f(z) -> Newton-Krylov steps -> accelerated ...
+
+               A stage lasts as long as it gains. A plain stage ends at once where a plain step blows up. After a
+               round of all stages, each lasts twice as long.
+
+The Newton-Krylov stage waits for the second round, or for a third blow-up; maps that cannot be differentiated skip it.
+Solvers without a cautious stage have the simpler safeguard of `implicit.safeguard`. In a solve without a tolerance no
+residual is read, and the safeguard is off.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+_BLOWN = 1e4
+_BLOWN_NEWTON = 10.0
+_SHORTER = 0.25
+_TRIES = 8
+
+
+class Stage(IntEnum):
+    """Which steps a sample takes."""
+
+    ACCELERATED = 0
+    CAUTIOUS = 1
+    PLAIN = 2
+    NEWTON = 3
+
+
+_LENGTH = {Stage.ACCELERATED: 1, Stage.CAUTIOUS: 1, Stage.PLAIN: 2, Stage.NEWTON: 2}  # in `patience`
+
+
+class StagedSafeguard:
+    """The stage of each sample, and which samples must be reset to their best iterate.
+
+    Args:
+        size: number of samples.
+        patience: evaluations that an accelerated stage may take to gain.
+        gain: the share of the residual that a stage must reach.
+    """
+
+    def __init__(self, size: int, patience: int, *, gain: float = 0.1) -> None:
+        self.gain = gain
+        self.stages = list(Stage)
+        self.patience = np.full(size, patience)
+        self.stage = np.zeros(size, dtype=np.int8)
+        self.scale = np.ones(size)  # share of the next step to take
+        self.resets = np.zeros(size, dtype=bool)
+        self.pending = False  # whether `resets` holds a sample
+        self.failures = np.zeros(size, dtype=np.int64)  # blow-ups in a row, and
+        self.broken = np.zeros(size, dtype=np.int64)  # of these, how many were not finite
+        self.failing = False
+        self.blown = np.zeros(size, dtype=np.int64)  # blow-ups in all
+        self.rounds = np.zeros(size, dtype=np.int64)
+        self.mark = np.full(size, np.inf)  # the smallest residual when the present stage began
+        self.least = np.full(size, np.inf)  # the smallest residual at the last call
+        self.begun = False
+        self.due = np.full(size, patience)
+        self.next_due = patience
+
+    def is_quiet(self, calls: int) -> bool:
+        """Whether residuals that are all the smallest so far change nothing here."""
+        return self.begun and calls < self.next_due and not self.failing
+
+    @property
+    def use_picard(self) -> np.ndarray:
+        """Which samples take plain steps."""
+        return self.on(Stage.PLAIN)
+
+    @property
+    def shortened(self) -> bool:
+        """Whether a step is to be shortened."""
+        return bool((self.scale < 1).any())
+
+    def on(self, stage: Stage) -> np.ndarray:
+        """Which samples are in `stage`."""
+        return self.stage == stage
+
+    def pop_resets(self) -> np.ndarray:
+        """Which samples must be reset; asked once."""
+        resets, self.resets, self.pending = self.resets, np.zeros_like(self.resets), False
+        return resets
+
+    def without_newton(self) -> None:
+        """f cannot be differentiated: leave that stage out."""
+        if Stage.NEWTON in self.stages:
+            self.stages.remove(Stage.NEWTON)
+        self.stage[self.stage == Stage.NEWTON] = Stage.ACCELERATED
+
+    def _schedule_reset(self, rows: np.ndarray) -> None:
+        if len(rows):
+            self.resets[rows] = self.pending = True
+
+    def allow_retry(self, rows: np.ndarray, broken: np.ndarray, best: np.ndarray) -> np.ndarray:
+        """Of the samples whose f(z) is not finite, those that may go back and try again."""
+        self.broken[rows] = np.where(broken, self.broken[rows] + 1, 0)
+        again = broken & (self.broken[rows] < _TRIES) & np.isfinite(best[rows])
+        self._fail(rows[again])
+        return again
+
+    def _fail(self, rows: np.ndarray) -> None:
+        """Reset `rows`, and shorten their next step if they failed before it."""
+        if not len(rows):
+            return
+        self.failures[rows] += 1
+        self.blown[rows] += 1
+        self.failing = True
+        self.scale[rows] = np.where(self.failures[rows] > 1, self.scale[rows] * _SHORTER, 1.0)
+        plain = rows[self.stage[rows] == Stage.PLAIN]
+        self.due[plain] = self.next_due = 0
+        self._schedule_reset(rows)
+
+    def update(self, rows: np.ndarray, r: np.ndarray, best: np.ndarray, calls: int) -> None:
+        """Take in the finite residuals r of `rows` and the smallest ones of all samples."""
+        if not self.begun:
+            self.mark, self.begun = best.copy(), True
+        limit = np.where(self.stage[rows] == Stage.NEWTON, _BLOWN_NEWTON, _BLOWN)
+        self._fail(rows[r > limit * best[rows]])
+        if self.failing:
+            better = rows[best[rows] < self.least[rows]]
+            self._schedule_reset(better[(self.scale[better] < 1) & (self.stage[better] == Stage.NEWTON)])
+            self.failures[better], self.scale[better] = 0, 1.0
+            self.failing = bool(self.failures.any())
+        self.least[rows] = best[rows]
+        if calls >= self.next_due and len(rows):
+            self._turn(rows[calls >= self.due[rows]], best, calls)
+            self.next_due = int(self.due[rows].min(initial=np.iinfo(np.int64).max))
+
+    def _turn(self, due: np.ndarray, best: np.ndarray, calls: int) -> None:
+        """The next stage for those of `due` that have not gained."""
+        stuck = due[~(best[due] <= self.gain * self.mark[due])]
+        order = np.array(self.stages)
+        place = np.searchsorted(order, self.stage[stuck]) + 1
+        # Newton-Krylov steps are dear: they wait for the second round, or for blow-ups
+        early = (order[place % len(order)] == Stage.NEWTON) & (self.rounds[stuck] == 0) & (self.blown[stuck] < 3)
+        place = place + early
+        wrapped = stuck[place >= len(order)]
+        self.patience[wrapped] *= 2
+        self.rounds[wrapped] += 1
+        self.stage[stuck] = order[place % len(order)]
+        self.scale[stuck], self.failures[stuck] = 1.0, 0
+        self._schedule_reset(stuck)
+        self.mark[due] = best[due]
+        length = np.array([_LENGTH[s] for s in Stage])[self.stage[due]]
+        self.due[due] = calls + self.patience[due] * length
