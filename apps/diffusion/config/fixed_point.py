@@ -21,6 +21,7 @@ Solver = (
     Annotated[implicit.Picard, _summary(implicit.Picard)]
     | Annotated[implicit.Anderson, _summary(implicit.Anderson)]
     | Annotated[implicit.AndersonGS, _summary(implicit.AndersonGS)]
+    | Annotated[implicit.Multisecant, _summary(implicit.Multisecant)]
     | Annotated[implicit.Broyden, _summary(implicit.Broyden)]
     | Annotated[implicit.BadBroyden, _summary(implicit.BadBroyden)]
     | Annotated[implicit.NewtonKrylov, _summary(implicit.NewtonKrylov)]

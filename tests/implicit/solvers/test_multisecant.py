@@ -1,4 +1,4 @@
-"""The default solver against closed forms and dense references, and each cause of lost solves as a count."""
+"""`Multisecant` against closed forms and dense references, and each cause of lost solves as a count."""
 
 import torch
 
