@@ -108,7 +108,8 @@ def small_folder() -> Config:
         optimizer=OptimizerConfig(images=160_000, batch=64, lr=1e-3, warmup=6_400),
         ema=EMAConfig(decay=0.99),
         grad=StochasticJFB(N=3, M=3),
-        sampling=SamplingOptions(steps=20, iterations=6, images=64),
+        sampling=SamplingOptions(steps=20, iterations=(6,)),
+        num_samples=64,
         max_time=480.0,
         out=Path("runs/folder-small"),
     )
