@@ -48,17 +48,14 @@ def not_compiled(function: Callable[..., R]) -> Callable[..., R]:
     something was compiled, and not when this package is imported.
     """
 
+    disabled: list[Callable[..., R]] = []
+
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> R:
-        return (_disabled(function) if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function, recursive=True))
+        return disabled[0](*args, **kwargs)
 
     return call
-
-
-_DISABLED: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-
-def _disabled(function: Callable[..., R]) -> Callable[..., R]:
-    if function not in _DISABLED:
-        _DISABLED[function] = torch.compiler.disable(function, recursive=True)
-    return _DISABLED[function]

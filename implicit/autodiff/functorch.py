@@ -28,6 +28,7 @@ from implicit.pytree import Layout, PerSample, State, map_tensors
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
+from implicit.torch_internals import not_compiled
 
 Pure = Callable[..., Tensor]
 
@@ -121,7 +122,7 @@ def _refuse_forward_over_forward() -> None:
         )
 
 
-@torch.compiler.disable(recursive=True)  # dynamo does not trace the modes of closure conversion
+@not_compiled  # dynamo does not trace the modes of closure conversion
 def _purify(problem: Problem, layout: Layout) -> tuple[Pure, tuple[Tensor, ...]]:
     """f as F(z, *theta): theta are the tensors in args and, by closure conversion, those that f closes over.
 
@@ -147,7 +148,7 @@ def _purify(problem: Problem, layout: Layout) -> tuple[Pure, tuple[Tensor, ...]]
         flat = FlatMap(f, _filled(args, theta[: len(given)]), layout)
         return closure_convert(flat, closed)(z, *theta[len(given) :])
 
-    uncompiled: Any = torch.compiler.disable(pure, recursive=True)
+    uncompiled: Any = not_compiled(pure)
     return uncompiled, (*given, *closed)
 
 

@@ -32,6 +32,7 @@ from implicit.autodiff.vjp import Barrier, edge, pullback, vjp
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.options import Problem
 from implicit.pytree import Flat, PerSample, State, norm
+from implicit.torch_internals import not_compiled
 
 Product: TypeAlias = Callable[[Flat], Flat]
 """v -> J^T v."""
@@ -42,7 +43,7 @@ _NEAR = 8  # nodes between a learned start and its parameter
 _ROUNDING = 1e3  # differences of that many rounding errors are those of another order of operations
 
 
-@torch.compiler.disable(recursive=True)  # dynamo does not trace the modes of closure conversion
+@not_compiled  # dynamo does not trace the modes of closure conversion
 def attach(phi: Callable[[Flat], Flat], z: Flat, solve: LinearSolve) -> tuple[Flat, Flat]:
     """(z, phi(z)): z, a fixed point of phi, as a differentiable function of all that phi closes over."""
     with torch.enable_grad():
@@ -231,7 +232,7 @@ def require_same_map(again: Flat, z: Flat, residual: PerSample, eps: float) -> N
 
 def _uncompiled(phi: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """phi without torch.compile inside: a compiled block would be compiled anew for every substitution mode."""
-    uncompiled: Any = torch.compiler.disable(phi, recursive=True)
+    uncompiled: Any = not_compiled(phi)
     return uncompiled
 
 

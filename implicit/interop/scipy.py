@@ -30,6 +30,7 @@ def root(f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(
     """
     layout = Layout.of(z0)
     packed = layout.pack(z0)
+    options = {**_difference_step(method, layout.eps), **options}
     rows, results, evals = [], [], []
     for b in range(packed.shape[0]):
         row, calls = _one(FlatMap(f, args, layout, stop.max_evals), packed[b : b + 1], method, options)
@@ -48,6 +49,15 @@ def root(f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(
         result=torch.tensor(results, dtype=torch.int8),
         evals=torch.tensor(evals),
     )
+
+
+def _difference_step(method: str, eps: float) -> dict[str, Any]:
+    """Step of finite differences for a map with rounding errors of `eps`, where scipy would take float64's."""
+    if eps < 1e-12:
+        return {}
+    if method in ("hybr", "lm"):
+        return {"eps": eps}
+    return {"jac_options": {"rdiff": eps**0.5}} if method == "krylov" else {}
 
 
 class _Spent(Exception):

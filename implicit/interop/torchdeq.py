@@ -73,8 +73,13 @@ def solve(f: Map, z0: State, *args: Any, method: str = "broyden", stop: Stop = S
     layout = Layout.of(z0)
     counted = FlatMap(f, args, layout, stop.max_evals)
     tolerance = dict(tol=stop.rtol, stop_mode="rel") if stop.rtol else dict(tol=stop.atol, stop_mode="abs")
+
+    def damped(z: Tensor, tau: float = 1.0) -> Tensor:  # simple_fixed_point_iter leaves the damping to the map
+        fz = counted(z)
+        return fz if tau == 1 else torch.lerp(z, fz, tau)
+
     with torch.no_grad():
-        value = get_solver(method)(counted, layout.pack(z0), max_iter=stop.max_evals, **tolerance, **options)[0]
+        value = get_solver(method)(damped, layout.pack(z0), max_iter=stop.max_evals, **tolerance, **options)[0]
         calls, fz = counted.calls, counted(value)
     residual = norm(fz - value)
     result = torch.where(residual <= stop.atol + stop.rtol * norm(fz), int(Result.CONVERGED), int(Result.MAX_EVALS))

@@ -1,0 +1,69 @@
+"""The public surface: types that are refused, summaries, and no import of the compiler."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import implicit
+from implicit import DEQ, Anderson, Stop, fixed_point
+from tests.helpers import each_solver, half, solve
+
+
+def test_importing_the_package_leaves_the_compiler_out():
+    code = "import sys, implicit; print('torch._dynamo' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+def test_the_version_is_that_of_the_project():
+    assert implicit.__version__.count(".") == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "given"), [("solver", "anderson"), ("grad", "jfb"), ("stop", 1e-3), ("solver", Anderson)]
+)
+def test_a_wrong_type_is_named(name, given):
+    options = {name: given}
+    with pytest.raises(Exception, match=name):  # a TypeError, where the tests do not check types before
+        fixed_point(half, torch.zeros(2, 3), **options)
+
+
+def test_a_solution_shows_how_it_ended_in_one_line():
+    shown = repr(solve(half, torch.zeros(2, 3)))
+    assert "2 CONVERGED" in shown and "\n" not in shown
+
+
+def test_a_layer_shows_its_settings():
+    shown = repr(DEQ(half))
+    assert "AndersonGS(" in shown and "IFT(" in shown and "Stop(rtol=0.0001" in shown
+
+
+def test_a_solution_in_place_of_a_tensor_is_named():
+    layer = torch.nn.Sequential(DEQ(half), torch.nn.Linear(3, 1))
+    with pytest.raises(TypeError, match="value"):
+        layer(torch.zeros(2, 3))
+    chained = torch.nn.Sequential(DEQ(half, return_value=True), torch.nn.Linear(3, 1))
+    assert chained(torch.zeros(2, 3)).shape == (2, 1)
+
+
+class OneWidth(TorchDispatchMode):
+    """A device without float64: every operator that returns such a tensor fails; a number of Python has no device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            assert not (isinstance(t, torch.Tensor) and t.ndim and t.dtype == torch.float64), func
+        return out
+
+
+@each_solver
+@pytest.mark.parametrize("stop", [Stop(), Stop(late=True), Stop(rtol=0, max_evals=9), Stop(norm="max")], ids=str)
+def test_no_solve_of_a_float32_state_makes_float64_on_the_device(solver, stop):
+    rate = torch.tensor([[0.3], [0.9], [0.5]])
+    with torch.no_grad(), OneWidth():
+        found = fixed_point(lambda z: rate * torch.tanh(z + 0.1) + 1, torch.zeros(3, 4), solver=solver, stop=stop)
+    assert torch.isfinite(found.value).all()
