@@ -56,3 +56,9 @@ def test_torchdeqs_solvers_run_as_ours_and_are_judged_alike(method):
     found = from_torchdeq.solve(p, p.z0, *p.args, method=method, stop=Stop(rtol=1e-6, atol=0, max_evals=200))
     assert (found.converged == (p.residual(found.value) <= 1e-6)).all()
     assert int(found.evals[0]) == p.calls - 1 and found.value.shape == p.z0.shape
+
+
+@pytest.mark.parametrize("method", ["hybr", "lm", "krylov"])
+def test_differences_of_float32_maps_have_a_step_that_they_can_see(method):
+    scipy = pytest.importorskip("implicit.interop.scipy")
+    assert scipy.root(lambda z: 0.5 * torch.cos(z), torch.zeros(2, 3), method=method).converged.all()
