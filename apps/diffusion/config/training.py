@@ -83,8 +83,8 @@ class NoiseSchedule:
     """
     timesteps: int = 1000
     """Number of timesteps of the schedule."""
-    prediction: Literal["v_prediction", "epsilon"] = "v_prediction"
-    """Prediction target: velocity (v) or noise (epsilon)."""
+    prediction: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
+    """Prediction target: velocity (v), noise (epsilon) or image (sample)."""
     zero_snr: bool = True
     """Rescale the betas to a signal-to-noise ratio of zero at the last timestep."""
 
@@ -100,6 +100,38 @@ class NoiseSchedule:
                 "--schedule.prediction epsilon cannot be combined with zero terminal SNR, because x_0 is undefined "
                 "(0/0) at the last timestep; use --schedule.prediction v_prediction, or --schedule.no-zero-snr."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Which timesteps training draws, and how much each counts (training/weighting.py)."""
+
+    SECTION: ClassVar[str] = "loss"
+
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of the timesteps; logit_normal (arXiv 2403.03206) draws the middle of the schedule more often."""
+    location: float = 0.0
+    """Mean of the normal distribution of logit_normal; above 0: more noise."""
+    scale: float = 1.0
+    """Standard deviation of the normal distribution of logit_normal."""
+    weighting: Literal["uniform", "min_snr"] = "uniform"
+    """Weight of a timestep: all equal, or min-SNR (arXiv 2303.09556), which is 0 at zero terminal SNR."""
+    gamma: float = 5.0
+    """Largest signal-to-noise ratio that min_snr counts."""
+
+    def __post_init__(self) -> None:
+        for name, option, value in (
+            ("location", "timesteps", "logit_normal"),
+            ("scale", "timesteps", "logit_normal"),
+            ("gamma", "weighting", "min_snr"),
+        ):
+            if getattr(self, option) != value and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"--loss.{name} needs --loss.{option} {value}; give that too, or leave it out.")
+        for name in ("scale", "gamma"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--loss.{name} must be positive and finite, got {getattr(self, name)}.")
+        if not math.isfinite(self.location):
+            raise ValueError(f"--loss.location must be finite, got {self.location}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +253,7 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
+    loss: LossConfig = field(default_factory=LossConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)

@@ -1,9 +1,9 @@
 """Training loss of a diffusion model, a pure function of the batch and of the randomness of the step.
 
-    L = mean ( model(x_t, t, y') - target )^2,      x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
+    L = mean w_t ( model(x_t, t, y') - target )^2,      x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
 
-with t uniform over all timesteps, target = v, eps or x_0 by the scheduler's `prediction_type`, and y' the label, or the
-null class where it is dropped. All timesteps have the same weight.
+with t drawn by the trainer, target = v, eps or x_0 by the scheduler's `prediction_type`, and y' the label, or the null
+class where it is dropped. w_t is 1, or the min-SNR weight of weighting.py.
 
 For a network that also predicts its variance, as rho in C further channels, the variational bound is added (Nichol &
 Dhariwal 2021, arXiv 2102.09672, equations 13 to 16):
@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from apps.diffusion.schedulers.prediction import clean_and_noise
+from apps.diffusion.training.weighting import min_snr
 from implicit import Solution
 
 
@@ -73,6 +74,7 @@ def loss(
     *,
     scheduler: DDPMScheduler,
     null_class: int | None = None,
+    gamma: float | None = None,
     **solve: Any,
 ) -> Loss:
     """The training loss of `model` on clean latents `x0` with labels `y` (None: unconditional).
@@ -81,6 +83,7 @@ def loss(
         noise: the step's randomness, on the device of `x0`.
         scheduler: noise schedule and prediction type (`noise_schedule.make_scheduler("ddpm")`).
         null_class: the label that replaces dropped ones; needed as soon as one is dropped.
+        gamma: of the min-SNR weight; None gives all timesteps the weight 1. The variational bound is never weighted.
         solve: passed on to the model: `grad`, `stop`, `solver`, `iterations`, `return_solution` of an FPDM.
 
     Raises:
@@ -98,7 +101,11 @@ def loss(
     prediction, solution = answer if isinstance(answer, tuple) else (answer, None)
     mean_part, variance_part = prediction[:, : x0.shape[1]], prediction[:, x0.shape[1] :]
     error = (mean_part.to(x0.dtype) - target(x0, noise, scheduler)).square().flatten(1).mean(1)
-    total, bound = error.mean(), None
+    weighted = error
+    if gamma is not None:
+        abar = scheduler.alphas_cumprod.to(x0.device)[noise.t]
+        weighted = error * min_snr(abar, scheduler.config["prediction_type"], gamma).to(error.dtype)
+    total, bound = weighted.mean(), None
     if variance_part.shape[1]:
         bound = variational_bound(mean_part.detach(), variance_part, x0, noisy, noise.t, scheduler)
         total, bound = total + bound.mean(), bound.detach()

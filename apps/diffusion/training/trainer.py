@@ -39,6 +39,7 @@ from apps.diffusion.training import distributed, loss
 from apps.diffusion.training.loss import TrainingNoise
 from apps.diffusion.training.metric_logger import StepMetrics, tracker
 from apps.diffusion.training.optimizer import AveragedWeights, adamw, learning_rate, step_if_finite
+from apps.diffusion.training.weighting import quantile
 
 LOG_EVERY = 25  # steps between two readings of the device, at most
 PATIENCE = 50  # steps in a row without a finite gradient after which training is aborted
@@ -184,7 +185,14 @@ class Trainer:
     def _loss(self, x: Tensor, y: Tensor | None, noise: TrainingNoise) -> loss.Loss:
         with self.accelerator.autocast():
             return loss.loss(
-                self.model, x, y, noise, scheduler=self.scheduler, null_class=self.null_class, **self._solve()
+                self.model,
+                x,
+                y,
+                noise,
+                scheduler=self.scheduler,
+                null_class=self.null_class,
+                gamma=self.config.loss.gamma if self.config.loss.weighting == "min_snr" else None,
+                **self._solve(),
             )
 
     def _batch(self) -> tuple[Tensor, Tensor | None, TrainingNoise]:
@@ -199,9 +207,10 @@ class Trainer:
             pin = device.type == "cuda"
             self._batches = training_batches(self.images, sampler, workers=workers, pin_memory=pin)
         x, y, noise, level, dropout = (value.to(device, non_blocking=True) for value in next(self._batches))
-        # one timestep from each of `size` equal parts of 0..T-1: uniform, with less variance
+        # one timestep from each of `size` equally probable parts of 0..T-1: the distribution, with less variance
         own = torch.arange(sampler.part.start, sampler.part.stop, device=device)
-        t = ((own + level) / size * config.schedule.timesteps).long()
+        share = quantile((own + level) / size, config.loss.timesteps, config.loss.location, config.loss.scale)
+        t = (share * config.schedule.timesteps).long()
         dropped = dropout < config.optimizer.label_dropout
         return x, y if self.images.num_classes else None, TrainingNoise(noise=noise, t=t, dropped=dropped)
 
