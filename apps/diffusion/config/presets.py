@@ -64,7 +64,7 @@ def mnist() -> Config:
         optimizer=OptimizerConfig(images=1_000_000, batch=64, lr=2e-3, warmup=12_800),
         ema=EMAConfig(decay=0.999),
         grad=StochasticJFB(N=2, M=2),
-        sampling=SamplingOptions(sampler="ddim", steps=20, iterations=(5,), guidance=3.0),
+        sampling=SamplingOptions(sampler="ddpm", steps=20, iterations=(5,), guidance=2.0),
         num_samples=500,
         max_time=3600.0,
         threads=1,
