@@ -20,6 +20,7 @@ from typing import Annotated
 import tyro
 
 from apps.diffusion.cli import run_command
+from apps.diffusion.config.fixed_point import REGISTRY
 from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.config.training import Config
 from apps.diffusion.files.atomic import exclusive
@@ -115,7 +116,7 @@ def _parse(argv: Sequence[str], default: Config) -> tuple[Config, bool]:
     )
     options = (tyro.conf.CascadeSubcommandArgs,)
     prog = "python -m apps.diffusion.train"
-    config, resume = tyro.cli(command, args=argv, prog=prog, description=text, config=options)
+    config, resume = tyro.cli(command, args=argv, prog=prog, description=text, config=options, registry=REGISTRY)
     unused = [name for name in _FPDM_ONLY if attrgetter(name)(config) != attrgetter(name)(default)]
     if config.model.kind == "dit" and unused:
         raise ValueError(

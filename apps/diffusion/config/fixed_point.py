@@ -38,6 +38,31 @@ Grad = (
 )
 
 
+_BY_NAME = {
+    "picard": implicit.Picard,
+    "anderson": implicit.Anderson,
+    "anderson-gs": implicit.AndersonGS,
+    "broyden": implicit.Broyden,
+    "newton-krylov": implicit.NewtonKrylov,
+}
+REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _any_solver(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """A field of any solver, such as that of IFT's linear problem, is given by a name, with the default options."""
+    if info.type is not implicit.AbstractSolver and info.type_origin is not implicit.AbstractSolver:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{" + ",".join(_BY_NAME) + "}",
+        instance_from_str=lambda words: _BY_NAME[words[0]](),
+        is_instance=lambda value: isinstance(value, implicit.AbstractSolver),
+        str_from_instance=lambda value: [n for n, kind in _BY_NAME.items() if kind is type(value)],
+        choices=tuple(_BY_NAME),
+    )
+
+
 def check_pair(grad: implicit.AbstractGrad, solver: implicit.AbstractSolver[Any]) -> None:
     """Raises ValueError where an estimator cannot work with a solver, or would ignore it."""
     own, base = type(solver), implicit.AbstractSolver
