@@ -144,7 +144,7 @@ def _walk(root: Path, loops: list[str]) -> Iterator[tuple[Path, list[str]]]:
         here = Path(os.path.realpath(folder))
         names = []
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 names.append(entry.name)
                 continue
             target = os.path.realpath(entry.path)
@@ -153,6 +153,14 @@ def _walk(root: Path, loops: list[str]) -> Iterator[tuple[Path, list[str]]]:
             elif not entry.name.startswith("."):
                 pending.append((folder / entry.name, above | {target}))
         yield folder, names
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder or a link to one; links that lead in a circle are none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def attempt(listed: Listing, size: Size, least: int, i: int, channels: int = 3) -> np.ndarray | Skipped:
@@ -263,6 +271,10 @@ class ImageFolderDataset:
         said = self.listed.remarks()
         if self.skipped:
             said.append(skipped_text(self.skipped, len(self.listed.files)))
+            left = set(self.listed.labels) - set(self.y.tolist())
+            lost = [name for i, name in enumerate(self.classes) if i in left]
+            if lost:
+                said.append(f"{len(lost)} classes have no usable image and keep their numbers: {_first(lost)}.")
         return said
 
     def _read(self, i: int) -> np.ndarray:

@@ -72,6 +72,7 @@ def read(path: Path, size: Size | None, least: int = 1, channels: int = 3) -> np
     Raises:
         Unusable: it cannot be decoded, it is too small, or its range of values is unknown.
     """
+    _check_regular(path)
     try:
         with Image.open(path) as file:
             _check_side(file, least)
@@ -92,6 +93,7 @@ def header(path: Path, least: int) -> int:
     Raises:
         Unusable: no decoder knows the file, or it is too small.
     """
+    _check_regular(path)
     try:
         with Image.open(path) as file:
             _check_side(file, least)
@@ -105,7 +107,11 @@ def header(path: Path, least: int) -> int:
 def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
     """The image with mode L (1 channel) or RGB (3 channels), as viewers show it (steps 1 to 5)."""
     profile, kind = image.info.get("icc_profile"), image.format
+    deep = image.mode == "RGB" and any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     image = _eight_bits(_upright(image), kind)
+    if deep and isinstance(transparent := image.info.get("transparency"), tuple):
+        # PNG: one color in 16 bits is transparent, and Pillow keeps the upper 8 bits of each pixel
+        image.info["transparency"] = tuple(level >> 8 for level in transparent)
     image = _without_palette(image)
     image = _to_srgb(image, profile)
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
@@ -115,12 +121,21 @@ def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
+def _check_regular(path: Path) -> None:
+    """Refuse what is no regular file: opening a named pipe would wait for a writer."""
+    if not path.is_file():
+        raise Unusable("unreadable: a link to no file, or not a regular file")
+
+
 def _check_side(file: Image.Image, least: int) -> None:
     if min(file.size) < least:
         raise Unusable(f"too small: {file.width} x {file.height}, less than {least} on a side")
 
 
 def _is_gray(image: Image.Image) -> bool:
+    if image.mode in ("P", "PA"):
+        colors = np.array(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)
+        return bool((colors == colors[:, :1]).all())
     return image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
 
 

@@ -1,5 +1,9 @@
 """A folder of images: cropped as ADM does, classes by name, pairs by index, bad files named and left out."""
 
+import os
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -228,3 +232,45 @@ def test_images_beyond_the_memory_are_read_when_they_are_asked_for(tmp_path):
     pf.truncate(file)
     with pytest.raises(ValueError, match=file.name):
         read[4]
+
+
+def test_links_in_a_circle_and_named_pipes_are_left_out_by_name(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("L", (8, 8), 9).save(tmp_path / "a" / "good.png")
+    (tmp_path / "a" / "one.png").symlink_to("two.png")
+    (tmp_path / "a" / "two.png").symlink_to("one.png")
+    os.mkfifo(tmp_path / "a" / "pipe.png")  # opening it would wait forever
+    data = ImageFolderDataset(tmp_path, 8)
+    assert data.files == ("a/good.png",)
+    assert [skipped.file for skipped in data.skipped] == ["a/one.png", "a/pipe.png", "a/two.png"]
+
+
+def test_a_class_whose_images_are_all_damaged_is_named(tmp_path):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8), 9).save(tmp_path / name / "x.png")
+    (tmp_path / "b" / "x.png").write_bytes(b"damaged")
+    data = ImageFolderDataset(tmp_path, 8)
+    assert data.y.tolist() == [0, 2] and data.classes == ("a", "b", "c")
+    assert any("no usable image" in remark and remark.endswith(": b.") for remark in data.remarks())
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png"])
+def test_a_palette_of_grays_is_gray(tmp_path, suffix):
+    ramp = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 4)
+    ramp.convert("RGB").quantize(64).save(tmp_path / f"gray.{suffix}")
+    assert ImageFolderDataset(tmp_path, 8).shape[0] == 1
+    Image.new("RGB", (8, 8), (200, 40, 60)).quantize(4).save(tmp_path / f"red.{suffix}")
+    assert ImageFolderDataset(tmp_path, 8).shape[0] == 3
+
+
+def test_a_transparent_color_of_a_png_in_16_bits(tmp_path):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    color, other = struct.pack(">HHH", 40000, 10000, 0), struct.pack(">HHH", 10000, 40000, 0)
+    head = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    parts = [(b"IHDR", head), (b"tRNS", color), (b"IDAT", zlib.compress(b"\0" + color + other)), (b"IEND", b"")]
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+    found = preprocessing.read(tmp_path / "x.png", None)
+    assert found[:, 0].T.tolist() == [[255, 255, 255], [10000 >> 8, 40000 >> 8, 0]]

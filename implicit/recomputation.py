@@ -1,0 +1,59 @@
+"""Evaluation of a function again in the backward pass, with a test that it is the same function as before.
+
+Setting: a checkpoint runs a function a second time. Of the first run every tensor x of the result is recorded by two
+numbers, ||x|| and w^T x with w_i = cos(i^2), in each row; the second run has to give the same ones up to rounding. The
+norm alone does not tell rows apart that a normalization layer has made.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit.pytree import map_tensors
+
+CHANGED = (
+    "f is another map in the backward pass than in the forward pass: evaluated again at the solution, it gives another "
+    "value. Something that f reads has changed since the solve: a loop variable of a lambda, an attribute of a module, "
+    "a buffer, or a weight that was written in place. Pass it to fixed_point through `args`, or bind it when f is made "
+    "(lambda z, x=x: ...)."
+)
+_ROUNDING = 1e3  # eps ||x|| by which two values of one function may differ
+
+
+class SameValue:
+    """A function that may be run twice and refuses to give another value the second time."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.recorded: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, *args: Any) -> Any:
+        """The value of the function.
+
+        Raises:
+            RuntimeError: it is not the value of the first run.
+        """
+        out = self.function(*args)
+        now: list[tuple[Tensor, Tensor]] = []
+        with torch.no_grad():
+            map_tensors(lambda t: (now.append(_summary(t)), t)[1], out)
+            for (size, product), (size_now, product_now) in zip(self.recorded, now, strict=False):
+                allowed = _ROUNDING * torch.finfo(size.dtype).eps * size
+                off = torch.maximum((size_now - size).abs(), (product_now - product).abs())
+                if bool((off > allowed).any()):
+                    raise RuntimeError(CHANGED)
+        self.recorded = self.recorded or now
+        return out
+
+
+def _summary(t: Tensor) -> tuple[Tensor, Tensor]:
+    """(||x||, w^T x) of every row x; zeros for what is no floating-point number."""
+    t = t.detach()
+    if not (t.is_floating_point() or t.is_complex()):
+        return torch.zeros(1, device=t.device), torch.zeros(1, device=t.device)
+    t = torch.view_as_real(t) if t.is_complex() else t
+    rows = t.reshape(len(t), -1) if t.ndim > 1 else t.reshape(1, -1)
+    w = torch.arange(rows.shape[1], dtype=torch.float32, device=t.device).square().cos().to(t.dtype)
+    return torch.linalg.vector_norm(rows, dim=1), rows @ w
