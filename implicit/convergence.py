@@ -408,7 +408,7 @@ def differs(criterion: Criterion, a: Flat, b: Flat) -> bool:
 def _fetch(criterion: Criterion, point: Point) -> tuple[tuple[Tensor, Tensor], "torch.cuda.Event | None"]:
     """The norms of f(z) - z and f(z) on their way to the host, and the event that says that they are there."""
     r, fz = point.r, point.fz
-    if fz.requires_grad:
+    if r.requires_grad or fz.requires_grad:
         r, fz = r.detach(), fz.detach()
     sizes = criterion.measure(r), criterion.measure(fz)
     if fz.device.type == "cpu":

@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from implicit.convergence import ConvergenceMonitor, differs
 from implicit.evaluation import FlatMap, JointMap
 from implicit.options import SolveOptions
 from implicit.pytree import Flat, Layout, Map, State, map_tensors, to_device, validate_warm_start
+from implicit.recomputation import SameValue
 from implicit.safeguard import Safeguard
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver, Point
@@ -103,10 +104,11 @@ def _count(
         point, alive = _next(f, z, tangent, point, alive)
         del z, tangent  # the point has a copy
     while f.remaining > 0:
-        run = partial(_segment, f, solver, min(f.remaining, segment), f.calls)
-        z, fz, product, alive, state, f.calls = checkpoint(
-            run, point.z, point.fz, point.product, alive, state, use_reentrant=False
-        )
+        run = SameValue(partial(_segment, f, solver, min(f.remaining, segment), f.calls), parts=2)
+        with set_checkpoint_early_stop(False):  # the values are compared
+            z, fz, product, alive, state, f.calls = checkpoint(
+                run, point.z, point.fz, point.product, alive, state, use_reentrant=False
+            )
         point = Point(z, fz, product, f.remaining)
     value = torch.where(began, point.fz, point.z)
     with torch.no_grad():
@@ -286,7 +288,14 @@ def _image(f: FlatMap, monitor: ConvergenceMonitor) -> Flat:
         return monitor.best_fz
     monitor.residual[lost] = before[lost]
     mask = to_device(lost, f.layout.device).unsqueeze(1)
-    return torch.where(mask, monitor.best_z, monitor.best_fz)
+    value = torch.where(mask, monitor.best_z, monitor.best_fz)
+    # f may take one sample into another, so that z beside f(z) is a value of its own
+    with torch.no_grad():
+        point = f.evaluate(value.detach())
+    if not len(monitor.verify(point)):
+        return value
+    monitor.residual = before
+    return monitor.best_z
 
 
 def _solution(monitor: ConvergenceMonitor, value: Flat, options: SolveOptions, state: Any) -> Solution:

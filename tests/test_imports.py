@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 CORE = (
     ("solution", "stopping", "options", "pytree", "torch_internals"),
     ("solvers", "linear.arnoldi", "linear.hessenberg"),
-    ("evaluation", "safeguard", "staged_safeguard", "convergence"),
+    ("evaluation", "recomputation", "safeguard", "staged_safeguard", "convergence"),
     ("iterate",),
     ("linear",),
     ("autodiff",),

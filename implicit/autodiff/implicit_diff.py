@@ -236,12 +236,6 @@ def _uncompiled(phi: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return uncompiled
 
 
-CHANGED = (
-    "f is another map in the backward pass than in the forward pass: evaluated again at the solution, it gives another "
-    "value. Something that f reads has changed since the solve: a loop variable of a lambda, an attribute of a module, "
-    "a buffer, or a weight that was written in place. Pass it to fixed_point through `args`, or bind it when f is made "
-    "(lambda z, x=x: ...)."
-)
 _UNTRACED = (
     "Second derivatives through IFT need every tensor that f closes over, and one is used where it is not visible (in "
     "another thread, or in a custom operator): pass it to fixed_point through `args`."

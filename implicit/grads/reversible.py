@@ -22,11 +22,11 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.batched import is_batched
 from implicit.autodiff.functorch import refuse_transforms
-from implicit.autodiff.implicit_diff import CHANGED
 from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Flat, Layout, norm
+from implicit.recomputation import CHANGED
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop

@@ -5,16 +5,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from implicit.autodiff.closure_convert import tensors
 from implicit.autodiff.failed_samples import failed, without
-from implicit.autodiff.implicit_diff import CHANGED
 from implicit.grads.base import AbstractGrad
 from implicit.iterate import iterate
 from implicit.options import Problem, SolveOptions
-from implicit.pytree import Layout, Map, State, leaves
+from implicit.pytree import Layout, Map, State
+from implicit.recomputation import SameValue
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
@@ -103,17 +102,5 @@ class Unrolled(AbstractGrad):
 
 def _checkpointed(f: Map, z: State, *args: Any) -> State:
     """f(z, *args) in a checkpoint, which refuses another value in the backward pass."""
-    sizes: list[Tensor] = []
-
-    def evaluate(z: State, *args: Any) -> State:
-        out = f(z, *args)
-        with torch.no_grad():
-            now = [torch.linalg.vector_norm(t) for t in leaves(out)]
-            for before, size, t in zip(sizes, now, leaves(out), strict=False):
-                if bool((size - before).abs() > 1e3 * torch.finfo(t.dtype).eps * before):
-                    raise RuntimeError(CHANGED)
-            sizes[:] = now
-        return out
-
     with set_checkpoint_early_stop(False):  # the value is compared
-        return checkpoint(evaluate, z, *args, use_reentrant=False)
+        return checkpoint(SameValue(f), z, *args, use_reentrant=False)

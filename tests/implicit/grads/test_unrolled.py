@@ -1,5 +1,6 @@
 """Unrolled, plain and checkpointed, against a loop written by hand."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -141,3 +142,38 @@ def test_second_derivatives_of_a_solve_that_goes_on_after_it_has_arrived(solver)
         return torch.autograd.grad(g.square().sum(), w)[0]
 
     torch.testing.assert_close(derivatives(solver, 16), derivatives(Picard(), 60), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpoint", [True, 1, 3, 20])
+@pytest.mark.parametrize("change", ["loop variable", "buffer"])
+@pytest.mark.parametrize("last", [torch.tanh, lambda z: torch.nn.functional.layer_norm(z, z.shape[1:])])
+def test_checkpoints_refuse_a_map_that_has_changed(checkpoint, change, last):
+    weight = torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / 5
+    weight.requires_grad_()
+    contexts = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    stop, buffer, total = Stop(rtol=0, atol=0, max_evals=10), contexts[0].clone(), 0.0
+    for context in contexts:
+        buffer.copy_(context)
+        f = lambda z: last(z @ weight + (buffer if change == "buffer" else context))  # noqa: B023, E731
+        z = fixed_point(f, torch.zeros(3, 5, dtype=torch.float64), grad=Unrolled(checkpoint=checkpoint), stop=stop)
+        total = total + z.value.pow(3).sum()
+    with pytest.raises(RuntimeError, match="another map"):
+        total.backward()
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("budget", range(2, 14))
+def test_claims_of_coupled_rows_hold_for_the_value(checkpoint, budget):
+    weight = torch.tensor(0.5, requires_grad=True)
+    source = torch.zeros(12, 2)
+    source[0] = 1
+    f = lambda z: weight * torch.cat([torch.zeros(1, 2), z[:-1]]) + source  # noqa: E731
+    stop = Stop(rtol=1e-6, max_evals=budget)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # f couples the rows
+        solution = fixed_point(f, torch.zeros(12, 2), grad=Unrolled(checkpoint=checkpoint), stop=stop)
+    with torch.no_grad():
+        image = f(solution.value)
+    residual = (image - solution.value).norm(dim=1)
+    torch.testing.assert_close(solution.residual, residual)
+    assert (residual <= 1e-6 * image.norm(dim=1) + 1e-12)[solution.result == 0].all()
