@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,6 +34,10 @@ def test_example_runs(block, tmp_path, monkeypatch):
     if "runs/digits" in block:
         (tmp_path / "runs" / "digits").mkdir(parents=True)
         barely_train(tmp_path / "runs" / "digits")
+    if '"images"' in block:
+        (tmp_path / "images" / "a").mkdir(parents=True)
+        for i in range(64):
+            Image.new("RGB", (40, 40), (4 * i, 0, 0)).save(tmp_path / "images" / "a" / f"{i}.png")
     exec(compile(block, "example", "exec"), {"__name__": "example"})
 
 
