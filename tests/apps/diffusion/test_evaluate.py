@@ -235,7 +235,7 @@ def arrange(what, folder, root) -> list[str]:
         ("sizes", "crop them all with --size"),
         ("large", "choose --features inception"),
         ("cut", "00001.png cannot be read"),
-        ("classes", "digits have the classes 0 to 9"),
+        ("classes", "classes 0 to 9"),
         ("latents", "give the pictures that they were made from"),
         ("archive", "pictures are uint8"),
         ("column", "arr_1, are int64 (3, 1), not integers"),
