@@ -101,8 +101,8 @@ class _FixedPoint(torch.autograd.Function):
         # u = g + J^T u, with products out of the graph of y
         product = pullback(ctx.y, ctx.x)
         if ctx.hooked:
-            constants = [t.detach() for t in theta]
-            product = _evaluated_again(lambda x: ctx.phi(x, *constants), value, residual, ctx.solve.eps)
+            # theta keeps requires_grad: a checkpoint inside f counts the tensors that its two evaluations save
+            product = _evaluated_again(lambda x: ctx.phi(x, *theta), value, residual, ctx.solve.eps)
         u = ctx.solve(product, g)
         if not torch.is_grad_enabled():
             return (u, *[None] * (6 + len(theta)))

@@ -196,9 +196,7 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     bad = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise ValueError(
-            f"{path} holds NaN or infinity in {', '.join(bad[:3])}{more}; fetch or train it again."
-        )
+        raise ValueError(f"{path} holds NaN or infinity in {', '.join(bad[:3])}{more}; fetch or train it again.")
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:

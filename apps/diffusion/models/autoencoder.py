@@ -66,7 +66,7 @@ def open_decoder(index: Mapping[str, Any], name: str | None = None, device: str 
     if digests(vae)["weights_sha256"] != made_by["weights_sha256"]:
         raise ValueError(
             f"The VAE {told} has other weights than the encoder of these latents, {made_by['name']}; give that one "
-            "with --data.vae."
+            "(--data.vae of train, --vae of sample, vae= of the pipeline)."
         )
     return vae
 

@@ -3,8 +3,6 @@
 import argparse
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -230,7 +228,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"ema": pub.drawn(pub.dit_shapes()), "args": Runs()}, tmp_path / "a.pt")
     assert call(tmp_path / "a.pt", tmp_path / "out", *HEADS) == 2
-    assert "executed, which is refused" in capsys.readouterr().err
+    assert "posix.mkdir" in capsys.readouterr().err
     assert not Path("executed").exists()
 
 
@@ -290,16 +288,6 @@ def test_a_training_run_to_the_published_layout(tmp_path, kind):
     assert call(tmp_path / "out0" / "model.pt", tmp_path / "again", "--heads", "2") == 0
 
 
-def test_help_is_quick():
-    code = (
-        "import sys; from apps.diffusion import convert\n"
-        "try: convert.main(['--help'])\n"
-        "except SystemExit: print('torch' in sys.modules or 'diffusers' in sys.modules)"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip().endswith("False")
-
-
 @pytest.mark.parametrize(("shapes", "layout"), [(pub.dit_shapes(), "dit"), (pub.fpdm_shapes(), "fpdm")])
 def test_what_it_wrote_in_a_published_layout_is_read_again(tmp_path, capsys, shapes, layout):
     weights = pub.drawn(shapes)
@@ -311,7 +299,7 @@ def test_what_it_wrote_in_a_published_layout_is_read_again(tmp_path, capsys, sha
     for source in ("there", "back"):
         for options in (HEADS, ["--condition-on-time"], ["--input-size", "8", "8"], ["--weights", "ema"]):
             assert call(tmp_path / source, tmp_path / "other", *options) == 2
-            assert "says itself what" in capsys.readouterr().err
+            assert "leave it out" in capsys.readouterr().err
     (tmp_path / "there" / "conversion.json").write_text("[]")
     assert call(tmp_path / "there", tmp_path / "other") == 2
     assert "conversion.json is damaged" in capsys.readouterr().err and not (tmp_path / "other").exists()
