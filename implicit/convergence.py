@@ -248,7 +248,7 @@ class ConvergenceMonitor:
         """(residual, size, tolerance); norms whose squares may be out of range are taken again, scaled."""
         r, s = _array(sizes[0]), _array(sizes[1])
         unsafe = self.criterion.unsafe(r, s)
-        unsafe[held] = False  # known already
+        unsafe[held & (r == 0) & (self.residual[rows] == 0)] = False  # known already
         if unsafe.any():
             with torch.no_grad():
                 again = [to_host(self.criterion.measure(x, scaled=True)) for x in (point.r.detach(), point.fz.detach())]

@@ -16,7 +16,7 @@ from implicit.autodiff.functorch import active
 from implicit.autodiff.implicit_diff import warn_learned_start
 from implicit.evaluation import FlatMap
 from implicit.options import Problem, SolveOptions
-from implicit.pytree import Flat, Layout, PerSample, norm
+from implicit.pytree import Flat, Layout, PerSample, scaled_norm
 from implicit.solution import Result, Solution
 from implicit.stopping import Stop
 
@@ -53,7 +53,7 @@ def _steps(problem: Problem, layout: Layout, z: Flat, steps: int, damping: float
     for _ in range(steps):
         fz = flat(z)
         with torch.no_grad():
-            residual = norm(fz - z)
+            residual = scaled_norm(fz - z)
         z = torch.lerp(fz, z, damping) if damping else fz
     return z, residual
 

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from implicit import JFB, Picard, Result, Stop, Unrolled, fixed_point
+from implicit import IFT, JFB, AndersonGS, Picard, Result, Stop, Unrolled, fixed_point
 from tests.helpers import F64, each_solver, solve
 
 TIGHT = Stop(rtol=1e-6, max_evals=300)
@@ -240,3 +240,20 @@ def test_mates_change_no_bit_at_one_batch_size(solver, dtype):
         found = solve(f, torch.zeros_like(x), y, solver=solver, stop=stop)
         assert torch.equal(found.value[1::2], plain.value[1::2]) and torch.equal(found.evals[1::2], plain.evals[1::2])
         assert torch.equal(found.residual[1::2], plain.residual[1::2])
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-22, 1e-24, 1e-36])
+@pytest.mark.parametrize("solver", [Picard(), AndersonGS()])
+@pytest.mark.parametrize("grad", [IFT(), JFB(3)])
+@pytest.mark.parametrize("stop", [Stop(rtol=1e-4, max_evals=20), Stop(rtol=0, atol=0, max_evals=20)])
+def test_claims_where_squares_underflow(scale, solver, grad, stop):
+    b = scale * torch.arange(1.0, 8.0)[None]
+    b.requires_grad_()
+    solution = fixed_point(lambda z: b - z, torch.zeros(1, 7), solver=solver, grad=grad, stop=stop)
+    value = solution.value.detach().double()
+    off = (b.detach().double() - 2 * value).norm()
+    assert solution.result.item() != Result.NONDETERMINISTIC
+    if solution.result.item() == Result.CONVERGED:
+        assert off <= max(2 * stop.rtol, 1e-6) * b.detach().double().norm()
+    elif stop.has_tolerance:
+        assert solution.residual.item() == pytest.approx(off.item(), rel=1e-4)
