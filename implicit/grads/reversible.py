@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -25,11 +26,11 @@ from implicit.autodiff.functorch import refuse_transforms
 from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
 from implicit.options import Problem, SolveOptions
-from implicit.pytree import Flat, Layout, norm
+from implicit.pytree import Flat, Layout, norm, to_device, to_host
 from implicit.recomputation import CHANGED
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
-from implicit.stopping import Stop
+from implicit.stopping import Criterion, Stop
 
 _RUNNING = -1
 _FAR = 1e4  # relative; a way back that misses by more says nothing of when it was lost
@@ -44,8 +45,8 @@ class Reversible(AbstractGrad):
     Drops nothing: the gradient of the iteration as it was run, converged or not, the starting state included; at
     convergence it is that of the fixed point. It is an iteration of its own, so the `solver` plays no part; a sample
     stops by `Stop` at its own step. Memory: three states in float64, whatever the number of steps, and two more for
-    every `anchor` steps. Cost: two evaluations a step forward; two evaluations and two vector-Jacobian products a step
-    backward.
+    every `anchor` steps. Cost: two evaluations a step forward, and with a tolerance one at the value
+    returned, which tests its residual and claim; two evaluations and two vector-Jacobian products a step backward.
 
     The inverse is exact on paper. In floating point, going back a step multiplies an error by up to (1 - beta)^-2, and
     float64 carries some 26 steps at beta = 0.5 and 11 at 0.8. Earlier steps, reached last, hardly matter where the
@@ -105,7 +106,7 @@ class Reversible(AbstractGrad):
             value=layout.unpack(value),
             residual=run.residual,
             result=run.result,
-            evals=1 + 2 * run.steps,
+            evals=1 + 2 * run.steps + run.verified,
             trace=torch.stack(run.trace) if options.trace else None,
         )
 
@@ -124,6 +125,8 @@ class _Run:
     def __init__(self, flat: FlatMap, start: Flat, grad: Reversible, stop: Stop) -> None:
         self.flat, self.grad, self.stop = flat, grad, stop
         self.start, self.narrow = start, start.dtype
+        self.criterion = Criterion(stop, flat.layout)
+        self.verified = 0  # evaluations at the value returned
         self.steps = torch.zeros(start.shape[0], dtype=torch.int64, device=start.device)
         self.result = torch.full_like(self.steps, _RUNNING, dtype=torch.int8)
         self.trace: list[Tensor] = []
@@ -160,20 +163,45 @@ class _Run:
             self._judge(fz, z, trace)
         self.result = torch.where(self.result == _RUNNING, int(Result.MAX_EVALS), self.result)
         value = torch.where(torch.isfinite(norm(fz)).unsqueeze(1), fz, self.start.detach())
+        self._verify(value)
         if f_node.requires_grad:
             value = _End.apply(f_node, value, y, z, self.start.detach(), self, *self.anchors)
         del self.start, self.anchors  # saved for the backward pass, if there is one
         return value
 
     def _judge(self, fz: Flat, z: Flat, trace: bool) -> None:
-        size = norm(fz)
-        self.residual = norm(fz - z.to(fz.dtype))
+        size, small = norm(fz), self._meets_tolerance(fz, z)
         running = self.result == _RUNNING
         if trace:
             self.trace.append(torch.where(running, self.residual, torch.nan))
-        small = self.residual <= self.stop.atol + self.stop.rtol * size
         self.result = torch.where(running & small & torch.isfinite(size), int(Result.CONVERGED), self.result)
         self.result = torch.where(running & ~torch.isfinite(size), int(Result.NONFINITE), self.result)
+
+    def _meets_tolerance(self, fz: Flat, z: Flat) -> Tensor:
+        """(B,) whether the criterion of `Stop` holds at z; sets `residual`."""
+        r, criterion = fz - z.to(fz.dtype), self.criterion
+        if not self.stop.has_tolerance:
+            sizes = criterion.measure(r, scaled=True)
+            self.residual = sizes if sizes.ndim == 1 else sizes.amax(dim=1)
+            return (r == 0).all(dim=1)
+        r_size, s_size = (to_host(criterion.measure(x, scaled=True)) for x in (r, fz))
+        if not isinstance(criterion.first, np.ndarray):
+            criterion.first = np.where(np.isfinite(s_size), s_size, 0.0)
+        residual, _, tolerance = criterion.compare(r_size, s_size, criterion.first)
+        self.residual = to_device(residual, fz.device, fz.dtype)
+        return to_device(residual <= tolerance, fz.device)
+
+    def _verify(self, value: Flat) -> None:
+        """Residual and claims of convergence at f(z_n), which is returned, by one evaluation more."""
+        if not self.stop.has_tolerance:
+            return
+        before = self.residual
+        with torch.no_grad():
+            small = self._meets_tolerance(self.flat(value), value)
+        self.residual = torch.where(torch.isfinite(self.residual), self.residual, before)
+        lost = (self.result == int(Result.CONVERGED)) & ~small
+        self.result = torch.where(lost, int(Result.MAX_EVALS), self.result)
+        self.verified = 1
 
     def _evaluate(self, index: int, at: Float[Tensor, "B N"]) -> Flat:
         if not torch.is_grad_enabled():

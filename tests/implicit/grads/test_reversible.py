@@ -138,3 +138,26 @@ def test_refusals():
     z = fixed_point(f, torch.zeros_like(x), x.requires_grad_(), grad=Reversible()).value
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         torch.autograd.grad(z.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("norm", ["euclidean", "rms", "max"])
+@pytest.mark.parametrize("budget", [5, 9, 200])
+def test_claims_hold_for_the_value(norm, budget):
+    source = torch.zeros(12, 2)
+    source[0] = 1
+    maps = (
+        lambda z: 0.5 * torch.cat([torch.zeros(1, 2), z[:-1]]) + source,  # f takes each row into the next one
+        lambda z: torch.cos(2 * z) + torch.arange(12.0).unsqueeze(1),
+        lambda z: 1e-24 * torch.ones(12, 2) - z,  # squares underflow
+    )
+    ord = torch.inf if norm == "max" else 2
+    scale = 2**-0.5 if norm == "rms" else 1.0
+    for f in maps:
+        stop = Stop(rtol=1e-5, max_evals=budget, norm=norm)
+        solution = fixed_point(f, torch.zeros(12, 2), grad=Reversible(), stop=stop)
+        z, fz = solution.value.double(), f(solution.value).double()
+        residual, size = (scale * torch.linalg.vector_norm(x, ord=ord, dim=1) for x in (fz - z, fz))
+        torch.testing.assert_close(solution.residual.double(), residual, rtol=1e-3, atol=0)
+        first = scale * torch.linalg.vector_norm(f(torch.zeros(12, 2)).double(), ord=ord, dim=1)
+        allowed = 1e-5 * torch.maximum(size, torch.finfo(torch.float32).eps ** 0.5 * first)
+        assert (residual <= 1.001 * allowed)[solution.result == 0].all()
