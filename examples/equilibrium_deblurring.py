@@ -17,7 +17,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from implicit import DEQ, IFT, Picard, Stop, Unrolled, fixed_point
+from implicit import DEQ, IFT, AndersonGS, Picard, Stop, Unrolled, fixed_point
 from implicit.diagnostics import jacobian_penalty
 
 DEPTHS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[float]]:
     curves, images = {}, {"true": x_test, "blurred": y_test}
     for name, (grad, stop, penalty) in kinds.items():
         torch.manual_seed(args.seed)
-        solver = Picard() if name == "unrolled twin" else None
+        solver = Picard() if name == "unrolled twin" else AndersonGS()
         deq = DEQ(Reconstruction(blur), solver=solver, grad=grad, stop=stop, eval_stop=Stop(rtol=1e-4, max_evals=200))
         train(deq, x[:1500], y[:1500], args.steps, penalty, args.seed)
         curves[name] = by_depth(deq, x_test, y_test)

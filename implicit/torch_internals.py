@@ -55,7 +55,8 @@ def not_compiled(function: Callable[..., R]) -> Callable[..., R]:
         if "torch._dynamo" not in sys.modules:
             return function(*args, **kwargs)
         if not disabled:
-            disabled.append(torch.compiler.disable(function, recursive=True))
+            wrapped: Any = torch.compiler.disable(function, recursive=True)
+            disabled.append(wrapped)
         return disabled[0](*args, **kwargs)
 
     return call

@@ -88,8 +88,8 @@ def gradient_bias(
     estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad] | None = None,
     params: Iterable[Tensor] | None = None,
     loss: Loss | None = None,
-    solver: AbstractSolver[Any] | None = None,
-    stop: Stop | None = None,
+    solver: AbstractSolver[Any] = AndersonGS(),
+    stop: Stop = Stop(),
     batch_dims: int = 1,
     draws: int = 8,
     repeats: int = 5,
@@ -134,7 +134,6 @@ def gradient_bias(
     if not wanted or not all(p.requires_grad for p in wanted):
         raise ValueError("params must be tensors that require gradients and that f uses; there are none.")
     loss = loss or partial(_projection, layout)
-    solver, stop = solver or AndersonGS(), stop or Stop()
     how: dict[str, Any] = dict(solver=solver, stop=stop, batch_dims=batch_dims)
     truth, kind = exact_gradient(f, z0, args, wanted, loss, solver, layout)
     if not truth.norm() > 0:

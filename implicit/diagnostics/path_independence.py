@@ -20,6 +20,7 @@ from torch import Tensor
 from implicit.fixed_point import fixed_point
 from implicit.pytree import Layout, Map, State, norm
 from implicit.solution import Solution
+from implicit.solvers.anderson_gs import AndersonGS
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
 
@@ -51,8 +52,8 @@ def path_independence(
     z0: State,
     *args: Any,
     start: State | None = None,
-    solver: AbstractSolver[Any] | None = None,
-    stop: Stop | None = None,
+    solver: AbstractSolver[Any] = AndersonGS(),
+    stop: Stop = Stop(max_evals=500),
     batch_dims: int = 1,
 ) -> PathIndependence:
     """Solve z = f(z, *args) from two starts and compare the answers; no gradients.
@@ -73,7 +74,7 @@ def path_independence(
     layout = Layout.of(z0, batch_dims)
     if start is None and (batch_dims == 0 or layout.pack(z0).shape[0] < 2):
         raise ValueError("With a single system there is no other sample's solution to start from: pass start=.")
-    how: dict[str, Any] = dict(solver=solver, stop=stop or Stop(max_evals=500), batch_dims=batch_dims)
+    how: dict[str, Any] = dict(solver=solver, stop=stop, batch_dims=batch_dims)
     with torch.no_grad():
         first = fixed_point(f, z0, *args, **how)
         one = layout.pack(first.value)

@@ -101,7 +101,8 @@ class SHINE(AbstractGrad):
 
     def _estimate(self, solver: AbstractSolver[Any], state: Any, act: Callable[[Flat], Flat], g: Flat) -> Flat:
         # u = H^T g, or g where that is longer than the fallback allows
-        u = solver.inverse_transpose(state, g)
+        estimate = solver.inverse_transpose(state, g)
+        u = g if estimate is None else estimate
         if self.fallback is not None:
             u = torch.where((norm(u) <= self.fallback * norm(g)).unsqueeze(1), u, g)
         # fixed-point steps u <- g + J^T u

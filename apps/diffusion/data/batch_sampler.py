@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -112,8 +112,8 @@ class _TrainingSamples(Dataset[Batch]):
     def __init__(self, dataset: ImageDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, item: tuple[tuple[int, int], int]) -> tuple[Tensor, int, Tensor, Tensor, Tensor]:
-        key, word = item
+    def __getitem__(self, index: Any) -> tuple[Tensor, int, Tensor, Tensor, Tensor]:
+        key, word = index
         x, y = self.dataset[key]
         own = torch.Generator().manual_seed(word)
         level, dropout = torch.rand(2, generator=own, dtype=torch.float64)

@@ -210,7 +210,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> Any:
     """From images of this mode with this profile to sRGB; None where the profile is made for other images."""
-    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if source.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
         return None
     intent = ImageCms.Intent.PERCEPTUAL

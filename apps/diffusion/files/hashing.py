@@ -45,5 +45,5 @@ def of_tensors(tensors: Mapping[str, Tensor], as_float: bool = False) -> str:
         found.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         value = value.detach().cpu()
         value = (value.float() if as_float else value).contiguous()
-        found.update(value.flatten().view(torch.uint8).numpy())
+        found.update(value.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()

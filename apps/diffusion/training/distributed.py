@@ -120,7 +120,8 @@ def full_tensor(value: Tensor) -> Tensor:
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """The weights, whole, on the CPU; all processes must call this, and the others than the first get none."""
-    return dict(dcp.get_model_state_dict(model, options=_WHOLE))
+    whole: dict[str, Any] = dcp.get_model_state_dict(model, options=_WHOLE)
+    return dict(whole)
 
 
 def optimizer_state(
@@ -136,7 +137,8 @@ def optimizer_state(
     """
     if not optimizer.state:
         return {}
-    found: Mapping[str, Any] = dcp.get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("state", {})
+    whole: dict[str, Any] = dcp.get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    found: Mapping[str, Any] = whole.get("state", {})
     return {i: dict(found[name]) for i, name in enumerate(names) if name in found}
 
 

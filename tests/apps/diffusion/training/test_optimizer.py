@@ -60,5 +60,5 @@ def test_the_average_follows_its_recursion():
         average.update(model, torch.tensor(k + 1), torch.tensor(True))
         d = min(0.6, (1 + k) / (10 + k))
         expected = float(k * k) if expected is None else d * expected + (1 - d) * k * k
-    assert float(average.module.weight[0, 0]) == pytest.approx(expected, rel=1e-5)
+    assert float(next(average.module.parameters())[0, 0]) == pytest.approx(expected, rel=1e-5)
     assert float(decay_at(0.6, torch.tensor(10**9))) == pytest.approx(0.6)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -135,7 +136,7 @@ def test_an_epoch_is_drawn_by_index_and_number():
     seen = []
 
     class Spy(TensorDataset):
-        def __getitem__(self, key):
+        def __getitem__(self, key: Any):
             seen.append((key[1], key[0]))
             return super().__getitem__(key)
 
