@@ -20,6 +20,7 @@ from benchmarks.report.sections import (
     gpu,
     iteration_split,
     layers,
+    memory,
     noise,
     reuse,
     size_and_memory,
@@ -29,6 +30,7 @@ from benchmarks.report.sections import (
 ROOT = Path(__file__).parents[2]
 CHAPTERS = (
     size_and_memory,
+    memory,
     noise,
     budgets,
     estimators,

@@ -32,6 +32,7 @@ from implicit.autodiff.vjp import Barrier, edge, pullback, vjp
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.options import Problem
 from implicit.pytree import Flat, PerSample, State, norm
+from implicit.recomputation import CHANGED
 from implicit.torch_internals import not_compiled
 
 Product: TypeAlias = Callable[[Flat], Flat]

@@ -106,7 +106,7 @@ class _SeededSampler(Sampler[list[tuple[tuple[int, int], int]]]):
             yield list(zip(keys, words[b.part], strict=True))
 
 
-class _TrainingSamples(Dataset[Batch]):
+class _TrainingSamples(Dataset[tuple[Tensor, int, Tensor, Tensor, Tensor]]):
     """One sample of a training step by its key and seed."""
 
     def __init__(self, dataset: ImageDataset) -> None:

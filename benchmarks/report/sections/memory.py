@@ -1,0 +1,43 @@
+"""Peak training memory at XL/2, on fake tensors."""
+
+from pathlib import Path
+
+from benchmarks.diffusion.memory import by_row, markdown
+from benchmarks.report.formatting import NOTHING
+from benchmarks.report.results import read
+
+EXPECTED = "S-JFB (6, 6), near the expected draw"
+HEAD = "## Training memory at XL/2"
+
+
+def chapter(results: Path, images: Path) -> str:
+    path = results / "memory_xl.json"
+    found = read(path)
+    if not found:
+        return f"{HEAD}\n\n`{path.name}`: {NOTHING}."
+    peaks = by_row(found["peaks"])
+    lines = [
+        f"{'With' if flag else 'Without'} checkpointing on both sides: {_less(peaks, flag)}."
+        for flag in ("", "checkpointed")
+    ]
+    checks = [
+        f"{v['case']['network']}, batch {v['case']['batch']}: {v['fake'] / v['real']:.3f}" for v in found["validation"]
+    ]
+    return "\n\n".join(
+        (
+            HEAD,
+            "Peak of weights, gradients, AdamW's state, activations and temporaries in a step, in GiB; float32 unless "
+            "bf16 autocast is named; workspaces inside kernels and fragmentation are not included. The largest batch on "
+            "a card follows from the line through the measured batches.",
+            "The paper: *60 % less training memory than DiT-XL/2*. At batch 8, " + " ".join(lines),
+            markdown(found["peaks"]),
+            f"Predicted peak over that of a real step on the CPU: {'; '.join(checks) or NOTHING}.",
+            f"`{path.name}`: {found['command']}, {found['device']}, torch {found['versions']['torch']}, commit "
+            f"{found['commit']}.",
+        )
+    )
+
+
+def _less(peaks: dict[tuple[str, str, str, str], dict[int, int]], flag: str) -> str:
+    ours, dit = (peaks.get((name, grad, flag, "fp32"), {}).get(8) for name, grad in (("FPDM", EXPECTED), ("DiT", "")))
+    return f"{100 * (1 - ours / dit):.0f} % less" if ours and dit else NOTHING
