@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(runs, whole, tmp_path):
     runs.start("--out", str(out), "--resume", largest=smallest // 2)
     assert runs.end() == 1
     said = runs.log.read_text()
-    assert "could not be written" in said and "what the run has saved before is intact" in said
+    assert "could not be written" in said and "--resume" in said
     assert "Traceback" not in said
     assert {p: p.read_bytes() for p in (out / "checkpoints").rglob("*") if p.is_file()} == before
     runs.start("--out", str(out), "--resume")
