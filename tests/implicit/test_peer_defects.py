@@ -450,10 +450,12 @@ def test_a_tuple_of_different_dtypes_has_gradients(grad):
 
 @each
 def test_one_number_a_sample(solver):
-    found = solve(
-        torch.cos, torch.tensor([0.0, 1.0, 2.0], dtype=F64), solver=solver, stop=Stop(rtol=1e-8, max_evals=99)
-    )
-    torch.testing.assert_close(found.check().value, torch.full((3,), 0.7390851332151607, dtype=F64), rtol=1e-6, atol=0)
+    z0 = torch.tensor([[0.0], [1.0], [2.0]], dtype=F64)
+    found = solve(torch.cos, z0, solver=solver, stop=Stop(rtol=1e-8, max_evals=99))
+    expected = torch.full((3, 1), 0.7390851332151607, dtype=F64)
+    torch.testing.assert_close(found.check().value, expected, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="batch_dims"):  # a vector may be one system or three
+        solve(torch.cos, z0[:, 0], solver=solver)
 
 
 @each

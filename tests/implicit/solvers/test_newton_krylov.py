@@ -53,7 +53,8 @@ def test_without_a_forward_mode_the_products_are_the_same():
         iterate(lambda z, t=t: t(z @ w) + 1, torch.zeros(2, 6, dtype=F64), NewtonKrylov(), stop)
         for t in (torch.tanh, _Tanh.apply)
     )
-    assert one.converged.all() and torch.equal(one.evals, two.evals)
+    assert one.converged.all() and two.converged.all()
+    assert (two.evals - one.evals <= 1).all()  # the call of f that found no forward mode counts
     torch.testing.assert_close(one.value, two.value, rtol=1e-13, atol=1e-13)
 
 
