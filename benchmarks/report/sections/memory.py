@@ -29,7 +29,7 @@ def chapter(results: Path, images: Path) -> str:
             "Peak of weights, gradients, AdamW's state, activations and temporaries in a step, in GiB; float32 unless "
             "bf16 autocast is named; workspaces inside kernels and fragmentation are not included. The largest batch "
             "on a card follows from the line through the measured batches.",
-            "The paper: *60 % less training memory than DiT-XL/2*. At batch 8, " + " ".join(lines),
+            "The paper: *60 % less training memory than DiT-XL/2*. At batch 8: " + " ".join(lines),
             markdown(found["peaks"]),
             f"Predicted peak over that of a real step on the CPU: {'; '.join(checks) or NOTHING}.",
             f"`{path.name}`: {found['command']}, {found['device']}, torch {found['versions']['torch']}, commit "
