@@ -45,7 +45,9 @@ class Reversible(AbstractGrad):
     Drops nothing: the gradient of the iteration as it was run, converged or not, the starting state included; at
     convergence it is that of the fixed point. It is an iteration of its own, so the `solver` plays no part; a sample
     stops by `Stop` at its own step. Memory: three states in float64, whatever the number of steps, and two more for
-    every `anchor` steps. Cost: two evaluations a step forward, and with a tolerance one at the value
+    every `anchor` steps; a device without float64 (MPS) cannot run it.
+
+    Cost: two evaluations a step forward, and with a tolerance one at the value
     returned, which tests its residual and claim; two evaluations and two vector-Jacobian products a step backward.
 
     The inverse is exact on paper. In floating point, going back a step multiplies an error by up to (1 - beta)^-2, and

@@ -77,13 +77,13 @@ def mnist_dit() -> Config:
     return replace(mnist(), model=ModelConfig(kind="dit", patch=7, depth=4), out=Path("runs/mnist-dit"))
 
 
-def pictures() -> Config:
+def image_folder() -> Config:
     """FPDM on a folder of images, for a GPU: `folder --data.path IMAGES --data.size 32 --out RUN`. On a CPU one step
     takes one to two minutes; `folder-small` is for a CPU.
     """
     return Config(
         model=ModelConfig(kind="fpdm", size="S", patch=4, condition_on_time=True),
-        data=DataConfig(source="folder", path=Path("pictures"), size=32),
+        data=DataConfig(source="folder", path=Path("images"), size=32),
         optimizer=OptimizerConfig(images=20_000_000, batch=128, lr=3e-4, warmup=128_000),
         ema=EMAConfig(decay=0.9999),
         grad=StochasticJFB(N=12, M=12),
@@ -105,7 +105,7 @@ def small_folder() -> Config:
     """
     return Config(
         model=ModelConfig(kind="fpdm", size="tiny", patch=4, condition_on_time=True, recurrent_init=0.1),
-        data=DataConfig(source="folder", path=Path("pictures"), size=16),
+        data=DataConfig(source="folder", path=Path("images"), size=16),
         optimizer=OptimizerConfig(images=160_000, batch=64, lr=1e-3, warmup=6_400),
         ema=EMAConfig(decay=0.99),
         grad=StochasticJFB(N=3, M=3),
@@ -119,7 +119,7 @@ def small_folder() -> Config:
 def latents() -> Config:
     """FPDM on VAE latents: `latents --data.path LATENTS --out RUN`."""
     return replace(
-        pictures(),
+        image_folder(),
         model=ModelConfig(kind="fpdm", size="S", patch=2, condition_on_time=True),
         data=DataConfig(source="latents", path=Path("latents")),
         out=Path("runs/latents"),
@@ -185,7 +185,7 @@ PRESETS: dict[str, Callable[[], Config]] = {
     "digits-dit": digits_dit,
     "mnist": mnist,
     "mnist-dit": mnist_dit,
-    "folder": pictures,
+    "folder": image_folder,
     "folder-small": small_folder,
     "latents": latents,
     **{name: partial(published, name, "fpdm") for name in _PUBLISHED},
