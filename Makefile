@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/digits
 
-.PHONY: help train test lint bench clean
+.PHONY: help train test lint docs wheel bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -19,6 +19,12 @@ lint: $(VENV)/.installed-test ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/.installed-test ## the documentation site, tutorials executed, in build/site; a warning is an error
+	$(BIN)/sphinx-build -W --keep-going -b html docs build/site
+
+wheel: $(VENV)/.installed-test ## wheel and source distribution in dist/
+	$(BIN)/python -m build
+
 bench: $(VENV)/.installed-test ## benchmarks beside peers, with comparison tables
 	$(BIN)/python -m pytest benchmarks
 
@@ -30,7 +36,7 @@ $(VENV)/.installed-train: pyproject.toml constraints.txt | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[diffusion,bench,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[diffusion,bench,dev,docs]'
 	touch $@ $(VENV)/.installed-train
 
 clean: ## remove the environment, caches and build outputs

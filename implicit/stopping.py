@@ -35,7 +35,7 @@ class Stop:
     ============  =======================================================  ==========================================
     "euclidean"   (sum x_i^2)^(1/2)                                        the state is one quantity (default)
     "rms"         (sum x_i^2 / N)^(1/2)                                    `atol` is to be the error of a typical entry
-    "max"         max |x_i|                                                every entry counts, `atol` bounds each
+    "max"         max abs(x_i)                                             every entry counts, `atol` bounds each
     "leaf"        Euclidean, for every tensor of the state by itself       tensors of the state differ in unit or size
     ============  =======================================================  ==========================================
 
