@@ -62,14 +62,18 @@ def rank_and_world(rank: int | None = None, world: int | None = None) -> tuple[i
 
 
 def device_of(name: str) -> str:
-    """The device by this name; cuda without a number is the one of this process (LOCAL_RANK).
+    """The device by this name; "auto": the first available one of cuda, mps, xpu and cpu. A name without a number means
+    the device of this process (LOCAL_RANK).
 
     Raises:
         ValueError: it is not available, or a sum of one number fails on it.
     """
     import torch
 
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = found.type if found is not None and found.type in ("cuda", "mps", "xpu") else "cpu"
+    device = f"{name}:{os.environ.get('LOCAL_RANK', 0)}" if name in ("cuda", "xpu") else name
     try:
         torch.ones(1, device=device).sum().item()
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:

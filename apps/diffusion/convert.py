@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code (see cli.py)."""
 
     def command(args: list[str]) -> None:
-        request = tyro.cli(Request, args=args, prog="python -m apps.diffusion.convert")
+        request = parse(args)
         check_out(request.out)
         if request.to == "pipeline":
             print(write_pipeline(request))
@@ -81,6 +82,11 @@ def main(argv: list[str] | None = None) -> int:
             print(write(read_network(request.checkpoint, request.options()), request))
 
     return run_command("convert", command, argv, after="Nothing was written.")
+
+
+def parse(argv: Sequence[str]) -> Request:
+    """The request that the arguments describe."""
+    return tyro.cli(Request, args=argv, prog="python -m apps.diffusion.convert")
 
 
 def check_out(out: Path) -> None:

@@ -11,6 +11,7 @@ WORLD_SIZE as torchrun sets them; the last one to finish writes the index.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -45,13 +46,13 @@ class Request:
     dtype: Literal["float32", "float16"] = "float32"
     """How latents are stored; an image of 256 pixels takes 64 KiB or 32 KiB."""
     rank: int | None = None
-    """Number of this process; RANK by default, or 0."""
+    """Number of this process; default: RANK, or 0."""
     world: int | None = None
-    """How many processes share the work; WORLD_SIZE by default, or 1."""
+    """Number of processes; default: WORLD_SIZE, or 1."""
     workers: int = 4
     """Threads that read images."""
-    device: str | None = None
-    """Device of the computation; default: a GPU where there is one."""
+    device: str = "auto"
+    """Device: auto (the first available one of cuda, mps, xpu and cpu), or its name."""
 
     def __post_init__(self) -> None:
         for name in ("size", "batch", "shard_size", "workers"):
@@ -62,10 +63,13 @@ class Request:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code: 0, 1 if the disk fails, 2 for bad input."""
 
-    def command(args: list[str]) -> None:
-        run(tyro.cli(Request, args=args, prog="python -m apps.diffusion.encode"))
+    after = "Complete shards are kept; the same command continues."
+    return run_command("encode", lambda args: run(parse(args)), argv, after=after)
 
-    return run_command("encode", command, argv, after="Complete shards are kept; the same command continues.")
+
+def parse(argv: Sequence[str]) -> Request:
+    """The request that the arguments describe."""
+    return tyro.cli(Request, args=argv, prog="python -m apps.diffusion.encode")
 
 
 def run(request: Request) -> None:
@@ -77,7 +81,6 @@ def run(request: Request) -> None:
     rank, world = rank_and_world(request.rank, request.world)
     from concurrent.futures import ThreadPoolExecutor
 
-    import torch
     from tqdm import tqdm
 
     from apps.diffusion.cli import device_of
@@ -90,7 +93,7 @@ def run(request: Request) -> None:
     check_out(request.out)
     for remark in listed.remarks() if rank == 0 else ():
         print(f"encode: {remark}", file=sys.stderr)
-    device = device_of(request.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(request.device)
     vae, name = open_vae(request.vae, request.subfolder, device)
     check_images(vae, request.size)
     writer = LatentWriter(

@@ -1,17 +1,18 @@
 """Score generated images: `python -m apps.diffusion.evaluate SAMPLES --reference DATA_OR_STATISTICS`.
 
-SAMPLES is what `python -m apps.diffusion.sample` wrote, any folder of pictures, or an .npz file with arr_0. The
+SAMPLES is what `python -m apps.diffusion.sample` wrote, any folder of images, or an .npz file with arr_0. The
 reference is the same, or `digits`, `mnist:held-out`, or statistics: those that --save wrote, or the .npz of the ADM
 evaluation suite.
-Fréchet distance, sFID, KID, precision and recall tell how far the two lie apart on the features of a network, the
-inception score how sure and how various its verdicts are; with digits and their classes, how many are right.
-Statistics of a reference are kept (in ~/.cache/implicit, by checksum of the pictures and of the network).
+Fréchet distance, sFID, KID, precision and recall measure the distance of the two on the features of a network, the
+inception score the certainty and variety of its predicted classes; with digits, label accuracy is measured too.
+Statistics of a reference are kept (in ~/.cache/implicit, by checksum of the images and of the network).
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,11 +21,13 @@ import torch
 import tyro
 
 from apps.diffusion.cli import device_of, run_command
+from apps.diffusion.config.training import Backend
 from apps.diffusion.evaluation import feature_extractors
 from apps.diffusion.evaluation.feature_statistics import cached, is_statistics, load, save
-from apps.diffusion.evaluation.image_sources import Source, of_named, open_source
+from apps.diffusion.evaluation.image_sources import BATCH, Source, of_named, open_source
 from apps.diffusion.evaluation.nearest import nearest, neighbor_grid
 from apps.diffusion.evaluation.scores import evaluate, table
+from apps.diffusion.sampling.sampler import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +35,9 @@ class Request:
     """Score generated images against real ones."""
 
     samples: Annotated[str, tyro.conf.Positional]
-    """Folder of pictures, or .npz file."""
+    """Folder of images, or .npz file."""
     reference: str = "digits"
-    """Folder of pictures, .npz file, statistics (.safetensors, .npz), or digits, digits:held-out, mnist,
+    """Folder of images, .npz file, statistics (.safetensors, .npz), or digits, digits:held-out, mnist,
     mnist:held-out.
     """
     features: Literal["digits", "mnist", "trained", "inception"] = "digits"
@@ -44,7 +47,7 @@ class Request:
     weights: Path | None = None
     """Inception's weights, where they are not in torch.hub's folder."""
     size: int | None = None
-    """Crop and resize the pictures of folders to this side, as ADM does."""
+    """Crop and resize the images of folders to this side, as ADM does."""
     nearest: int = 3
     """Neighbours that precision and recall look at."""
     neighbors: Path | None = None
@@ -53,14 +56,26 @@ class Request:
     """Write the statistics of the reference to this .safetensors file too."""
     cache: Path | None = None
     """Folder where statistics of references are kept."""
-    device: str = "cpu"
-    """Where Inception computes, such as cpu or cuda."""
+    device: str = "auto"
+    """Device of Inception: auto (the first available one of cuda, mps, xpu, cpu), or its name. Classifiers compute on
+    the CPU.
+    """
+    batch: int = BATCH
+    """Images in one call of the network."""
+    precision: Precision = "no"
+    """bf16: call the network under autocast to bfloat16. Such features are compared with their like only."""
+    compile: Backend = "no"
+    """Backend of torch.compile for Inception."""
     json: bool = False
     """Print JSON instead of a table."""
 
     def __post_init__(self) -> None:
         if self.nearest < 1 or (self.size is not None and self.size < 1):
             raise ValueError(f"--nearest and --size must be at least 1, got {self.nearest} and {self.size}.")
+        if self.batch < 1:
+            raise ValueError(f"--batch must be at least 1, got {self.batch}.")
+        if self.compile != "no" and self.features != "inception":
+            raise ValueError(f"--compile {self.compile} is for --features inception; leave it out.")
         if self.neighbors is not None and self.neighbors.suffix != ".png":
             raise ValueError(f"--neighbors {self.neighbors} must name a .png file.")
         if self.save is not None and (self.save.suffix != ".safetensors" or self.save.exists()):
@@ -73,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code (see cli.py)."""
 
     def command(args: list[str]) -> None:
-        request = tyro.cli(Request, args=args, prog="python -m apps.diffusion.evaluate")
+        request = parse(args)
         report = run(request)
         if request.json:
             print(json.dumps(report, indent=2))
@@ -83,28 +98,31 @@ def main(argv: list[str] | None = None) -> int:
     return run_command("evaluate", command, argv)
 
 
+def parse(argv: Sequence[str]) -> Request:
+    """The request that the arguments describe."""
+    return tyro.cli(Request, args=argv, prog="python -m apps.diffusion.evaluate")
+
+
 def run(request: Request) -> dict[str, Any]:
     """{"generated": scores, "real_held_out" or "real_training": those of real digits that the classifier has not seen,
     where the reference is digits or mnist:held-out, "reference": its provenance}.
 
     Raises:
-        ValueError: what is no source of pictures, or does not fit the features or each other.
+        ValueError: what is no source of images, or does not fit the features or each other.
     """
-    samples = open_source(request.samples, request.size)
+    samples = open_source(request.samples, request.size, request.batch)
     if samples.count < 2:
-        raise ValueError(f"{samples.name} holds {samples.count} pictures; at least 2 are needed.")
+        raise ValueError(f"{samples.name} holds {samples.count} images; at least 2 are needed.")
     known = is_statistics(Path(request.reference))
-    real = None if known else open_source(request.reference, request.size)
+    real = None if known else open_source(request.reference, request.size, request.batch)
     for source in (samples, real):
         if source is not None and source.left_out:
             some = ", ".join(source.left_out[:3])
             print(
-                f"evaluate: {source.count} numbered pictures of {source.name} are taken, and {len(source.left_out)} "
+                f"evaluate: {source.count} numbered images of {source.name} are taken, and {len(source.left_out)} "
                 f"others, such as {some}, are left out; move those that count to a folder of their own.",
                 file=sys.stderr,
             )
-    if request.features == "inception":
-        device_of(request.device)
     extractor = _extractor(request, real)
     if real is None:
         reference = load(Path(request.reference), extractor)
@@ -126,11 +144,19 @@ def run(request: Request) -> dict[str, Any]:
 
 def _extractor(request: Request, real: Source | None) -> feature_extractors.Extractor:
     """The network of --features; `trained` is trained on the reference."""
-    if request.features != "trained":
-        return feature_extractors.open_extractor(request.features, request.weights, request.device)
-    if real is None:
+    device = request.device
+    if request.features == "inception":
+        device = device_of(device)
+    elif device == "auto":
+        device = "cpu"
+    if request.features == "trained" and real is None:
         raise ValueError(f"--features trained needs the images of the reference; {request.reference} holds statistics.")
-    return feature_extractors.TrainedFeatures.of(torch.cat(list(real.batches())), real.labels)
+    if request.features == "trained":
+        assert real is not None
+        found = feature_extractors.TrainedFeatures.of(torch.cat(list(real.batches())), real.labels)
+    else:
+        found = feature_extractors.open_extractor(request.features, request.weights, device, request.compile)
+    return found if request.precision == "no" else feature_extractors.HalfPrecision(found, device)
 
 
 def _neighbors(samples: Source, real: Source | None, request: Request) -> dict[str, float]:

@@ -5,7 +5,8 @@
     pipe.save_pretrained(DIR)                               # model, scheduler and VAE, all in DIR
 
 It samples by sampler.py, as the sample command does: with the seed s as `generator`, image i of a call is
-image i of `python -m apps.diffusion.sample RUN --seed s` for the same class and choices.
+image i of `python -m apps.diffusion.sample RUN --seed s` for the same class and options, to rounding; with
+`reproducible=True`, which costs whole chunks of 16, to the last bit.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class FixedPointOutput(BaseOutput):
     """What a call gives.
 
     Attributes:
-        images: a list of pictures ("pil"), an array (n, H, W, C) ("np") or a tensor (n, C, H, W) ("pt") in
+        images: a list of images ("pil"), an array (n, H, W, C) ("np") or a tensor (n, C, H, W) ("pt") in
             [0, 1], or what the network made, (n, C, h, w), unscaled and not clipped ("latent").
         effort: what sampling cost (see sampler.py).
         seed: as `generator`, it gives the same images again.
@@ -202,7 +203,8 @@ class FixedPointPipeline(DiffusionPipeline):
         timesteps: Sequence[int] | None = None,
         sampler: Sampler | None = None,
         eta: float | None = None,
-        chunk: int = CHUNK,
+        chunk: int | None = None,
+        reproducible: bool = False,
         output_type: Output = "pil",
         return_dict: bool = True,
     ) -> FixedPointOutput | tuple[Any]:
@@ -227,8 +229,9 @@ class FixedPointPipeline(DiffusionPipeline):
             timesteps: the array to walk, falling, instead of num_inference_steps and the scheduler's spacing.
             sampler: another sampler than the pipeline's scheduler, by its name in the sampling command.
             eta: stochasticity of DDIM, 0 to 1.
-            chunk: images computed at a time. A single image costs as much as a chunk, so take 1 for one alone;
-                another chunk changes the last bits.
+            chunk: images in one call of the network; None: 64, or 16 if reproducible.
+            reproducible: the same bits whatever else is generated in a call, in chunks of one size, of which one image
+                costs a whole one.
             output_type: "pil", "np", "pt" or "latent"; see FixedPointOutput.
             return_dict: False gives (images,).
 
@@ -258,7 +261,7 @@ class FixedPointPipeline(DiffusionPipeline):
         warm_start = reuse if isinstance(reuse, Reuse) else None
         chosen = self._plan(options, stop, warm_start)
         seed = _seed(generator)
-        result = self._sampled(total, labels, chosen, seed, as_integer("chunk", chunk, 1))
+        result = self._sampled(total, labels, chosen, seed, chunk, reproducible)
         self.maybe_free_model_hooks()
         images = self._images(result.samples, output_type)
         return FixedPointOutput(images=images, effort=result.effort, seed=seed) if return_dict else (images,)
@@ -274,9 +277,18 @@ class FixedPointPipeline(DiffusionPipeline):
             raise ValueError(error.spelled(_keyword)) from None
 
     def _sampled(
-        self, total: int, labels: list[int] | None, chosen: SamplingPlan, seed: int, chunk: int
+        self,
+        total: int,
+        labels: list[int] | None,
+        chosen: SamplingPlan,
+        seed: int,
+        chunk: int | None,
+        reproducible: bool,
     ) -> SampleResult:
         """Samples under the pipeline's progress bar."""
+        if chunk is None:
+            chunk = CHUNK if reproducible else 4 * CHUNK
+        chunk = as_integer("chunk", chunk, 1)
         bar_of: Any = self.progress_bar  # untyped: pyright takes it for a decorator
         with bar_of(total=len(chosen.timesteps) * -(-total // chunk)) as bar:
             return sample(
@@ -285,6 +297,7 @@ class FixedPointPipeline(DiffusionPipeline):
                 labels,
                 seed=seed,
                 chunk=chunk,
+                reproducible=reproducible,
                 device=self._execution_device,
                 progress=lambda done, _: bar.update(done - bar.n),
                 **chosen.arguments(),

@@ -10,7 +10,7 @@ process that finishes last writes the grid.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,10 +24,11 @@ from apps.diffusion.checkpoint.pretrained import locate
 from apps.diffusion.cli import device_of, rank_and_world, run_command
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.serialization import to_plain
+from apps.diffusion.config.training import Backend
 from apps.diffusion.models.autoencoder import decode, digests
 from apps.diffusion.sampling.options import SamplingPlan, class_numbers, plan
 from apps.diffusion.sampling.output_folder import OutputFolder
-from apps.diffusion.sampling.sampler import sample
+from apps.diffusion.sampling.sampler import Precision, sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +45,21 @@ class Request:
     """Sampling options."""
     seed: int = 0
     """Random seed of the samples."""
+    reproducible: bool = True
+    """Files with equal bits for every --batch and any number of processes: the network is called on chunks of --chunk
+    images, of which one image alone costs a whole one. With --no-reproducible it is called on --batch images, and
+    files agree to rounding.
+    """
     batch: int = 64
-    """Images sampled before their files are written, in whole chunks; the files do not depend on it."""
+    """Images sampled before their files are written; with --no-reproducible also the batch size of the network."""
     chunk: int = 16
-    """Batch size of the network. Another number changes the last bits, so an output folder has one."""
+    """Batch size of the network with --reproducible. Another number changes the last bits, so an output folder has
+    one.
+    """
+    precision: Precision = "no"
+    """bf16: call the network under autocast to bfloat16; weights and samples stay float32."""
+    compile: Backend = "no"
+    """Backend of torch.compile for the blocks and the iteration; inductor is the fast one."""
     weights: Literal["ema", "model"] = "ema"
     """Averaged weights of a run, or its last ones."""
     vae: str | None = None
@@ -60,8 +72,8 @@ class Request:
     """Write samples.npz too, for the ADM evaluation suite."""
     out: Path | None = None
     """Output folder; default: samples, inside the run, or samples/NAME for a network by name."""
-    device: str = "cpu"
-    """Device, such as cpu or cuda."""
+    device: str = "auto"
+    """Device: auto (the first available one of cuda, mps, xpu and cpu), or its name."""
     rank: int | None = None
     """Number of this process; default: RANK, or 0."""
     world: int | None = None
@@ -73,15 +85,23 @@ class Request:
         if self.batch < 1 or self.chunk < 1:
             raise ValueError(f"--batch and --chunk must be at least 1, got {self.batch} and {self.chunk}.")
 
+    @property
+    def network_batch(self) -> int:
+        """Images in one call of the network."""
+        return self.chunk if self.reproducible else self.batch
+
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code (see cli.py)."""
 
-    def command(args: list[str]) -> None:
-        options = (tyro.conf.CascadeSubcommandArgs,)
-        run(tyro.cli(Request, args=args, prog="python -m apps.diffusion.sample", config=options))
+    after = "Finished images are kept; run the command again to continue."
+    return run_command("sample", lambda args: run(parse(args)), argv, after=after)
 
-    return run_command("sample", command, argv, after="Finished images are kept; run the command again to continue.")
+
+def parse(argv: Sequence[str]) -> Request:
+    """The request that the arguments describe."""
+    options = (tyro.conf.CascadeSubcommandArgs,)
+    return tyro.cli(Request, args=argv, prog="python -m apps.diffusion.sample", config=options)
 
 
 def run(request: Request) -> None:
@@ -105,7 +125,7 @@ def run(request: Request) -> None:
         raise ValueError(f"This network generates latents of {channels} channels; name their VAE with --vae.")
     folder.write_or_check_settings(_settings(request, opened, classes, decoder))
     missing = folder.missing()
-    mine = [i for i in missing if (i // request.chunk) % world == rank]
+    mine = [i for i in missing if (i // request.network_batch) % world == rank]
     _write(folder, mine, request, opened, chosen, classes, decoder, rank, device)
     left, kept = len(folder.missing()), request.num - len(missing)
     print(f"{len(mine)} new images" + (f", {kept} existing ones," if kept else "") + f" are in {folder.folder}")
@@ -136,7 +156,9 @@ def _settings(request: Request, opened: OpenedNetwork, classes: Sequence[int | N
     return {
         "seed": request.seed,
         "classes": list(classes) if request.classes else [],
-        "chunk": request.chunk,
+        "chunk": request.chunk if request.reproducible else None,
+        "precision": None if request.precision == "no" else request.precision,
+        "compile": None if request.compile == "no" else request.compile,
         **{name: to_plain(options.value(name)) for name in vars(options)},
         "network": type(opened.model).__name__,
         "trained_images": opened.images,
@@ -158,15 +180,14 @@ def _write(
 ) -> None:
     """Sample this process's images in parts, and write each part at once."""
     torch.nn.Module.to(opened.model, torch.device(device))
-    chunk, chunks = request.chunk, sorted({i // request.chunk for i in mine})
-    step = max(1, request.batch // chunk)
+    if request.compile != "no":
+        opened.model.compile_blocks(backend=request.compile)
+    arguments = {"seed": request.seed, "chunk": request.network_batch, "reproducible": request.reproducible}
+    arguments |= {"device": device, "precision": request.precision, **chosen.arguments()}
     wanted, interval = set(mine), 0.5 if sys.stderr.isatty() else 20
     with tqdm(total=len(mine), unit="img", desc="sampling", mininterval=interval, disable=not mine) as bar:
-        for first in range(0, len(chunks), step):
-            # whole chunks with the labels of all their places, so that the batch-mates of a sample are always the same
-            indices = [c * chunk + place for c in chunks[first : first + step] for place in range(chunk)]
+        for indices in _parts(mine, request):
             labels = [y for i in indices if (y := classes[i % len(classes)]) is not None] or None
-            arguments = {"seed": request.seed, "chunk": chunk, "device": device, **chosen.arguments()}
             result = sample(opened.model, indices, labels, **arguments)
             part = [i for i in indices if i in wanted]
             x = result.samples[[indices.index(i) for i in part]]
@@ -175,6 +196,19 @@ def _write(
             for i, image in zip(part, images, strict=True):
                 folder.write(i, image)
             bar.update(len(part))
+
+
+def _parts(mine: list[int], request: Request) -> Iterator[list[int]]:
+    """The samples to compute before files are written, in turn. With --reproducible whole chunks, with the labels of
+    all their places, so that the batch of a sample is always the same.
+    """
+    if not request.reproducible:
+        yield from (mine[first : first + request.batch] for first in range(0, len(mine), request.batch))
+        return
+    chunk, chunks = request.chunk, sorted({i // request.chunk for i in mine})
+    step = max(1, request.batch // chunk)
+    for first in range(0, len(chunks), step):
+        yield [c * chunk + place for c in chunks[first : first + step] for place in range(chunk)]
 
 
 def _print_effort(effort: dict[str, Any]) -> None:

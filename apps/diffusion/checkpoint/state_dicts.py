@@ -273,7 +273,7 @@ def _sizes(
         )
     table = tensors.get("y_embedder.embedding_table.weight")
     return {
-        "input_size": _input_size(positions.shape[1], patch, input_size),
+        "input_size": _input_size(positions, patch, input_size),
         "in_channels": channels,
         "patch_size": patch,
         "hidden_size": hidden,
@@ -295,18 +295,35 @@ def heads_of(hidden: int, heads: int | None) -> int:
     return HEADS[hidden] if heads is None else heads
 
 
-def _input_size(tokens: int, patch: int, given: tuple[int, int] | None) -> tuple[int, int]:
+def _input_size(positions: Tensor, patch: int, given: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of the latent in pixels: the given ones, or a square.
+
+    Raises:
+        ValueError: another number of tokens than the position embedding has, or the sine-cosine code of another grid.
+    """
+    tokens, hidden = positions.shape[1:]
     side = math.isqrt(tokens)
     if given is None and side * side != tokens:
-        raise ValueError(
-            f"pos_embed has {tokens} tokens, which is no square; say the latent's shape with --input-size."
-        )
+        raise ValueError(f"pos_embed has {tokens} tokens, which is no square; give the latent's --input-size.")
     height, width = given or (side * patch, side * patch)
     if height % patch or width % patch or height * width != tokens * patch * patch:
         raise ValueError(
             f"--input-size {height} {width} does not make the {tokens} tokens of pos_embed with patches of {patch} x "
             f"{patch} pixels; leave it out for a square latent."
         )
+    if positions.is_meta or hidden % 4:
+        return height, width
+    # a learned embedding fits no grid, and is taken as it is
+    grids = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
+    grids.sort(key=lambda grid: grid != (height // patch, width // patch))
+    for rows, columns in grids:
+        if torch.allclose(positions.float(), position_embedding(hidden, rows, columns).to(positions.device), atol=1e-2):
+            if (rows * patch, columns * patch) != (height, width):
+                raise ValueError(
+                    f"pos_embed is the code of a latent of {rows * patch} x {columns * patch} pixels, not of "
+                    f"{height} x {width}; give --input-size {rows * patch} {columns * patch}."
+                )
+            break
     return height, width
 
 

@@ -119,7 +119,7 @@ def _open_pipeline(folder: Path, weights: str) -> Trained:
 
 
 def decoder_of(trained: Trained, name: str | None = None, device: str = "cpu") -> AutoencoderKL | None:
-    """The VAE between the latents of a run and pictures; None for a run of pixels.
+    """The VAE between the latents of a run and images; None for a run of pixels.
 
     By default the one that encoded the run's latents. Where those lie within reach, a copy must have the same
     weights; elsewhere its latents must have the right number of channels.
@@ -135,7 +135,7 @@ def decoder_of(trained: Trained, name: str | None = None, device: str = "cpu") -
     data, channels = trained.config.data, trained.model.latent[0]
     latent = data.source == "latents" or channels not in (1, 3)
     if not latent and name is not None:
-        raise ValueError(f"This run makes pictures, not latents, so there is nothing for the VAE {name} to decode.")
+        raise ValueError(f"This run makes images, not latents, so there is nothing for the VAE {name} to decode.")
     if not latent:
         return None
     name = name or data.vae

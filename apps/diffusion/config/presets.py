@@ -132,8 +132,8 @@ _PUBLISHED = ("imagenet", "celebahq", "ffhq", "lsun-church")
 def published(data: str, kind: Kind) -> Config:
     """What the paper trains (section 4.1), at XL/2: FPDM, or DiT as its baseline, on one of four data sets.
 
-    Pictures of 256 x 256 pixels are encoded first, to latents of 4 x 32 x 32:
-    `python -m apps.diffusion.encode PICTURES --vae VAE --size 256 --out latents/NAME`. For the comparison at equal
+    Images of 256 x 256 pixels are encoded first, to latents of 4 x 32 x 32:
+    `python -m apps.diffusion.encode IMAGES --vae VAE --size 256 --out latents/NAME`. For the comparison at equal
     cost train both for the same `--max-time` on the same machines.
 
     Gradient clipping, bf16 and activation checkpointing are not among the paper's settings that are known here, and

@@ -20,6 +20,7 @@ from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.serialization import at_least, flag, from_plain, to_plain, upgraded, within
 
 Kind = Literal["fpdm", "dit"]
+Backend = Literal["no", "inductor", "aot_eager", "eager"]
 Size = Literal["tiny", "S", "B", "L", "XL"]
 
 
@@ -219,7 +220,7 @@ class OptimizerConfig:
     """Activation checkpointing of every block, or of every iteration of the fixed point: a quarter of the memory, about
     a quarter more time.
     """
-    compile: Literal["no", "inductor", "aot_eager", "eager"] = "no"
+    compile: Backend = "no"
     """Backend of torch.compile for the blocks and the iteration (not the loop around it); inductor is the fast one."""
 
     def __post_init__(self) -> None:

@@ -108,7 +108,11 @@ def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
     """The image with mode L (1 channel) or RGB (3 channels), as viewers show it (steps 1 to 5)."""
     profile, kind = image.info.get("icc_profile"), image.format
     deep = image.mode == "RGB" and any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    # TIFF may store gray with 0 for white; Pillow inverts it in 1 and 8 bits, not in 16
+    white_is_zero = kind == "TIFF" and image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0
     image = _eight_bits(_upright(image), kind)
+    if white_is_zero:
+        image = ImageOps.invert(image)
     if deep and isinstance(transparent := image.info.get("transparency"), tuple):
         # PNG: one color in 16 bits is transparent, and Pillow keeps the upper 8 bits of each pixel
         image.info["transparency"] = tuple(level >> 8 for level in transparent)

@@ -1,8 +1,8 @@
-"""Networks that look at pictures for the metrics: pooled features, spatial features, verdicts.
+"""Feature extractors for the metrics: pooled features, spatial features, class logits.
 
-An extractor is anything with a name, a digest of its weights, and a call on uint8 pictures; `evaluate` and
-`reference` ask for no more. Three are here: classifiers of the 8 x 8 digits and of MNIST, trained here, and Inception
-as the published scores use it, by torch-fidelity, which the extra `inception` installs and which brings its weights.
+An extractor is anything with a name, a digest of its weights, and a call on uint8 images: classifiers of the 8 x 8
+digits, of MNIST and of the reference, trained here, and Inception as the published scores use it, by torch-fidelity,
+which the extra `inception` installs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from apps.diffusion.config.training import Backend
 from apps.diffusion.data import TensorDataset, digits
 from apps.diffusion.data.mnist import mnist
 from apps.diffusion.evaluation.digit_classifier import Classifier, train_classifier
@@ -24,13 +25,13 @@ SMALLEST_SET = 64  # images: one batch of the classifier
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 
 
-class Looked(NamedTuple):
-    """What an extractor sees in b pictures, float32 on the CPU.
+class Extracted(NamedTuple):
+    """Features of b images, float32 on the CPU.
 
     Attributes:
         pooled: (b, D), for the Fréchet distance, KID, precision and recall.
-        spatial: (b, S), which still know where things are, for sFID; None where there are none.
-        logits: (b, K) of a classifier, for the inception score and accuracy; None where there are none.
+        spatial: (b, S), with positions, for sFID; None without them.
+        logits: (b, K) of a classifier, for the inception score and accuracy; None without them.
     """
 
     pooled: Tensor
@@ -47,11 +48,11 @@ class Extractor(Protocol):
     @property
     def digest(self) -> str: ...
 
-    def __call__(self, pictures: Tensor) -> Looked:
-        """Looks at pictures (b, C, H, W), uint8.
+    def __call__(self, images: Tensor) -> Extracted:
+        """Features of images (b, C, H, W), uint8.
 
         Raises:
-            ValueError: pictures that it cannot look at.
+            ValueError: images of another size.
         """
         ...
 
@@ -76,17 +77,17 @@ class Digits:
         return of_tensors(self.classifier.state_dict())
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor) -> Looked:
-        if pictures.shape[1] == 3 and self.shape[0] == 1:
-            pictures = pictures.float().mean(1, keepdim=True)
-        if tuple(pictures.shape[1:]) != self.shape:
+    def __call__(self, images: Tensor) -> Extracted:
+        if images.shape[1] == 3 and self.shape[0] == 1:
+            images = images.float().mean(1, keepdim=True)
+        if tuple(images.shape[1:]) != self.shape:
             raise ValueError(
-                f"The classifier of digits looks at pictures of {' x '.join(map(str, self.shape[1:]))} pixels, and "
-                f"these have {' x '.join(map(str, pictures.shape[2:]))}; choose --features inception for them."
+                f"The classifier of digits takes images of {' x '.join(map(str, self.shape[1:]))} pixels, and "
+                f"these have {' x '.join(map(str, images.shape[2:]))}; choose --features inception for them."
             )
-        x = pictures.float() / 127.5 - 1
+        x = images.float() / 127.5 - 1
         maps = self.classifier.body[:5](x)  # after the first pooling: (b, 64, H / 2, W / 2)
-        return Looked(self.classifier.features(x), maps[:, :7].flatten(1), self.classifier(x))
+        return Extracted(self.classifier.features(x), maps[:, :7].flatten(1), self.classifier(x))
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,16 @@ class Mnist:
         return of_tensors(self.classifier.state_dict())
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor) -> Looked:
-        if pictures.shape[1] == 3:
-            pictures = pictures.float().mean(1, keepdim=True)
-        if tuple(pictures.shape[1:]) != (1, 28, 28):
+    def __call__(self, images: Tensor) -> Extracted:
+        if images.shape[1] == 3:
+            images = images.float().mean(1, keepdim=True)
+        if tuple(images.shape[1:]) != (1, 28, 28):
             raise ValueError(
-                f"features = mnist takes pictures of 28 x 28 pixels, and these have "
-                f"{' x '.join(map(str, pictures.shape[2:]))}; choose --features inception for them."
+                f"features = mnist takes images of 28 x 28 pixels, and these have "
+                f"{' x '.join(map(str, images.shape[2:]))}; choose --features inception for them."
             )
-        x = pictures.float() / 127.5 - 1
-        return Looked(self.classifier.features(x), None, self.classifier(x))
+        x = images.float() / 127.5 - 1
+        return Extracted(self.classifier.features(x), None, self.classifier(x))
 
 
 @dataclass(frozen=True)
@@ -155,18 +156,18 @@ class TrainedFeatures:
         return of_tensors(self.classifier.state_dict())
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor) -> Looked:
-        x = _resized(pictures, self.shape)
+    def __call__(self, images: Tensor) -> Extracted:
+        x = _resized(images, self.shape)
         logits = self.classifier(x) if self.classifies else None
         spatial = None
         if isinstance(self.classifier, Classifier):
             spatial = self.classifier.body[:5](x)[:, :7].flatten(1)  # after the first pooling
-        return Looked(self.classifier.features(x), spatial, logits)
+        return Extracted(self.classifier.features(x), spatial, logits)
 
 
-def _resized(pictures: Tensor, shape: tuple[int, int, int]) -> Tensor:
+def _resized(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """Images (b, C, H, W), uint8, with the channels and the size of `shape`, in [-1, 1]."""
-    x = pictures.float()
+    x = images.float()
     if x.shape[1] != shape[0]:
         x = x.mean(1, keepdim=True).expand(-1, shape[0], -1, -1)
     if tuple(x.shape[2:]) != shape[1:]:
@@ -180,7 +181,8 @@ class Inception:
 
     Args:
         weights: the file; by default where torch.hub keeps it.
-        device: where to compute.
+        device: of the computation.
+        backend: of torch.compile.
 
     Raises:
         ValueError: torch-fidelity or the weights are not installed, or cannot be read.
@@ -188,7 +190,7 @@ class Inception:
 
     name = "inception-2015-12-05"
 
-    def __init__(self, weights: Path | None = None, device: str = "cpu") -> None:
+    def __init__(self, weights: Path | None = None, device: str = "cpu", backend: Backend = "no") -> None:
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
                 FeatureExtractorInceptionV3,
@@ -215,14 +217,42 @@ class Inception:
         self._network = network.to(device).eval()
         self._spatial: list[Tensor] = []
         self._network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, out: self._spatial.append(out[:, :7]))
+        if backend != "no":
+            self._network.compile(backend=backend)
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor) -> Looked:
-        if pictures.shape[1] == 1:
-            pictures = pictures.expand(-1, 3, -1, -1)
+    def __call__(self, images: Tensor) -> Extracted:
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
         self._spatial.clear()
-        pooled, logits = self._network(pictures.to(self.device))
-        return Looked(pooled.cpu(), self._spatial.pop().flatten(1).float().cpu(), logits.cpu())
+        pooled, logits = self._network(images.to(self.device))
+        return Extracted(pooled.float().cpu(), self._spatial.pop().flatten(1).float().cpu(), logits.float().cpu())
+
+
+@dataclass(frozen=True)
+class HalfPrecision:
+    """An extractor under autocast to bfloat16; its features have a name of their own."""
+
+    extractor: Extractor
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        return f"{self.extractor.name}-bf16"
+
+    @property
+    def digest(self) -> str:
+        return self.extractor.digest
+
+    @property
+    def classifies(self) -> bool:
+        """Whether its logits are those of the classes of the images."""
+        return getattr(self.extractor, "classifies", False)
+
+    def __call__(self, images: Tensor) -> Extracted:
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16):
+            found = self.extractor(images)
+        return Extracted(*(None if value is None else value.float() for value in found))  # pyright: ignore[reportArgumentType]
 
 
 def classifier_of(images: TensorDataset, seed: int = 0) -> TrainedFeatures:
@@ -231,14 +261,14 @@ def classifier_of(images: TensorDataset, seed: int = 0) -> TrainedFeatures:
     return TrainedFeatures(train(images, seed), images.shape, True)
 
 
-def open_extractor(name: str, weights: Path | None = None, device: str = "cpu") -> Extractor:
+def open_extractor(name: str, weights: Path | None = None, device: str = "cpu", backend: Backend = "no") -> Extractor:
     """The extractor "digits", "mnist" or "inception".
 
     Raises:
         ValueError: it is not installed, there is none by this name, or weights for one that takes none.
     """
     if name == "inception":
-        return Inception(weights, device)
+        return Inception(weights, device, backend)
     if name not in ("digits", "mnist"):
         raise ValueError(f"There are no features {name!r}; choose digits, mnist or inception.")
     if device != "cpu":

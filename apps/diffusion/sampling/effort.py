@@ -1,7 +1,9 @@
 """What sampling costs: evaluations, residuals, block passes, multiply-accumulates, seconds."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -10,8 +12,8 @@ from torch import Tensor
 class Effort:
     """What sampling N images over K timesteps cost.
 
-    Counts are per sample, guidance's second row included, unrequested places of a chunk excluded; `computed`
-    counts everything.
+    Counts are per sample, guidance's second row included, places of a chunk that are not requested excluded;
+    `computed` counts everything.
 
     Attributes:
         evaluations: (N, K) evaluations of the fixed-point layer; 0 for an explicit network.
@@ -20,8 +22,8 @@ class Effort:
         block_passes: (N,) transformer blocks applied.
         macs: (N,) multiply-accumulates.
         seconds: wall time of the whole call.
-        computed: transformer blocks applied in all, to all rows of all chunks: unrequested places
-            and samples that had met their tolerance before their batch-mates are in it.
+        computed: transformer blocks applied in all, to all rows of all batches: places that are not requested
+            and samples that had converged before others of their batch are in it.
     """
 
     evaluations: Int[Tensor, "N K"]
@@ -30,6 +32,16 @@ class Effort:
     macs: Int[Tensor, "N"]
     seconds: float
     computed: int = 0
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Effort]") -> "Effort":
+        """Of several calls over the same timesteps."""
+        rows = ("evaluations", "residuals", "block_passes", "macs")
+        return cls(
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in rows},
+            seconds=sum(part.seconds for part in parts),
+            computed=sum(part.computed for part in parts),
+        )
 
     def summary(self) -> dict[str, float]:
         """Means per sample, seconds too (residual: median over samples and timesteps), for a log or JSON.

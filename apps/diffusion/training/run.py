@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def run(config: Config, start: Checkpoint | None) -> int:
         OSError: the run's folder cannot be written.
     """
     began = time.monotonic()
+    config = with_channels_of(config, start)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     images, held_out = load_images(config)
@@ -97,6 +99,16 @@ def run(config: Config, start: Checkpoint | None) -> int:
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return 0
+
+
+def with_channels_of(config: Config, start: Checkpoint | None) -> Config:
+    """The configuration with the channels of the checkpoint's network, for a folder of images without --data.channels:
+    earlier versions read gray images with three channels.
+    """
+    if start is None or config.data.source != "folder" or config.data.channels is not None:
+        return config
+    channels = start.network["config"].get("in_channels")
+    return replace(config, data=replace(config.data, channels=channels if channels in (1, 3) else None))
 
 
 def _open_folder(config: Config, trainer: Trainer, resumed: bool) -> None:

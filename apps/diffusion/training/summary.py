@@ -1,13 +1,17 @@
 """Summary of a training run: metrics.json, loss.png, samples.png, and for labeled images in memory the scores of the
 samples beside those of held-out images.
+
+With --max-time, sampling ends after a quarter of that time; the samples that are complete are scored and drawn.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +36,7 @@ from apps.diffusion.models.autoencoder import decode
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.sampling.options import plan
-from apps.diffusion.sampling.sampler import SampleResult, sample
+from apps.diffusion.sampling.sampler import CHUNK, SampleResult, sample
 from apps.diffusion.schedulers.noise_schedule import scheduler_of
 from apps.diffusion.training.trainer import Trainer
 
@@ -61,10 +65,15 @@ def summarize(
     if isinstance(images, TensorDataset) and held_out is not None and images.num_classes:
         real = (images, held_out)
     count = config.num_samples if real else min(config.num_samples, ROWS**2)
-    if config.max_time is not None:
-        print(f"Sampling {count} images for the summary, which is not part of --max-time.", flush=True)
-    result = draw_samples(config, network, images.num_classes, count)
-    scores = _scores(config, result, *real) if real else {}
+    result = draw_samples(config, network, images.num_classes, count, _time_limit(config))
+    complete = 0 if result is None else len(result.samples)
+    if complete < count:
+        print(
+            f"{complete} of {count} images were sampled in {_time_limit(config):.0f} s, the share of --max-time for "
+            "the summary; the command below samples more.",
+            flush=True,
+        )
+    scores = _scores(config, result, *real) if real and result is not None and complete > 1 else {}
     _draw(config, trainer, result, images, decoder)
     metrics = {
         **scores,
@@ -80,8 +89,8 @@ def summarize(
         },
         "sampling": {
             **to_plain(config.sampling_options()),
-            "images": count,
-            "effort_per_image": result.effort.summary(),
+            "images": complete,
+            "effort_per_image": result.effort.summary() if result is not None else None,
         },
         "seconds_in_all": time.monotonic() - began,
         "versions": _versions(trainer),
@@ -90,28 +99,55 @@ def summarize(
     _print(config, metrics, scores)
 
 
-def draw_samples(config: Config, network: DiT | FPDM, num_classes: int, count: int) -> SampleResult:
-    """The first `count` samples of the run's seed, by its sampling options."""
-    with tqdm(desc="sampling", unit="step", leave=False, mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
+def _time_limit(config: Config) -> float:
+    """Seconds of sampling in the summary, and for an image grid during training."""
+    return math.inf if config.max_time is None else config.max_time / 4
 
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
 
-        labels = class_labels(count, num_classes)
-        chosen = plan(network, scheduler_of(config), SamplingOptions(), defaults=config.sampling_options())
-        options = {"seed": config.seed, "device": network.device, "progress": progress, **chosen.arguments()}
-        return sample(network, range(count), labels, **options)
+class _Late(Exception):
+    """The time limit of sampling is exceeded."""
+
+
+def draw_samples(
+    config: Config, network: DiT | FPDM, num_classes: int, count: int, limit: float = math.inf
+) -> SampleResult | None:
+    """The first `count` samples of the run's seed, by its sampling options, in chunks; fewer, or None, where `limit`
+    seconds end first.
+    """
+    labels = class_labels(count, num_classes)
+    chosen = plan(network, scheduler_of(config), SamplingOptions(), defaults=config.sampling_options())
+    end, parts = time.monotonic() + limit, []
+    chunk = CHUNK if network.device.type == "cpu" else 4 * CHUNK
+    options = {"seed": config.seed, "chunk": chunk, "device": network.device, **chosen.arguments()}
+    total = -(-count // chunk) * len(chosen.timesteps)
+    with tqdm(
+        total=total, desc="sampling", unit="step", leave=False, mininterval=0.5 if sys.stderr.isatty() else 20
+    ) as bar:
+
+        def progress(done: int, _: int) -> None:
+            bar.update(1)
+            if time.monotonic() > end:
+                raise _Late
+
+        with suppress(_Late):
+            for first in range(0, count, chunk):
+                numbers = range(first, min(first + chunk, count))
+                y = None if labels is None else labels[first : first + chunk]
+                parts.append(sample(network, numbers, y, progress=progress, **options))
+    return SampleResult.joined(parts) if parts else None
 
 
 def image_grid(
     config: Config, network: DiT | FPDM, images: ImageDataset, decoder: AutoencoderKL | None
 ) -> Image.Image | None:
-    """A grid of samples of a network in training; None for latents without a decoder."""
+    """A grid of samples of a network in training; None for latents without a decoder, and where no sample is complete
+    within the time limit.
+    """
     if decoder is None and config.data.source == "latents":
         return None
     count = min(config.num_samples, ROWS**2)
-    return _grid(draw_samples(config, network, images.num_classes, count), images, decoder)
+    result = draw_samples(config, network, images.num_classes, count, _time_limit(config))
+    return None if result is None else _grid(result, images, decoder)
 
 
 def _grid(result: SampleResult, images: ImageDataset, decoder: AutoencoderKL | None) -> Image.Image:
@@ -143,13 +179,17 @@ def _scores(config: Config, result: SampleResult, images: TensorDataset, held_ou
 
 
 def _draw(
-    config: Config, trainer: Trainer, result: SampleResult, images: ImageDataset, decoder: AutoencoderKL | None
+    config: Config,
+    trainer: Trainer,
+    result: SampleResult | None,
+    images: ImageDataset,
+    decoder: AutoencoderKL | None,
 ) -> None:
-    """loss.png, and samples.png where samples are images or can be decoded."""
+    """loss.png, and samples.png where there are samples that are images or can be decoded."""
     if trainer.progress.history:
         with atomic_path(config.out / "loss.png") as partial:
             loss_curve(trainer.progress.history, partial, f"{trainer.network['class']}: training loss")
-    if decoder is not None or config.data.source != "latents":
+    if result is not None and (decoder is not None or config.data.source != "latents"):
         with atomic_path(config.out / "samples.png") as partial:
             _grid(result, images, decoder).save(partial, format="PNG")
 

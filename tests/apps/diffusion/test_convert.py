@@ -306,3 +306,16 @@ def test_what_it_wrote_in_a_published_layout_is_read_again(tmp_path, capsys, sha
     if layout == "dit":
         assert call(tmp_path / "a.safetensors", tmp_path / "other", *HEADS, "--condition-on-time") == 2
         assert "is for an FPDM" in capsys.readouterr().err
+
+
+def test_another_grid_than_that_of_the_position_embedding_is_refused(tmp_path, capsys):
+    model = DiT(input_size=(4, 16), hidden_size=16, num_heads=2, depth=1, num_classes=3)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    path = saved(state, tmp_path, "safetensors")
+    for number, options in enumerate(([], ["--input-size", "16", "4"])):
+        assert call(path, tmp_path / f"out{number}", "--heads", "2", *options) == 2
+        assert "--input-size 4 16" in capsys.readouterr().err
+    assert call(path, tmp_path / "out", "--heads", "2", "--input-size", "4", "16") == 0
+    state["pos_embed"] = torch.randn(state["pos_embed"].shape)  # a learned one fits any grid
+    path = saved(state, tmp_path, "safetensors")
+    assert call(path, tmp_path / "learned", "--heads", "2") == 0

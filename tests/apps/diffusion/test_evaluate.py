@@ -60,7 +60,7 @@ class Pixels:
 
     def __call__(self, pictures):
         x = pictures.float().flatten(1) / 127.5 - 1
-        return features.Looked(x, x[:, :3], 10 * x[:, :2])
+        return features.Extracted(x, x[:, :3], 10 * x[:, :2])
 
 
 def source(x, name="here", labels=None):
@@ -229,15 +229,15 @@ def arrange(what, folder, root) -> list[str]:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("nowhere", "neither a folder of pictures"),
+        ("nowhere", "neither a folder"),
         ("empty", "holds no images"),
         ("one", "at least 2"),
         ("sizes", "crop them all with --size"),
         ("large", "choose --features inception"),
         ("cut", "00001.png cannot be read"),
         ("classes", "classes 0 to 9"),
-        ("latents", "give the pictures that they were made from"),
-        ("archive", "pictures are uint8"),
+        ("latents", "holds latents"),
+        ("archive", "are uint8"),
         ("column", "arr_1, are int64 (3, 1), not integers"),
         ("negative", "not integers (n,) from 0"),
         ("halves", "arr_1, are float64 (3,)"),
@@ -279,7 +279,7 @@ def test_pictures_that_are_left_out_are_counted(folder, quick, tmp_path, capsys)
     assert evaluate.main([str(tmp_path), "--json"]) == 0
     told = capsys.readouterr()
     assert json.loads(told.out)["generated"]["images"] == 5
-    assert "5 numbered pictures" in told.err and "20 others, such as mine-0.png" in told.err
+    assert "5 numbered" in told.err and "20 others, such as mine-0.png" in told.err
 
 
 class Network(nn.Module):

@@ -101,13 +101,14 @@ def test_it_samples_as_the_sampler_does():
         timesteps=walk,
         solve=Solve(reuse=Reuse(), **options),
     )
-    found = pipe(2, num_images=3, num_inference_steps=4, generator=11, reuse=True, output_type="latent", **options)
+    call = {"num_images": 3, "num_inference_steps": 4, "generator": 11, "reuse": True, "reproducible": True, **options}
+    found = pipe(2, output_type="latent", **call)
     assert torch.equal(found.images, expected.samples) and found.seed == 11
     assert torch.equal(found.effort.evaluations, torch.tensor([[4, 3, 2, 1]] * 3))
     with torch.no_grad():
         vae: Any = pf.tiny_vae()
         decoded = vae.decode(expected.samples / 0.5 + 0.25).sample
-    pixels = pipe(2, num_images=3, num_inference_steps=4, generator=11, reuse=True, output_type="pt", **options)
+    pixels = pipe(2, output_type="pt", **call)
     torch.testing.assert_close(pixels.images, (decoded.clamp(-1, 1) + 1) / 2, rtol=1e-4, atol=1e-5)
 
 
@@ -139,7 +140,7 @@ def test_a_generator_advances_and_a_seed_repeats():
     pipe = pipeline()
 
     def images(generator, chunk=2):
-        return pipe([1], generator=generator, output_type="latent", chunk=chunk)
+        return pipe([1], generator=generator, output_type="latent", chunk=chunk, reproducible=True)
 
     source = torch.Generator().manual_seed(3)
     first, second = images(source), images(source)
@@ -155,13 +156,13 @@ def test_a_run_gives_the_images_of_the_sample_command(run, tmp_path):
     assert sample_command.main([str(run), "--num", "5", "--seed", "4", "--out", str(tmp_path / "files")]) == 0
     pipe: Any = FixedPointPipeline.from_pretrained(run)
     pipe.set_progress_bar_config(disable=True)
-    pictures = pipe(range(5), generator=4).images
+    pictures = pipe(range(5), generator=4, reproducible=True).images
     for i, picture in enumerate(pictures):
         assert np.array_equal(np.asarray(picture), np.asarray(read(tmp_path / "files" / f"{i:05d}-class-{i}.png")))
     pipe.save_pretrained(tmp_path / "saved")
     again: Any = FixedPointPipeline.from_pretrained(tmp_path / "saved")
     assert (again.config["steps"], again.config["iterations"], again.vae) == (2, 3, None)
-    assert [np.asarray(p).tobytes() for p in again(range(5), generator=4).images] == [
+    assert [np.asarray(p).tobytes() for p in again(range(5), generator=4, reproducible=True).images] == [
         np.asarray(p).tobytes() for p in pictures
     ]
     last = FixedPointPipeline.from_run(run, weights="model", sampler="ddim")
@@ -315,3 +316,16 @@ def test_budgets_and_the_pipelines_own_choices(tmp_path):
     again: Any = FixedPointPipeline.from_pretrained(tmp_path)
     for same in (own, again):
         assert torch.equal(same([1], generator=0, output_type="latent").images, told.images)
+
+
+@pytest.mark.parametrize("kind", ["fpdm", "dit"])
+def test_one_image_costs_one_image_unless_it_is_to_be_reproducible(kind):
+    pipe = pipeline(kind, vae=False)
+    call = {"generator": 3, "output_type": "latent", "num_inference_steps": 2}
+    one, whole = pipe([1], **call), pipe([1], **call, reproducible=True)
+    per_image = int(one.effort.block_passes)
+    assert (one.effort.computed, whole.effort.computed) == (per_image, 16 * per_image)
+    torch.testing.assert_close(one.images, whole.images, rtol=1e-4, atol=1e-4)
+    several = pipe([1, 0, 2], **call, chunk=2)
+    assert several.effort.computed == 3 * per_image
+    torch.testing.assert_close(several.images[:1], one.images, rtol=1e-4, atol=1e-4)

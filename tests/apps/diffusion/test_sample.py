@@ -243,3 +243,30 @@ def test_columns_are_classes():
 def test_the_loss_curve_is_drawn_from_any_history(tmp_path, points):
     loss_curve([(100 * k, 1.0 / (k + 1)) for k in range(points)], tmp_path / "loss.png", "loss")
     assert read(tmp_path / "loss.png").width > 500
+
+
+def test_without_reproducibility_the_network_gets_whole_batches(trained, tmp_path):
+    """Equal to rounding, which 8 bits of a value may show; and the folder accepts no other precision afterwards."""
+    assert call(trained, tmp_path / "whole", "--num", "21") == 0
+    assert call(trained, tmp_path / "free", "--num", "21", "--no-reproducible", "--batch", "7") == 0
+    whole, free = contents(tmp_path / "whole"), contents(tmp_path / "free")
+    assert whole.keys() == free.keys()
+    for name in whole:
+        a, b = (np.asarray(read(tmp_path / kind / name)).astype(int) for kind in ("whole", "free"))
+        assert np.abs(a - b).max() <= 1
+    effort = json.loads((tmp_path / "free" / "effort.json").read_text())
+    assert effort["block_passes_computed"] == 21 * effort["per_image"]["block_passes"]
+    for change in (["--precision", "bf16"], ["--compile", "eager"], []):
+        options = [*change, "--no-reproducible"] if change else []
+        assert call(trained, tmp_path / "free", "--num", "22", *options) == 2
+
+
+def test_bf16_and_compilation_sample_nearly_the_same(trained, tmp_path):
+    kinds = {"plain": [], "half": ["--precision", "bf16"], "compiled": ["--compile", "aot_eager", "--device", "auto"]}
+    images = {}
+    for name, options in kinds.items():
+        assert call(trained, tmp_path / name, "--num", "10", *options) == 0
+        names = sorted(contents(tmp_path / name))
+        images[name] = np.stack([np.asarray(read(tmp_path / name / file)).astype(int) for file in names])
+    assert np.abs(images["compiled"] - images["plain"]).max() <= 1
+    assert 0 < np.abs(images["half"] - images["plain"]).mean() < 5

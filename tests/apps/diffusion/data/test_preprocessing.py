@@ -220,3 +220,19 @@ def test_exif_agrees_with_pillow(tmp_path):
     with Image.open(tmp_path / "a.png") as file:
         shown = np.asarray(ImageOps.exif_transpose(file))
     assert np.array_equal(read(tmp_path / "a.png", None).transpose(1, 2, 0), shown)
+
+
+@pytest.mark.parametrize("bits", [1, 8, 16])
+@pytest.mark.parametrize("photometric", [0, 1])
+def test_tiff_with_zero_for_white(tmp_path, bits, photometric):
+    """Written byte by byte: Pillow writes no such file."""
+    left = np.zeros((8, 8), dtype=np.uint16 if bits == 16 else np.uint8)
+    left[:, :4] = 2**bits - 1
+    data = np.packbits(left, axis=1).tobytes() if bits == 1 else left.tobytes()
+    tags = [(256, 8), (257, 8), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 8)]
+    tags = [(tag, 4, 1, value) for tag, value in [*tags, (279, len(data))]]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    (tmp_path / "a.tif").write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
+    rows = preprocessing.read(tmp_path / "a.tif", 8, channels=1)[0]
+    assert rows[0].tolist() == ([0] * 4 + [255] * 4 if photometric == 0 else [255] * 4 + [0] * 4)

@@ -380,3 +380,36 @@ def test_every_sampler_brings_gaussian_data(name, zero_snr):
     standard = (x - gaussian.mu) @ gaussian.basis / torch.tensor(SPREAD)
     assert standard.mean(0).abs().max() < 3 / n**0.5
     assert (torch.cov(standard.T) - torch.eye(4)).abs().max() < 4 * (2 / n) ** 0.5
+
+
+@pytest.mark.parametrize("network", [FPDM, DiT])
+def test_precision_and_compilation_change_rounding_alone(network):
+    model = randomised(network(**TINY)).eval()
+    options = {"seed": 2, "scheduler": make_scheduler("ddim"), "timesteps": timesteps(4), "chunk": 4}
+
+    def samples(**more):
+        return sample(model, range(4), [0, 1, 2, 3], **options, **more)
+
+    plain, half = samples(), samples(precision="bf16")
+    assert half.samples.dtype == torch.float32 and not torch.equal(half.samples, plain.samples)
+    size = plain.samples.square().mean().sqrt()
+    assert (half.samples - plain.samples).square().mean().sqrt() < 0.05 * size
+    assert torch.equal(half.effort.evaluations, plain.effort.evaluations)
+    model.compile_blocks(backend="aot_eager")
+    compiled = samples()
+    torch.testing.assert_close(compiled.samples, plain.samples, rtol=1e-4, atol=1e-4)
+
+
+def test_requested_samples_alone_agree_to_rounding():
+    model = randomised(FPDM(**TINY)).eval()
+    options = {"seed": 4, "scheduler": make_scheduler("ddpm"), "timesteps": timesteps(3)}
+    indices, labels = [9, 2, 30, 31, 5], [0, 1, 2, 3, 4]
+    whole = sample(model, indices, labels, chunk=8, **options)
+    apart = sample(model, indices, labels, chunk=2, reproducible=False, **options)
+    torch.testing.assert_close(apart.samples, whole.samples, rtol=1e-4, atol=1e-4)
+    per_image = int(whole.effort.block_passes[0])
+    assert (apart.effort.computed, whole.effort.computed) == (5 * per_image, 3 * 8 * per_image)
+    parts = [sample(model, indices[k:][:2], labels[k:][:2], chunk=2, reproducible=False, **options) for k in (0, 2, 4)]
+    joined = type(whole).joined(parts)
+    assert torch.equal(joined.samples, apart.samples) and joined.indices == tuple(indices)
+    assert torch.equal(joined.effort.block_passes, apart.effort.block_passes)

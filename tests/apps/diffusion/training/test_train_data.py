@@ -18,6 +18,8 @@ from apps.diffusion.files.images import sample_grid
 from apps.diffusion.models import build
 from apps.diffusion.models.autoencoder import decode
 from apps.diffusion.schedulers.noise_schedule import scheduler_of
+from apps.diffusion.training import run as run_module
+from apps.diffusion.training import summary
 from apps.diffusion.training.summary import draw_samples
 from apps.diffusion.training.trainer import Trainer
 from tests.apps.diffusion import picture_files as pf
@@ -236,3 +238,45 @@ def test_workers_train_the_same(pictures, tmp_path):
     assert call("folder", tmp_path / "a", *options) == 0
     assert call("folder", tmp_path / "b", *options, "--data.workers", 2) == 0
     equal(tmp_path / "a", tmp_path / "b")
+
+
+def test_gray_runs_of_three_channels_are_resumed(tmp_path):
+    """Earlier versions read gray images with three channels."""
+    for i in range(4):
+        pf.save(tmp_path / "gray" / f"{i}.png", pf.picture(i, mode="L"))
+    options = ["--data.path", tmp_path / "gray", "--data.size", 8, "--optimizer.images", 4, "--data.channels", 3]
+    assert call("folder", tmp_path / "run", *options) == 0
+    file = tmp_path / "run" / "config.json"
+    saved = json.loads(file.read_text())
+    del saved["data"]["channels"]
+    file.write_text(json.dumps(saved))
+    assert train.main(["--resume", "--out", str(tmp_path / "run"), "--optimizer.images", "8"]) == 0
+    assert build.rebuild(checkpoint.newest(tmp_path / "run").network).latent == (3, 8, 8)
+
+
+def test_sampling_for_the_summary_ends_with_its_time(tmp_path, capsys, monkeypatch):
+    """Without a limit all images are sampled; where it ends within the first chunk, none."""
+    config = dataclasses.replace(c.Config(), model=c.ModelConfig(hidden=16, heads=2))
+    model = build.network(config.model, (1, 8, 8), 10, iterations=1, seed=0).eval()
+    whole = draw_samples(config, model, 10, 20)
+    assert len(whole.samples) == 20 and whole.labels.tolist() == [i % 10 for i in range(20)]
+    assert draw_samples(config, model, 10, 20, limit=0.0) is None
+    late = iter([*[0.0] * 21, *[2.0] * 30])  # the second chunk ends too late
+    monkeypatch.setattr(summary.time, "monotonic", lambda: next(late))
+    part = draw_samples(config, model, 10, 20, limit=1.0)
+    monkeypatch.undo()
+    assert torch.equal(part.samples, whole.samples[:16])
+    monkeypatch.setattr(summary, "_time_limit", lambda config: 0.0)
+    tiny = [*TINY, "--optimizer.images", "8", "--max-time", "60", "--out", str(tmp_path / "run")]
+    assert train.main(tiny) == 0
+    assert "0 of 6 images" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["sampling"]["images"] == 0 and not (tmp_path / "run" / "samples.png").exists()
+
+
+def test_other_values_of_images_in_memory_are_other_data(tmp_path):
+    x, y = torch.zeros(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
+    run_module.write_data(tmp_path, data_build.fingerprint(TensorDataset(x, y)))
+    x[3, 0, 1, 1] = 0.5
+    with pytest.raises(ValueError, match="sha256"):
+        run_module.write_data(tmp_path, data_build.fingerprint(TensorDataset(x, y)))
