@@ -13,8 +13,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from apps.diffusion import missing_packages
+from apps.diffusion.config.training import Config
+from apps.diffusion.files.atomic import exclusive
 
 
 def run_command(
@@ -41,6 +44,18 @@ def run_command(
         message, code = f"{error}. {after}".strip(), 1
     print(f"{name}: {message}", file=sys.stderr)
     return code
+
+
+AFTER_TRAINING = "Saved checkpoints are intact; --resume continues from the last."
+
+
+def run_training(config: Config, resume: bool) -> int:
+    """Train in the run's folder, which one command at a time may use; returns the exit code."""
+    first = int(os.environ.get("RANK", 0)) == 0
+    with exclusive(config.out) if first else nullcontext():
+        from apps.diffusion.training import run
+
+        return run.run(config, run.start_of(config, resume))
 
 
 def flag(name: str) -> str:

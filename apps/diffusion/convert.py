@@ -8,7 +8,7 @@ diffusers, or a folder: a diffusers model, a model that this command wrote, or a
     dit, fpdm   model.pt, a plain state dict                          torch.load(DIR/model.pt)
     pipeline    a training run's network, scheduler and options       FixedPointPipeline.from_pretrained(DIR)
 
-and conversion.json, which says what was converted. Nothing in a checkpoint is executed. DIR is written whole
+and conversion.json, with the source and the network. Nothing in a checkpoint is executed. DIR is written whole
 or not at all, and never over something else.
 """
 
@@ -49,7 +49,7 @@ class Request:
     """Which weights, where the checkpoint holds both; ema, the averaged ones, by default."""
     heads: int | None = None
     """Attention heads, which no shape shows; by default those of the published size with the same hidden size
-    (384: 6, 768: 12, 1024: 16, 1152: 16), or what the folder's config.json says.
+    (384: 6, 768: 12, 1024: 16, 1152: 16), or those of the folder's config.json.
     """
     input_size: tuple[int, int] | None = None
     """Height and width of the latent, where it is not a square."""
@@ -61,7 +61,7 @@ class Request:
             raise ValueError(f"--heads must be at least 1, got {self.heads}.")
 
     def options(self) -> ReadOptions:
-        """What the flags say about a state dict."""
+        """The flags about a state dict."""
         return ReadOptions(
             weights=self.weights,
             heads=self.heads,
@@ -96,7 +96,7 @@ def check_out(out: Path) -> None:
 
 
 def write(model: DiT | FPDM, request: Request) -> str:
-    """Write the folder; returns what there is to say about it.
+    """Write the folder; returns a sentence about it.
 
     Raises:
         ValueError: a network that the layout has no place for, or something stands in the way.
@@ -116,18 +116,18 @@ def write(model: DiT | FPDM, request: Request) -> str:
             result.save_pretrained(partial, max_shard_size="50GB")
         note = {"source": _provenance(request), "to": request.to, "network": build.describe(model)}
         (partial / "conversion.json").write_text(json.dumps(note, indent=2) + "\n")
-    said = f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters is in {request.out}."
+    text = f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters is in {request.out}."
     if request.to == "diffusers":
-        said += (
+        text += (
             " diffusers computes the time embedding with slightly other frequencies than DiT, so its outputs differ by "
             "some percent until apps.diffusion.checkpoint.state_dicts.use_dit_frequencies(model) is called on the "
             "loaded model."
         )
-    return said
+    return text
 
 
 def write_pipeline(request: Request) -> str:
-    """Write a training run as a pipeline folder with the record of its training; returns what there is to say about it.
+    """Write a training run as a pipeline folder with the record of its training; returns a sentence about it.
 
     Raises:
         ValueError: no run, or options that a run decides itself.

@@ -49,7 +49,7 @@ class Request:
     size: int | None = None
     """Crop and resize the images of folders to this side, as ADM does."""
     nearest: int = 3
-    """Neighbours that precision and recall look at."""
+    """Nearest neighbors of precision and recall."""
     neighbors: Path | None = None
     """Draw the first 20 samples, each above the nearest image of the reference, into this .png file."""
     save: Path | None = None
@@ -63,7 +63,7 @@ class Request:
     batch: int = BATCH
     """Images in one call of the network."""
     precision: Precision = "no"
-    """bf16: call the network under autocast to bfloat16. Such features are compared with their like only."""
+    """bf16: call the network under autocast to bfloat16. Such features are compared with each other only."""
     compile: Backend = "no"
     """Backend of torch.compile for Inception."""
     json: bool = False
@@ -176,10 +176,10 @@ def _print(report: dict[str, Any]) -> None:
     if "nearest" in report:
         near = report["nearest"]
         print(f"nearest reference image: {near['median']:.3f} RMS away (median), {near['least']:.3f} (least)")
-    told = report["reference"]
+    reference = report["reference"]
     print(
-        f"\nAgainst {told['data'].get('images', '')} images of {told['data']['name']}, on the features "
-        f"{told['features']['name']}. Distances are larger with fewer images: compare equal numbers."
+        f"\nAgainst {reference['data'].get('images', '')} images of {reference['data']['name']}, on the features "
+        f"{reference['features']['name']}. Distances are larger with fewer images: compare equal numbers."
     )
 
 

@@ -11,14 +11,12 @@ image i of `python -m apps.diffusion.sample RUN --seed s` for the same class and
 
 from __future__ import annotations
 
-import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -33,7 +31,8 @@ from apps.diffusion.files.images import to_pil
 from apps.diffusion.models.autoencoder import decode
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
-from apps.diffusion.sampling.options import SamplingPlan, as_integer, as_integers, labels_for, plan
+from apps.diffusion.sampling.keywords import keyword, options_of, seed_of
+from apps.diffusion.sampling.options import SamplingPlan, as_integer, labels_for, plan
 from apps.diffusion.sampling.sampler import CHUNK, Effort, SampleResult, sample
 from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import same_noise
@@ -41,17 +40,16 @@ from implicit import AbstractSolver, Stop
 
 Output = Literal["pil", "np", "pt", "latent"]
 _DEFAULTS = ("steps", "iterations", "guidance", "reuse")
-_KEYWORDS = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 
 
 @dataclass
 class FixedPointOutput(BaseOutput):
-    """What a call gives.
+    """The result of a call.
 
     Attributes:
         images: a list of images ("pil"), an array (n, H, W, C) ("np") or a tensor (n, C, H, W) ("pt") in
-            [0, 1], or what the network made, (n, C, h, w), unscaled and not clipped ("latent").
-        effort: what sampling cost (see sampler.py).
+            [0, 1], or the samples of the network, (n, C, h, w), unscaled and not clipped ("latent").
+        effort: what sampling cost (see effort.py).
         seed: as `generator`, it gives the same images again.
     """
 
@@ -221,12 +219,12 @@ class FixedPointPipeline(DiffusionPipeline):
             block_passes: a budget of each image instead, in transformer blocks, spent exactly; FPDM only.
             macs: a budget in multiply-accumulates instead; FPDM only.
             allocation: how a budget, or iterations times the timesteps, is shared out from the noisiest timestep
-                on; see allocation.py.
-            stop: a tolerance instead, for all or for each timestep; FPDM only.
-            solver: how the next iterate is made; FPDM only.
+                on; see sampling/iteration_budget.py.
+            stop: a stopping criterion instead, for all or for each timestep; FPDM only.
+            solver: solver of the fixed-point layer; FPDM only.
             reuse: start of each solve: False or "off", True or "on" (the previous timestep's solution), "blended",
                 "extrapolated", or a rule; None: the pipeline's default; FPDM only.
-            timesteps: the array to walk, falling, instead of num_inference_steps and the scheduler's spacing.
+            timesteps: decreasing, instead of num_inference_steps and the scheduler's spacing.
             sampler: another sampler than the pipeline's scheduler, by its name in the sampling command.
             eta: stochasticity of DDIM, 0 to 1.
             chunk: images in one call of the network; None: 64, or 16 if reproducible.
@@ -244,7 +242,7 @@ class FixedPointPipeline(DiffusionPipeline):
             raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(get_args(Output))}.")
         labels = labels_for(class_labels, num_images, model.num_classes, self.config["classes"] or ())
         total = len(labels) if labels is not None else as_integer("num_images", num_images or 1, 1)
-        options = _options(
+        options = options_of(
             steps=num_inference_steps,
             timesteps=timesteps,
             guidance=guidance_scale,
@@ -260,7 +258,7 @@ class FixedPointPipeline(DiffusionPipeline):
         )
         warm_start = reuse if isinstance(reuse, Reuse) else None
         chosen = self._plan(options, stop, warm_start)
-        seed = _seed(generator)
+        seed = seed_of(generator)
         result = self._sampled(total, labels, chosen, seed, chunk, reproducible)
         self.maybe_free_model_hooks()
         images = self._images(result.samples, output_type)
@@ -274,7 +272,7 @@ class FixedPointPipeline(DiffusionPipeline):
         try:
             return plan(self.model, self.scheduler, options, defaults=defaults, stop=stop, warm_start=warm_start)
         except OptionError as error:
-            raise ValueError(error.spelled(_keyword)) from None
+            raise ValueError(error.spelled(keyword)) from None
 
     def _sampled(
         self,
@@ -316,49 +314,3 @@ class FixedPointPipeline(DiffusionPipeline):
         if output_type == "pil":  # the rounding of the sampling command
             return [to_pil(image) for image in x]
         return VaeImageProcessor().postprocess(x.float(), output_type=output_type)
-
-
-def _options(**given: Any) -> SamplingOptions:
-    """The keywords of a call as sampling options; whole numbers may be those of numpy or torch."""
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in ("steps", "block_passes", "guidance_channels"):
-        if name in given:
-            given[name] = as_integer(_keyword(name), given[name], 1)
-    for name, least in (("iterations", 1), ("timesteps", 0)):
-        if name in given:
-            given[name] = as_integers(name, given[name], least)
-            if not given[name]:
-                raise ValueError(f"{name} is an empty list; leave it out.")
-    reuse = given.get("reuse")
-    if isinstance(reuse, bool):
-        given["reuse"] = "on" if reuse else "off"
-    elif isinstance(reuse, Reuse):
-        del given["reuse"]
-    for name, words in (("reuse", Start), ("allocation", Allocation), ("sampler", Sampler)):
-        if name in given and given[name] not in get_args(words):
-            raise ValueError(f"{name}={given[name]!r} is unknown; choose one of {', '.join(get_args(words))}.")
-    try:
-        return SamplingOptions(**given)
-    except OptionError as error:
-        raise ValueError(error.spelled(_keyword)) from None
-
-
-def _keyword(name: str) -> str:
-    """The keyword of a call for a sampling option."""
-    return _KEYWORDS.get(name, name)
-
-
-def _seed(generator: torch.Generator | int | None) -> int:
-    """What all noise of a call follows from."""
-    if generator is None:
-        return secrets.randbits(62)
-    if isinstance(generator, torch.Generator):
-        return int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    if isinstance(generator, np.integer):
-        generator = int(generator)
-    if isinstance(generator, bool) or not isinstance(generator, int) or generator < 0:
-        raise ValueError(
-            f"generator={generator!r} must be one torch.Generator or a seed, at least 0; every image has its own noise "
-            "already."
-        )
-    return generator

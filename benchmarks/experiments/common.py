@@ -15,7 +15,7 @@ from torch import nn
 from apps.diffusion.config.training import Config, EMAConfig, Grad, ModelConfig, OptimizerConfig
 from apps.diffusion.data import TensorDataset
 from apps.diffusion.data import build as data
-from apps.diffusion.evaluation.digit_classifier import Judge
+from apps.diffusion.evaluation.digit_classifier import ImageScorer
 from apps.diffusion.sampling.sampler import Solve, sample
 from apps.diffusion.schedulers import noise_schedule as schedule
 from apps.diffusion.schedulers.timesteps import timesteps
@@ -76,14 +76,14 @@ def _config(model: ModelConfig, seconds: float, grad: Grad) -> Config:
 
 
 @cache
-def judge() -> tuple[TensorDataset, TensorDataset, Judge]:
+def judge() -> tuple[TensorDataset, TensorDataset, ImageScorer]:
     """Training images, held-out images, and the classifier that scores samples."""
     images, held_out = data.datasets(Config().data)
     assert isinstance(images, TensorDataset) and held_out is not None
-    return images, held_out, Judge.of(images)
+    return images, held_out, ImageScorer.of(images)
 
 
-def floor(images: TensorDataset, ruler: Judge, count: int, draws: int = 20) -> dict[str, Any]:
+def floor(images: TensorDataset, ruler: ImageScorer, count: int, draws: int = 20) -> dict[str, Any]:
     """Distances of real images drawn like samples, as many and with the same labels: the lower bound for a network."""
     distances = []
     for draw in range(draws):

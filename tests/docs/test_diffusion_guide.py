@@ -1,28 +1,14 @@
-"""Every training command in the guide is one that parses, and its table has the numbers of the presets."""
+"""The flags in the guide exist, and its table has the numbers of the presets."""
 
 import re
 from pathlib import Path
 
-import pytest
 import torch
 
 from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.models import build
-from apps.diffusion.train import parse
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "diffusion.md").read_text()
-BLOCKS = re.findall(r"^```\w*\n(.*?)^```", GUIDE, re.S | re.M)
-COMMANDS = re.findall(r"apps\.diffusion\.train(?: ([^\n#]*))?", "".join(BLOCKS))
-
-
-def test_the_guide_has_commands():
-    assert len(COMMANDS) >= 9
-
-
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "--resume" not in c])
-def test_commands_parse(command):
-    config, resume = parse(command.split())
-    assert not resume and str(config.out).startswith("runs/")
 
 
 def test_flags_exist():

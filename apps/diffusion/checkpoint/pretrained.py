@@ -6,7 +6,7 @@
         README.md                                   the model card
 
 `python -m apps.diffusion.convert RUN --out DIR --to pipeline` writes such a folder, without its card. NAME stands for
-the folder wherever a run is asked for, unless a folder of that name exists in the working directory. The repository
+the folder wherever a run is an argument, unless a folder of that name exists in the working directory. The repository
 holds these folders; a wheel does not.
 """
 

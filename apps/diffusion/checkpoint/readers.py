@@ -134,8 +134,8 @@ def _assemble(tensors: dict[str, Tensor], options: ReadOptions, config: dict[str
             size = (config["sample_size"], config["sample_size"])
         if size is None:
             raise ValueError(
-                "A file in diffusers' layout does not say how large the latent is; give the folder with its "
-                "config.json, or say it with --input-size, such as --input-size 32 32."
+                "A file in diffusers' layout does not hold the size of the latent; give the folder with its "
+                "config.json, or --input-size, such as --input-size 32 32."
             )
         tensors = state_dicts.from_diffusers(tensors, size)
     return state_dicts.network(tensors, heads=heads, input_size=size, condition_on_time=options.condition_on_time)
@@ -179,10 +179,10 @@ def read_tensors(path: Path, which: str | None = None) -> dict[str, Tensor]:
         found = parts[wanted]
     elif which is not None:
         raise ValueError(f"{path} holds one set of weights only; leave out --weights.")
-    foreign = [name for name, value in found.items() if not isinstance(value, torch.Tensor)]
-    if foreign or not found:
+    others = [name for name, value in found.items() if not isinstance(value, torch.Tensor)]
+    if others or not found:
         raise ValueError(
-            f"{path} is no state dict: {', '.join(map(str, foreign)) or 'it is empty'}; give tensors by name."
+            f"{path} is no state dict: {', '.join(map(str, others)) or 'it is empty'}; give tensors by name."
         )
     for prefix in _WRAPPERS:
         if all(name.startswith(prefix) for name in found):

@@ -88,7 +88,7 @@ def network(
         heads: attention heads. No shape shows them; None takes those of the published size with this hidden
             size: 384: 6, 768: 12, 1024: 16, 1152: 16.
         input_size: height and width of the latent in pixels; None: a square.
-        condition_on_time: FPDM only: whether it was trained to tell its explicit blocks the time.
+        condition_on_time: FPDM only: whether its explicit blocks are conditioned on the time.
 
     Raises:
         ValueError: unknown, missing or misshapen tensors, all of them listed; heads or input_size that do not
@@ -110,7 +110,7 @@ def network(
         if tensors[name].shape != value.shape
     ]
     if wrong:
-        raise ValueError(f"The tensors do not fit each other: {_listed(wrong)}. The checkpoint is damaged or foreign.")
+        raise ValueError(f"The tensors do not fit each other: {_listed(wrong)}. Give an undamaged checkpoint.")
     model.load_state_dict(dict(tensors), assign=True)
     return model
 
@@ -257,19 +257,19 @@ def _sizes(
     missing = [name for name in needed if name not in tensors]
     if missing:
         raise ValueError(
-            f"The sizes of the network cannot be told, missing: {_listed(missing)}. Give a whole checkpoint."
+            f"The sizes of the network cannot be determined, missing: {_listed(missing)}. Give a whole checkpoint."
         )
     patches, positions, inner, last = (tensors[name] for name in needed)
     if patches.ndim != 4 or positions.ndim != 3 or inner.ndim != 2 or last.ndim != 2:
         shapes = [f"{name} {tuple(tensors[name].shape)}" for name in needed]
-        raise ValueError(f"The shapes {_listed(shapes)} are not those of a DiT or FPDM; the checkpoint is foreign.")
+        raise ValueError(f"The shapes {_listed(shapes)} are not those of a DiT or FPDM; give one of these.")
     hidden, channels, patch, _ = patches.shape
     outputs, remainder = divmod(last.shape[0], patch * patch)
     if remainder or outputs not in (channels, 2 * channels):
         raise ValueError(
             f"final_layer.linear.weight has {last.shape[0]} rows, but patches of {patch} x {patch} pixels in "
             f"{channels} channels need {channels * patch**2}, or twice that with a learned variance; the checkpoint "
-            "is foreign."
+            "is of another kind."
         )
     table = tensors.get("y_embedder.embedding_table.weight")
     return {
@@ -289,8 +289,8 @@ def heads_of(hidden: int, heads: int | None) -> int:
     if heads is None and hidden not in HEADS:
         known = ", ".join(f"{size}: {count}" for size, count in HEADS.items())
         raise ValueError(
-            f"No shape shows the number of heads, and hidden size {hidden} is not a published one ({known}); say it "
-            "with --heads."
+            f"No shape shows the number of heads, and hidden size {hidden} is not a published one ({known}); give "
+            "--heads."
         )
     return HEADS[hidden] if heads is None else heads
 

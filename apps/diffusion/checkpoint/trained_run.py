@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apps.diffusion.checkpoint import pretrained
 from apps.diffusion.checkpoint import training_state as checkpoint
+from apps.diffusion.checkpoint.training_state import Checkpoint
 from apps.diffusion.config.training import Config
 from apps.diffusion.data.latents import read_index
 from apps.diffusion.files import hashing
@@ -91,7 +92,7 @@ def open_run(run: Path, weights: Literal["ema", "model"] = "ema") -> Trained:
     try:
         model = build.rebuild(state.network)
     except (LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"The checkpoint in {run} describes no network that this version knows ({error!r}).") from None
+        raise ValueError(f"The checkpoint in {run} describes no network of this version ({error!r}).") from None
     chosen = state.ema if weights == "ema" else state.model
     fit(model, chosen, run)
     return Trained(
@@ -130,7 +131,7 @@ def decoder_of(trained: Trained, name: str | None = None, device: str = "cpu") -
         device: where to compute.
 
     Raises:
-        ValueError: it cannot be read, nobody knows where it is, it is another one, or there is nothing to decode.
+        ValueError: it cannot be read, its place is unknown, it is another one, or there is nothing to decode.
     """
     data, channels = trained.config.data, trained.model.latent[0]
     latent = data.source == "latents" or channels not in (1, 3)
@@ -143,15 +144,15 @@ def decoder_of(trained: Trained, name: str | None = None, device: str = "cpu") -
         return open_decoder(read_index(data.path), name, device)
     if name is None:
         raise ValueError(
-            f"This run makes latents, and the folder they were learnt from, {data.path}, which names their VAE, is not "
-            "here; name the VAE, a folder or one on the hub."
+            f"This run generates latents, and the folder of its training latents, {data.path}, which has their VAE, is "
+            "not here; name the VAE, a folder or one on the hub."
         )
-    vae, told = open_vae(name, device=device)
+    vae, title = open_vae(name, device=device)
     config: Any = vae.config
     if config.latent_channels != channels:
         raise ValueError(
-            f"The VAE {told} decodes latents of {config.latent_channels} channels, and this run makes {channels}; give "
-            "the one that the run's latents were encoded with."
+            f"The VAE {title} decodes latents of {config.latent_channels} channels, and this run generates {channels}; "
+            "give the one that the run's latents were encoded with."
         )
     return vae
 
@@ -177,3 +178,34 @@ def fit(model: torch.nn.Module, weights: Mapping[str, Tensor], where: Path) -> N
             "Give the folder of a run whose checkpoints are its own."
         )
     model.load_state_dict(weights)
+
+
+def check_start(start: Checkpoint, model: torch.nn.Module, network: dict[str, Any], where: Path) -> None:
+    """Checks that a run can continue from a checkpoint, its weights apart (see `fit`).
+
+    Args:
+        start: the checkpoint.
+        model: the network to train.
+        network: its description (`models.build.describe`).
+        where: folder of the run, for messages.
+
+    Raises:
+        ValueError: the checkpoint holds another network, or the optimizer's state of another one.
+    """
+    if _architecture(start.network) != _architecture(network):
+        raise ValueError(
+            f"The checkpoint holds another network ({start.network}) than the configuration describes ({network}); "
+            "resume it with the settings it was started with."
+        )
+    sizes = dict(enumerate(p.shape for p in model.parameters()))
+    for i, entry in start.optimizer.items():
+        if any(i not in sizes or (value.ndim and value.shape != sizes[i]) for value in entry.values()):
+            raise ValueError(
+                f"The optimizer's state in {where} is that of another network (parameter {i} has another shape); "
+                "delete this checkpoint to continue from the one before, or train again into a new folder."
+            )
+
+
+def _architecture(network: dict[str, Any]) -> dict[str, Any]:
+    """What determines the weights and their meaning; the number of iterations of an FPDM does not."""
+    return {**network, "config": {k: v for k, v in network["config"].items() if k != "iterations"}}

@@ -137,7 +137,7 @@ def published(data: str, kind: Kind) -> Config:
     cost train both for the same `--max-time` on the same machines.
 
     Gradient clipping, bf16 and activation checkpointing are not among the paper's settings that are known here, and
-    are off. S-JFB, the solver and `pre`, `post`, `condition_on_time` are of no account to a DiT, nor is `iterations`:
+    are off. S-JFB, the solver and `pre`, `post`, `condition_on_time` do not apply to a DiT, nor does `iterations`:
     28 block passes a timestep, which is what a DiT-XL takes.
     """
     conditional = data == "imagenet"

@@ -1,7 +1,7 @@
 """Sampling options, one class for the training configuration, the sampling command and the pipeline's keywords.
 
 An option that is None is left open: `over` fills it from other options (those of the run, of the pipeline), and
-`DEFAULTS` applies where nobody gives it. `sampling/options.py` translates them into what the sampling loop takes.
+`DEFAULTS` applies otherwise. `sampling/options.py` translates them into what the sampling loop takes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _GROUPS = (
 
 
 class OptionError(ValueError):
-    """Options out of range, or that exclude each other. `spelled` says it in the words of a caller: flags, keywords."""
+    """Options out of range, or that exclude each other. `spelled` gives the message in flags or keywords."""
 
     def __init__(self, message: str, *names: str) -> None:
         self.message, self.names = message, names

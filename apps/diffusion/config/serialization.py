@@ -140,6 +140,6 @@ def within(where: object, low: float, high: float, *names: str) -> None:
 
 
 def flag(where: object, name: str) -> str:
-    """The flag of the training command for a field: the class says in which section it is."""
+    """The flag of the training command for a field: the class has its section."""
     section = getattr(where, "SECTION", "")
     return "--" + (section + "." if section else "") + name.replace("_", "-")

@@ -267,8 +267,18 @@ class Config:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     num_samples: int = 300
     """Number of images to sample and score at the end."""
+    init: Path | None = None
+    """Start from trained weights: a run, a model or pipeline folder, a network by name, or a checkpoint file in a
+    published layout. From a DiT an FPDM takes the first and last blocks, and a middle one for its fixed-point layer.
+    """
+    teacher: Path | None = None
+    """Learn the predictions of this trained network instead of the data's (training/distillation.py); a path or name as
+    for `init`.
+    """
     seed: int = 0
     """Random seed of the run."""
+    device: str = "auto"
+    """Device: auto (accelerate's choice: the first available one of cuda, mps, xpu and cpu), or its name."""
     max_time: float | None = None
     """Maximum training time in seconds; None: no limit. With a limit and a cosine, two runs differ."""
     threads: int | None = None
@@ -283,6 +293,8 @@ class Config:
     """Tracker of loss, learning rate, residual and speed; auto: TensorBoard where it is installed."""
     sample_every: int | None = None
     """Images between two image grids sampled from the averaged weights; default: none before the end."""
+    profile: bool = False
+    """Write a torch profiler trace of five steps to logs/trace.json."""
     out: Path = Path("runs/digits")
     """Output folder of the run."""
 

@@ -46,7 +46,7 @@ class ImageDataset(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """SHA-256 that tells these images and labels from others."""
+        """SHA-256 of these images and labels."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""A folder of images: its files and classes, and the images as a dataset that reads them when they are asked for.
+"""A folder of images: its files and classes, and the images as a dataset that reads them on access.
 
 The classes are the subfolders in alphabetical order, whatever lies deeper belongs to them; an empty subfolder keeps its
 number. Images that lie in the folder itself have no class. Everything goes by the index in one sorted list of files.
@@ -73,24 +73,24 @@ class Listing:
         """Sentences about what a user may not expect: files and links left out, empty classes, classes that are
         splits.
         """
-        said = []
+        lines = []
         if self.others:
             kinds = Counter(Path(file).suffix.lower() or "no suffix" for file in self.others)
             counts = ", ".join(f"{count} with {kind}" for kind, count in kinds.most_common(8))
             more = f" and {len(kinds) - 8} more suffixes" if len(kinds) > 8 else ""
-            said.append(f"{len(self.others)} files are of no image format: {counts}{more}, such as {self.others[0]}.")
+            lines.append(f"{len(self.others)} files are of no image format: {counts}{more}, such as {self.others[0]}.")
         if self.loops:
-            said.append(f"{len(self.loops)} links to a folder above them are not followed: {_first(self.loops)}.")
+            lines.append(f"{len(self.loops)} links to a folder above them are not followed: {_first(self.loops)}.")
         empty = [name for i, name in enumerate(self.classes) if i not in set(self.labels)]
         if empty:
-            said.append(f"{len(empty)} classes have no image and keep their numbers: {_first(empty)}.")
+            lines.append(f"{len(empty)} classes have no image and keep their numbers: {_first(empty)}.")
         if self.classes and {name.lower() for name in self.classes} <= SPLITS:
             inner = self.root / self.classes[0]
-            said.append(
+            lines.append(
                 f"The classes are {', '.join(self.classes)}, which are names of splits; give {inner} if its subfolders "
                 "are the classes."
             )
-        return said
+        return lines
 
 
 def listing(root: Path, classes: Classes = "folders") -> Listing:
@@ -175,7 +175,7 @@ class ImageFolderDataset:
     """A folder of images as a dataset: `dataset[i] -> (x, label)`, x (C, H, W) float32 in [-1, 1].
 
     Every file is decoded once at the start, so that damaged ones are found, named and left out. The decoded images
-    are kept where they fit `memory`; otherwise a file is read again whenever its image is asked for, so that the
+    are kept where they fit `memory`; otherwise a file is read again on every access, so that the
     folder may be larger than the memory.
 
     Args:
@@ -268,14 +268,14 @@ class ImageFolderDataset:
 
     def remarks(self) -> list[str]:
         """Sentences about files that are left out and classes without images."""
-        said = self.listed.remarks()
+        lines = self.listed.remarks()
         if self.skipped:
-            said.append(skipped_text(self.skipped, len(self.listed.files)))
+            lines.append(skipped_text(self.skipped, len(self.listed.files)))
             left = set(self.listed.labels) - set(self.y.tolist())
             lost = [name for i, name in enumerate(self.classes) if i in left]
             if lost:
-                said.append(f"{len(lost)} classes have no usable image and keep their numbers: {_first(lost)}.")
-        return said
+                lines.append(f"{len(lost)} classes have no usable image and keep their numbers: {_first(lost)}.")
+        return lines
 
     def _read(self, i: int) -> np.ndarray:
         if self._pixels is not None:

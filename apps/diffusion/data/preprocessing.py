@@ -1,7 +1,7 @@
 """An image file as pixels: as image viewers show it, then cropped as ADM prepares ImageNet (Dhariwal & Nichol 2021,
 arXiv 2105.05233).
 
-    1. turn or mirror it as its EXIF orientation says
+    1. turn or mirror it by its EXIF orientation
     2. 8 bits a channel; 16-bit gray is scaled, 32-bit gray is refused, since its range is unknown
     3. colors to sRGB, by the ICC profile in the file
     4. transparent pixels are composed on a white background
@@ -88,10 +88,10 @@ def read(path: Path, size: Size | None, least: int = 1, channels: int = 3) -> np
 
 
 def header(path: Path, least: int) -> int:
-    """Channels of the image in a file, 1 or 3, as its header says; its pixels are not decoded.
+    """Channels of the image in a file, 1 or 3, by its header; its pixels are not decoded.
 
     Raises:
-        Unusable: no decoder knows the file, or it is too small.
+        Unusable: no decoder reads the file, or it is too small.
     """
     _check_regular(path)
     try:

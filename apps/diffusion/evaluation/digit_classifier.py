@@ -45,8 +45,8 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
-        """The 32 features (B, 32), each with mean 0 and variance 1 over the images that the classifier learnt
-        from.
+        """The 32 features (B, 32), each with mean 0 and variance 1 over the training images of the
+        classifier.
         """
         return (self.body(x) - self.mean) / self.std
 
@@ -95,7 +95,7 @@ def _shift(x: Tensor, by: list[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Score:
-    """What a classifier says of a set of images: label accuracy in [0, 1], and distance from the real
+    """Scores of a set of images by a classifier: label accuracy in [0, 1], and distance from the real
     training images.
     """
 
@@ -105,14 +105,14 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A classifier, and the statistics of the real images that it learnt from."""
+class ImageScorer:
+    """A classifier, and the statistics of its training images."""
 
     classifier: Classifier | LeNet
     real: Gaussian
 
     @classmethod
-    def of(cls, images: TensorDataset, seed: int = 0, epochs: int | None = None) -> Judge:
+    def of(cls, images: TensorDataset, seed: int = 0, epochs: int | None = None) -> ImageScorer:
         """Train the classifier on real images and keep their statistics: LeNet from 12 x 12 pixels on (see lenet.py),
         below that `Classifier`.
         """

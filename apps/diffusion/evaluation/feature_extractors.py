@@ -202,12 +202,12 @@ class Inception:
             ) from None
         file = weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
         try:
-            torch.load(file, weights_only=True, map_location="meta")  # torch-fidelity would run what a pickle says
+            torch.load(file, weights_only=True, map_location="meta")  # torch-fidelity would execute a pickle
             network: Any = FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"], str(file))
         except FileNotFoundError:
             raise ValueError(
                 f"Inception's weights are not installed: there is no {file}. Fetch {INCEPTION} from torch-fidelity's "
-                "release v0.2.0 and put it there, or say where it is with --weights."
+                "release v0.2.0 and put it there, or give its path with --weights."
             ) from None
         except Exception as error:  # pickles, zip archives, keys: whatever torch.load lets through
             reason = " ".join(str(error).split())[:200]

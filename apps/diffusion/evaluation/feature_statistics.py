@@ -6,7 +6,7 @@
 
 A file is safetensors with a JSON header: the data and the extractor by name and checksum, counts, versions. So a
 cached file is used for the same images and the same network, or not at all. The statistics that the ADM evaluation
-suite publishes (.npz with mu, sigma, mu_s, sigma_s) are read too; they tell no checksum.
+suite publishes (.npz with mu, sigma, mu_s, sigma_s) are read too; they have no checksum.
 """
 
 from __future__ import annotations
@@ -80,19 +80,19 @@ def measure(source: Source, extractor: Extractor, kept: int = KEPT) -> Statistic
     """The statistics of all images of a source.
 
     Raises:
-        ValueError: fewer than two, or images that cannot be read or looked at.
+        ValueError: fewer than two, or images that cannot be read, or of another size.
     """
     pooled, spatial = Moments(), Moments()
     chosen = set(np.linspace(0, source.count - 1, min(kept, source.count)).round().astype(int).tolist())
     features, logits, seen = [], [], 0
     for batch in source.batches():
-        looked = extractor(batch)
-        pooled.add(looked.pooled)
-        if looked.spatial is not None:
-            spatial.add(looked.spatial)
-        features.append(looked.pooled[[i for i in range(len(batch)) if seen + i in chosen]])
-        if looked.logits is not None:
-            logits.append(looked.logits)
+        extracted = extractor(batch)
+        pooled.add(extracted.pooled)
+        if extracted.spatial is not None:
+            spatial.add(extracted.spatial)
+        features.append(extracted.pooled[[i for i in range(len(batch)) if seen + i in chosen]])
+        if extracted.logits is not None:
+            logits.append(extracted.logits)
         seen += len(batch)
     return Statistics(
         provenance=_provenance(source, extractor),

@@ -169,7 +169,7 @@ def of_npz(path: Path, batch: int = BATCH) -> Source:
                 raise ValueError(f"its classes, arr_1, are {classes.dtype} {classes.shape}, not integers (n,) from 0")
             labels = torch.from_numpy(classes.astype(np.int64))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} holds no images as arr_0, or no classes of them ({error}); mend it.") from None
+        raise ValueError(f"{path} holds no images as arr_0, or no classes of them ({error}); write it again.") from None
     if (
         len(shape) != 4
         or shape[3] not in (1, 3)

@@ -65,7 +65,7 @@ class LeNet(nn.Module):
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
-        """The 84 features (B, 84), each with mean 0 and variance 1 over the images that the classifier learnt from."""
+        """The 84 features (B, 84), each with mean 0 and variance 1 over its training images."""
         return (self.body(self.maps(x)) - self.mean) / self.std
 
     @torch.no_grad()

@@ -7,9 +7,9 @@ sets of features, taken as Gaussians N(m1, C1) and N(m2, C2), lie apart by
 
 It is 0 for equal Gaussians, and biased upwards with few images: compare equal numbers.
 
-Inception score (Salimans et al. 2016, arXiv 1606.03498), p(y|x) what a classifier says of the image x:
+Inception score (Salimans et al. 2016, arXiv 1606.03498), p(y|x) the class probabilities of the image x:
 
-    IS = exp( E_x KL(p(y|x) || p(y)) ),     1 (always the same verdict) to the number of classes
+    IS = exp( E_x KL(p(y|x) || p(y)) ),     1 (all probabilities equal) to the number of classes
 
 Kernel distance, KID on Inception features (Binkowski et al. 2018, arXiv 1801.01401): the squared maximum mean
 discrepancy, unbiased, so that it may be negative, of the kernel k(x, y) = (x . y / D + 1)^3,

@@ -31,20 +31,20 @@ def open_vae(name: str | Path, subfolder: str | None = None, device: str = "cpu"
     """
     if subfolder is None and not (Path(name) / "config.json").exists() and (Path(name) / "vae").is_dir():
         subfolder = "vae"
-    told = f"{name}/{subfolder}" if subfolder else str(name)
+    title = f"{name}/{subfolder}" if subfolder else str(name)
     try:
         loaded: Any = AutoencoderKL.from_pretrained(str(name), subfolder=subfolder, output_loading_info=True)
     except Exception as error:  # files, JSON, tensors, network: diffusers lets through whatever its parts raise
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"The VAE {told} cannot be read ({type(error).__name__}: {reason}); give the folder of a diffusers "
+            f"The VAE {title} cannot be read ({type(error).__name__}: {reason}); give the folder of a diffusers "
             "AutoencoderKL, or its name on the hub."
         ) from None
     vae, info = loaded
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
     if lacking:
-        raise ValueError(f"The VAE {told} is incomplete: {', '.join(map(str, lacking))}; fetch it again.")
-    return vae.requires_grad_(False).eval().to(device), told
+        raise ValueError(f"The VAE {title} is incomplete: {', '.join(map(str, lacking))}; fetch it again.")
+    return vae.requires_grad_(False).eval().to(device), title
 
 
 def open_decoder(index: Mapping[str, Any], name: str | None = None, device: str = "cpu") -> AutoencoderKL:
@@ -62,17 +62,17 @@ def open_decoder(index: Mapping[str, Any], name: str | None = None, device: str 
     where, subfolder = name or made_by["name"], None
     if not Path(where).is_dir() and where.count("/") == 2:  # owner/repository/subfolder, on the hub
         where, subfolder = where.rsplit("/", 1)
-    vae, told = open_vae(where, subfolder, device)
+    vae, title = open_vae(where, subfolder, device)
     if digests(vae)["weights_sha256"] != made_by["weights_sha256"]:
         raise ValueError(
-            f"The VAE {told} has other weights than the encoder of these latents, {made_by['name']}; give that one "
+            f"The VAE {title} has other weights than the encoder of these latents, {made_by['name']}; give that one "
             "(--data.vae of train, --vae of sample, vae= of the pipeline)."
         )
     return vae
 
 
 def check_images(vae: AutoencoderKL, size: int) -> None:
-    """Raises ValueError where the VAE does not take colour images with sides of `size` pixels."""
+    """Raises ValueError where the VAE does not take color images with sides of `size` pixels."""
     config: Any = vae.config
     factor = 2 ** (len(config.block_out_channels) - 1)
     if size % factor or config.in_channels != 3:

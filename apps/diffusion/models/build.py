@@ -24,7 +24,7 @@ def network(
 ) -> DiT | FPDM:
     """A new network for images of `shape` (C, H, W); its first weights depend on the seed alone.
 
-    `iterations` is what an FPDM does where nobody says otherwise.
+    `iterations` is the default number of an FPDM.
     """
     size = _SIZES[config.size]
     common: dict[str, Any] = {

@@ -10,7 +10,7 @@ from apps.diffusion.models.fpdm import FPDM
 
 
 def explicit_blocks(model: Any) -> int:
-    """Transformer blocks of one call that no solve repeats; 0 for a function that does not say."""
+    """Transformer blocks of one call that no solve repeats; 0 for a function without this number."""
     if isinstance(model, FPDM):
         return model.block_passes(1) - 1
     return model.block_passes() if hasattr(model, "block_passes") else 0

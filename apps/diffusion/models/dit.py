@@ -30,7 +30,7 @@ class DiT(Frame):
             unconditional.
         learn_sigma: predict 2C channels, the second C of them the variance's interpolation coefficient.
 
-    Weights start as `layers.initialise` says. State-dict keys are those of the published DiT checkpoints.
+    Weights start as `layers.initialize` says. State-dict keys are those of the published DiT checkpoints.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -63,7 +63,7 @@ class DiT(Frame):
         if depth < 1:
             raise ValueError(f"depth={depth} leaves a DiT without blocks; give at least 1.")
         self.blocks = nn.ModuleList(layers.Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        layers.initialise(self)
+        layers.initialize(self)
 
     def forward(
         self, x: Float[Tensor, "B C H W"], t: Num[Tensor, "B"], y: Int[Tensor, "B"] | None = None

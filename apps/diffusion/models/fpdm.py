@@ -36,7 +36,7 @@ class FPDM(Frame):
         patch_size: side of a patch in pixels; T = (H / patch_size)(W / patch_size) tokens.
         hidden_size: D, a multiple of `num_heads` and of 4. `layers.SIZES` has the published sizes.
         pre: explicit blocks before the fixed point.
-        post: explicit blocks behind it.
+        post: explicit blocks after it.
         iterations: evaluations of f in a call that names neither `iterations` nor `stop`.
         condition_on_time: pre- and post-blocks and the output layer see t_emb + y_emb; False: y_emb alone, as
             the published training does. The fixed point always sees both. An unconditional model has t_emb
@@ -47,7 +47,7 @@ class FPDM(Frame):
             unconditional.
         learn_sigma: predict 2C channels, the second C of them the variance's interpolation coefficient.
 
-    Weights start as `layers.initialise` says. State-dict keys are those of the published FPDM code.
+    Weights start as `layers.initialize` says. State-dict keys are those of the published FPDM code.
 
     Raises:
         ValueError: naming the argument that does not fit.
@@ -96,7 +96,7 @@ class FPDM(Frame):
         self.block_fixed_point_projection_fc2 = nn.Linear(2 * d, d)
         self.block_fixed_point = layers.Block(d, num_heads, mlp_ratio)
         self.blocks_post = nn.ModuleList(layers.Block(d, num_heads, mlp_ratio) for _ in range(post))
-        layers.initialise(self)
+        layers.initialize(self)
 
     def forward(
         self,
@@ -115,8 +115,8 @@ class FPDM(Frame):
 
         Args:
             iterations: exactly so many evaluations of f (no tolerance). Default: the model's `iterations`.
-            stop: when the solve is good enough, per sample; instead of `iterations`.
-            solver: how the next iterate is made (default `implicit.Picard()`, the naive iteration).
+            stop: stopping criterion, per sample, instead of `iterations`.
+            solver: how the next iterate is made (default `implicit.Picard()`, the plain iteration).
             grad: what autograd sees of the solve (default `implicit.Unrolled()`, all of it).
             start: (B, T, D) where the solve starts, such as the solution at the previous timestep, or a
                 function that makes it from the fresh start. Default: the fresh start, the pre-blocks' output.

@@ -188,7 +188,7 @@ def unpatchify(tokens: Float[Tensor, "B T P"], height: int, width: int, patch_si
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-def initialise(model: nn.Module) -> None:
+def initialize(model: nn.Module) -> None:
     """DiT's starting weights: every block the identity, the output zero.
 
     Linear layers Xavier-uniform with zero bias; the patch embedding like a linear layer of its patch; label

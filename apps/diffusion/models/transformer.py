@@ -1,4 +1,4 @@
-"""What DiT and FPDM have around their blocks: embeddings in front, output layer behind, and the checks."""
+"""Base class of DiT and FPDM: embeddings, output layer, and checks of the inputs."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from apps.diffusion.models import layers
 class Frame(ModelMixin, ConfigMixin):
     """Abstract: a network on latent images, less the blocks in its middle.
 
-    A subclass adds its blocks, calls `layers.initialise(self)` and gives `forward`, `block_passes`, `macs`.
+    A subclass adds its blocks, calls `layers.initialize(self)` and gives `forward`, `block_passes`, `macs`.
     `pos_embed` is a persistent buffer: it is saved and must be there on loading, as in the published
     checkpoints, but it is no parameter.
     """
@@ -64,7 +64,7 @@ class Frame(ModelMixin, ConfigMixin):
         Raises:
             ValueError: tensors that are missing, which diffusers would leave undefined, or unknown ones.
         """
-        told = options.pop("output_loading_info", False)
+        with_info = options.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(source, **options, output_loading_info=True)
         model, info = loaded
         kinds = {"missing": "missing_keys", "unknown": "unexpected_keys", "misshapen": "mismatched_keys"}
@@ -74,7 +74,7 @@ class Frame(ModelMixin, ConfigMixin):
                 f"The weights in {source} are not those of this {cls.__name__} ({'; '.join(wrong)}); save or fetch "
                 "it again."
             )
-        return (model, info) if told else model
+        return (model, info) if with_info else model
 
     @property
     def null_class(self) -> int | None:
@@ -105,7 +105,7 @@ class Frame(ModelMixin, ConfigMixin):
         return layers.unpatchify(self.final_layer(h, c), height, width, self.patch_size)
 
     def call(self, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-        """function(*args), its activations made anew in the backward if gradient checkpointing is enabled."""
+        """function(*args), its activations computed again in the backward pass if gradient checkpointing is enabled."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
@@ -122,7 +122,7 @@ class Frame(ModelMixin, ConfigMixin):
         return tokens * (4 * d * d + 2 * d * inner) + 2 * tokens * tokens * d + 6 * d * d
 
     def frame_macs(self) -> int:
-        """Multiply-accumulates for one sample of all that is no block: embeddings and output layer."""
+        """Multiply-accumulates for one sample of the embeddings and the output layer."""
         d, area = self.hidden_size, self.patch_size**2
         patches = self.tokens * area * (self.latent[0] + self.out_channels) * d
         return patches + layers.FREQUENCIES * d + d * d + 2 * d * d
@@ -155,7 +155,7 @@ def check_width(hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
 def check_inputs(x: Tensor, t: Tensor, y: Tensor | None, *, latent: tuple[int, int, int], num_classes: int) -> None:
     """Raises ValueError where a call does not fit a model for latents of shape `latent` = (C, H, W).
 
-    The range of `y` is looked at on the CPU alone: on an accelerator that would stall the device at every
+    The range of `y` is checked on the CPU alone: on an accelerator that would stall the device at every
     call, and the embedding's own kernel refuses an id out of range there.
     """
     if x.ndim != 4 or tuple(x.shape[1:]) != latent:
@@ -183,6 +183,6 @@ def check_inputs(x: Tensor, t: Tensor, y: Tensor | None, *, latent: tuple[int, i
         low, high = (int(bound) for bound in y.aminmax())
         if low < 0 or high > num_classes:
             raise ValueError(
-                f"y holds class ids from {low} to {high}; this model knows 0 to {num_classes - 1}, and "
+                f"y holds class ids from {low} to {high}; this model has 0 to {num_classes - 1}, and "
                 f"{num_classes} for the null class."
             )

@@ -4,7 +4,7 @@
     v   = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
 
 Zero terminal SNR (Lin et al. 2024, arXiv 2305.08891) rescales the betas so that abar_{T-1} = 0: the last x_t
-is pure noise, as the one that sampling starts from is. Then eps says nothing about x_0 there (0/0), v still
+is pure noise, as the one that sampling starts from is. Then eps has no information about x_0 there (0/0), v still
 does, and sampling has to start at T - 1.
 """
 
@@ -24,7 +24,7 @@ Kind = Literal["ddim", "ddpm", "dpm++"]
 Prediction = Literal["v_prediction", "epsilon", "sample"]
 Betas = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 
-# what `same_noise` makes: diffusers schedulers that walk an explicit array, each tested on data with a known denoiser
+# what `same_noise` makes: diffusers schedulers with explicit timesteps, each tested on data with a known denoiser
 SAMPLERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -160,7 +160,7 @@ def check_pair(prediction: str, zero_snr: bool, spacing: str) -> None:
     if zero_snr and prediction == "epsilon":
         raise ValueError(
             "prediction='epsilon' cannot go with zero_snr=True: at the last timestep x_t is pure noise, and "
-            "eps says nothing about the image (0/0). Use prediction='v_prediction', or zero_snr=False."
+            "eps has no information about the image (0/0). Use prediction='v_prediction', or zero_snr=False."
         )
     if zero_snr and spacing == "leading":
         raise ValueError(

@@ -36,7 +36,7 @@ class Reverse:
 
     Args:
         scheduler: a diffusers scheduler; it is copied, never changed.
-        timesteps: the array, falling, from the noisiest down.
+        timesteps: decreasing.
         eta: DDIM only: share of fresh noise, 0 (deterministic) to 1 (ancestral).
 
     Raises:
@@ -46,8 +46,8 @@ class Reverse:
 
     def __init__(self, scheduler: Any, timesteps: Sequence[int], *, eta: float = 0.0) -> None:
         train_steps = scheduler.config["num_train_timesteps"]
-        falling = all(a > b for a, b in pairwise(timesteps))
-        if not timesteps or not falling or timesteps[0] >= train_steps or timesteps[-1] < 0:
+        decreasing = all(a > b for a, b in pairwise(timesteps))
+        if not timesteps or not decreasing or timesteps[0] >= train_steps or timesteps[-1] < 0:
             raise ValueError(
                 f"timesteps={list(timesteps)} must fall strictly and lie between {train_steps - 1} and 0; "
                 "`timesteps.timesteps` makes such an array."
@@ -116,7 +116,7 @@ class Reverse:
 def follow(scheduler: Any, timesteps: Sequence[int]) -> None:
     """Sets a scheduler that keeps its own account to an explicit array.
 
-    One that takes no array is asked for as many timesteps, and serves if its own are the same.
+    One that takes no array gets their number, and is accepted if its own timesteps are the same.
     """
     explicit = "timesteps" in inspect.signature(scheduler.set_timesteps).parameters
     with warnings.catch_warnings():

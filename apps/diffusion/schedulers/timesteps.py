@@ -30,10 +30,10 @@ def timesteps(n: int, spacing: Spacing = "trailing", train_steps: int = 1000) ->
     raise ValueError(f"spacing={spacing!r} is unknown; choose one of {', '.join(get_args(Spacing))}.")
 
 
-def check_start(walk: Sequence[int], zero_snr: bool, train_steps: int = 1000) -> None:
-    """Raises ValueError where a walk does not begin where the noise is pure, though the network knows that."""
-    if zero_snr and walk[0] != train_steps - 1:
+def check_start(timesteps: Sequence[int], zero_snr: bool, train_steps: int = 1000) -> None:
+    """Raises ValueError where sampling does not begin at the timestep of pure noise of a network trained with it."""
+    if zero_snr and timesteps[0] != train_steps - 1:
         raise ValueError(
-            f"The timesteps begin at {walk[0]}, but sampling begins with pure noise, and that is timestep "
+            f"The timesteps begin at {timesteps[0]}, but sampling begins with pure noise, and that is timestep "
             f"{train_steps - 1} of this network; put it first."
         )

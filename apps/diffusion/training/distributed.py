@@ -40,18 +40,27 @@ _KNOWN = {
 _WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def accelerator(config: c.OptimizerConfig, track: str | None, folder: Path) -> Accelerator:
+def accelerator(config: c.Config, track: str | None, folder: Path) -> Accelerator:
     """accelerate's view of this process and the others.
 
     Raises:
-        ValueError: settings of FSDP that are not supported, or a batch that the processes cannot share.
+        ValueError: settings of FSDP that are not supported, a batch that the processes cannot share, or another device
+            than accelerate finds.
     """
-    # accelerate takes several processes without an accelerator for one, unless it is told to compute on the CPU
+    # without an accelerator accelerate counts one process, unless it is set to compute on the CPU
     cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
     found = Accelerator(
-        cpu=cpu, mixed_precision=config.precision, log_with=track, project_dir=folder, fsdp_plugin=fsdp_plugin()
+        cpu=cpu or config.device == "cpu",
+        mixed_precision=config.optimizer.precision,
+        log_with=track,
+        project_dir=folder,
+        fsdp_plugin=fsdp_plugin(),
     )
-    check_processes(config, found)
+    if config.device not in ("auto", found.device.type, str(found.device)):
+        raise ValueError(
+            f"--device {config.device} is not available; accelerate found {found.device}. Give auto or cpu."
+        )
+    check_processes(config.optimizer, found)
     return found
 
 

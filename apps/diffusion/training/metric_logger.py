@@ -1,4 +1,4 @@
-"""Metrics of a run while it trains: numbers for a tracker, and image grids.
+"""Metrics of a run while it trains: numbers for a tracker, image grids, and a profiler trace.
 
     loss                 mean over the steps since the entry before
     learning_rate        of the last step
@@ -14,6 +14,8 @@ The horizontal axis is the number of images seen.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +31,8 @@ from torch import Tensor
 
 from apps.diffusion.files.atomic import atomic_path
 from implicit import Solution
+
+WAIT, WARMUP, ACTIVE = 5, 2, 5  # steps of a profile
 
 
 @dataclass
@@ -140,3 +144,22 @@ class MetricLogger:
                 known.log_images({"samples": pixels}, step=images, dataformats="NHWC")  # pyright: ignore
             elif known.name == "wandb":
                 known.log_images({"samples": [grid]}, step=images)  # pyright: ignore
+
+
+@contextmanager
+def profiler(folder: Path | None) -> Iterator[Callable[[], Any]]:
+    """A function to be called after every step; steps 8 to 12 are recorded into `folder`/trace.json, in the format of
+    chrome://tracing and Perfetto. None: nothing is recorded.
+    """
+    if folder is None:
+        yield lambda: None
+        return
+
+    def write(profile: torch.profiler.profile) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        profile.export_chrome_trace(str(folder / "trace.json"))
+
+    schedule = torch.profiler.schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
+    kinds = torch.profiler.supported_activities()
+    with torch.profiler.profile(activities=kinds, schedule=schedule, on_trace_ready=write) as profile:
+        yield profile.step

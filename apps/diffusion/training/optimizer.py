@@ -39,7 +39,7 @@ def adamw(parameters: Iterable[Tensor], config: c.OptimizerConfig) -> torch.opti
 def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     """A step of fused AdamW, which leaves weights and moments as they are where `finite`, a boolean scalar, is false.
 
-    `found_inf` is the attribute by which `torch.amp.GradScaler` tells fused optimizers to leave out a step.
+    `found_inf` is the attribute by which `torch.amp.GradScaler` makes fused optimizers leave out a step.
     """
     optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()

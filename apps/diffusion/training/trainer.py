@@ -1,9 +1,9 @@
 """The training loop.
 
-One step: images s, s + 1, ..., s + B - 1 of the run's order (s images seen so far), their timesteps, noise and dropped
-labels, all drawn from (seed, s); the loss and its gradient; AdamW; the moving average of the weights. Each of P
-processes takes B / P of the B samples, in A parts one after another where they would not fit the memory, so P and A
-change nothing but rounding.
+One step: images s, s + 1, ..., s + B - 1 of the run's order (s images seen so far); their timesteps, noise and dropped
+labels, computed on the device from (seed, s + k); the loss and its gradient; AdamW; the moving average of the weights.
+Each of P processes takes B / P of the B samples, in A parts one after another where they would not fit the memory, so P
+and A change nothing but rounding.
 
 A step does not wait for the device: whether its gradient was finite is decided there, and counts and losses are read
 every `LOG_EVERY` steps.
@@ -25,21 +25,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 import implicit
-from apps.diffusion.checkpoint.trained_run import fit
+from apps.diffusion.checkpoint.initialization import initialize
+from apps.diffusion.checkpoint.trained_run import check_start, fit
 from apps.diffusion.checkpoint.training_state import Checkpoint, Progress
 from apps.diffusion.config.training import Config
 from apps.diffusion.data import BatchSampler, ImageDataset
-from apps.diffusion.data.batch_sampler import Batch, training_batches
+from apps.diffusion.data.batch_sampler import training_batches
 from apps.diffusion.models import build
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.rng import Stream, generator
 from apps.diffusion.schedulers.noise_schedule import scheduler_of
 from apps.diffusion.training import distributed, loss
+from apps.diffusion.training.distillation import distillation_loss, open_teacher
 from apps.diffusion.training.loss import TrainingNoise
-from apps.diffusion.training.metric_logger import StepMetrics, tracker
+from apps.diffusion.training.metric_logger import StepMetrics, profiler, tracker
+from apps.diffusion.training.noise import training_noise
 from apps.diffusion.training.optimizer import AveragedWeights, adamw, learning_rate, step_if_finite
-from apps.diffusion.training.weighting import quantile
 
 LOG_EVERY = 25  # steps between two readings of the device, at most
 PATIENCE = 50  # steps in a row without a finite gradient after which training is aborted
@@ -59,23 +61,28 @@ class Trainer:
 
     Attributes:
         progress: counts; those of steps are up to date after `synchronize`, a log entry, a checkpoint and `run`.
-        stop_requested: may be set at any time, by a signal handler say.
+        stop_requested: may be set at any time, for example by a signal handler.
         stopping: the processes have agreed to stop.
     """
 
     def __init__(self, config: Config, images: ImageDataset, start: Checkpoint | None = None) -> None:
         self.config, self.images = config, images
-        self.accelerator = distributed.accelerator(config.optimizer, tracker(config.track), config.out / "logs")
+        self.accelerator = distributed.accelerator(config, tracker(config.track), config.out / "logs")
         self.scheduler = scheduler_of(config)
         iterations = (config.sampling.iterations or (10,))[0]
         model = build.network(config.model, images.shape, images.num_classes, iterations, config.seed)
+        if config.init is not None and start is None:
+            initialize(model, config.init)
         self.network = build.describe(model)
         self.null_class = model.null_class
         self.names = [name for name, _ in model.named_parameters()]
         self.ema = AveragedWeights(model, config.ema.decay)
         self.progress = Progress()
         if start is not None:
-            self._restore(model, start)
+            check_start(start, model, self.network, config.out)
+            fit(model, start.model, config.out)
+            fit(self.ema.module, start.ema, config.out)
+            self.progress = start.progress
         if config.optimizer.checkpointing:
             model.enable_gradient_checkpointing()
         if config.optimizer.compile != "no":
@@ -89,11 +96,15 @@ class Trainer:
         counts = [self.progress.steps, self.progress.skipped, 0]
         # on the device: steps, skipped steps, and skipped steps since the last finite gradient
         self.counts = torch.tensor(counts, device=self.accelerator.device)
+        self.teacher = None
+        if config.teacher is not None:
+            device = self.accelerator.device
+            self.teacher = open_teacher(config.teacher, images.shape, images.num_classes, device)
         self.metrics = StepMetrics()
         self.saved = -1  # images seen at the last checkpoint
         self.stop_requested = False
         self.stopping = False  # only `_agree` writes it
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Iterator[list[Tensor]] | None = None
         self._next_agreement, self._last_agreement = 0, (0, self.progress.seconds)  # in steps of this process
         self._steps = 0
 
@@ -113,17 +124,22 @@ class Trainer:
         start = time.monotonic() - progress.seconds
         batch = config.optimizer.batch
         self._agree(progress.seconds)  # a signal may have come before the first step
-        with tqdm(
-            total=config.optimizer.images,
-            initial=progress.images,
-            unit="img",
-            unit_scale=True,
-            desc=config.model.kind,
-            mininterval=0.5 if sys.stderr.isatty() else 20,
-            disable=not self.accelerator.is_main_process,
-        ) as bar:
+        main = self.accelerator.is_main_process
+        with (
+            profiler(config.out / "logs" if config.profile and main else None) as profiled_step,
+            tqdm(
+                total=config.optimizer.images,
+                initial=progress.images,
+                unit="img",
+                unit_scale=True,
+                desc=config.model.kind,
+                mininterval=0.5 if sys.stderr.isatty() else 20,
+                disable=not main,
+            ) as bar,
+        ):
             while not self.finished and not self.stopping:
                 self.step()
+                profiled_step()
                 progress.seconds = self._agree(time.monotonic() - start)
                 bar.update(batch)
                 if self.metrics.steps >= LOG_EVERY:
@@ -183,17 +199,12 @@ class Trainer:
         return total, finite
 
     def _loss(self, x: Tensor, y: Tensor | None, noise: TrainingNoise) -> loss.Loss:
+        common = {"scheduler": self.scheduler, "null_class": self.null_class, **self._solve()}
+        gamma = self.config.loss.gamma if self.config.loss.weighting == "min_snr" else None
         with self.accelerator.autocast():
-            return loss.loss(
-                self.model,
-                x,
-                y,
-                noise,
-                scheduler=self.scheduler,
-                null_class=self.null_class,
-                gamma=self.config.loss.gamma if self.config.loss.weighting == "min_snr" else None,
-                **self._solve(),
-            )
+            if self.teacher is not None:
+                return distillation_loss(self.model, self.teacher, x, y, noise, **common)
+            return loss.loss(self.model, x, y, noise, gamma=gamma, **common)
 
     def _batch(self) -> tuple[Tensor, Tensor | None, TrainingNoise]:
         """This process's part of the step: images (b, C, H, W), labels (b,), and their randomness, on the device."""
@@ -206,13 +217,9 @@ class Trainer:
             workers = 0 if config.data.workers is None else config.data.workers
             pin = device.type == "cuda"
             self._batches = training_batches(self.images, sampler, workers=workers, pin_memory=pin)
-        x, y, noise, level, dropout = (value.to(device, non_blocking=True) for value in next(self._batches))
-        # one timestep from each of `size` equally probable parts of 0..T-1: the distribution, with less variance
-        own = torch.arange(sampler.part.start, sampler.part.stop, device=device)
-        share = quantile((own + level) / size, config.loss.timesteps, config.loss.location, config.loss.scale)
-        t = (share * config.schedule.timesteps).long()
-        dropped = dropout < config.optimizer.label_dropout
-        return x, y if self.images.num_classes else None, TrainingNoise(noise=noise, t=t, dropped=dropped)
+        x, y = (value.to(device, non_blocking=True) for value in next(self._batches))
+        noise = training_noise(config, self.images.shape, self.progress.images, sampler.part, device)
+        return x, y if self.images.num_classes else None, noise
 
     def _solve(self) -> dict[str, Any]:
         """How this step solves the fixed point."""
@@ -236,7 +243,7 @@ class Trainer:
         return self.progress.seconds / self.config.max_time if self.config.max_time else 0.0
 
     def _agree(self, seconds: float, now: bool = False) -> float:
-        """The longest clock, and whether a process has been told to stop, so that all stop at the same step. Several
+        """The longest clock, and whether a process has received a signal, so that all stop at the same step. Several
         processes agree about every `AGREE_EVERY` seconds, and between two agreements the clock stands still.
         """
         if self.accelerator.num_processes == 1:
@@ -325,30 +332,3 @@ class Trainer:
             progress=self.progress,
             classes=tuple(self.images.classes),
         )
-
-    def _restore(self, model: torch.nn.Module, start: Checkpoint) -> None:
-        """Everything but the optimizer's state, which is only checked.
-
-        Raises:
-            ValueError: the checkpoint holds another network, or another network's moments.
-        """
-        if _architecture(start.network) != _architecture(self.network):
-            raise ValueError(
-                f"The checkpoint holds another network ({start.network}) than the configuration describes "
-                f"({self.network}); resume it with the settings it was started with."
-            )
-        fit(model, start.model, self.config.out)
-        fit(self.ema.module, start.ema, self.config.out)
-        sizes = dict(enumerate(p.shape for p in model.parameters()))
-        for i, entry in start.optimizer.items():
-            if any(i not in sizes or (value.ndim and value.shape != sizes[i]) for value in entry.values()):
-                raise ValueError(
-                    f"The optimizer's state in {self.config.out} is that of another network (parameter {i} has another "
-                    "shape); delete this checkpoint to go on from the one before, or train again into a new folder."
-                )
-        self.progress = start.progress
-
-
-def _architecture(network: dict[str, Any]) -> dict[str, Any]:
-    """What decides which weights there are and what they mean; how often an FPDM iterates is free."""
-    return {**network, "config": {k: v for k, v in network["config"].items() if k != "iterations"}}

@@ -328,6 +328,10 @@ def test_inception_by_torch_fidelity(tmp_path, monkeypatch):
     torch.testing.assert_close(looked.spatial, maps[:, :7].flatten(1))
     torch.testing.assert_close(looked.logits, maps.mean((2, 3)) @ fc.weight.T)
     assert not looked.pooled.requires_grad and len(inception.digest) == 64
+    compiled = features.open_extractor("inception", backend="aot_eager")
+    for _ in range(2):
+        for one, other in zip(compiled(grey), looked, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_equal_gaussians_of_few_pictures():
@@ -338,3 +342,22 @@ def test_equal_gaussians_of_few_pictures():
     few = reference.measure(source(x[:3]), Pixels())
     assert compare(source(x[:3]), few, same, Pixels())["precision"] is None
     assert isinstance(same.pooled, Gaussian)
+
+
+def test_batch_and_precision_of_the_extractor(folder, quick, tmp_path, capsys):
+    """Another batch changes rounding alone; bf16 has features of its own name, near the others."""
+
+    def scores(*options):
+        assert evaluate.main([str(folder), "--json", "--reference", "digits:held-out", *options]) == 0
+        found = json.loads(capsys.readouterr().out)
+        return found["generated"], found["reference"]["features"]["name"]
+
+    plain, name = scores()
+    batched, _ = scores("--batch", "7", "--device", "auto")
+    half, other = scores("--precision", "bf16")
+    assert (name, other) == ("digits", "digits-bf16")
+    assert batched["frechet"] == pytest.approx(plain["frechet"], abs=1e-3)
+    assert abs(half["accuracy"] - plain["accuracy"]) < 0.03 and half["frechet"] < 0.1
+    for wrong in (["--batch", "0"], ["--compile", "aot_eager"]):
+        with pytest.raises((SystemExit, AssertionError)):
+            scores(*wrong)

@@ -53,11 +53,7 @@ def test_a_run_continues_with_the_batches_that_it_would_have_had(start):
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_share_the_batch_of_one_process(world):
     parts = [take(4, rank=rank, world=world) for rank in range(world)]
-    joined = [
-        type(one)(*(torch.cat(x) for x in zip(*each, strict=True)))
-        for one, *_ in [take(1)]
-        for each in zip(*parts, strict=True)
-    ]
+    joined = [[torch.cat(x) for x in zip(*each, strict=True)] for each in zip(*parts, strict=True)]
     assert_equal(joined, take(4))
 
 
@@ -65,19 +61,6 @@ def test_workers_change_no_bit_and_leave_the_global_generator():
     before = torch.get_rng_state()
     assert_equal(take(6, workers=2), take(6))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_randomness_of_a_sample_is_standard_and_its_own():
-    batches = take(500)
-    noise = torch.cat([b.noise for b in batches]).flatten(1)
-    level, dropout = (torch.cat([getattr(b, name) for b in batches]) for name in ("level", "dropout"))
-    n = len(noise)
-    assert len({tuple(row) for row in noise.tolist()}) == n == 2000
-    assert abs(float(noise.mean())) < 4 / (4 * n) ** 0.5 and abs(float(noise.std()) - 1) < 4 / (8 * n) ** 0.5
-    for u in (level, dropout):
-        assert 0 <= u.min() and u.max() < 1 and abs(float(u.mean()) - 0.5) < 4 / (12 * n) ** 0.5
-    assert abs(float(torch.corrcoef(torch.stack([level, dropout]))[0, 1])) < 4 / n**0.5
-    assert not torch.equal(take(1, seed=4)[0].noise, batches[0].noise)
 
 
 @pytest.mark.parametrize("wrong", [{"n": 0}, {"batch": 0}, {"world": 3}, {"rank": 1}, {"start": -1}])

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from apps.diffusion.data import digits
-from apps.diffusion.evaluation.digit_classifier import Judge
+from apps.diffusion.evaluation.digit_classifier import ImageScorer
 from apps.diffusion.evaluation.metrics import Gaussian, frechet_distance
 
 
@@ -67,7 +67,7 @@ def test_statistics_of_features():
 
 @pytest.fixture(scope="module")
 def judge():
-    return Judge.of(digits("train"), epochs=5)
+    return ImageScorer.of(digits("train"), epochs=5)
 
 
 def test_the_judge_tells_real_digits_from_spoilt_ones(judge):
@@ -87,8 +87,8 @@ def test_the_judge_tells_real_digits_from_spoilt_ones(judge):
 
 def test_the_judge_is_a_function_of_its_seed(judge):
     before = torch.get_rng_state()
-    again, other = Judge.of(digits("train"), epochs=1), Judge.of(digits("train"), seed=1, epochs=1)
+    again, other = ImageScorer.of(digits("train"), epochs=1), ImageScorer.of(digits("train"), seed=1, epochs=1)
     assert torch.equal(torch.get_rng_state(), before)
-    same = Judge.of(digits("train"), epochs=1)
+    same = ImageScorer.of(digits("train"), epochs=1)
     weights = [next(j.classifier.parameters()) for j in (again, same, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])

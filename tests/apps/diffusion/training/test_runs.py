@@ -166,6 +166,21 @@ def test_weights_shared_out_learn_the_same_and_checkpoints_are_whole(runs, whole
         assert f"averaged: {digest(checkpoint.newest(folder).ema)}" in runs.log.read_text()
 
 
+def test_weights_are_float32_under_bf16_and_fsdp(runs, whole, tmp_path):
+    """Shards of weights, averages and moments are updated in float32, not in what autocast computes with."""
+    out = tmp_path / "run"
+    runs.start("--out", str(out), "--optimizer.precision", "bf16", processes=2, environment=FSDP)
+    assert runs.end() == 0, runs.log.read_text()
+    found = checkpoint.newest(out)
+    moments = {f"{i}.{k}": v for i, entry in found.optimizer.items() for k, v in entry.items()}
+    for tensors in (found.model, found.ema, moments):
+        assert all(value.dtype == torch.float32 for value in tensors.values())
+    for tensors in (found.model, found.ema):
+        weight = tensors["block_fixed_point.mlp.fc1.weight"]
+        assert (weight.bfloat16().float() != weight).double().mean() > 0.9
+    assert found.progress.history[-1][1] == pytest.approx(whole.progress.history[-1][1], rel=0.1)
+
+
 def assert_close(run, whole):
     """The same loss curve and weights, to float tolerance."""
     curve, expected = (dict(r.progress.history) for r in (run, whole))

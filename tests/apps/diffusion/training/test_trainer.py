@@ -1,6 +1,7 @@
 """What saves memory and time in training changes nothing of what is learnt."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
 from apps.diffusion.training import distributed as sharding
 from apps.diffusion.training import trainer as t
+from apps.diffusion.training.noise import training_noise
 
 SMALL = c.Config(
     model=c.ModelConfig(hidden=16, heads=2, condition_on_time=True),
@@ -135,3 +137,38 @@ def test_what_fsdp_cannot_do_here_is_refused(monkeypatch, name, value, remedy):
         monkeypatch.setenv(key, given)
     with pytest.raises(ValueError, match=remedy):
         trained(steps=0)
+
+
+@pytest.mark.parametrize("timesteps", ["uniform", "logit_normal"])
+def test_processes_draw_their_part_of_the_step(timesteps):
+    config = dataclasses.replace(SMALL, loss=c.LossConfig(timesteps=timesteps))
+    cpu = torch.device("cpu")
+    whole = training_noise(config, (1, 8, 8), 160, slice(0, 16), cpu)
+    parts = [training_noise(config, (1, 8, 8), 160, slice(k, k + 4), cpu) for k in range(0, 16, 4)]
+    for name in ("noise", "t", "dropped"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    if timesteps == "uniform":  # stratified: one timestep from each sixteenth
+        assert (whole.t * 16 // 1000).tolist() == list(range(16))
+    other = training_noise(config, (1, 8, 8), 176, slice(0, 16), cpu)
+    assert not torch.isclose(other.noise, whole.noise).any()
+
+
+def test_dropped_labels_have_their_share():
+    dropped = [
+        training_noise(SMALL, (1, 1, 1), s, slice(0, 16), torch.device("cpu")).dropped for s in range(0, 8000, 16)
+    ]
+    assert abs(float(torch.cat(dropped).double().mean()) - 0.1) < 4 * (0.09 / 8000) ** 0.5
+
+
+def test_a_profile_is_a_trace_of_steps(tmp_path):
+    config = dataclasses.replace(SMALL, profile=True, out=tmp_path, track="none")
+    o = dataclasses.replace(config.optimizer, images=16 * 13)
+    t.Trainer(dataclasses.replace(config, optimizer=o), digits("train")).run(lambda state: None)
+    trace = json.loads((tmp_path / "logs" / "trace.json").read_text())
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {f"ProfilerStep#{k}" for k in range(7, 12)} <= names and "aten::addmm" in names
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="--device"):
+        t.Trainer(dataclasses.replace(SMALL, device="nonsense"), digits("train"))

@@ -1,0 +1,73 @@
+"""First weights of a network from a trained one: of the same architecture, or an FPDM's from a DiT.
+
+From a DiT of L blocks an FPDM takes the embeddings, the output layer, its `pre` first and `post` last blocks, and the
+middle one of the others for the fixed-point layer. The injection in front of that block starts as the mean of z and x,
+
+    W_pre = I,  fc1 = [[I, I], [-I, -I]] / 2,  fc2 = [I, -I],      fc2(gelu(fc1([z ; x]))) = (z + x) / 2
+
+because gelu(a) - gelu(-a) = a.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from apps.diffusion.checkpoint import pretrained
+from apps.diffusion.checkpoint.readers import ReadOptions, read_network
+from apps.diffusion.checkpoint.trained_run import fit
+from apps.diffusion.models.dit import DiT
+from apps.diffusion.models.fpdm import FPDM
+
+
+def initialize(model: DiT | FPDM, path: Path) -> DiT | FPDM:
+    """Load the weights at `path` into a new network; returns the network that was read.
+
+    Args:
+        model: a network; it keeps its own label table where the number of classes differs.
+        path: a run, a model or pipeline folder, a network by name, or a checkpoint file in a published layout.
+
+    Raises:
+        ValueError: it cannot be read, or its sizes do not fit.
+    """
+    path = pretrained.locate(path)
+    options = ReadOptions(heads=model.config["num_heads"]) if path.is_file() else ReadOptions()
+    source = read_network(path, options)
+    weights: dict[str, Tensor] = dict(source.state_dict())
+    if isinstance(source, DiT) and isinstance(model, FPDM):
+        weights = _fixed_point_weights(model, source)
+    own = {name: value for name, value in model.state_dict().items() if name.startswith("y_embedder")}
+    if model.num_classes != source.num_classes:
+        weights = {name: value for name, value in weights.items() if not name.startswith("y_embedder")} | own
+    fit(model, weights, path)
+    return source
+
+
+def _fixed_point_weights(model: FPDM, source: DiT) -> dict[str, Tensor]:
+    """The tensors of an FPDM from those of a DiT."""
+    pre, post, depth = len(model.blocks_pre), len(model.blocks_post), len(source.blocks)
+    if depth <= pre + post:
+        raise ValueError(
+            f"A DiT of {depth} blocks has none for the fixed-point layer of an FPDM with --model.pre {pre} and "
+            f"--model.post {post}; give fewer of these."
+        )
+    numbers = {f"blocks_pre.{i}": i for i in range(pre)}
+    numbers |= {"block_fixed_point": (pre + depth - post) // 2}
+    numbers |= {f"blocks_post.{i}": depth - post + i for i in range(post)}
+    given = source.state_dict()
+    weights = {name: value for name, value in given.items() if not name.startswith("blocks.")}
+    for target, number in numbers.items():
+        stem = f"blocks.{number}."
+        weights |= {f"{target}.{n.removeprefix(stem)}": value for n, value in given.items() if n.startswith(stem)}
+    unit, zero = torch.eye(source.hidden_size), torch.zeros(2 * source.hidden_size)
+    half = torch.cat([unit, unit], dim=1) / 2
+    return weights | {
+        "block_pre_projection.weight": unit,
+        "block_pre_projection.bias": zero[: source.hidden_size],
+        "block_fixed_point_projection_fc1.weight": torch.cat([half, -half]),
+        "block_fixed_point_projection_fc1.bias": zero,
+        "block_fixed_point_projection_fc2.weight": torch.cat([unit, -unit], dim=1),
+        "block_fixed_point_projection_fc2.bias": zero[: source.hidden_size],
+    }

@@ -1,0 +1,84 @@
+"""The flags of the commands that train, from the fields of `Config`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from operator import attrgetter
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from apps.diffusion.config.fixed_point import REGISTRY
+from apps.diffusion.config.presets import PRESETS
+from apps.diffusion.config.training import Config
+
+_DESCRIPTIONS = {
+    "train": "Train a diffusion model: a Fixed Point Diffusion Model (FPDM), or the DiT baseline. The first argument "
+    f"may name a preset, FPDM or the baseline (-dit) on some data; digits is the default: {', '.join(PRESETS)}.",
+    "distill": "Distill a DiT into an FPDM. The first argument is the DiT: a training run, a pipeline or model folder, "
+    "a network by name, or a checkpoint file in a published layout.",
+}
+# options that do not apply to a DiT
+_FPDM_ONLY = (
+    "grad",
+    "solver",
+    "stop",
+    "model.pre",
+    "model.post",
+    "model.condition_on_time",
+    "model.recurrent_init",
+    "sampling.reuse",
+)
+
+
+def parse_flags(name: str, argv: Sequence[str], default: Config) -> tuple[Config, bool]:
+    """The configuration that the flags of the training command describe, and whether to resume.
+
+    Args:
+        name: "train", or "distill".
+        argv: flags.
+        default: configuration without flags.
+
+    Raises:
+        ValueError: options of an FPDM for a DiT.
+    """
+
+    def command(
+        config: Annotated[Config, tyro.conf.arg(name="")] = default, resume: bool = False
+    ) -> tuple[Config, bool]:
+        """
+        Args:
+            config: The configuration.
+            resume: Continue the run in the folder --out.
+        """
+        return config, resume
+
+    options = (tyro.conf.CascadeSubcommandArgs,)
+    prog, text = f"python -m apps.diffusion.{name}", _DESCRIPTIONS[name]
+    config, resume = tyro.cli(command, args=argv, prog=prog, description=text, config=options, registry=REGISTRY)
+    unused = [name for name in _FPDM_ONLY if attrgetter(name)(config) != attrgetter(name)(default)]
+    if config.model.kind == "dit" and unused:
+        raise ValueError(
+            f"{', '.join(unused)} do not apply to a DiT, which has no fixed point; leave them out, or give "
+            "--model.kind fpdm."
+        )
+    return config, resume
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The configuration with absolute paths of the data, the VAE and the first weights, so that the run can be used
+    from any folder. A VAE that is no folder here is a name on the hub.
+    """
+    path, vae = config.data.path, config.data.vae
+    for name in ("init", "teacher"):
+        weights: Path | None = getattr(config, name)
+        if weights is not None and weights.exists():
+            config = dataclasses.replace(config, **{name: weights.absolute()})
+    data = dataclasses.replace(
+        config.data,
+        path=None if path is None else path.absolute(),
+        vae=str(Path(vae).absolute()) if vae is not None and Path(vae).is_dir() else vae,
+    )
+    return dataclasses.replace(config, data=data)

@@ -1,0 +1,44 @@
+"""Distill a DiT into an FPDM: `python -m apps.diffusion.distill DIT --out RUN`.
+
+DIT is a training run, a pipeline or model folder, a network by name, or a checkpoint file in a published layout. The
+FPDM starts from its first, its last and a middle block and learns its predictions (training/distillation.py). Flags are
+those of `python -m apps.diffusion.train`; the data are those of the DiT's run, or latents: --data.path. RUN is a
+training run, which `python -m apps.diffusion.train --resume --out RUN` continues.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from apps.diffusion.cli import AFTER_TRAINING, run_command, run_training
+from apps.diffusion.config.command_line import parse_flags, with_absolute_paths
+from apps.diffusion.config.training import Config
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code (see cli.py)."""
+    return run_command("distill", lambda args: run_training(*parse(args)), argv, after=AFTER_TRAINING)
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, bool]:
+    """The configuration that the arguments describe, and whether to resume.
+
+    Raises:
+        ValueError: no DiT, or a value that is not allowed.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        return parse_flags("distill", ["--help"], Config())
+    if argv[0].startswith("-"):
+        raise ValueError(f"The first argument is the DiT to distill, got {argv[0]}; give a folder, a file or a name.")
+    from apps.diffusion.training.distillation import student_config
+
+    config, resume = parse_flags("distill", argv[1:], student_config(Path(argv[0])))
+    if resume:
+        raise ValueError(f"--resume is for train: python -m apps.diffusion.train --resume --out {config.out}")
+    return with_absolute_paths(config), resume
+
+
+if __name__ == "__main__":
+    sys.exit(main())

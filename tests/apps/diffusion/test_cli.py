@@ -1,0 +1,44 @@
+"""What the commands share: a missing package is one sentence, and devices by name."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from apps.diffusion.cli import device_of
+
+ROOT = Path(__file__).parents[3]
+# find_spec finds none of these, as where the extra is not installed
+HIDDEN = """
+import importlib.util
+_find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name in ("tyro", "diffusers") else _find(name, *rest)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["-m", "apps.diffusion.train", "--help"], ["-c", "import apps.diffusion.rng"]])
+def test_a_missing_extra_is_named_with_its_installation(tmp_path, arguments):
+    (tmp_path / "sitecustomize.py").write_text(HIDDEN)
+    environment = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""}
+    ended = subprocess.run([sys.executable, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True)
+    last = ended.stderr.strip().split("\n")[-1]
+    assert ended.returncode == (2 if arguments[0] == "-m" else 1)
+    assert "tyro" in last and "diffusers" in last and "implicit-fixed-points[diffusion]" in last
+    if arguments[0] == "-m":
+        assert ended.stderr.count("\n") == 1
+
+
+def test_a_device_by_its_name(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    assert device_of("auto") == device_of("cpu") == "cpu"
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("meta"))
+    assert device_of("auto") == "cpu"
+    # an accelerator that is found, and on which nothing can be computed, is named
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--device cuda"):
+            device_of("auto")
