@@ -51,7 +51,7 @@ def generator(seed: int, stream: Stream, position: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int(word >> np.uint64(1)))
 
 
-def normal(seed: int, stream: Stream, positions: Int[Tensor, B], shape: Sequence[int]) -> Float[Tensor, "B ..."]:
+def normal(seed: int, stream: Stream, positions: Int[Tensor, " B"], shape: Sequence[int]) -> Float[Tensor, "B ..."]:
     """Standard normal numbers (B, *shape), float32, on the device of `positions`; row b depends on (seed, stream,
     positions[b]) alone.
     """
@@ -64,7 +64,7 @@ def normal(seed: int, stream: Stream, positions: Int[Tensor, B], shape: Sequence
     return numbers.permute(1, 2, 0).flatten(1)[:, :count].unflatten(1, tuple(shape))
 
 
-def uniform(seed: int, stream: Stream, positions: Int[Tensor, B], count: int) -> Float[Tensor, "B count"]:
+def uniform(seed: int, stream: Stream, positions: Int[Tensor, " B"], count: int) -> Float[Tensor, "B count"]:
     """Numbers uniform in [0, 1), (B, count), float32, on the device of `positions`; row b depends on (seed, stream,
     positions[b]) alone.
     """
@@ -72,7 +72,7 @@ def uniform(seed: int, stream: Stream, positions: Int[Tensor, B], count: int) ->
     return ((words >> 8).float() * 2.0**-24).permute(1, 2, 0).flatten(1)[:, :count]
 
 
-def _words(seed: int, stream: Stream, positions: Int[Tensor, B], blocks: int, lane: int) -> Int[Tensor, "4 B blocks"]:
+def _words(seed: int, stream: Stream, positions: Int[Tensor, " B"], blocks: int, lane: int) -> Int[Tensor, "4 B blocks"]:
     """32-bit words of the blocks 0 ... blocks - 1 of each position, as int64."""
     first, second = np.random.SeedSequence((seed, int(stream))).generate_state(2, np.uint32).tolist()
     i = positions[:, None].expand(-1, blocks)

@@ -111,7 +111,7 @@ def distillation_loss(
     model: Callable[..., Any],
     teacher: Callable[..., Tensor],
     x0: Float[Tensor, "B C H W"],
-    y: Int[Tensor, B] | None,
+    y: Int[Tensor, " B"] | None,
     noise: TrainingNoise,
     *,
     scheduler: DDPMScheduler,
