@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from implicit.pytree import Flat, to_device, to_host
-from implicit.safeguard import Safeguard
 from implicit.solution import Result
 from implicit.solvers.base import AbstractSolver, Point
 from implicit.staged_safeguard import Stage, StagedSafeguard
-from implicit.stopping import Criterion
+from implicit.stopping import Criterion, classify
 
 _RUNNING = np.int8(-1)
 _PATIENCE = 10  # evaluations without a new smallest residual before rounding error is assumed
@@ -56,7 +55,7 @@ class ConvergenceMonitor:
     criterion: Criterion
     best_z: Flat
     callback: Callable[[int, np.ndarray], Any] | None = None
-    safeguard: Safeguard | StagedSafeguard | None = None
+    safeguard: StagedSafeguard | None = None
     begin: int = 0  # evaluations made before
     trace: list[np.ndarray] = field(default_factory=list)
     running: Tensor | None = None  # (rows, 1) on the device, once a sample has finished
@@ -127,13 +126,13 @@ class ConvergenceMonitor:
             # a sample in GMRES stays where it is for some evaluations before it takes its step
             self.scale = None if self.use_newton is None else torch.where(self.use_newton, self.scale, 1)
         if self.running is not None:
-            z = torch.where(self.running, z, self._best().z)
+            z = torch.where(self.running, z, self.best_iterates().z)
         self._held = self.code != _RUNNING
         if last and not self.noisy and self._made - self._oldest >= _AGED:
             self._flush()
             aged = (self._made - self.since >= _AGED) & np.isfinite(self.residual) & ~self._held
             if aged.any():
-                z, self._held = torch.where(self._mask(aged), self._best().z, z), self._held | aged
+                z, self._held = torch.where(self._mask(aged), self.best_iterates().z, z), self._held | aged
         return z
 
     def apply_resets(self, point: Point, state: Any, solver: AbstractSolver[Any]) -> tuple[Point, Any]:
@@ -144,11 +143,9 @@ class ConvergenceMonitor:
         self.reset_at[resets] = self._made
         mask, failed = self._mask(resets), point
         self._set_stages()
-        best = self._best()
+        best = self.best_iterates()
         z, fz = torch.where(mask, best.z, point.z), torch.where(mask, best.fz, point.fz)
         point = Point(z, fz, point.product, point.remaining)
-        if not isinstance(self.safeguard, StagedSafeguard):
-            return point, solver.restart(point, state, mask)
         self.scale = self._mask(self.safeguard.scale).to(self.layout.dtype) if self.safeguard.shortened else None
         return point, solver.retreat(point, failed, state, mask, self._mask(self.safeguard.on(Stage.CAUTIOUS)))
 
@@ -158,13 +155,13 @@ class ConvergenceMonitor:
             return
         plain = self.safeguard.use_picard
         self.use_picard = self._mask(plain) if self.use_picard is not None or plain.any() else None
-        newton = self.safeguard.on(Stage.NEWTON) if isinstance(self.safeguard, StagedSafeguard) else plain[:0]
+        newton = self.safeguard.on(Stage.NEWTON)
         self.use_newton = self._mask(newton) if newton.any() else None
 
     def without_newton(self) -> None:
         """f cannot be differentiated: the safeguard's Newton-Krylov stage is left out."""
-        if isinstance(self.safeguard, StagedSafeguard):
-            self.safeguard.without_newton()
+        if self.safeguard is not None:
+            self.safeguard.leave_out(Stage.NEWTON)
             self._set_stages()
 
     def compact(self) -> Tensor:
@@ -199,7 +196,7 @@ class ConvergenceMonitor:
         running = self.code[rows] == _RUNNING
         finite = np.isfinite(r) & np.isfinite(s)
         live = running & finite
-        converged = live & (r <= tolerance)
+        converged = live & (classify(r, tolerance) == Result.CONVERGED)
         better = (live & (r < self.residual[rows])) | converged
         self._update_best(seen, better, r, s)
 
@@ -248,7 +245,8 @@ class ConvergenceMonitor:
         """(residual, size, tolerance); norms whose squares may be out of range are taken again, scaled."""
         r, s = _array(sizes[0]), _array(sizes[1])
         unsafe = self.criterion.unsafe(r, s)
-        unsafe[held & (r == 0) & (self.residual[rows] == 0)] = False  # known already
+        zero = (r == 0).reshape(len(r), -1).all(axis=1)
+        unsafe[held & zero & (self.residual[rows] == 0)] = False  # known already
         if unsafe.any():
             with torch.no_grad():
                 again = [to_host(self.criterion.measure(x, scaled=True)) for x in (point.r.detach(), point.fz.detach())]
@@ -345,7 +343,7 @@ class ConvergenceMonitor:
     def _mask(self, which: np.ndarray) -> Tensor:
         return to_device(which[self.rows], self.layout.device).unsqueeze(1)
 
-    def _best(self) -> Point:
+    def best_iterates(self) -> Point:
         """The best iterates of `rows`."""
         if len(self.rows) == len(self.code):
             return Point(self.best_z, self.best_fz)
@@ -364,28 +362,11 @@ class ConvergenceMonitor:
     def _all(self) -> tuple[np.ndarray, np.ndarray]:
         return np.arange(len(self.code)), np.zeros(len(self.code), dtype=bool)
 
-    @property
-    def verified(self) -> bool:
-        """Whether every claim of convergence was tested in one evaluation at the best iterates.
-
-        A sample that converged there was; so was one that had converged before and was evaluated along, with its mates
-        where they were by then: its residual had not changed, so that they have no influence on it.
-        """
-        claimed = np.flatnonzero(self.code == Result.CONVERGED)
-        if not len(claimed) or self.last is None:
-            return True
-        rows, held, calls = self.last
-        tested = np.zeros(len(self.code), dtype=bool)
-        tested[rows[held]] = True
-        if tested[claimed].all():
-            return True
-        return bool((tested | (self.since == calls)).all())
-
     def verify(self, point: Point) -> np.ndarray:
         """Residuals at `point`, the best iterates; returns the samples whose claim does not hold there."""
         r, _, tolerance = self._norms(point, _fetch(self.criterion, point)[0], *self._all())
         known = np.isfinite(r)
-        lost = (self.code == Result.CONVERGED) & ~(r <= tolerance)
+        lost = (self.code == Result.CONVERGED) & (classify(r, tolerance) != Result.CONVERGED)
         self.residual[known] = r[known]
         self.evals += 1
         return np.flatnonzero(lost)
@@ -394,15 +375,8 @@ class ConvergenceMonitor:
         """Enter the outcome of a solve of all samples as one system that ended with `code`."""
         self.best_z, self.best_fz, self.evals[:] = best.z, best.fz, calls
         r, _, tolerance = self._norms(best, _fetch(self.criterion, best)[0], *self._all())
-        self.residual, self.code[:] = r, np.where(r <= tolerance, np.int8(Result.CONVERGED), code)
-
-
-def differs(criterion: Criterion, a: Flat, b: Flat) -> bool:
-    """Whether a and b, values of f at one z, differ by more than rounding in a row where both are finite."""
-    with torch.no_grad():
-        off, size = to_host(criterion.measure(a - b)), to_host(criterion.measure(b))
-    with np.errstate(all="ignore"):
-        return bool((off > REPEATABLE * criterion.layout.eps * size).any())
+        found = classify(r, tolerance)
+        self.residual, self.code = r, np.where(found == Result.CONVERGED, found, code)
 
 
 def _fetch(criterion: Criterion, point: Point) -> tuple[tuple[Tensor, Tensor], "torch.cuda.Event | None"]:

@@ -22,6 +22,7 @@ class FlatMap:
     Attributes:
         budget: calls allowed.
         calls: calls made.
+        repeats: calls made in addition, with a graph that is free of NaN.
     """
 
     f: Map
@@ -29,6 +30,7 @@ class FlatMap:
     layout: Layout
     budget: int = 0
     calls: int = 0
+    repeats: int = 0
     forward: bool = True  # whether f has a forward mode, as far as is known
     _output: tuple[State, Any] = field(default=(None, None), repr=False)  # of the last checked call, with its versions
 
@@ -71,6 +73,12 @@ class FlatMap:
             return Point(z, self(z), remaining=self.remaining)
         fz, product = self._jvp(z, tangent)
         return Point(z, fz, product, self.remaining)
+
+    def repeat(self, z: Flat, tangent: Flat | None = None) -> Point:
+        """`evaluate` outside of the budget: in place of an evaluation that autograd must not keep."""
+        point = self.evaluate(z, tangent)
+        self.calls, self.repeats = self.calls - 1, self.repeats + 1
+        return Point(point.z, point.fz, point.product, self.remaining)
 
     def _jvp(self, z: Flat, tangent: Flat) -> tuple[Flat, Flat]:
         if self.forward:
@@ -146,6 +154,11 @@ class JointMap:
         joint = [t if t is None else t.reshape(1, -1) for t in (apart.z, apart.fz, apart.product)]
         assert joint[0] is not None and joint[1] is not None
         return Point(joint[0], joint[1], joint[2], apart.remaining)
+
+    def repeat(self, z: Flat, tangent: Flat | None = None) -> Point:
+        """`evaluate` outside of the budget."""
+        self.inner.calls, self.inner.repeats = self.inner.calls - 1, self.inner.repeats + 1
+        return self.evaluate(z, tangent)
 
     def _rows(self, flat: Float[Tensor, "1 BN"]) -> Flat:
         return flat.reshape(self.rows, -1)

@@ -37,7 +37,9 @@ def fixed_point(
 
     Args:
         f: keeps the structure, shapes and dtypes of z. Parameters it closes over and tensors in `args` both get their
-            gradient.
+            gradient. It is called once an evaluation, so that forward hooks and the running statistics of BatchNorm in
+            it act ``Solution.evals`` times. Backward hooks in it act once a product of the estimator, on vectors of its
+            linear solve with `IFT`: one that changes them changes the gradient.
         z0: where to start: a tensor ``(B, *)`` or any nested tuple, list or dict of such tensors with one batch size.
             Each sample is its own system, with its own tolerance, failure and answer.
         args: passed on to f.

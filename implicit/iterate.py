@@ -15,36 +15,29 @@ again at the same z:
 """
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from implicit.convergence import ConvergenceMonitor, differs
+from implicit.convergence import ConvergenceMonitor
 from implicit.evaluation import FlatMap, JointMap
+from implicit.fixed_count import begin, fixed_count
 from implicit.options import SolveOptions
-from implicit.pytree import Flat, Layout, Map, State, map_tensors, to_device, validate_warm_start
-from implicit.recomputation import SameValue
-from implicit.safeguard import Safeguard
-from implicit.solution import Result, Solution
+from implicit.progress import progress_callback
+from implicit.pytree import Flat, Layout, Map, State, leaves, map_tensors, to_device
+from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, Point
 from implicit.solvers.newton_krylov import NewtonKrylov
-from implicit.staged_safeguard import StagedSafeguard
+from implicit.staged_safeguard import Stage, StagedSafeguard
 from implicit.stopping import Criterion, Stop
-from implicit.torch_internals import not_compiled, transforms_active
+from implicit.torch_internals import is_abstract, not_compiled, transforms_active
+from implicit.verification import COUPLED, image_of_best, is_noise, must_continue
 
 _NEWTON = NewtonKrylov(safeguard=False)  # the steps of the safeguard's last stage
-COUPLED = (
-    "f takes one sample of the batch into another (nodes of a graph as rows, batch normalization in training mode, a "
-    "mean over the batch), so that samples which had converged lost it again. The whole batch was solved on as one "
-    "system, which takes more evaluations: pass batch_dims=0."
-)
 
 
 def iterate(
@@ -77,91 +70,14 @@ def iterate(
     """
     layout = Layout.of(z0, options.batch_dims)
     counted = FlatMap(f, args, layout, stop.max_evals)
-    if stop.has_tolerance or options.observed:
-        return _until(counted, z0, solver, stop, options, image)
-    return _count(counted, layout.pack(z0), solver, stop, options, segment)
-
-
-def _begin(solver: AbstractSolver[Any], point: Point, options: SolveOptions) -> Any:
-    """The solver state before the first step."""
-    if options.state is None:
-        return solver.init(point)
-    return solver.resume(point, validate_warm_start(options.state, solver.init(point)))
-
-
-def _count(
-    f: FlatMap, z: Flat, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions, segment: int
-) -> Solution:
-    """The loop without a tolerance: no decision on the host, so a device never waits and one graph compiles.
-
-    A sample whose f(z) is not finite is held at the point before.
-    """
-    point = f.evaluate(z)
-    began = alive = _finite(point)
-    state = _begin(solver, point, options)
-    while f.remaining > 0 and not segment:  # not a function: its caller would hold the first point and state
-        z, tangent, state = solver.step(point, state)
-        point, alive = _next(f, z, tangent, point, alive)
-        del z, tangent  # the point has a copy
-    while f.remaining > 0:
-        run = SameValue(partial(_segment, f, solver, min(f.remaining, segment), f.calls), parts=2)
-        with set_checkpoint_early_stop(False):  # the values are compared
-            z, fz, product, alive, state, f.calls = checkpoint(
-                run, point.z, point.fz, point.product, alive, state, use_reentrant=False
+    if stop.has_tolerance:
+        if is_abstract(leaves(z0)[0]):
+            raise ValueError(
+                "A state on the meta device, or a fake one, has no residual to compare with a tolerance: pass "
+                "stop=Stop(rtol=0, atol=0, max_evals=n)."
             )
-        point = Point(z, fz, product, f.remaining)
-    value = torch.where(began, point.fz, point.z)
-    with torch.no_grad():
-        fixed = (point.fz == point.z).all(dim=1)  # a norm may underflow to 0
-        residual = Criterion(stop, f.layout).measure(point.fz - point.z, scaled=True, overwrite=True)
-        residual = residual if residual.ndim == 1 else residual.amax(dim=1)
-        ended = torch.where(fixed, int(Result.CONVERGED), int(Result.MAX_EVALS))
-        result = torch.where(alive[:, 0], ended, int(Result.NONFINITE)).to(torch.int8)
-        evals = torch.full_like(result, f.calls, dtype=torch.int64)
-    return Solution(
-        value=f.layout.unpack(value),
-        residual=residual,
-        result=result,
-        evals=evals,
-        state=state if options.keep_state else None,
-    )
-
-
-def _next(f: FlatMap, z: Flat, tangent: Flat | None, point: Point, alive: Tensor) -> tuple[Point, Tensor]:
-    """The point at z, or the one before for samples where it is not finite, and which samples never failed."""
-    new = f.evaluate(z, tangent)
-    alive = alive & _finite(new)
-    f.forget()  # what is kept is a copy
-    fz, z, product, remaining = torch.where(alive, new.fz, point.fz), new.z, new.product, new.remaining
-    del new  # one state less at a time
-    return Point(torch.where(alive, z, point.z), fz, product, remaining), alive
-
-
-def _segment(
-    f: FlatMap,
-    solver: AbstractSolver[Any],
-    evals: int,
-    calls: int,
-    z: Flat,
-    fz: Flat,
-    product: Flat | None,
-    alive: Tensor,
-    state: Any,
-) -> tuple[Flat, Flat, Flat | None, Tensor, Any, int]:
-    """`evals` evaluations as a function that may be run twice, since it changes nothing; and the calls of f so far."""
-    f = replace(f, calls=calls, _output=(None, None))
-    state = map_tensors(torch.clone, state)  # histories may be written in place
-    point, end = Point(z, fz, product, f.remaining), f.remaining - evals
-    while f.remaining > end:
-        z, tangent, state = solver.step(point, state)
-        point, alive = _next(f, z, tangent, point, alive)
-    return point.z, point.fz, point.product, alive, state, f.calls
-
-
-def _finite(point: Point) -> Tensor:
-    """(B, 1) whether f(z) is finite."""
-    low, high = torch.aminmax(point.fz.detach(), dim=1, keepdim=True)  # without a copy of f(z)
-    return (low > -torch.inf) & (high < torch.inf)
+        return _until(counted, z0, solver, stop, options, image)
+    return fixed_count(counted, layout.pack(z0), solver, stop, options, segment)
 
 
 @not_compiled
@@ -169,25 +85,26 @@ def _until(
     f: FlatMap, z0: State, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions, image: bool
 ) -> Solution:
     """The loop with a tolerance: the host reads two norms per sample and evaluation, in one copy."""
-    with _progress_callback(options, stop) as callback:
+    with progress_callback(options, stop) as callback:
         start = f.layout.pack(z0)
         monitor = ConvergenceMonitor(Criterion(stop, f.layout), start, callback, _safeguard(solver, start), f.calls)
         args = f.args
         state = _run(f, monitor, solver, options)
         f.args = args
-        if _must_continue(f, monitor):
+        if must_continue(f, monitor):
             if options.compact:
                 options = replace(options, compact=False, state=None)
                 monitor = ConvergenceMonitor(
                     monitor.criterion, monitor.best_z, callback, _safeguard(solver, start), f.calls, monitor.trace
                 )
                 state = _run(f, monitor, solver, options)
-                again = _must_continue(f, monitor)
+                again = must_continue(f, monitor)
             else:
                 again = True
             if again:
                 state = _solve_jointly(f, monitor, solver, stop, callback)
-        value = _image(f, monitor) if image else monitor.best_z
+        value = image_of_best(f, monitor) if image else monitor.best_z
+    monitor.evals += f.repeats
     return _solution(monitor, value, options, state)
 
 
@@ -196,7 +113,7 @@ def _run(f: FlatMap | JointMap, monitor: ConvergenceMonitor, solver: AbstractSol
     compactor = _Compactor(f, monitor, options) if isinstance(f, FlatMap) and options.compact else None
     point = f.evaluate(monitor.best_z)
     monitor.observe(point, f.calls, f.remaining <= 0)
-    state, newton = _begin(solver, point, options), None
+    state, newton = begin(solver, point, options), None
     if point.fz.requires_grad:
         monitor.without_newton()
     while f.remaining > 0 and not monitor.done:
@@ -211,45 +128,33 @@ def _run(f: FlatMap | JointMap, monitor: ConvergenceMonitor, solver: AbstractSol
             krylov, tangent, newton = _NEWTON.step(point, _NEWTON.init(point) if newton is None else newton)
             z = torch.where(monitor.use_newton, krylov, z)
         point = _evaluate(f, monitor.next_iterate(z, point, f.remaining == 1), tangent, monitor)
-        monitor.observe(point, f.calls, f.remaining <= 0)
+        observed, point = _without_nan(f, point, monitor, tangent)
+        monitor.observe(observed, f.calls, f.remaining <= 0)
+        del observed
         del z, tangent
         if monitor.inconsistent:
             assert monitor.observed is not None
-            if not _is_noise(f, monitor, monitor.observed):
+            if not is_noise(f, monitor, monitor.observed):
                 break
             monitor.accept_noise()
     return state
 
 
-def _is_noise(f: FlatMap | JointMap, monitor: ConvergenceMonitor, point: Point) -> bool:
-    """Whether f gives another value at the z of `point` than before; one sample alone can have no other cause."""
-    if len(monitor.code) == 1:
-        return True
-    with torch.no_grad():
-        return differs(monitor.criterion, f.evaluate(point.z).fz, point.fz)
+def _without_nan(
+    f: FlatMap | JointMap, point: Point, monitor: ConvergenceMonitor, tangent: Flat | None
+) -> tuple[Point, Point]:
+    """The point to observe and the point to step from, which are one unless autograd records an f(z) that is NaN.
 
-
-def _must_continue(f: FlatMap, monitor: ConvergenceMonitor) -> bool:
-    """Test the claims of convergence that are not tested yet; whether samples prove coupled and budget is left."""
-    coupled = monitor.inconsistent
-    if coupled and f.remaining > 0:
-        return True
-    monitor.close()
-    if not coupled and monitor.verified:
-        return False
-    with torch.no_grad():
-        point = f.evaluate(monitor.best_z)
-    lost = monitor.verify(point)
-    if not len(lost) and not coupled:
-        return False
-    if not coupled and _is_noise(f, monitor, point):
-        monitor.code[lost] = Result.NONDETERMINISTIC
-        return False
-    if f.remaining > 0:
-        return True
-    warnings.warn(COUPLED, RuntimeWarning, stacklevel=2)
-    monitor.code[lost] = Result.MAX_EVALS
-    return False
+    A cotangent of 0 times NaN would reach the parameters that samples share. So f is evaluated again, with the best
+    iterates of those samples, and NaN stands for their values as a constant.
+    """
+    if not point.fz.requires_grad:
+        return point, point
+    finite = point.fz.detach().isfinite().all(dim=1, keepdim=True)
+    if finite.all():
+        return point, point
+    again = f.repeat(torch.where(finite, point.z, monitor.best_iterates().z), tangent)
+    return Point(again.z, torch.where(finite, again.fz, torch.nan), again.product, again.remaining), again
 
 
 def _solve_jointly(
@@ -277,27 +182,6 @@ def _solve_jointly(
     return solver.init(best)
 
 
-def _image(f: FlatMap, monitor: ConvergenceMonitor) -> Flat:
-    """f(z) of the best iterates with its own residual, or z for a sample of which only z meets the tolerance."""
-    with torch.no_grad():
-        point = f.evaluate(monitor.best_fz.detach())
-    claimed, before = monitor.code == Result.CONVERGED, monitor.residual.copy()
-    lost = np.zeros(len(claimed), dtype=bool)
-    lost[monitor.verify(point)] = True
-    if not lost.any():
-        return monitor.best_fz
-    monitor.residual[lost] = before[lost]
-    mask = to_device(lost, f.layout.device).unsqueeze(1)
-    value = torch.where(mask, monitor.best_z, monitor.best_fz)
-    # f may take one sample into another, so that z beside f(z) is a value of its own
-    with torch.no_grad():
-        point = f.evaluate(value.detach())
-    if not len(monitor.verify(point)):
-        return value
-    monitor.residual = before
-    return monitor.best_z
-
-
 def _solution(monitor: ConvergenceMonitor, value: Flat, options: SolveOptions, state: Any) -> Solution:
     layout = monitor.layout
     device, dtype = layout.device, layout.dtype
@@ -313,15 +197,15 @@ def _solution(monitor: ConvergenceMonitor, value: Flat, options: SolveOptions, s
     )
 
 
-def _safeguard(solver: AbstractSolver[Any], z: Flat) -> Safeguard | StagedSafeguard | None:
+def _safeguard(solver: AbstractSolver[Any], z: Flat) -> StagedSafeguard | None:
     """The safeguard that the solver asks for; its Newton-Krylov stage needs derivatives that no transform takes."""
     if not solver.patience:
         return None
+    guard = StagedSafeguard(len(z), solver.stall_after(z.shape[1]), solver.least_gain)
     if not solver.has_cautious_stage:
-        return Safeguard(len(z), solver.patience)
-    guard = StagedSafeguard(len(z), solver.stall_after(z.shape[1]))
-    if transforms_active():
-        guard.without_newton()
+        guard.leave_out(Stage.CAUTIOUS)
+    if transforms_active() or isinstance(solver, NewtonKrylov):
+        guard.leave_out(Stage.NEWTON)
     return guard
 
 
@@ -362,27 +246,3 @@ class _Compactor:
         )
         product = None if point.product is None else select(point.product)
         return Point(select(point.z), select(point.fz), product, point.remaining), map_tensors(select, state)
-
-
-@contextmanager
-def _progress_callback(options: SolveOptions, stop: Stop) -> Iterator[Callable[[int, np.ndarray], None] | None]:
-    """What is called with the residuals as they are read; None without trace, callback and progress bar."""
-    if not options.observed:
-        yield None
-        return
-    with ExitStack() as stack:
-        bar = None
-        if options.progress:
-            from tqdm.auto import tqdm
-
-            bar = stack.enter_context(tqdm(total=stop.max_evals, unit="eval", leave=False))
-
-        def callback(calls: int, residual: np.ndarray) -> None:
-            if bar is not None:
-                running = residual[~np.isnan(residual)]
-                bar.update(calls - bar.n)
-                bar.set_postfix(running=len(running), residual=f"{running.max(initial=0.0):.1e}", refresh=False)
-            if options.callback is not None:
-                options.callback(calls, torch.from_numpy(residual.copy()))
-
-        yield callback

@@ -32,7 +32,8 @@ _MESSAGES = {
     Result.CONVERGED: "The residual is within the tolerance.",
     Result.MAX_EVALS: (
         "The budget of evaluations was spent before the residual met the tolerance: raise Stop.max_evals, loosen "
-        "Stop.rtol, or use a stronger solver (Anderson, Broyden, NewtonKrylov)."
+        "Stop.rtol, or use a stronger solver (Anderson, Broyden, NewtonKrylov); where f takes one row of the state "
+        "into another, pass batch_dims=0."
     ),
     Result.NONFINITE: (
         "f returned NaN or infinity, or its norm overflowed; the value is the best finite iterate: check f at the "
@@ -62,7 +63,8 @@ class Solution:
             with the smallest residual, the best finite iterate. Without tolerance (``rtol = atol = 0``) it is f(z) of
             the last evaluation. Estimators that take further steps with a graph return where those end.
         residual: (B,) norm of f(z) - z at z = `value`; without tolerance, of the last step, which led to `value`.
-        result: (B,) a `Result` code for every sample (int8).
+        result: (B,) a `Result` code for every sample (int8). Without tolerance no sample of several is CONVERGED: f is
+            not evaluated at the value any more.
         evals: (B,) how often f was evaluated for this sample (int64), at most `Stop.max_evals` times by the solve; an
             evaluation that verifies the answer, and those of the estimator, come on top.
         trace: (evaluations, B) residual at each evaluation, NaN once a sample has finished; None unless asked for.

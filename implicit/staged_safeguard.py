@@ -15,8 +15,8 @@ For every sample, on the host, from the residuals that the loop reads anyway:
                round of all stages, each lasts twice as long.
 
 The Newton-Krylov stage waits for the second round, or for a third blow-up; maps that cannot be differentiated skip it.
-Solvers without a cautious stage have the simpler safeguard of `implicit.safeguard`. In a solve without a tolerance no
-residual is read, and the safeguard is off.
+Solvers without a cautious stage leave it out. In a solve without a tolerance no residual is read, and the safeguard is
+off.
 """
 
 from enum import IntEnum
@@ -50,7 +50,7 @@ class StagedSafeguard:
         gain: the share of the residual that a stage must reach.
     """
 
-    def __init__(self, size: int, patience: int, *, gain: float = 0.1) -> None:
+    def __init__(self, size: int, patience: int, gain: float = 0.1) -> None:
         self.gain = gain
         self.stages = list(Stage)
         self.patience = np.full(size, patience)
@@ -92,11 +92,11 @@ class StagedSafeguard:
         resets, self.resets, self.pending = self.resets, np.zeros_like(self.resets), False
         return resets
 
-    def without_newton(self) -> None:
-        """f cannot be differentiated: leave that stage out."""
-        if Stage.NEWTON in self.stages:
-            self.stages.remove(Stage.NEWTON)
-        self.stage[self.stage == Stage.NEWTON] = Stage.ACCELERATED
+    def leave_out(self, stage: Stage) -> None:
+        """No sample enters `stage` any more: the solver has none, or f cannot be differentiated."""
+        if stage in self.stages:
+            self.stages.remove(stage)
+        self.stage[self.stage == stage] = Stage.ACCELERATED
 
     def _schedule_reset(self, rows: np.ndarray) -> None:
         if len(rows):

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from implicit.pytree import Flat, Layout, PerSample, scaled_norm
@@ -134,10 +134,20 @@ class Criterion:
         return ~((low >= self.tiny) & (high <= 1 / self.tiny)) & (self.stop.norm != "max")
 
 
-def classify(residual: Float[Tensor, " B"], tolerance: Float[Tensor, " B"]) -> Tensor:
+def classify(residual: np.ndarray, tolerance: np.ndarray) -> np.ndarray:
     """(B,) `Result` codes: CONVERGED within the tolerance, NONFINITE for NaN and infinity, MAX_EVALS for the rest."""
-    code = torch.where(residual <= tolerance, int(Result.CONVERGED), int(Result.MAX_EVALS))
-    return torch.where(torch.isfinite(residual), code, int(Result.NONFINITE)).to(torch.int8)
+    code = np.where(residual <= tolerance, np.int8(Result.CONVERGED), np.int8(Result.MAX_EVALS))
+    return np.where(np.isfinite(residual), code, np.int8(Result.NONFINITE))
+
+
+def classify_count(fixed: Bool[Tensor, " B"], failed: Bool[Tensor, " B"]) -> Tensor:
+    """(B,) `Result` codes of a solve without a tolerance, whose value is f(z) of the last evaluation.
+
+    `fixed` tells where f(z) = z. Only a lone sample has converged there: that z is its value. Other samples have moved
+    since, and f may couple them.
+    """
+    ended = torch.where(fixed, int(Result.CONVERGED if len(fixed) == 1 else Result.MAX_EVALS), int(Result.MAX_EVALS))
+    return torch.where(failed, int(Result.NONFINITE), ended).to(torch.int8)
 
 
 def _norm(x: Flat, kind: Norm, scaled: bool, overwrite: bool = False) -> PerSample:

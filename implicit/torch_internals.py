@@ -26,6 +26,19 @@ def forward_mode_active() -> bool:
     return forward_ad._current_level >= 0
 
 
+def host_readable(t: Tensor) -> bool:
+    """Whether numbers of `t` can be read without waiting for a device, and are known: no transform, no traced graph."""
+    if torch.compiler.is_compiling() or transforms_active() or torch.jit.is_tracing():
+        return False
+    return type(t) is Tensor and t.device.type == "cpu"
+
+
+def is_abstract(t: Tensor) -> bool:
+    """Whether a tensor has no numbers: on the meta device, or a `FakeTensor` (`torch._subclasses`, 2.13.0)."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return t.is_meta or (fake is not None and isinstance(t, fake.FakeTensor))
+
+
 def version(t: Tensor) -> int:
     """How often a tensor was written to in place (`Tensor._version`, 2.13.0)."""
     return t._version

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 CORE = (
     ("solution", "stopping", "options", "pytree", "torch_internals"),
     ("solvers", "linear.arnoldi", "linear.hessenberg"),
-    ("evaluation", "recomputation", "safeguard", "staged_safeguard", "convergence"),
-    ("iterate",),
+    ("evaluation", "recomputation", "staged_safeguard", "convergence", "verification"),
+    ("progress", "fixed_count", "iterate"),
     ("linear",),
     ("autodiff",),
     ("grads",),

@@ -18,7 +18,7 @@ from implicit.evaluation import FlatMap
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Flat, Layout, PerSample, scaled_norm
 from implicit.solution import Result, Solution
-from implicit.stopping import Stop
+from implicit.stopping import Stop, classify_count
 
 
 def track(
@@ -43,7 +43,8 @@ def track(
         warn_learned_start(problem, z)
     if stop.has_tolerance:
         return replace(solved, value=layout.unpack(_Value.apply(start.detach(), z)))
-    return replace(solved, value=layout.unpack(z), residual=residual, result=_result(solved, residual))
+    result = classify_count(residual == 0, lost | (solved.result == Result.NONFINITE))
+    return replace(solved, value=layout.unpack(z), residual=residual, result=result)
 
 
 def _steps(problem: Problem, layout: Layout, z: Flat, steps: int, damping: float) -> tuple[Flat, PerSample]:
@@ -56,14 +57,6 @@ def _steps(problem: Problem, layout: Layout, z: Flat, steps: int, damping: float
             residual = scaled_norm(fz - z)
         z = torch.lerp(fz, z, damping) if damping else fz
     return z, residual
-
-
-def _result(solved: Solution, residual: PerSample) -> Tensor:
-    """The result codes after a fixed number of steps."""
-    with torch.no_grad():
-        ended = torch.where(residual == 0, int(Result.CONVERGED), int(Result.MAX_EVALS))
-        lost = ~torch.isfinite(residual) | (solved.result == Result.NONFINITE)
-        return torch.where(lost, int(Result.NONFINITE), ended).to(solved.result.dtype)
 
 
 def unsolved(problem: Problem, options: SolveOptions) -> Solution:

@@ -1,13 +1,13 @@
 """The largest eigenvalues of df/dz by Arnoldi's method, matrix-free.
 
-Setting: J = df/dz at z. J^T has the eigenvalues of J, and its products are vector-Jacobian products. From a start q_1,
+Setting: J = df/dz at z. J^T has the eigenvalues of J, and its products are vector-Jacobian products. Arnoldi's method
+(`implicit.linear.arnoldi`) gives an orthonormal basis Q of m vectors with
 
-    h_jk = <q_j, J^T q_k>,     h_{k+1,k} q_{k+1} = J^T q_k - sum_{j <= k} h_jk q_j
+    J^T Q = Q H + h_{m+1,m} q_{m+1} e_m^T
 
-gives an orthonormal basis Q and J^T Q = Q H + h_{m+1,m} q_{m+1} e_m^T. The eigenvalues t of the small H (Ritz values)
-approach those of J from the outside of the spectrum inwards, complex pairs and pairs +-t included; with H s = t s the
-vector Q s has the residual |h_{m+1,m} s_m|. Arnoldi, "The principle of minimized iterations in the solution of the
-matrix eigenvalue problem", Quart. Appl. Math. 9, 1951.
+The eigenvalues t of the small H (Ritz values) approach those of J from the outside of the spectrum inwards, complex
+pairs and pairs +-t included; with H s = t s the vector Q s has the residual |h_{m+1,m} s_m| (Saad, "Numerical Methods
+for Large Eigenvalue Problems", 2nd edition, 2011, section 6.2).
 """
 
 import warnings
@@ -21,14 +21,16 @@ from torch import Tensor
 
 from implicit.autodiff.vjp import linearize
 from implicit.evaluation import FlatMap
+from implicit.linear.arnoldi import orthogonalize
 from implicit.pytree import Flat, Layout, Map, PerSample, State, norm
+from implicit.solvers.history_buffer import HistoryBuffer
 
-_CHECK = 5  # products between two looks at the Ritz values
+_CHECK = 5  # products between two computations of the Ritz values
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Ritz values of df/dz.
+    """Ritz values of df/dz, on the host.
 
     Attributes:
         values: (B, m) the largest modulus first; NaN where a sample needed fewer than m products.
@@ -54,7 +56,7 @@ def spectral_radius(
     batch_dims: int = 1,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, " B"]:
-    """(B,) spectral radius of df/dz at z, in float64 on z's device; see `spectrum` for the arguments.
+    """(B,) spectral radius of df/dz at z, in float64 on the host; see `spectrum` for the arguments.
 
     Warns (RuntimeWarning) where `tol` was not met within the budget of products.
 
@@ -96,7 +98,7 @@ def spectrum(
         z: the point, ``(B, *)`` tensors; usually ``fixed_point(...).value``.
         args: passed on to f.
         products: budget, >= 1; N of them, the size of a sample, always suffice on paper.
-        tol: a sample is done when its leading Ritz pair has this residual, relative to its modulus.
+        tol: a sample has converged when its leading Ritz pair has this residual, relative to its modulus.
         batch_dims: 0 makes the whole state one system.
         generator: of the start, the same for all samples; None: a fixed start.
 
@@ -111,32 +113,32 @@ def spectrum(
     y, act = linearize(FlatMap(f, args, layout), layout.pack(z))
     rng = generator or torch.Generator().manual_seed(0)
     start = torch.randn(y.shape[1], generator=rng, device=rng.device, dtype=torch.float64)
-    start = (start / start.norm()).to(layout.device, layout.dtype).expand(y.shape)
+    start = (start / start.norm()).to(layout.dtype).to(layout.device).expand(y.shape)
     with torch.no_grad():
         return _arnoldi(act, start, min(products, y.shape[1]), tol)
 
 
 def _arnoldi(act: Callable[[Flat], Flat], start: Flat, products: int, tol: float) -> Spectrum:
     rows, eps = start.shape[0], torch.finfo(start.dtype).eps
-    basis = [start]
-    h = torch.zeros(rows, products + 1, products, dtype=torch.float64, device=start.device)
-    values = torch.full((rows, products), torch.nan, dtype=torch.complex128, device=start.device)
-    error = torch.full((rows,), torch.inf, dtype=torch.float64, device=start.device)
-    size = torch.zeros(rows, dtype=torch.int64, device=start.device)  # dimension reached
-    running = torch.ones(rows, dtype=torch.bool, device=start.device)
+    basis, q = HistoryBuffer(products), start
+    # H, Ritz values and errors on the host
+    h = torch.zeros(rows, products + 1, products, dtype=torch.float64)
+    values = torch.full((rows, products), torch.nan, dtype=torch.complex128)
+    error = torch.full((rows,), torch.inf, dtype=torch.float64)
+    size = torch.zeros(rows, dtype=torch.int64)  # dimension reached
+    running = torch.ones(rows, dtype=torch.bool)
     for k in range(products):
-        w = act(basis[k])
-        size += norm(basis[k]) > 0
+        # the newest basis vector, its product, and the part of that outside the span of the basis
+        basis = basis.reserve(k, q).set(k, q)
+        w = act(q)
         whole = norm(w)
-        q = torch.stack(basis, dim=1)  # (B, k+1, N)
-        for _ in range(2):  # Gram-Schmidt twice is enough
-            dots = torch.bmm(q, w.unsqueeze(2))
-            w = w - torch.bmm(q.mT, dots).squeeze(2)
-            h[:, : k + 1, k] += dots.squeeze(2)
-        left = norm(w)
+        column, w, left = orthogonalize(w, basis)
         left = torch.where(left <= 10 * eps * whole, 0.0, left)  # rounding: the basis spans all that J reaches
-        h[:, k + 1, k] = left
-        basis.append(torch.where(left.unsqueeze(1) > 0, w / left.unsqueeze(1), 0.0).nan_to_num(nan=torch.nan))
+        found = torch.cat((column[:, : k + 1], torch.stack((left, whole, norm(q)), dim=1)), dim=1).cpu().double()
+        q = torch.where(left.unsqueeze(1) > 0, w / left.unsqueeze(1), 0.0).nan_to_num(nan=torch.nan)
+        # a column of H
+        h[:, : k + 2, k], whole = found[:, : k + 2], found[:, k + 2]
+        size += found[:, k + 3] > 0
         if (k + 1) % _CHECK == 0 or k + 1 == products:
             new, residual = _ritz(h[:, : k + 2, : k + 1], size)
             values[:, : k + 1] = torch.where(running.unsqueeze(1), new, values[:, : k + 1])
@@ -151,14 +153,11 @@ def _ritz(h: Float[Tensor, "B m1 m"], size: Tensor) -> tuple[Complex[Tensor, "B 
     """Eigenvalues of the square part, largest first, and the leading one's relative residual."""
     m = h.shape[2]
     good = torch.isfinite(h).all(dim=2).all(dim=1)
-    square = torch.where(good.view(-1, 1, 1), h[:, :m], 0.0).cpu()  # small
-    theta, s = torch.linalg.eig(square)
+    theta, s = torch.linalg.eig(torch.where(good.view(-1, 1, 1), h[:, :m], 0.0))
     order = theta.abs().argsort(dim=1, descending=True, stable=True)
-    theta = theta.gather(1, order).to(h.device)
-    last = s[:, -1].gather(1, order)[:, 0].abs().to(h.device)
-    modulus = theta[:, 0].abs()
-    residual = h[:, m, m - 1] * last
-    error = torch.where(residual > 0, residual / modulus, 0.0)
-    known = torch.arange(m, device=h.device) < size.unsqueeze(1)
+    theta = theta.gather(1, order)
+    residual = h[:, m, m - 1] * s[:, -1].gather(1, order)[:, 0].abs()
+    error = torch.where(residual > 0, residual / theta[:, 0].abs(), 0.0)
+    known = torch.arange(m) < size.unsqueeze(1)
     theta = torch.where(known & good.unsqueeze(1), theta, torch.nan)
     return theta, torch.where(good, error, torch.nan)

@@ -185,7 +185,7 @@ class _Run:
         if not self.stop.has_tolerance:
             sizes = criterion.measure(r, scaled=True)
             self.residual = sizes if sizes.ndim == 1 else sizes.amax(dim=1)
-            return (r == 0).all(dim=1)
+            return (r == 0).all(dim=1) & (len(r) == 1)  # f may couple samples that go on
         r_size, s_size = (to_host(criterion.measure(x, scaled=True)) for x in (r, fz))
         if not isinstance(criterion.first, np.ndarray):
             criterion.first = np.where(np.isfinite(s_size), s_size, 0.0)

@@ -10,9 +10,9 @@ import torch
 from scipy import optimize
 
 from implicit.evaluation import FlatMap
-from implicit.pytree import Layout, Map, State, norm
-from implicit.solution import Result, Solution
-from implicit.stopping import Stop
+from implicit.pytree import Layout, Map, State, norm, to_device, to_host
+from implicit.solution import Solution
+from implicit.stopping import Stop, classify
 
 
 def root(f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(), **options: Any) -> Solution:
@@ -22,7 +22,7 @@ def root(f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(
         f: the map. Each sample is solved alone, so tensors in `args` must not have one row per sample.
         z0: the starting state.
         method: one of scipy's: "hybr", "krylov", "broyden1", "broyden2", "anderson", "df-sane", ...
-        stop: judged at scipy's answer; `max_evals` evaluations per sample end the search.
+        stop: tested at scipy's answer; `max_evals` evaluations per sample end the search.
         options: handed to scipy as its ``options``, which refuses names it does not know.
 
     Raises:
@@ -31,7 +31,7 @@ def root(f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(
     layout = Layout.of(z0)
     packed = layout.pack(z0)
     options = {**_difference_step(method, layout.eps), **options}
-    rows, results, evals = [], [], []
+    rows, evals = [], []
     for b in range(packed.shape[0]):
         row, calls = _one(FlatMap(f, args, layout, stop.max_evals), packed[b : b + 1], method, options)
         rows.append(row)
@@ -40,13 +40,11 @@ def root(f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(
     with torch.no_grad():
         fz = torch.cat([FlatMap(f, args, layout)(row) for row in rows])
     residual = norm(fz - value)
-    good = residual <= stop.atol + stop.rtol * norm(fz)
-    for ok, r in zip(good.tolist(), residual.tolist(), strict=True):
-        results.append(Result.CONVERGED if ok else Result.MAX_EVALS if np.isfinite(r) else Result.NONFINITE)
+    result = classify(to_host(residual), stop.atol + stop.rtol * to_host(norm(fz)))
     return Solution(
         value=layout.unpack(value),
         residual=residual,
-        result=torch.tensor(results, dtype=torch.int8),
+        result=to_device(result, layout.device),
         evals=torch.tensor(evals),
     )
 

@@ -1,7 +1,7 @@
 """torchdeq's solvers as ours, and ours in torchdeq.
 
 register("implicit", Anderson())            then torchdeq.get_deq(f_solver="implicit") uses it unchanged
-solve(f, z0, method="broyden")              runs torchdeq's own and judges its answer as ours are judged
+solve(f, z0, method="broyden")              runs torchdeq's own and classifies its answer as `fixed_point` does
 """
 
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from torchdeq.solver import get_solver, register_solver
 from implicit.evaluation import FlatMap
 from implicit.iterate import iterate
 from implicit.options import SolveOptions
-from implicit.pytree import Layout, Map, State, norm
-from implicit.solution import Result, Solution
+from implicit.pytree import Layout, Map, State, norm, to_device, to_host
+from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
-from implicit.stopping import Stop
+from implicit.stopping import Stop, classify
 
 
 def register(name: str, solver: AbstractSolver[Any]) -> None:
@@ -82,8 +82,7 @@ def solve(f: Map, z0: State, *args: Any, method: str = "broyden", stop: Stop = S
         value = get_solver(method)(damped, layout.pack(z0), max_iter=stop.max_evals, **tolerance, **options)[0]
         calls, fz = counted.calls, counted(value)
     residual = norm(fz - value)
-    result = torch.where(residual <= stop.atol + stop.rtol * norm(fz), int(Result.CONVERGED), int(Result.MAX_EVALS))
-    result = torch.where(torch.isfinite(residual), result, int(Result.NONFINITE)).to(torch.int8)
+    result = to_device(classify(to_host(residual), stop.atol + stop.rtol * to_host(norm(fz))), layout.device)
     return Solution(
         value=layout.unpack(value),
         residual=residual,

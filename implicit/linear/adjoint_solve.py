@@ -1,4 +1,4 @@
-"""The linear solves of backward passes: free of scale, checked by a product, outspoken where they fail."""
+"""The linear systems u = g + A u of backward passes: scaled, solved per sample, and verified by a product."""
 
 import warnings
 from collections.abc import Callable
@@ -14,11 +14,12 @@ from implicit.pytree import Flat, norm
 from implicit.solution import NotConverged, Result, Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
+from implicit.torch_internals import is_abstract
 
 Act: TypeAlias = Callable[[Flat], Flat]
 """v -> A v, for a linear map A."""
 
-_SLACK = 10  # a residual of that many tolerances is not what the solver said
+_SLACK = 10  # a residual of that many tolerances contradicts the solver
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class LinearSolve:
     g is divided by a power of two per sample, so that rounding, tolerance and iterates are the same at every scale.
 
     The samples of a batch are solved side by side, each as a system of its own, and where A takes one sample into
-    another, all over again as one. Whether it does shows in GMRES as soon as one sample is content before another;
-    otherwise one more product shows whether ||g + A u - u|| is what the solver said.
+    another, all over again as one. GMRES detects that as soon as one sample has converged before another; otherwise one
+    more product gives ||g + A u - u||, which is compared with the residual of the solver. On tensors without numbers
+    (meta, fake) one product stands for the solve.
     """
 
     solver: AbstractSolver[Any] | GMRES
@@ -39,6 +41,8 @@ class LinearSolve:
     eps: float = 0.0  # relative rounding error of a product
 
     def __call__(self, act: Act, g: Flat) -> Flat:
+        if is_abstract(g):
+            return g + act(g)
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
             scale = _power_of_two(g)
             solution, apart = self._solve(act, g / scale)
@@ -50,7 +54,7 @@ class LinearSolve:
             if self.report is not None:
                 self.report(solution)
             if self.on_failure != "ignore":
-                self._judge(solution)
+                self._report_failure(solution)
             return solution.value * scale
 
     def _solve(self, act: Act, g: Flat) -> tuple[Solution, bool | None]:
@@ -60,7 +64,7 @@ class LinearSolve:
         return iterate(lambda u: g + act(u), g, self.solver, self.stop), None
 
     def _check(self, act: Act, g: Flat, scale: Tensor, found: Solution) -> tuple[Solution, bool]:
-        """What is wanting added to the solution, and whether the samples are systems of their own."""
+        """The solution with its error corrected, and whether the samples are systems of their own."""
         u, found = found.value, replace(found, evals=found.evals + 1)
         rest = (g + act(u * scale)) / scale - u
         rtol = max(self.stop.rtol, self.eps, torch.finfo(g.dtype).eps)
@@ -83,7 +87,7 @@ class LinearSolve:
         residual, result = (t.expand(len(g)) for t in (whole.residual, whole.result))
         return Solution(value=whole.value.view_as(g), residual=residual, result=result, evals=spent + whole.evals)
 
-    def _judge(self, solution: Solution) -> None:
+    def _report_failure(self, solution: Solution) -> None:
         try:
             solution.check()
         except NotConverged as failure:
@@ -92,14 +96,16 @@ class LinearSolve:
             kinds = sorted({Result(code) for code in solution.result.tolist()} - {Result.CONVERGED})
             advice = " ".join(f"{kind.name}: {kind.message}" for kind in kinds)
             # One text for all such failures, so that the default filter shows it once.
-            warnings.warn(f"{_INEXACT} {advice} IFT(report=...) hears of every solve.", RuntimeWarning, stacklevel=2)
+            warnings.warn(
+                f"{_INEXACT} {advice} IFT(report=...) is called with every solve.", RuntimeWarning, stacklevel=2
+            )
 
 
 _INEXACT = "The linear solve of the IFT backward pass failed for some samples, so their gradient is inexact."
 _COUPLED = (
-    "f takes one sample of the batch into another (batch normalisation in training mode, a mean over the batch). The "
+    "f takes one sample of the batch into another (batch normalization in training mode, a mean over the batch). The "
     "backward pass solved for the whole batch as one, which is exact but slower; the forward pass took each sample for "
-    "a problem of its own, and a sample held as finished may be none: pass batch_dims=0."
+    "a system of its own: pass batch_dims=0."
 )
 
 

@@ -31,12 +31,12 @@ class HessenbergSystem:
     @classmethod
     def empty(cls, columns: int, beta: PerSample) -> "HessenbergSystem":
         """No columns yet, room for `columns`."""
-        eye = torch.eye(columns + 1, dtype=beta.dtype, device=beta.device).repeat(len(beta), 1, 1)
+        eye = torch.diag_embed(beta.new_ones(len(beta), columns + 1))
         return cls(eye, torch.zeros_like(eye), beta.new_zeros(len(beta), columns + 1), beta)
 
     def reset(self, mask: Bool[Tensor, " B"], beta: PerSample) -> "HessenbergSystem":
         """No columns for the samples in `mask`."""
-        eye = torch.eye(self.y.shape[1], dtype=beta.dtype, device=beta.device)
+        eye = torch.diag_embed(torch.ones_like(self.y))
         wide = mask.view(-1, 1, 1)
         return HessenbergSystem(
             torch.where(wide, eye, self.q),
@@ -44,6 +44,23 @@ class HessenbergSystem:
             self.y.masked_fill(mask.unsqueeze(1), 0),
             torch.where(mask, beta, self.rho),
         )
+
+    def widen(self, columns: int) -> "HessenbergSystem":
+        """With room for at least `columns`, twice the room where that does not suffice."""
+        room = self.y.shape[1] - 1
+        if columns <= room:
+            return self
+        old, more = self, max(room + 1, columns - room)
+        wide = HessenbergSystem.empty(room + more, old.rho)
+        wide.q[:, : room + 1, : room + 1], wide.inverse[:, : room + 1, : room + 1] = old.q, old.inverse
+        wide.y[:, : room + 1] = old.y
+        return wide
+
+    def direction(self, k: Int[Tensor, " B"]) -> tuple[Float[Tensor, "B K1"], PerSample]:
+        """The unit vector along the residual after k columns: its coefficients of v_1 .. v_k, and that of v_{k+1}."""
+        row = self.q.gather(1, k.view(-1, 1, 1).expand(-1, 1, self.q.shape[2]))[:, 0] * self.rho.sign().unsqueeze(1)
+        last = row.gather(1, k.unsqueeze(1))
+        return row.scatter(1, k.unsqueeze(1), 0), last[:, 0]
 
     def add(
         self,
@@ -57,8 +74,8 @@ class HessenbergSystem:
 
         A column that is zero to rounding gets the coefficient 0 and leaves the residual as it is.
         """
-        index = torch.arange(column.shape[1], device=column.device)
-        here, next_row = index == k.unsqueeze(1), index == k.unsqueeze(1) + 1
+        number = torch.ones_like(column).cumsum(dim=1) - 1  # 0, 1, 2 ..
+        here, next_row = number == k.unsqueeze(1), number == k.unsqueeze(1) + 1
         # the column after the earlier rotations, and the rotation that takes `below` out
         turned = torch.bmm(self.q, column.unsqueeze(2)).squeeze(2)
         a = turned.masked_fill(~here, 0).sum(dim=1)

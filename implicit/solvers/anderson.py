@@ -50,7 +50,8 @@ class Anderson(AbstractSolver[AndersonState]):
         damping: share of the mixed old iterate kept, in [0, 1).
         ridge: relative ridge, > 0; None takes 1e-14 for float64 histories and 1e-6 for float32.
         start: number of plain steps before the first mixture, >= 1. Differences are collected from the beginning.
-        safeguard: reset to the best iterate after a blow-up, and take plain steps where acceleration gains nothing.
+        safeguard: reset to the best iterate after a blow-up; where the residual stalls, plain steps, then Newton-Krylov
+            steps (`implicit.staged_safeguard`).
     """
 
     memory: int = 5

@@ -55,7 +55,8 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
         memory: number of pairs kept, >= 1.
         drop: how nearly dependent a new pair must be to end the old ones, in [0, 1); None takes eps^(1/4): 1e-4 for
             float64 histories, 2e-2 for float32.
-        safeguard: reset to the best iterate after a blow-up, and take plain steps where acceleration gains nothing.
+        safeguard: reset to the best iterate after a blow-up; where the residual stalls, plain steps, then Newton-Krylov
+            steps (`implicit.staged_safeguard`).
     """
 
     memory: int = 30

@@ -39,7 +39,8 @@ class BadBroyden(AbstractSolver[BadBroydenState]):
 
     Args:
         memory: number of rank-one terms kept, >= 1.
-        safeguard: reset to the best iterate after a blow-up, and take plain steps where acceleration gains nothing.
+        safeguard: reset to the best iterate after a blow-up; where the residual stalls, plain steps, then Newton-Krylov
+            steps (`implicit.staged_safeguard`).
     """
 
     memory: int = 20

@@ -60,8 +60,13 @@ class AbstractSolver(abc.ABC, Generic[S]):
 
     @property
     def patience(self) -> int:
-        """Evaluations without progress after which the loop's safeguard (`implicit.safeguard`) acts; 0: never."""
+        """Evaluations without progress after which the safeguard (`implicit.staged_safeguard`) acts; 0: never."""
         return 0
+
+    @property
+    def least_gain(self) -> float:
+        """The share of the residual that must be left after `patience` evaluations: more than that is no progress."""
+        return 0.5
 
     def stall_after(self, numbers: int) -> int:
         """`patience` on a state of so many numbers per sample."""
@@ -76,7 +81,7 @@ class AbstractSolver(abc.ABC, Generic[S]):
 
     @property
     def has_cautious_stage(self) -> bool:
-        """Whether the solver has `retreat` and so the safeguard in stages (`implicit.staged_safeguard`)."""
+        """Whether the solver's `retreat` keeps its history and takes more careful steps where it is told to."""
         return False
 
     def retreat(

@@ -61,7 +61,8 @@ class Broyden(AbstractSolver[BroydenState]):
 
     Args:
         memory: number of secant pairs kept, >= 1.
-        safeguard: reset to the best iterate after a blow-up, and take plain steps where acceleration gains nothing.
+        safeguard: reset to the best iterate after a blow-up; where the residual stalls, plain steps, then Newton-Krylov
+            steps (`implicit.staged_safeguard`).
         search: how often a step that makes the residual grow may be halved, >= 0, for each sample by itself; every
             trial is an evaluation and takes a place in the state. For maps whose full steps overshoot; a residual
             that grows a thousandfold is the safeguard's, unless that is off.

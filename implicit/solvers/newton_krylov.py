@@ -51,7 +51,7 @@ class NewtonKrylov(AbstractSolver[NewtonKrylovState]):
     Args:
         inner: largest number of Krylov vectors a step, >= 1; N of them always suffice.
         forcing: relative accuracy of the linear solves, in (0, 1).
-        safeguard: reset to the best iterate after a blow-up, and take plain steps where acceleration gains nothing.
+        safeguard: reset to the best iterate after a blow-up; where the residual stalls, plain steps.
     """
 
     inner: int = 40

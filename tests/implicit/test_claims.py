@@ -5,7 +5,19 @@ import warnings
 import pytest
 import torch
 
-from implicit import IFT, JFB, AndersonGS, Picard, Result, Stop, Unrolled, fixed_point
+from implicit import (
+    IFT,
+    JFB,
+    Anderson,
+    AndersonGS,
+    Broyden,
+    Picard,
+    Result,
+    Reversible,
+    Stop,
+    Unrolled,
+    fixed_point,
+)
 from tests.helpers import F64, each_solver, solve
 
 TIGHT = Stop(rtol=1e-6, max_evals=300)
@@ -158,6 +170,45 @@ def test_a_fixed_count_claims_nothing_where_squares_underflow():
     assert not found.converged.any() and float(found.residual) == pytest.approx(2e-24, rel=1e-5)
 
 
+@pytest.mark.parametrize("grad", [IFT(), JFB(), JFB(2), Unrolled(), Reversible()], ids=repr)
+def test_a_fixed_count_claims_nothing_of_rows_beside_others_that_move(grad):
+    """Row 0 is fixed as long as row 1 is zero: the last step of row 1 takes it away."""
+    a = torch.tensor([[0.0, 1.0], [0.0, 0.0]], dtype=F64)
+    b = torch.tensor([[0.0], [1.0]], dtype=F64, requires_grad=True)
+
+    def f(z):
+        return a @ z + b
+
+    for evals in (1, 2, 3, 7):
+        z0, stop = torch.zeros(2, 1, dtype=F64), Stop(rtol=0, max_evals=evals)
+        found = fixed_point(f, z0, solver=Picard(), grad=grad, stop=stop)
+        true = (f(found.value) - found.value).norm(dim=1)
+        assert not found.converged[true > 0].any()
+        whole = fixed_point(f, z0, solver=Picard(), grad=grad, stop=stop, batch_dims=0)
+        assert torch.equal(whole.value, found.value) and (not whole.converged.any() or not true.any())
+
+
+@each_solver
+@pytest.mark.parametrize("grad", [IFT(), JFB(2), Unrolled()], ids=repr)
+def test_a_fixed_count_that_is_observed_has_the_same_answer(solver, grad):
+    rate, seen = torch.tensor([[0.3], [0.9], [-3.0]], dtype=F64, requires_grad=True), []
+
+    def f(z):
+        return rate * torch.tanh(z + 0.1) + 1
+
+    for evals in (1, 4, 11):
+        stop, z0 = Stop(rtol=0, max_evals=evals), torch.zeros(3, 2, dtype=F64)
+        plain = fixed_point(f, z0, solver=solver, grad=grad, stop=stop)
+        found = fixed_point(
+            f, z0, solver=solver, grad=grad, stop=stop, trace=True, callback=lambda k, r: seen.append(k)
+        )
+        for name in ("value", "residual", "result", "evals"):
+            assert torch.equal(getattr(found, name), getattr(plain, name)), name
+        assert found.trace is not None and found.trace.shape == (evals, 3) and seen[-evals:] == [*range(1, evals + 1)]
+        first = (f(z0) - z0).norm(dim=1)
+        torch.testing.assert_close(found.trace[0], first.detach())
+
+
 # ---- NaN on the way, noise
 
 
@@ -181,6 +232,30 @@ def test_one_nan_on_the_way_is_forgiven_however_residuals_are_read(solver, stop)
             assert (found.result == Result.NONFINITE).all() or found.converged.all()
         else:
             assert found.converged.all(), (at, found)
+        if stop:
+            continue
+        calls, count = 0, Stop(rtol=0, max_evals=200)
+        fixed = solve(f, torch.zeros(3, 6, dtype=F64), solver=solver, stop=count)
+        assert (fixed.result == Result.NONFINITE).all() == (found.result == Result.NONFINITE).all()
+        assert not solver.patience or (relative(f, fixed.value) <= 1e-8).all()
+
+
+@pytest.mark.parametrize("stop", [Stop(rtol=1e-6, max_evals=60), Stop(rtol=0, max_evals=30)], ids=["rtol", "count"])
+@pytest.mark.parametrize("solver", [AndersonGS(), Anderson(), Broyden()], ids=repr)
+def test_a_nan_that_is_forgiven_leaves_the_gradient_of_shared_parameters_finite(stop, solver):
+    rate = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    calls = 0
+
+    def f(z):
+        nonlocal calls
+        calls += 1
+        good = rate * torch.tanh(z) + 1
+        return torch.cat((good[:1], (rate * z[1:] - 1e9).sqrt())) if calls == 4 else good
+
+    found = fixed_point(f, torch.zeros(2, 3, dtype=F64), solver=solver, grad=Unrolled(), stop=stop)
+    found.value[0].sum().backward()
+    assert rate.grad is not None and rate.grad.isfinite() and found.value.isfinite().all()
+    assert (found.result != Result.NONFINITE).all()
 
 
 @each_solver
@@ -217,6 +292,28 @@ def test_no_more_calls_than_the_budget(solver):
         found = solve(f, torch.zeros(3, 3, dtype=F64), solver=solver, stop=Stop(rtol=1e-7, max_evals=evals))
         added = int(found.evals.max()) - min(int(found.evals.max()), evals)
         assert calls <= evals + added and added <= 1
+
+
+@each_solver
+@pytest.mark.parametrize("stop", [Stop(rtol=1e-5), Stop(rtol=0, max_evals=7)], ids=["rtol", "count"])
+def test_hooks_and_statistics_in_f_act_once_an_evaluation(solver, stop):
+    torch.manual_seed(0)
+    layer, norm, seen = torch.nn.Linear(6, 6), torch.nn.BatchNorm1d(6, momentum=0.1), []
+    layer.register_forward_hook(lambda *a: seen.append("forward"))
+    layer.register_full_backward_hook(lambda *a: seen.append("backward"))
+    with torch.no_grad():
+        norm(torch.randn(32, 6))  # one batch, so that the statistics are those of evaluation
+    before = int(norm.num_batches_tracked)
+
+    def f(z):
+        norm(z.detach())
+        return torch.tanh(0.5 * layer(z) + 1)
+
+    found = fixed_point(f, torch.zeros(4, 6), solver=solver, grad=JFB(), stop=stop)
+    evals = int(found.evals.max())
+    assert seen == ["forward"] * evals and int(norm.num_batches_tracked) - before == evals
+    found.value.sum().backward()
+    assert seen == ["forward"] * evals + ["backward"]
 
 
 # ---- independence of samples

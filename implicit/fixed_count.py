@@ -1,0 +1,161 @@
+"""The loop without a tolerance: a fixed number of evaluations, with no decision on the host.
+
+A device never waits, and one graph compiles. A sample whose f(z) is not finite is reset to the point before it, and
+takes plain steps z' = f(z) from there until f is finite again, as the safeguard of a solve with a tolerance does; with
+a solver that has no safeguard it stays there.
+
+Claims: the value is f(z) of the last evaluation, where f is not evaluated any more. Only a lone sample with f(z) = z
+has converged: beside other samples, which took their last step at the same time, f may couple them.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from implicit.evaluation import FlatMap
+from implicit.options import SolveOptions
+from implicit.progress import Report, progress_callback
+from implicit.pytree import Flat, map_tensors, to_device, to_host, validate_warm_start
+from implicit.recomputation import SameValue
+from implicit.solution import Solution
+from implicit.solvers.base import AbstractSolver, Point
+from implicit.stopping import Criterion, Stop, classify_count
+from implicit.torch_internals import host_readable, not_compiled
+
+
+@dataclass(frozen=True)
+class _Position:
+    """The last point of every sample with a finite f(z), and which samples `failed`: f was not finite after it."""
+
+    point: Point
+    failed: Bool[Tensor, "B 1"]
+
+
+def begin(solver: AbstractSolver[Any], point: Point, options: SolveOptions) -> Any:
+    """The solver state before the first step."""
+    if options.state is None:
+        return solver.init(point)
+    return solver.resume(point, validate_warm_start(options.state, solver.init(point)))
+
+
+def fixed_count(
+    f: FlatMap, z: Flat, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions, segment: int
+) -> Solution:
+    """`stop.max_evals` evaluations; with a `segment`, autograd keeps what there was at every such evaluation alone."""
+    with progress_callback(options, stop) as callback:
+        observer = _Observer(Criterion(stop, f.layout), callback)
+        point = f.evaluate(z)
+        began = _finite(point)
+        at, state = _Position(point, ~began), begin(solver, point, options)
+        observer(at, f)
+        del point  # one state less
+        while f.remaining > 0 and not segment:  # not a function: its caller would hold the first point and state
+            z, tangent, state = solver.step(at.point, state)
+            at = _next(f, z, tangent, at, bool(solver.patience))
+            observer(at, f)
+            del z, tangent  # the point has a copy
+        while f.remaining > 0:
+            at, state = _checkpointed(f, solver, min(f.remaining, segment), at, state)
+    return _solution(f, at, began, state if options.keep_state else None, observer, options)
+
+
+def _solution(
+    f: FlatMap, at: _Position, began: Bool[Tensor, "B 1"], state: Any, observer: "_Observer", options: SolveOptions
+) -> Solution:
+    point, layout = at.point, f.layout
+    with torch.no_grad():
+        residual = observer.criterion.measure(point.fz - point.z, scaled=True, overwrite=True)
+        residual = residual if residual.ndim == 1 else residual.amax(dim=1)
+        # equal numbers, since a norm may underflow to 0
+        result = classify_count((point.fz == point.z).all(dim=1), at.failed[:, 0])
+    return Solution(
+        value=layout.unpack(torch.where(began, point.fz, point.z)),
+        residual=residual,
+        result=result,
+        evals=torch.full_like(result, f.calls + f.repeats, dtype=torch.int64),
+        trace=to_device(np.stack(observer.trace), layout.device, layout.dtype) if options.trace else None,
+        state=state,
+    )
+
+
+def _next(f: FlatMap, z: Flat, tangent: Flat | None, at: _Position, retry: bool) -> _Position:
+    """The point at z, or for samples whose f(z) is not finite the one before; with `retry` they take plain steps."""
+    point = at.point
+    z = torch.where(at.failed, point.fz if retry else point.z, z)
+    new = f.evaluate(z, tangent)
+    finite = _finite(new)
+    if new.fz.requires_grad and host_readable(finite) and not finite.all():
+        # a cotangent of 0 times NaN would reach the parameters that samples share
+        new = f.repeat(torch.where(finite, new.z, point.z), tangent)
+    f.forget()  # what is kept is a copy
+    fz, z, product = torch.where(finite, new.fz, point.fz), new.z, new.product
+    del new  # one state less at a time
+    point = Point(torch.where(finite, z, point.z), fz, product, f.remaining)
+    return _Position(point, ~finite if retry else at.failed | ~finite)
+
+
+def _finite(point: Point) -> Bool[Tensor, "B 1"]:
+    """Whether f(z) is finite."""
+    low, high = torch.aminmax(point.fz.detach(), dim=1, keepdim=True)  # without a copy of f(z)
+    return (low > -torch.inf) & (high < torch.inf)
+
+
+def _checkpointed(
+    f: FlatMap, solver: AbstractSolver[Any], evals: int, at: _Position, state: Any
+) -> tuple[_Position, Any]:
+    """`evals` evaluations of which autograd keeps the input alone; the values of a second run are compared."""
+    run = SameValue(partial(_segment, f, solver, evals, f.calls), parts=2)
+    point = at.point
+    with set_checkpoint_early_stop(False):  # the values are compared
+        z, fz, product, failed, state, f.calls, f.repeats = checkpoint(
+            run, point.z, point.fz, point.product, at.failed, state, use_reentrant=False
+        )
+    return _Position(Point(z, fz, product, f.remaining), failed), state
+
+
+def _segment(
+    f: FlatMap,
+    solver: AbstractSolver[Any],
+    evals: int,
+    calls: int,
+    z: Flat,
+    fz: Flat,
+    product: Flat | None,
+    failed: Bool[Tensor, "B 1"],
+    state: Any,
+) -> tuple[Flat, Flat, Flat | None, Bool[Tensor, "B 1"], Any, int, int]:
+    """`evals` evaluations as a function that may be run twice, since it changes nothing; calls and repeats last."""
+    f = replace(f, calls=calls, _output=(None, None))
+    state = map_tensors(torch.clone, state)  # histories may be written in place
+    at, end = _Position(Point(z, fz, product, f.remaining), failed), f.remaining - evals
+    while f.remaining > end:
+        z, tangent, state = solver.step(at.point, state)
+        at = _next(f, z, tangent, at, bool(solver.patience))
+    return at.point.z, at.point.fz, at.point.product, at.failed, state, f.calls, f.repeats
+
+
+class _Observer:
+    """Reads residuals for the trace and the callback, if there is one."""
+
+    def __init__(self, criterion: Criterion, callback: Report | None) -> None:
+        self.criterion, self.callback = criterion, callback
+        self.trace: list[np.ndarray] = []
+
+    def __call__(self, at: _Position, f: FlatMap) -> None:
+        if self.callback is not None and (f.remaining <= 0 or f.calls % self.criterion.stop.check_every == 0):
+            self._read(at, f.calls, self.callback)
+
+    @not_compiled
+    def _read(self, at: _Position, calls: int, callback: Report) -> None:
+        with torch.no_grad():
+            sizes = to_host(self.criterion.measure(at.point.r, scaled=True))
+        residual = sizes if sizes.ndim == 1 else sizes.max(axis=1)
+        residual = np.where(at.failed[:, 0].cpu().numpy(), np.nan, residual)
+        self.trace.append(residual)
+        callback(calls, residual)

@@ -1,0 +1,38 @@
+"""Residuals on their way to the user: callback and progress bar."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from implicit.options import SolveOptions
+from implicit.stopping import Stop
+
+Report: TypeAlias = Callable[[int, np.ndarray], None]
+"""(number of evaluations, (B,) residuals, NaN where a sample has finished)."""
+
+
+@contextmanager
+def progress_callback(options: SolveOptions, stop: Stop) -> Iterator[Report | None]:
+    """The function to call with the residuals as they are read; None without trace, callback and progress bar."""
+    if not options.observed:
+        yield None
+        return
+    with ExitStack() as stack:
+        bar = None
+        if options.progress:
+            from tqdm.auto import tqdm
+
+            bar = stack.enter_context(tqdm(total=stop.max_evals, unit="eval", leave=False))
+
+        def callback(calls: int, residual: np.ndarray) -> None:
+            if bar is not None:
+                running = residual[~np.isnan(residual)]
+                bar.update(calls - bar.n)
+                bar.set_postfix(running=len(running), residual=f"{running.max(initial=0.0):.1e}", refresh=False)
+            if options.callback is not None:
+                options.callback(calls, torch.from_numpy(residual.copy()))
+
+        yield callback
