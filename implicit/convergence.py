@@ -245,7 +245,7 @@ class ConvergenceMonitor:
         """(residual, size, tolerance); norms whose squares may be out of range are taken again, scaled."""
         r, s = _array(sizes[0]), _array(sizes[1])
         unsafe = self.criterion.unsafe(r, s)
-        zero = (r == 0).reshape(len(r), -1).all(axis=1)
+        zero = r == 0 if r.ndim == 1 else (r == 0).all(axis=1)
         unsafe[held & zero & (self.residual[rows] == 0)] = False  # known already
         if unsafe.any():
             with torch.no_grad():

@@ -94,8 +94,10 @@ class FlatMap:
 
 
 def lacks_forward_mode(error: Exception) -> bool:
-    """Whether PyTorch's error says that an operator has no forward-mode derivative."""
-    return any(word in str(error) for word in ("orward", "setup_context"))
+    """Whether PyTorch's error says that forward mode cannot take f: an operator without a derivative of this kind, or a
+    write into a buffer (the statistics of BatchNorm).
+    """
+    return any(word in str(error) for word in ("orward", "setup_context", "captured Tensor"))
 
 
 def forward_jvp(f: Callable[[Flat], Flat], z: Flat, tangent: Flat) -> tuple[Flat, Flat]:

@@ -32,7 +32,7 @@ from implicit.pytree import Flat, Layout, Map, State, leaves, map_tensors, to_de
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, Point
 from implicit.solvers.newton_krylov import NewtonKrylov
-from implicit.staged_safeguard import Stage, StagedSafeguard
+from implicit.staged_safeguard import CAUTIOUS, HISTORY_LOST, Stage, StagedSafeguard
 from implicit.stopping import Criterion, Stop
 from implicit.torch_internals import is_abstract, not_compiled, transforms_active
 from implicit.verification import COUPLED, image_of_best, is_noise, must_continue
@@ -91,14 +91,14 @@ def _until(
         args = f.args
         state = _run(f, monitor, solver, options)
         f.args = args
-        if must_continue(f, monitor):
+        if must_continue(f, monitor, bool(options.compact)):
             if options.compact:
                 options = replace(options, compact=False, state=None)
                 monitor = ConvergenceMonitor(
                     monitor.criterion, monitor.best_z, callback, _safeguard(solver, start), f.calls, monitor.trace
                 )
                 state = _run(f, monitor, solver, options)
-                again = must_continue(f, monitor)
+                again = must_continue(f, monitor, False)
             else:
                 again = True
             if again:
@@ -201,7 +201,8 @@ def _safeguard(solver: AbstractSolver[Any], z: Flat) -> StagedSafeguard | None:
     """The safeguard that the solver asks for; its Newton-Krylov stage needs derivatives that no transform takes."""
     if not solver.patience:
         return None
-    guard = StagedSafeguard(len(z), solver.stall_after(z.shape[1]), solver.least_gain)
+    limits = CAUTIOUS if solver.has_cautious_stage else HISTORY_LOST
+    guard = StagedSafeguard(len(z), solver.stall_after(z.shape[1]), limits)
     if not solver.has_cautious_stage:
         guard.leave_out(Stage.CAUTIOUS)
     if transforms_active() or isinstance(solver, NewtonKrylov):

@@ -155,7 +155,7 @@ class Layout:
                 raise ValueError("The starting state has no batch dimension: pass batch_dims=0, or add one to it.")
             if t.device != tensors[0].device:
                 raise ValueError(f"The state must live on one device, got {tensors[0].device} and {t.device}.")
-        if batch_dims and len({t.shape[0] for t in tensors}) > 1:
+        if batch_dims and any(t.shape[0] != tensors[0].shape[0] for t in tensors):
             sizes = [t.shape[0] for t in tensors]
             raise ValueError(f"All tensors of the state must share one batch size, got {sizes}; or pass batch_dims=0.")
         if batch_dims and all(t.ndim == 1 for t in tensors):

@@ -2,10 +2,10 @@
 
 For every sample, on the host, from the residuals that the loop reads anyway:
 
-    blow-up    ||r|| > 1e4 times the smallest so far, or not finite: reset to the best iterate. The solver may use the
-               pair of the two points. After a second blow-up without a smaller residual in between, a quarter of
-               the next step is taken, then a sixteenth, and so on; a sample that is not finite `_TRIES` times in a
-               row has failed. In the Newton-Krylov stage the limit is 10 times.
+    blow-up    ||r|| > `blown` times the smallest so far, or not finite: reset to the best iterate. The solver may use
+               the pair of the two points. After a second blow-up without a smaller residual in between, a quarter of
+               the next step is taken, then a sixteenth, and so on; a sample that is not finite `tries` times in a row
+               has failed. In the Newton-Krylov stage the limit is 10 times.
     stall      the smallest residual has not fallen to `gain` of what it was within `patience` evaluations: the next
                stage, from the best iterate,
 
@@ -15,18 +15,17 @@ For every sample, on the host, from the residuals that the loop reads anyway:
                round of all stages, each lasts twice as long.
 
 The Newton-Krylov stage waits for the second round, or for a third blow-up; maps that cannot be differentiated skip it.
-Solvers without a cautious stage leave it out. In a solve without a tolerance no residual is read, and the safeguard is
-off.
+Solvers without a cautious stage leave it out; they lose their history with every reset, and have other `Limits`. In a
+solve without a tolerance no residual is read, and the safeguard is off.
 """
 
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
-_BLOWN = 1e4
 _BLOWN_NEWTON = 10.0
 _SHORTER = 0.25
-_TRIES = 8
 
 
 class Stage(IntEnum):
@@ -38,7 +37,25 @@ class Stage(IntEnum):
     NEWTON = 3
 
 
-_LENGTH = {Stage.ACCELERATED: 1, Stage.CAUTIOUS: 1, Stage.PLAIN: 2, Stage.NEWTON: 2}  # in `patience`
+@dataclass(frozen=True)
+class Limits:
+    """When a stage ends.
+
+    Attributes:
+        gain: the share of the residual that a stage must reach.
+        blown: a residual of that many times the smallest is a blow-up.
+        tries: values in a row that are not finite, after which a sample has failed.
+        plain: length of the plain stage, in `patience`; an accelerated stage has 1, a Newton-Krylov stage 2.
+    """
+
+    gain: float
+    blown: float
+    tries: int
+    plain: int
+
+
+CAUTIOUS = Limits(gain=0.1, blown=1e4, tries=8, plain=2)
+HISTORY_LOST = Limits(gain=0.5, blown=1e3, tries=2, plain=6)
 
 
 class StagedSafeguard:
@@ -47,11 +64,12 @@ class StagedSafeguard:
     Args:
         size: number of samples.
         patience: evaluations that an accelerated stage may take to gain.
-        gain: the share of the residual that a stage must reach.
+        limits: `CAUTIOUS` for solvers with a cautious stage, `HISTORY_LOST` for others.
     """
 
-    def __init__(self, size: int, patience: int, gain: float = 0.1) -> None:
-        self.gain = gain
+    def __init__(self, size: int, patience: int, limits: Limits = CAUTIOUS) -> None:
+        self.limits = limits
+        self.length = np.array([1, 1, limits.plain, 2])  # of each stage, in `patience`
         self.stages = list(Stage)
         self.patience = np.full(size, patience)
         self.stage = np.zeros(size, dtype=np.int8)
@@ -105,7 +123,7 @@ class StagedSafeguard:
     def allow_retry(self, rows: np.ndarray, broken: np.ndarray, best: np.ndarray) -> np.ndarray:
         """Of the samples whose f(z) is not finite, those that may go back and try again."""
         self.broken[rows] = np.where(broken, self.broken[rows] + 1, 0)
-        again = broken & (self.broken[rows] < _TRIES) & np.isfinite(best[rows])
+        again = broken & (self.broken[rows] < self.limits.tries) & np.isfinite(best[rows])
         self._fail(rows[again])
         return again
 
@@ -125,7 +143,7 @@ class StagedSafeguard:
         """Take in the finite residuals r of `rows` and the smallest ones of all samples."""
         if not self.begun:
             self.mark, self.begun = best.copy(), True
-        limit = np.where(self.stage[rows] == Stage.NEWTON, _BLOWN_NEWTON, _BLOWN)
+        limit = np.where(self.stage[rows] == Stage.NEWTON, _BLOWN_NEWTON, self.limits.blown)
         self._fail(rows[r > limit * best[rows]])
         if self.failing:
             better = rows[best[rows] < self.least[rows]]
@@ -139,7 +157,7 @@ class StagedSafeguard:
 
     def _turn(self, due: np.ndarray, best: np.ndarray, calls: int) -> None:
         """The next stage for those of `due` that have not gained."""
-        stuck = due[~(best[due] <= self.gain * self.mark[due])]
+        stuck = due[~(best[due] <= self.limits.gain * self.mark[due])]
         order = np.array(self.stages)
         place = np.searchsorted(order, self.stage[stuck]) + 1
         # Newton-Krylov steps are dear: they wait for the second round, or for blow-ups
@@ -152,5 +170,4 @@ class StagedSafeguard:
         self.scale[stuck], self.failures[stuck] = 1.0, 0
         self._schedule_reset(stuck)
         self.mark[due] = best[due]
-        length = np.array([_LENGTH[s] for s in Stage])[self.stage[due]]
-        self.due[due] = calls + self.patience[due] * length
+        self.due[due] = calls + self.patience[due] * self.length[self.stage[due]]

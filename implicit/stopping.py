@@ -5,7 +5,7 @@ Setting: z is an iterate of one sample, r = f(z) - z. The sample has converged w
     ||r||  <=  atol + rtol max(||f(z)||, sqrt(eps) ||f(z_0)||)
 
 z_0 is the start and eps the rounding error of the state's dtype. The second term in the maximum ends the solve of a
-sample whose fixed point is zero; a state of any larger size is judged by its own size alone.
+sample whose fixed point is zero; the tolerance of any larger state depends on its own size alone.
 """
 
 from dataclasses import dataclass
@@ -146,7 +146,8 @@ def classify_count(fixed: Bool[Tensor, " B"], failed: Bool[Tensor, " B"]) -> Ten
     `fixed` tells where f(z) = z. Only a lone sample has converged there: that z is its value. Other samples have moved
     since, and f may couple them.
     """
-    ended = torch.where(fixed, int(Result.CONVERGED if len(fixed) == 1 else Result.MAX_EVALS), int(Result.MAX_EVALS))
+    alone = fixed.shape[0] == 1  # len() would fix the size of a batch that torch.export keeps open
+    ended = torch.where(fixed, int(Result.CONVERGED if alone else Result.MAX_EVALS), int(Result.MAX_EVALS))
     return torch.where(failed, int(Result.NONFINITE), ended).to(torch.int8)
 
 

@@ -27,8 +27,11 @@ def forward_mode_active() -> bool:
 
 
 def host_readable(t: Tensor) -> bool:
-    """Whether numbers of `t` can be read without waiting for a device, and are known: no transform, no traced graph."""
-    if torch.compiler.is_compiling() or transforms_active() or torch.jit.is_tracing():
+    """Whether numbers of `t` can be read without waiting for a device, and are known: no transform, no traced graph.
+
+    `torch._C._get_tracing_state`, 2.13.0.
+    """
+    if torch.compiler.is_compiling() or transforms_active() or torch._C._get_tracing_state() is not None:
         return False
     return type(t) is Tensor and t.device.type == "cpu"
 

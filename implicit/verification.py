@@ -31,8 +31,11 @@ def is_noise(f: FlatMap | JointMap, monitor: ConvergenceMonitor, point: Point) -
         return _differs(monitor.criterion, f.evaluate(point.z).fz, point.fz)
 
 
-def must_continue(f: FlatMap, monitor: ConvergenceMonitor) -> bool:
-    """Test the claims of convergence that are not tested yet; whether samples prove coupled and budget is left."""
+def must_continue(f: FlatMap, monitor: ConvergenceMonitor, compact: bool) -> bool:
+    """Test the claims of convergence that are not tested yet; whether some do not hold and budget is left.
+
+    The cause is coupling of the samples or, after a solve with compaction, an argument that was cut by mistake.
+    """
     coupled = monitor.inconsistent
     if coupled and f.remaining > 0:
         return True
@@ -49,7 +52,8 @@ def must_continue(f: FlatMap, monitor: ConvergenceMonitor) -> bool:
         return False
     if f.remaining > 0:
         return True
-    warnings.warn(COUPLED, RuntimeWarning, stacklevel=2)
+    if not compact:
+        warnings.warn(COUPLED, RuntimeWarning, stacklevel=2)
     monitor.code[lost] = Result.MAX_EVALS
     return False
 

@@ -50,7 +50,7 @@ def track(
 def _steps(problem: Problem, layout: Layout, z: Flat, steps: int, damping: float) -> tuple[Flat, PerSample]:
     """z after the steps, and the residual that the last of them started from."""
     flat = FlatMap(problem.f, problem.args, layout)
-    residual = torch.zeros(len(z), dtype=z.dtype, device=z.device)
+    residual = torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
     for _ in range(steps):
         fz = flat(z)
         with torch.no_grad():

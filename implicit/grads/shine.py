@@ -24,6 +24,7 @@ from implicit.pytree import Flat, Layout, map_tensors, norm
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, Point
 from implicit.stopping import Stop
+from implicit.torch_internals import is_abstract
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,13 @@ class _Frozen(AbstractSolver[_FrozenState]):
     def patience(self) -> int:
         return self.solver.patience
 
+    def stall_after(self, numbers: int) -> int:
+        return self.solver.stall_after(numbers)
+
+    @property
+    def has_cautious_stage(self) -> bool:
+        return self.solver.has_cautious_stage
+
     def wrap(self, state: Any, z: Flat) -> _FrozenState:
         """The state of the solver, no sample held."""
         return _FrozenState(state, torch.full_like(z, torch.nan))
@@ -147,9 +155,16 @@ class _Frozen(AbstractSolver[_FrozenState]):
         # a sample that goes back to its best point may stand where it stood, and is not held
         return _FrozenState(self.solver.restart(point, state.state, mask), state.z.masked_fill(mask, torch.nan))
 
+    def retreat(
+        self, point: Point, failed: Point, state: _FrozenState, mask: Bool[Tensor, "B 1"], cautious: Bool[Tensor, "B 1"]
+    ) -> _FrozenState:
+        after = self.solver.retreat(point, failed, state.state, mask, cautious)
+        return _FrozenState(after, state.z.masked_fill(mask, torch.nan))
+
     def step(self, point: Point, state: _FrozenState) -> tuple[Flat, Flat | None, _FrozenState]:
         # held samples stand where they stood; their rows of the state are copied, since histories are written in place
-        held = torch.nonzero((point.z == state.z).all(dim=1)).flatten()
+        same = (point.z == state.z).all(dim=1)
+        held = torch.nonzero(same).flatten() if not is_abstract(same) else same[:0]
         size = len(point.z)
         before = map_tensors(lambda t: t[held] if t.shape[:1] == (size,) else t, state.state) if len(held) else None
         z, tangent, after = self.solver.step(point, state.state)

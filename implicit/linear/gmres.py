@@ -189,8 +189,9 @@ class _Cycles:
         column[:, :width] = -h[:, :width]
         column[np.arange(len(h)), self.place] += 1
         spent = length <= self.rounding * np.sqrt((h * h).sum(axis=1) + length * length)
-        parts = (column, np.where(spent, 0.0, -length), self.place, running)
-        self.system = self.system.add(*map(torch.from_numpy, parts), self.rounding)
+        below, place = torch.from_numpy(np.where(spent, 0.0, -length)), torch.from_numpy(self.place)
+        column, running = torch.from_numpy(column), torch.from_numpy(running)
+        self.system = self.system.add(column, below, place, running, self.rounding)
         self.place = self.place + 1
         return spent
 

@@ -31,8 +31,8 @@ class HessenbergSystem:
     @classmethod
     def empty(cls, columns: int, beta: PerSample) -> "HessenbergSystem":
         """No columns yet, room for `columns`."""
-        eye = torch.diag_embed(beta.new_ones(len(beta), columns + 1))
-        return cls(eye, torch.zeros_like(eye), beta.new_zeros(len(beta), columns + 1), beta)
+        eye = torch.diag_embed(beta.new_ones(beta.shape[0], columns + 1))
+        return cls(eye, torch.zeros_like(eye), beta.new_zeros(beta.shape[0], columns + 1), beta)
 
     def reset(self, mask: Bool[Tensor, " B"], beta: PerSample) -> "HessenbergSystem":
         """No columns for the samples in `mask`."""

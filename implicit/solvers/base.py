@@ -63,11 +63,6 @@ class AbstractSolver(abc.ABC, Generic[S]):
         """Evaluations without progress after which the safeguard (`implicit.staged_safeguard`) acts; 0: never."""
         return 0
 
-    @property
-    def least_gain(self) -> float:
-        """The share of the residual that must be left after `patience` evaluations: more than that is no progress."""
-        return 0.5
-
     def stall_after(self, numbers: int) -> int:
         """`patience` on a state of so many numbers per sample."""
         return self.patience

@@ -101,10 +101,6 @@ class Multisecant(AbstractSolver[MultisecantState]):
         )
 
     @property
-    def least_gain(self) -> float:
-        return 0.1
-
-    @property
     def has_cautious_stage(self) -> bool:
         return True
 

@@ -1,0 +1,65 @@
+"""Solves of tensors without numbers: meta and fake tensors, exported graphs; and the memory of small states."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from implicit import IFT, JFB, SHINE, Multisecant, Neumann, NewtonKrylov, Phantom, Picard, Stop, Unrolled, fixed_point
+from implicit.diagnostics.profiling import Bytes
+from tests.helpers import SOLVERS, each_solver
+
+COUNT = Stop(rtol=0, max_evals=5)
+every_solver = pytest.mark.parametrize("solver", [*SOLVERS, Multisecant()], ids=repr)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, solver, grad=IFT()):
+        super().__init__()
+        self.linear, self.solver, self.grad = torch.nn.Linear(6, 6), solver, grad
+
+    def forward(self, x):
+        def f(z, x):
+            return torch.tanh(0.5 * self.linear(z) + x)
+
+        return fixed_point(f, torch.zeros_like(x), x, solver=self.solver, grad=self.grad, stop=COUNT).value
+
+
+@every_solver
+@pytest.mark.parametrize("grad", [IFT(), JFB(), Unrolled(), Neumann(), SHINE(), Phantom()], ids=repr)
+def test_a_fixed_count_and_its_backward_pass_need_no_numbers(solver, grad):
+    if isinstance(grad, SHINE) and isinstance(solver, (Picard, NewtonKrylov)):
+        pytest.skip("no inverse")
+    if isinstance(grad, Unrolled) and isinstance(solver, NewtonKrylov):
+        pytest.skip("not differentiable")
+    layer = Layer(solver, grad).to("meta")
+    value = layer(torch.zeros(4, 6, device="meta"))
+    value.sum().backward()
+    assert value.shape == (4, 6) and layer.linear.weight.grad is not None
+    with FakeTensorMode():
+        layer = Layer(solver, grad)
+        layer(torch.zeros(4, 6)).sum().backward()
+        assert layer.linear.weight.grad is not None and layer.linear.weight.grad.shape == (6, 6)
+
+
+def test_a_tolerance_without_numbers_is_refused_by_name():
+    with pytest.raises(ValueError, match="max_evals"):
+        fixed_point(torch.cos, torch.zeros(2, 3, device="meta"))
+
+
+@every_solver
+def test_an_exported_fixed_count_takes_any_batch_size(solver):
+    layer = Layer(solver)
+    with torch.no_grad():
+        batch = torch.export.Dim("batch", min=2, max=512)
+        exported = torch.export.export(layer, (torch.randn(4, 6),), dynamic_shapes=({0: batch},), strict=False)
+        for rows in (2, 9):
+            x = torch.randn(rows, 6)
+            torch.testing.assert_close(exported.module()(x), layer(x))
+
+
+@each_solver
+def test_memory_of_many_scalars_is_that_of_their_states(solver):
+    x = torch.linspace(-1, 1, 30_000).unsqueeze(1)
+    with Bytes() as bytes, torch.no_grad():
+        fixed_point(lambda z: 0.9 * torch.tanh(2 * z) + x, torch.zeros_like(x), solver=solver, stop=Stop(max_evals=30))
+    assert bytes.peak < 100 * 2**20
