@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicit.observation import Observation, as_array, fetch
 from implicit.pytree import Flat, to_device, to_host
 from implicit.solution import Result
 from implicit.solvers.base import AbstractSolver, Point
@@ -31,18 +32,6 @@ _AGED = 3  # evaluations without one after which the last of the budget is spent
 _LISTS = 64  # samples up to which Python lists are quicker than arrays
 _ROUNDING = 25.0  # residuals below this many eps ||f(z)|| count as rounding, below 4 times it after 3 times _PATIENCE
 REPEATABLE = 100.0  # eps ||f(z)|| by which two evaluations of f at one z may differ
-
-
-@dataclass
-class _Observation:
-    """A point whose norms are on their way to the host."""
-
-    point: Point
-    rows: np.ndarray  # the samples it holds
-    held: np.ndarray  # (rows,) those of them that were evaluated at their best iterate, finished ones among them
-    calls: int
-    sizes: tuple[Tensor, Tensor]  # norms of f(z) - z and f(z), on the host
-    ready: "torch.cuda.Event | None"  # when they are there
 
 
 @dataclass
@@ -80,7 +69,7 @@ class ConvergenceMonitor:
         self.done = size == 0
         self._held = np.zeros(size, dtype=bool)  # evaluated at their best iterate
         self._lost = np.zeros(0, dtype=np.int64)  # samples that had converged and meet the tolerance no longer
-        self._pending: _Observation | None = None
+        self._pending: Observation | None = None
         self.last: tuple[np.ndarray, np.ndarray, int] | None = None  # rows, held, calls of the reading before
         self.observed: Point | None = None  # where f gave another value than before
         self._new = True  # nothing was read yet
@@ -105,8 +94,8 @@ class ConvergenceMonitor:
         first = self._looks == 1 and self.stop.check_every > 1 and not last  # read along with the first reading
         if self._looks % self.stop.check_every and not last and not first:
             return
-        sizes, ready = _fetch(self.criterion, point)
-        due, self._pending = self._pending, _Observation(point, self.rows, self._held[self.rows], calls, sizes, ready)
+        sizes, ready = fetch(self.criterion, point)
+        due, self._pending = self._pending, Observation(point, self.rows, self._held[self.rows], calls, sizes, ready)
         if due is not None:
             self._read(due, calls)
         if (last or not self.stop.late) and not first:
@@ -179,7 +168,7 @@ class ConvergenceMonitor:
 
     # ---- reading
 
-    def _read(self, seen: _Observation, calls: int) -> None:
+    def _read(self, seen: Observation, calls: int) -> None:
         self._calls = calls
         if seen.ready is not None:
             seen.ready.synchronize()
@@ -225,10 +214,10 @@ class ConvergenceMonitor:
         self._least = self.residual.tolist() if len(self.code) <= _LISTS else self.residual
         self._oldest = int(self.since.min(initial=seen.calls))
 
-    def _set_first(self, seen: _Observation) -> None:
+    def _set_first(self, seen: Observation) -> None:
         """The norm of the first f(z), and the least tolerance that follows from it."""
         self._new = False
-        s = _array(seen.sizes[1])
+        s = as_array(seen.sizes[1])
         unsafe = self.criterion.unsafe(s, s)
         if unsafe.any():
             s = np.where(unsafe, to_host(self.criterion.measure(seen.point.fz.detach(), scaled=True)), s)
@@ -243,7 +232,7 @@ class ConvergenceMonitor:
         self, point: Point, sizes: tuple[Tensor, Tensor], rows: np.ndarray, held: np.ndarray
     ) -> tuple[np.ndarray, ...]:
         """(residual, size, tolerance); norms whose squares may be out of range are taken again, scaled."""
-        r, s = _array(sizes[0]), _array(sizes[1])
+        r, s = as_array(sizes[0]), as_array(sizes[1])
         unsafe = self.criterion.unsafe(r, s)
         zero = r == 0 if r.ndim == 1 else (r == 0).all(axis=1)
         unsafe[held & zero & (self.residual[rows] == 0)] = False  # known already
@@ -254,7 +243,7 @@ class ConvergenceMonitor:
         first = self.criterion.first
         return self.criterion.compare(r, s, first[rows] if isinstance(first, np.ndarray) else first)
 
-    def _check_held(self, seen: _Observation, r: np.ndarray, s: np.ndarray, tolerance: np.ndarray) -> None:
+    def _check_held(self, seen: Observation, r: np.ndarray, s: np.ndarray, tolerance: np.ndarray) -> None:
         """Whether samples that were evaluated where they were before have another residual now.
 
         A sample that had converged has lost it if its residual is above the tolerance too.
@@ -279,7 +268,7 @@ class ConvergenceMonitor:
             self.code[rows], self.residual[rows], self.since[rows] = _RUNNING, np.inf, self._calls
             self.running, self.done = self._mask(self.code == _RUNNING), False
 
-    def _fast_path(self, seen: _Observation) -> bool:
+    def _fast_path(self, seen: Observation) -> bool:
         """True if no sample finishes, none needs the safeguard, and all or none of the best iterates change.
 
         Only then nothing but the record of smallest residuals has to be updated, which costs a tenth.
@@ -294,7 +283,7 @@ class ConvergenceMonitor:
             clear = all([new > rtol * size + low for new, size, low in zip(r, s, self._floor, strict=True)])
             gained = sum([new < old for new, old in zip(r, self._least, strict=True)])
         else:
-            r, s = _array(seen.sizes[0]), _array(seen.sizes[1])
+            r, s = as_array(seen.sizes[0]), as_array(seen.sizes[1])
             clear = bool((r > rtol * s + self._floor).all())
             gained = int(np.count_nonzero(r < self._least))
         if not clear or (self.safeguard is not None and not self.safeguard.is_quiet(seen.calls - self.begin)):
@@ -311,7 +300,7 @@ class ConvergenceMonitor:
             self.residual[:], self.size[:], self._sizes = self._least, self._sizes, None
             self.since.fill(self._oldest)
 
-    def _update_best(self, seen: _Observation, better: np.ndarray, r: np.ndarray, s: np.ndarray) -> None:
+    def _update_best(self, seen: Observation, better: np.ndarray, r: np.ndarray, s: np.ndarray) -> None:
         if not better.any():
             return
         rows, point = seen.rows, seen.point
@@ -328,10 +317,10 @@ class ConvergenceMonitor:
         kept = rows[better]
         self.residual[kept], self.size[kept], self.since[kept] = r[better], s[better], seen.calls
 
-    def _report(self, seen: _Observation, r: np.ndarray, running: np.ndarray) -> None:
+    def _report(self, seen: Observation, r: np.ndarray, running: np.ndarray) -> None:
         """Residuals of all samples to the callback and the trace, NaN where they had finished before."""
         if self.criterion.joint > 1:
-            apart, raw = self.criterion.apart(), [self.criterion.samples(_array(t)) for t in seen.sizes]
+            apart, raw = self.criterion.apart(), [self.criterion.samples(as_array(t)) for t in seen.sizes]
             full = apart.compare(raw[0], raw[1], apart.first)[0]
         else:
             full = np.full(len(self.code), np.nan)
@@ -364,7 +353,7 @@ class ConvergenceMonitor:
 
     def verify(self, point: Point) -> np.ndarray:
         """Residuals at `point`, the best iterates; returns the samples whose claim does not hold there."""
-        r, _, tolerance = self._norms(point, _fetch(self.criterion, point)[0], *self._all())
+        r, _, tolerance = self._norms(point, fetch(self.criterion, point)[0], *self._all())
         known = np.isfinite(r)
         lost = (self.code == Result.CONVERGED) & (classify(r, tolerance) != Result.CONVERGED)
         self.residual[known] = r[known]
@@ -374,26 +363,6 @@ class ConvergenceMonitor:
     def finish_jointly(self, best: Point, code: np.int8, calls: int) -> None:
         """Enter the outcome of a solve of all samples as one system that ended with `code`."""
         self.best_z, self.best_fz, self.evals[:] = best.z, best.fz, calls
-        r, _, tolerance = self._norms(best, _fetch(self.criterion, best)[0], *self._all())
+        r, _, tolerance = self._norms(best, fetch(self.criterion, best)[0], *self._all())
         found = classify(r, tolerance)
         self.residual, self.code = r, np.where(found == Result.CONVERGED, found, code)
-
-
-def _fetch(criterion: Criterion, point: Point) -> tuple[tuple[Tensor, Tensor], "torch.cuda.Event | None"]:
-    """The norms of f(z) - z and f(z) on their way to the host, and the event that says that they are there."""
-    r, fz = point.r, point.fz
-    if r.requires_grad or fz.requires_grad:
-        r, fz = r.detach(), fz.detach()
-    sizes = criterion.measure(r), criterion.measure(fz)
-    if fz.device.type == "cpu":
-        return sizes, None
-    r_size, fz_size = torch.stack(sizes).to("cpu", non_blocking=fz.is_cuda).unbind()
-    if not fz.is_cuda:
-        return (r_size, fz_size), None
-    ready = torch.cuda.Event()
-    ready.record()
-    return (r_size, fz_size), ready
-
-
-def _array(host: Tensor) -> np.ndarray:
-    return host.numpy().astype(np.float64)

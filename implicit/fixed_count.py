@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from implicit.evaluation import FlatMap
 from implicit.options import SolveOptions
 from implicit.progress import Report, progress_callback
-from implicit.pytree import Flat, map_tensors, to_device, to_host, validate_warm_start
+from implicit.pytree import Flat, State, map_tensors, to_device, to_host, validate_warm_start
 from implicit.recomputation import SameValue
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, Point
@@ -45,23 +45,30 @@ def begin(solver: AbstractSolver[Any], point: Point, options: SolveOptions) -> A
 
 
 def fixed_count(
-    f: FlatMap, z: Flat, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions, segment: int
+    f: FlatMap, z0: State, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions, segment: int
 ) -> Solution:
     """`stop.max_evals` evaluations; with a `segment`, autograd keeps what there was at every such evaluation alone."""
+    if not options.observed:
+        return _evaluations(f, z0, solver, options, segment, _Observer(Criterion(stop, f.layout), None))
     with progress_callback(options, stop) as callback:
-        observer = _Observer(Criterion(stop, f.layout), callback)
-        point = f.evaluate(z)
-        began = _finite(point)
-        at, state = _Position(point, ~began), begin(solver, point, options)
+        return _evaluations(f, z0, solver, options, segment, _Observer(Criterion(stop, f.layout), callback))
+
+
+def _evaluations(
+    f: FlatMap, z0: State, solver: AbstractSolver[Any], options: SolveOptions, segment: int, observer: "_Observer"
+) -> Solution:
+    point = f.evaluate(f.layout.pack(z0))
+    began = _finite(point)
+    at, state = _Position(point, ~began), begin(solver, point, options)
+    observer(at, f)
+    del point  # one state less
+    while f.remaining > 0 and not segment:  # not a function: its caller would hold the first point and state
+        z, tangent, state = solver.step(at.point, state)
+        at = _next(f, z, tangent, at, bool(solver.patience))
         observer(at, f)
-        del point  # one state less
-        while f.remaining > 0 and not segment:  # not a function: its caller would hold the first point and state
-            z, tangent, state = solver.step(at.point, state)
-            at = _next(f, z, tangent, at, bool(solver.patience))
-            observer(at, f)
-            del z, tangent  # the point has a copy
-        while f.remaining > 0:
-            at, state = _checkpointed(f, solver, min(f.remaining, segment), at, state)
+        del z, tangent  # the point has a copy
+    while f.remaining > 0:
+        at, state = _checkpointed(f, solver, min(f.remaining, segment), at, state)
     return _solution(f, at, began, state if options.keep_state else None, observer, options)
 
 

@@ -77,7 +77,7 @@ def iterate(
                 "stop=Stop(rtol=0, atol=0, max_evals=n)."
             )
         return _until(counted, z0, solver, stop, options, image)
-    return fixed_count(counted, layout.pack(z0), solver, stop, options, segment)
+    return fixed_count(counted, z0, solver, stop, options, segment)
 
 
 @not_compiled

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 CORE = (
     ("solution", "stopping", "options", "pytree", "torch_internals"),
     ("solvers", "linear.arnoldi", "linear.hessenberg"),
-    ("evaluation", "recomputation", "staged_safeguard", "convergence", "verification"),
+    ("evaluation", "recomputation", "staged_safeguard", "observation", "convergence", "verification"),
     ("progress", "fixed_count", "iterate"),
     ("linear",),
     ("autodiff",),
