@@ -153,7 +153,7 @@ def _extractor(request: Request, real: Source | None) -> feature_extractors.Extr
         raise ValueError(f"--features trained needs the images of the reference; {request.reference} holds statistics.")
     if request.features == "trained":
         assert real is not None
-        found = feature_extractors.TrainedFeatures.of(torch.cat(list(real.batches())), real.labels)
+        found = feature_extractors.reference_features(torch.cat(list(real.batches())), real.labels)
     else:
         found = feature_extractors.open_extractor(request.features, request.weights, device, request.compile)
     return found if request.precision == "no" else feature_extractors.HalfPrecision(found, device)

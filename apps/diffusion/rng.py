@@ -72,7 +72,9 @@ def uniform(seed: int, stream: Stream, positions: Int[Tensor, " B"], count: int)
     return ((words >> 8).float() * 2.0**-24).permute(1, 2, 0).flatten(1)[:, :count]
 
 
-def _words(seed: int, stream: Stream, positions: Int[Tensor, " B"], blocks: int, lane: int) -> Int[Tensor, "4 B blocks"]:
+def _words(
+    seed: int, stream: Stream, positions: Int[Tensor, " B"], blocks: int, lane: int
+) -> Int[Tensor, "4 B blocks"]:
     """32-bit words of the blocks 0 ... blocks - 1 of each position, as int64."""
     first, second = np.random.SeedSequence((seed, int(stream))).generate_state(2, np.uint32).tolist()
     i = positions[:, None].expand(-1, blocks)

@@ -7,16 +7,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from apps.diffusion.config.network import Kind, ModelConfig, NoiseSchedule
 from apps.diffusion.config.sampling import SamplingOptions
-from apps.diffusion.config.training import (
-    Config,
-    DataConfig,
-    EMAConfig,
-    Kind,
-    ModelConfig,
-    NoiseSchedule,
-    OptimizerConfig,
-)
+from apps.diffusion.config.training import Config, DataConfig, EMAConfig, OptimizerConfig
 from implicit import Picard, StochasticJFB
 
 

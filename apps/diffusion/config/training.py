@@ -16,91 +16,11 @@ from typing import ClassVar, Literal
 
 import implicit
 from apps.diffusion.config.fixed_point import Grad, Solver, check_pair
+from apps.diffusion.config.network import ModelConfig, NoiseSchedule
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.serialization import at_least, flag, from_plain, to_plain, upgraded, within
 
-Kind = Literal["fpdm", "dit"]
 Backend = Literal["no", "inductor", "aot_eager", "eager"]
-Size = Literal["tiny", "S", "B", "L", "XL"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The network: FPDM, with one implicit fixed-point layer, or DiT, the explicit baseline."""
-
-    SECTION: ClassVar[str] = "model"
-
-    kind: Kind = "fpdm"
-    """fpdm or dit."""
-    size: Size = "tiny"
-    """Hidden size, depth and heads by name; tiny is 128, 6, 4."""
-    hidden: int | None = None
-    """Hidden size, instead of that of `size`."""
-    heads: int | None = None
-    """Attention heads, instead of those of `size`."""
-    depth: int | None = None
-    """Blocks, instead of those of `size`; DiT only."""
-    patch: int = 2
-    """Pixels along the side of a patch, which is one token."""
-    mlp_ratio: float = 4.0
-    """Width of a block's MLP, in hidden sizes."""
-    pre: int = 1
-    """Explicit blocks before the fixed-point layer; FPDM only."""
-    post: int = 1
-    """Explicit blocks after the fixed-point layer; FPDM only."""
-    recurrent_init: float = 1.0
-    """Factor on the weights of z in the fixed-point layer at initialization: below 1 the layer starts as a strong
-    contraction, at 0 without z. Loaded weights are never scaled. FPDM only.
-    """
-    condition_on_time: bool = False
-    """Condition the explicit blocks on the time as well as the class; FPDM only."""
-    learn_sigma: bool = False
-    """Predict the variance too, and add its variational bound to the loss."""
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "hidden", "heads", "depth", "patch")
-        at_least(self, 0, "pre", "post")
-        if not 0 <= self.recurrent_init <= 1:
-            raise ValueError(f"--model.recurrent-init must lie in [0, 1], got {self.recurrent_init}; 1 scales nothing.")
-        if not 0 < self.mlp_ratio < math.inf:
-            raise ValueError(f"--model.mlp-ratio must be positive and finite, got {self.mlp_ratio}.")
-        if self.kind == "fpdm" and self.depth is not None:
-            raise ValueError("--model.depth is for DiT; give an FPDM its explicit blocks by --model.pre, --model.post.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseSchedule:
-    """Noise schedule, and the prediction target of the network."""
-
-    SECTION: ClassVar[str] = "schedule"
-
-    betas: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    """Form of the schedule of betas."""
-    beta_start: float = 1e-4
-    """Variance of the noise added by the first timestep; ignored by squaredcos_cap_v2."""
-    beta_end: float = 0.02
-    """Variance of the noise added by the last timestep, before rescaling to zero terminal SNR; ignored by
-    squaredcos_cap_v2.
-    """
-    timesteps: int = 1000
-    """Number of timesteps of the schedule."""
-    prediction: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
-    """Prediction target: velocity (v), noise (epsilon) or image (sample)."""
-    zero_snr: bool = True
-    """Rescale the betas to a signal-to-noise ratio of zero at the last timestep."""
-
-    def __post_init__(self) -> None:
-        at_least(self, 2, "timesteps")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(
-                "--schedule.beta-start and --schedule.beta-end must satisfy 0 < start <= end < 1, "
-                f"got {self.beta_start} and {self.beta_end}."
-            )
-        if self.zero_snr and self.prediction == "epsilon":
-            raise ValueError(
-                "--schedule.prediction epsilon cannot be combined with zero terminal SNR, because x_0 is undefined "
-                "(0/0) at the last timestep; use --schedule.prediction v_prediction, or --schedule.no-zero-snr."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

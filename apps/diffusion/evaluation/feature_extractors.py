@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -58,98 +58,22 @@ class Extractor(Protocol):
 
 
 @dataclass(frozen=True)
-class Digits:
-    """A classifier trained here on the real training digits; see metrics.py."""
+class ClassifierFeatures:
+    """A classifier trained here; its features are those in front of its logits.
 
-    classifier: Classifier
-    shape: tuple[int, int, int]
-    name: str = "digits"
-    classifies: ClassVar[bool] = True
-
-    @classmethod
-    def of(cls, images: TensorDataset | None = None, seed: int = 0, epochs: int = 12) -> Digits:
-        """Trained on these images, by default the training digits."""
-        images = images or digits("train")
-        return cls(train_classifier(images, seed, epochs), images.shape)
-
-    @property
-    def digest(self) -> str:
-        return of_tensors(self.classifier.state_dict())
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Extracted:
-        if images.shape[1] == 3 and self.shape[0] == 1:
-            images = images.float().mean(1, keepdim=True)
-        if tuple(images.shape[1:]) != self.shape:
-            raise ValueError(
-                f"The classifier of digits takes images of {' x '.join(map(str, self.shape[1:]))} pixels, and "
-                f"these have {' x '.join(map(str, images.shape[2:]))}; choose --features inception for them."
-            )
-        x = images.float() / 127.5 - 1
-        maps = self.classifier.body[:5](x)  # after the first pooling: (b, 64, H / 2, W / 2)
-        return Extracted(self.classifier.features(x), maps[:, :7].flatten(1), self.classifier(x))
-
-
-@dataclass(frozen=True)
-class Mnist:
-    """LeNet, trained here on MNIST's held-out digits, which no diffusion model has seen; see lenet.py."""
-
-    classifier: LeNet
-    name: str = "mnist"
-    classifies: ClassVar[bool] = True
-
-    @classmethod
-    def of(cls, images: TensorDataset | None = None, seed: int = 0, epochs: int | None = None) -> Mnist:
-        """Trained on these images of 28 x 28 pixels, by default the held-out digits."""
-        return cls(train_lenet(images or mnist("held-out"), seed, epochs))
-
-    @property
-    def digest(self) -> str:
-        return of_tensors(self.classifier.state_dict())
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Extracted:
-        if images.shape[1] == 3:
-            images = images.float().mean(1, keepdim=True)
-        if tuple(images.shape[1:]) != (1, 28, 28):
-            raise ValueError(
-                f"features = mnist takes images of 28 x 28 pixels, and these have "
-                f"{' x '.join(map(str, images.shape[2:]))}; choose --features inception for them."
-            )
-        x = images.float() / 127.5 - 1
-        return Extracted(self.classifier.features(x), None, self.classifier(x))
-
-
-@dataclass(frozen=True)
-class TrainedFeatures:
-    """A small classifier trained here on the reference, for images of any kind: no weights are fetched.
-
-    Images are resized to at most 32 x 32 pixels. Without classes the network learns by which multiple of 90 degrees an
-    image is rotated (Gidaris et al. 2018, arXiv 1803.07728).
+    Args:
+        classifier: for images (C, H, W) of `shape`.
+        shape: of its images.
+        name: of the features.
+        classifies: its classes are those of the images, so that it measures label accuracy.
+        resizes: images of any shape are resized; otherwise other shapes are refused, and RGB is averaged for gray.
     """
 
     classifier: Classifier | LeNet
     shape: tuple[int, int, int]
-    classifies: bool
     name: str = "trained"
-
-    @classmethod
-    def of(cls, images: Tensor, labels: Tensor | None = None, seed: int = 0, epochs: int = 12) -> TrainedFeatures:
-        """Trained on images (n, C, H, W), uint8, and their classes (n,), if they have any.
-
-        Raises:
-            ValueError: fewer than 64 images.
-        """
-        if len(images) < SMALLEST_SET:
-            raise ValueError(f"--features trained needs at least {SMALLEST_SET} reference images, got {len(images)}.")
-        side = min(32, *images.shape[2:])
-        shape = (images.shape[1], side, side)
-        x = _resized(images, shape)
-        if labels is None:
-            x = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])
-        y = torch.arange(4).repeat_interleave(len(images)) if labels is None else labels
-        known = TensorDataset(x, y, num_classes=int(y.max()) + 1)
-        return cls(train_classifier(known, seed, epochs), shape, labels is not None)
+    classifies: bool = True
+    resizes: bool = False
 
     @property
     def digest(self) -> str:
@@ -157,12 +81,64 @@ class TrainedFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Extracted:
+        if not self.resizes and tuple(images.shape[2:]) != self.shape[1:]:
+            raise ValueError(
+                f"--features {self.name} takes images of {' x '.join(map(str, self.shape[1:]))} pixels, and these have "
+                f"{' x '.join(map(str, images.shape[2:]))}; choose --features trained or inception for them."
+            )
         x = _resized(images, self.shape)
         logits = self.classifier(x) if self.classifies else None
         spatial = None
         if isinstance(self.classifier, Classifier):
             spatial = self.classifier.body[:5](x)[:, :7].flatten(1)  # after the first pooling
         return Extracted(self.classifier.features(x), spatial, logits)
+
+
+def digit_features(epochs: int = 12) -> ClassifierFeatures:
+    """Of a classifier of the 8 x 8 training digits."""
+    images = digits("train")
+    return ClassifierFeatures(train_classifier(images, epochs=epochs), images.shape, "digits")
+
+
+def mnist_features(epochs: int | None = None) -> ClassifierFeatures:
+    """Of LeNet trained on MNIST's held-out digits, which no diffusion model has seen; see lenet.py."""
+    images = mnist("held-out")
+    return ClassifierFeatures(train_lenet(images, epochs=epochs), images.shape, "mnist")
+
+
+def features_of(images: TensorDataset, seed: int = 0) -> ClassifierFeatures:
+    """Of a classifier of labeled images: LeNet from 12 x 12 pixels on, below that `Classifier`."""
+    train = train_lenet if min(images.shape[1:]) >= SMALLEST else train_classifier
+    return ClassifierFeatures(train(images, seed), images.shape)
+
+
+def reference_features(
+    images: Tensor, labels: Tensor | None = None, seed: int = 0, epochs: int = 12
+) -> ClassifierFeatures:
+    """Of a classifier of the reference, for images of any kind: no weights are fetched.
+
+    Images are resized to at most 32 x 32 pixels. Without classes the network learns by which multiple of 90 degrees an
+    image is rotated (Gidaris et al. 2018, arXiv 1803.07728).
+
+    Args:
+        images: (n, C, H, W), uint8.
+        labels: (n,) their classes; None without.
+        seed: of the training.
+        epochs: of the training.
+
+    Raises:
+        ValueError: fewer than 64 images.
+    """
+    if len(images) < SMALLEST_SET:
+        raise ValueError(f"--features trained needs at least {SMALLEST_SET} reference images, got {len(images)}.")
+    side = min(32, *images.shape[2:])
+    shape = (images.shape[1], side, side)
+    x = _resized(images, shape)
+    if labels is None:
+        x = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])
+    y = torch.arange(4).repeat_interleave(len(images)) if labels is None else labels
+    known = TensorDataset(x, y, num_classes=int(y.max()) + 1)
+    return ClassifierFeatures(train_classifier(known, seed, epochs), shape, classifies=labels is not None, resizes=True)
 
 
 def _resized(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -255,12 +231,6 @@ class HalfPrecision:
         return Extracted(*(None if value is None else value.float() for value in found))  # pyright: ignore[reportArgumentType]
 
 
-def classifier_of(images: TensorDataset, seed: int = 0) -> TrainedFeatures:
-    """A classifier trained here on labeled images: LeNet from 12 x 12 pixels on, below that `Classifier`."""
-    train = train_lenet if min(images.shape[1:]) >= SMALLEST else train_classifier
-    return TrainedFeatures(train(images, seed), images.shape, True)
-
-
 def open_extractor(name: str, weights: Path | None = None, device: str = "cpu", backend: Backend = "no") -> Extractor:
     """The extractor "digits", "mnist" or "inception".
 
@@ -277,4 +247,4 @@ def open_extractor(name: str, weights: Path | None = None, device: str = "cpu", 
         )
     if weights is not None:
         raise ValueError(f"--weights are for --features inception; the classifier of {name} is trained here.")
-    return Digits.of() if name == "digits" else Mnist.of()
+    return digit_features() if name == "digits" else mnist_features()

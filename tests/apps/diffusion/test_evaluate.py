@@ -43,13 +43,13 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def judge():
-    return features.Digits.of(epochs=4)
+    return features.digit_features(epochs=4)
 
 
 @pytest.fixture
 def quick(judge, monkeypatch):
     """The command's judge is this one, soon trained."""
-    monkeypatch.setattr(features.Digits, "of", lambda: judge)
+    monkeypatch.setattr(features, "digit_features", lambda: judge)
     return judge
 
 
@@ -233,7 +233,7 @@ def arrange(what, folder, root) -> list[str]:
         ("empty", "holds no images"),
         ("one", "at least 2"),
         ("sizes", "crop them all with --size"),
-        ("large", "choose --features inception"),
+        ("large", "--features trained"),
         ("cut", "00001.png cannot be read"),
         ("classes", "classes 0 to 9"),
         ("latents", "holds latents"),

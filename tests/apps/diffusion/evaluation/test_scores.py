@@ -6,8 +6,8 @@ from PIL import Image
 
 from apps.diffusion import evaluate as command
 from apps.diffusion.evaluation import scores
-from apps.diffusion.evaluation.feature_extractors import TrainedFeatures
-from apps.diffusion.evaluation.image_sources import open_source
+from apps.diffusion.evaluation.feature_extractors import reference_features
+from apps.diffusion.evaluation.image_sources import of_folder, open_source
 
 
 def write(folder, n, seed, shift=0):
@@ -55,5 +55,18 @@ def test_a_new_metric_shows_in_the_report_and_in_the_table(folders, tmp_path, mo
         ["mean", "feature", "42.00"]
     ]
     source = open_source(str(folders[0]))
-    extractor = TrainedFeatures.of(torch.cat(list(source.batches())), epochs=1)
+    extractor = reference_features(torch.cat(list(source.batches())), epochs=1)
     assert scores.evaluate(source, scores.measure(source, extractor), extractor)["mine"] == 42
+
+
+def test_subfolders_of_a_folder_are_its_classes(tmp_path):
+    """Numbered as in training, so that a classifier of the reference measures whether samples show their class."""
+    for k, name in enumerate(("a", "b")):
+        (tmp_path / name).mkdir()
+        for i in range(3 + k):
+            Image.new("L", (4, 4), 100 * k).save(tmp_path / name / f"{i}.png")
+    source = of_folder(tmp_path)
+    assert source.labels is not None and source.labels.tolist() == [0] * 3 + [1] * 4
+    assert [int(x.max()) // 100 for x in torch.cat(list(source.batches()))] == source.labels.tolist()
+    Image.new("L", (4, 4)).save(tmp_path / "loose.png")
+    assert of_folder(tmp_path).labels is None and of_folder(tmp_path).count == 8

@@ -55,7 +55,7 @@ def test_the_loss_is_the_distance_of_the_predictions():
     found.total.backward()
     assert student.block_fixed_point.mlp.fc1.weight.grad.norm() > 0
     assert all(p.grad is None for p in teacher.parameters())
-    assert float(distillation_loss(teacher, teacher, x, y, drawn, **common).error.max()) == 0
+    assert float(distillation_loss(teacher, teacher, x, y, drawn, **common).error.max()) < 1e-10
 
 
 def test_the_configuration_is_that_of_the_teacher(run, tmp_path):
