@@ -3,6 +3,7 @@
 `sphinx-build -D nb_execution_mode=off` leaves the tutorials unexecuted.
 """
 
+import inspect
 import os
 import re
 import sys
@@ -17,6 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
 
 import implicit  # noqa: E402
+import implicit.diagnostics  # noqa: E402
+import implicit.solvers  # noqa: E402
 
 if TYPE_CHECKING:
     from sphinx.application import Sphinx
@@ -35,7 +38,7 @@ extensions = [
     "sphinx_design",
 ]
 exclude_patterns = ["_build", "images"]
-suppress_warnings = ["config.cache", "toc.glob"]
+suppress_warnings = ["config.cache", "toc.empty_glob"]
 
 # Markdown
 myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
@@ -103,6 +106,24 @@ def escaped(line: str) -> str:
     return "".join(parts)
 
 
+def further_names(app: "Sphinx", docname: str, source: list[str]) -> None:
+    """Public names that no page of the reference holds yet are added to its first page."""
+    if docname != "api/index":
+        return
+    pages = "".join(page.read_text() for page in Path(app.srcdir, "api").glob("*.md"))
+    known = {name.rpartition(".")[2] for name in re.findall(r"auto(?:class|function|exception):: (\S+)", pages)}
+    entries = []
+    for module in (implicit, implicit.diagnostics, implicit.solvers):
+        for name, thing in vars(module).items():
+            if not name.startswith("_") and not inspect.ismodule(thing) and name not in known:
+                known.add(name)
+                kind = "autoclass" if inspect.isclass(thing) else "autofunction"
+                entries.append(f".. {kind}:: {module.__name__}.{name}\n")
+    if entries:
+        source[0] += "\n## Further names\n\n```{eval-rst}\n" + "\n".join(entries) + "```\n"
+
+
 def setup(app: "Sphinx") -> None:
     """Called by Sphinx."""
     app.connect("autodoc-process-docstring", plain_text)
+    app.connect("source-read", further_names)
