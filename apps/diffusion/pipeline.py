@@ -2,63 +2,42 @@
 
     pipe = FixedPointPipeline.from_pretrained(RUN)          # a training run, or what save_pretrained wrote
     pipe(class_labels=[3, 5], num_inference_steps=20, iterations=10, reuse=True, generator=0).images
-    pipe.save_pretrained(DIR)                               # model, scheduler and VAE, all in DIR
+    pipe.save_pretrained(DIR)                               # model, scheduler, VAE, code and a card, all in DIR
+    pipe.push_to_hub("OWNER/NAME")                          # the same folder, uploaded
 
 It samples by sampler.py, as the sample command does: with the seed s as `generator`, image i of a call is
 image i of `python -m apps.diffusion.sample RUN --seed s` for the same class and options, to rounding; with
-`reproducible=True`, which costs whole chunks of 16, to the last bit.
+`reproducible=True`, which costs whole chunks of 16, to the last bit. DIR is opened by
+`DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)` too, where this application is not installed.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.outputs import BaseOutput
-from torch import Tensor
 
 from apps.diffusion.checkpoint.open_network import open_network, pipeline_options
-from apps.diffusion.config.sampling import Allocation, OptionError, Sampler, SamplingOptions, Start
-from apps.diffusion.files.images import to_pil
-from apps.diffusion.models.autoencoder import decode
-from apps.diffusion.models.dit import DiT
+from apps.diffusion.checkpoint.single_file import single_file
+from apps.diffusion.config.sampling import Allocation, OptionError, Sampler, SamplingOptions
 from apps.diffusion.models.fpdm import FPDM
-from apps.diffusion.sampling.keywords import keyword, options_of, seed_of
-from apps.diffusion.sampling.options import SamplingPlan, as_integer, labels_for, plan
-from apps.diffusion.sampling.sampler import CHUNK, Effort, SampleResult, sample
+from apps.diffusion.sampling.keywords import keyword, options_of
+from apps.diffusion.sampling.options import SamplingPlan, plan
+from apps.diffusion.sampling.pipeline import FixedPointOutput as FixedPointOutput
+from apps.diffusion.sampling.pipeline import Output, PipelineCode, SamplingPipeline
 from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import same_noise
 from implicit import AbstractSolver, Stop
 
-Output = Literal["pil", "np", "pt", "latent"]
 _DEFAULTS = ("steps", "iterations", "guidance", "reuse")
 
 
-@dataclass
-class FixedPointOutput(BaseOutput):
-    """The result of a call.
-
-    Attributes:
-        images: a list of images ("pil"), an array (n, H, W, C) ("np") or a tensor (n, C, H, W) ("pt") in
-            [0, 1], or the samples of the network, (n, C, h, w), unscaled and not clipped ("latent").
-        effort: what sampling cost (see effort.py).
-        seed: as `generator`, it gives the same images again.
-    """
-
-    images: Any
-    effort: Effort
-    seed: int
-
-
-class FixedPointPipeline(DiffusionPipeline):
+class FixedPointPipeline(SamplingPipeline):
     """An FPDM, or the DiT baseline, with its scheduler and, for latents, its VAE.
 
     Args:
@@ -71,26 +50,6 @@ class FixedPointPipeline(DiffusionPipeline):
         reuse: default start of each solve: False or "off", True or "on", "blended", "extrapolated".
         classes: names of the classes.
     """
-
-    model_cpu_offload_seq = "model->vae"
-    _optional_components = ["vae"]  # noqa: RUF012 - as diffusers declares it
-
-    def __init__(
-        self,
-        model: DiT | FPDM,
-        scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None = None,
-        steps: int = 20,
-        iterations: int | Sequence[int] | None = None,
-        guidance: float = 1.0,
-        reuse: bool | Start = False,
-        classes: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__()
-        self.register_modules(model=model.eval(), scheduler=scheduler, vae=vae)
-        self.register_to_config(
-            steps=steps, iterations=iterations, guidance=guidance, reuse=reuse, classes=list(classes or ()) or None
-        )
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -197,7 +156,7 @@ class FixedPointPipeline(DiffusionPipeline):
         allocation: Allocation | None = None,
         stop: Stop | Sequence[Stop] | None = None,
         solver: AbstractSolver[Any] | None = None,
-        reuse: bool | Start | Reuse | None = None,
+        reuse: bool | str | Reuse | None = None,
         timesteps: Sequence[int] | None = None,
         sampler: Sampler | None = None,
         eta: float | None = None,
@@ -237,11 +196,6 @@ class FixedPointPipeline(DiffusionPipeline):
             ValueError: labels that do not fit, guidance of an unconditional network, impossible timesteps,
                 options of a fixed point for a DiT, several generators.
         """
-        model: DiT | FPDM = self.model
-        if output_type not in get_args(Output):
-            raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(get_args(Output))}.")
-        labels = labels_for(class_labels, num_images, model.num_classes, self.config["classes"] or ())
-        total = len(labels) if labels is not None else as_integer("num_images", num_images or 1, 1)
         options = options_of(
             steps=num_inference_steps,
             timesteps=timesteps,
@@ -258,11 +212,17 @@ class FixedPointPipeline(DiffusionPipeline):
         )
         warm_start = reuse if isinstance(reuse, Reuse) else None
         chosen = self._plan(options, stop, warm_start)
-        seed = seed_of(generator)
-        result = self._sampled(total, labels, chosen, seed, chunk, reproducible)
-        self.maybe_free_model_hooks()
-        images = self._images(result.samples, output_type)
-        return FixedPointOutput(images=images, effort=result.effort, seed=seed) if return_dict else (images,)
+        arguments = chosen.arguments() | {"chunk": chunk, "reproducible": reproducible}
+        return self._generate(class_labels, num_images, generator, arguments, output_type, return_dict)
+
+    def _code(self) -> PipelineCode:
+        network = type(self.model)
+        return PipelineCode(
+            pipeline=SamplingPipeline.__name__,
+            pipeline_source=single_file(SamplingPipeline.__module__, SamplingPipeline.__name__),
+            model_file=f"modeling_{network.__name__.lower()}",
+            model_source=single_file(network.__module__, network.__name__),
+        )
 
     def _plan(self, options: SamplingOptions, stop: Any, warm_start: Reuse | None) -> SamplingPlan:
         """What the options of a call mean, over the defaults of the pipeline."""
@@ -273,44 +233,3 @@ class FixedPointPipeline(DiffusionPipeline):
             return plan(self.model, self.scheduler, options, defaults=defaults, stop=stop, warm_start=warm_start)
         except OptionError as error:
             raise ValueError(error.spelled(keyword)) from None
-
-    def _sampled(
-        self,
-        total: int,
-        labels: list[int] | None,
-        chosen: SamplingPlan,
-        seed: int,
-        chunk: int | None,
-        reproducible: bool,
-    ) -> SampleResult:
-        """Samples under the pipeline's progress bar."""
-        if chunk is None:
-            chunk = CHUNK if reproducible else 4 * CHUNK
-        chunk = as_integer("chunk", chunk, 1)
-        bar_of: Any = self.progress_bar  # untyped: pyright takes it for a decorator
-        with bar_of(total=len(chosen.timesteps) * -(-total // chunk)) as bar:
-            return sample(
-                self.model,
-                range(total),
-                labels,
-                seed=seed,
-                chunk=chunk,
-                reproducible=reproducible,
-                device=self._execution_device,
-                progress=lambda done, _: bar.update(done - bar.n),
-                **chosen.arguments(),
-            )
-
-    def _images(self, x: Tensor, output_type: Output) -> Any:
-        if output_type == "latent":
-            return x
-        if self.vae is not None:
-            x = decode(self.vae, x)
-        if x.shape[1] not in (1, 3):
-            raise ValueError(
-                f"The network generates latents of {x.shape[1]} channels, and the pipeline has no VAE; give one "
-                '(vae=...), or output_type="latent".'
-            )
-        if output_type == "pil":  # the rounding of the sampling command
-            return [to_pil(image) for image in x]
-        return VaeImageProcessor().postprocess(x.float(), output_type=output_type)

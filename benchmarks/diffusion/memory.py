@@ -1,19 +1,21 @@
-"""Peak memory of a training step at XL/2, computed on fake tensors: no GPU and no allocation of the weights.
+"""Peak memory of a training step at XL/2 without a GPU, predicted on fake tensors or counted in real steps on the CPU.
 
-    python -m benchmarks.diffusion.memory              writes benchmarks/results/memory_xl.json and prints the table
-    python -m benchmarks.diffusion.memory --validate   also runs real steps on the CPU at batch 1 (a 24 GiB machine)
+    python -m benchmarks.diffusion.memory                writes benchmarks/results/memory_xl.json and prints the tables
+    python -m benchmarks.diffusion.memory --real 1 2     steps that fake tensors cannot run: IFT and Reversible
+    python -m benchmarks.diffusion.memory --validate     real steps beside their predictions (14 GiB of free memory)
 
 A step is forward, mean squared error, backward and AdamW, learned sigma, 4 x 32 x 32 latents. `FakeTensorMode` carries
 shapes and storages through the very code that trains; `MemTracker` adds the storages alive: parameters, gradients,
 optimizer state, activations and temporaries. Workspaces inside kernels and fragmentation of an allocator are not in it.
-The validation counts the same quantity on real tensors with `harness.MemoryTracker`, which shares no code with it.
+Real steps count the same quantity with `harness.MemoryTracker`, which shares no code with it. IFT and Reversible decide
+by values in their backward passes, so that their rows are counted in real steps at small batches.
 """
 
 import argparse
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from apps.diffusion.models import FPDM, DiT
+from benchmarks.diffusion import steps
 from benchmarks.harness import RESULTS, MemoryTracker, provenance, read_result, write_result
 from benchmarks.report.formatting import table
 from implicit import JFB, AbstractGrad, Unrolled
@@ -39,8 +42,10 @@ ESTIMATORS: dict[str, tuple[int, AbstractGrad]] = {
     "S-JFB (12, 12), the worst draw": (12, JFB(12)),
     "JFB": (12, JFB()),
 }
-"""Evaluations before the estimator's own, and the estimator. Counts are fixed, as fake tensors have no values; IFT and
-Reversible read values in their backward passes and are therefore missing here."""
+"""Evaluations before the estimator's own, and the estimator. Counts are fixed, as fake tensors have no values."""
+BY_VALUES = {name: steps.ESTIMATORS[name] for name in ("IFT", "Reversible")}
+"""The same for estimators that read values in the backward pass: IFT takes at most 12 products."""
+VALIDATED = "S-JFB (6, 6), near the expected draw"
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def training_step(case: Case, size: Size) -> tuple[nn.Module, torch.optim.Optimi
     t, y = torch.randint(1000, (case.batch,)), torch.randint(1000, (case.batch,))
     options: dict[str, Any] = {}
     if case.network == "FPDM":
-        free, grad = ESTIMATORS[case.estimator]
+        free, grad = (ESTIMATORS | BY_VALUES)[case.estimator]
         options = {"iterations": free, "grad": grad}
 
     def step() -> None:
@@ -117,45 +122,67 @@ def training_step(case: Case, size: Size) -> tuple[nn.Module, torch.optim.Optimi
 
 
 def fake_peak(case: Case, size: Size = XL) -> int:
-    """Peak bytes of the second step, when the optimizer's state exists."""
+    """Peak bytes of a step, when the optimizer's state exists."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         network, optimizer, step = training_step(case, size)
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
         tracker = MemTracker()
         tracker.track_external(network, optimizer)
         with tracker:
-            step()
-            tracker.reset_mod_stats()
             step()
         snapshot = tracker.get_tracker_snapshot("peak")
     return max(int(device["Total"]) for device in snapshot.values())
 
 
-def real_peak(case: Case, size: Size = XL) -> int:
-    """The same on real tensors on the CPU: bytes of storages alive."""
+def real_peaks(case: Case, size: Size = XL) -> tuple[int, int]:
+    """The same on real tensors on the CPU: bytes of storages alive at the peak of the whole second step, and at that of
+    its forward and backward pass, which is affine in the batch size.
+    """
     gc.collect()
+    passes: list[int] = []
     with MemoryTracker() as memory:
-        _, _, step = training_step(case, size)
+        network, optimizer, step = training_step(case, size)
+        steps.draw_weights(network)  # new weights make every block the identity, and the gradient zero
         step()
+        memory.peak = memory.alive
+        optimizer.register_step_pre_hook(lambda *_: passes.append(memory.peak))
         step()
-    return memory.peak
+    return memory.peak, passes[0]
 
 
 def cases(batches: tuple[int, ...]) -> Iterator[Case]:
-    """DiT, diffusers' DiT, and FPDM by each estimator; checkpointing where every estimator supports it."""
+    """DiT, diffusers' DiT, and FPDM by each estimator with a fixed count."""
     flags = ((False, "fp32"), (True, "fp32"), (False, "bf16"), (True, "bf16"))
     for batch, (checkpointed, precision) in itertools.product(batches, flags):
         yield Case("DiT", batch, "", checkpointed, precision)
+        yield Case("diffusers' DiT", batch, "", checkpointed, precision)
         for estimator in ESTIMATORS:
-            if checkpointed and not estimator.startswith("S-JFB"):
-                continue
             yield Case("FPDM", batch, estimator, checkpointed, precision)
-    for batch, checkpointed in itertools.product(batches, (False, True)):
-        yield Case("diffusers' DiT", batch, "", checkpointed)
+
+
+def real_cases(batches: tuple[int, ...]) -> Iterator[Case]:
+    """FPDM by the estimators that fake tensors cannot run, and by one that they can, to compare."""
+    for estimator, batch in itertools.product((*BY_VALUES, VALIDATED), batches):
+        yield Case("FPDM", batch, estimator)
+
+
+def validated() -> Iterator[Case]:
+    """Steps of which prediction and count stand side by side; bf16, slow on most CPUs, at a small size in the tests."""
+    for batch in (1, 2):
+        yield Case("DiT", batch)
+        yield Case("FPDM", batch, VALIDATED)
+    yield Case("FPDM", 2, VALIDATED, checkpointed=True)
 
 
 def largest_batch(peaks: dict[int, int], capacity: float) -> int:
-    """The largest batch that fits, from peaks at several batches: memory is affine in the batch size."""
-    (a, low), (b, high) = min(peaks.items()), max(peaks.items())
+    """The largest batch that fits, by the line through the peaks at the two largest batches.
+
+    At small batches the peak may be that of the optimizer's step, which does not depend on the batch.
+    """
+    (a, low), (b, high) = sorted(peaks.items())[-2:]
     slope = (high - low) / (b - a)
     return max(0, int((capacity - (low - slope * a)) // slope))
 
@@ -176,13 +203,61 @@ def markdown(measured: list[dict[str, Any]]) -> str:
     lines = []
     for row, peaks in rows.items():
         base = rows.get(("DiT", "", *row[2:]), {})
-        at = 8 if 8 in peaks and 8 in base else None
-        share = f"{peaks[at] / base[at]:.2f}" if at else "-"
+        both = max(peaks.keys() & base.keys(), default=None)
+        share = "-" if both is None else f"{peaks[both] / base[both]:.2f} (batch {both})"
         fits = [str(largest_batch(peaks, size)) if len(peaks) > 1 else "-" for size in CARDS.values()]
         sizes = [f"{peaks[b] / GIB:.2f}" if b in peaks else "-" for b in batches]
         lines.append([", ".join(filter(None, row)), *sizes, share, *fits])
-    head = ["training step", *(f"batch {b}" for b in batches), "of the same DiT, batch 8"]
+    head = ["training step", *(f"batch {b}" for b in batches), "of the same DiT"]
     return table([*head, *(f"largest batch, {card}" for card in CARDS)], lines)
+
+
+def extrapolated(counts: list[dict[str, Any]]) -> str:
+    """Peaks of real steps in GiB, and what follows from the line through those of forward and backward passes."""
+    rows: dict[str, dict[int, dict[str, int]]] = {}
+    for found in counts:
+        rows.setdefault(found["case"]["estimator"], {})[found["case"]["batch"]] = found
+    lines = []
+    for estimator, found in rows.items():
+        if len(found) < 2:
+            continue
+        passes = {batch: row["passes bytes"] for batch, row in found.items()}
+        (a, low), (b, high) = sorted(passes.items())[-2:]
+        at = {batch: low + (high - low) * (batch - a) / (b - a) for batch in (8, 64)}
+        least = min(row["peak bytes"] for row in found.values())  # of the optimizer's step
+        fits = [str(largest_batch(passes, size)) for size in CARDS.values()]
+        cells = [f"{row['peak bytes'] / GIB:.2f}" for _, row in sorted(found.items())]
+        lines.append([f"FPDM, {estimator}, fp32", *cells, *(f"{max(p, least) / GIB:.2f}" for p in at.values()), *fits])
+    batches = sorted({found["case"]["batch"] for found in counts})
+    head = ["training step", *(f"batch {b}, counted" for b in batches), "batch 8, by the line", "batch 64, by the line"]
+    return table([*head, *(f"largest batch, {card}" for card in CARDS)], lines)
+
+
+def measure(
+    result: dict[str, Any], out: Path, entry: str, found: Iterable[Case], peak: Callable[[Case], dict[str, int]]
+) -> None:
+    """Add what `peak` gives for the cases that `result[entry]` lacks, and write the file after each."""
+    known = {Case(**one["case"]) for one in result[entry]}
+    for case in found:
+        if case in known:
+            continue
+        start = time.perf_counter()
+        result[entry].append({"case": asdict(case), **peak(case)})
+        write_result(out, result)
+        print(f"{entry}: {result[entry][-1]}, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _predicted(case: Case) -> dict[str, int]:
+    return {"peak bytes": fake_peak(case)}
+
+
+def _counted(case: Case) -> dict[str, int]:
+    peak, passes = real_peaks(case)
+    return {"peak bytes": peak, "passes bytes": passes}
+
+
+def _compared(case: Case) -> dict[str, int]:
+    return {"fake": fake_peak(case), "real": real_peaks(case)[0]}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -190,35 +265,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "memory_xl.json", help="result file; resumed if it exists"
     )
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 64], help="batch sizes")
-    parser.add_argument("--validate", action="store_true", help="compare with real steps on the CPU at batch 1")
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 64], help="batch sizes of the predictions")
+    parser.add_argument("--real", type=int, nargs="*", default=[], help="batch sizes of real steps, such as 1 2")
+    parser.add_argument("--validate", action="store_true", help="real steps at batch 1 and 2 beside their predictions")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    old = read_result(options.out)
     result = {
-        "command": "python -m benchmarks.diffusion.memory",
+        "command": "python -m benchmarks.diffusion.memory --real 1 2 --validate",
         "size": asdict(XL),
         "optimizer": "AdamW, float32",
         **provenance("cpu", "diffusers"),
-        "peaks": read_result(options.out).get("peaks", []),
-        "validation": read_result(options.out).get("validation", []),
+        **{entry: old.get(entry, []) for entry in ("peaks", "real", "validation")},
     }
-    known = {Case(**found["case"]) for found in result["peaks"]}
-    for case in cases(tuple(options.batches)):
-        if case in known:
-            continue
-        start = time.perf_counter()
-        result["peaks"].append({"case": asdict(case), "peak bytes": fake_peak(case)})
-        write_result(options.out, result)
-        print(
-            f"{case}: {result['peaks'][-1]['peak bytes'] / GIB:.2f} GiB, {time.perf_counter() - start:.0f} s",
-            flush=True,
-        )
-    if options.validate:
-        for case in (Case("DiT", 1), Case("FPDM", 1, "S-JFB (6, 6), near the expected draw")):
-            found = {"case": asdict(case), "fake": fake_peak(case), "real": real_peak(case)}
-            result["validation"] = [v for v in result["validation"] if v["case"] != asdict(case)] + [found]
-            write_result(options.out, result)
-    print(markdown(result["peaks"]))
+    measure(result, options.out, "peaks", cases(tuple(options.batches)), _predicted)
+    measure(result, options.out, "real", real_cases(tuple(options.real)), _counted)
+    measure(result, options.out, "validation", validated() if options.validate else (), _compared)
+    print(markdown(result["peaks"]), extrapolated(result["real"]), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from benchmarks.report.results import read
 from benchmarks.report.sections import (
     allocation,
     budgets,
+    compute,
     core_gradients,
     core_solvers,
     costs,
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 CHAPTERS = (
     size_and_memory,
     memory,
+    compute,
     noise,
     budgets,
     estimators,
@@ -75,6 +77,13 @@ def guide(result: Path, page: Path) -> None:
         page.write_text(mark(text, "compiled", core_solvers.compiled(compiled)) if compiled else text)
 
 
+def recipe(result: Path, page: Path) -> None:
+    """Put the memory of a step at batch 64 into the ImageNet recipe that stands beside the report."""
+    found = read(result)
+    if found and page.exists():
+        page.write_text(mark(page.read_text(), "memory", memory.at_batch(found, 64)))
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report.build", description=__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
@@ -83,6 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = build(options.results, options.out)
     options.out.write_text(text)
     guide(options.results / "solvers.json", options.out.parent / "solvers.md")
+    recipe(options.results / "memory_xl.json", options.out.parent / "imagenet.md")
     print(f"{options.out}: {text.count(NOTHING)} entries {NOTHING}.")
 
 

@@ -5,9 +5,9 @@
         training.json                               configuration, images, steps and seconds of the run
         README.md                                   the model card
 
-`python -m apps.diffusion.convert RUN --out DIR --to pipeline` writes such a folder, without its card. NAME stands for
-the folder wherever a run is an argument, unless a folder of that name exists in the working directory. The repository
-holds these folders; a wheel does not.
+`python -m apps.diffusion.convert RUN --out DIR --to pipeline` writes such a folder, with its code and a short card.
+NAME stands for the folder wherever a run is an argument, unless a folder of that name exists in the working directory.
+The repository holds these folders; a wheel does not.
 """
 
 from __future__ import annotations

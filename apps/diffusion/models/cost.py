@@ -6,12 +6,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from apps.diffusion.models.fpdm import FPDM
-
 
 def explicit_blocks(model: Any) -> int:
     """Transformer blocks of one call that no solve repeats; 0 for a function without this number."""
-    if isinstance(model, FPDM):
+    if getattr(model, "has_fixed_point", False):
         return model.block_passes(1) - 1
     return model.block_passes() if hasattr(model, "block_passes") else 0
 
@@ -20,7 +18,7 @@ def cost(model: Any, evaluations: Int[Tensor, "N K"], rows: int) -> tuple[Int[Te
     """Block passes and multiply-accumulates of each sample; each timestep calls the model on `rows` rows."""
     n, steps = evaluations.shape
     calls = torch.full((n,), rows * steps, dtype=torch.int64)
-    if isinstance(model, FPDM):
+    if getattr(model, "has_fixed_point", False):
         spent = evaluations.sum(1)
         slope = model.macs(2) - model.macs(1)
         return calls * explicit_blocks(model) + spent, calls * (model.macs(1) - slope) + spent * slope

@@ -55,6 +55,7 @@ class FPDM(Frame):
 
     # one unit for whoever shards or places modules: the solve calls the parts of a block, not the block
     _no_split_modules: ClassVar[list[str]] = ["FPDM"]
+    has_fixed_point: ClassVar[bool] = True
 
     @register_to_config
     def __init__(

@@ -23,6 +23,8 @@ class Frame(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["Block"]
+    has_fixed_point: ClassVar[bool] = False
+    """Whether a call solves for a fixed point, and takes options for that."""
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.sampling import iteration_budget
 from apps.diffusion.sampling.guidance import Guidance
 from apps.diffusion.sampling.sampler import Solve
-from apps.diffusion.sampling.warm_start import Reuse
+from apps.diffusion.sampling.warm_start import Reuse, reuse_rule
 from apps.diffusion.schedulers import noise_schedule, timesteps
 from apps.diffusion.schedulers.reverse_step import Reverse
 from implicit import Stop
@@ -132,13 +132,8 @@ def _solve(
     elif len(options.iterations) <= 1:
         each = options.iterations[0] if options.iterations else int(model.config["iterations"])
         iterations = iteration_budget.spread(each * steps, steps, allocation)
-    starts = {
-        "off": None,
-        "on": Reuse(),
-        "blended": Reuse(share=options.value("share")),
-        "extrapolated": Reuse(extrapolation=options.value("extrapolation")),
-    }
-    reuse = starts[options.value("reuse")] if warm_start is None else warm_start
+    named = reuse_rule(options.value("reuse"), options.value("share"), options.value("extrapolation"))
+    reuse = named if warm_start is None else warm_start
     solve = Solve(iterations=iterations, stop=stop, solver=options.value("solver"), reuse=reuse)
     solve.check(steps)
     return solve

@@ -22,8 +22,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from apps.diffusion.models.cost import cost, explicit_blocks
-from apps.diffusion.models.fpdm import FPDM
-from apps.diffusion.models.transformer import Frame
 from apps.diffusion.rng import Stream, generator
 from apps.diffusion.sampling.effort import Effort as Effort
 from apps.diffusion.sampling.guidance import Guidance
@@ -146,7 +144,7 @@ def sample(
             lists that are not as long as the timesteps, `solve` with a model that is neither FPDM nor DiT.
     """
     began = time.perf_counter()
-    if solve is not None and not isinstance(model, Frame):
+    if solve is not None and not hasattr(model, "has_fixed_point"):
         raise ValueError(f"solve is for an FPDM, not for {type(model).__name__}; leave it out, or unwrap the model.")
     walk = _Walk(
         model=model,
@@ -266,7 +264,7 @@ class _Walk:
         inputs = self.guidance.inputs(x, time_of_row, y, null_class)
         model_input = inputs[0].to(getattr(self.model, "dtype", x.dtype))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            if isinstance(self.model, FPDM):
+            if getattr(self.model, "has_fixed_point", False):
                 options = self.solve.at(k)
                 if self.solve.reuse is not None:
                     options["start"] = self.solve.reuse.start(records.solutions)

@@ -41,3 +41,23 @@ class Reuse:
         if self.share == 1:
             return guess
         return lambda fresh: (1 - self.share) * fresh + self.share * guess
+
+
+def reuse_rule(start: bool | str | Reuse, share: float = 0.5, extrapolation: float = 1.0) -> Reuse | None:
+    """The rule by its word: False or "off", True or "on", "blended", "extrapolated"; None: every solve starts fresh.
+
+    Raises:
+        ValueError: there is no such word.
+    """
+    if isinstance(start, Reuse):
+        return start
+    word = ("off", "on")[start] if isinstance(start, bool) else start
+    rules = {
+        "off": None,
+        "on": Reuse(),
+        "blended": Reuse(share=share),
+        "extrapolated": Reuse(extrapolation=extrapolation),
+    }
+    if word not in rules:
+        raise ValueError(f"reuse={start!r} is unknown; choose one of {', '.join(rules)}.")
+    return rules[word]

@@ -18,8 +18,9 @@ def chapter(results: Path, images: Path) -> str:
     dit = next((peak["DiT"] for peak in steps.values() if "DiT" in peak), None)
     less = f"{100 * (1 - ours / dit):.0f} % less" if ours and dit else NOTHING
     parts.append(
-        f"The paper: *60 % less training memory at XL/2*: {_full_size(results)}. At hidden size 256 the tensors alive "
-        f"in a step of (6, 6), weights and their gradients apart, beside those of a DiT of 28 blocks: {less}."
+        f"The paper: *60 % less training memory at XL/2*: on a GPU {_full_size(results)}; predicted under *Training "
+        f"memory at XL/2*. At hidden size 256 the tensors alive in a step of "
+        f"(6, 6), weights and their gradients apart, beside those of a DiT of 28 blocks: {less}."
     )
     parts.append("`diffusion.json`; the tables are under *What FPDM costs*.")
     return "\n\n".join(parts)
@@ -35,4 +36,4 @@ def _full_size(results: Path) -> str:
         if ours and dit and "peak MiB" in ours and "peak MiB" in dit:
             less = f"{100 * (1 - ours['peak MiB'] / dit['peak MiB']):.0f} % less"
             parts.append(f"{less} at batch {ours['batch']}, {ours['estimator']} (`{path.name}`)")
-    return "; ".join(parts) or f"{NOTHING} at that size"
+    return "; ".join(parts) or NOTHING

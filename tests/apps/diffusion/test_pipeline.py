@@ -64,7 +64,8 @@ def test_saved_and_loaded_gives_the_same_bits(tmp_path, kind):
     first = pipe(**call).images
     assert first.shape == (3, 3, 16, 16) and 0 <= first.min() < first.max() <= 1
     pipe.save_pretrained(tmp_path)
-    assert {p.suffix for p in tmp_path.rglob("*") if p.is_file()} == {".json", ".safetensors"}
+    suffixes = {p.suffix for p in tmp_path.rglob("*") if p.is_file()}
+    assert suffixes == {".json", ".safetensors", ".py", ".md"}
     again: Any = FixedPointPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert type(again.model) is type(pipe.model) and again.config["steps"] == 3

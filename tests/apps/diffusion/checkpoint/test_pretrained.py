@@ -53,7 +53,14 @@ def test_samples_by_name_are_those_of_the_run(shipped):
     assert len(files) == 4  # the grid is the fourth
     for name in files:
         assert np.array_equal(np.asarray(read(Path("samples/small") / name)), np.asarray(read(Path("again") / name)))
-    assert sorted(p.name for p in shipped.iterdir()) == ["model", "model_index.json", "scheduler", "training.json"]
+    assert sorted(p.name for p in shipped.iterdir()) == [
+        "README.md",
+        "fixed_point_pipeline.py",
+        "model",
+        "model_index.json",
+        "scheduler",
+        "training.json",
+    ]
 
 
 def test_the_pipeline_is_found_by_name(shipped):

@@ -1,0 +1,322 @@
+"""The diffusers pipeline of a folder that stands alone: labels in, images out, by the sampling loop of sampler.py.
+
+A saved pipeline carries this class and all it uses as one file of code (checkpoint/single_file.py), so that
+`DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)` opens it where `implicit` is installed and this
+application is not. `FixedPointPipeline` is this class with every option of the sampling command.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.outputs import BaseOutput
+from huggingface_hub import HfApi
+from torch import Tensor
+
+from apps.diffusion.files.images import to_pil
+from apps.diffusion.models.autoencoder import decode
+from apps.diffusion.sampling.effort import Effort
+from apps.diffusion.sampling.guidance import Guidance
+from apps.diffusion.sampling.keywords import seed_of
+from apps.diffusion.sampling.options import as_integer, as_integers, labels_for
+from apps.diffusion.sampling.sampler import CHUNK, SampleResult, Solve, sample
+from apps.diffusion.sampling.warm_start import Reuse, reuse_rule
+from apps.diffusion.schedulers.timesteps import check_start, timesteps
+
+Output = Literal["pil", "np", "pt", "latent"]
+PIPELINE_CODE = "fixed_point_pipeline"
+"""Name of the file of code in the folder of a pipeline, without its suffix."""
+
+
+@dataclass
+class FixedPointOutput(BaseOutput):
+    """The result of a call.
+
+    Attributes:
+        images: a list of images ("pil"), an array (n, H, W, C) ("np") or a tensor (n, C, H, W) ("pt") in
+            [0, 1], or the samples of the network, (n, C, h, w), unscaled and not clipped ("latent").
+        effort: what sampling cost (see effort.py).
+        seed: as `generator`, it gives the same images again.
+    """
+
+    images: Any
+    effort: Effort
+    seed: int
+
+
+class SamplingPipeline(DiffusionPipeline):
+    """An FPDM, or the DiT baseline, with its scheduler and, for latents, its VAE.
+
+    Args:
+        model: the network, in evaluation mode.
+        scheduler: a diffusers scheduler with the network's noise schedule; it also spaces the timesteps.
+        vae: decodes latents; None for a network of pixels.
+        steps: default number of timesteps.
+        iterations: default iterations of the fixed-point layer, one number or one per timestep; None: the model's own.
+        guidance: default scale of classifier-free guidance.
+        reuse: default start of each solve: False or "off", True or "on", "blended", "extrapolated".
+        classes: names of the classes.
+    """
+
+    model_cpu_offload_seq = "model->vae"
+    _optional_components = ["vae"]  # noqa: RUF012 - as diffusers declares it
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        steps: int = 20,
+        iterations: int | Sequence[int] | None = None,
+        guidance: float = 1.0,
+        reuse: bool | str = False,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(model=model.eval(), scheduler=scheduler, vae=vae)
+        self.register_to_config(
+            steps=steps, iterations=iterations, guidance=guidance, reuse=reuse, classes=list(classes or ()) or None
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        *,
+        num_images: int | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | int | None = None,
+        guidance_scale: float | None = None,
+        iterations: int | Sequence[int] | None = None,
+        reuse: bool | str | Reuse | None = None,
+        chunk: int | None = None,
+        reproducible: bool = False,
+        output_type: Output = "pil",
+        return_dict: bool = True,
+    ) -> FixedPointOutput | tuple[Any]:
+        """Images.
+
+        Args:
+            class_labels: the class of each image, or one for all, by number or name; None for an unconditional network.
+            num_images: how many; None: one for each label.
+            num_inference_steps: how many timesteps; None is the pipeline's own number.
+            generator: a seed, or a torch generator, which then advances; None is a fresh seed.
+            guidance_scale: of classifier-free guidance; 1 is none, None the pipeline's own.
+            iterations: of the fixed-point layer, at every timestep or one number for each; FPDM only.
+            reuse: start of each solve: False or "off", True or "on" (the previous timestep's solution), "blended",
+                "extrapolated", or a rule; None: the pipeline's default; FPDM only.
+            chunk: images in one call of the network; None: 64, or 16 if reproducible.
+            reproducible: the same bits whatever else is generated in a call, in chunks of one size, of which one image
+                costs a whole one.
+            output_type: "pil", "np", "pt" or "latent"; see FixedPointOutput.
+            return_dict: False gives (images,).
+
+        Raises:
+            ValueError: labels that do not fit, guidance of an unconditional network, options of a fixed point for a
+                DiT, several generators.
+        """
+        model: Any = self.model
+        if not model.has_fixed_point and (iterations is not None or reuse is not None):
+            raise ValueError("A DiT has no fixed-point layer; leave out iterations and reuse.")
+        noise, default = self.scheduler.config, self.config
+        steps = as_integer("num_inference_steps", num_inference_steps or default["steps"], 1)
+        walk = timesteps(steps, noise["timestep_spacing"], noise["num_train_timesteps"])
+        check_start(walk, bool(noise.get("rescale_betas_zero_snr")), noise["num_train_timesteps"])
+        arguments: dict[str, Any] = {"scheduler": self.scheduler, "timesteps": walk}
+        scale = default["guidance"] if guidance_scale is None else guidance_scale
+        arguments["guidance"] = Guidance(scale=scale)
+        if model.has_fixed_point:
+            counts = default["iterations"] if iterations is None else iterations
+            each = None if counts is None else as_integers("iterations", counts, 1)
+            start = reuse_rule(default["reuse"] if reuse is None else reuse)
+            arguments["solve"] = Solve(iterations=each[0] if each and len(each) == 1 else each, reuse=start)
+        arguments |= {"chunk": chunk, "reproducible": reproducible}
+        return self._generate(class_labels, num_images, generator, arguments, output_type, return_dict)
+
+    def _generate(
+        self,
+        class_labels: Any,
+        num_images: int | None,
+        generator: torch.Generator | int | None,
+        arguments: dict[str, Any],
+        output_type: Output,
+        return_dict: bool,
+    ) -> FixedPointOutput | tuple[Any]:
+        """Images by the arguments of `sampler.sample`."""
+        model: Any = self.model
+        if output_type not in get_args(Output):
+            raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(get_args(Output))}.")
+        labels = labels_for(class_labels, num_images, model.num_classes, self.config["classes"] or ())
+        total = len(labels) if labels is not None else as_integer("num_images", num_images or 1, 1)
+        seed = seed_of(generator)
+        result = self._sampled(total, labels, arguments, seed)
+        self.maybe_free_model_hooks()
+        images = self._images(result.samples, output_type)
+        return FixedPointOutput(images=images, effort=result.effort, seed=seed) if return_dict else (images,)
+
+    def _sampled(self, total: int, labels: list[int] | None, arguments: dict[str, Any], seed: int) -> SampleResult:
+        """Samples under the pipeline's progress bar."""
+        chunk = arguments.pop("chunk")
+        if chunk is None:
+            chunk = CHUNK if arguments["reproducible"] else 4 * CHUNK
+        chunk = as_integer("chunk", chunk, 1)
+        bar_of: Any = self.progress_bar  # untyped: pyright takes it for a decorator
+        with bar_of(total=len(arguments["timesteps"]) * -(-total // chunk)) as bar:
+            return sample(
+                self.model,
+                range(total),
+                labels,
+                seed=seed,
+                chunk=chunk,
+                device=self._execution_device,
+                progress=lambda done, _: bar.update(done - bar.n),
+                **arguments,
+            )
+
+    def _images(self, x: Tensor, output_type: Output) -> Any:
+        if output_type == "latent":
+            return x
+        if self.vae is not None:
+            x = decode(self.vae, x)
+        if x.shape[1] not in (1, 3):
+            raise ValueError(
+                f"The network generates latents of {x.shape[1]} channels, and the pipeline has no VAE; give one "
+                '(vae=...), or output_type="latent".'
+            )
+        if output_type == "pil":  # the rounding of the sampling command
+            return [to_pil(image) for image in x]
+        return VaeImageProcessor().postprocess(x.float(), output_type=output_type)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Write the folder of the pipeline: index, weights, scheduler, VAE, code and a card.
+
+        `options` are those of diffusers. `push_to_hub` is a method of its own here.
+        """
+        if options.pop("push_to_hub", False):
+            raise ValueError("save_pretrained writes a folder only; call pipe.push_to_hub(REPOSITORY) to upload it.")
+        folder = Path(save_directory)
+        super().save_pretrained(folder, **options)
+        # the entries of the index that name code become those of the files beside it
+        file = folder / self.config_name
+        index = json.loads(file.read_text())
+        code = self._code()
+        index["_class_name"] = [PIPELINE_CODE, code.pipeline]
+        index["model"] = [code.model_file, index["model"][1]]
+        index.pop("_name_or_path", None)  # where it was opened
+        file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (folder / f"{PIPELINE_CODE}.py").write_text(code.pipeline_source)
+        (folder / "model" / f"{code.model_file}.py").write_text(code.model_source)
+        if not (folder / "README.md").exists():
+            (folder / "README.md").write_text(self._card())
+
+    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload pipeline",
+        api: HfApi | None = None,
+    ) -> str:
+        """Upload the folder that `save_pretrained` writes, its card included, to a repository of the hub.
+
+        Args:
+            repo_id: OWNER/NAME; the repository is made if it does not exist.
+            private: whether a new repository is private; None: the owner's default.
+            token: of the hub; None: the one that is logged in.
+            commit_message: of the commit.
+            api: client of the hub, or of another server of its protocol; None: the public one.
+
+        Returns:
+            The address of the commit.
+        """
+        api = api or HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
+
+    def _code(self) -> PipelineCode:
+        """The code of this pipeline: of one that was opened from a folder, the very files it came from."""
+        model: Any = self.model
+        source, network = (
+            Path(str(sys.modules[kind.__module__].__file__)).read_text() for kind in (type(self), type(model))
+        )
+        return PipelineCode(
+            pipeline=type(self).__name__,
+            pipeline_source=source,
+            model_file=type(model).__module__.rpartition(".")[2],
+            model_source=network,
+        )
+
+    def _card(self) -> str:
+        """A model card with what the folder itself says."""
+        model: Any = self.model
+        kind, count = type(model).__name__, sum(p.numel() for p in model.parameters())
+        classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
+        channels, height, width = model.latent
+        call = "class_labels=[0, 1]" if model.num_classes else "num_images=2"
+        return _CARD.format(
+            kind=kind,
+            tag=kind.lower(),
+            count=count,
+            classes=classes,
+            shape=f"{channels} x {height} x {width}",
+            space="latents, decoded by the VAE in vae/" if self.vae is not None else "samples",
+            scheduler=type(self.scheduler).__name__,
+            prediction=self.scheduler.config["prediction_type"],
+            steps=self.config["steps"],
+            guidance=self.config["guidance"],
+            call=call,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineCode:
+    """The two files of code in the folder of a pipeline.
+
+    Attributes:
+        pipeline: name of the pipeline's class in `pipeline_source`.
+        pipeline_source: content of the pipeline's file.
+        model_file: name of the network's file, without its suffix.
+        model_source: content of the network's file.
+    """
+
+    pipeline: str
+    pipeline_source: str
+    model_file: str
+    model_source: str
+
+
+_CARD = """---
+library_name: diffusers
+tags: [diffusion, {tag}]
+---
+# {kind}
+
+A {kind} with {count:,} parameters, {classes}; {space} of shape {shape}. Scheduler: {scheduler}, prediction
+`{prediction}`. By default {steps} timesteps, guidance {guidance:g}.
+
+The folder carries its code, `fixed_point_pipeline.py` and a file in `model/`; both need `pip install
+implicit-fixed-points diffusers` and nothing else of the project.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(DIRECTORY_OR_REPOSITORY, trust_remote_code=True)
+images = pipe({call}, generator=0).images
+```
+
+Training data, licence of the weights, intended use and scores: not stated.
+"""

@@ -1,0 +1,239 @@
+"""Work at XL/2: multiply-accumulates, bytes, a roofline of stated cards, kernels, and CPU times beside them.
+
+    python -m benchmarks.diffusion.compute          writes benchmarks/results/compute_xl.json in some minutes
+
+Counts come from the very code that runs, on tensors without values: fake ones for MACs and bytes, with attention as one
+kernel, and the meta device for kernels, where a read of a value by the host raises, so that a step that passes has no
+host synchronization.
+
+    MACs     half of what torch's FlopCounterMode counts in matrix products, convolutions and attention
+    bytes    read and written by every operator on its own: what unfused kernels move
+    time     >= max(2 MACs / peak, bytes / bandwidth)         the roofline (Williams et al. 2009)
+    kernels  operators that move data
+
+A bare loop is the same network with the fixed-point layer written as a `for` loop. Over it, a solve of k evaluations
+adds `SOLVE[0] + SOLVE[1] k` kernels, almost all on one number a sample; a training step of n free and m tracked
+evaluations adds `TRAINING[0] + TRAINING[1] n + TRAINING[2] m`.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from apps.diffusion.models import FPDM, DiT, layers
+from benchmarks.diffusion import steps
+from benchmarks.diffusion.steps import Inputs, Scale, Step
+from benchmarks.harness import RESULTS, VIEWS, OperatorCounter, paired, provenance, read_result, write_result
+from implicit import JFB, Unrolled
+
+XL = replace(steps.XL, device="cpu", batch=1)
+SOLVE = (22, 7)
+TRAINING = (46, 7, 13)
+SAMPLED = 26
+"""Iterations of the sampling step: 28 block passes, as many as the DiT's."""
+TRAINED = (6, 7)
+"""(n, m) of the training step: the expected draw of S-JFB with N = M = 12."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """Peaks of a card without sparsity, from its data sheet.
+
+    Attributes:
+        half: operations a second of its matrix units in bfloat16 or float16.
+        single: operations a second in float32.
+        bandwidth: bytes a second of its memory.
+    """
+
+    name: str
+    half: float
+    single: float
+    bandwidth: float
+    source: str
+
+
+CARDS = (
+    Card("A100 80GB SXM", 312e12, 19.5e12, 2039e9, "NVIDIA A100 Tensor Core GPU data sheet, 2021"),
+    Card("H100 SXM", 989e12, 67e12, 3350e9, "NVIDIA H100 Tensor Core GPU data sheet, 2023"),
+    Card("T4 16GB", 65e12, 8.1e12, 320e9, "NVIDIA T4 data sheet, 2019; half is float16"),
+)
+
+ATTENTION: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
+}
+"""Operations of the fused attention of a CPU, counted like that of a GPU: the backward pass makes the scores again."""
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that operators read and write, views excepted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ not in VIEWS:
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+            self.bytes += sum(t.numel() * t.itemsize for t in tensors)
+        return out
+
+
+def network(kind: type[DiT] | type[FPDM], scale: Scale) -> Any:
+    """The network on the scale's device, in its precision."""
+    depth: dict[str, Any] = {"depth": scale.depth} if kind is DiT else {}
+    made: Any
+    with torch.device(scale.device):
+        made = kind(input_size=scale.side, hidden_size=scale.hidden, num_heads=scale.heads, learn_sigma=True, **depth)
+    return nn.Module.to(made, torch.bfloat16) if scale.precision == "bf16" else made
+
+
+def works(scale: Scale) -> dict[str, tuple[nn.Module, Step, int]]:
+    """Name of the work -> the network, a closure that does it once, and its MACs by the formula of the models."""
+    fpdm, dit, batch = steps.draw_weights(network(FPDM, scale)), steps.draw_weights(network(DiT, scale)), _inputs(scale)
+    free, tracked = TRAINED
+    tokens = torch.zeros(scale.batch, fpdm.tokens, scale.hidden, device=scale.device, dtype=fpdm.dtype)
+    condition = torch.zeros(scale.batch, scale.hidden, device=scale.device, dtype=fpdm.dtype)
+    with torch.no_grad():
+        prepared = fpdm.prepare(tokens, condition)
+    block, (one, more) = fpdm.blocks_pre[0], (fpdm.macs(1), fpdm.macs(2))
+    training = replace(scale, precision="fp32")  # no autocast: the weights have the dtype
+    return {
+        "block": (block, steps.sampling(lambda: block(tokens, condition), training), dit.block_macs()),
+        "iteration": (fpdm, steps.sampling(lambda: fpdm.iteration(tokens, *prepared), training), more - one),
+        "sampling step, DiT": (dit, steps.sampling(lambda: dit(*batch), training), dit.macs()),
+        f"sampling step, FPDM, {SAMPLED} iterations": (
+            fpdm,
+            steps.sampling(steps.ours(fpdm, batch, SAMPLED), training),
+            fpdm.macs(SAMPLED),
+        ),
+        "training step, DiT": (dit, steps.training(dit, lambda: dit(*batch), training), 3 * dit.macs()),
+        f"training step, FPDM, (n, m) = {TRAINED}": (
+            fpdm,
+            steps.training(fpdm, steps.ours(fpdm, batch, free, JFB(tracked)), training),
+            3 * fpdm.macs(tracked) + free * (more - one),
+        ),
+    }
+
+
+def _inputs(scale: Scale) -> Inputs:
+    x, t, y = steps.inputs(scale)
+    return x.to(torch.bfloat16 if scale.precision == "bf16" else torch.float32), t, y
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """Fake tensors, on which `gelu` takes the one kernel of an accelerator instead of a CPU's own form."""
+    kernel = partial(F.gelu, approximate="tanh")
+    with FakeTensorMode(), mock.patch.object(layers, "gelu", kernel):
+        yield
+
+
+def counted(scale: Scale) -> list[dict[str, Any]]:
+    """MACs by count and by formula, bytes, and the roofline of each card, for all works."""
+    rows = []
+    with _without_values():
+        for name, (module, step, formula) in works(scale).items():
+            for parameter in module.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            with FlopCounterMode(display=False, custom_mapping=ATTENTION) as flops:
+                step()
+            with Traffic() as traffic:
+                step()
+            macs = flops.get_total_flops() // 2
+            row = {"work": name, "batch": scale.batch, "precision": scale.precision, "MACs": macs}
+            row |= {"MACs by formula": formula * scale.batch, "bytes": traffic.bytes}
+            rows.append(row | {"roofline ms": {card.name: 1e3 * roofline(card, row) for card in CARDS}})
+    return rows
+
+
+def roofline(card: Card, row: dict[str, Any]) -> float:
+    """Least seconds of a row on a card."""
+    peak = card.half if row["precision"] == "bf16" else card.single
+    return max(2 * row["MACs"] / peak, row["bytes"] / card.bandwidth)
+
+
+def kernels_over_a_bare_loop(scale: Scale, free: int, tracked: int) -> tuple[int, int]:
+    """Kernels of our step and of a bare loop; tracked = 0 is a sampling step of `free` iterations."""
+    fpdm = network(FPDM, replace(scale, device="meta"))
+    x, t, y = (part.to("meta") for part in steps.inputs(scale))
+    batch = (x, t, y)
+    for parameter in fpdm.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def bare(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+        with torch.no_grad():
+            for _ in range(free):
+                z = f(z)
+        for _ in range(tracked):
+            z = f(z)
+        return z
+
+    loop = steps.solved_by(fpdm, batch, bare)
+    if tracked:
+        solve = steps.ours(fpdm, batch, free, JFB(tracked)) if free else steps.ours(fpdm, batch, tracked, Unrolled())
+        pair = [steps.training(fpdm, predict, scale) for predict in (solve, loop)]
+    else:
+        pair = [steps.sampling(predict, scale) for predict in (steps.ours(fpdm, batch, free), loop)]
+    counts = []
+    for step in pair:
+        with OperatorCounter() as counter:
+            step()
+        counts.append(counter.count)
+    return counts[0], counts[1]
+
+
+def timed(repeats: int, scale: Scale) -> list[dict[str, Any]]:
+    """CPU seconds of each work, all in turn: medians."""
+    times = paired({name: step for name, (_, step, _) in works(scale).items()}, repeats)
+    return [{"work": name, "seconds": statistics.median(found), "all": found} for name, found in times.items()]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "compute_xl.json", help="result file")
+    parser.add_argument("--repeats", type=int, default=5, help="of each timed work; 0 leaves the times as they are")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    old = read_result(options.out)
+    result = {
+        "command": "python -m benchmarks.diffusion.compute",
+        **provenance("cpu", "diffusers"),
+        "cards": [vars(card) for card in CARDS],
+        "counts": [
+            row
+            for batch in (1, 64)
+            for precision in ("fp32", "bf16")
+            for row in counted(replace(XL, batch=batch, precision=precision))
+        ],
+        "kernels": {
+            f"{free} free, {tracked} tracked": kernels_over_a_bare_loop(XL, free, tracked)
+            for free, tracked in ((SAMPLED, 0), TRAINED)
+        },
+        "cpu": old.get("cpu", []),
+    }
+    write_result(options.out, result)
+    if options.repeats:
+        result["cpu"] = timed(options.repeats, XL)
+        write_result(options.out, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Work, roofline, kernels and CPU times at XL/2."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report.formatting import NOTHING, table
+from benchmarks.report.results import read
+
+HEAD = "## Compute at XL/2"
+
+
+def chapter(results: Path, images: Path) -> str:
+    path = results / "compute_xl.json"
+    found = read(path)
+    cards = found.get("cards", [])
+    sources = "; ".join(f"{card['name']}: {card['source']}" for card in cards)
+    return "\n\n".join(
+        (
+            HEAD,
+            "Multiply-accumulates, counted; bytes that every operator reads and writes on its own; and the least time "
+            "by a card's peak of arithmetic or of bandwidth, whichever is longer: what eager kernels cannot undercut. "
+            "bf16: weights and activations in bfloat16 (float16 on a T4). Training steps leave out the optimizer. "
+            f"Times on a GPU: {NOTHING}.",
+            _counts(found, [card["name"] for card in cards]) if cards else NOTHING,
+            f"Data sheets, without sparsity: {sources or NOTHING}.",
+            _kernels(found.get("kernels", {})),
+            "CPU time of one thread, batch 1, float32, medians; other processes were at work on the machine.",
+            _times(found) if found.get("cpu") else NOTHING,
+            f"`{path.name}`: {_source(found)}.",
+        )
+    )
+
+
+def _counts(found: dict[str, Any], cards: list[str]) -> str:
+    rows = [
+        [
+            row["work"],
+            str(row["batch"]),
+            row["precision"],
+            f"{row['MACs'] / 1e9:.4g}",
+            f"{row['bytes'] / 1e9:.3g}",
+            *(f"{row['roofline ms'][card]:.3g}" for card in cards),
+        ]
+        for row in found["counts"]
+    ]
+    return table(["work", "batch", "precision", "GMACs", "GB", *(f"{card}, ms" for card in cards)], rows)
+
+
+def _kernels(found: dict[str, list[int]]) -> str:
+    parts = [f"{ours} over {loop} at {name}" for name, (ours, loop) in found.items()]
+    return (
+        "Kernels of a step beside those of the same network with its layer written as a loop, iterations: "
+        f"{'; '.join(parts) or NOTHING}. Host synchronizations of either, with a fixed number of iterations: "
+        f"{'0' if found else NOTHING}."
+    )
+
+
+def _times(found: dict[str, Any]) -> str:
+    macs = {row["work"]: row["MACs"] for row in found["counts"] if (row["batch"], row["precision"]) == (1, "fp32")}
+    rows = [
+        [row["work"], f"{row['seconds']:.3g}", f"{macs[row['work']] / row['seconds'] / 1e9:.3g}"]
+        for row in found["cpu"]
+    ]
+    return table(["work", "seconds", "GMACs per second"], rows)
+
+
+def _source(found: dict[str, Any]) -> str:
+    if not found:
+        return NOTHING
+    return f"{found['command']}, {found['device']}, torch {found['versions']['torch']}, commit {found['commit']}"

@@ -1,0 +1,133 @@
+"""A saved pipeline stands alone: its folder, or its repository on a hub, opens where this application is missing."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from huggingface_hub import HfApi
+
+from apps.diffusion.checkpoint.single_file import single_file
+from apps.diffusion.models import FPDM, DiT
+from apps.diffusion.pipeline import FixedPointPipeline
+from apps.diffusion.schedulers.noise_schedule import make_scheduler
+from tests.apps.diffusion import picture_files as pf
+from tests.apps.diffusion.hub_server import hub
+from tests.apps.diffusion.small_models import randomised
+
+ROOT = Path(__file__).parents[3]
+OPEN = """
+import importlib.util, sys, warnings
+import numpy
+assert importlib.util.find_spec("apps") is None and importlib.util.find_spec("implicit") is not None
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+numpy.save(sys.argv[2], pipe([1, 3], generator=5, output_type="np").images)
+DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)([1], generator=5)  # the code is executed again
+pipe.save_pretrained(sys.argv[3])
+"""
+
+
+def pipeline(kind="fpdm", **options) -> Any:
+    sizes: dict[str, Any] = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
+    network = randomised(FPDM(**sizes) if kind == "fpdm" else DiT(depth=2, **sizes)).eval()
+    pipe = FixedPointPipeline(network, make_scheduler("ddpm"), pf.tiny_vae(), steps=3, guidance=2.0, **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def open_alone(tmp_path, source, **environment):
+    """Images of the pipeline in `source`, by a process that finds `implicit` and not `apps`."""
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "implicit").symlink_to(ROOT / "implicit")
+    variables = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    variables |= {"HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path / "packages"), "OMP_NUM_THREADS": "1"}
+    arguments = [str(source), str(tmp_path / "there.npy"), str(tmp_path / "again")]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", OPEN, *arguments],
+        cwd=tmp_path,
+        env=variables | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return np.load(tmp_path / "there.npy")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Contents by path; the configs of networks name the folder that they were read from."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "options"), [("fpdm", {"iterations": 4, "reuse": "blended"}), ("dit", {})])
+def test_a_folder_opens_without_this_application_and_gives_the_same_bits(tmp_path, kind, options):
+    pipe = pipeline(kind, **options)
+    pipe.save_pretrained(tmp_path / "saved")
+    there = open_alone(tmp_path, tmp_path / "saved", HF_HUB_OFFLINE="1")
+    assert there.shape == (2, 16, 16, 3)
+    assert np.array_equal(pipe([1, 3], generator=5, output_type="np").images, there)
+    first, again = files(tmp_path / "saved"), files(tmp_path / "again")
+    assert {name for name in first if first[name] != again[name]} <= {"model/config.json", "vae/config.json"}
+    ours: Any = FixedPointPipeline.from_pretrained(tmp_path / "again")
+    assert np.array_equal(ours([1, 3], generator=5, output_type="np").images, there)
+
+
+@pytest.mark.slow
+def test_a_pushed_repository_opens_without_this_application(tmp_path):
+    pipe = pipeline()
+    with hub() as (address, repositories):
+        assert "me/digits" in pipe.push_to_hub("me/digits", api=HfApi(endpoint=address, token="hf_none"))
+        pipe.save_pretrained(tmp_path / "saved")
+        assert repositories["me/digits"] == files(tmp_path / "saved")
+        there = open_alone(tmp_path, "me/digits", HF_ENDPOINT=address)
+    assert np.array_equal(pipe([1, 3], generator=5, output_type="np").images, there)
+
+
+def test_the_folder_names_its_code_and_its_card_describes_the_network(tmp_path):
+    pipe = pipeline()
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == ["fixed_point_pipeline", "SamplingPipeline"]
+    assert index["model"] == ["modeling_fpdm", "FPDM"]
+    card = (tmp_path / "README.md").read_text()
+    assert f"{sum(p.numel() for p in pipe.model.parameters()):,} parameters" in card and "trust_remote_code" in card
+    (tmp_path / "README.md").write_text("mine")
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    with pytest.raises(ValueError, match="push_to_hub"):
+        pipe.save_pretrained(tmp_path, push_to_hub=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("sampling.pipeline", "SamplingPipeline"), ("models.fpdm", "FPDM"), ("models.dit", "DiT")],
+)
+def test_one_file_holds_all_that_a_class_uses_and_imports_nothing_of_this_application(module, name):
+    tree = ast.parse(single_file(f"apps.diffusion.{module}", name))
+    imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert "implicit" in imported or name == "DiT"
+    assert not any(str(found).startswith("apps") for found in imported)
+    defined = [n.name for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)]
+    assert name in defined and len(defined) == len(set(defined))
+
+
+def test_two_definitions_of_one_name_in_one_file_are_refused(tmp_path, monkeypatch):
+    from apps.diffusion.checkpoint import single_file as module
+
+    package = tmp_path / "apps" / "diffusion"
+    package.mkdir(parents=True)
+    (package / "a.py").write_text("def size():\n    return 1\n\n\ndef left():\n    return size()\n")
+    (package / "b.py").write_text(
+        "from apps.diffusion.a import left\n\n\ndef size():\n    return 2\n\n\nclass B:\n    x = left() + size()\n"
+    )
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="size"):
+        single_file("apps.diffusion.b", "B")

@@ -1,0 +1,104 @@
+"""Every command of the ImageNet recipe runs at a thousandth of its scale, two processes where the page has eight."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from apps.diffusion.config.presets import PRESETS
+from tests.apps.diffusion import picture_files as pf
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "imagenet.md").read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r"^```\n(.*?)^```", PAGE, re.S | re.M)
+    for line in block.splitlines()
+    if "apps.diffusion" in line
+]
+IMAGES, SAMPLES, BATCH, STEPS = 1281, 50, 8, 400
+"""A thousandth of the images, samples and steps of the page; a step is of 8 images instead of 512."""
+SMALL = {
+    "encode": "--size 16 --shard-size 100 --batch 100 --device cpu",
+    "train": f"--model.hidden 16 --model.heads 2 --optimizer.images {STEPS * BATCH} --optimizer.batch {BATCH} "
+    f"--checkpoint-every {STEPS * BATCH // 4} --sample-every {STEPS * BATCH // 2} --num-samples 4 "
+    "--sampling.steps 2 --threads 1",
+    "sample": f"--num {SAMPLES}",
+    "evaluate": "--device cpu",
+}
+"""Flags that take the place of the page's."""
+REPLACED = {
+    "stabilityai/sd-vae-ft-mse": "vae",
+    "--block-passes 560": "--block-passes 120",  # of two explicit blocks and at least one iteration, twenty times
+    "--device cuda": "--device cpu",
+    "--optimizer.precision bf16": "--optimizer.precision no",
+    "--features inception": "--features digits",  # Inception's weights are not at hand
+    "--nproc_per_node 8": "--nproc_per_node 2",
+}
+
+
+def small(command: str) -> tuple[str, list[str], int]:
+    """Module, arguments and number of processes of a command at small scale."""
+    for full, less in REPLACED.items():
+        command = command.replace(full, less)
+    processes = int(match[1]) if (match := re.search(r"--nproc_per_node (\d+)", command)) else 1
+    module, given = re.search(r"-m (apps\.diffusion\.\w+) (.*)", command).groups()
+    argv, changed = given.split(), SMALL[module.rpartition(".")[2]].split()
+    if "--resume" in argv:
+        return module, [*argv, "--optimizer.images", str(2 * STEPS * BATCH)], processes
+    for flag in (each for each in changed if each.startswith("--")):
+        if flag in argv:
+            at = argv.index(flag)
+            del argv[at : at + 2]
+    if "imagenet-dit" in argv:
+        changed += ["--model.depth", "2"]
+    return module, [*argv, *changed], processes
+
+
+def test_the_page_has_the_commands_of_the_whole_path():
+    names = [re.search(r"apps\.diffusion\.(\w+)", command)[1] for command in COMMANDS]
+    assert names == ["encode", "train", "train", "train", "sample", "evaluate"]
+    assert all("torchrun --nproc_per_node 8 -m" in command for command in COMMANDS[:-1])
+
+
+def test_the_numbers_of_the_page_are_those_of_the_presets():
+    for name in ("imagenet", "imagenet-dit"):
+        config = PRESETS[name]()
+        assert (config.optimizer.images, config.optimizer.batch) == (400_000 * 512, 512)
+        assert config.checkpoint_every == 10_000 * 512 and config.keep == 3
+    latents = 1_281_167 * 2 * 2 * 4 * 32 * 32 * 2
+    assert round(latents / 1e9) == 42 and -(-1_281_167 // 4096) == 313
+
+
+@pytest.mark.slow
+def test_every_command_runs_at_a_thousandth_of_the_scale(tmp_path):
+    classes = 10
+    for i in range(IMAGES):
+        pf.save(tmp_path / "imagenet" / "train" / f"n{i % classes:08d}" / f"{i}.png", pf.picture(i, 17, 16))
+    pf.tiny_vae().save_pretrained(tmp_path / "vae")
+    pixels = np.random.default_rng(0).integers(0, 256, (SAMPLES, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "VIRTUAL_imagenet256_labeled.npz", arr_0=pixels)
+    orders = [dict(zip(("module", "argv", "processes"), small(command), strict=True)) for command in COMMANDS]
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "apps" / "diffusion" / "command_forks.py"],
+        input="".join(json.dumps(order) + "\n" for order in orders),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == ["0"] * len(COMMANDS), done.stderr[-3000:]
+    index = json.loads((tmp_path / "latents" / "imagenet" / "index.json").read_text())
+    assert index["images"] == IMAGES and len(index["class_counts"]) == classes
+    for run, length in (("imagenet", 2), ("imagenet-dit", 1)):
+        metrics = json.loads((tmp_path / "runs" / run / "metrics.json").read_text())
+        assert metrics["images"] == length * STEPS * BATCH
+    archive = np.load(tmp_path / "samples" / "imagenet" / "samples.npz")
+    assert archive["arr_0"].shape == (SAMPLES, 16, 16, 3) and archive["arr_0"].dtype == np.uint8
+    assert (np.bincount(archive["arr_1"]) == SAMPLES // classes).all()
