@@ -50,6 +50,6 @@ def test_bytes_of_a_known_operator_and_the_roofline():
     assert compute.roofline(card, {**row, "bytes": 3_000_000_000}) == 3.0
 
 
-def test_half_precision_moves_half_the_bytes():
+def test_half_precision_multiplies_as_often_and_moves_fewer_bytes():
     full, half = (compute.counted(replace(SMALL, precision=p))[0] for p in ("fp32", "bf16"))
-    assert half["MACs"] == full["MACs"] and half["bytes"] == pytest.approx(full["bytes"] / 2, rel=0.05)
+    assert half["MACs"] == full["MACs"] and full["bytes"] / 2 <= half["bytes"] < full["bytes"]

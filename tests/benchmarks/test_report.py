@@ -86,7 +86,8 @@ def test_a_file_cut_short_is_named(tmp_path, chapter):
     for path in RESULTS.glob("*.json"):
         (tmp_path / path.name).write_text('{"tables": ')
     (tmp_path / "gpu_diffusion_h.json").write_text("[]")
-    (tmp_path / "memory_xl.json").write_text("[]")
+    for name in ("memory_xl.json", "compute_xl.json"):
+        (tmp_path / name).write_text("[]")
     with pytest.raises(SystemExit, match=r"\.json is (damaged|no result file)"):
         chapter.chapter(tmp_path, tmp_path)
 
@@ -152,5 +153,6 @@ def test_memory_at_full_size_is_read_from_the_file_of_a_gpu(tmp_path):
     rows.append(row("FPDM", "S-JFB (12, 12), the worst draw", 20_000))
     (tmp_path / "gpu_diffusion_bf16_8.json").write_text(json.dumps({"tables": {"training step": {"rows": rows}}}))
     text = size_and_memory.chapter(tmp_path, tmp_path)
-    assert "at XL/2*: 75 % less at batch 8, S-JFB (6, 7), the expected draw (`gpu_diffusion_bf16_8.json`)" in text
-    assert f"at XL/2*: {report.NOTHING} at that size" in size_and_memory.chapter(RESULTS, tmp_path)
+    expected = "S-JFB (6, 7), the expected draw (`gpu_diffusion_bf16_8.json`)"
+    assert f"at XL/2*: on a GPU 75 % less at batch 8, {expected}" in text
+    assert f"at XL/2*: on a GPU {report.NOTHING};" in size_and_memory.chapter(RESULTS, tmp_path)
