@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from apps.diffusion.models import FPDM, DiT, layers
 from benchmarks.diffusion import steps
-from benchmarks.diffusion.steps import Inputs, Scale, Step
+from benchmarks.diffusion.steps import Scale, Step
 from benchmarks.harness import RESULTS, VIEWS, OperatorCounter, paired, provenance, read_result, write_result
 from implicit import JFB, Unrolled
 
@@ -97,45 +97,43 @@ class Traffic(TorchDispatchMode):
 
 
 def network(kind: type[DiT] | type[FPDM], scale: Scale) -> Any:
-    """The network on the scale's device, in its precision."""
+    """The network on the scale's device."""
     depth: dict[str, Any] = {"depth": scale.depth} if kind is DiT else {}
     made: Any
     with torch.device(scale.device):
         made = kind(input_size=scale.side, hidden_size=scale.hidden, num_heads=scale.heads, learn_sigma=True, **depth)
-    return nn.Module.to(made, torch.bfloat16) if scale.precision == "bf16" else made
+    return made
 
 
 def works(scale: Scale) -> dict[str, tuple[nn.Module, Step, int]]:
     """Name of the work -> the network, a closure that does it once, and its MACs by the formula of the models."""
-    fpdm, dit, batch = steps.draw_weights(network(FPDM, scale)), steps.draw_weights(network(DiT, scale)), _inputs(scale)
+    fpdm, dit, batch = (
+        steps.draw_weights(network(FPDM, scale)),
+        steps.draw_weights(network(DiT, scale)),
+        steps.inputs(scale),
+    )
     free, tracked = TRAINED
     tokens = torch.zeros(scale.batch, fpdm.tokens, scale.hidden, device=scale.device, dtype=fpdm.dtype)
     condition = torch.zeros(scale.batch, scale.hidden, device=scale.device, dtype=fpdm.dtype)
     with torch.no_grad():
         prepared = fpdm.prepare(tokens, condition)
     block, (one, more) = fpdm.blocks_pre[0], (fpdm.macs(1), fpdm.macs(2))
-    training = replace(scale, precision="fp32")  # no autocast: the weights have the dtype
     return {
-        "block": (block, steps.sampling(lambda: block(tokens, condition), training), dit.block_macs()),
-        "iteration": (fpdm, steps.sampling(lambda: fpdm.iteration(tokens, *prepared), training), more - one),
-        "sampling step, DiT": (dit, steps.sampling(lambda: dit(*batch), training), dit.macs()),
+        "block": (block, steps.sampling(lambda: block(tokens, condition), scale), dit.block_macs()),
+        "iteration": (fpdm, steps.sampling(lambda: fpdm.iteration(tokens, *prepared), scale), more - one),
+        "sampling step, DiT": (dit, steps.sampling(lambda: dit(*batch), scale), dit.macs()),
         f"sampling step, FPDM, {SAMPLED} iterations": (
             fpdm,
-            steps.sampling(steps.ours(fpdm, batch, SAMPLED), training),
+            steps.sampling(steps.ours(fpdm, batch, SAMPLED), scale),
             fpdm.macs(SAMPLED),
         ),
-        "training step, DiT": (dit, steps.training(dit, lambda: dit(*batch), training), 3 * dit.macs()),
+        "training step, DiT": (dit, steps.training(dit, lambda: dit(*batch), scale), 3 * dit.macs()),
         f"training step, FPDM, (n, m) = {TRAINED}": (
             fpdm,
-            steps.training(fpdm, steps.ours(fpdm, batch, free, JFB(tracked)), training),
+            steps.training(fpdm, steps.ours(fpdm, batch, free, JFB(tracked)), scale),
             3 * fpdm.macs(tracked) + free * (more - one),
         ),
     }
-
-
-def _inputs(scale: Scale) -> Inputs:
-    x, t, y = steps.inputs(scale)
-    return x.to(torch.bfloat16 if scale.precision == "bf16" else torch.float32), t, y
 
 
 @contextmanager
@@ -158,9 +156,10 @@ def counted(scale: Scale) -> list[dict[str, Any]]:
             with Traffic() as traffic:
                 step()
             macs = flops.get_total_flops() // 2
-            row = {"work": name, "batch": scale.batch, "precision": scale.precision, "MACs": macs}
-            row |= {"MACs by formula": formula * scale.batch, "bytes": traffic.bytes}
-            rows.append(row | {"roofline ms": {card.name: 1e3 * roofline(card, row) for card in CARDS}})
+            for precision, size in (("fp32", 4), ("bf16", 2)):  # numbers of half the size
+                row = {"work": name, "batch": scale.batch, "precision": precision, "MACs": macs}
+                row |= {"MACs by formula": formula * scale.batch, "bytes": traffic.bytes * size // 4}
+                rows.append(row | {"roofline ms": {card.name: 1e3 * roofline(card, row) for card in CARDS}})
     return rows
 
 
@@ -217,12 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
         "command": "python -m benchmarks.diffusion.compute",
         **provenance("cpu", "diffusers"),
         "cards": [vars(card) for card in CARDS],
-        "counts": [
-            row
-            for batch in (1, 64)
-            for precision in ("fp32", "bf16")
-            for row in counted(replace(XL, batch=batch, precision=precision))
-        ],
+        "counts": [row for batch in (1, 64) for row in counted(replace(XL, batch=batch))],
         "kernels": {
             f"{free} free, {tracked} tracked": kernels_over_a_bare_loop(XL, free, tracked)
             for free, tracked in ((SAMPLED, 0), TRAINED)

@@ -14,7 +14,7 @@ SMALL = Scale(hidden=64, heads=4, side=8, depth=3, batch=2)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_counted_multiply_accumulates_are_those_of_the_models_formulas(batch):
     rows = compute.counted(replace(SMALL, batch=batch))
-    assert len(rows) == 6
+    assert len(rows) == 12
     for row in rows:
         assert row["MACs"] == pytest.approx(row["MACs by formula"], rel=0.02), row["work"]
 
@@ -48,8 +48,3 @@ def test_bytes_of_a_known_operator_and_the_roofline():
     assert compute.roofline(card, row) == 1.0
     assert compute.roofline(card, {**row, "precision": "bf16"}) == 0.25
     assert compute.roofline(card, {**row, "bytes": 3_000_000_000}) == 3.0
-
-
-def test_half_precision_multiplies_as_often_and_moves_fewer_bytes():
-    full, half = (compute.counted(replace(SMALL, precision=p))[0] for p in ("fp32", "bf16"))
-    assert half["MACs"] == full["MACs"] and full["bytes"] / 2 <= half["bytes"] < full["bytes"]
