@@ -1,6 +1,8 @@
 """Fixed points in PyTorch: solvers x gradient estimators x diagnostics."""
 
 from implicit.deq import DEQ as DEQ
+from implicit.diagnostics.diagnose import Diagnosis as Diagnosis
+from implicit.diagnostics.diagnose import diagnose as diagnose
 from implicit.fixed_point import fixed_point as fixed_point
 from implicit.grads import GMRES as GMRES
 from implicit.grads import IFT as IFT

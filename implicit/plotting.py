@@ -27,11 +27,25 @@ def convergence(solutions: Mapping[str, Solution], ax: "Axes | None" = None, *, 
     Raises:
         ValueError: a solution has no trace.
     """
-    ax = _axes(ax)
+    traces: dict[str, Tensor] = {}
     for label, solution in solutions.items():
         if solution.trace is None:
             raise ValueError(f"The solution {label!r} has no trace: solve with trace=True.")
-        worst = solution.trace.detach().nan_to_num(nan=-torch.inf).amax(dim=1).cpu()
+        traces[label] = solution.trace
+    return residuals(traces, ax, relative=relative)
+
+
+def residuals(traces: Mapping[str, Tensor], ax: "Axes | None" = None, *, relative: bool = False) -> "Axes":
+    """Residual against evaluations, one line per label: the worst sample still running.
+
+    Args:
+        traces: label -> (evaluations, B) residuals, NaN where a sample had finished.
+        ax: where to draw; default a new figure.
+        relative: divide by the first residual.
+    """
+    ax = _axes(ax)
+    for label, trace in traces.items():
+        worst = trace.detach().nan_to_num(nan=-torch.inf).amax(dim=1).cpu()
         worst = worst / worst[0] if relative else worst
         ax.semilogy(range(1, len(worst) + 1), worst.tolist(), label=label)
     ax.set_xlabel("evaluations of f")

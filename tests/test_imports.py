@@ -30,7 +30,7 @@ APP = (
     ("training",),
     ("pipeline",),
     ("cli",),
-    ("train", "sample", "evaluate", "encode", "convert", "distill"),
+    ("train", "sample", "evaluate", "encode", "convert", "diagnose", "distill"),
 )
 COMMANDS = APP[-1]
 BELOW_THEIR_PACKAGE = {"linear.arnoldi", "linear.hessenberg"}  # modules that the solvers use

@@ -1,5 +1,11 @@
 """What kind of fixed point is this, and what do gradient estimators make of it? One question a file."""
 
+from implicit.diagnostics.diagnose import Condition as Condition
+from implicit.diagnostics.diagnose import Diagnosis as Diagnosis
+from implicit.diagnostics.diagnose import Finding as Finding
+from implicit.diagnostics.diagnose import Recommendation as Recommendation
+from implicit.diagnostics.diagnose import SolverRow as SolverRow
+from implicit.diagnostics.diagnose import diagnose as diagnose
 from implicit.diagnostics.gradient_bias import BiasRow as BiasRow
 from implicit.diagnostics.gradient_bias import GradientBias as GradientBias
 from implicit.diagnostics.gradient_bias import every_estimator as every_estimator

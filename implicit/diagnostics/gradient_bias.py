@@ -130,10 +130,10 @@ def gradient_bias(
     """
     z0 = map_tensors(Tensor.detach, z0)
     layout = Layout.of(z0, batch_dims)
-    wanted = _found(f, z0, args) if params is None else tuple(params)
+    wanted = differentiable_tensors(f, z0, args) if params is None else tuple(params)
     if not wanted or not all(p.requires_grad for p in wanted):
         raise ValueError("params must be tensors that require gradients and that f uses; there are none.")
-    loss = loss or partial(_projection, layout)
+    loss = loss or partial(random_projection, layout)
     how: dict[str, Any] = dict(solver=solver, stop=stop, batch_dims=batch_dims)
     truth, kind = exact_gradient(f, z0, args, wanted, loss, solver, layout)
     if not truth.norm() > 0:
@@ -142,21 +142,21 @@ def gradient_bias(
     def forward(grad: AbstractGrad, f: Map) -> Tensor:
         solution = fixed_point(f, z0, *args, grad=grad, **how)
         if not isinstance(grad, StochasticJFB):  # whose budget is its draw
-            _say_how_it_ended(solution)
+            warn_how_it_ended(solution)
         return loss(solution.value)
 
     def solve() -> None:
         with torch.no_grad():
             fixed_point(f, z0, *args, **how)
 
-    chosen = _labelled(every_estimator() if estimators is None else estimators)
+    chosen = labelled(every_estimator() if estimators is None else estimators)
     taken: dict[str, list[Measured]] = {}
     runs: dict[str, Callable[[], object]] = {"": solve}
     for label, grad in chosen.items():
         count = draws if isinstance(grad, StochasticJFB) else 1
         taken[label] = [measure(partial(forward, grad), f, wanted) for _ in range(count)]
         if all(one.gradient is not None for one in taken[label]):
-            runs[label] = partial(_gradient, partial(forward, grad), f, wanted)
+            runs[label] = partial(gradient, partial(forward, grad), f, wanted)
     times = paced(runs, repeats, layout.device) if repeats else {}
     rows = tuple(
         row(label, taken[label], truth, times[label] / times[""] if label in times else torch.nan) for label in chosen
@@ -189,7 +189,8 @@ def row(label: str, taken: Sequence[Measured], truth: Float[Tensor, " n"], time:
     )
 
 
-def _say_how_it_ended(solution: Solution) -> None:
+def warn_how_it_ended(solution: Solution) -> None:
+    """Warn (RuntimeWarning) where samples did not converge, and how they ended."""
     codes = [Result(code).name for code in solution.result.tolist()]
     bad = sorted({code for code in codes if code != Result.CONVERGED.name})
     if bad:
@@ -197,13 +198,14 @@ def _say_how_it_ended(solution: Solution) -> None:
         warnings.warn(f"{short} of {len(codes)} samples ended with {', '.join(bad)}.", RuntimeWarning, stacklevel=2)
 
 
-def _gradient(forward: Callable[[Map], Tensor], f: Map, wanted: Sequence[Tensor]) -> None:
+def gradient(forward: Callable[[Map], Tensor], f: Map, wanted: Sequence[Tensor]) -> None:
+    """Forward and backward pass once, to be timed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they were noted already
         torch.autograd.grad(forward(f), wanted, allow_unused=True)
 
 
-def _found(f: Map, z0: State, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def differentiable_tensors(f: Map, z0: State, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """Every tensor that f uses and that requires gradients, found by watching it run."""
     tracer = ClosureTracer(tensors(z0))
     with torch.enable_grad(), tracer:
@@ -211,14 +213,15 @@ def _found(f: Map, z0: State, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
     return tuple(t for t in tracer.tensors if t.requires_grad)
 
 
-def _projection(layout: Layout, value: State) -> Tensor:
+def random_projection(layout: Layout, value: State) -> Tensor:
     """<v, z> for a fixed random v, per sample over sqrt(N), averaged."""
     z = layout.pack(value)
     v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
     return (v * z).sum(dim=1).mean() / z.shape[1] ** 0.5
 
 
-def _labelled(estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad]) -> dict[str, AbstractGrad]:
+def labelled(estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad]) -> dict[str, AbstractGrad]:
+    """Estimators by name, or by their settings where they have none."""
     if isinstance(estimators, Mapping):
         return {str(name): grad for name, grad in estimators.items()}
     labelled: dict[str, AbstractGrad] = {}
@@ -230,8 +233,8 @@ def _labelled(estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad]) -
     return labelled
 
 
-def label(grad: AbstractGrad) -> str:
-    """An estimator's name with the settings that are not its defaults: ``JFB(steps=5)``."""
+def label(grad: AbstractGrad | AbstractSolver[Any] | Stop) -> str:
+    """The name of an estimator, solver or criterion with the settings that are not its defaults: ``JFB(steps=5)``."""
     set_apart = []
     for f in fields(grad):  # pyright: ignore[reportArgumentType]: estimators are dataclasses
         value = getattr(grad, f.name)

@@ -27,11 +27,19 @@ class Counter:
     evals: int = 0
     products: int = 0
 
+    def evaluation(self) -> None:
+        """Count an evaluation of f."""
+        self.evals += 1
+
+    def product(self) -> None:
+        """Count a vector-Jacobian product."""
+        self.products += 1
+
     def watch(self, f: Map) -> Map:
         """f, counted."""
 
         def watched(z: State, *args: Any) -> State:
-            self.evals += 1
+            self.evaluation()
             out = f(z, *args)
             return rebuild(out, iter(_Tap.apply(self, *leaves(out))))
 
@@ -49,7 +57,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.counter.products += 1
+        ctx.counter.product()
         return (None, *grads)
 
 
@@ -110,9 +118,19 @@ class Measured:
     note: str
 
 
-def measure(forward: Callable[[Map], Tensor], f: Map, params: Sequence[Tensor]) -> Measured:
-    """Run ``forward(f)``, a scalar loss, and its backward pass once, on the scales. A failure is a `note`."""
-    counter, memory, saved = Counter(), Bytes(), 0
+def measure(
+    forward: Callable[[Map], Tensor], f: Map, params: Sequence[Tensor], counter: Counter | None = None
+) -> Measured:
+    """Run ``forward(f)``, a scalar loss, and its backward pass once, and measure both. A failure is a `note`.
+
+    Args:
+        forward: makes the loss with the f that it is given.
+        f: the map.
+        params: gradients with respect to what.
+        counter: counts along, from what it has counted before; it may raise to end the run.
+    """
+    counter, memory, saved = Counter() if counter is None else counter, Bytes(), 0
+    evals, products = counter.evals, counter.products
     gradient, notes = None, []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -127,7 +145,9 @@ def measure(forward: Callable[[Map], Tensor], f: Map, params: Sequence[Tensor]) 
     notes += [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
     if gradient is not None and not gradient.isfinite().all():
         notes.append("The gradient is not finite.")
-    return Measured(gradient, counter.evals, counter.products, saved, memory.peak, " ".join(dict.fromkeys(notes)))
+    return Measured(
+        gradient, counter.evals - evals, counter.products - products, saved, memory.peak, " ".join(dict.fromkeys(notes))
+    )
 
 
 def flat(grads: Iterable[Tensor | None], params: Sequence[Tensor]) -> Float[Tensor, " n"]:

@@ -39,8 +39,11 @@ def exact_gradient(
     loss: Loss,
     solver: AbstractSolver[Any],
     layout: Layout,
+    dense: int | None = None,
 ) -> tuple[Float[Tensor, " n"], str]:
     """dL/dtheta for every theta in `wanted` as one float64 vector, and how it was found.
+
+    The Jacobian is formed where a sample has at most `dense` numbers; by default where all Jacobians fit `_DENSE`.
 
     Raises:
         NotConverged: the solution or the linear system was not found well enough to judge estimators by.
@@ -59,10 +62,10 @@ def exact_gradient(
         g, *direct = torch.autograd.grad(total, (end, *wanted), allow_unused=True)
 
     g = torch.zeros_like(z) if g is None else g
-    dense = z.shape[0] * z.shape[1] ** 2 <= _DENSE
-    u = _directly(act, g) if dense else _iterated(act, g, replace(tight, rtol=4 * layout.eps), layout)
+    formed = z.shape[0] * z.shape[1] ** 2 <= _DENSE if dense is None else z.shape[1] <= dense
+    u = _directly(act, g) if formed else _iterated(act, g, replace(tight, rtol=4 * layout.eps), layout)
     through = vjp(y, wanted, u.to(y.dtype))
-    kind = "a dense linear solve" if dense else "an iterated linear solve"
+    kind = "a dense linear solve" if formed else "an iterated linear solve"
     return flat(direct, wanted) + flat(through, wanted), f"{kind} at a solution of relative residual {off:.0e}"
 
 

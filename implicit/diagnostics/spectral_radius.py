@@ -7,7 +7,7 @@ Setting: J = df/dz at z. J^T has the eigenvalues of J, and its products are vect
 
 The eigenvalues t of the small H (Ritz values) approach those of J from the outside of the spectrum inwards, complex
 pairs and pairs +-t included; with H s = t s the vector Q s has the residual |h_{m+1,m} s_m| (Saad, "Numerical Methods
-for Large Eigenvalue Problems", 2nd edition, 2011, section 6.2).
+for Large Eigenvalue Problems", 2nd edition, 2011, section 6.2). The powers (J^T)^k q_1 = Q H^k e_1 come with it.
 """
 
 import warnings
@@ -26,6 +26,7 @@ from implicit.pytree import Flat, Layout, Map, PerSample, State, norm
 from implicit.solvers.history_buffer import HistoryBuffer
 
 _CHECK = 5  # products between two computations of the Ritz values
+_POWERS = 60  # powers of J that are followed where the basis is complete
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +37,12 @@ class Spectrum:
         values: (B, m) the largest modulus first; NaN where a sample needed fewer than m products.
         error: (B,) residual of the leading Ritz pair, relative to its modulus; 0 where the basis spans all that J can
             reach. A bound on the error of the radius for normal J, an estimate for others.
+        growth: (B, K) log ||(J^T)^k q|| for the random unit start q and k = 1 .. K; NaN where the basis is too small.
     """
 
     values: Complex[Tensor, "B m"]
     error: Float[Tensor, " B"]
+    growth: Float[Tensor, "B K"]
 
     @property
     def radius(self) -> Float[Tensor, " B"]:
@@ -145,8 +148,28 @@ def _arnoldi(act: Callable[[Flat], Flat], start: Flat, products: int, tol: float
             error = torch.where(running, residual, error)
             running = running & ~(error <= tol) & torch.isfinite(whole)
             if not running.any():
-                return Spectrum(values[:, : k + 1], error)
-    return Spectrum(values, error)
+                break
+    made = k + 1
+    return Spectrum(values[:, :made], error, _growth(h[:, : made + 1, :made], size))
+
+
+def _growth(h: Float[Tensor, "B m1 m"], size: Tensor) -> Float[Tensor, "B K"]:
+    """log ||(J^T)^k q|| = log ||H^k e_1||, exact for k below the dimension of the basis or for all if it is full."""
+    m = h.shape[2]
+    square = torch.nan_to_num(h[:, :m])
+    last = h.gather(1, size.clamp(max=m).view(-1, 1, 1).expand(-1, 1, m))[:, 0]
+    complete = (size < m) | (last.gather(1, (size - 1).clamp(min=0).unsqueeze(1))[:, 0] == 0)
+    x = torch.zeros_like(square[:, :, :1])
+    x[:, 0] = 1
+    total = torch.zeros(len(h), dtype=h.dtype, device=h.device)
+    columns = []
+    for k in range(1, max(m, _POWERS) + 1):
+        x = torch.bmm(square, x)
+        norms = x.norm(dim=1, keepdim=True)
+        total = total + norms[:, 0, 0].log()
+        x = torch.where(norms > 0, x / norms, 0.0)
+        columns.append(torch.where(complete | (k < size), total, torch.nan))
+    return torch.stack(columns, dim=1)
 
 
 def _ritz(h: Float[Tensor, "B m1 m"], size: Tensor) -> tuple[Complex[Tensor, "B m"], PerSample]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,4 +34,28 @@ def loss_curve(history: Sequence[tuple[int, float]], path: Path, title: str) -> 
         side("{x:g}")
     axes.grid(which="both", alpha=0.3)
     axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def timestep_curves(timesteps: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """Draws curves over the timesteps, the noisiest at the left, a panel for each quantity.
+
+    Args:
+        timesteps: in the order of sampling.
+        panels: quantity -> name of a curve -> its values, NaN where there is none.
+        path: of the PNG file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (quantity, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, values in curves.items():
+            axes.plot(timesteps, values, marker=".", label=name)
+        axes.set(xlabel="timestep", ylabel=quantity)
+        axes.invert_xaxis()
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=120)

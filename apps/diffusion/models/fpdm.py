@@ -128,12 +128,7 @@ class FPDM(Frame):
                 `iterations` together with `stop`.
         """
         stop = self._stop(iterations, stop)
-        h, t_emb, y_emb = self.embed(x, t, y)
-        c = t_emb if y_emb is None else t_emb + y_emb
-        outer = c if y_emb is None or self.condition_on_time else y_emb
-        for block in self.blocks_pre:
-            h = self.call(block, h, outer)
-        injected, modulation = self.prepare(h, c)
+        h, outer, injected, modulation = self._before(x, t, y)
         solution = fixed_point(
             self._iterate,
             self._start(start, h),
@@ -148,6 +143,13 @@ class FPDM(Frame):
             h = self.call(block, h, outer)
         prediction = self.image(h, outer)
         return (prediction, solution) if return_solution else prediction
+
+    def fixed_point_problem(
+        self, x: Float[Tensor, "B C H W"], t: Num[Tensor, "B"], y: Int[Tensor, "B"] | None = None
+    ) -> tuple[Callable[..., Tensor], Float[Tensor, "B T D"], tuple[Tensor, Tensor]]:
+        """(f, z0, args) of the fixed point z = f(z, *args) in a call with these inputs, from its fresh start."""
+        h, _, injected, modulation = self._before(x, t, y)
+        return self._iterate, h, (injected, modulation)
 
     def prepare(
         self, x: Float[Tensor, "B T D"], c: Float[Tensor, "B D"]
@@ -202,6 +204,15 @@ class FPDM(Frame):
         iteration = self.block_macs() + 6 * td2
         solve = k * (iteration - invariant) + invariant if hoisted else k * iteration
         return self.frame_macs() + explicit + solve
+
+    def _before(self, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens behind the pre-blocks, the condition of the explicit blocks, and what `prepare` makes."""
+        h, t_emb, y_emb = self.embed(x, t, y)
+        c = t_emb if y_emb is None else t_emb + y_emb
+        outer = c if y_emb is None or self.condition_on_time else y_emb
+        for block in self.blocks_pre:
+            h = self.call(block, h, outer)
+        return h, outer, *self.prepare(h, c)
 
     def _iterate(self, z: Tensor, injected: Tensor, modulation: Tensor) -> Tensor:
         return self.call(self._compiled or self.iteration, z, injected, modulation)

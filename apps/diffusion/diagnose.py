@@ -1,0 +1,136 @@
+"""Diagnose the fixed point of a trained FPDM over the timesteps: `python -m apps.diffusion.diagnose RUN --out DIR`.
+
+Writes diagnosis.md, a table with a row for each timestep (kind of fixed point, spectral radius of df/dz, iterations of
+plain iteration by tolerance, evaluations by solver), diagnosis.json with the same numbers, and diagnosis.png.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from apps.diffusion.checkpoint.open_network import OpenedNetwork, open_network
+from apps.diffusion.checkpoint.pretrained import locate
+from apps.diffusion.cli import device_of, run_command
+from apps.diffusion.config.sampling import SamplingOptions
+from apps.diffusion.files.atomic import make_folder, write_text
+from apps.diffusion.files.plots import timestep_curves
+from apps.diffusion.sampling.diagnosis import TimestepDiagnosis, diagnose_timesteps, table
+from apps.diffusion.sampling.options import class_numbers, plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Diagnose the fixed point of a trained FPDM over the timesteps; sampling options left out are those of its run."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of a training run, a pipeline or a model, or the name of a network of the repository (mnist-fpdm)."""
+    num: int = 4
+    """Number of samples in the batch."""
+    classes: tuple[str, ...] = ()
+    """Classes to cycle through, by number or name; default: all."""
+    sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
+    """Sampling options: they decide which noisy images the layer sees."""
+    tolerance: float = 1e-4
+    """Relative tolerance that the solvers have to meet."""
+    budget: int = 1000
+    """Most evaluations of the layer and products with its Jacobian at each timestep."""
+    seed: int = 0
+    """Random seed of the samples."""
+    weights: Literal["ema", "model"] = "ema"
+    """Averaged weights of a run, or its last ones."""
+    out: Path | None = None
+    """Output folder; default: diagnosis, inside the run, or diagnosis/NAME for a network by name."""
+    device: str = "cpu"
+    """Device, such as cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if self.num < 1 or self.seed < 0 or self.budget < 1:
+            raise ValueError(
+                f"--num and --budget must be at least 1 and --seed at least 0, got {self.num}, {self.budget} and "
+                f"{self.seed}."
+            )
+        if not 0 < self.tolerance < 1:
+            raise ValueError(f"--tolerance must lie between 0 and 1, got {self.tolerance}.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code (see cli.py)."""
+
+    def command(args: list[str]) -> None:
+        options = (tyro.conf.CascadeSubcommandArgs,)
+        run(tyro.cli(Request, args=args, prog="python -m apps.diffusion.diagnose", config=options))
+
+    return run_command("diagnose", command, argv)
+
+
+def run(request: Request) -> None:
+    """Diagnose, write the files and print the table.
+
+    Raises:
+        ValueError: no FPDM in the folder, or options that do not fit it.
+    """
+    device = device_of(request.device)
+    opened = open_network(request.run, request.weights)
+    if opened.threads is not None:
+        torch.set_num_threads(opened.threads)
+    torch.nn.Module.to(opened.model, torch.device(device))
+    chosen = plan(opened.model, opened.scheduler, request.sampling, defaults=opened.options)
+    rows = diagnose_timesteps(
+        opened.model,  # pyright: ignore[reportArgumentType]: a DiT is refused there
+        chosen,
+        _labels(request, opened),
+        num=request.num,
+        seed=request.seed,
+        tolerance=request.tolerance,
+        budget=request.budget,
+        device=device,
+    )
+    inside = locate(request.run) == request.run
+    out = request.out or (request.run / "diagnosis" if inside else Path("diagnosis") / request.run)
+    _write(out, request, rows)
+    print(table(rows))
+    print(f"Columns 1e-01 to 1e-04: iterations of plain iteration; solvers: evaluations to {request.tolerance:g}.")
+    print(f"diagnosis.md, diagnosis.json and diagnosis.png are in {out}")
+
+
+def _labels(request: Request, opened: OpenedNetwork) -> list[int] | None:
+    """A class for each sample; None for an unconditional network."""
+    count = opened.model.num_classes
+    if count == 0 and request.classes:
+        raise ValueError("--classes does not apply to this network, which is unconditional; leave it out.")
+    if count == 0:
+        return None
+    classes = class_numbers("--classes", request.classes, count, opened.classes, null=False) or range(count)
+    return [classes[i % len(classes)] for i in range(request.num)]
+
+
+def _write(out: Path, request: Request, rows: list[TimestepDiagnosis]) -> None:
+    make_folder(out)
+    settings = {"num": request.num, "seed": request.seed, "tolerance": request.tolerance, "budget": request.budget}
+    content = {"settings": settings, "timesteps": [row.summary() for row in rows]}
+    write_text(out / "diagnosis.json", json.dumps(content, indent=1) + "\n")
+    write_text(out / "diagnosis.md", table(rows) + "\n")
+    radius = {
+        "largest": [max(row.radius, default=float("nan")) for row in rows],
+        "smallest": [min(row.radius, default=float("nan")) for row in rows],
+    }
+    evaluations = {
+        name: [float("nan") if (n := row.solvers()[name]) is None else float(n) for row in rows]
+        for name in rows[0].solvers()
+    }
+    panels = {
+        "spectral radius of df/dz": radius,
+        f"evaluations to a relative residual of {request.tolerance:g}": evaluations,
+    }
+    timestep_curves([row.t for row in rows], panels, out / "diagnosis.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,9 @@
+"""Why did it not converge, and what to do about it: one call, one question a file."""
+
+from implicit.diagnostics.diagnose.condition import Condition as Condition
+from implicit.diagnostics.diagnose.condition import Finding as Finding
+from implicit.diagnostics.diagnose.estimator_trials import EstimatorTable as EstimatorTable
+from implicit.diagnostics.diagnose.report import Diagnosis as Diagnosis
+from implicit.diagnostics.diagnose.report import Recommendation as Recommendation
+from implicit.diagnostics.diagnose.run import diagnose as diagnose
+from implicit.diagnostics.diagnose.solver_trials import SolverRow as SolverRow

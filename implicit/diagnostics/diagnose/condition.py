@@ -1,0 +1,66 @@
+"""Conditions that a fixed-point problem can be in, and the findings of a diagnosis.
+
+Setting: J = df/dz at the fixed point, lambda its eigenvalues. The iteration z' = d z + (1 - d) f(z) multiplies the
+error along an eigenvector by d + (1 - d) lambda, which some damping d in [0, 1) brings inside the unit circle exactly
+if Re lambda < 1. So there are three kinds of fixed point:
+
+    contractive    |lambda| < 1 for all         plain iteration converges
+    oscillating    some |lambda| >= 1, all of them with Re lambda < 1: plain iteration fails, a damped one converges
+    expanding      some Re lambda >= 1          no damping helps; solvers that use the Jacobian or differences do
+"""
+
+import enum
+from dataclasses import dataclass
+
+
+class Condition(enum.Enum):
+    """What a diagnosis can find; the value is the name in print."""
+
+    CONTRACTIVE = "contractive"
+    OSCILLATING = "oscillating"
+    EXPANDING = "expanding"
+    NON_NORMAL = "strongly non-normal"
+    KINKED = "kinked"
+    NOISY = "noisy f"
+    COUPLED = "coupled samples"
+    SEVERAL_FIXED_POINTS = "several fixed points"
+    STARTS_AT_EQUILIBRIUM = "starts at its equilibrium"
+    BELOW_ROUNDING = "tolerance below rounding"
+    NONFINITE = "f is not finite"
+
+    @property
+    def advice(self) -> str:
+        """What follows from the condition."""
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    Condition.CONTRACTIVE: "Plain iteration converges near the fixed point; accelerated solvers do so in fewer steps.",
+    Condition.OSCILLATING: "Plain iteration overshoots; damping or an accelerated solver converges.",
+    Condition.EXPANDING: "No damping makes plain iteration converge; use AndersonGS, Broyden or NewtonKrylov.",
+    Condition.NON_NORMAL: "Residuals grow for some steps before they shrink; use a window longer than that transient.",
+    Condition.KINKED: "f has no derivative at the fixed point; gradients there are one of several.",
+    Condition.NOISY: "Draw dropout masks and noise once before the solve, and put f into evaluation mode.",
+    Condition.COUPLED: "Pass batch_dims=0, which makes the whole state one system.",
+    Condition.SEVERAL_FIXED_POINTS: "The answer depends on the start; fix the start, and train and evaluate from it.",
+    Condition.STARTS_AT_EQUILIBRIUM: "The solve does nothing; inject the input into f, or start elsewhere.",
+    Condition.BELOW_ROUNDING: "No solver can meet this tolerance in this dtype; loosen rtol, or use float64.",
+    Condition.NONFINITE: "Look at f at the start; scale the state or use a wider dtype.",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A condition that was found.
+
+    Attributes:
+        condition: which.
+        evidence: the numbers it rests on.
+        samples: the samples it holds for; of a batch that is one system, sample 0.
+        certain: False where the numbers are close to the border, or were taken at a point that is no fixed point.
+    """
+
+    condition: Condition
+    evidence: str
+    samples: tuple[int, ...]
+    certain: bool = True

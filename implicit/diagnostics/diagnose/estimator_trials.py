@@ -1,0 +1,185 @@
+"""Which gradient estimator: bias, time and memory of each, beside the exact gradient, as far as the budget goes."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit.diagnostics.diagnose.budget import Budget, BudgetSpent
+from implicit.diagnostics.gradient_bias import (
+    BiasRow,
+    differentiable_tensors,
+    gradient,
+    labelled,
+    random_projection,
+    row,
+    warn_how_it_ended,
+)
+from implicit.diagnostics.profiling import Measured, measure, paced
+from implicit.diagnostics.reference_gradient import Loss, exact_gradient
+from implicit.fixed_point import fixed_point
+from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, StochasticJFB, Unrolled
+from implicit.pytree import Layout, Map, State
+from implicit.solution import NotConverged
+from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
+
+_DENSE = 64  # numbers a sample up to which the exact gradient comes from a dense solve
+_FASTER = 0.8  # share of the exact estimator's time at which an inexact one is preferred
+_MEMORY = 1.1  # share of its bytes at the peak up to which it is
+
+
+@dataclass(frozen=True)
+class EstimatorTable:
+    """Rows of the estimators that were measured, how the exact gradient was found, and what is missing."""
+
+    rows: tuple[BiasRow, ...] = ()
+    truth: str = ""
+    missing: str = ""
+
+
+def default_estimators() -> list[AbstractGrad]:
+    """The most used first, since the budget may end."""
+    return [IFT(), JFB(), Phantom(), Neumann(), JFB(5), SHINE(), Unrolled()]
+
+
+@dataclass(frozen=True, eq=False)
+class GradientProblem:
+    """What the gradients are of: the map, the loss of the solution's value, and the tensors to differentiate for."""
+
+    f: Map
+    z0: State
+    args: tuple[Any, ...]
+    solver: AbstractSolver[Any]
+    stop: Stop
+    layout: Layout
+    loss: Loss
+    wanted: tuple[Tensor, ...]
+
+    @classmethod
+    def of(
+        cls,
+        f: Map,
+        z0: State,
+        args: tuple[Any, ...],
+        solver: AbstractSolver[Any],
+        stop: Stop,
+        layout: Layout,
+        loss: Loss | None,
+        params: Iterable[Tensor] | None,
+        budget: Budget,
+    ) -> "GradientProblem":
+        """Fill in the loss and the tensors that f uses, at the cost of one evaluation."""
+        wanted = differentiable_tensors(budget.plain(f), z0, args) if params is None else tuple(params)
+        return cls(f, z0, args, solver, stop, layout, loss or partial(random_projection, layout), wanted)
+
+    def forward(self, grad: AbstractGrad, f: Map) -> Tensor:
+        """The loss, by one estimator."""
+        how: dict[str, Any] = dict(solver=self.solver, stop=self.stop, batch_dims=self.layout.batch_dims)
+        solution = fixed_point(f, self.z0, *self.args, grad=grad, **how)
+        if not isinstance(grad, StochasticJFB):  # whose budget is its draw
+            warn_how_it_ended(solution)
+        return self.loss(solution.value)
+
+    def solve(self) -> None:
+        """The forward solve alone."""
+        how: dict[str, Any] = dict(solver=self.solver, stop=self.stop, batch_dims=self.layout.batch_dims)
+        with torch.no_grad():
+            fixed_point(self.f, self.z0, *self.args, **how)
+
+
+def try_estimators(
+    problem: GradientProblem,
+    answer: State,
+    estimators: Sequence[AbstractGrad],
+    repeats: int,
+    evals: int,
+    budget: Budget,
+) -> EstimatorTable:
+    """Measure every estimator.
+
+    Args:
+        problem: what the gradients are of.
+        answer: the solution, from which the exact gradient's own solve starts.
+        estimators: which.
+        repeats: rounds of timing.
+        evals: evaluations of the forward solve.
+        budget: of all of it.
+    """
+    if not problem.wanted:
+        return EstimatorTable(missing="nothing that f uses requires gradients")
+    if not estimators:
+        return EstimatorTable(missing="no estimators were given")
+    f, layout = budget.watch(problem.f), problem.layout
+    try:
+        truth, kind = exact_gradient(
+            f, answer, problem.args, problem.wanted, problem.loss, problem.solver, layout, dense=_DENSE
+        )
+    except (NotConverged, BudgetSpent) as error:
+        return EstimatorTable(missing=f"the exact gradient was not found ({error})")
+    if not bool(truth.norm() > 0):
+        return EstimatorTable(missing="the exact gradient is 0")
+    taken: dict[str, Measured] = {}
+    for name, grad in labelled(estimators).items():
+        if budget.remaining <= evals:
+            break
+        taken[name] = measure(partial(problem.forward, grad), problem.f, problem.wanted, counter=budget)
+    times = _times(problem, labelled(estimators), taken, repeats, evals, budget)
+    rows = [row(name, [one], truth, times.get(name, math.nan)) for name, one in taken.items()]
+    left = [name for name in labelled(estimators) if name not in taken]
+    return EstimatorTable(tuple(rows), kind, f"not measured for lack of budget: {', '.join(left)}" if left else "")
+
+
+def _times(
+    problem: GradientProblem,
+    estimators: dict[str, AbstractGrad],
+    taken: dict[str, Measured],
+    repeats: int,
+    evals: int,
+    budget: Budget,
+) -> dict[str, float]:
+    """Time of each estimator as a ratio to the forward solve, in as many rounds as the budget allows."""
+    good = [name for name, one in taken.items() if one.gradient is not None]
+    each = evals + 2 + sum(taken[name].evals + taken[name].products for name in good)
+    repeats = min(repeats, budget.remaining // each - 1)
+    if repeats < 1 or not good:
+        return {}
+    budget.charge(each * (repeats + 1))
+    runs: dict[str, Callable[[], object]] = {"": problem.solve}
+    for name in good:
+        runs[name] = partial(gradient, partial(problem.forward, estimators[name]), problem.f, problem.wanted)
+    seconds = paced(runs, repeats, problem.layout.device)
+    return {name: seconds[name] / seconds[""] if seconds[""] else math.nan for name in good}
+
+
+def choose(table: EstimatorTable, error: float) -> tuple[str, str]:
+    """(label of the estimator to take, the reason): the exact one, unless another is as good and clearly faster."""
+    rows = {r.name: r for r in table.rows if not math.isnan(r.error)}
+    if "IFT" not in rows:
+        good = [r for r in rows.values() if r.error <= error]
+        if not good:
+            return "IFT", "IFT is the exact gradient" + (f"; {table.missing}" if table.missing else "")
+        least = min(good, key=lambda r: (r.time if not math.isnan(r.time) else math.inf, r.products))
+        return least.name, f"{least.name} has a relative error of {least.error:.1e}"
+    exact = rows["IFT"]
+    able = [r for r in rows.values() if r.error <= max(error, exact.error) and r.time <= _FASTER * exact.time]
+    able = [r for r in able if r.peak <= _MEMORY * exact.peak]
+    if able:
+        least = min(able, key=lambda r: r.time)
+        return least.name, (
+            f"{least.name} has a relative error of {least.error:.1e}, within {error:.0e}, at {least.time:.2f} times "
+            f"the forward solve; IFT takes {exact.time:.2f} times"
+        )
+    others = [r for r in rows.values() if r.error > error]
+    reason = f"IFT has a relative error of {exact.error:.1e}" + (
+        f" at {exact.time:.2f} times the forward solve" if not math.isnan(exact.time) else ""
+    )
+    if others:
+        near = min(others, key=lambda r: r.error)
+        reason += f"; {near.name} has {near.error:.1e}"
+        reason += f" at {near.time:.2f} times" if not math.isnan(near.time) else ""
+    return "IFT", reason

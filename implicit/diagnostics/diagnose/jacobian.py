@@ -1,0 +1,153 @@
+"""Kind of fixed point from the Jacobian J there: contractive, oscillating or expanding; non-normal; kinked.
+
+The kinds are those of `condition`. Two more questions:
+
+    non-normal    T = max_k ||(J^T)^k q|| / r^k, with q random and r the rate at which these norms grow in the end. For
+                  normal J the norms are log-convex in k, so that T <= 1; T is how many times a residual can grow
+                  beyond its final rate.
+    kinked        D(h) = ||f(z + h d) - 2 f(z) + f(z - h d)|| / (h ||d||) for random d, the difference of the one-sided
+                  slopes. Where f is differentiable D(h) falls like h; at a kink it does not.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from implicit.diagnostics.diagnose.condition import Condition, Finding
+from implicit.diagnostics.diagnose.map_checks import normal, root_mean_square
+from implicit.diagnostics.diagnose.solver_trials import SolverRow
+from implicit.diagnostics.spectral_radius import Spectrum
+from implicit.evaluation import FlatMap
+from implicit.pytree import Flat, PerSample, norm
+from implicit.solvers import Picard
+
+_BORDER = 0.02  # distance from 1 within which radius and real part do not tell the kinds apart
+_LOOSE = 0.1  # relative error of the leading Ritz value beyond which the kind is uncertain
+_TRANSIENT, _CLEAR = 10.0, 20.0  # growth that counts as strongly non-normal, and beyond doubt
+_SLOWEST = 0.1  # rates below this count as this: what falls faster is gone in a few steps
+_STEPS = (1e-2, 1e-3)  # h of the kinks, in units of the state's root mean square
+_KINK, _FALL = 0.05, 0.5  # least D(h) of a kink, as a share of the slopes themselves, and of D(1e-3) / D(1e-2)
+_FLAT = 0.1  # slopes below this count as this
+
+
+@dataclass(frozen=True, eq=False)
+class Kinds:
+    """Per sample: the spectral radius, the largest real part, min |1 - lambda| and the transient growth T."""
+
+    radius: PerSample
+    real: PerSample
+    gap: PerSample
+    transient: PerSample
+
+    @classmethod
+    def of(cls, spectrum: Spectrum) -> "Kinds":
+        """Read off the Ritz values."""
+        values, growth = spectrum.values, spectrum.growth
+        real = values.real.nan_to_num(nan=-torch.inf).amax(dim=1)
+        gap = (1 - values).abs().nan_to_num(nan=torch.inf).amin(dim=1)
+        return cls(spectrum.radius, real, gap, torch.stack([_transient(row) for row in growth.cpu()]).to(real.device))
+
+
+def _transient(growth: Tensor) -> Tensor:
+    """T of one sample from log ||(J^T)^k q||, k = 1 .. K."""
+    known = growth[torch.isfinite(growth)]
+    count = len(known)
+    if count < 2:
+        return torch.ones((), dtype=growth.dtype)
+    final = max(1, count // 4)
+    vanishes = count < len(growth) and bool(torch.isneginf(growth[count]))
+    rate = torch.full((), -torch.inf) if vanishes else (known[-1] - known[-1 - final]) / final
+    rate = rate.clamp_min(torch.tensor(_SLOWEST).log())
+    steps = torch.arange(1, count + 1, dtype=growth.dtype)
+    return (known - steps * rate).amax().clamp_min(0).exp()
+
+
+def kind(kinds: Kinds, spectrum: Spectrum, found: Tensor) -> list[Finding]:
+    """The kind of fixed point, of the worst samples, and whether J is strongly non-normal.
+
+    Args:
+        kinds: what `Kinds.of` made of the spectrum.
+        spectrum: of J at the best iterates.
+        found: (B,) whether these are fixed points.
+    """
+    known = torch.isfinite(kinds.radius)
+    expanding = known & (kinds.real >= 1)
+    oscillating = known & ~expanding & (kinds.radius >= 1)
+    contractive = known & ~expanding & ~oscillating
+    findings = []
+    for condition, mask, what, number in (
+        (Condition.EXPANDING, expanding, "largest real part of an eigenvalue", kinds.real),
+        (Condition.OSCILLATING, oscillating, "spectral radius", kinds.radius),
+        (Condition.CONTRACTIVE, contractive, "spectral radius", kinds.radius),
+    ):
+        if not bool(mask.any()):
+            continue
+        doubt = (number - 1).abs() <= _BORDER
+        if condition is Condition.OSCILLATING:
+            doubt |= (kinds.real - 1).abs() <= _BORDER
+        certain = ~doubt & (spectrum.error <= _LOOSE) & found
+        evidence = f"{what} of df/dz {_span(number[mask])}"
+        if not bool(found[mask].all()):
+            evidence += ", at the best iterate, which is no fixed point"
+        findings.append(Finding(condition, evidence, _samples(mask), bool(certain[mask].all())))
+    strong = known & (kinds.transient >= _TRANSIENT)
+    if bool(strong.any()):
+        worst = kinds.transient[strong]
+        evidence = f"powers of df/dz exceed their final rate {_span(worst)} times"
+        certain = bool((worst >= _CLEAR).all() and found[strong].all())
+        findings.append(Finding(Condition.NON_NORMAL, evidence, _samples(strong), certain))
+    return findings
+
+
+def kind_from_iterations(rows: Sequence[SolverRow]) -> Finding | None:
+    """The kind of fixed point by which iterations converged, plain and damped, where f has no derivative."""
+    able = {row.solver: row for row in rows if row.samples and row.converged == row.samples}
+    if not able:
+        return None
+    samples = tuple(range(next(iter(able.values())).samples))
+    for solver, condition in ((Picard(), Condition.CONTRACTIVE), (Picard(0.5), Condition.OSCILLATING)):
+        if solver in able:
+            evidence = f"{able[solver].name} converged in {able[solver].most} evaluations"
+            return Finding(condition, evidence, samples, certain=False)
+    return Finding(Condition.EXPANDING, f"only {', '.join(r.name for r in able.values())} converged", samples, False)
+
+
+def kinks(f: FlatMap, z: Flat, found: Tensor) -> Finding | None:
+    """Whether f has a kink at z: D(h) of two directions at two distances, nine evaluations."""
+    fz = f(z)
+    scale = root_mean_square(z)
+    scale = torch.where(scale > 10 * f.layout.eps, scale, root_mean_square(fz).clamp_min(1e-3)).unsqueeze(1)
+    differences, shares = [], []
+    for h in _STEPS:
+        worst = torch.zeros(len(z), dtype=z.dtype, device=z.device)
+        share = torch.zeros_like(worst)
+        for seed in (3, 4):
+            # D(h), where it is above the rounding of f, and the slopes on both sides
+            step = h * scale * normal(z, seed)
+            ahead, behind = f(z + step) - fz, f(z - step) - fz
+            second = norm(ahead + behind)
+            second = torch.where(second > 20 * f.layout.eps * (norm(fz) + norm(z)), second, 0.0).nan_to_num(nan=0.0)
+            worst = torch.maximum(worst, second / norm(step))
+            share = torch.maximum(share, second / (norm(ahead) + norm(behind)).clamp_min(_FLAT * norm(step)))
+        differences.append(worst)
+        shares.append(share)
+    kinked = (shares[1] >= _KINK) & (differences[1] >= _FALL * differences[0])
+    if not bool(kinked.any()):
+        return None
+    return Finding(
+        Condition.KINKED,
+        f"one-sided slopes of f at the fixed point differ by {_span(shares[1][kinked])} of their sum",
+        _samples(kinked),
+        certain=bool(found[kinked].all()),
+    )
+
+
+def _span(numbers: Tensor) -> str:
+    low, high = float(numbers.min()), float(numbers.max())
+    return f"{high:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
+
+
+def _samples(mask: Tensor) -> tuple[int, ...]:
+    return tuple(torch.nonzero(mask).flatten().tolist())

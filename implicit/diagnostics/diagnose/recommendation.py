@@ -1,0 +1,75 @@
+"""From findings and measurements to one recommendation with its reasons."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from implicit.diagnostics.diagnose.condition import Condition, Finding
+from implicit.diagnostics.diagnose.estimator_trials import EstimatorTable, choose
+from implicit.diagnostics.diagnose.report import Recommendation
+from implicit.diagnostics.diagnose.solver_trials import SolverRow
+from implicit.diagnostics.gradient_bias import labelled
+from implicit.grads import IFT, AbstractGrad
+from implicit.solvers import AndersonGS, Picard
+from implicit.stopping import Stop
+
+_SLACK = 2  # budget of evaluations over those that were measured
+_ABOVE = 10.0  # tolerance over the smallest residual
+
+
+def recommend(
+    findings: Sequence[Finding],
+    row: SolverRow | None,
+    rows: Sequence[SolverRow],
+    stop: Stop,
+    floor: float,
+    table: EstimatorTable,
+    estimators: Sequence[AbstractGrad],
+    error: float,
+    batch_dims: int,
+) -> Recommendation:
+    """The solver with the fewest evaluations, a tolerance that can be met, and the estimator by bias and time."""
+    conditions = {finding.condition for finding in findings}
+    reasons = [f.condition.advice for f in findings if f.condition in _FIRST]
+    solver = AndersonGS() if row is None else row.solver
+    reasons.append(_solver_reason(row, rows))
+    stop, why = _tolerance(stop, row, floor, Condition.BELOW_ROUNDING in conditions)
+    reasons += [why] if why else []
+    name, why = choose(table, error)
+    grad = labelled(estimators).get(name, IFT())
+    reasons.append(why + ".")
+    reasons += [f.condition.advice for f in findings if f.condition not in _FIRST]
+    return Recommendation(solver, stop, grad, batch_dims, tuple(dict.fromkeys(reasons)))
+
+
+# what has to be mended in f before anything else makes sense
+_FIRST = (Condition.NONFINITE, Condition.NOISY, Condition.COUPLED, Condition.STARTS_AT_EQUILIBRIUM)
+
+
+def _solver_reason(row: SolverRow | None, rows: Sequence[SolverRow]) -> str:
+    if row is None:
+        return "No solver could be run; the solver is the default."
+    if row.converged == 0:
+        return (
+            f"No solver met the tolerance for any sample; {row.name} came closest, to a relative residual of "
+            f"{row.residual:.1e}."
+        )
+    whole = f"{row.converged} of {row.samples} samples"
+    reason = f"{row.name} converged {whole} in {row.most} evaluations"
+    plain = next((r for r in rows if r.solver == Picard() and r is not row and r.samples), None)
+    if plain is not None:
+        how = f"took {plain.most}" if plain.converged == plain.samples else f"converged {plain.converged} samples"
+        reason += f"; plain iteration {how}"
+    return reason + "."
+
+
+def _tolerance(stop: Stop, row: SolverRow | None, floor: float, below: bool) -> tuple[Stop, str]:
+    """The user's tolerance, or ten times the smallest residual where that one is larger; and a budget that suffices."""
+    why = ""
+    if below and math.isfinite(floor):
+        rtol = float(f"{max(stop.rtol, _ABOVE * floor):.0e}")
+        why = f"rtol={rtol:g} is {_ABOVE:.0f} times the smallest relative residual that was reached, {floor:.1e}."
+        stop = replace(stop, rtol=rtol)
+    if row is not None and row.converged:
+        stop = replace(stop, max_evals=max(stop.max_evals, _SLACK * row.most))
+    return stop, why

@@ -1,0 +1,272 @@
+"""`diagnose`: measure a fixed-point problem on its own batch and say what to do."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit.diagnostics.diagnose import jacobian, map_checks, solutions, solver_trials
+from implicit.diagnostics.diagnose.budget import Budget, BudgetSpent
+from implicit.diagnostics.diagnose.condition import Condition, Finding
+from implicit.diagnostics.diagnose.estimator_trials import (
+    EstimatorTable,
+    GradientProblem,
+    default_estimators,
+    try_estimators,
+)
+from implicit.diagnostics.diagnose.jacobian import Kinds
+from implicit.diagnostics.diagnose.recommendation import recommend
+from implicit.diagnostics.diagnose.report import Diagnosis
+from implicit.diagnostics.diagnose.restore import restored
+from implicit.diagnostics.diagnose.solver_trials import Trial
+from implicit.diagnostics.reference_gradient import Loss
+from implicit.diagnostics.spectral_radius import Spectrum, spectrum
+from implicit.evaluation import FlatMap
+from implicit.grads.base import AbstractGrad
+from implicit.pytree import Layout, Map, State, map_tensors
+from implicit.solution import Result
+from implicit.solvers import Picard
+from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
+
+_PRODUCTS = 40  # most Ritz values
+_TOL = 1e-6  # of the leading one
+_NOTHING = float("nan")
+
+
+def diagnose(
+    f: Map,
+    z0: State,
+    *args: Any,
+    stop: Stop = Stop(),
+    solvers: Sequence[AbstractSolver[Any]] | None = None,
+    estimators: Sequence[AbstractGrad] | None = None,
+    params: Iterable[Tensor] | None = None,
+    loss: Loss | None = None,
+    gradient_error: float = 0.01,
+    batch_dims: int = 1,
+    budget: int = 3000,
+    repeats: int = 3,
+) -> Diagnosis:
+    """Does z = f(z, *args) converge from z0 and why not, which solver and tolerance to take, which gradient estimator.
+
+    Every answer is measured on the given batch. Modules, generators and global random state are left as they were; f
+    runs in the mode, training or evaluation, that it is in. Memory: forty states for the eigenvalues, and what the
+    solvers and estimators take.
+
+    Args:
+        f: the map f(z, *args).
+        z0: the start, ``(B, *)`` tensors.
+        args: passed on to f.
+        stop: the tolerance to be met. A solver may take `max_evals` evaluations, or 100 where that is more.
+        solvers: candidates, simplest first; default `solver_trials.CANDIDATES`.
+        estimators: candidates; default seven; () leaves gradients out.
+        params: gradients with respect to what; default every tensor that f uses and that requires gradients.
+        loss: a scalar from the solution's value; default a fixed random projection.
+        gradient_error: relative error of a gradient that is good enough where it saves a fifth of the exact one's time.
+        batch_dims: 0 makes the whole state one system. Samples that f couples are diagnosed as one system in any case.
+        budget: the most evaluations of f and products with its Jacobian, together; what it does not reach is `missing`.
+        repeats: rounds of timing.
+
+    Raises:
+        ValueError: f or z0 are not what `fixed_point` would accept, `stop` has no tolerance, or a number is out of
+            range.
+
+    Example:
+        >>> import torch, implicit
+        >>> report = implicit.diagnose(lambda z: 1 - 1.5 * torch.sin(z), torch.zeros(1, 1, dtype=torch.float64))
+        >>> [finding.condition.value for finding in report.findings]
+        ['oscillating']
+    """
+    if not stop.has_tolerance:
+        raise ValueError("stop must have a tolerance to be met, got rtol = atol = 0: pass Stop(rtol=1e-4).")
+    if budget < 1 or repeats < 0:
+        raise ValueError(f"budget must be at least 1 and repeats at least 0, got {budget} and {repeats}.")
+    z0 = map_tensors(Tensor.detach, z0)
+    candidates = solver_trials.CANDIDATES if solvers is None else tuple(solvers)
+    chosen = default_estimators() if estimators is None else list(estimators)
+    with restored(f, args, solvers, estimators, loss):
+        run = _Run(f, z0, args, stop, Layout.of(z0, batch_dims), Budget(limit=budget))
+        try:
+            run.check_map()
+            if not run.has(Condition.NONFINITE):
+                run.try_solvers(candidates)
+                run.look_at_solution()
+                run.measure_gradients(chosen, params, loss, repeats)
+        except BudgetSpent:
+            run.missing.append("what the budget did not suffice for")
+    return run.report(chosen, gradient_error)
+
+
+@dataclass(eq=False)
+class _Run:
+    """A diagnosis in progress."""
+
+    f: Map
+    z0: State
+    args: tuple[Any, ...]
+    stop: Stop
+    layout: Layout
+    budget: Budget
+    findings: list[Finding] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    best: Trial | None = None
+    deep: Trial | None = None
+    spectrum: Spectrum | None = None
+    table: EstimatorTable = field(default_factory=EstimatorTable)
+
+    def has(self, condition: Condition) -> bool:
+        """Whether a condition was found."""
+        return any(finding.condition is condition for finding in self.findings)
+
+    def flat(self) -> FlatMap:
+        """f on (B, N) matrices, within the budget."""
+        return FlatMap(self.budget.plain(self.f), self.args, self.layout)
+
+    @torch.no_grad()
+    def check_map(self) -> None:
+        """Is f finite at the start, a function of z, and of each sample by itself?"""
+        flat, start = self.flat(), self.layout.pack(self.z0)
+        first = flat(start)
+        lost = ~torch.isfinite(first).all(dim=1)
+        if bool(lost.any()):
+            samples = tuple(torch.nonzero(lost).flatten().tolist())
+            self.findings.append(Finding(Condition.NONFINITE, "f(z0) is NaN or infinite", samples))
+            return
+        point = map_checks.generic_point(flat, start, first)
+        noisy = map_checks.noise(flat, point)
+        if noisy is not None:
+            self.findings.append(noisy)
+            self.missing.append("whether samples are coupled, eigenvalues, kinks and gradients, since f is noisy")
+        elif (coupled := map_checks.coupling(flat, point)) is not None:
+            self.findings.append(coupled)
+            self.layout = Layout.of(self.z0, 0)
+
+    def try_solvers(self, candidates: Sequence[AbstractSolver[Any]]) -> None:
+        """Run the candidates, and the best of them down to rounding error."""
+        how = self.layout.batch_dims, self.budget
+        if self.has(Condition.NOISY):  # no solver can converge; one shows how far it comes
+            candidates = [s for s in candidates if not isinstance(s, Picard)][:1] or candidates[:1]
+        self.trials = solver_trials.try_solvers(self.f, self.z0, self.args, candidates, self.stop, *how)
+        self.best = solver_trials.best(self.trials)
+        if self.best is None or self.best.solution is None:
+            return
+        self._note_noise()
+        if self.has(Condition.NOISY):
+            self.deep = self.best
+            return
+        solver = self.best.row.solver
+        deep = solver_trials.deepest(self.f, self.z0, self.args, solver, self.stop, *how)
+        better = deep.solution is not None and not deep.row.residual > self.best.row.residual
+        self.deep = deep if better else self.best
+        codes = self.best.solution.result.cpu()
+        below = solutions.below_rounding(self.stop, self.best.row, codes, self.deep, self.layout)
+        self.findings += [] if below is None else [below]
+
+    def _note_noise(self) -> None:
+        """Noise that only a solve has met."""
+        for trial in self.trials:
+            if trial.solution is None or self.has(Condition.NOISY):
+                continue
+            samples = torch.nonzero(trial.solution.result == Result.NONDETERMINISTIC).flatten().tolist()
+            if samples:
+                evidence = f"{trial.row.name} met two values of f at one state"
+                self.findings.append(Finding(Condition.NOISY, evidence, tuple(samples)))
+
+    def look_at_solution(self) -> None:
+        """The Jacobian there, its neighborhood, other starts."""
+        if self.deep is None or self.deep.solution is None or self.has(Condition.NOISY):
+            return
+        z = self.layout.pack(self.deep.solution.value)
+        found = solver_trials.relative(self.deep.solution, self.layout) <= max(self.stop.rtol, 100 * self.layout.eps)
+        gap = self._eigenvalues(z, found)
+        with torch.no_grad():
+            kink = jacobian.kinks(self.flat(), z, found)
+        self.findings += [] if kink is None else [kink]
+        start = solutions.at_start(self.z0, self.deep, self.layout)
+        self.findings += [] if start is None else [start]
+        if bool(found.any()):
+            tight = solutions.starting_stop(self.stop, self.layout, self.budget)
+            solver = self.deep.row.solver
+            rest = solver, tight, self.deep, gap, self.layout, self.budget
+            more = solutions.several(self.f, self.z0, self.args, *rest)
+            self.findings += [] if more is None else [more]
+
+    def _eigenvalues(self, z: Tensor, found: Tensor) -> Tensor | None:
+        """Findings from the spectrum of df/dz at z; min |1 - lambda| of each sample."""
+        products = min(_PRODUCTS, self.budget.remaining - 1)
+        if products < 1:
+            self.missing.append("eigenvalues, for lack of budget")
+            return None
+        recorded, found_values = [], None
+        flat = self.flat()
+
+        def watched(x: Tensor) -> Tensor:
+            y = flat(x)
+            recorded.append(y.requires_grad)
+            return y
+
+        try:
+            found_values = spectrum(watched, z, products=products, tol=_TOL)
+        except (RuntimeError, NotImplementedError) as error:
+            self.missing.append(f"why f has no derivative ({str(error).splitlines()[0][:80]})")
+        if found_values is None or not all(recorded):
+            self.missing.append("eigenvalues, since autograd records no derivative of f")
+            kind = jacobian.kind_from_iterations([trial.row for trial in self.trials])
+            self.findings = ([] if kind is None else [kind]) + self.findings
+            return None
+        self.budget.charge(found_values.values.shape[1])
+        self.spectrum = found_values
+        kinds = Kinds.of(found_values)
+        self.findings = jacobian.kind(kinds, found_values, found) + self.findings
+        return kinds.gap
+
+    def measure_gradients(
+        self,
+        estimators: Sequence[AbstractGrad],
+        params: Iterable[Tensor] | None,
+        loss: Loss | None,
+        repeats: int,
+    ) -> None:
+        """Bias, time and memory of the estimators, with the best solver."""
+        if self.best is None or self.deep is None or self.deep.solution is None or self.has(Condition.NOISY):
+            return
+        row = self.best.row
+        if row.converged < row.samples:
+            self.table = EstimatorTable(missing="no solver converged every sample")
+            return
+        stop = replace(self.stop, max_evals=max(self.stop.max_evals, 2 * row.most))
+        how = self.f, self.z0, self.args, row.solver, stop, self.layout, loss, params
+        problem = GradientProblem.of(*how, self.budget)
+        self.table = try_estimators(problem, self.deep.solution.value, estimators, repeats, row.most, self.budget)
+
+    def report(self, estimators: Sequence[AbstractGrad], error: float) -> Diagnosis:
+        """The frozen report."""
+        row = None if self.best is None else self.best.row
+        rows = tuple(trial.row for trial in self.trials)
+        floor = _NOTHING if self.deep is None else self.deep.row.residual
+        advice = recommend(
+            self.findings, row, rows, self.stop, floor, self.table, estimators, error, self.layout.batch_dims
+        )
+        samples = self.layout.pack(self.z0).shape
+        missing = [*self.missing, *([f"gradients: {self.table.missing}"] if self.table.missing else [])]
+        solution = None if self.deep is None else self.deep.solution
+        return Diagnosis(
+            findings=tuple(self.findings),
+            solvers=rows,
+            tolerances=() if self.deep is None else self.deep.row.tolerances,
+            floor=floor,
+            estimators=self.table,
+            spectrum=self.spectrum,
+            value=self.z0 if solution is None else solution.value,
+            found=row is not None and row.samples > 0 and row.converged == row.samples,
+            recommendation=advice,
+            evals=self.budget.evals,
+            products=self.budget.products,
+            budget=self.budget.limit,
+            missing=tuple(dict.fromkeys(missing)),
+            shape=(samples[0], samples[1], self.layout.dtypes[0]),
+        )

@@ -1,0 +1,105 @@
+"""Questions about the fixed point that was found: several of them? the start itself? a tolerance below rounding?"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit.diagnostics.diagnose.budget import Budget
+from implicit.diagnostics.diagnose.condition import Condition, Finding
+from implicit.diagnostics.diagnose.map_checks import normal, root_mean_square
+from implicit.diagnostics.diagnose.solver_trials import SolverRow, Trial, relative, run
+from implicit.pytree import Layout, Map, PerSample, State, norm
+from implicit.solution import Result
+from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
+
+_PAIRS = 2  # pairs of opposite starts
+_EACH = 150  # most evaluations from one start
+_APART = 1e-2  # relative distance of two answers that counts, beside their error
+_NEAR, _CLOSE = 1e-3, 1e-2  # relative distance of answer and start: the same, and nearly so
+
+
+def several(
+    f: Map,
+    z0: State,
+    args: tuple[Any, ...],
+    solver: AbstractSolver[Any],
+    stop: Stop,
+    first: Trial,
+    gap: PerSample | None,
+    layout: Layout,
+    budget: Budget,
+) -> Finding | None:
+    """Solve from other starts, in pairs on opposite sides of z0, and compare the answers.
+
+    Two answers differ if they are further apart than `_APART` of their norm plus ten times the error that their
+    residuals allow, residual / min |1 - lambda|.
+    """
+    assert first.solution is not None
+    start, answer = layout.pack(z0), layout.pack(first.solution.value)
+    scale = 2 * (root_mean_square(answer) + root_mean_square(answer - start))
+    scale = torch.where(scale > 0, scale, 1.0).unsqueeze(1)
+    gap = torch.ones_like(scale[:, 0]) if gap is None else gap.to(answer).clamp_min(layout.eps)
+    most, seen = torch.zeros_like(scale[:, 0]), 0
+    for pair in range(_PAIRS):
+        for sign in (1.0, -1.0):
+            if budget.remaining < _EACH + 5:
+                break
+            other = start + sign * scale * normal(start, 10 + pair)
+            trial = run(f, layout.unpack(other), args, solver, stop, layout.batch_dims, budget)
+            if trial.solution is None:
+                continue
+            seen += 1
+            two = layout.pack(trial.solution.value)
+            size = torch.maximum(norm(answer), norm(two)).clamp_min(torch.finfo(two.dtype).tiny)
+            size = torch.where(size > layout.eps**0.5 * scale[:, 0], size, scale[:, 0])
+            error = 10 * (relative(trial.solution, layout) + relative(first.solution, layout)) / gap
+            both = trial.solution.converged & first.solution.converged
+            apart = torch.where(both, norm(two - answer) / size / (_APART + error), 0.0)
+            most = torch.maximum(most, apart.nan_to_num(nan=0.0))
+    mask = most > 1
+    if not bool(mask.any()):
+        return None
+    evidence = f"{seen} other starts gave answers {float(most.max()) * _APART:.2g} of their norm away"
+    return Finding(Condition.SEVERAL_FIXED_POINTS, evidence, _samples(mask), bool((most[mask] > 5).all()))
+
+
+def starting_stop(stop: Stop, layout: Layout, budget: Budget) -> Stop:
+    """The stopping criterion of the other starts: a hundredth of the tolerance, as far as rounding permits."""
+    rtol = max(0.01 * stop.rtol, 100 * layout.eps)
+    return Stop(rtol=rtol, atol=0.01 * stop.atol, norm=stop.norm, max_evals=_EACH)
+
+
+def at_start(z0: State, answer: Trial, layout: Layout) -> Finding | None:
+    """Whether the answer is the start."""
+    assert answer.solution is not None
+    start, z = layout.pack(z0), layout.pack(answer.solution.value)
+    size = torch.maximum(norm(start), norm(z))
+    moved = torch.where(size > 0, norm(z - start) / size, 0.0)
+    ended = answer.solution.result.to(moved.device) != Result.NONFINITE
+    mask = (moved <= _CLOSE) & ended & (relative(answer.solution, layout) <= _CLOSE)
+    if not bool(mask.any()):
+        return None
+    worst = float(moved[mask].max())
+    evidence = f"the answer is within {worst:.1e} of its norm of z0"
+    return Finding(Condition.STARTS_AT_EQUILIBRIUM, evidence, _samples(mask), worst <= _NEAR)
+
+
+def below_rounding(
+    stop: Stop, row: SolverRow | None, codes: Tensor | None, deep: Trial, layout: Layout
+) -> Finding | None:
+    """Whether the tolerance asks for less than the rounding error of f(z) - z."""
+    floor = deep.row.residual
+    if stop.atol == 0 and stop.rtol < layout.eps:
+        evidence = f"rtol {stop.rtol:.1e} is below the rounding error {layout.eps:.1e} of the state's dtype"
+        return Finding(Condition.BELOW_ROUNDING, evidence, tuple(range(len(deep.row.evals) or 1)))
+    stalled = None if codes is None else codes == Result.STALLED
+    if row is None or stalled is None or not bool(stalled.any()):
+        return None
+    evidence = f"rtol {stop.rtol:.1e}, and residuals end at {floor:.1e} of ||z||"
+    return Finding(Condition.BELOW_ROUNDING, evidence, _samples(stalled))
+
+
+def _samples(mask: Tensor) -> tuple[int, ...]:
+    return tuple(torch.nonzero(mask).flatten().tolist())

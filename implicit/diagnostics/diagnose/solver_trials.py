@@ -1,0 +1,181 @@
+"""Which solver, window and tolerance: candidates run on the user's problem with one stopping criterion."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from implicit.diagnostics.diagnose.budget import Budget, BudgetSpent
+from implicit.diagnostics.gradient_bias import label
+from implicit.fixed_point import fixed_point
+from implicit.pytree import Layout, Map, PerSample, State, norm
+from implicit.solution import Result, Solution
+from implicit.solvers import Anderson, AndersonGS, Broyden, Multisecant, NewtonKrylov, Picard
+from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
+
+# simplest first: a later one must be faster by `_WORTH` to be preferred
+CANDIDATES: tuple[AbstractSolver[Any], ...] = (
+    Picard(),
+    Picard(0.5),
+    AndersonGS(memory=5),
+    AndersonGS(),
+    Anderson(),
+    Broyden(),
+    NewtonKrylov(),
+    Multisecant(),
+)
+_WORTH = 1.1
+_PATIENT = 100  # least budget of a candidate
+_DEEP = 200  # most evaluations of the solve to the rounding error
+TOLERANCES = tuple(10.0**-k for k in range(1, 14))
+
+
+@dataclass(frozen=True, eq=False)
+class SolverRow:
+    """One solver on the batch.
+
+    Attributes:
+        solver: which.
+        converged: samples that met the tolerance, of how many.
+        evals: (B,) evaluations of f for each sample, products of NewtonKrylov included.
+        residual: the largest ||f(z) - z|| / ||z|| of a sample at the value returned.
+        ends: how many samples ended how, by the name of the `Result`.
+        trace: (evaluations, B) residuals; NaN once a sample has finished.
+        tolerances: (rtol, evaluations until every sample met it), as far as the residuals go.
+        note: why there is no result.
+    """
+
+    solver: AbstractSolver[Any]
+    converged: int
+    samples: int
+    evals: Float[Tensor, " B"] | Tensor
+    residual: float
+    ends: tuple[tuple[str, int], ...]
+    trace: Float[Tensor, "evaluations B"] | None
+    tolerances: tuple[tuple[float, int], ...] = ()
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """The solver with the settings that are not its defaults."""
+        return label(self.solver)
+
+    @property
+    def most(self) -> int:
+        """Evaluations until the last sample had finished: what the batch costs."""
+        return int(self.evals.max()) if len(self.evals) else 0
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A row and the solution that it is about, None where f or the solver raised."""
+
+    row: SolverRow
+    solution: Solution | None
+
+
+def try_solvers(
+    f: Map,
+    z0: State,
+    args: tuple[Any, ...],
+    solvers: Sequence[AbstractSolver[Any]],
+    stop: Stop,
+    batch_dims: int,
+    budget: Budget,
+) -> list[Trial]:
+    """Run every candidate from z0; a candidate for which the budget does not suffice is a row that says so."""
+    trials = []
+    for solver in solvers:
+        most = max(stop.max_evals, _PATIENT)
+        trials.append(run(f, z0, args, solver, replace(stop, max_evals=most), batch_dims, budget))
+    return trials
+
+
+def run(
+    f: Map, z0: State, args: tuple[Any, ...], solver: AbstractSolver[Any], stop: Stop, batch_dims: int, budget: Budget
+) -> Trial:
+    """One solve with its trace, without gradients; a failure is a row with a note."""
+    layout = Layout.of(z0, batch_dims)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # coupling, which is a finding
+            solution = fixed_point(
+                budget.plain(f), z0, *args, solver=solver, stop=stop, batch_dims=batch_dims, trace=True
+            )
+    except BudgetSpent:
+        return Trial(_failed(solver, "not finished: the budget is spent"), None)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        return Trial(_failed(solver, f"{type(error).__name__}: {error}"), None)
+    codes = [Result(code).name for code in solution.result.tolist()]
+    return Trial(
+        SolverRow(
+            solver=solver,
+            converged=codes.count(Result.CONVERGED.name),
+            samples=len(codes),
+            evals=solution.evals.cpu(),
+            residual=float(relative(solution, layout).max()),
+            ends=tuple((name, codes.count(name)) for name in dict.fromkeys(codes)),
+            trace=None if solution.trace is None else solution.trace.cpu(),
+            tolerances=_tolerances(solution, layout),
+        ),
+        solution,
+    )
+
+
+def _failed(solver: AbstractSolver[Any], note: str) -> SolverRow:
+    none = torch.zeros(0, dtype=torch.int64)
+    return SolverRow(solver, 0, 0, none, math.nan, (), None, note=note)
+
+
+def relative(solution: Solution, layout: Layout) -> PerSample:
+    """(B,) ||f(z) - z|| / max(||z||, ||f(z) - z||, sqrt(eps) ||f(z0)||) at the value returned."""
+    size = torch.maximum(norm(layout.pack(solution.value)), solution.residual)
+    if solution.scale is not None:
+        first = solution.scale if solution.scale.ndim == 1 else solution.scale.amax(dim=1)
+        size = torch.maximum(size, first.to(size) * layout.eps**0.5)
+    return (solution.residual / size.clamp_min(torch.finfo(size.dtype).tiny)).nan_to_num(nan=torch.inf)
+
+
+def best(trials: Sequence[Trial]) -> Trial | None:
+    """The trial with the most samples converged, then the fewest evaluations; simpler ones are preferred when close.
+
+    Where none converged a sample: the one with the smallest residual.
+    """
+    done = [t for t in trials if t.solution is not None]
+    if not done:
+        return None
+    most = max(t.row.converged for t in done)
+    if most == 0:
+        return min(done, key=lambda t: t.row.residual)
+    able = [t for t in done if t.row.converged == most]
+    least = min(t.row.most for t in able)
+    return next(t for t in able if t.row.most <= _WORTH * least + 1)
+
+
+def deepest(
+    f: Map, z0: State, args: tuple[Any, ...], solver: AbstractSolver[Any], stop: Stop, batch_dims: int, budget: Budget
+) -> Trial:
+    """A solve down to the rounding error of the state's dtype."""
+    deep = replace(stop, rtol=1e-30, atol=0.0, max_evals=max(1, min(_DEEP, budget.remaining - 5)))
+    return run(f, z0, args, solver, deep, batch_dims, budget)
+
+
+def _tolerances(solution: Solution, layout: Layout) -> tuple[tuple[float, int], ...]:
+    """Evaluations by tolerance, read off the trace."""
+    size = norm(layout.pack(solution.value)).cpu()
+    if solution.trace is None or not bool((size > 0).all()):
+        return ()
+    smallest = (solution.trace.cpu() / size).nan_to_num(nan=torch.inf).cummin(dim=0).values
+    found = []
+    for rtol in TOLERANCES:
+        met = (smallest <= rtol).all(dim=1)
+        if not bool(met.any()):
+            break
+        found.append((rtol, int(met.int().argmax()) + 1))
+    return tuple(found)
