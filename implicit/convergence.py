@@ -5,6 +5,7 @@ The loop (`implicit.iterate`) hands every evaluated point to a `ConvergenceMonit
     running      no decision yet
     converged    the criterion (`implicit.stopping`) holds; the sample is frozen at this z
     nonfinite    f(z) is NaN or infinite and a retry from the best iterate failed, or none was possible
+    stopped      `Stop.when` held; the sample is frozen at this z
     stalled      the smallest residual is rounding error and has not improved for some evaluations
 
 Frozen samples are evaluated along with the running ones, so that their residual is known at every point. One that no
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from implicit.observation import Observation, as_array, fetch
+from implicit.options import Fold
 from implicit.pytree import Flat, to_device, to_host
 from implicit.solution import Result
 from implicit.solvers.base import AbstractSolver, Point
@@ -47,6 +49,7 @@ class ConvergenceMonitor:
     safeguard: StagedSafeguard | None = None
     begin: int = 0  # evaluations made before
     trace: list[np.ndarray] = field(default_factory=list)
+    fold: Fold | None = None  # of the evaluations
     running: Tensor | None = None  # (rows, 1) on the device, once a sample has finished
     use_picard: Tensor | None = None  # (rows, 1) on the device, once the safeguard has set a sample to plain steps
     use_newton: Tensor | None = None  # (rows, 1) on the device, samples in the safeguard's Newton-Krylov stage, if any
@@ -91,11 +94,15 @@ class ConvergenceMonitor:
         """Take in the point of call number `calls`; its norms are read now or, with `Stop.late`, at the next call."""
         self._looks += 1
         self._made = calls
+        if self.fold is not None:
+            self.fold.add(self.layout, point.z, point.fz, self.criterion.joint)
         first = self._looks == 1 and self.stop.check_every > 1 and not last  # read along with the first reading
         if self._looks % self.stop.check_every and not last and not first:
             return
         sizes, ready = fetch(self.criterion, point)
-        due, self._pending = self._pending, Observation(point, self.rows, self._held[self.rows], calls, sizes, ready)
+        told = self.criterion.stopped(point.z, point.fz)
+        seen = Observation(point, self.rows, self._held[self.rows], calls, sizes, ready, told)
+        due, self._pending = self._pending, seen
         if due is not None:
             self._read(due, calls)
         if (last or not self.stop.late) and not first:
@@ -186,27 +193,30 @@ class ConvergenceMonitor:
         finite = np.isfinite(r) & np.isfinite(s)
         live = running & finite
         converged = live & (classify(r, tolerance) == Result.CONVERGED)
-        better = (live & (r < self.residual[rows])) | converged
+        stopped = live & ~converged & (False if seen.stopped is None else seen.stopped.cpu().numpy())
+        better = (live & (r < self.residual[rows])) | converged | stopped
         self._update_best(seen, better, r, s)
 
         # which have come to rounding error
         floor, age = _ROUNDING * self.layout.eps * self.size[rows], seen.calls - self.since[rows]
         best = self.residual[rows]
         at_rounding = ((age >= _PATIENCE) & (best <= floor)) | ((age >= 3 * _PATIENCE) & (best <= 4 * floor))
-        stalled = live & ~converged & at_rounding
+        stalled = live & ~converged & ~stopped & at_rounding
 
         # which have failed; a point made before a reset says nothing about the retry
         fresh = seen.calls > self.reset_at[rows]
         broken = running & ~finite & fresh
         if self.safeguard is not None:
             broken[fresh] &= ~self.safeguard.allow_retry(rows[fresh], broken[fresh], self.residual)
-            still = live & ~converged & ~stalled & fresh
+            still = live & ~converged & ~stopped & ~stalled & fresh
             self.safeguard.update(rows[still], r[still], self.residual, seen.calls - self.begin)
         if self.callback is not None:
             self._report(seen, r, running)
-        for code, which in ((Result.CONVERGED, converged), (Result.NONFINITE, broken), (Result.STALLED, stalled)):
+        ends = (converged, broken, stalled, stopped)
+        codes = (Result.CONVERGED, Result.NONFINITE, Result.STALLED, Result.STOPPED)
+        for code, which in zip(codes, ends, strict=True):
             self.code[rows[which]] = code
-        ended = rows[converged | broken | stalled]
+        ended = rows[np.logical_or.reduce(ends)]
         if len(ended):
             self.evals[ended] = calls
             self.done = not (self.code == _RUNNING).any()
@@ -273,7 +283,7 @@ class ConvergenceMonitor:
 
         Only then nothing but the record of smallest residuals has to be updated, which costs a tenth.
         """
-        if self.running is not None or self.callback is not None or self.criterion.grouped:
+        if self.running is not None or self.callback is not None or self.criterion.grouped or seen.stopped is not None:
             return False
         if len(seen.rows) < len(self.code) or seen.held.any():
             return False

@@ -29,7 +29,8 @@ class DEQ(nn.Module):
         eval_stop: used instead of `stop` in evaluation mode; default `stop`. In evaluation mode the tolerance and the
             budget decide even if `grad` draws a budget of its own: StochasticJFB then gives way to JFB.
         return_value: return ``solution.value`` alone, as `nn.Sequential`, `torch.vmap` and
-            ``checkpoint(use_reentrant=True)`` need it.
+            ``checkpoint(use_reentrant=True)`` need it; with `has_aux` (value, aux).
+        has_aux: f returns (f(z), aux).
     """
 
     def __init__(
@@ -41,18 +42,21 @@ class DEQ(nn.Module):
         stop: Stop = Stop(),
         eval_stop: Stop | None = None,
         return_value: bool = False,
+        has_aux: bool = False,
     ) -> None:
         super().__init__()
         check_types(solver, grad, stop)
         self.f, self.solver, self.grad = f, solver, grad
-        self.stop, self.eval_stop, self.return_value = stop, eval_stop, return_value
+        self.stop, self.eval_stop, self.return_value, self.has_aux = stop, eval_stop, return_value, has_aux
 
     def forward(
         self,
-        z0: State,
+        z0: State | Callable[[torch.Generator | None], State],
         *args: Any,
         batch_dims: int = 1,
-        trace: bool = False,
+        starts: int = 1,
+        generator: torch.Generator | None = None,
+        trace: bool | Callable[[Any, State, State], Any] = False,
         state: Any = None,
         keep_state: bool = False,
         compact: bool | tuple[bool, ...] = False,
@@ -71,6 +75,9 @@ class DEQ(nn.Module):
             grad=grad,
             stop=stop,
             batch_dims=batch_dims,
+            has_aux=self.has_aux,
+            starts=starts,
+            generator=generator,
             trace=trace,
             state=state,
             keep_state=keep_state,
@@ -78,7 +85,9 @@ class DEQ(nn.Module):
             callback=callback,
             progress=progress,
         )
-        return solution.value if self.return_value else solution
+        if not self.return_value:
+            return solution
+        return (solution.value, solution.aux) if self.has_aux else solution.value
 
     @property
     def _generator(self) -> torch.Generator | None:
@@ -111,4 +120,5 @@ class DEQ(nn.Module):
 
     def extra_repr(self) -> str:
         shown = f"solver={self.solver}, grad={self.grad}, stop={self.stop}, eval_stop={self.eval_stop or self.stop}"
+        shown += ", has_aux=True" if self.has_aux else ""
         return shown + (", return_value=True" if self.return_value else "")

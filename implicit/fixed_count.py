@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from implicit.evaluation import FlatMap
-from implicit.options import SolveOptions
+from implicit.options import Fold, SolveOptions
 from implicit.progress import Report, progress_callback
-from implicit.pytree import Flat, State, map_tensors, to_device, to_host, validate_warm_start
+from implicit.pytree import Flat, Layout, State, map_tensors, to_device, to_host, validate_warm_start
 from implicit.recomputation import SameValue
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, Point
@@ -49,9 +49,9 @@ def fixed_count(
 ) -> Solution:
     """`stop.max_evals` evaluations; with a `segment`, autograd keeps what there was at every such evaluation alone."""
     if not options.observed:
-        return _evaluations(f, z0, solver, options, segment, _Observer(Criterion(stop, f.layout), None))
+        return _evaluations(f, z0, solver, options, segment, _Observer(Criterion(stop, f.layout), None, options.fold()))
     with progress_callback(options, stop) as callback:
-        return _evaluations(f, z0, solver, options, segment, _Observer(Criterion(stop, f.layout), callback))
+        return _evaluations(f, z0, solver, options, segment, _Observer(Criterion(stop, f.layout), callback, options.fold()))
 
 
 def _evaluations(
@@ -86,9 +86,16 @@ def _solution(
         residual=residual,
         result=result,
         evals=torch.full_like(result, f.calls + f.repeats, dtype=torch.int64),
-        trace=to_device(np.stack(observer.trace), layout.device, layout.dtype) if options.trace else None,
+        trace=_trace(observer, layout, options),
         state=state,
     )
+
+
+def _trace(observer: "_Observer", layout: Layout, options: SolveOptions) -> Any:
+    """The residuals of all evaluations, or what a function made of them."""
+    if observer.fold is not None:
+        return observer.fold.carry
+    return to_device(np.stack(observer.trace), layout.device, layout.dtype) if options.trace else None
 
 
 def _next(f: FlatMap, z: Flat, tangent: Flat | None, at: _Position, retry: bool) -> _Position:
@@ -148,13 +155,15 @@ def _segment(
 
 
 class _Observer:
-    """Reads residuals for the trace and the callback, if there is one."""
+    """Reads residuals for the trace and the callback, if there is one, and folds what the trace asks for."""
 
-    def __init__(self, criterion: Criterion, callback: Report | None) -> None:
-        self.criterion, self.callback = criterion, callback
+    def __init__(self, criterion: Criterion, callback: Report | None, fold: Fold | None = None) -> None:
+        self.criterion, self.callback, self.fold = criterion, callback, fold
         self.trace: list[np.ndarray] = []
 
     def __call__(self, at: _Position, f: FlatMap) -> None:
+        if self.fold is not None:
+            self.fold.add(f.layout, at.point.z, at.point.fz)
         if self.callback is not None and (f.remaining <= 0 or f.calls % self.criterion.stop.check_every == 0):
             self._read(at, f.calls, self.callback)
 

@@ -1,6 +1,8 @@
 """`fixed_point`: the one public entry point."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from implicit.autodiff.parametrizations import weights_once
 from implicit.grads.base import AbstractGrad
 from implicit.grads.ift import IFT
 from implicit.options import Problem, SolveOptions
+from implicit.problem_forms import Main, all_starts, best_start
 from implicit.pytree import Map, State, leaves
 from implicit.solution import Solution
 from implicit.solvers import Anderson, AndersonGS, BadBroyden, Broyden, NewtonKrylov, Picard
@@ -20,13 +23,16 @@ from implicit.stopping import Stop
 
 def fixed_point(
     f: Map,
-    z0: State,
+    z0: State | Callable[[torch.Generator | None], State],
     *args: Any,
     solver: AbstractSolver[Any] = AndersonGS(),
     grad: AbstractGrad = IFT(),
     stop: Stop = Stop(),
     batch_dims: int = 1,
-    trace: bool = False,
+    has_aux: bool = False,
+    starts: int = 1,
+    generator: torch.Generator | None = None,
+    trace: bool | Callable[[Any, State, State], Any] = False,
     state: Any = None,
     keep_state: bool = False,
     compact: bool | tuple[bool, ...] = False,
@@ -41,7 +47,8 @@ def fixed_point(
             it act ``Solution.evals`` times. Backward hooks in it act once a product of the estimator, on vectors of its
             linear solve with `IFT`: one that changes them changes the gradient.
         z0: where to start: a tensor ``(B, *)`` or any nested tuple, list or dict of such tensors with one batch size.
-            Each sample is its own system, with its own tolerance, failure and answer.
+            Each sample is its own system, with its own tolerance, failure and answer. Or a function of `generator`
+            that draws such a state.
         args: passed on to f.
         solver: how the next iterate is made.
         grad: what autograd sees of the solve; `IFT` is the exact gradient.
@@ -49,7 +56,14 @@ def fixed_point(
         batch_dims: 1, each row of the state is a system of its own; 0, the whole state is one system. A state without
             a batch dimension, such as a vector, needs 0. Rows that f takes into each other (nodes of a graph) are
             noticed, solved on as one system with a warning, and solved in fewer evaluations with 0.
-        trace: record the residual at every evaluation.
+        has_aux: f returns (f(z), aux); ``Solution.aux`` is what it returns at the value, with the graph that the value
+            and f's parameters have, for one evaluation more.
+        starts: starts a sample: z0 has a leading axis of this length, or is drawn so often. Every start is solved from
+            without a graph, then the one with the smallest residual once more, with `grad`; ``evals`` are of all.
+        generator: passed to z0 where that is a function.
+        trace: record the residual at every evaluation; or a function ``(carry, z, f(z)) -> carry``, folded over the
+            evaluations of the solve from None on, for states on the way and a loss on each: their graph is that of the
+            solve, so `Unrolled` has one and other estimators give detached states.
         state: solver state to continue with, from ``Solution.state`` of an earlier, related solve.
         keep_state: put the solver state into ``Solution.state``.
         compact: evaluate f on the samples still running only; see `SolveOptions` for how `args` are cut.
@@ -81,12 +95,18 @@ def fixed_point(
         callback=callback,
         progress=progress,
     )
-    kind = next((t.device.type for t in leaves(z0) if t.device.type != "meta"), "cpu")  # autocast has no meta device
-    problem = Problem(as_now(weights_once(f), kind), z0, args)
-    if not torch.is_autocast_enabled(kind):
-        return grad(problem, solver, stop, options)
-    with torch.autocast(kind, enabled=False):
-        return grad(problem, solver, stop, options)
+    z0s = all_starts(z0, starts, generator)
+    devices = (t.device.type for t in leaves(z0s[0]) if t.device.type != "meta")  # autocast has no meta device
+    kind = next(devices, "cpu")
+    main = Main(weights_once(f)) if has_aux else weights_once(f)
+    flow = as_now(main, kind)
+    off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    with off:
+        start, before = best_start(flow, z0s, args, solver, stop, options)
+        solution = grad(Problem(flow, start, args), solver, stop, options)
+    if len(z0s) > 1:
+        solution = replace(solution, evals=solution.evals + before)
+    return main.with_aux(solution, args) if isinstance(main, Main) else solution
 
 
 _SOLVERS = (Anderson, AndersonGS, BadBroyden, Broyden, NewtonKrylov, Picard)

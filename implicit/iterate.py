@@ -87,7 +87,8 @@ def _until(
     """The loop with a tolerance: the host reads two norms per sample and evaluation, in one copy."""
     with progress_callback(options, stop) as callback:
         start = f.layout.pack(z0)
-        monitor = ConvergenceMonitor(Criterion(stop, f.layout), start, callback, _safeguard(solver, start), f.calls)
+        criterion, fold = Criterion(stop, f.layout), options.fold()
+        monitor = ConvergenceMonitor(criterion, start, callback, _safeguard(solver, start), f.calls, fold=fold)
         args = f.args
         state = _run(f, monitor, solver, options)
         f.args = args
@@ -174,7 +175,8 @@ def _solve_jointly(
     first = first.reshape(1, -1) if isinstance(first, np.ndarray) else first
     criterion = Criterion(stop, f.layout, rows, first)
     start = monitor.best_z.reshape(1, -1)
-    joint = ConvergenceMonitor(criterion, start, callback, _safeguard(solver, start), f.calls, monitor.trace)
+    guard = _safeguard(solver, start)
+    joint = ConvergenceMonitor(criterion, start, callback, guard, f.calls, monitor.trace, monitor.fold)
     _run(JointMap(f, rows), joint, solver, SolveOptions())
     joint.close()
     best = Point(joint.best_z.reshape(rows, -1), joint.best_fz.reshape(rows, -1))
@@ -191,10 +193,19 @@ def _solution(monitor: ConvergenceMonitor, value: Flat, options: SolveOptions, s
         residual=to_device(monitor.residual, device, dtype),
         result=to_device(monitor.code, device),
         evals=to_device(monitor.evals, device),
-        trace=to_device(np.stack(monitor.trace), device, dtype) if options.trace else None,
+        trace=_trace(monitor, options),
         state=state if options.keep_state else None,
         scale=to_device(first, device, dtype) if isinstance(first, np.ndarray) else None,
     )
+
+
+def _trace(monitor: ConvergenceMonitor, options: SolveOptions) -> Any:
+    """The residuals of all evaluations, or what a function made of them."""
+    if monitor.fold is not None:
+        return monitor.fold.carry
+    if not options.trace:
+        return None
+    return to_device(np.stack(monitor.trace), monitor.layout.device, monitor.layout.dtype)
 
 
 def _safeguard(solver: AbstractSolver[Any], z: Flat) -> StagedSafeguard | None:

@@ -20,6 +20,7 @@ class Observation:
     calls: int
     sizes: tuple[Tensor, Tensor]  # norms of f(z) - z and f(z), on the host
     ready: "torch.cuda.Event | None"  # when they are there
+    stopped: Tensor | None = None  # (rows,) where `Stop.when` holds
 
 
 def fetch(criterion: Criterion, point: Point) -> tuple[tuple[Tensor, Tensor], "torch.cuda.Event | None"]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from implicit.pytree import Map, State
+from implicit.pytree import Flat, Layout, Map, State
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class SolveOptions:
 
     Args:
         batch_dims: 1, each row of the state is a system of its own; 0, the whole state is one.
-        trace: record the residual at every evaluation.
+        trace: record the residual at every evaluation; or a function ``(carry, z, f(z)) -> carry``, folded over the
+            evaluations of the solve from carry None on, whose last carry becomes ``Solution.trace``. Its states have a
+            graph where the solve has one (`Unrolled`); with the other estimators they are detached.
         state: solver state from an earlier ``Solution.state``, to continue with. It is copied, never written to.
         keep_state: put the solver state into ``Solution.state``.
         compact: evaluate f on the samples still running only: finished ones are cut out of the state, of the solver
@@ -45,7 +47,7 @@ class SolveOptions:
     """
 
     batch_dims: int = 1
-    trace: bool = False
+    trace: bool | Callable[[Any, State, State], Any] = False
     state: Any = None
     keep_state: bool = False
     compact: bool | tuple[bool, ...] = False
@@ -55,4 +57,29 @@ class SolveOptions:
     @property
     def observed(self) -> bool:
         """Whether residuals are needed even without a tolerance."""
-        return self.trace or self.progress or self.callback is not None
+        return (bool(self.trace) and not callable(self.trace)) or self.progress or self.callback is not None
+
+    def fold(self) -> "Fold | None":
+        """The fold over evaluations, where `trace` is a function.
+
+        Raises:
+            ValueError: together with `compact`, which leaves samples out.
+        """
+        if not callable(self.trace):
+            return None
+        if self.compact:
+            raise ValueError("trace as a function sees all samples: leave compact unset, or pass trace=True.")
+        return Fold(self.trace)
+
+
+@dataclass
+class Fold:
+    """A function folded over the evaluations of a solve."""
+
+    step: Callable[[Any, State, State], Any]
+    carry: Any = None
+
+    def add(self, layout: Layout, z: Flat, fz: Flat, joint: int = 1) -> None:
+        """Take in an evaluation; `joint` samples may stand side by side in a row."""
+        states = [layout.unpack(t.reshape(t.shape[0] * joint, -1) if joint > 1 else t) for t in (z, fz)]
+        self.carry = self.step(self.carry, *states)

@@ -21,6 +21,7 @@ class Result(enum.IntEnum):
     NONFINITE = 2
     STALLED = 3
     NONDETERMINISTIC = 4
+    STOPPED = 5
 
     @property
     def message(self) -> str:
@@ -47,6 +48,7 @@ _MESSAGES = {
         "f gives two values at one z, so it has no fixed point to converge to: draw dropout masks and other noise once "
         "before the solve, and put layers that change as they are called (spectral_norm, BatchNorm) into eval mode."
     ),
+    Result.STOPPED: "Stop.when ended the sample before its residual met the tolerance.",
 }
 
 
@@ -67,9 +69,11 @@ class Solution:
             not evaluated at the value any more.
         evals: (B,) how often f was evaluated for this sample (int64), at most `Stop.max_evals` times by the solve; an
             evaluation that verifies the answer, and those of the estimator, come on top.
-        trace: (evaluations, B) residual at each evaluation, NaN once a sample has finished; None unless asked for.
+        trace: (evaluations, B) residual at each evaluation, NaN once a sample has finished, or what the function given
+            as `trace` made of the evaluations; None unless asked for.
         state: the solver state at the end, for a warm start of a related problem; None unless asked for.
         scale: (B,) norm of f at the start, to which the tolerance of a fixed point of zero refers.
+        aux: what f returned beside f(z) at `value`; None without `has_aux`.
 
     With a whole-state system (``batch_dims=0``) B is 1.
     """
@@ -78,9 +82,10 @@ class Solution:
     residual: Float[Tensor, " B"]
     result: Int[Tensor, " B"]
     evals: Int[Tensor, " B"]
-    trace: Float[Tensor, "evaluations B"] | None = None
+    trace: Any = None
     state: Any = None
     scale: Float[Tensor, "B ..."] | None = None
+    aux: Any = None
 
     def __repr__(self) -> str:
         """One line: how many samples ended how, the largest residual and the evaluations."""
@@ -106,12 +111,13 @@ class Solution:
         return self.result == Result.CONVERGED
 
     def check(self) -> "Solution":
-        """Return self if every sample converged.
+        """Return self if every sample converged, or was ended by `Stop.when`.
 
         Raises:
             NotConverged: naming the samples, how each group of them ended, and what to do.
         """
-        if bool(self.converged.all()):
+        good = self.converged | (self.result == Result.STOPPED)
+        if bool(good.all()):
             return self
         parts = []
         for code in (Result.NONFINITE, Result.STALLED, Result.NONDETERMINISTIC, Result.MAX_EVALS):
@@ -120,7 +126,7 @@ class Solution:
                 worst = float(self.residual[rows].max())
                 shown = ", ".join(map(str, rows[:10])) + (", ..." if len(rows) > 10 else "")
                 parts.append(f"{code.name}: samples {shown} (largest residual {worst:.3g}). {code.message}")
-        bad = int((~self.converged).sum())
+        bad = int((~good).sum())
         raise NotConverged(f"{bad} of {len(self.result)} samples did not converge. " + " ".join(parts))
 
 

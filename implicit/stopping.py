@@ -8,8 +8,9 @@ z_0 is the start and eps the rounding error of the state's dtype. The second ter
 sample whose fixed point is zero; the tolerance of any larger state depends on its own size alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -51,6 +52,9 @@ class Stop:
         late: read each residual one evaluation after it was computed, when the device has it ready, so that the host
             does not wait; a finished sample costs one evaluation more.
         norm: the norm of residuals and of f(z), see the table.
+        when: a test of the caller beside the residual, such as a halting head or the divergence of two outputs: called
+            with (z, f(z)), detached states, at every reading; returns (B,) booleans. A sample for which it is True
+            ends with `Result.STOPPED` at that z, unless its residual meets the tolerance, which is CONVERGED.
     """
 
     rtol: float = 1e-4
@@ -59,6 +63,7 @@ class Stop:
     check_every: int = 1
     late: bool = False
     norm: Norm = "euclidean"
+    when: Callable[[Any, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -69,11 +74,13 @@ class Stop:
                 raise ValueError(f"Stop.{name} must be a whole number, at least 1, got {getattr(self, name)}.")
         if self.norm not in get_args(Norm):
             raise ValueError(f"Stop.norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}.")
+        if self.when is not None and not callable(self.when):
+            raise TypeError(f"Stop.when must be a function of (z, f(z)), got {self.when!r}.")
 
     @property
     def has_tolerance(self) -> bool:
         """False when only the budget ends the solve."""
-        return self.rtol > 0 or self.atol > 0
+        return self.rtol > 0 or self.atol > 0 or self.when is not None
 
 
 class Criterion:
@@ -118,6 +125,23 @@ class Criterion:
                 return r.max(axis=1, initial=0), s.max(axis=1, initial=0), np.full(len(r), atol)
             relative = np.where(r == 0, 0.0, r / (size + atol / rtol))
             return relative.max(axis=1, initial=0), np.ones(len(r)), np.full(len(r), rtol)
+
+    def stopped(self, z: Flat, fz: Flat) -> Tensor | None:
+        """(rows,) booleans of `Stop.when`, of all samples in a row; None without it.
+
+        Raises:
+            ValueError: it does not return one boolean a sample.
+        """
+        if self.stop.when is None:
+            return None
+        with torch.no_grad():
+            apart = [self.layout.unpack(t.detach().reshape(t.shape[0] * self.joint, -1)) for t in (z, fz)]
+            told = self.stop.when(*apart)
+        rows = z.shape[0] * self.joint
+        if not isinstance(told, Tensor) or told.dtype != torch.bool or told.shape != (rows,):
+            given = f"{told.dtype} of shape {tuple(told.shape)}" if isinstance(told, Tensor) else repr(told)
+            raise ValueError(f"Stop.when must return a bool tensor of shape ({rows},), one a sample, got {given}.")
+        return told.reshape(z.shape[0], self.joint).all(dim=1)
 
     def samples(self, numbers: np.ndarray) -> np.ndarray:
         """(B joint,) or (B joint, leaves): the same numbers with a row for every sample."""

@@ -17,6 +17,7 @@ CORE = (
     ("linear",),
     ("autodiff",),
     ("grads",),
+    ("problem_forms",),
     ("fixed_point",),
     ("deq",),
     ("diagnostics", "interop", "plotting", "testing"),

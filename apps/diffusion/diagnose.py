@@ -32,7 +32,7 @@ class Request:
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a training run, a pipeline or a model, or the name of a network of the repository (mnist-fpdm)."""
     num: int = 4
-    """Number of samples in the batch."""
+    """Number of samples; with guidance each has two rows, with its class and without."""
     classes: tuple[str, ...] = ()
     """Classes to cycle through, by number or name; default: all."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)

@@ -94,16 +94,16 @@ class Reversible(AbstractGrad):
     def __call__(
         self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()
     ) -> Solution:
-        if replace(options, batch_dims=1, trace=False) != SolveOptions():
+        if replace(options, batch_dims=1, trace=callable(options.trace)) != SolveOptions() or stop.when is not None:
             raise ValueError(
-                "Reversible runs an iteration of its own: leave state, keep_state, compact, callback and "
-                "progress unset."
+                "Reversible runs an iteration of its own: leave state, keep_state, compact, callback, progress and "
+                "Stop.when unset, and trace True or False."
             )
         refuse_transforms(self)
         layout = Layout.of(problem.z0, options.batch_dims)
         flat = FlatMap(problem.f, problem.args, layout)
         run = _Run(flat, layout.pack(problem.z0), self, stop)
-        value = run.forward(options.trace)
+        value = run.forward(bool(options.trace))
         return Solution(
             value=layout.unpack(value),
             residual=run.residual,

@@ -68,6 +68,8 @@ class StochasticJFB(AbstractGrad):
     def __call__(
         self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()
     ) -> Solution:
+        if stop.when is not None:
+            raise ValueError("StochasticJFB draws the number of iterations: leave Stop.when unset, or use JFB.")
         n, m = self.draw()
         free = replace(stop, rtol=0, atol=0, max_evals=max(n, 1))
         solved = search(problem, solver, free, options) if n else unsolved(problem, options)

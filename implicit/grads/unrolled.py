@@ -64,7 +64,7 @@ class Unrolled(AbstractGrad):
     ) -> Solution:
         if torch._C._are_functorch_transforms_active():
             self._refuse_transform(stop, options)
-        if self._segment and (stop.has_tolerance or options.observed):
+        if self._segment and (stop.has_tolerance or options.observed or options.trace):
             raise ValueError(
                 f"Unrolled(checkpoint={self.checkpoint}) runs segments twice, so nothing may be decided while it runs: "
                 "pass stop=Stop(rtol=0, atol=0, max_evals=n) and no trace or callback, or checkpoint=True."
@@ -78,7 +78,7 @@ class Unrolled(AbstractGrad):
         layout = Layout.of(problem.z0, options.batch_dims)
         first, second = layout.pack(solved.value).detach(), layout.pack(helped.value)
         value = layout.unpack(torch.where(lost.unsqueeze(1), first, second))
-        return replace(solved, value=value, evals=solved.evals + helped.evals)
+        return replace(solved, value=value, evals=solved.evals + helped.evals, trace=helped.trace)
 
     def _solve(self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions) -> Solution:
         f, segment = problem.f, self._segment if torch.is_grad_enabled() else 0
@@ -88,7 +88,7 @@ class Unrolled(AbstractGrad):
 
     def _refuse_transform(self, stop: Stop, options: SolveOptions) -> None:
         """What is decided on the host, and checkpoints, cannot be looked into by torch.func."""
-        if stop.has_tolerance or options.observed:
+        if stop.has_tolerance or options.observed or options.trace:
             raise NotImplementedError(
                 "Unrolled inside a torch.func transform takes a fixed number of evaluations: pass "
                 "stop=Stop(rtol=0, atol=0, max_evals=n) and no trace or callback, or use IFT, JFB or Phantom there."

@@ -30,7 +30,7 @@ from implicit.stopping import Stop
 
 _DENSE = 64  # numbers a sample up to which the exact gradient comes from a dense solve
 _FASTER = 0.8  # share of the exact estimator's time at which an inexact one is preferred
-_MEMORY = 1.1  # share of its bytes at the peak up to which it is
+_MEMORY = 1.1  # share of its bytes, held and at the peak, up to which it is
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def try_estimators(
     times = _times(problem, labelled(estimators), taken, repeats, evals, budget)
     rows = [row(name, [one], truth, times.get(name, math.nan)) for name, one in taken.items()]
     left = [name for name in labelled(estimators) if name not in taken]
-    return EstimatorTable(tuple(rows), kind, f"not measured for lack of budget: {', '.join(left)}" if left else "")
+    left = left or (["times"] if repeats and not times else [])
+    return EstimatorTable(tuple(rows), kind, f"{', '.join(left)}, for lack of budget" if left else "")
 
 
 def _times(
@@ -167,7 +168,7 @@ def choose(table: EstimatorTable, error: float) -> tuple[str, str]:
         return least.name, f"{least.name} has a relative error of {least.error:.1e}"
     exact = rows["IFT"]
     able = [r for r in rows.values() if r.error <= max(error, exact.error) and r.time <= _FASTER * exact.time]
-    able = [r for r in able if r.peak <= _MEMORY * exact.peak]
+    able = [r for r in able if r.peak <= _MEMORY * exact.peak and r.saved <= _MEMORY * exact.saved]
     if able:
         least = min(able, key=lambda r: r.time)
         return least.name, (

@@ -72,7 +72,7 @@ def kind(kinds: Kinds, spectrum: Spectrum, found: Tensor) -> list[Finding]:
         spectrum: of J at the best iterates.
         found: (B,) whether these are fixed points.
     """
-    known = torch.isfinite(kinds.radius)
+    known, found = torch.isfinite(kinds.radius), found.cpu()
     expanding = known & (kinds.real >= 1)
     oscillating = known & ~expanding & (kinds.radius >= 1)
     contractive = known & ~expanding & ~oscillating

@@ -27,13 +27,14 @@ def recommend(
     estimators: Sequence[AbstractGrad],
     error: float,
     batch_dims: int,
+    eps: float,
 ) -> Recommendation:
     """The solver with the fewest evaluations, a tolerance that can be met, and the estimator by bias and time."""
     conditions = {finding.condition for finding in findings}
     reasons = [f.condition.advice for f in findings if f.condition in _FIRST]
     solver = AndersonGS() if row is None else row.solver
     reasons.append(_solver_reason(row, rows))
-    stop, why = _tolerance(stop, row, floor, Condition.BELOW_ROUNDING in conditions)
+    stop, why = _tolerance(stop, row, max(floor, eps), Condition.BELOW_ROUNDING in conditions)
     reasons += [why] if why else []
     name, why = choose(table, error)
     grad = labelled(estimators).get(name, IFT())
@@ -68,7 +69,7 @@ def _tolerance(stop: Stop, row: SolverRow | None, floor: float, below: bool) -> 
     why = ""
     if below and math.isfinite(floor):
         rtol = float(f"{max(stop.rtol, _ABOVE * floor):.0e}")
-        why = f"rtol={rtol:g} is {_ABOVE:.0f} times the smallest relative residual that was reached, {floor:.1e}."
+        why = f"rtol={rtol:g} is {_ABOVE:.0f} times the smallest relative residual, or rounding error, of {floor:.1e}."
         stop = replace(stop, rtol=rtol)
     if row is not None and row.converged:
         stop = replace(stop, max_evals=max(stop.max_evals, _SLACK * row.most))

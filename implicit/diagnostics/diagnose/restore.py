@@ -32,28 +32,26 @@ def restored(*roots: Any) -> Iterator[None]:
     finally:
         for module, training, tensors in kept:
             module.training = training
-            _put_back(module, tensors)
+            _put_back(tensors)
         for generator, state in drawn:
             generator.set_state(state)
         random.setstate(python)
         np.random.set_state(array)
 
 
-def _tensors(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor, int | None, Tensor]]:
-    """(owner, name, tensor, its version, a copy) for the module's own buffers and parameters."""
-    held: list[tuple[dict[str, Any], str, Tensor, int | None, Tensor]] = []
+def _tensors(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
+    """(owner, name, tensor, a copy) of the module's own buffers and parameters; f writes into no parameter."""
+    held = []
     for owner, copied in ((module._buffers, True), (module._parameters, False)):
-        for name, t in owner.items():
-            if t is not None:
-                data = t.detach().clone() if copied else t
-                held.append((owner, name, t, None if t.is_inference() else t._version, data))
+        held += [(owner, name, t, t.detach().clone() if copied else t) for name, t in owner.items() if t is not None]
     return held
 
 
-def _put_back(module: nn.Module, tensors: list[tuple[dict[str, Any], str, Tensor, int | None, Tensor]]) -> None:
-    for owner, name, t, version, copy in tensors:
+def _put_back(tensors: list[tuple[dict[str, Any], str, Tensor, Tensor]]) -> None:
+    for owner, name, t, copy in tensors:
         owner[name] = t
-        if copy is not t and (version is None or t._version != version):
+        # BatchNorm writes its statistics without a new version of them, so the values are compared
+        if copy is not t and not torch.equal(t, copy):
             with torch.no_grad():
                 t.copy_(copy)
 

@@ -152,6 +152,8 @@ class _Run:
             candidates = [s for s in candidates if not isinstance(s, Picard)][:1] or candidates[:1]
         self.trials = solver_trials.try_solvers(self.f, self.z0, self.args, candidates, self.stop, *how)
         self.best = solver_trials.best(self.trials)
+        if lost := [trial.row.name for trial in self.trials if trial.row.note == solver_trials.UNFINISHED]:
+            self.missing.append(f"solves by {', '.join(lost)}, for lack of budget")
         if self.best is None or self.best.solution is None:
             return
         self._note_noise()
@@ -191,6 +193,8 @@ class _Run:
         if bool(found.any()):
             tight = solutions.starting_stop(self.stop, self.layout, self.budget)
             solver = self.deep.row.solver
+            if self.budget.remaining < solutions.COST:
+                self.missing.append("whether other starts give other answers, for lack of budget")
             rest = solver, tight, self.deep, gap, self.layout, self.budget
             more = solutions.several(self.f, self.z0, self.args, *rest)
             self.findings += [] if more is None else [more]
@@ -249,7 +253,16 @@ class _Run:
         rows = tuple(trial.row for trial in self.trials)
         floor = _NOTHING if self.deep is None else self.deep.row.residual
         advice = recommend(
-            self.findings, row, rows, self.stop, floor, self.table, estimators, error, self.layout.batch_dims
+            self.findings,
+            row,
+            rows,
+            self.stop,
+            floor,
+            self.table,
+            estimators,
+            error,
+            self.layout.batch_dims,
+            self.layout.eps,
         )
         samples = self.layout.pack(self.z0).shape
         missing = [*self.missing, *([f"gradients: {self.table.missing}"] if self.table.missing else [])]

@@ -16,6 +16,7 @@ from implicit.stopping import Stop
 
 _PAIRS = 2  # pairs of opposite starts
 _EACH = 150  # most evaluations from one start
+COST = 2 * _PAIRS * (_EACH + 5)  # most evaluations of all of them
 _APART = 1e-2  # relative distance of two answers that counts, beside their error
 _NEAR, _CLOSE = 1e-3, 1e-2  # relative distance of answer and start: the same, and nearly so
 

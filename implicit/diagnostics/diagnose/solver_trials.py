@@ -32,6 +32,7 @@ CANDIDATES: tuple[AbstractSolver[Any], ...] = (
 )
 _WORTH = 1.1
 _PATIENT = 100  # least budget of a candidate
+UNFINISHED = "not finished: the budget is spent"
 _DEEP = 200  # most evaluations of the solve to the rounding error
 TOLERANCES = tuple(10.0**-k for k in range(1, 14))
 
@@ -109,7 +110,7 @@ def run(
                 budget.plain(f), z0, *args, solver=solver, stop=stop, batch_dims=batch_dims, trace=True
             )
     except BudgetSpent:
-        return Trial(_failed(solver, "not finished: the budget is spent"), None)
+        return Trial(_failed(solver, UNFINISHED), None)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return Trial(_failed(solver, f"{type(error).__name__}: {error}"), None)
     codes = [Result(code).name for code in solution.result.tolist()]

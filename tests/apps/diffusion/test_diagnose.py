@@ -29,7 +29,7 @@ def test_the_command_writes_table_numbers_and_figure(tmp_path, capsys):
         assert f"| {row['timestep']} |" in printed
         assert row["plain_evaluations"]["1e-01"] <= row["plain_evaluations"]["1e-03"] == row["evaluations"]["Picard"]
         assert row["cost"]["evaluations"] + row["cost"]["products"] <= 400
-        assert len(row["radius"]) == 2
+        assert len(row["radius"]) == 4  # two samples, with and without their class for the guidance
 
 
 def test_radius_and_evaluations_are_those_of_the_layer_at_that_timestep():
@@ -65,7 +65,8 @@ def test_the_problem_of_the_layer_is_the_one_that_the_network_solves():
 def test_a_dit_and_impossible_options_are_refused(tmp_path, capsys):
     assert diagnose.main(["mnist-dit", "--out", str(tmp_path)]) == 2
     assert "fixed-point" in capsys.readouterr().err
-    assert diagnose.main(["mnist-fpdm", "--tolerance", "0"]) == 2
+    with pytest.raises(SystemExit):
+        diagnose.main(["mnist-fpdm", "--tolerance", "0"])
     assert "--tolerance" in capsys.readouterr().err
     assert diagnose.main([str(tmp_path / "nothing")]) == 2
     with pytest.raises(ValueError, match="fixed-point"):

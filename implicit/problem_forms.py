@@ -1,0 +1,104 @@
+"""Forms in which a problem may be given: f with a second output, and several starts a sample.
+
+`has_aux`   f returns (f(z), aux). The solve sees f(z) alone; f is evaluated once more at the value returned, so that
+            aux belongs to exactly that value and has whatever graph the value and f's parameters have.
+`starts`    z0 has S starts for every sample. Each is solved from without a graph; the start whose answer has the
+            smallest residual is the one that the problem is then solved from, as if no other had been given.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit.autodiff.functorch import search
+from implicit.options import Problem, SolveOptions
+from implicit.pytree import Layout, Map, State, leaves, map_tensors, rebuild
+from implicit.solution import Solution
+from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
+
+
+@dataclass(frozen=True)
+class Main:
+    """The first output of an f that has two."""
+
+    f: Map
+
+    def __call__(self, z: State, *args: Any) -> State:
+        return self.both(z, *args)[0]
+
+    def both(self, z: State, *args: Any) -> tuple[State, Any]:
+        """(f(z), aux).
+
+        Raises:
+            ValueError: f does not return two things.
+        """
+        out = self.f(z, *args)
+        if not isinstance(out, tuple) or len(out) != 2:
+            given = f"a tuple of {len(out)}" if isinstance(out, tuple) else f"a {type(out).__name__}"
+            raise ValueError(f"With has_aux f must return a tuple (f(z), aux), got {given}.")
+        return out
+
+    def with_aux(self, solution: Solution, args: tuple[Any, ...]) -> Solution:
+        """The solution with the second output at its value, for one evaluation more."""
+        return replace(solution, aux=self.both(solution.value, *args)[1], evals=solution.evals + 1)
+
+
+def all_starts(
+    z0: State | Callable[[torch.Generator | None], State], starts: int, generator: torch.Generator | None
+) -> list[State]:
+    """The starts: slices of a state with a leading axis, or what a function draws.
+
+    Raises:
+        ValueError: `starts` is below 1, or not the length of the leading axis.
+    """
+    if starts < 1:
+        raise ValueError(f"starts must be at least 1, got {starts}.")
+    if callable(z0) and not isinstance(z0, Tensor):
+        return [z0(generator) for _ in range(starts)]
+    if starts == 1:
+        return [z0]
+    sizes = {t.shape[0] if t.ndim else 0 for t in leaves(z0)}
+    if sizes != {starts}:
+        raise ValueError(
+            f"With starts={starts} every tensor of z0 must have a leading axis of that length, got {sorted(sizes)}: "
+            "stack the starts, or pass a function of a generator."
+        )
+    return [map_tensors(lambda t, s=s: t[s], z0) for s in range(starts)]
+
+
+def best_start(
+    f: Map,
+    z0s: list[State],
+    args: tuple[Any, ...],
+    solver: AbstractSolver[Any],
+    stop: Stop,
+    options: SolveOptions,
+) -> tuple[State, Tensor | int]:
+    """(the start of the smallest residual, sample by sample; (B,) evaluations that it took to find it).
+
+    Raises:
+        ValueError: a solver state to continue with was given, which belongs to one start.
+    """
+    if len(z0s) == 1:
+        return z0s[0], 0
+    if options.state is not None:
+        raise ValueError("state continues from one start: leave it unset with starts.")
+    plain = SolveOptions(batch_dims=options.batch_dims, compact=options.compact)
+    solved = [search(Problem(f, z0, args), solver, stop, plain) for z0 in z0s]
+    residual = torch.stack([s.residual.detach().nan_to_num(nan=torch.inf, posinf=torch.inf) for s in solved])
+    best = residual.argmin(dim=0)
+    evals = torch.stack([s.evals for s in solved]).sum(dim=0)
+    if not options.batch_dims:
+        best = best.reshape(())
+    layout = Layout.of(z0s[0], options.batch_dims)
+
+    def choose(*ts: Tensor) -> Tensor:
+        index = best.reshape(1, *best.shape, *[1] * (ts[0].ndim - best.ndim)).expand(1, *ts[0].shape)
+        return torch.stack(ts).gather(0, index)[0]
+
+    parts = [leaves(z0, layout.like) for z0 in z0s]
+    return rebuild(z0s[0], iter([choose(*ts) for ts in zip(*parts, strict=True)])), evals
