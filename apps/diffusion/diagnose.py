@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -47,8 +48,8 @@ class Request:
     """Averaged weights of a run, or its last ones."""
     out: Path | None = None
     """Output folder; default: diagnosis, inside the run, or diagnosis/NAME for a network by name."""
-    device: str = "cpu"
-    """Device, such as cpu or cuda."""
+    device: str = "auto"
+    """Device, such as cpu or cuda; auto: the first one of cuda, mps, xpu and cpu that is available."""
 
     def __post_init__(self) -> None:
         if self.num < 1 or self.seed < 0 or self.budget < 1:
@@ -63,11 +64,13 @@ class Request:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code (see cli.py)."""
 
-    def command(args: list[str]) -> None:
-        options = (tyro.conf.CascadeSubcommandArgs,)
-        run(tyro.cli(Request, args=args, prog="python -m apps.diffusion.diagnose", config=options))
+    return run_command("diagnose", lambda args: run(parse(args)), argv)
 
-    return run_command("diagnose", command, argv)
+
+def parse(argv: Sequence[str]) -> Request:
+    """The request that the arguments describe."""
+    options = (tyro.conf.CascadeSubcommandArgs,)
+    return tyro.cli(Request, args=argv, prog="python -m apps.diffusion.diagnose", config=options)
 
 
 def run(request: Request) -> None:

@@ -12,7 +12,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import parse_args
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("train", "sample", "evaluate", "encode", "convert", "distill")
+COMMANDS = ("train", "sample", "evaluate", "encode", "convert", "diagnose", "distill")
 PAGES = [
     *[ROOT / name for name in ("README.md", "CONTRIBUTING.md", "apps/diffusion/README.md", "examples/README.md")],
     *sorted((ROOT / "docs").rglob("*.md")),

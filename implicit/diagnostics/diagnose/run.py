@@ -60,7 +60,8 @@ def diagnose(
         f: the map f(z, *args).
         z0: the start, ``(B, *)`` tensors.
         args: passed on to f.
-        stop: the tolerance to be met. A solver may take `max_evals` evaluations, or 100 where that is more.
+        stop: the tolerance to be met; `when` is left out. A solver may take `max_evals` evaluations, or 100 where that
+            is more.
         solvers: candidates, simplest first; default `solver_trials.CANDIDATES`.
         estimators: candidates; default seven; () leaves gradients out.
         params: gradients with respect to what; default every tensor that f uses and that requires gradients.
@@ -80,11 +81,11 @@ def diagnose(
         >>> [finding.condition.value for finding in report.findings]
         ['oscillating']
     """
-    if not stop.has_tolerance:
+    if not (stop.rtol or stop.atol):
         raise ValueError("stop must have a tolerance to be met, got rtol = atol = 0: pass Stop(rtol=1e-4).")
     if budget < 1 or repeats < 0:
         raise ValueError(f"budget must be at least 1 and repeats at least 0, got {budget} and {repeats}.")
-    z0 = map_tensors(Tensor.detach, z0)
+    z0, stop = map_tensors(Tensor.detach, z0), replace(stop, when=None)
     candidates = solver_trials.CANDIDATES if solvers is None else tuple(solvers)
     chosen = default_estimators() if estimators is None else list(estimators)
     with restored(f, args, solvers, estimators, loss):
