@@ -48,10 +48,11 @@ def fixed_count(
     f: FlatMap, z0: State, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions, segment: int
 ) -> Solution:
     """`stop.max_evals` evaluations; with a `segment`, autograd keeps what there was at every such evaluation alone."""
+    criterion, fold = Criterion(stop, f.layout), options.fold()
     if not options.observed:
-        return _evaluations(f, z0, solver, options, segment, _Observer(Criterion(stop, f.layout), None, options.fold()))
+        return _evaluations(f, z0, solver, options, segment, _Observer(criterion, None, fold))
     with progress_callback(options, stop) as callback:
-        return _evaluations(f, z0, solver, options, segment, _Observer(Criterion(stop, f.layout), callback, options.fold()))
+        return _evaluations(f, z0, solver, options, segment, _Observer(criterion, callback, fold))
 
 
 def _evaluations(
