@@ -21,8 +21,8 @@ COMMANDS = [
     for line in block.splitlines()
     if "apps.diffusion" in line
 ]
-IMAGES, SAMPLES, BATCH, STEPS = 1281, 50, 8, 400
-"""A thousandth of the images, samples and steps of the page; a step is of 8 images instead of 512."""
+IMAGES, SAMPLES, BATCH, STEPS = 1281, 50, 8, 16
+"""A thousandth of the images and samples of the page, and a few steps of 8 images."""
 SMALL = {
     "encode": "--size 16 --shard-size 100 --batch 100 --device cpu",
     "train": f"--model.hidden 16 --model.heads 2 --optimizer.images {STEPS * BATCH} --optimizer.batch {BATCH} "
