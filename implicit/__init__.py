@@ -1,8 +1,8 @@
 """Fixed points in PyTorch: solvers x gradient estimators x diagnostics."""
 
+from typing import TYPE_CHECKING, Any
+
 from implicit.deq import DEQ as DEQ
-from implicit.diagnostics.diagnose import Diagnosis as Diagnosis
-from implicit.diagnostics.diagnose import diagnose as diagnose
 from implicit.fixed_point import fixed_point as fixed_point
 from implicit.grads import GMRES as GMRES
 from implicit.grads import IFT as IFT
@@ -30,3 +30,16 @@ from implicit.solvers import Picard as Picard
 from implicit.stopping import Stop as Stop
 
 __version__ = "0.2.0"
+
+if TYPE_CHECKING:
+    from implicit.diagnostics import Diagnosis as Diagnosis
+    from implicit.diagnostics import diagnose as diagnose
+
+
+def __getattr__(name: str) -> Any:
+    """`diagnose` and `Diagnosis`, imported when they are first used."""
+    if name not in ("diagnose", "Diagnosis"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from implicit import diagnostics
+
+    return getattr(diagnostics, name)
