@@ -115,7 +115,8 @@ def further_names(app: "Sphinx", docname: str, source: list[str]) -> None:
     entries = []
     for module in (implicit, implicit.diagnostics, implicit.solvers):
         for name, thing in vars(module).items():
-            if not name.startswith("_") and not inspect.ismodule(thing) and name not in known:
+            own = getattr(thing, "__module__", "").startswith("implicit")
+            if own and not name.startswith("_") and name not in known:
                 known.add(name)
                 kind = "autoclass" if inspect.isclass(thing) else "autofunction"
                 entries.append(f".. {kind}:: {module.__name__}.{name}\n")
