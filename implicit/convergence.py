@@ -264,6 +264,7 @@ class ConvergenceMonitor:
         same = np.abs(r - self.residual[rows]) <= REPEATABLE * self.layout.eps * np.maximum(s, self.size[rows])
         lost = seen.held & ~same & ~(r <= tolerance) & (self.code[rows] == Result.CONVERGED)
         moved = seen.held & ~same & (self.code[rows] == _RUNNING) & np.isfinite(self.residual[rows])
+        moved &= self.since[rows] < seen.calls - 1  # with `Stop.late` a better iterate may have been read since
         self._lost = rows[lost]
         drifted = seen.held & ~same & (r <= tolerance) & (self.code[rows] == Result.CONVERGED)
         self.residual[rows[drifted]] = r[drifted]

@@ -37,7 +37,7 @@ from implicit.stopping import Criterion, Stop
 from implicit.torch_internals import is_abstract, not_compiled, transforms_active
 from implicit.verification import COUPLED, image_of_best, is_noise, must_continue
 
-_NEWTON = NewtonKrylov(safeguard=False)  # the steps of the safeguard's last stage
+_NEWTON = NewtonKrylov(60, safeguard=False)  # the steps of the safeguard's last stage
 
 
 def iterate(
@@ -213,7 +213,7 @@ def _safeguard(solver: AbstractSolver[Any], z: Flat) -> StagedSafeguard | None:
     if not solver.patience:
         return None
     limits = CAUTIOUS if solver.has_cautious_stage else HISTORY_LOST
-    guard = StagedSafeguard(len(z), solver.stall_after(z.shape[1]), limits)
+    guard = StagedSafeguard(len(z), solver.stall_after(z.shape[1]), z.shape[1], limits)
     if not solver.has_cautious_stage:
         guard.leave_out(Stage.CAUTIOUS)
     if transforms_active() or isinstance(solver, NewtonKrylov):

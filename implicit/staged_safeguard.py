@@ -5,18 +5,20 @@ For every sample, on the host, from the residuals that the loop reads anyway:
     blow-up    ||r|| > `blown` times the smallest so far, or not finite: reset to the best iterate. The solver may use
                the pair of the two points. After a second blow-up without a smaller residual in between, a quarter of
                the next step is taken, then a sixteenth, and so on; a sample that is not finite `tries` times in a row
-               has failed. In the Newton-Krylov stage the limit is 10 times.
+               has failed. In the Newton-Krylov stage residuals may grow; a value that is not finite ends it, as a
+               blow-up ends a plain stage.
     stall      the smallest residual has not fallen to `gain` of what it was within `patience` evaluations: the next
                stage, from the best iterate,
 
                    accelerated -> cautious -> plain steps z' = f(z) -> Newton-Krylov steps -> accelerated ...
 
-               A stage lasts as long as it gains. A plain stage ends at once where a plain step blows up. After a
-               round of all stages, each lasts twice as long.
+               A stage lasts as long as it gains. Plain steps are judged after 8: they go on if that rate, kept up for
+               twice the patience, would reach `gain`. After a round of all stages the patience doubles.
 
-The Newton-Krylov stage waits for the second round, or for a third blow-up; maps that cannot be differentiated skip it.
-Solvers without a cautious stage leave it out; they lose their history with every reset, and have other `Limits`. In a
-solve without a tolerance no residual is read, and the safeguard is off.
+The Newton-Krylov stage lasts two patiences and 12 steps of a small state, 4 of a large one. States of more than 20
+numbers skip it in the first round; solvers with a cautious stage take it before that one after two blow-ups. Maps that
+cannot be differentiated skip it always. Solvers without a cautious stage lose their history with every reset, and have
+other `Limits`. In a solve without a tolerance no residual is read, and the safeguard is off.
 """
 
 from dataclasses import dataclass
@@ -24,8 +26,8 @@ from enum import IntEnum
 
 import numpy as np
 
-_BLOWN_NEWTON = 10.0
 _SHORTER = 0.25
+_SMALL = 20  # numbers of a state whose Newton-Krylov steps cost little
 
 
 class Stage(IntEnum):
@@ -45,17 +47,19 @@ class Limits:
         gain: the share of the residual that a stage must reach.
         blown: a residual of that many times the smallest is a blow-up.
         tries: values in a row that are not finite, after which a sample has failed.
-        plain: length of the plain stage, in `patience`; an accelerated stage has 1, a Newton-Krylov stage 2.
+        plain: length of the plain stage, in `patience`.
+        trial: plain steps after which their gain is projected to the whole stage; 0, not before its end.
     """
 
     gain: float
     blown: float
     tries: int
     plain: int
+    trial: int
 
 
-CAUTIOUS = Limits(gain=0.1, blown=1e4, tries=8, plain=2)
-HISTORY_LOST = Limits(gain=0.5, blown=1e3, tries=2, plain=6)
+CAUTIOUS = Limits(gain=0.1, blown=1e4, tries=8, plain=2, trial=8)
+HISTORY_LOST = Limits(gain=0.5, blown=1e3, tries=2, plain=6, trial=0)
 
 
 class StagedSafeguard:
@@ -64,12 +68,14 @@ class StagedSafeguard:
     Args:
         size: number of samples.
         patience: evaluations that an accelerated stage may take to gain.
+        numbers: N, the size of a sample's state.
         limits: `CAUTIOUS` for solvers with a cautious stage, `HISTORY_LOST` for others.
     """
 
-    def __init__(self, size: int, patience: int, limits: Limits = CAUTIOUS) -> None:
+    def __init__(self, size: int, patience: int, numbers: int, limits: Limits = CAUTIOUS) -> None:
         self.limits = limits
-        self.length = np.array([1, 1, limits.plain, 2])  # of each stage, in `patience`
+        self.small = numbers <= _SMALL
+        self.newton_length = max(12 * (min(numbers, 10) + 1), 4 * (min(numbers, 60) + 1))
         self.stages = list(Stage)
         self.patience = np.full(size, patience)
         self.stage = np.zeros(size, dtype=np.int8)
@@ -135,16 +141,18 @@ class StagedSafeguard:
         self.blown[rows] += 1
         self.failing = True
         self.scale[rows] = np.where(self.failures[rows] > 1, self.scale[rows] * _SHORTER, 1.0)
-        plain = rows[self.stage[rows] == Stage.PLAIN]
-        self.due[plain] = self.next_due = 0
+        # plain and Newton-Krylov steps that fail end their stage
+        ended = rows[self.stage[rows] >= Stage.PLAIN]
+        if len(ended):
+            self.due[ended] = self.next_due = 0
         self._schedule_reset(rows)
 
     def update(self, rows: np.ndarray, r: np.ndarray, best: np.ndarray, calls: int) -> None:
         """Take in the finite residuals r of `rows` and the smallest ones of all samples."""
         if not self.begun:
             self.mark, self.begun = best.copy(), True
-        limit = np.where(self.stage[rows] == Stage.NEWTON, _BLOWN_NEWTON, self.limits.blown)
-        self._fail(rows[r > limit * best[rows]])
+        blown = (r > self.limits.blown * best[rows]) & (self.stage[rows] != Stage.NEWTON)
+        self._fail(rows[blown])
         if self.failing:
             better = rows[best[rows] < self.least[rows]]
             self._schedule_reset(better[(self.scale[better] < 1) & (self.stage[better] == Stage.NEWTON)])
@@ -157,17 +165,30 @@ class StagedSafeguard:
 
     def _turn(self, due: np.ndarray, best: np.ndarray, calls: int) -> None:
         """The next stage for those of `due` that have not gained."""
-        stuck = due[~(best[due] <= self.limits.gain * self.mark[due])]
-        order = np.array(self.stages)
-        place = np.searchsorted(order, self.stage[stuck]) + 1
-        # Newton-Krylov steps are dear: they wait for the second round, or for blow-ups
-        early = (order[place % len(order)] == Stage.NEWTON) & (self.rounds[stuck] == 0) & (self.blown[stuck] < 3)
-        place = place + early
-        wrapped = stuck[place >= len(order)]
-        self.patience[wrapped] *= 2
-        self.rounds[wrapped] += 1
-        self.stage[stuck] = order[place % len(order)]
+        # a plain trial has gained if its rate, kept up for the whole stage, would
+        plain = self.limits.plain * self.patience[due]
+        share = np.where((self.stage[due] == Stage.PLAIN) & (self.limits.trial > 0), self.limits.trial / plain, 1.0)
+        stuck = due[~(best[due] <= self.limits.gain**share * self.mark[due])]
+        self.stage[stuck] = self._following(stuck)
         self.scale[stuck], self.failures[stuck] = 1.0, 0
         self._schedule_reset(stuck)
         self.mark[due] = best[due]
-        self.due[due] = calls + self.patience[due] * self.length[self.stage[due]]
+        patience = self.patience[due]
+        trial = np.full(len(due), self.limits.trial) if self.limits.trial else self.limits.plain * patience
+        lengths = [patience, patience, trial, 2 * patience + self.newton_length]
+        self.due[due] = calls + np.choose(self.stage[due], lengths)
+
+    def _following(self, rows: np.ndarray) -> np.ndarray:
+        """The stage after the present one; a completed round doubles the patience."""
+        order = np.array(self.stages)
+        place, blown = np.searchsorted(order, self.stage[rows]) + 1, self.blown[rows] >= 2
+        if Stage.NEWTON in self.stages:
+            newton = len(order) - 1
+            # next after blow-ups; else a large state waits for the second round
+            if Stage.CAUTIOUS in self.stages:
+                place = np.where(blown & (place < newton), newton, place)
+            place = place + ((place == newton) & ~blown & (self.rounds[rows] == 0) & (not self.small))
+        wrapped = rows[place >= len(order)]
+        self.patience[wrapped] *= 2
+        self.rounds[wrapped] += 1
+        return order[place % len(order)]

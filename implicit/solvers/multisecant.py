@@ -16,6 +16,10 @@ columns of dR are therefore taken newest first, and one whose angle to the span 
 `filter` is left out (Pollock and Rebholz, "Filtering for Anderson acceleration", SIAM J. Sci. Comput. 45(4), 2023). The
 sines are the pivots of the Cholesky factor of the Gram matrix of the normalized columns.
 
+A type-I residual may be far above the smallest one that the pairs allow, as that of FOM is above that of GMRES where
+GMRES stagnates. Where ||r_k - dR gamma|| exceeds `_FAR` times its minimum, the step is therefore that of type II, the
+least-squares mixture (Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011). Both small systems are solved as one batch.
+
 Where ||r_k|| exceeds both ||r_{k-1}|| and twice the residual ||r_{k-1} - dR gamma|| that the pairs promised, the linear
 model has failed. That sample goes on with a strict filter (sine 0.1) and, as long as mu exceeds its first value, with
 the mixture of type II and a relative ridge mu, as in a Levenberg-Marquardt method:
@@ -23,6 +27,11 @@ the mixture of type II and a relative ridge mu, as in a Levenberg-Marquardt meth
     gamma = argmin ||r_k - dR gamma||^2 + mu sum_i (||dR_i|| gamma_i)^2,    mu <- max(100 mu, 1e-4), else mu <- mu / 5
 
 Above mu = 1 the history is dropped, and where mu has decayed below 1e-13 the sample is as before.
+
+The first steps are plain, z' = f(z), as long as they gain more each time: rho_k = ||r_k|| / ||r_{k-1}|| falls, and does
+so faster. On a normal linear contraction rho_k never falls, so that one plain step is taken there, which spans the same
+Krylov space; on a map that converges faster than linearly (a step of Newton's method, say) the ratios fall to 0, and
+no extrapolation of the past differences would come close to plain iteration.
 """
 
 from dataclasses import dataclass, replace
@@ -36,17 +45,23 @@ from implicit.solvers.base import AbstractSolver, Point
 from implicit.solvers.history_buffer import HistoryBuffer, put
 
 _NOISE = 2  # a difference of residuals within that many eps of f(z) consists of rounding errors
+_FAR = 1.05  # a residual of type I of that many times the smallest is not taken
 _TRUST = 2.0  # a residual of that many times the promised one is a failure of the model
 _LOW, _UP, _DOWN, _NONE = 1e-4, 100.0, 0.2, 1e-13  # the ridge's first value, its factors, and what counts as 0
 _AFTER, _RESET = 1e-2, 10.0  # the ridge after a reset to the best iterate: its least value, and its factor
-_STRICT = 0.1  # the filter of samples in the safeguard's cautious stage
+_STRICT = 0.1  # the filter of samples in the safeguard's cautious stage and after a failure of the model
+_PLAIN_STEPS = 15  # plain steps at the start, at most
+_CONTRACTION, _FAST = 0.9, 0.65  # the largest ratio after which they begin, and go on
+_FALL, _QUICK, _QUICK_FALL = 1e-3, 0.3, 0.1  # the least relative fall of the ratio; that of ratios below _QUICK
+_KEPT = 0.4  # the share of the last relative fall that the next one must reach
 
 
 @dataclass(frozen=True)
 class MultisecantState:
     """The last point, the pairs of differences, and the products that the small systems are made of.
 
-    `size` is ||r|| of the last point, `promised` the residual that its mixture promised, `mu` the ridge. `gram` holds
+    `size` is ||r|| of the last point, `promised` the residual that its mixture promised, `mu` the ridge, `ratio` and
+    `fall` are rho_k and 1 - rho_k / rho_{k-1} of the plain steps at the start, where `plain` holds. `gram` holds
     <dR_i, dR_j>, with a zero diagonal entry for pairs not in use; `mixed` holds <dF_i, dR_j>.
     """
 
@@ -60,6 +75,9 @@ class MultisecantState:
     size: Float[Tensor, "B 1"]
     promised: Float[Tensor, "B 1"]
     mu: Float[Tensor, "B 1"]
+    plain: Bool[Tensor, "B 1"]
+    ratio: Float[Tensor, "B 1"]
+    fall: Float[Tensor, "B 1"]
     pairs: int = 0
     fresh: bool = True  # the last point is not from this solve: it makes no pair with the next one
 
@@ -72,8 +90,8 @@ class Multisecant(AbstractSolver[MultisecantState]):
 
     Args:
         memory: number of pairs kept, >= 1.
-        filter: sine of the angle below which an older pair is left out, in (0, 1); None takes eps^(1/5): 7e-4 for
-            float64 histories, 4e-2 for float32.
+        filter: sine of the angle below which an older pair is left out, in (0, 1); None takes eps^(1/6): 2e-3 for
+            float64 histories, 7e-2 for float32.
         safeguard: reset to the best iterate after a blow-up; where the residual stalls, a strict filter, then plain
             steps, then Newton-Krylov steps (`implicit.staged_safeguard`).
     """
@@ -111,13 +129,15 @@ class Multisecant(AbstractSolver[MultisecantState]):
         size = _norm(point.r)
         endless = torch.full_like(size, torch.inf)
         strict, mu = torch.zeros_like(size, dtype=torch.bool), torch.zeros_like(size)
-        return MultisecantState(point.fz, point.r, empty, empty, gram, gram.clone(), strict, size, endless, mu)
+        window = (point.fz, point.r, empty, empty, gram, gram.clone(), strict)
+        return MultisecantState(*window, size, endless, mu, ~strict, torch.ones_like(size), mu.clone())
 
     def resume(self, point: Point, state: MultisecantState) -> MultisecantState:
         window = min(self.memory, point.z.shape[1])
         if state.dr.capacity != window:
             raise ValueError(f"state must come from a solver with memory={self.memory}, got {state.dr.capacity}.")
-        return replace(state, fz=point.fz, r=point.r, strict=torch.zeros_like(state.strict), fresh=True)
+        no = torch.zeros_like(state.strict)
+        return replace(state, fz=point.fz, r=point.r, strict=no, plain=no, fresh=True)
 
     def restart(self, point: Point, state: MultisecantState, mask: Bool[Tensor, "B 1"]) -> MultisecantState:
         lost = mask.unsqueeze(2)
@@ -128,8 +148,10 @@ class Multisecant(AbstractSolver[MultisecantState]):
             df=state.df.clear(mask),
             dr=state.dr.clear(mask),
             gram=state.gram.masked_fill(lost, 0),
+            mixed=state.mixed.masked_fill(lost, 0),
             promised=state.promised.masked_fill(mask, torch.inf),
             mu=state.mu.masked_fill(mask, 0),
+            plain=state.plain & ~mask,
         )
 
     def retreat(
@@ -152,6 +174,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
             size=torch.where(mask, _norm(point.r), state.size),
             promised=state.promised.masked_fill(mask, torch.inf),
             mu=torch.where(mask, (_RESET * state.mu).clamp_min(_AFTER), state.mu),
+            plain=state.plain & ~mask,
         )
 
     def step(self, point: Point, state: MultisecantState) -> tuple[Flat, None, MultisecantState]:
@@ -165,7 +188,10 @@ class Multisecant(AbstractSolver[MultisecantState]):
             now, by_df, by_dr = self._append(point, state)
         now = _trust(replace(now, size=size), state.size)
         used = min(now.pairs, now.dr.capacity)
-        gamma, promised = self._weights(now, by_df[:, :, :used], by_dr[:, :, :used])
+        gamma, promised = self._weights(now, by_df[:, :, :used], by_dr[:, :, :used], size > state.size)
+        if now.pairs <= _PLAIN_STEPS:
+            now = _superlinear(now, state.size)
+            gamma, promised = gamma.masked_fill(now.plain, 0), promised.masked_fill(now.plain, torch.inf)
         return now.df.add(point.fz, gamma.unsqueeze(1), -1), None, replace(now, promised=promised)
 
     def _append(
@@ -184,7 +210,8 @@ class Multisecant(AbstractSolver[MultisecantState]):
         size = row[:, slot].detach()
         noise = (_NOISE * torch.finfo(new.dtype).eps * _norm(point.fz)[:, 0]) ** 2
         real = (size > noise.clamp_min(torch.finfo(new.dtype).tiny)) & size.isfinite()
-        row = torch.where(real.unsqueeze(1), row, 0)
+        none = ~real.unsqueeze(1)
+        row, down, across = (x.masked_fill(none, 0) for x in (row, by_dr[:, 2], by_df[:, 1]))
         now = replace(
             state,
             fz=point.fz,
@@ -192,54 +219,65 @@ class Multisecant(AbstractSolver[MultisecantState]):
             df=df,
             dr=dr,
             gram=_put_cross(state.gram, slot, row, row, k),
-            mixed=_put_cross(state.mixed, slot, by_dr[:, 2], by_df[:, 1], k),
+            mixed=_put_cross(state.mixed, slot, down, across, k),
             pairs=state.pairs + 1,
         )
         return now, by_df[:, :1], by_dr[:, :1]
 
     def _weights(
-        self, state: MultisecantState, by_df: Float[Tensor, "B 1 K"], by_dr: Float[Tensor, "B 1 K"]
+        self,
+        state: MultisecantState,
+        by_df: Float[Tensor, "B 1 K"],
+        by_dr: Float[Tensor, "B 1 K"],
+        grew: Bool[Tensor, "B 1"],
     ) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B 1"]]:
         """gamma, 0 for pairs left out and where the system is singular, and ||r - dR gamma||."""
         used = by_dr.shape[2]
         unit, keep = self._kept(state, used)
-        both = keep.unsqueeze(1) & keep.unsqueeze(2)
-        gram = torch.where(both, state.gram[:, :used, :used] * unit.unsqueeze(1) * unit.unsqueeze(2), 0)
-        mixed = torch.where(both, state.mixed[:, :used, :used] * unit.unsqueeze(1) * unit.unsqueeze(2), 0)
-        by_df, by_dr = (torch.where(keep, d[:, 0] * unit, 0) for d in (by_df, by_dr))
-        # type I where the model holds, type II with a ridge where it has failed; the identity for pairs left out
-        ridged = ((state.mu > _LOW) & ~state.strict).unsqueeze(2)
-        eye = torch.eye(used, dtype=gram.dtype, device=gram.device)
-        matrix = torch.where(ridged, gram + state.mu.unsqueeze(2) * eye, mixed - gram)
-        matrix = torch.where(keep.unsqueeze(2), matrix, eye)
-        rhs = torch.where(ridged, by_dr.unsqueeze(2), (by_df - by_dr).unsqueeze(2))
+        left_out = ~keep
+        unit = unit.masked_fill(left_out, 0)
+        # products of normalized columns, 0 for pairs left out
+        scale = unit.unsqueeze(1) * unit.unsqueeze(2)
+        gram, mixed = (m[:, :used, :used] * scale for m in (state.gram, state.mixed))
+        by_dr, by_dz = by_dr[:, 0] * unit, (by_df - by_dr)[:, 0] * unit
+        # type I, and type II with the ridge, in one batch; 1 on the diagonal for pairs left out
+        matrix = torch.cat((mixed - gram, gram))
+        ridge = torch.cat((left_out, left_out + state.mu))
+        matrix = matrix + torch.diag_embed(ridge)
         # rows in one unit, for pivots are chosen between rows
-        rows = matrix.detach().abs().amax(dim=2, keepdim=True)
-        rows = torch.where(rows > 0, rows, 1)
-        y = torch.linalg.solve_ex(matrix / rows, rhs / rows)[0]
-        y = torch.where(y.isfinite().all(dim=1, keepdim=True), y, 0)
+        rows = matrix.detach().abs().amax(dim=2, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
+        y = torch.linalg.solve_ex(matrix / rows, torch.cat((by_dz, by_dr)).unsqueeze(2) / rows)[0]
+        y = y.masked_fill(~y.isfinite().all(dim=1, keepdim=True), 0)
+        one, two = y.chunk(2)
         with torch.no_grad():
-            square = state.size**2 - 2 * torch.bmm(by_dr.unsqueeze(1), y)[:, 0] + torch.bmm(y.mT, gram @ y)[:, 0]
-        return y[:, :, 0] * unit, square.clamp_min(0).sqrt()
+            # ||r - dR y||^2 of both
+            both = torch.cat((one, two), dim=2)
+            inner = gram @ both - 2 * by_dr.unsqueeze(2)
+            square = state.size**2 + (both * inner).sum(dim=1)
+            promised = square.clamp_min(0).sqrt().split(1, dim=1)
+            floor = torch.finfo(gram.dtype).eps ** 0.5 * state.size
+            # type II where the model has failed, and where the residual of type I is far from the smallest
+            second = grew | ((state.mu > _LOW) & ~state.strict) | (promised[0] > _FAR * promised[1] + floor)
+        gamma = torch.where(second, two[:, :, 0], one[:, :, 0])
+        return gamma * unit, torch.where(second, promised[1], promised[0])
 
     def _kept(self, state: MultisecantState, used: int) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"]]:
         """1 / ||dR_i||, and which pairs pass the filter."""
         gram = state.gram[:, :used, :used].detach()
         diagonal = gram.diagonal(dim1=1, dim2=2)
         there = diagonal > 0
-        unit = torch.where(there, diagonal, 1).rsqrt()
+        unit = diagonal.masked_fill(~there, torch.inf).rsqrt()
         # newest first
-        order = (state.pairs - 1 - torch.arange(used, device=gram.device)) % used
-        cosines = gram * unit.unsqueeze(1) * unit.unsqueeze(2)
-        cosines = torch.where(there.unsqueeze(1) & there.unsqueeze(2), cosines, 0)[:, order][:, :, order]
+        turn = state.pairs % used
+        cosines = _newest_first(gram * unit.unsqueeze(1) * unit.unsqueeze(2), turn, 1, 2)
         # the pivots are the squared sines; a small ridge keeps the factorization going past a dependent column
-        tolerance = self.filter or torch.finfo(gram.dtype).eps ** 0.2
+        tolerance = self.filter or torch.finfo(gram.dtype).eps ** (1 / 6)
         ridge = 0.01 * tolerance**2
         cosines.diagonal(dim1=1, dim2=2).fill_(1 + ridge)
         factor = torch.linalg.cholesky_ex(cosines)[0]
-        sine = factor.diagonal(dim1=1, dim2=2)[:, torch.argsort(order)]
-        least = torch.where(state.strict | (state.mu > 0), max(tolerance, _STRICT), tolerance)
-        return unit, there & (sine > least)
+        sine = _newest_first(factor.diagonal(dim1=1, dim2=2), -turn, 1)
+        strict = state.strict | (state.mu > 0)
+        return unit, there & (sine > tolerance) & ~(strict & (sine <= _STRICT))
 
     def inverse_transpose(self, state: MultisecantState, g: Flat) -> Flat:
         """H^T g, with H r = r - dF gamma(r): g - dZ (dZ^T dR)^-T dF^T g."""
@@ -258,6 +296,13 @@ class Multisecant(AbstractSolver[MultisecantState]):
         return state.dr.add(state.df.add(g, c, -1), c, 1)
 
 
+def _newest_first(x: Tensor, turn: int, *dims: int) -> Tensor:
+    """`x` in the order of age along `dims`, where slot turn - 1 is the newest; with -turn the inverse of that."""
+    if not turn:
+        return x.flip(dims)
+    return x.roll([-turn] * len(dims), dims).flip(dims) if turn > 0 else x.flip(dims).roll([-turn] * len(dims), dims)
+
+
 def _put_cross(
     matrix: Float[Tensor, "B K K"], slot: int, row: Float[Tensor, "B J"], column: Float[Tensor, "B J"], j: int
 ) -> Float[Tensor, "B K K"]:
@@ -270,6 +315,18 @@ def _put_cross(
 
 def _norm(x: Flat) -> Float[Tensor, "B 1"]:
     return torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
+
+
+def _superlinear(state: MultisecantState, last: Float[Tensor, "B 1"]) -> MultisecantState:
+    """The state with the samples marked whose plain steps still gain more from step to step."""
+    ratio = state.size / last
+    fall = 1 - ratio / state.ratio
+    if state.pairs == 1:
+        plain = state.plain & (ratio <= _CONTRACTION)
+    else:
+        least = torch.where(ratio < _QUICK, _QUICK_FALL, _FALL)
+        plain = state.plain & (ratio <= _FAST) & (fall >= torch.maximum(_KEPT * state.fall, least))
+    return replace(state, plain=plain, ratio=ratio, fall=fall if state.pairs > 1 else state.fall)
 
 
 def _trust(state: MultisecantState, last: Float[Tensor, "B 1"]) -> MultisecantState:

@@ -1,5 +1,7 @@
 """`Multisecant` against closed forms and dense references, and each cause of lost solves as a count."""
 
+import numpy as np
+import pytest
 import torch
 
 from implicit import Multisecant, Picard, Result, SolveOptions, Stop, fixed_point, iterate
@@ -34,24 +36,26 @@ def visited(f, z0, solver, evals):
 
 
 def test_the_iterates_are_those_of_the_dense_multisecant_method():
-    """Fang and Saad (2009), equation (25): z + r - (dZ + dR) (dZ^T dR)^-1 dZ^T r, from differences kept apart."""
-    w = 0.4 * torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(0), dtype=F64))[0]
+    """Fang and Saad (2009), equations (24) and (25), from differences kept apart; the larger residual is not taken."""
+    w = 1.5 * torch.linalg.qr(torch.randn(7, 7, generator=torch.Generator().manual_seed(0), dtype=F64))[0]
     b = torch.linspace(-1, 1, 7, dtype=F64)[None]
 
     def f(z):
         return torch.tanh(z @ w + b)
 
     got = visited(f, torch.zeros(1, 7, dtype=F64), Multisecant(filter=1e-8, safeguard=False), 6)[:, 0]
-    zs = [torch.zeros(7, dtype=F64)]
-    for _ in range(5):
+    zs, types = [torch.zeros(7, dtype=F64)], []
+    zs.append(f(zs[0][None])[0])
+    for _ in range(4):
         rs = [f(z[None])[0] - z for z in zs]
-        if len(zs) == 1:
-            zs.append(zs[0] + rs[0])
-            continue
         dz = torch.stack([a - c for a, c in zip(zs[1:], zs, strict=False)], 1)
         dr = torch.stack([a - c for a, c in zip(rs[1:], rs, strict=False)], 1)
-        zs.append(zs[-1] + rs[-1] - (dz + dr) @ torch.linalg.solve(dz.T @ dr, dz.T @ rs[-1]))
+        one, two = torch.linalg.solve(dz.T @ dr, dz.T @ rs[-1]), torch.linalg.lstsq(dr, rs[-1]).solution
+        first, second = (rs[-1] - dr @ gamma for gamma in (one, two))
+        types.append(1 if rs[-1].norm() <= rs[-2].norm() and first.norm() <= 1.05 * second.norm() else 2)
+        zs.append(zs[-1] + rs[-1] - (dz + dr) @ (one if types[-1] == 1 else two))
     torch.testing.assert_close(got, torch.stack(zs), rtol=1e-7, atol=1e-9)
+    assert len(set(types)) == 2
 
 
 def test_a_linear_map_ends_after_as_many_evaluations_as_numbers():
@@ -128,17 +132,46 @@ def test_the_newton_stage_solves_what_quasi_newton_steps_do_not():
     assert found.result.item() in (Result.CONVERGED, Result.MAX_EVALS, Result.NONFINITE)
 
 
-def test_stages_follow_one_another_and_last_as_long_as_they_gain():
-    import numpy as np
-
-    guard, best = StagedSafeguard(1, 10), np.array([1.0])
-    stages = []
-    for calls in range(1, 200):
+def stages(numbers, best, evals=120, **gains):
+    """The stage at every evaluation of a sample whose smallest residual is multiplied by `gains[stage]`."""
+    guard, seen = StagedSafeguard(1, 10, numbers), []
+    for calls in range(1, evals):
         guard.update(np.array([0]), best, best, calls)
-        stages.append(int(guard.stage[0]))
-        if guard.stage[0] == Stage.PLAIN:
-            best = best * 0.8  # plain steps gain a tenth in a stage of 20, so it stays
-    assert stages[:10] == [0] * 9 + [1] and stages[19] == Stage.PLAIN and set(stages[19:]) == {int(Stage.PLAIN)}
+        seen.append(Stage(guard.stage[0]))
+        best = best * gains.get(seen[-1].name, 1.0)
+    return seen
+
+
+def test_stages_follow_one_another():
+    """Each lasts its patience; large states take Newton-Krylov steps from the second round on."""
+    order = [Stage.CAUTIOUS, Stage.PLAIN, Stage.NEWTON]
+    small, large = (stages(n, np.array([1.0])) for n in (2, 100))
+    assert list(dict.fromkeys(small[9:40])) == order
+    assert Stage.NEWTON not in large[:70] and small.count(Stage.NEWTON) and large.count(Stage.NEWTON)
+
+
+@pytest.mark.parametrize("stage", [Stage.PLAIN, Stage.NEWTON])
+def test_a_stage_lasts_as_long_as_it_gains(stage):
+    seen = stages(2, np.array([1.0]), **{stage.name: 0.8})
+    assert set(seen[seen.index(stage) :]) == {stage}
+
+
+def test_plain_steps_without_a_projected_gain_end_after_a_trial():
+    """0.99 a step does not reach a tenth in two patiences."""
+    seen = stages(100, np.array([1.0]), PLAIN=0.99)
+    assert seen.index(Stage.PLAIN) == 19 and seen[19:27] == [Stage.PLAIN] * 8 and seen[27] == Stage.ACCELERATED
+
+
+@pytest.mark.parametrize("n", [1, 5, 100])
+def test_newton_s_iteration_is_not_disturbed(n):
+    """z <- (z + t / z) / 2 converges faster than any extrapolation of it: never more than 1.1 times plain iteration."""
+    t = torch.arange(1.0, n + 1, dtype=F64)
+
+    def f(z):
+        return (z + t / z) / 2
+
+    for start in (t[None] + 20, torch.full((1, n), 50.0, dtype=F64)):
+        assert solved(f, start) <= 1.1 * solved(f, start, solver=Picard())
 
 
 def test_the_value_does_not_depend_on_batch_mates():
