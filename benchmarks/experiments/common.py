@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from apps.diffusion.config.training import Config, EMAConfig, Grad, ModelConfig, OptimizerConfig
+from apps.diffusion.config.training import Config, DataConfig, EMAConfig, Grad, ModelConfig, OptimizerConfig
 from apps.diffusion.data import TensorDataset
 from apps.diffusion.data import build as data
 from apps.diffusion.evaluation.digit_classifier import ImageScorer
@@ -20,13 +20,27 @@ from apps.diffusion.sampling.sampler import Solve, sample
 from apps.diffusion.schedulers import noise_schedule as schedule
 from apps.diffusion.schedulers.timesteps import timesteps
 from apps.diffusion.training.trainer import Trainer
-from benchmarks.harness import provenance
+from benchmarks.harness import peak_bytes, provenance
 from implicit import StochasticJFB
 
 Sizes = dict[str, dict[str, float]]
 SCALES: Sizes = {  # CPU seconds of training by study, and samples per score
-    "full": {"sampling": 120, "estimators": 100, "iteration-split": 60, "outer-blocks": 60, "samples": 500},
-    "tiny": {"sampling": 1, "estimators": 1, "iteration-split": 1, "outer-blocks": 0.3, "samples": 20},
+    "full": {
+        "sampling": 120,
+        "estimators": 100,
+        "iteration-split": 60,
+        "outer-blocks": 60,
+        "depth": 120,
+        "samples": 500,
+    },
+    "tiny": {
+        "sampling": 1,
+        "estimators": 1,
+        "iteration-split": 1,
+        "outer-blocks": 0.3,
+        "depth": 0.2,
+        "samples": 20,
+    },
 }
 
 
@@ -76,11 +90,18 @@ def _config(model: ModelConfig, seconds: float, grad: Grad) -> Config:
 
 
 @cache
-def judge() -> tuple[TensorDataset, TensorDataset, ImageScorer]:
-    """Training images, held-out images, and the classifier that scores samples."""
-    images, held_out = data.datasets(Config().data)
+def judge(source: Literal["digits", "mnist"] = "digits") -> tuple[TensorDataset, TensorDataset, ImageScorer]:
+    """Training images, held-out images, and the classifier that scores samples.
+
+    The classifier of the 8 x 8 digits learns from the training images, that of MNIST from the held-out ones.
+    """
+    images, held_out = data.datasets(DataConfig(source=source))
     assert isinstance(images, TensorDataset) and held_out is not None
-    return images, held_out, ImageScorer.of(images)
+    return images, held_out, ImageScorer.of(images if source == "digits" else held_out)
+
+
+def _judge_of(config: Config) -> tuple[TensorDataset, TensorDataset, ImageScorer]:
+    return judge("mnist" if config.data.source == "mnist" else "digits")
 
 
 def floor(images: TensorDataset, ruler: ImageScorer, count: int, draws: int = 20) -> dict[str, Any]:
@@ -96,7 +117,7 @@ def floor(images: TensorDataset, ruler: ImageScorer, count: int, draws: int = 20
 
 def train(config: Config) -> tuple[nn.Module, dict[str, Any]]:
     """Train for `config.max_time` seconds of this process's CPU time; returns the averaged network."""
-    trainer = Trainer(config, judge()[0])
+    trainer = Trainer(config, _judge_of(config)[0])
     began = time.process_time()
     losses: list[float] = []
     while not trainer.finished:
@@ -108,10 +129,17 @@ def train(config: Config) -> tuple[nn.Module, dict[str, Any]]:
         "skipped": trainer.progress.skipped,
         "cpu_seconds": trainer.progress.seconds,
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "step_peak_bytes": step_peak_bytes(config),
         "loss": sum(losses[-100:]) / len(losses[-100:]),
         "commit": provenance("cpu")["commit"],
     }
     return trainer.ema.module.eval(), facts
+
+
+def step_peak_bytes(config: Config, steps: int = 5) -> int:
+    """Peak bytes of the activations, gradients and temporaries of a training step, the largest of a few draws."""
+    trainer = Trainer(config, _judge_of(config)[0])
+    return max(peak_bytes(trainer.step) for _ in range(steps))
 
 
 def kept(path: Path, config: Config) -> tuple[nn.Module, dict[str, Any]] | None:
@@ -119,14 +147,14 @@ def kept(path: Path, config: Config) -> tuple[nn.Module, dict[str, Any]] | None:
     found = torch.load(path) if path.exists() else {}
     if found.get("config") != repr(config):
         return None
-    network = Trainer(config, judge()[0]).ema.module.eval()
+    network = Trainer(config, _judge_of(config)[0]).ema.module.eval()
     network.load_state_dict(found["weights"])
     return network, found["facts"]
 
 
 def score(model: Any, config: Config, way: Way, count: int) -> dict[str, float]:
     """Draw `count` samples by DDIM, label i mod 10, and score them."""
-    _, _, ruler = judge()
+    _, _, ruler = _judge_of(config)
     labels = [i % 10 for i in range(count)]
     began = time.process_time()
     result = sample(

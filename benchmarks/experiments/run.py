@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.harness import RESULTS
 
 NETWORKS = Path(__file__).parents[2] / "runs" / "studies"
-NAMES = ("sampling", "estimators", "outer-blocks", "iteration-split")
+NAMES = ("sampling", "estimators", "outer-blocks", "iteration-split", "depth")
 
 
 def study(name: str) -> ModuleType:
@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--networks", type=Path, default=NETWORKS, help="folder of the trained networks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cells", default="", help="only the cells whose names begin so")
     parser.add_argument("--scale", choices=("full", "tiny"), default="full", help="tiny: seconds, to see it run")
     options = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,7 +62,8 @@ def complete(name: str, options: Any) -> None:
         },
     }
     records = Records(options.results / f"experiment_{name}.json", about)
-    todo = [(cell, seed) for seed in options.seeds for cell in study(name).cells(options.scale)]
+    cells = [cell for cell in study(name).cells(options.scale) if cell.name.startswith(options.cells)]
+    todo = [(cell, seed) for seed in options.seeds for cell in cells]
     for cell, seed in tqdm(todo, desc=name, unit="cell"):
         key = f"{cell.name}, seed {seed}"
         known = records.cells.get(key)
