@@ -24,7 +24,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from apps.diffusion.checkpoint.open_network import open_network, pipeline_options
 from apps.diffusion.checkpoint.single_file import single_file
-from apps.diffusion.config.sampling import Allocation, OptionError, Sampler, SamplingOptions
+from apps.diffusion.config.sampling import Allocation, OptionError, ParallelSolver, Sampler, SamplingOptions
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.sampling.keywords import keyword, options_of
 from apps.diffusion.sampling.options import SamplingPlan, plan
@@ -153,6 +153,7 @@ class FixedPointPipeline(SamplingPipeline):
         iterations: int | Sequence[int] | None = None,
         block_passes: int | None = None,
         macs: float | None = None,
+        seconds: float | None = None,
         allocation: Allocation | None = None,
         stop: Stop | Sequence[Stop] | None = None,
         solver: AbstractSolver[Any] | None = None,
@@ -160,6 +161,9 @@ class FixedPointPipeline(SamplingPipeline):
         timesteps: Sequence[int] | None = None,
         sampler: Sampler | None = None,
         eta: float | None = None,
+        parallel: bool | ParallelSolver | None = None,
+        parallel_rtol: float | None = None,
+        window: int | None = None,
         chunk: int | None = None,
         reproducible: bool = False,
         output_type: Output = "pil",
@@ -178,14 +182,19 @@ class FixedPointPipeline(SamplingPipeline):
             block_passes: a budget of each image instead, in transformer blocks, spent exactly; FPDM only.
             macs: a budget in multiply-accumulates instead; FPDM only.
             allocation: how a budget, or iterations times the timesteps, is shared out from the noisiest timestep
-                on; see sampling/iteration_budget.py.
+                on (sampling/iteration_budget.py); "measured" by residual curves (sampling/residual_curves.py).
+            seconds: a budget in seconds of this machine instead, with allocation "measured"; FPDM only.
             stop: a stopping criterion instead, for all or for each timestep; FPDM only.
             solver: solver of the fixed-point layer; FPDM only.
             reuse: start of each solve: False or "off", True or "on" (the previous timestep's solution), "blended",
-                "extrapolated", or a rule; None: the pipeline's default; FPDM only.
+                "extrapolated", "history" (and its solver state), or a rule; None: the pipeline's default; FPDM only.
             timesteps: decreasing, instead of num_inference_steps and the scheduler's spacing.
             sampler: another sampler than the pipeline's scheduler, by its name in the sampling command.
             eta: stochasticity of DDIM, 0 to 1.
+            parallel: all timesteps at once as one fixed point, by "picard" iteration (True) or triangular
+                "anderson" acceleration; for ddim and ddpm (sampling/parallel.py).
+            parallel_rtol: relative tolerance of the trajectory; None: 1e-3.
+            window: timesteps solved for at once; None: all.
             chunk: images in one call of the network; None: 64, or 16 if reproducible.
             reproducible: the same bits whatever else is generated in a call, in chunks of one size, of which one image
                 costs a whole one.
@@ -204,11 +213,15 @@ class FixedPointPipeline(SamplingPipeline):
             iterations=iterations,
             block_passes=block_passes,
             macs=macs,
+            seconds=seconds,
             allocation=allocation,
             solver=solver,
             reuse=reuse,
             sampler=sampler,
             eta=eta,
+            parallel=("picard" if parallel else None) if isinstance(parallel, bool) else parallel,
+            parallel_rtol=parallel_rtol,
+            window=window,
         )
         warm_start = reuse if isinstance(reuse, Reuse) else None
         chosen = self._plan(options, stop, warm_start)

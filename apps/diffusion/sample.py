@@ -115,7 +115,7 @@ def run(request: Request) -> None:
     opened = open_network(request.run, request.weights, prediction=request.prediction, zero_snr=request.zero_snr)
     if opened.threads is not None:
         torch.set_num_threads(opened.threads)
-    chosen = plan(opened.model, opened.scheduler, request.sampling, defaults=opened.options)
+    torch.nn.Module.to(opened.model, torch.device(device))
     inside = locate(request.run) == request.run
     out = request.out or (request.run / "samples" if inside else Path("samples") / request.run)
     classes = _classes(request, opened)
@@ -123,7 +123,11 @@ def run(request: Request) -> None:
     decoder, channels = opened.decoder(request.vae, device), opened.model.latent[0]
     if decoder is None and channels not in (1, 3):
         raise ValueError(f"This network generates latents of {channels} channels; name their VAE with --vae.")
-    folder.write_or_check_settings(_settings(request, opened, classes, decoder))
+    options = {"defaults": opened.options, "curves": folder.read_curves(), "chunk": request.network_batch}
+    chosen = plan(opened.model, opened.scheduler, request.sampling, **options)
+    folder.write_or_check_settings(_settings(request, opened, classes, decoder) | _allocated(chosen))
+    if chosen.curves is not None:
+        folder.write_curves(chosen.curves, _allocated(chosen)["allocated"])
     missing = folder.missing()
     mine = [i for i in missing if (i // request.network_batch) % world == rank]
     _write(folder, mine, request, opened, chosen, classes, decoder, rank, device)
@@ -167,6 +171,13 @@ def _settings(request: Request, opened: OpenedNetwork, classes: Sequence[int | N
     }
 
 
+def _allocated(chosen: SamplingPlan) -> dict[str, Any]:
+    """The iterations that follow from measured residuals, which another measurement may not repeat."""
+    if chosen.curves is None or chosen.solve is None or not isinstance(chosen.solve.iterations, Sequence):
+        return {}
+    return {"allocated": list(chosen.solve.iterations)}
+
+
 def _write(
     folder: OutputFolder,
     mine: list[int],
@@ -179,7 +190,6 @@ def _write(
     device: str,
 ) -> None:
     """Sample this process's images in parts, and write each part at once."""
-    torch.nn.Module.to(opened.model, torch.device(device))
     if request.compile != "no":
         opened.model.compile_blocks(backend=request.compile)
     arguments = {"seed": request.seed, "chunk": request.network_batch, "reproducible": request.reproducible}
@@ -220,6 +230,8 @@ def _print_effort(effort: dict[str, Any]) -> None:
         f"An image took {one['block_passes']:.1f} block passes and {one['macs']:.3e} multiply-accumulates; "
         f"{effort['sampled']} took {effort['seconds']:.1f} s."
     )
+    if one["rounds"] not in (0, len(by["timestep"])):
+        print(f"{len(by['timestep'])} timesteps took {one['rounds']:.1f} rounds, calls of the network in succession.")
     if one["evaluations"]:
         mean = sum(by["residual_mean"]) / len(by["residual_mean"])
         print(

@@ -16,8 +16,9 @@ from apps.diffusion.config.fixed_point import Solver
 
 Sampler = Literal["ddim", "ddpm", "dpm++", "dpm++-single", "unipc", "lms", "euler", "euler-ancestral"]
 Spacing = Literal["trailing", "linspace", "leading"]
-Allocation = Literal["constant", "increasing", "decreasing"]
-Start = Literal["off", "on", "blended", "extrapolated"]
+Allocation = Literal["constant", "increasing", "decreasing", "measured"]
+Start = Literal["off", "on", "blended", "extrapolated", "history"]
+ParallelSolver = Literal["picard", "anderson"]
 
 DEFAULTS: dict[str, Any] = {
     "sampler": "ddim",
@@ -32,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "share": 0.5,
     "extrapolation": 1.0,
 }
-_COUNTS = ("iterations", "block_passes", "macs", "rtol")
+_COUNTS = ("iterations", "block_passes", "macs", "seconds", "rtol")
 # what one option replaces when other options fill the rest: its own group, never half of it
 _GROUPS = (
     (("sampler",), ("sampler", "eta")),
@@ -40,6 +41,7 @@ _GROUPS = (
     (("steps", "spacing"), ("timesteps",)),
     (_COUNTS, (*_COUNTS, "max_evals", "allocation")),
     (("reuse",), ("reuse", "share", "extrapolation")),
+    (("parallel",), ("parallel", "parallel_rtol", "window")),
 )
 
 
@@ -89,9 +91,11 @@ class SamplingOptions:
     """Budget per image in transformer block evaluations, spent exactly, instead of iterations."""
     macs: float | None = None
     """Budget per image in multiply-accumulates, such as 5.9e11, instead of iterations; FPDM only."""
+    seconds: float | None = None
+    """Budget per image in seconds on this machine, instead of iterations; with allocation measured, FPDM only."""
     allocation: Allocation | None = None
-    """Allocation of a budget, or of iterations times timesteps, from the noisiest timestep on; FPDM only. Default:
-    constant.
+    """Allocation of a budget, or of iterations times timesteps, from the noisiest timestep on; measured: by the
+    residuals of a few trajectories, spending at most the budget. FPDM only. Default: constant.
     """
     rtol: tuple[float, ...] = ()
     """Relative tolerance at every timestep, or one per timestep, instead of iterations; each image stops on its own.
@@ -103,12 +107,21 @@ class SamplingOptions:
     """Solver of the fixed-point layer; FPDM only. Default: Picard, the plain iteration."""
     reuse: Start | None = None
     """Start of each solve: off (none of the earlier solutions), on (the previous timestep's solution), blended (a
-    mixture of both), extrapolated (from the last two solutions). FPDM only. Default: off.
+    mixture of both), extrapolated (from the last two solutions), history (the previous timestep's solution and
+    solver state). FPDM only. Default: off.
     """
     share: float | None = None
     """Weight of the earlier solution in a blended start, 0 to 1. Default: 0.5."""
     extrapolation: float | None = None
     """Step of an extrapolated start: 0 is the last solution, 1 one timestep further. Default: 1."""
+    parallel: ParallelSolver | None = None
+    """Solve for all timesteps at once, by Picard iteration or triangular Anderson acceleration, instead of one after
+    another; ddim and ddpm only. Default: one after another.
+    """
+    parallel_rtol: float | None = None
+    """Relative tolerance of a parallel trajectory. Default: 0.001."""
+    window: int | None = None
+    """Timesteps solved for at once in parallel. Default: all."""
 
     def __post_init__(self) -> None:
         counts = [name for name in _COUNTS if getattr(self, name) not in ((), None)]
@@ -122,15 +135,22 @@ class SamplingOptions:
             ("share", self.reuse == "blended", "reuse", "blended"),
             ("extrapolation", self.reuse == "extrapolated", "reuse", "extrapolated"),
             ("max_evals", bool(self.rtol), "rtol", ""),
+            ("seconds", self.allocation == "measured", "allocation", "measured"),
+            ("parallel_rtol", self.parallel is not None, "parallel", ""),
+            ("window", self.parallel is not None, "parallel", ""),
         ):
             if not met and getattr(self, name) is not None:
                 raise OptionError("{0} needs {1}" + f" {value}".rstrip() + "; give it, or leave {0} out.", name, needed)
         if self.allocation not in (None, "constant") and (len(self.iterations) > 1 or self.rtol):
             other = "rtol" if self.rtol else "iterations"
             raise OptionError("{0} needs a budget or one number of iterations, and excludes {1}.", "allocation", other)
+        if self.parallel and (self.allocation not in (None, "constant") or self.reuse not in (None, "off")):
+            other = "reuse" if self.reuse not in (None, "off") else "allocation"
+            raise OptionError("{0} treats all timesteps alike, and excludes {1}; leave it out.", "parallel", other)
 
     def _check_ranges(self) -> None:
         bounds = {"steps": 1, "iterations": 1, "guidance_channels": 1, "max_evals": 1, "timesteps": 0, "guidance": 0}
+        bounds |= {"window": 1, "seconds": 0}
         for name, least in bounds.items():
             value = getattr(self, name)
             values = value if isinstance(value, tuple) else () if value is None else (value,)
@@ -140,6 +160,8 @@ class SamplingOptions:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise OptionError(f"{{0}} must lie in [0, 1], got {value}.", name)
+        if self.parallel_rtol is not None and not 0 < self.parallel_rtol < 1:
+            raise OptionError(f"{{0}} must lie in (0, 1), got {self.parallel_rtol}.", "parallel_rtol")
         if any(not 0 <= r < 1 for r in self.rtol):
             raise OptionError(f"{{0}} must lie in [0, 1), got {self.rtol}.", "rtol")
 
@@ -150,7 +172,18 @@ class SamplingOptions:
 
     def fixed_point_options(self) -> list[str]:
         """The given options that only an FPDM takes."""
-        names = {"iterations", "macs", "allocation", "rtol", "max_evals", "solver", "reuse", "share", "extrapolation"}
+        names = {
+            "iterations",
+            "macs",
+            "seconds",
+            "allocation",
+            "rtol",
+            "max_evals",
+            "solver",
+            "reuse",
+            "share",
+            "extrapolation",
+        }
         return [name for name in self.given() if name in names]
 
     def over(self, other: SamplingOptions) -> SamplingOptions:

@@ -14,10 +14,10 @@ def explicit_blocks(model: Any) -> int:
     return model.block_passes() if hasattr(model, "block_passes") else 0
 
 
-def cost(model: Any, evaluations: Int[Tensor, "N K"], rows: int) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
-    """Block passes and multiply-accumulates of each sample; each timestep calls the model on `rows` rows."""
-    n, steps = evaluations.shape
-    calls = torch.full((n,), rows * steps, dtype=torch.int64)
+def cost(
+    model: Any, evaluations: Int[Tensor, "N K"], calls: Int[Tensor, "N"]
+) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
+    """Block passes and multiply-accumulates of each sample, for which the network was called on so many rows."""
     if getattr(model, "has_fixed_point", False):
         spent = evaluations.sum(1)
         slope = model.macs(2) - model.macs(1)

@@ -110,6 +110,9 @@ class FPDM(Frame):
         solver: AbstractSolver[Any] | None = None,
         grad: AbstractGrad | None = None,
         start: Start | None = None,
+        state: Any = None,
+        keep_state: bool = False,
+        trace: bool = False,
         return_solution: bool = False,
     ) -> Tensor | tuple[Tensor, Solution]:
         """The prediction for noisy latents `x` at times `t` with labels `y` (None: unconditional model).
@@ -121,6 +124,9 @@ class FPDM(Frame):
             grad: what autograd sees of the solve (default `implicit.Unrolled()`, all of it).
             start: (B, T, D) where the solve starts, such as the solution at the previous timestep, or a
                 function that makes it from the fresh start. Default: the fresh start, the pre-blocks' output.
+            state: solver state of an earlier solution, to continue with.
+            keep_state: keep the solver state in the solution.
+            trace: keep the residual at every evaluation in the solution.
             return_solution: return (prediction, solution) with solution.value of shape (B, T, D).
 
         Raises:
@@ -137,6 +143,9 @@ class FPDM(Frame):
             solver=Picard() if solver is None else solver,
             grad=Unrolled() if grad is None else grad,
             stop=stop,
+            state=state,
+            keep_state=keep_state,
+            trace=trace,
         )
         h = solution.value
         for block in self.blocks_post:

@@ -24,6 +24,8 @@ class Effort:
         seconds: wall time of the whole call.
         computed: transformer blocks applied in all, to all rows of all batches: places that are not requested
             and samples that had converged before others of their batch are in it.
+        rounds: (N,) calls of the network one after another: the timesteps, or fewer in parallel sampling.
+        traces: (N, K, J) relative residual of each of J iterations, with `Solve.trace`.
     """
 
     evaluations: Int[Tensor, "N K"]
@@ -32,13 +34,17 @@ class Effort:
     macs: Int[Tensor, "N"]
     seconds: float
     computed: int = 0
+    rounds: Int[Tensor, "N"] | None = None
+    traces: Float[Tensor, "N K J"] | None = None
 
     @classmethod
     def joined(cls, parts: "Sequence[Effort]") -> "Effort":
         """Of several calls over the same timesteps."""
         rows = ("evaluations", "residuals", "block_passes", "macs")
+        rounds = [part.rounds for part in parts]
         return cls(
             **{name: torch.cat([getattr(part, name) for part in parts]) for name in rows},
+            rounds=None if any(r is None for r in rounds) else torch.cat(rounds),  # pyright: ignore[reportArgumentType]
             seconds=sum(part.seconds for part in parts),
             computed=sum(part.computed for part in parts),
         )
@@ -52,4 +58,6 @@ class Effort:
         summary = {name: float(value.double().mean()) for name, value in means.items() if value.any()}
         if self.evaluations.any():
             summary["residual"] = float(self.residuals.median())
+        if self.rounds is not None:
+            summary["rounds"] = float(self.rounds.double().mean())
         return {**summary, "seconds": self.seconds / len(self.macs)}

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from apps.diffusion.config.sampling import Allocation, OptionError, Sampler, SamplingOptions, Start
+from apps.diffusion.config.sampling import Allocation, OptionError, ParallelSolver, Sampler, SamplingOptions, Start
 from apps.diffusion.sampling.options import as_integer, as_integers
 from apps.diffusion.sampling.warm_start import Reuse
 
@@ -18,7 +18,7 @@ _KEYWORDS = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 def options_of(**given: Any) -> SamplingOptions:
     """The keywords of a call as sampling options; whole numbers may be those of numpy or torch."""
     given = {name: value for name, value in given.items() if value is not None}
-    for name in ("steps", "block_passes", "guidance_channels"):
+    for name in ("steps", "block_passes", "guidance_channels", "window"):
         if name in given:
             given[name] = as_integer(keyword(name), given[name], 1)
     for name, least in (("iterations", 1), ("timesteps", 0)):
@@ -31,7 +31,8 @@ def options_of(**given: Any) -> SamplingOptions:
         given["reuse"] = "on" if reuse else "off"
     elif isinstance(reuse, Reuse):
         del given["reuse"]
-    for name, words in (("reuse", Start), ("allocation", Allocation), ("sampler", Sampler)):
+    words_of = {"reuse": Start, "allocation": Allocation, "sampler": Sampler, "parallel": ParallelSolver}
+    for name, words in words_of.items():
         if name in given and given[name] not in get_args(words):
             raise ValueError(f"{name}={given[name]!r} is unknown; choose one of {', '.join(get_args(words))}.")
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from apps.diffusion.config.sampling import OptionError, SamplingOptions
@@ -16,7 +16,9 @@ from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.sampling import iteration_budget
 from apps.diffusion.sampling.guidance import Guidance
-from apps.diffusion.sampling.sampler import Solve
+from apps.diffusion.sampling.parallel import Parallel
+from apps.diffusion.sampling.residual_curves import ResidualCurves, measure
+from apps.diffusion.sampling.sampler import CHUNK, Solve
 from apps.diffusion.sampling.warm_start import Reuse, reuse_rule
 from apps.diffusion.schedulers import noise_schedule, timesteps
 from apps.diffusion.schedulers.reverse_step import Reverse
@@ -32,10 +34,13 @@ class SamplingPlan:
     eta: float
     guidance: Guidance
     solve: Solve | None
+    parallel: Parallel | None = None
+    curves: ResidualCurves | None = None
+    """By which iterations were allocated, with `allocation` measured; no argument of `sample`."""
 
     def arguments(self) -> dict[str, Any]:
-        """The fields by name."""
-        return dict(vars(self))
+        """The arguments by name."""
+        return {name: value for name, value in vars(self).items() if name != "curves"}
 
 
 def plan(
@@ -46,6 +51,8 @@ def plan(
     defaults: SamplingOptions = SamplingOptions(),
     stop: Stop | Sequence[Stop] | None = None,
     warm_start: Reuse | None = None,
+    curves: ResidualCurves | None = None,
+    chunk: int = CHUNK,
 ) -> SamplingPlan:
     """The arguments of `sampler.sample` for a network.
 
@@ -56,6 +63,8 @@ def plan(
         defaults: options of the run or of the pipeline, for what the caller leaves open.
         stop: stopping criterion of every timestep, or one per timestep, instead of counts.
         warm_start: rule for the start of each solve, instead of `options.reuse`.
+        curves: residual curves of an earlier plan, instead of measuring them where `allocation` is measured.
+        chunk: images in a call of the network, for measuring.
 
     Raises:
         OptionError: options that do not fit the network or each other.
@@ -86,7 +95,43 @@ def plan(
     timesteps.check_start(walk, zero_snr, noise["num_train_timesteps"])
     Reverse(scheduler, walk, eta=options.value("eta"))  # raises where they do not fit
     solve = _solve(model, options, len(walk), guidance, stop, warm_start) if isinstance(model, FPDM) else None
-    return SamplingPlan(scheduler=scheduler, timesteps=walk, eta=options.value("eta"), guidance=guidance, solve=solve)
+    found = SamplingPlan(
+        scheduler=scheduler,
+        timesteps=walk,
+        eta=options.value("eta"),
+        guidance=guidance,
+        solve=solve,
+        parallel=_parallel(options),
+    )
+    if solve is None or stop is not None or options.value("allocation") != "measured":
+        return found
+    assert isinstance(model, FPDM)
+    return _measured(model, options, found, curves, chunk)
+
+
+def _parallel(options: SamplingOptions) -> Parallel | None:
+    """How all timesteps are solved for at once; None: one after another."""
+    if options.parallel is None:
+        return None
+    given = {} if options.parallel_rtol is None else {"rtol": options.parallel_rtol}
+    return Parallel(solver=options.parallel, window=options.window, **given)
+
+
+def _measured(
+    model: FPDM, options: SamplingOptions, found: SamplingPlan, curves: ResidualCurves | None, chunk: int
+) -> SamplingPlan:
+    """The plan with its iterations, given as a constant number, allocated by residual curves."""
+    assert found.solve is not None
+    steps, counts = len(found.timesteps), found.solve.iterations
+    total = sum(counts) if isinstance(counts, Sequence) else None  # None: a budget in seconds
+    if curves is None or curves.timesteps != found.timesteps:
+        each = 10 if total is None else -(-total // steps)
+        arguments = {name: value for name, value in found.arguments().items() if name != "parallel"}
+        curves = measure(model, iterations=max(8, 3 * each), chunk=chunk, **arguments)
+    if total is None:
+        total = curves.within_seconds(options.value("seconds"))
+    solve = replace(found.solve, iterations=curves.allocate(total))
+    return replace(found, solve=solve, curves=curves)
 
 
 def _timesteps(
@@ -119,7 +164,8 @@ def _solve(
     """How an FPDM solves at each of `steps` timesteps."""
     iterations: tuple[int, ...] | None = options.iterations or None
     allocation, guided = options.value("allocation"), guidance.doubles
-    if stop is not None:
+    allocation = "constant" if allocation == "measured" else allocation  # until the residuals are measured
+    if stop is not None or options.seconds is not None:
         iterations = None
     elif options.block_passes is not None:
         budget = options.block_passes

@@ -4,6 +4,7 @@
     settings.json          how all of them are made
     grid.png               the first of them, enlarged
     samples.npz            all of them for the ADM evaluation suite, if asked for
+    allocation.json        residual curves and the iterations allocated by them, if asked for
     effort.json            what making them cost, from .effort-RANK.jsonl, one line for each part
 
 Nothing in it depends on who wrote it or when, the costs apart.
@@ -24,9 +25,11 @@ from PIL import Image, UnidentifiedImageError
 
 from apps.diffusion.files.atomic import atomic_path, make_folder
 from apps.diffusion.files.images import columns_by_class, grid, read, to_pil
+from apps.diffusion.sampling.residual_curves import ResidualCurves
 from apps.diffusion.sampling.sampler import SampleResult
 
 GRID = 100  # most images in grid.png
+CURVES = "allocation.json"
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,19 @@ class OutputFolder:
         make_folder(self.folder)
         with atomic_path(note) as partial:
             partial.write_text(json.dumps(settings, indent=2) + "\n")
+
+    def read_curves(self) -> ResidualCurves | None:
+        """The residual curves by which an earlier command allocated iterations."""
+        file = self.folder / CURVES
+        try:
+            return ResidualCurves.from_json(json.loads(file.read_text())) if file.exists() else None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error}); give another folder with --out.") from None
+
+    def write_curves(self, curves: ResidualCurves, iterations: Sequence[int]) -> None:
+        """allocation.json: the residual curves, and the iterations that they led to."""
+        with atomic_path(self.folder / CURVES) as partial:
+            partial.write_text(json.dumps({**vars(curves), "iterations": list(iterations)}) + "\n")
 
     def others(self) -> int:
         """The number of further images in the folder."""
@@ -138,6 +154,7 @@ class OutputFolder:
             "evaluations": effort.evaluations[rows].sum(0).tolist(),
             "residual_sum": residuals.sum(0).tolist() if residuals.isfinite().all() else None,
             "residual_max": residuals.amax(0).tolist() if residuals.isfinite().all() else None,
+            "rounds": int(effort.rounds[rows].sum()) if effort.rounds is not None else 0,
             "seconds": effort.seconds,
         }
         with (self.folder / f".effort-{rank}.jsonl").open("a+b") as file:
@@ -166,7 +183,8 @@ def summed(lines: Sequence[dict[str, Any]], timesteps: Sequence[int]) -> dict[st
 
     images                   different samples
     sampled                  samples computed, with those that were lost and computed again
-    per_image                means: block passes, MACs, evaluations of the fixed-point layer
+    per_image                means: block passes, MACs, evaluations of the fixed-point layer, rounds (calls of the
+                             network one after another)
     block_passes_computed    block passes of all rows of all chunks, unrequested places included
     by_timestep              mean evaluations; mean and largest relative residual at the end of the solves
     seconds                  in the sampling loop, added up over processes
@@ -193,6 +211,7 @@ def summed(lines: Sequence[dict[str, Any]], timesteps: Sequence[int]) -> dict[st
             "block_passes": sum(column("block_passes")) / sampled,
             "macs": sum(column("macs")) / sampled,
             "evaluations": float(evaluations.sum()) / sampled,
+            "rounds": sum(line.get("rounds", 0) for line in lines) / sampled,
         },
         "block_passes_computed": sum(column("computed")),
         "by_timestep": by_timestep,

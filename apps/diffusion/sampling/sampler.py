@@ -15,6 +15,7 @@ otherwise than one of 3. Hence two modes:
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from apps.diffusion.models.cost import cost, explicit_blocks
 from apps.diffusion.rng import Stream, generator
 from apps.diffusion.sampling.effort import Effort as Effort
 from apps.diffusion.sampling.guidance import Guidance
+from apps.diffusion.sampling.parallel import Parallel
 from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.reverse_step import Reverse, fresh_noise
 from implicit import AbstractSolver, Solution, Stop
@@ -71,6 +73,7 @@ class Solve:
         stop: a stopping criterion instead, for all or for each timestep; every sample stops on its own.
         solver: None: Picard, the plain iteration.
         reuse: start from earlier solutions; None: without them.
+        trace: record the residual of every iteration (`Effort.traces`); `iterations` is then one number.
 
     Raises:
         ValueError: `iterations` together with `stop`.
@@ -80,6 +83,7 @@ class Solve:
     stop: Stop | Sequence[Stop] | None = None
     solver: AbstractSolver[Any] | None = None
     reuse: Reuse | None = None
+    trace: bool = False
 
     def __post_init__(self) -> None:
         if self.iterations is not None and self.stop is not None:
@@ -89,7 +93,21 @@ class Solve:
         """The options of the model's call at the k-th timestep."""
         chosen = {"iterations": self.iterations, "stop": self.stop}
         options = {name: v[k] if isinstance(v, Sequence) else v for name, v in chosen.items()}
-        return {**options, "solver": self.solver}
+        return {**options, "solver": self.solver, "trace": self.trace}
+
+    def alike(self) -> "Solve":
+        """The same for all timesteps at once.
+
+        Raises:
+            ValueError: timesteps differ in their iterations, or start from the solution of another one.
+        """
+        for name in ("iterations", "stop"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence) and len(set(value)) > 1:
+                raise ValueError(f"Solve.{name} differs between timesteps; in parallel all need the same.")
+        if self.reuse is not None:
+            raise ValueError("Solve.reuse starts from the timestep before, which parallel sampling does not wait for.")
+        return self
 
     def check(self, steps: int) -> None:
         """Raises ValueError where a list is not as long as the timesteps."""
@@ -111,6 +129,7 @@ def sample(
     eta: float = 0.0,
     guidance: Guidance | None = None,
     solve: Solve | None = None,
+    parallel: Parallel | None = None,
     shape: tuple[int, int, int] | None = None,
     chunk: int = CHUNK,
     reproducible: bool = True,
@@ -131,6 +150,7 @@ def sample(
         eta: DDIM's share of fresh noise.
         guidance: classifier-free guidance; None: without.
         solve: how an FPDM solves at each timestep; None: the model's own number of iterations.
+        parallel: solve for all timesteps at once (parallel.py); None: one after another.
         shape: (C, H, W) of a sample; None: the model's.
         chunk: samples in one call of the network (twice as many rows with guidance).
         reproducible: the same bits for every set of indices, by chunks of one size (see the top of this file).
@@ -141,16 +161,19 @@ def sample(
 
     Raises:
         ValueError: labels that do not fit the indices or the model, impossible timesteps, guidance without labels,
-            lists that are not as long as the timesteps, `solve` with a model that is neither FPDM nor DiT.
+            lists that are not as long as the timesteps, `solve` with a model that is neither FPDM nor DiT, `parallel`
+            with a scheduler or a solve that carries a state from step to step.
     """
     began = time.perf_counter()
     if solve is not None and not hasattr(model, "has_fixed_point"):
         raise ValueError(f"solve is for an FPDM, not for {type(model).__name__}; leave it out, or unwrap the model.")
+    solve = solve or Solve()
     walk = _Walk(
         model=model,
         reverse=lambda: Reverse(scheduler, timesteps, eta=eta),
         guidance=guidance or Guidance(),
-        solve=solve or Solve(),
+        solve=solve if parallel is None else solve.alike(),
+        parallel=parallel,
         shape=shape or model.latent,  # pyright: ignore[reportFunctionMemberAccess]
         device=torch.device(device),
         dtype=dtype,
@@ -166,19 +189,19 @@ def sample(
         tick = (lambda k, done=done: progress(done + k, total)) if progress else None
         *columns, evaluated = walk.run([generator(seed, Stream.SAMPLE, i) for i in batch.samples], y, tick)
         parts.append([column[batch.rows] for column in columns])
-        ran += evaluated
+        ran += evaluated + len(batch.samples) * int(columns[3][0]) * explicit_blocks(model)
     order = torch.tensor([p for batch in batches for p in batch.positions]).argsort()
-    x, evaluations, residuals = (torch.cat(column)[order] for column in zip(*parts, strict=True))
-    rows = 2 if walk.guidance.doubles else 1
-    block_passes, macs = cost(model, evaluations, rows)
-    calls = rows * steps * sum(len(batch.samples) for batch in batches)  # rows that the network was called on
+    x, evaluations, residuals, calls, rounds, traces = (torch.cat(column)[order] for column in zip(*parts, strict=True))
+    block_passes, macs = cost(model, evaluations, calls)
     effort = Effort(
         evaluations=evaluations,
         residuals=residuals,
         block_passes=block_passes,
         macs=macs,
         seconds=time.perf_counter() - began,
-        computed=ran + calls * explicit_blocks(model),
+        computed=ran,
+        rounds=rounds,
+        traces=traces if solve.trace else None,
     )
     return SampleResult(samples=x, indices=tuple(indices), labels=labels, effort=effort)
 
@@ -232,6 +255,7 @@ class _Walk:
     reverse: Callable[[], Reverse]
     guidance: Guidance
     solve: Solve
+    parallel: Parallel | None
     shape: tuple[int, int, int]
     device: torch.device
     dtype: torch.dtype
@@ -242,68 +266,94 @@ class _Walk:
         generators: Sequence[torch.Generator],
         y: Int[Tensor, "B"] | None,
         tick: Callable[[int], None] | None,
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Samples (B, C, H, W), evaluations (B, K) and relative residuals (B, K) of one batch, on the CPU, and
-        the evaluations that were made for all its rows.
+    ) -> tuple[Any, ...]:
+        """Samples (B, C, H, W), evaluations (B, K), relative residuals (B, K), rows that went through the network
+        (B,), rounds (B,) and traces (B, K, J) of one batch, on the CPU, and the evaluations made for all its rows.
         """
-        reverse = self.reverse()  # schedulers of several steps have a state: each batch takes its own
-        records = _Records(rows=2 if self.guidance.doubles else 1)
+        reverse = self.reverse()  # schedulers of several steps carry a state: each batch takes its own
+        record = _Record(batch=len(generators), steps=len(reverse.timesteps), rows=2 if self.guidance.doubles else 1)
         y = None if y is None else y.to(self.device)
         blank = torch.empty(len(generators), *self.shape, device=self.device, dtype=self.dtype)
         x = reverse.start(fresh_noise(blank, generators))
-        for k, t in enumerate(reverse.timesteps):
-            prediction = self._predict(reverse.input(k, x), t, y, k, records)
-            x = reverse.step(k, prediction, x, generators)
+        if self.parallel is None:
+            for k in range(len(reverse.timesteps)):
+                prediction = self._predict(reverse, range(k, k + 1), reverse.input(k, x).unsqueeze(1), y, record)[:, 0]
+                x = reverse.step(k, prediction, x, generators)
+                if tick:
+                    tick(k + 1)
+        else:
+            drawn = [fresh_noise(x, generators) if reverse.adds_noise(k) else 0 * x for k in range(record.steps)]
+            predict = partial(self._predict, reverse, y=y, record=record)
+            x = self.parallel.solve(predict, reverse, x, torch.stack(drawn, dim=1))
             if tick:
-                tick(k + 1)
-        return x.cpu(), *records.close(len(generators)), int(records.ran)
+                tick(record.steps)
+        return x.cpu(), *record.close()
 
-    def _predict(self, x: Tensor, t: int, y: Tensor | None, k: int, records: "_Records") -> Tensor:
-        time_of_row = torch.full(x.shape[:1], t, device=self.device)
+    def _predict(
+        self, reverse: Reverse, ks: range, x: Float[Tensor, "B n C H W"], y: Tensor | None, record: "_Record"
+    ) -> Float[Tensor, "B n C_out H W"]:
+        """The predictions at timesteps number `ks`, of all samples in one call of the network."""
+        times = torch.tensor([reverse.timesteps[k] for k in ks], device=self.device).repeat(len(x))
+        y = None if y is None else y.repeat_interleave(len(ks))
         null_class = getattr(self.model, "null_class", None)
-        inputs = self.guidance.inputs(x, time_of_row, y, null_class)
+        inputs = self.guidance.inputs(x.flatten(0, 1), times, y, null_class)
         model_input = inputs[0].to(getattr(self.model, "dtype", x.dtype))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             if getattr(self.model, "has_fixed_point", False):
-                options = self.solve.at(k)
+                options = self.solve.at(ks[0])
                 if self.solve.reuse is not None:
-                    options["start"] = self.solve.reuse.start(records.solutions)
+                    options |= self.solve.reuse.options(record.solutions)
                 prediction, solution = self.model(model_input, *inputs[1:], **options, return_solution=True)
-                records.add(solution, keep=self.solve.reuse is not None)
+                record.enter(ks, solution, keep=self.solve.reuse is not None)
             else:
                 prediction = self.model(model_input, *inputs[1:])
-                records.skip()
+                record.enter(ks, None)
         # guidance multiplies differences, so it is computed in the precision of x
-        return self.guidance.combine(prediction.to(x.dtype), self.shape[0])
+        guided = self.guidance.combine(prediction.to(x.dtype), self.shape[0])
+        return guided.unflatten(0, (len(x), len(ks)))
 
 
 @dataclass
-class _Records:
+class _Record:
     """What the solves of one batch cost and, for reuse, the last two solutions."""
 
+    batch: int
+    steps: int
     rows: int
-    solutions: list[Tensor] = field(default_factory=list)
-    evaluations: list[Tensor | None] = field(default_factory=list)
-    residuals: list[Tensor | None] = field(default_factory=list)
+    solutions: list[Solution] = field(default_factory=list)
+    evaluations: dict[int, Tensor] = field(default_factory=dict)
+    residuals: dict[int, Tensor] = field(default_factory=dict)
+    traces: dict[int, Tensor] = field(default_factory=dict)
+    calls: int = 0  # rows of the network for each sample
+    rounds: int = 0  # calls of the network one after another
     ran: Tensor | int = 0  # evaluations, times the rows that go through each
 
-    def add(self, solution: Solution, *, keep: bool) -> None:
-        """Records the solve of one timestep."""
+    def enter(self, ks: range, solution: Solution | None, *, keep: bool = False) -> None:
+        """Record one call of the network at timesteps number `ks`; an explicit network has no solution."""
+        self.calls += self.rows * len(ks)
+        self.rounds += 1
+        if solution is None:
+            return
         size = torch.linalg.vector_norm(solution.value.float().flatten(1), dim=1)
         relative = solution.residual.float() / size.clamp_min(torch.finfo(torch.float32).tiny)
-        self.evaluations.append(solution.evals.unflatten(0, (self.rows, -1)).sum(0))
-        self.residuals.append(relative.unflatten(0, (self.rows, -1)).amax(0))
+        evaluations = solution.evals.unflatten(0, (self.rows, self.batch, len(ks))).sum(0)
+        residuals = relative.unflatten(0, (self.rows, self.batch, len(ks))).amax(0)
+        for i, k in enumerate(ks):
+            self.evaluations[k] = self.evaluations.get(k, 0) + evaluations[:, i]
+            self.residuals[k] = residuals[:, i]
+            if solution.trace is not None:
+                trace = (solution.trace / size.clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num()
+                self.traces[k] = trace.unflatten(1, (self.rows, self.batch, len(ks))).amax(1)[:, :, i]
         self.ran = self.ran + solution.evals.max() * len(solution.evals)
         if keep:
-            self.solutions = [*self.solutions[-1:], solution.value]
+            self.solutions = [*self.solutions[-1:], solution]
 
-    def skip(self) -> None:
-        """Records a timestep of an explicit network."""
-        self.evaluations.append(None)
-        self.residuals.append(None)
-
-    def close(self, batch: int) -> tuple[Int[Tensor, "B K"], Float[Tensor, "B K"]]:
-        """Evaluations and relative residuals, on the CPU."""
-        evaluations = [torch.zeros(batch, dtype=torch.int64) if e is None else e for e in self.evaluations]
-        residuals = [torch.full((batch,), float("nan")) if r is None else r for r in self.residuals]
-        return torch.stack(evaluations, dim=1).cpu(), torch.stack(residuals, dim=1).cpu()
+    def close(self) -> tuple[Any, ...]:
+        """Evaluations, relative residuals, rows, rounds and traces, on the CPU, and the evaluations of all rows."""
+        none = torch.zeros(self.batch, dtype=torch.int64), torch.full((self.batch,), float("nan"))
+        evaluations = [self.evaluations.get(k, none[0]).cpu() for k in range(self.steps)]
+        residuals = [self.residuals.get(k, none[1]).cpu() for k in range(self.steps)]
+        counts = torch.full((self.batch,), self.calls), torch.full((self.batch,), self.rounds)
+        traces = [self.traces[k].mT.cpu() for k in sorted(self.traces)]
+        trace = torch.stack(traces, dim=1) if traces else torch.empty(self.batch, 0, 0)
+        return torch.stack(evaluations, dim=1), torch.stack(residuals, dim=1), *counts, trace, int(self.ran)

@@ -4,12 +4,18 @@
 
 with x the fresh start (the output of the pre-blocks), z_1 the solution one timestep earlier and z_2 that of
 two earlier (z_1 where there is none). The first timestep starts fresh.
+
+With `history` the solver goes on with its state too: the pairs of differences by which Anderson's or Broyden's method
+approximates (I - df/dz)^-1 at one timestep serve as the first approximation at the next.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+
+from implicit import Solution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +25,7 @@ class Reuse:
     Args:
         share: 0 (fresh start) to 1 (no fresh start).
         extrapolation: 0 (the last solution) to 1 (the line through the last two).
+        history: carry the solver's state from timestep to timestep; of no effect for Picard, which has none.
 
     Raises:
         ValueError: one of them outside [0, 1].
@@ -26,11 +33,19 @@ class Reuse:
 
     share: float = 1.0
     extrapolation: float = 0.0
+    history: bool = False
 
     def __post_init__(self) -> None:
         for name in ("share", "extrapolation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Reuse.{name}={getattr(self, name)} must lie in [0, 1].")
+
+    def options(self, solutions: Sequence[Solution]) -> dict[str, Any]:
+        """Options of an FPDM's call, given the last solutions, newest last."""
+        options: dict[str, Any] = {"start": self.start([solution.value for solution in solutions])}
+        if self.history:
+            options |= {"keep_state": True, "state": solutions[-1].state if solutions else None}
+        return options
 
     def start(self, solutions: Sequence[Tensor]) -> Tensor | Callable[[Tensor], Tensor] | None:
         """What an FPDM takes as `start`, given the last solutions, newest last (two are enough)."""
@@ -44,7 +59,7 @@ class Reuse:
 
 
 def reuse_rule(start: bool | str | Reuse, share: float = 0.5, extrapolation: float = 1.0) -> Reuse | None:
-    """The rule by its word: False or "off", True or "on", "blended", "extrapolated"; None: every solve starts fresh.
+    """The rule by its word: False or "off", True or "on", "blended", "extrapolated", "history"; None: every solve starts fresh.
 
     Raises:
         ValueError: there is no such word.
@@ -57,6 +72,7 @@ def reuse_rule(start: bool | str | Reuse, share: float = 0.5, extrapolation: flo
         "on": Reuse(),
         "blended": Reuse(share=share),
         "extrapolated": Reuse(extrapolation=extrapolation),
+        "history": Reuse(history=True),
     }
     if word not in rules:
         raise ValueError(f"reuse={start!r} is unknown; choose one of {', '.join(rules)}.")

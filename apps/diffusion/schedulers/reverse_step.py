@@ -77,24 +77,43 @@ class Reverse:
         `generators` are CPU generators, one per sample, that fresh noise is drawn from where the step adds
         any.
         """
-        prediction = prediction.to(x.dtype)
         if not self.closed_form:
+            prediction = prediction.to(x.dtype)
             accepted = inspect.signature(self.scheduler.step).parameters
             noise: dict[str, Any] = {"generator": list(generators)} if "generator" in accepted else {}
             mean_part = prediction[:, : x.shape[1]]
             return self.scheduler.step(mean_part, self.scheduler.timesteps[k], x, **noise, return_dict=False)[0]
-        mean, sigma = self.moments(k, prediction, x)
-        if self.previous[k] < 0 or not self.eta:
-            return mean
-        return mean + sigma * fresh_noise(x, generators)
+        noise = fresh_noise(x, generators) if self.adds_noise(k) else None
+        return self.step_with(k, prediction, x, noise)
+
+    def adds_noise(self, k: int) -> bool:
+        """Whether a step in closed form draws fresh noise."""
+        return self.previous[k] >= 0 and bool(self.eta)
+
+    def step_with(self, k: int, prediction: Tensor, x: Tensor, noise: Tensor | None) -> Tensor:
+        """x at the timestep after the k-th as a function of x and the prediction, in closed form; `noise` is what the
+        step adds, where it adds any.
+        """
+        mean, sigma = self.moments(k, prediction.to(x.dtype), x)
+        return mean + sigma * noise if noise is not None and self.adds_noise(k) else mean
+
+    def gain(self, k: int) -> float:
+        """Derivative of the k-th step in x at a fixed prediction, clipping aside, of a step in closed form."""
+        now, before, small = self._levels(k)
+        clean, noise = clean_and_noise(torch.zeros(()), torch.ones(()), now, self.scheduler.config["prediction_type"])
+        kept = max(float(1 - before) - self.eta**2 * small, 0.0)
+        return float(before.sqrt()) * float(clean) + kept**0.5 * float(noise)
+
+    def _levels(self, k: int) -> tuple[Tensor, Tensor, float]:
+        """abar at the k-th timestep and at the one after it, and btilde."""
+        now = self.abar[self.timesteps[k]]
+        before = self.abar[self.previous[k]] if self.previous[k] >= 0 else torch.ones_like(now)
+        return now, before, float((1 - before) / (1 - now) * (1 - now / before))
 
     def moments(self, k: int, prediction: Tensor, x: Tensor) -> tuple[Tensor, Tensor | float]:
         """Mean and standard deviation of x at the timestep after the k-th."""
         config = self.scheduler.config
-        now = self.abar[self.timesteps[k]]
-        before = self.abar[self.previous[k]] if self.previous[k] >= 0 else torch.ones_like(now)
-        beta = 1 - now / before
-        small = float((1 - before) / (1 - now) * beta)
+        now, before, small = self._levels(k)
         mean_part, variance_part = prediction[:, : x.shape[1]], prediction[:, x.shape[1] :]
         clean, noise = clean_and_noise(mean_part, x, now, config["prediction_type"])
         if config["clip_sample"]:
@@ -110,7 +129,7 @@ class Reverse:
                 "learn_sigma=True, or the scheduler with learn_sigma=False."
             )
         share = (variance_part + 1) / 2
-        return mean, (0.5 * (share * float(beta.log()) + (1 - share) * math.log(small))).exp()
+        return mean, (0.5 * (share * float((1 - now / before).log()) + (1 - share) * math.log(small))).exp()
 
 
 def follow(scheduler: Any, timesteps: Sequence[int]) -> None:

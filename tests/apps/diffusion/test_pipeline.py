@@ -133,9 +133,15 @@ def test_every_choice_has_an_effect():
         {"solver": Anderson()},
         {"reuse": True},
         {"reuse": Reuse(share=0.5)},
+        {"reuse": "history", "solver": Anderson()},
+        {"parallel": "picard", "parallel_rtol": 0.1},
     ):
         assert not torch.equal(plain, images(**options)), options
     assert not torch.equal(images(guidance_scale=3.0), images(guidance_scale=3.0, guidance_channels=2))
+    exact = images(parallel=True, parallel_rtol=1e-6)
+    torch.testing.assert_close(exact, plain, rtol=1e-2, atol=1e-2)
+    measured = pipe([1, 2], generator=0, iterations=3, allocation="measured", output_type="latent")
+    assert 3 <= sum(measured.effort.evaluations[0].tolist()) <= 9
 
 
 def test_a_generator_advances_and_a_seed_repeats():

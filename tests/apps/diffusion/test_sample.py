@@ -115,6 +115,34 @@ def test_the_archive_is_what_the_evaluation_suite_reads(trained, tmp_path):
         np.testing.assert_array_equal(images[i], np.repeat(grey[:, :, None], 3, axis=2))
 
 
+def test_a_measured_allocation_is_kept_in_the_folder(trained, tmp_path):
+    options = ["--steps", "4", "--block-passes", "40", "--allocation", "measured"]
+    assert sample.main([str(trained), *options, "--num", "3", "--out", str(tmp_path)]) == 0
+    kept = json.loads((tmp_path / "allocation.json").read_text())
+    effort = json.loads((tmp_path / "effort.json").read_text())
+    assert effort["by_timestep"]["evaluations"] == kept["iterations"] and sum(kept["iterations"]) <= 40 - 4 * 2
+    assert len(kept["residuals"]) == 4 and kept["images"] >= 1
+    kept["residuals"][0] = [1.0] * len(kept["residuals"][0])  # another measurement: no other images in one folder
+    (tmp_path / "allocation.json").write_text(json.dumps(kept))
+    assert sample.main([str(trained), *options, "--num", "5", "--out", str(tmp_path)]) == 2
+    timed = ["--steps", "2", "--seconds", "5", "--allocation", "measured", "--num", "1", "--chunk", "1"]
+    assert sample.main([str(trained), *timed, "--out", str(tmp_path / "timed")]) == 0
+
+
+def test_parallel_sampling_reports_its_rounds(trained, tmp_path, capsys):
+    options = ["--steps", "6", "--num", "4", "--iterations", "3", "--sampler", "ddpm"]
+    assert sample.main([str(trained), *options, "--out", str(tmp_path / "one")]) == 0
+    assert "rounds" not in capsys.readouterr().out
+    parallel = ["--parallel", "picard", "--parallel-rtol", "1e-5"]
+    assert sample.main([str(trained), *options, *parallel, "--out", str(tmp_path / "all")]) == 0
+    rounds = json.loads((tmp_path / "all" / "effort.json").read_text())["per_image"]["rounds"]
+    assert 1 < rounds <= 7 and f"{rounds:.1f} rounds" in capsys.readouterr().out
+    one = contents(tmp_path / "one")
+    for name in one:
+        here, there = (np.asarray(read(tmp_path / folder / name)).astype(int) for folder in ("one", "all"))
+        assert np.abs(here - there).max() <= 1
+
+
 def test_the_report_says_what_was_spent(trained, tmp_path, capsys):
     options = ["--steps", "4", "--block-passes", "50", "--allocation", "increasing"]
     assert sample.main([str(trained), *options, "--num", "3", "--out", str(tmp_path)]) == 0

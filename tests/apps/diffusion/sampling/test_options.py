@@ -181,6 +181,12 @@ def test_recipes_are_checked():
     for bad in ({"share": 0.9}, {"share": 0.9, "reuse": "on"}, {"extrapolation": 0.5}, {"max_evals": 9}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             SamplingOptions(**bad)
+    for bad in ({"seconds": 1.0}, {"window": 4}, {"parallel_rtol": 0.1}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            SamplingOptions(**bad)
+    for bad in ({"reuse": "on"}, {"allocation": "increasing"}, {"parallel_rtol": 1.0}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            SamplingOptions(**{"parallel": "picard"} | bad)
     for macs in (float("nan"), float("inf"), 0.0):
         with pytest.raises(ValueError, match="finite number above 0"):
             plan(fpdm(), config, SamplingOptions(macs=macs))

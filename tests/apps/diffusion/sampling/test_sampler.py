@@ -317,7 +317,7 @@ def test_a_tolerance_per_timestep_is_met_by_each_sample():
     for k, stop in enumerate(stops):
         assert (effort.residuals[:, k] <= 1.01 * stop.rtol).all()
     assert (effort.evaluations[:, 0] < effort.evaluations[:, 2]).all()
-    block_passes, _ = cost(model, effort.evaluations, 1)
+    block_passes, _ = cost(model, effort.evaluations, torch.full((6,), 3))
     assert torch.equal(block_passes, effort.evaluations.sum(1) + 3 * 2)
 
 

@@ -1,0 +1,144 @@
+"""Iterations per timestep from measured residual curves, under a budget.
+
+A few trajectories are sampled with J iterations at every timestep, and r_k(j) is the mean relative residual
+||f(z) - z|| / ||f(z)|| of the j-th iteration at timestep k. At most `total` iterations are allocated as
+
+    argmin sum_k r_k(j_k)   subject to   sum_k j_k <= total,   1 <= j_k <= J,
+
+found exactly by dynamic programming over the timesteps: with V_0 = 0,
+
+    V_k(b) = min_j r_k(j) + V_{k-1}(b - j).
+
+Where the curves fall convexly this is the greedy rule that gives the next iteration to the timestep that gains most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from apps.diffusion.models.fpdm import FPDM
+from apps.diffusion.sampling.guidance import Guidance
+from apps.diffusion.sampling.sampler import CHUNK, Solve, sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualCurves:
+    """Measured curves.
+
+    Attributes:
+        timesteps: (K,) from the noisiest on.
+        residuals: K curves of J mean relative residuals, one for each iteration.
+        seconds: of an image without iterations, and of one iteration at every timestep.
+        images: trajectories measured.
+    """
+
+    timesteps: tuple[int, ...]
+    residuals: tuple[tuple[float, ...], ...]
+    seconds: tuple[float, float]
+    images: int
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> ResidualCurves:
+        """The curves of the fields of a JSON object.
+
+        Raises:
+            KeyError, TypeError, ValueError: it does not hold curves.
+        """
+        rest, each = plain["seconds"]
+        return cls(
+            timesteps=tuple(plain["timesteps"]),
+            residuals=tuple(tuple(map(float, curve)) for curve in plain["residuals"]),
+            seconds=(float(rest), float(each)),
+            images=int(plain["images"]),
+        )
+
+    def allocate(self, total: int) -> tuple[int, ...]:
+        """At most `total` iterations over the timesteps, by the rule above.
+
+        Raises:
+            ValueError: fewer iterations than timesteps.
+        """
+        curves = np.array(self.residuals)
+        steps, most = curves.shape
+        if total < steps:
+            raise ValueError(
+                f"{total} iterations cannot give each of {steps} timesteps one; raise the budget or take fewer steps."
+            )
+        total = min(total, steps * most)
+        value, choices = np.zeros(total + 1), np.zeros((steps, total + 1), dtype=int)
+        for k in range(steps):
+            options = np.full((most, total + 1), np.inf)
+            for j in range(1, min(most, total) + 1):
+                options[j - 1, j:] = curves[k, j - 1] + value[: total + 1 - j]
+            choices[k], value = options.argmin(axis=0) + 1, options.min(axis=0)
+        chosen, left = [], total
+        for k in reversed(range(steps)):
+            chosen.append(int(choices[k, left]))
+            left -= chosen[-1]
+        return tuple(reversed(chosen))
+
+    def within_seconds(self, seconds: float) -> int:
+        """Iterations of an image that fit into so many seconds, over all timesteps.
+
+        Raises:
+            ValueError: not even one at every timestep.
+        """
+        steps, (rest, each) = len(self.timesteps), self.seconds
+        total = int((seconds - rest) / each * steps)
+        if total < steps:
+            raise ValueError(
+                f"A budget of {seconds:.3g} seconds is too small for {steps} timesteps: with one iteration each an "
+                f"image takes {rest + each:.3g}. Raise it to that at least, or take fewer steps."
+            )
+        return total
+
+
+def measure(
+    model: FPDM,
+    *,
+    iterations: int,
+    solve: Solve,
+    scheduler: Any,
+    timesteps: Sequence[int],
+    eta: float = 0.0,
+    guidance: Guidance | None = None,
+    images: int = 8,
+    seed: int = 0,
+    chunk: int = CHUNK,
+) -> ResidualCurves:
+    """The residual curves of J = `iterations` iterations, by sampling images 0 ... `images` - 1 of the stream `seed`.
+
+    Classes are cycled through; solver and start of the solves are those of `solve`.
+    """
+
+    def walk(count: int) -> Any:
+        labels = [i % model.num_classes for i in range(images)] if model.num_classes else None
+        return sample(
+            model,
+            range(images),
+            labels,
+            seed=seed,
+            scheduler=scheduler,
+            timesteps=timesteps,
+            eta=eta,
+            guidance=guidance,
+            solve=Solve(iterations=count, solver=solve.solver, reuse=solve.reuse, trace=True),
+            chunk=chunk,
+            device=model.device,
+        ).effort
+
+    one, many = walk(1), walk(iterations)
+    chunks = -(-images // chunk)
+    each = max(many.seconds - one.seconds, 1e-9) / (iterations - 1) / (chunks * chunk) if iterations > 1 else 0.0
+    rest = max(one.seconds / (chunks * chunk) - each, 0.0)
+    curves = many.traces.double().mean(0).tolist()
+    return ResidualCurves(
+        timesteps=tuple(timesteps),
+        residuals=tuple(tuple(curve) for curve in curves),
+        seconds=(rest, each),
+        images=images,
+    )
