@@ -6,6 +6,7 @@ The chapters are in `benchmarks/report/sections/`, one file each.
 import argparse
 from pathlib import Path
 
+from benchmarks.report.claims import claims
 from benchmarks.report.formatting import NOTHING
 from benchmarks.report.gradients import mark
 from benchmarks.report.results import read
@@ -17,6 +18,7 @@ from benchmarks.report.sections import (
     core_solvers,
     costs,
     default_run,
+    depth,
     estimators,
     gpu,
     iteration_split,
@@ -34,6 +36,7 @@ CHAPTERS = (
     memory,
     compute,
     noise,
+    depth,
     budgets,
     estimators,
     reuse,
@@ -64,7 +67,7 @@ def build(results: Path, out: Path) -> str:
         "budgeted in CPU time of one thread, which other work on the machine disturbs least. Lower Fréchet distances "
         "(features of a digits classifier) are better."
     )
-    return "\n\n".join((head, *parts)) + "\n"
+    return "\n\n".join((head, claims(parts), *parts)) + "\n"
 
 
 def guide(result: Path, page: Path) -> None:

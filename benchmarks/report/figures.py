@@ -127,3 +127,23 @@ def solvers(found: Mapping[str, Mapping[int, Sequence[Seeds]]], path: Path) -> N
     axes[0].legend()
     figure.suptitle("Solvers in sampling")
     _save(figure, path)
+
+
+def depth(found: Mapping[str, Mapping[float, Seeds]], path: Path) -> None:
+    """Distance against training time, a line per network; DiTs dashed."""
+    figure, ax = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    for name, points in found.items():
+        style: dict[str, Any] = {}
+        if name.startswith("DiT"):
+            shade = {"3": 1.0, "6": 0.75, "12": 0.5}.get(name.split()[1], 0.3)
+            style = {"linestyle": "--", "color": "black", "alpha": shade}
+        _line(ax, points, name, **style)
+    _octaves(ax, sorted({int(x) for points in found.values() for x in points}))
+    if any(v for points in found.values() for v in points.values()):
+        _decimals(ax)
+    ax.set_xlabel("CPU minutes of training, one thread")
+    ax.set_ylabel(FRECHET)
+    ax.set_title("8 x 8 digits, 20 steps")
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+    _save(figure, path)

@@ -71,9 +71,16 @@ class Study:
         return (
             f"`{self.file}`: {self.found['command']}, {self.found['device']}, torch {self.found['versions']['torch']}, "
             f"commit {self.found['commit']}; {self._complete()}, "
-            f"{self.found['training_cpu_seconds']} s of CPU time for each network, "
+            f"{self._seconds()} s of CPU time for each network, "
             f"{self.found['samples']} samples a score. Fréchet distance of real digits: {floor}.{unfinished}"
         )
+
+    def _seconds(self) -> str:
+        """CPU seconds of training: one number, or those of its tasks."""
+        from benchmarks.experiments.run import study
+
+        lengths = {cell.config.max_time for cell in study(self.name).cells(self.found["scale"])}
+        return ", ".join(f"{seconds:g}" for seconds in sorted(s for s in lengths if s))
 
     def _complete(self) -> str:
         """Number of trained networks out of those planned for the seeds, and the seeds."""

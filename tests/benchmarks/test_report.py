@@ -59,6 +59,29 @@ def test_numbers_are_those_of_the_file_and_verdicts_follow_them(tmp_path):
     assert "*S-JFB beats JFB*: **undecided**" in given(20.0, 30.0)
 
 
+def test_claims_come_first_and_are_those_of_the_chapters(tmp_path):
+    text = built(tmp_path, "experiment_estimators.json", "experiment_depth.json")
+    first, chapter = section(text, "Claims"), section(text, "Gradient estimators")
+    assert text.index("## Claims") < min(text.index(f"## {name}") for name in ("Size and memory", "Depth"))
+    assert first.count("\n| ") == 2 + len(re.findall(r"^The paper: \*", text, re.MULTILINE))
+    word = re.search(r"The paper: \*S-JFB beats JFB\*: (\*\*.+?\*\*)", chapter)
+    assert word and f"| S-JFB beats JFB | {word[1]}" in first
+
+
+def test_depth_names_what_did_not_finish(tmp_path):
+    def drop(found):
+        for name in list(found["cells"]):
+            if name.startswith("digits, short: DiT 28"):
+                del found["cells"][name]
+
+    text = section(built(tmp_path, "experiment_depth.json", change=drop), "Depth")
+    assert "| DiT 28 | not measured | not measured |" in text
+    rows = json.loads((RESULTS / "experiment_depth.json").read_text())["cells"]
+    short = {name: cell for name, cell in rows.items() if name.startswith("digits, short: DiT 3")}
+    mean = statistics.fmean(cell["samples"]["20 steps"]["frechet"] for cell in short.values())
+    assert re.search(rf"\| DiT 3 \| [\d,]+ \|.*\| {mean:.2f}", text)
+
+
 def test_a_missing_seed_is_said(tmp_path):
     def drop(found):
         del found["cells"]["JFB, seed 2"]

@@ -113,8 +113,8 @@ def _parallel(options: SamplingOptions) -> Parallel | None:
     """How all timesteps are solved for at once; None: one after another."""
     if options.parallel is None:
         return None
-    given = {} if options.parallel_rtol is None else {"rtol": options.parallel_rtol}
-    return Parallel(solver=options.parallel, window=options.window, **given)
+    rtol = Parallel.rtol if options.parallel_rtol is None else options.parallel_rtol
+    return Parallel(solver=options.parallel, rtol=rtol, window=options.window)
 
 
 def _measured(

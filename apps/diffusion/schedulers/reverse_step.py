@@ -80,9 +80,9 @@ class Reverse:
         if not self.closed_form:
             prediction = prediction.to(x.dtype)
             accepted = inspect.signature(self.scheduler.step).parameters
-            noise: dict[str, Any] = {"generator": list(generators)} if "generator" in accepted else {}
+            drawn: dict[str, Any] = {"generator": list(generators)} if "generator" in accepted else {}
             mean_part = prediction[:, : x.shape[1]]
-            return self.scheduler.step(mean_part, self.scheduler.timesteps[k], x, **noise, return_dict=False)[0]
+            return self.scheduler.step(mean_part, self.scheduler.timesteps[k], x, **drawn, return_dict=False)[0]
         noise = fresh_noise(x, generators) if self.adds_noise(k) else None
         return self.step_with(k, prediction, x, noise)
 

@@ -1,0 +1,20 @@
+"""The claims of the paper in one table, from the verdicts that the chapters state."""
+
+import re
+from collections.abc import Iterable
+
+from benchmarks.report.formatting import table
+
+_CLAIM = re.compile(r"^The paper: \*(?P<claim>.+?)\*[:.,]? *(?P<rest>.*)$", re.MULTILINE)
+_NUMBERS = re.compile(r"[;,] (?=Fréchet distance)")
+
+
+def claims(chapters: Iterable[str]) -> str:
+    """A row for each sentence "The paper: *claim*: verdict; numbers." of the chapters."""
+    rows = []
+    for text in chapters:
+        title = text.split("\n", 1)[0].removeprefix("## ")
+        for found in _CLAIM.finditer(text):
+            verdict, *numbers = _NUMBERS.split(found["rest"].rstrip("."), maxsplit=1)
+            rows.append((found["claim"], verdict.removeprefix("Here: "), numbers[0] if numbers else "", title))
+    return "\n\n".join(("## Claims", table(("the paper's claim", "verdict here", "numbers", "chapter"), rows)))
