@@ -1,11 +1,14 @@
 """What sampling costs: evaluations, residuals, block passes, multiply-accumulates, seconds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from implicit import Solution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +64,49 @@ class Effort:
         if self.rounds is not None:
             summary["rounds"] = float(self.rounds.double().mean())
         return {**summary, "seconds": self.seconds / len(self.macs)}
+
+
+@dataclass
+class EffortRecord:
+    """What the solves of one batch cost and, for reuse, the last two solutions."""
+
+    batch: int
+    steps: int
+    rows: int
+    solutions: list[Solution] = field(default_factory=list)
+    evaluations: dict[int, Tensor] = field(default_factory=dict)
+    residuals: dict[int, Tensor] = field(default_factory=dict)
+    traces: dict[int, Tensor] = field(default_factory=dict)
+    calls: int = 0  # rows of the network for each sample
+    rounds: int = 0  # calls of the network one after another
+    ran: Tensor | int = 0  # evaluations, times the rows that go through each
+
+    def enter(self, ks: range, solution: Solution | None, *, keep: bool = False) -> None:
+        """Record one call of the network at timesteps number `ks`; an explicit network has no solution."""
+        self.calls += self.rows * len(ks)
+        self.rounds += 1
+        if solution is None:
+            return
+        size = torch.linalg.vector_norm(solution.value.float().flatten(1), dim=1)
+        relative = solution.residual.float() / size.clamp_min(torch.finfo(torch.float32).tiny)
+        evaluations = solution.evals.unflatten(0, (self.rows, self.batch, len(ks))).sum(0)
+        residuals = relative.unflatten(0, (self.rows, self.batch, len(ks))).amax(0)
+        for i, k in enumerate(ks):
+            self.evaluations[k] = self.evaluations.get(k, 0) + evaluations[:, i]
+            self.residuals[k] = residuals[:, i]
+            if solution.trace is not None:
+                trace = (solution.trace / size.clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num()
+                self.traces[k] = trace.unflatten(1, (self.rows, self.batch, len(ks))).amax(1)[:, :, i]
+        self.ran = self.ran + solution.evals.max() * len(solution.evals)
+        if keep:
+            self.solutions = [*self.solutions[-1:], solution]
+
+    def close(self) -> tuple[Any, ...]:
+        """Evaluations, relative residuals, rows, rounds and traces, on the CPU, and the evaluations of all rows."""
+        none = torch.zeros(self.batch, dtype=torch.int64), torch.full((self.batch,), float("nan"))
+        evaluations = [self.evaluations.get(k, none[0]).cpu() for k in range(self.steps)]
+        residuals = [self.residuals.get(k, none[1]).cpu() for k in range(self.steps)]
+        counts = torch.full((self.batch,), self.calls), torch.full((self.batch,), self.rounds)
+        traces = [self.traces[k].mT.cpu() for k in sorted(self.traces)]
+        trace = torch.stack(traces, dim=1) if traces else torch.empty(self.batch, 0, 0)
+        return torch.stack(evaluations, dim=1), torch.stack(residuals, dim=1), *counts, trace, int(self.ran)

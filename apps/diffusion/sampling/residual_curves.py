@@ -128,13 +128,13 @@ def measure(
             guidance=guidance,
             solve=Solve(iterations=count, solver=solve.solver, reuse=solve.reuse, trace=True),
             chunk=chunk,
+            reproducible=False,
             device=model.device,
         ).effort
 
     one, many = walk(1), walk(iterations)
-    chunks = -(-images // chunk)
-    each = max(many.seconds - one.seconds, 1e-9) / (iterations - 1) / (chunks * chunk) if iterations > 1 else 0.0
-    rest = max(one.seconds / (chunks * chunk) - each, 0.0)
+    each = max(many.seconds - one.seconds, 1e-9) / max(iterations - 1, 1) / images
+    rest = max(one.seconds / images - each, 0.0)
     curves = many.traces.double().mean(0).tolist()
     return ResidualCurves(
         timesteps=tuple(timesteps),

@@ -14,7 +14,7 @@ otherwise than one of 3. Hence two modes:
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -25,11 +25,12 @@ from torch import Tensor
 from apps.diffusion.models.cost import cost, explicit_blocks
 from apps.diffusion.rng import Stream, generator
 from apps.diffusion.sampling.effort import Effort as Effort
+from apps.diffusion.sampling.effort import EffortRecord
 from apps.diffusion.sampling.guidance import Guidance
 from apps.diffusion.sampling.parallel import Parallel
 from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.reverse_step import Reverse, fresh_noise
-from implicit import AbstractSolver, Solution, Stop
+from implicit import AbstractSolver, Stop
 
 CHUNK = 16
 Precision = Literal["no", "bf16"]
@@ -271,7 +272,9 @@ class _Walk:
         (B,), rounds (B,) and traces (B, K, J) of one batch, on the CPU, and the evaluations made for all its rows.
         """
         reverse = self.reverse()  # schedulers of several steps carry a state: each batch takes its own
-        record = _Record(batch=len(generators), steps=len(reverse.timesteps), rows=2 if self.guidance.doubles else 1)
+        record = EffortRecord(
+            batch=len(generators), steps=len(reverse.timesteps), rows=2 if self.guidance.doubles else 1
+        )
         y = None if y is None else y.to(self.device)
         blank = torch.empty(len(generators), *self.shape, device=self.device, dtype=self.dtype)
         x = reverse.start(fresh_noise(blank, generators))
@@ -290,7 +293,7 @@ class _Walk:
         return x.cpu(), *record.close()
 
     def _predict(
-        self, reverse: Reverse, ks: range, x: Float[Tensor, "B n C H W"], y: Tensor | None, record: "_Record"
+        self, reverse: Reverse, ks: range, x: Float[Tensor, "B n C H W"], y: Tensor | None, record: EffortRecord
     ) -> Float[Tensor, "B n C_out H W"]:
         """The predictions at timesteps number `ks`, of all samples in one call of the network."""
         times = torch.tensor([reverse.timesteps[k] for k in ks], device=self.device).repeat(len(x))
@@ -311,49 +314,3 @@ class _Walk:
         # guidance multiplies differences, so it is computed in the precision of x
         guided = self.guidance.combine(prediction.to(x.dtype), self.shape[0])
         return guided.unflatten(0, (len(x), len(ks)))
-
-
-@dataclass
-class _Record:
-    """What the solves of one batch cost and, for reuse, the last two solutions."""
-
-    batch: int
-    steps: int
-    rows: int
-    solutions: list[Solution] = field(default_factory=list)
-    evaluations: dict[int, Tensor] = field(default_factory=dict)
-    residuals: dict[int, Tensor] = field(default_factory=dict)
-    traces: dict[int, Tensor] = field(default_factory=dict)
-    calls: int = 0  # rows of the network for each sample
-    rounds: int = 0  # calls of the network one after another
-    ran: Tensor | int = 0  # evaluations, times the rows that go through each
-
-    def enter(self, ks: range, solution: Solution | None, *, keep: bool = False) -> None:
-        """Record one call of the network at timesteps number `ks`; an explicit network has no solution."""
-        self.calls += self.rows * len(ks)
-        self.rounds += 1
-        if solution is None:
-            return
-        size = torch.linalg.vector_norm(solution.value.float().flatten(1), dim=1)
-        relative = solution.residual.float() / size.clamp_min(torch.finfo(torch.float32).tiny)
-        evaluations = solution.evals.unflatten(0, (self.rows, self.batch, len(ks))).sum(0)
-        residuals = relative.unflatten(0, (self.rows, self.batch, len(ks))).amax(0)
-        for i, k in enumerate(ks):
-            self.evaluations[k] = self.evaluations.get(k, 0) + evaluations[:, i]
-            self.residuals[k] = residuals[:, i]
-            if solution.trace is not None:
-                trace = (solution.trace / size.clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num()
-                self.traces[k] = trace.unflatten(1, (self.rows, self.batch, len(ks))).amax(1)[:, :, i]
-        self.ran = self.ran + solution.evals.max() * len(solution.evals)
-        if keep:
-            self.solutions = [*self.solutions[-1:], solution]
-
-    def close(self) -> tuple[Any, ...]:
-        """Evaluations, relative residuals, rows, rounds and traces, on the CPU, and the evaluations of all rows."""
-        none = torch.zeros(self.batch, dtype=torch.int64), torch.full((self.batch,), float("nan"))
-        evaluations = [self.evaluations.get(k, none[0]).cpu() for k in range(self.steps)]
-        residuals = [self.residuals.get(k, none[1]).cpu() for k in range(self.steps)]
-        counts = torch.full((self.batch,), self.calls), torch.full((self.batch,), self.rounds)
-        traces = [self.traces[k].mT.cpu() for k in sorted(self.traces)]
-        trace = torch.stack(traces, dim=1) if traces else torch.empty(self.batch, 0, 0)
-        return torch.stack(evaluations, dim=1), torch.stack(residuals, dim=1), *counts, trace, int(self.ran)
