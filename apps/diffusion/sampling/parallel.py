@@ -48,7 +48,7 @@ class Parallel:
         ValueError: a value out of range.
     """
 
-    solver: Literal["picard", "anderson"] = "anderson"
+    solver: Literal["picard", "anderson"] = "picard"
     rtol: float = 1e-3
     window: int | None = None
     memory: int = 3
