@@ -41,6 +41,8 @@ class Stream(enum.IntEnum):
     SAMPLE = 4  # one generated image
     CLASSIFIER = 5  # the classifier that scores
     AUGMENTATION = 6  # how an epoch shows an image: mirrored or not, which latent of its distribution
+    START = 7  # noise of the start of a solve in training
+    PROBES = 8  # probes of the Jacobian penalty
 
 
 def generator(seed: int, stream: Stream, position: int = 0) -> torch.Generator:

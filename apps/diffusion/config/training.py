@@ -16,43 +16,12 @@ from typing import ClassVar, Literal
 
 import implicit
 from apps.diffusion.config.fixed_point import Grad, Solver, check_pair
+from apps.diffusion.config.loss import LossConfig as LossConfig
 from apps.diffusion.config.network import ModelConfig, NoiseSchedule
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.serialization import at_least, flag, from_plain, to_plain, upgraded, within
 
 Backend = Literal["no", "inductor", "aot_eager", "eager"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """Which timesteps training draws, and how much each counts (training/weighting.py)."""
-
-    SECTION: ClassVar[str] = "loss"
-
-    timesteps: Literal["uniform", "logit_normal"] = "uniform"
-    """Distribution of the timesteps; logit_normal (arXiv 2403.03206) draws the middle of the schedule more often."""
-    location: float = 0.0
-    """Mean of the normal distribution of logit_normal; above 0: more noise."""
-    scale: float = 1.0
-    """Standard deviation of the normal distribution of logit_normal."""
-    weighting: Literal["uniform", "min_snr"] = "uniform"
-    """Weight of a timestep: all equal, or min-SNR (arXiv 2303.09556), which is 0 at zero terminal SNR."""
-    gamma: float = 5.0
-    """Largest signal-to-noise ratio that min_snr counts."""
-
-    def __post_init__(self) -> None:
-        for name, option, value in (
-            ("location", "timesteps", "logit_normal"),
-            ("scale", "timesteps", "logit_normal"),
-            ("gamma", "weighting", "min_snr"),
-        ):
-            if getattr(self, option) != value and getattr(self, name) != getattr(type(self), name):
-                raise ValueError(f"--loss.{name} needs --loss.{option} {value}; give that too, or leave it out.")
-        for name in ("scale", "gamma"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--loss.{name} must be positive and finite, got {getattr(self, name)}.")
-        if not math.isfinite(self.location):
-            raise ValueError(f"--loss.location must be finite, got {self.location}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +192,9 @@ class Config:
         at_least(self, 1, "checkpoint_every", "keep", "threads", "sample_every")
         if self.model.kind == "fpdm":
             check_pair(self.grad, self.solver)
+        elif used := [name for name in self.loss.FIXED_POINT if getattr(self.loss, name)]:
+            flags = ", ".join(f"--loss.{name.replace('_', '-')}" for name in used)
+            raise ValueError(f"{flags}: a DiT has no fixed point; leave it out, or train an FPDM.")
         at_least(self, 2, "num_samples")
         sampling, guidance = self.sampling, self.sampling.value("guidance")
         if self.schedule.zero_snr and sampling.spacing == "leading":

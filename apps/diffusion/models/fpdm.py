@@ -12,6 +12,7 @@ Block, Final and the embeddings are those of layers.py. Shapes: x, z (B, T, D); 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from apps.diffusion.models.transformer import Frame
 from implicit import AbstractGrad, AbstractSolver, Picard, Solution, Stop, Unrolled, fixed_point
 
 Start = Tensor | Callable[[Tensor], Tensor]
+Penalty = Callable[[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor, Tensor, Tensor], Tensor]
 
 
 class FPDM(Frame):
@@ -113,8 +115,9 @@ class FPDM(Frame):
         state: Any = None,
         keep_state: bool = False,
         trace: bool = False,
+        penalty: Penalty | None = None,
         return_solution: bool = False,
-    ) -> Tensor | tuple[Tensor, Solution]:
+    ) -> Tensor | tuple[Tensor, Solution] | tuple[Tensor, Solution, Tensor]:
         """The prediction for noisy latents `x` at times `t` with labels `y` (None: unconditional model).
 
         Args:
@@ -127,6 +130,8 @@ class FPDM(Frame):
             state: solver state of an earlier solution, to continue with.
             keep_state: keep the solver state in the solution.
             trace: keep the residual at every evaluation in the solution.
+            penalty: function (f, decode, fresh start, solution, prediction) -> scalar, returned as a third value;
+                needs return_solution.
             return_solution: return (prediction, solution) with solution.value of shape (B, T, D).
 
         Raises:
@@ -135,9 +140,16 @@ class FPDM(Frame):
         """
         stop = self._stop(iterations, stop)
         h, outer, injected, modulation = self._before(x, t, y)
+        fresh = h
+
+        def decode(z: Tensor) -> Tensor:
+            for block in self.blocks_post:
+                z = self.call(block, z, outer)
+            return self.image(z, outer)
+
         solution = fixed_point(
             self._iterate,
-            self._start(start, h),
+            self._start(start, fresh),
             injected,
             modulation,
             solver=Picard() if solver is None else solver,
@@ -147,10 +159,10 @@ class FPDM(Frame):
             keep_state=keep_state,
             trace=trace,
         )
-        h = solution.value
-        for block in self.blocks_post:
-            h = self.call(block, h, outer)
-        prediction = self.image(h, outer)
+        prediction = decode(solution.value)
+        if penalty is not None:
+            f = partial(self._map, injected, modulation)
+            return prediction, solution, penalty(f, decode, fresh, solution.value, prediction)
         return (prediction, solution) if return_solution else prediction
 
     def fixed_point_problem(
@@ -225,6 +237,9 @@ class FPDM(Frame):
 
     def _iterate(self, z: Tensor, injected: Tensor, modulation: Tensor) -> Tensor:
         return self.call(self._compiled or self.iteration, z, injected, modulation)
+
+    def _map(self, injected: Tensor, modulation: Tensor, z: Tensor) -> Tensor:
+        return self._iterate(z, injected, modulation)
 
     def _stop(self, iterations: int | None, stop: Stop | None) -> Stop:
         if stop is None:

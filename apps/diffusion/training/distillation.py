@@ -125,6 +125,6 @@ def distillation_loss(
     with torch.no_grad():
         target = teacher(noisy, noise.t, y)
     answer = model(noisy, noise.t, y, **solve)
-    prediction, solution = answer if isinstance(answer, tuple) else (answer, None)
+    prediction, solution, *penalty = answer if isinstance(answer, tuple) else (answer, None)
     error = (prediction.to(x0.dtype) - target.to(x0.dtype)).square().flatten(1).mean(1)
-    return Loss(total=error.mean(), error=error.detach(), solution=solution)
+    return Loss(total=error.mean() + sum(penalty), error=error.detach(), solution=solution)

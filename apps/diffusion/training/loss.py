@@ -18,7 +18,7 @@ only.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,20 +33,26 @@ from implicit import Solution
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingNoise:
-    """The randomness of one training step: noise (B, C, H, W), timesteps t (B,), and dropped labels (B,)."""
+    """The randomness of one training step: noise (B, C, H, W), timesteps t (B,), dropped labels (B,), and the numbers
+    (B,) of the images in the run, from which further random numbers follow.
+    """
 
     noise: Float[Tensor, "B C H W"]
     t: Int[Tensor, "B"]
     dropped: Bool[Tensor, "B"]
+    positions: Int[Tensor, "B"] | None = None
 
     def to(self, device: torch.device | str) -> "TrainingNoise":
         """The same on another device."""
-        moved = {name: getattr(self, name).to(device) for name in ("noise", "t", "dropped")}
-        return replace(self, **moved)
+        return self._mapped(lambda tensor: tensor.to(device))
 
     def part(self, rows: slice) -> "TrainingNoise":
         """The randomness of some samples of the batch."""
-        return replace(self, noise=self.noise[rows], t=self.t[rows], dropped=self.dropped[rows])
+        return self._mapped(lambda tensor: tensor[rows])
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "TrainingNoise":
+        changed: dict[str, Any] = {name: None if v is None else change(v) for name, v in vars(self).items()}
+        return TrainingNoise(**changed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +90,7 @@ def loss(
         scheduler: noise schedule and prediction type (`noise_schedule.make_scheduler("ddpm")`).
         null_class: the label that replaces dropped ones; needed as soon as one is dropped.
         gamma: of the min-SNR weight; None gives all timesteps the weight 1. The variational bound is never weighted.
-        solve: passed on to the model: `grad`, `stop`, `solver`, `iterations`, `return_solution` of an FPDM.
+        solve: passed on to the model: `grad`, `stop`, `solver`, `start`, `penalty`, `return_solution` of an FPDM.
 
     Raises:
         ValueError: labels are to be dropped and there is no null class, or shapes do not fit.
@@ -98,7 +104,7 @@ def loss(
         raise ValueError("Labels are to be dropped, but null_class is None; give the model's null class.")
     noisy = scheduler.add_noise(x0, noise.noise, noise.t)  # pyright: ignore[reportArgumentType]
     answer = model(noisy, noise.t, y, **solve)
-    prediction, solution = answer if isinstance(answer, tuple) else (answer, None)
+    prediction, solution, *penalty = answer if isinstance(answer, tuple) else (answer, None)
     mean_part, variance_part = prediction[:, : x0.shape[1]], prediction[:, x0.shape[1] :]
     error = (mean_part.to(x0.dtype) - target(x0, noise, scheduler)).square().flatten(1).mean(1)
     weighted = error
@@ -109,6 +115,7 @@ def loss(
     if variance_part.shape[1]:
         bound = variational_bound(mean_part.detach(), variance_part, x0, noisy, noise.t, scheduler)
         total, bound = total + bound.mean(), bound.detach()
+    total = total + sum(penalty)
     return Loss(total=total, error=error.detach(), bound=bound, solution=solution)
 
 

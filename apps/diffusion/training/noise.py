@@ -40,4 +40,5 @@ def training_noise(
     )
     last = config.schedule.timesteps - 1
     t = (share * config.schedule.timesteps).long().clamp(max=last)  # float32 may round the largest share to 1
-    return TrainingNoise(noise=noise, t=t, dropped=dropout < config.optimizer.label_dropout)
+    dropped = dropout < config.optimizer.label_dropout
+    return TrainingNoise(noise=noise, t=t, dropped=dropped, positions=start + row)

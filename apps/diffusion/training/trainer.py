@@ -42,6 +42,7 @@ from apps.diffusion.training.loss import TrainingNoise
 from apps.diffusion.training.metric_logger import StepMetrics, profiler, tracker
 from apps.diffusion.training.noise import training_noise
 from apps.diffusion.training.optimizer import AveragedWeights, adamw, learning_rate, step_if_finite
+from apps.diffusion.training.penalties import NoisyStart, Penalties
 
 LOG_EVERY = 25  # steps between two readings of the device, at most
 PATIENCE = 50  # steps in a row without a finite gradient after which training is aborted
@@ -199,7 +200,7 @@ class Trainer:
         return total, finite
 
     def _loss(self, x: Tensor, y: Tensor | None, noise: TrainingNoise) -> loss.Loss:
-        common = {"scheduler": self.scheduler, "null_class": self.null_class, **self._solve()}
+        common = {"scheduler": self.scheduler, "null_class": self.null_class, **self._solve(noise)}
         gamma = self.config.loss.gamma if self.config.loss.weighting == "min_snr" else None
         with self.accelerator.autocast():
             if self.teacher is not None:
@@ -221,16 +222,25 @@ class Trainer:
         noise = training_noise(config, self.images.shape, self.progress.images, sampler.part, device)
         return x, y if self.images.num_classes else None, noise
 
-    def _solve(self) -> dict[str, Any]:
+    def _solve(self, noise: TrainingNoise | None = None) -> dict[str, Any]:
         """How this step solves the fixed point."""
         if self.config.model.kind == "dit":
             return {}
-        return {
+        options: dict[str, Any] = {
             "solver": self.config.solver,
             "grad": self._estimator(),
             "stop": self.config.stop,
             "return_solution": True,
         }
+        terms, seed = self.config.loss, self.config.seed
+        if terms.start_noise:
+            assert noise is not None and noise.positions is not None
+            options["start"] = NoisyStart(scale=terms.start_noise, seed=seed, positions=noise.positions)
+        if terms.residual or terms.jacobian or terms.early:
+            weights = {name: getattr(terms, name) for name in ("residual", "jacobian", "early")}
+            probes = generator(seed, Stream.PROBES, self.progress.images)
+            options["penalty"] = Penalties(**weights, generator=probes)
+        return options
 
     def _estimator(self) -> implicit.AbstractGrad:
         """The gradient estimator of this step; one that draws numbers takes a generator from (seed, images seen)."""

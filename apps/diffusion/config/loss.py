@@ -1,0 +1,55 @@
+"""Options of the training loss: timesteps, weights, and the terms of a fixed-point layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Which timesteps training draws, how much each counts (training/weighting.py), and terms that an FPDM adds
+    (training/penalties.py).
+    """
+
+    SECTION: ClassVar[str] = "loss"
+    FIXED_POINT: ClassVar[tuple[str, ...]] = ("residual", "jacobian", "early", "start_noise")
+
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    """Distribution of the timesteps; logit_normal (arXiv 2403.03206) draws the middle of the schedule more often."""
+    location: float = 0.0
+    """Mean of the normal distribution of logit_normal; above 0: more noise."""
+    scale: float = 1.0
+    """Standard deviation of the normal distribution of logit_normal."""
+    weighting: Literal["uniform", "min_snr"] = "uniform"
+    """Weight of a timestep: all equal, or min-SNR (arXiv 2303.09556), which is 0 at zero terminal SNR."""
+    gamma: float = 5.0
+    """Largest signal-to-noise ratio that min_snr counts."""
+    residual: float = 0.0
+    """Weight of the squared relative residual of the fixed point; FPDM only."""
+    jacobian: float = 0.0
+    """Weight of the Jacobian penalty of the fixed-point layer (arXiv 2106.14342); FPDM only."""
+    early: float = 0.0
+    """Weight of the distance between the predictions of one iteration and of the solution, any-time training by
+    self-distillation (arXiv 2604.09168); FPDM only.
+    """
+    start_noise: float = 0.0
+    """Noise of the start of each solve, relative to the start (arXiv 2605.21488); FPDM only."""
+
+    def __post_init__(self) -> None:
+        for name, option, value in (
+            ("location", "timesteps", "logit_normal"),
+            ("scale", "timesteps", "logit_normal"),
+            ("gamma", "weighting", "min_snr"),
+        ):
+            if getattr(self, option) != value and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"--loss.{name} needs --loss.{option} {value}; give that too, or leave it out.")
+        for name in self.FIXED_POINT:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--loss.{name.replace('_', '-')} must be 0 or more, got {getattr(self, name)}.")
+        for name in ("scale", "gamma"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--loss.{name} must be positive and finite, got {getattr(self, name)}.")
+        if not math.isfinite(self.location):
+            raise ValueError(f"--loss.location must be finite, got {self.location}.")

@@ -1,0 +1,84 @@
+"""Terms that a training of FPDM may add to its loss, to make the fixed point easy to solve and good at every budget.
+
+With f the fixed-point layer, x its fresh start, z the solution and D the blocks after it (prediction = D(z)):
+
+    residual   mean ||f(z) - z||^2 / ||z||^2        a terminal fixed-point loss: z is a solution where training stops
+    jacobian   mean ||df/dz||_F^2 / N at z          Bai et al. 2021, arXiv 2106.14342 (implicit.diagnostics)
+    early      mean (D(f(x)) - sg D(z))^2           any-time training: the prediction of one iteration learns that of
+                                                    the solution (self-distillation, arXiv 2604.09168)
+
+sg stops the gradient. A start with noise (Huang et al. 2026, arXiv 2605.21488, random initialization) solves from
+
+    z_0 = x + s rms(x) n,      n ~ N(0, 1)
+
+so that training shows the iteration more of the way to its solution than the path from x.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from apps.diffusion.rng import Stream, normal
+from implicit.diagnostics import jacobian_penalty
+
+Map = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalties:
+    """The weighted sum of the terms above, for `FPDM.forward(penalty=...)`.
+
+    Args:
+        residual: weight of the residual.
+        jacobian: weight of the Jacobian's norm.
+        early: weight of the early prediction's error.
+        generator: of the Jacobian's probes.
+    """
+
+    residual: float = 0.0
+    jacobian: float = 0.0
+    early: float = 0.0
+    generator: torch.Generator
+
+    def __call__(self, f: Map, decode: Map, fresh: Tensor, z: Tensor, prediction: Tensor) -> Tensor:
+        """The sum, a scalar with its graph.
+
+        Args:
+            f: the fixed-point layer.
+            decode: D.
+            fresh: (B, T, D) x.
+            z: (B, T, D) the solution.
+            prediction: (B, C, H, W) D(z).
+        """
+        total = prediction.new_zeros(())
+        if self.residual:
+            gap = (f(z) - z).square().flatten(1).sum(1)
+            total = total + self.residual * (gap / z.square().flatten(1).sum(1)).mean()
+        if self.jacobian:
+            total = total + self.jacobian * jacobian_penalty(f, z.detach(), generator=self.generator).mean()
+        if self.early:
+            total = total + self.early * (decode(f(fresh)) - prediction.detach()).square().mean()
+        return total
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyStart:
+    """The start with noise above, for `FPDM.forward(start=...)`.
+
+    Args:
+        scale: s.
+        seed: of the noise.
+        positions: (B,) numbers of the images in the run, on the device of x: each has its own noise.
+    """
+
+    scale: float
+    seed: int
+    positions: Int[Tensor, " B"]
+
+    def __call__(self, fresh: Tensor) -> Tensor:
+        """z_0 for the fresh start x (B, T, D)."""
+        noise = normal(self.seed, Stream.START, self.positions, fresh.shape[1:]).to(fresh.dtype)
+        return fresh + self.scale * fresh.square().mean(dim=(1, 2), keepdim=True).sqrt() * noise

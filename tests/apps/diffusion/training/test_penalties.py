@@ -1,0 +1,99 @@
+"""Terms that an FPDM adds to its training loss, each against its formula; and the start with noise."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from apps.diffusion.config import training as c
+from apps.diffusion.data import digits
+from apps.diffusion.models import FPDM
+from apps.diffusion.training.penalties import NoisyStart, Penalties
+from apps.diffusion.training.trainer import Trainer
+from tests.apps.diffusion.small_models import batch, randomised
+
+SMALL: dict[str, Any] = {"input_size": 4, "in_channels": 2, "hidden_size": 16, "num_heads": 2, "num_classes": 10}
+
+
+def called(penalty, **options):
+    model = randomised(FPDM(**SMALL))
+    answer = model(*batch(model), iterations=3, penalty=penalty, return_solution=True, **options)
+    return model, answer
+
+
+def penalties(**weights):
+    return Penalties(**weights, generator=torch.Generator().manual_seed(0))
+
+
+def test_each_term_is_its_formula():
+    seen: dict[str, Any] = {}
+
+    def record(f, decode, fresh, z, prediction):
+        seen.update(f=f, decode=decode, fresh=fresh, z=z, prediction=prediction)
+        return prediction.new_zeros(())
+
+    model, (prediction, solution, zero) = called(record)
+    assert float(zero) == 0 and torch.equal(seen["decode"](solution.value), prediction)
+    assert torch.equal(prediction, model(*batch(model), iterations=3))
+    torch.testing.assert_close(model(*batch(model), iterations=1), seen["decode"](seen["f"](seen["fresh"])))
+    f, z = seen["f"], solution.value.detach()
+    gap = (f(z) - z).flatten(1).norm(dim=1) / z.flatten(1).norm(dim=1)
+    early = seen["decode"](f(seen["fresh"])) - prediction
+    # the mean of many probes is ||df/dz||_F^2 / N, here of the dense Jacobian of one sample
+    tokens, width = z.shape[1:]
+    full = torch.autograd.functional.jacobian(f, z, vectorize=False).reshape(3, tokens * width, 3, tokens * width)
+    norms = torch.stack([full[b, :, b].square().sum() for b in range(3)]) / (tokens * width)
+    values = {"residual": gap.square().mean(), "early": early.square().mean(), "jacobian": norms.mean()}
+    arguments = (f, seen["decode"], seen["fresh"], z, prediction)
+    for name, value in values.items():
+        term = penalties(**{name: 2.0})
+        if name == "jacobian":
+            found = torch.stack([term(*arguments).detach() for _ in range(100)])
+            assert float(found.mean()) == pytest.approx(2 * float(value), rel=0.15)
+        else:
+            torch.testing.assert_close(term(*arguments), 2 * value)
+
+
+def test_the_target_of_the_early_prediction_has_no_gradient():
+    _, (prediction, _, value) = called(penalties(early=1.0))
+    assert value.requires_grad and prediction.requires_grad
+    through = torch.autograd.grad(value, prediction, allow_unused=True)[0]
+    assert through is None
+
+
+def test_a_start_with_noise_is_relative_and_of_each_image():
+    fresh, positions = torch.randn(3, 4, 16) * torch.tensor([1.0, 10.0, 0.1]).view(3, 1, 1), torch.arange(3)
+    noisy = NoisyStart(scale=0.5, seed=0, positions=positions)(fresh)
+    size = (noisy - fresh).square().mean(dim=(1, 2)).sqrt() / fresh.square().mean(dim=(1, 2)).sqrt()
+    assert ((0.3 < size) & (size < 0.7)).all()
+    last = NoisyStart(scale=0.5, seed=0, positions=positions[2:])(fresh[2:])
+    torch.testing.assert_close(last, noisy[2:])
+    assert torch.equal(NoisyStart(scale=0.0, seed=0, positions=positions)(fresh), fresh)
+
+
+def test_training_with_every_term_learns_and_repeats():
+    config = c.Config(
+        model=c.ModelConfig(hidden=16, heads=2, patch=4),
+        optimizer=c.OptimizerConfig(images=480, batch=16, lr=1e-2, warmup=0),
+        loss=c.LossConfig(residual=0.1, jacobian=0.01, early=0.1, start_noise=0.3),
+        track="none",
+    )
+
+    def losses(config):
+        trainer = Trainer(config, digits("train"))
+        return [float(trainer.step()[0]) for _ in range(20)]
+
+    found = losses(config)
+    assert found == losses(config) and sum(found[-5:]) < sum(found[:5])
+    plain = losses(replace(config, loss=c.LossConfig()))
+    for name in c.LossConfig.FIXED_POINT:
+        assert losses(replace(config, loss=c.LossConfig(**{name: 0.1})))[:3] != plain[:3], name
+
+
+def test_terms_are_checked():
+    for name in c.LossConfig.FIXED_POINT:
+        with pytest.raises(ValueError, match=name.replace("_", "-")):
+            c.LossConfig(**{name: -1.0})
+        with pytest.raises(ValueError, match=name.replace("_", "-")):
+            c.Config(model=c.ModelConfig(kind="dit"), loss=c.LossConfig(**{name: 0.1}))
