@@ -59,7 +59,7 @@ class Reuse:
 
 
 def reuse_rule(start: bool | str | Reuse, share: float = 0.5, extrapolation: float = 1.0) -> Reuse | None:
-    """The rule by its word: False or "off", True or "on", "blended", "extrapolated", "history"; None: every solve starts fresh.
+    """The rule by its word: False or "off", True or "on", "blended", "extrapolated", "history"; None: a fresh start.
 
     Raises:
         ValueError: there is no such word.
