@@ -24,7 +24,7 @@ COMMANDS = [
 IMAGES, SAMPLES, BATCH, STEPS = 1281, 50, 8, 16
 """A thousandth of the images and samples of the page, and a few steps of 8 images."""
 SMALL = {
-    "encode": "--size 16 --shard-size 100 --batch 100 --device cpu",
+    "encode": "--size 8 --shard-size 100 --batch 100 --device cpu",
     "train": f"--model.hidden 16 --model.heads 2 --optimizer.images {STEPS * BATCH} --optimizer.batch {BATCH} "
     f"--checkpoint-every {STEPS * BATCH // 4} --sample-every {STEPS * BATCH // 2} --num-samples 4 "
     "--sampling.steps 2 --threads 1",
@@ -37,7 +37,7 @@ REPLACED = {
     "--block-passes 560": "--block-passes 120",  # of two explicit blocks and at least one iteration, twenty times
     "--device cuda": "--device cpu",
     "--optimizer.precision bf16": "--optimizer.precision no",
-    "--features inception": "--features digits",  # Inception's weights are not at hand
+    "--features inception": "--features digits",  # of 8 x 8 pixels; Inception's weights are not at hand
     "--nproc_per_node 8": "--nproc_per_node 2",
 }
 
@@ -81,7 +81,7 @@ def test_every_command_runs_at_a_thousandth_of_the_scale(tmp_path):
     for i in range(IMAGES):
         pf.save(tmp_path / "imagenet" / "train" / f"n{i % classes:08d}" / f"{i}.png", pf.picture(i, 17, 16))
     pf.tiny_vae().save_pretrained(tmp_path / "vae")
-    pixels = np.random.default_rng(0).integers(0, 256, (SAMPLES, 16, 16, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (SAMPLES, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "VIRTUAL_imagenet256_labeled.npz", arr_0=pixels)
     orders = [dict(zip(("module", "argv", "processes"), small(command), strict=True)) for command in COMMANDS]
     done = subprocess.run(
@@ -98,7 +98,7 @@ def test_every_command_runs_at_a_thousandth_of_the_scale(tmp_path):
     assert index["images"] == IMAGES and len(index["class_counts"]) == classes
     for run, length in (("imagenet", 2), ("imagenet-dit", 1)):
         metrics = json.loads((tmp_path / "runs" / run / "metrics.json").read_text())
-        assert metrics["images"] == length * STEPS * BATCH
+        assert metrics["training"]["images"] == length * STEPS * BATCH
     archive = np.load(tmp_path / "samples" / "imagenet" / "samples.npz")
-    assert archive["arr_0"].shape == (SAMPLES, 16, 16, 3) and archive["arr_0"].dtype == np.uint8
+    assert archive["arr_0"].shape == (SAMPLES, 8, 8, 3) and archive["arr_0"].dtype == np.uint8
     assert (np.bincount(archive["arr_1"]) == SAMPLES // classes).all()
