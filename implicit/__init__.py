@@ -16,6 +16,7 @@ from implicit.grads import StochasticJFB as StochasticJFB
 from implicit.grads import Unrolled as Unrolled
 from implicit.iterate import iterate as iterate
 from implicit.options import SolveOptions as SolveOptions
+from implicit.solution import Adjoint as Adjoint
 from implicit.solution import NotConverged as NotConverged
 from implicit.solution import Result as Result
 from implicit.solution import Solution as Solution

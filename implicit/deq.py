@@ -11,6 +11,7 @@ from implicit.grads.base import AbstractGrad
 from implicit.grads.ift import IFT
 from implicit.grads.stochastic_jfb import StochasticJFB
 from implicit.pytree import Map, State
+from implicit.solution import Adjoint
 from implicit.solvers.anderson_gs import AndersonGS
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
@@ -60,6 +61,7 @@ class DEQ(nn.Module):
         state: Any = None,
         keep_state: bool = False,
         compact: bool | tuple[bool, ...] = False,
+        adjoint: Adjoint | None = None,
         callback: Callable[[int, Tensor], None] | None = None,
         progress: bool = False,
     ) -> Any:
@@ -82,6 +84,7 @@ class DEQ(nn.Module):
             state=state,
             keep_state=keep_state,
             compact=compact,
+            adjoint=adjoint,
             callback=callback,
             progress=progress,
         )

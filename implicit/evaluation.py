@@ -97,11 +97,15 @@ def lacks_forward_mode(error: Exception) -> bool:
     """Whether PyTorch's error says that forward mode cannot take f: an operator without a derivative of this kind, or a
     write into a buffer (the statistics of BatchNorm).
     """
-    return any(word in str(error) for word in ("orward", "setup_context", "captured Tensor"))
+    return isinstance(error, NotImplementedError) or any(
+        word in str(error) for word in ("orward", "setup_context", "captured Tensor")
+    )
 
 
-def forward_jvp(f: Callable[[Flat], Flat], z: Flat, tangent: Flat) -> tuple[Flat, Flat]:
-    """(f(z), J tangent) by forward mode; attention by its math kernel, the only one that has derivatives of this kind.
+def forward_jvp(f: Callable[[Any], Flat], z: Any, tangent: Any) -> tuple[Flat, Flat]:
+    """(f(z), J tangent) by forward mode, for a tensor z or a tuple of tensors.
+
+    Attention takes its math kernel, the only one that has derivatives of this kind.
 
     Raises:
         RuntimeError: an operator of f has no forward mode.

@@ -15,7 +15,7 @@ from implicit.grads.ift import IFT
 from implicit.options import Problem, SolveOptions
 from implicit.problem_forms import Main, all_starts, best_start
 from implicit.pytree import Map, State, leaves
-from implicit.solution import Solution
+from implicit.solution import Adjoint, Solution
 from implicit.solvers import Anderson, AndersonGS, BadBroyden, Broyden, NewtonKrylov, Picard
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
@@ -36,6 +36,7 @@ def fixed_point(
     state: Any = None,
     keep_state: bool = False,
     compact: bool | tuple[bool, ...] = False,
+    adjoint: Adjoint | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
     progress: bool = False,
 ) -> Solution:
@@ -67,6 +68,8 @@ def fixed_point(
         state: solver state to continue with, from ``Solution.state`` of an earlier, related solve.
         keep_state: put the solver state into ``Solution.state``.
         compact: evaluate f on the samples still running only; see `SolveOptions` for how `args` are cut.
+        adjoint: first guess of u in the backward pass of `IFT`: ``Solution.adjoint`` of an earlier, related solve, or
+            ``Adjoint()`` to begin with; see `Adjoint`.
         callback: called with (number of evaluations, (B,) residuals on the host) whenever residuals are read.
         progress: show a tqdm bar.
 
@@ -86,12 +89,15 @@ def fixed_point(
     check_types(solver, grad, stop)
     if isinstance(z0, Solution):
         raise TypeError("z0 must be a tensor or a nest of tensors, got a Solution: pass solution.value.")
+    if adjoint is not None and not isinstance(grad, IFT):
+        raise ValueError(f"adjoint is a guess for the linear solve of IFT, and {grad!r} has none: leave it unset.")
     options = SolveOptions(
         batch_dims=batch_dims,
         trace=trace,
         state=state,
         keep_state=keep_state,
         compact=compact,
+        adjoint=adjoint,
         callback=callback,
         progress=progress,
     )

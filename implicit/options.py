@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from implicit.pytree import Flat, Layout, Map, State
+from implicit.solution import Adjoint
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class SolveOptions:
             that length included; the answer is verified with the whole `args` either way, for one evaluation more,
             and solved without compaction where it does not hold. What f closes over is not cut, so batched inputs
             must come through `args`.
+        adjoint: first guess of u in the backward pass of `IFT`, from an earlier ``Solution.adjoint``; an empty
+            ``Adjoint()`` begins.
         callback: called with (number of evaluations, (B,) float64 host tensor of residuals, NaN where finished) each
             time residuals are read: at every evaluation, or every `Stop.check_every`-th.
         progress: show a tqdm bar.
@@ -51,6 +54,7 @@ class SolveOptions:
     state: Any = None
     keep_state: bool = False
     compact: bool | tuple[bool, ...] = False
+    adjoint: Adjoint | None = None
     callback: Callable[[int, Tensor], None] | None = None
     progress: bool = False
 

@@ -56,6 +56,25 @@ class NotConverged(RuntimeError):
     """Raised by `Solution.check` when a sample did not converge."""
 
 
+class Adjoint:
+    """u of the backward pass of `IFT`, a first guess of u for the next solve of a related problem.
+
+    u = g + J^T u, with g = dL/dz* and J = df/dz at z*. Handed to `fixed_point` as ``adjoint=``, it is read; the
+    solution has an object of its own, ``solution.adjoint``, which holds the same value until its backward pass puts u
+    there.
+    Samples that are drawn in another order take theirs along: ``Adjoint(u[index])``.
+
+    Attributes:
+        value: u, with the structure, shapes and dtypes of the state; None: no guess.
+    """
+
+    def __init__(self, value: Any = None) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return "Adjoint()" if self.value is None else "Adjoint(<u of a backward pass>)"
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Solution:
     """The outcome of a fixed-point solve of a batch of B independent systems.
@@ -72,6 +91,7 @@ class Solution:
         trace: (evaluations, B) residual at each evaluation, NaN once a sample has finished, or what the function given
             as `trace` made of the evaluations; None unless asked for.
         state: the solver state at the end, for a warm start of a related problem; None unless asked for.
+        adjoint: u of the backward pass once it has run; None unless ``adjoint=`` was given.
         scale: (B,) norm of f at the start, to which the tolerance of a fixed point of zero refers.
         aux: what f returned beside f(z) at `value`; None without `has_aux`.
 
@@ -86,6 +106,7 @@ class Solution:
     state: Any = None
     scale: Float[Tensor, "B ..."] | None = None
     aux: Any = None
+    adjoint: Adjoint | None = None
 
     def __repr__(self) -> str:
         """One line: how many samples ended how, the largest residual and the evaluations."""

@@ -5,15 +5,28 @@ Checked with torch 2.13.0. A name that a later version drops fails here and nowh
 
 import functools
 import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
 
 R = TypeVar("R")
+Layers: TypeAlias = tuple[tuple[int, int | None], ...]
+"""(level, mapped dimension or None for a level of grad) of the wrappers around a tensor, outermost first."""
+Hooks: TypeAlias = list[tuple[Any, Any]]
+
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]: no stub in PyTorch, as below
+_autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+
+# -- transforms of torch.func and forward mode
 
 
 def transforms_active() -> bool:
@@ -42,9 +55,86 @@ def is_abstract(t: Tensor) -> bool:
     return t.is_meta or (fake is not None and isinstance(t, fake.FakeTensor))
 
 
+def forward_levels() -> int:
+    """How many forward-mode transforms are on (`torch._C._functorch.get_interpreter_stack`, 2.13.0)."""
+    levels = _functorch.get_interpreter_stack() or []
+    return sum(level.key() == _functorch.TransformType.Jvp for level in levels)
+
+
+def current_level() -> int:
+    """The level of the innermost transform, 0 if there is none (`maybe_current_level`, 2.13.0)."""
+    return _functorch.maybe_current_level() or 0
+
+
+def depends_on_transform(t: Tensor) -> bool:
+    """Whether t has a derivative, or belongs to a transform that is on (`is_functorch_wrapped_tensor`, 2.13.0)."""
+    return _functorch.is_functorch_wrapped_tensor(t) or has_derivative(t)
+
+
+def has_derivative(t: Tensor) -> bool:
+    """Whether t has a derivative in a transform or mode that is on (`get_unwrapped`, 2.13.0)."""
+    while True:
+        if t.requires_grad or (forward_mode_active() and forward_ad.unpack_dual(t).tangent is not None):
+            return True
+        if not _functorch.is_functorch_wrapped_tensor(t):
+            return False
+        t = _functorch.get_unwrapped(t)
+
+
+def unwrap(t: Tensor, level: int) -> tuple[Tensor, Layers]:
+    """What t wraps at the levels above `level` and how; t itself where a derivative is taken with respect to it there.
+
+    (`torch._C._functorch.maybe_get_level`, `get_unwrapped`, `maybe_get_bdim`, 2.13.0.)
+    """
+    layers, base, innermost = [], t, current_level()
+    while _functorch.is_functorch_wrapped_tensor(base) and level < _functorch.maybe_get_level(base) <= innermost:
+        batched = _functorch.is_batchedtensor(base)
+        if not batched and base.requires_grad:
+            return t, ()
+        layers.append((_functorch.maybe_get_level(base), _functorch.maybe_get_bdim(base) if batched else None))
+        base = _functorch.get_unwrapped(base)
+    return base, tuple(layers)
+
+
+def wrap(t: Tensor, layers: Layers) -> Tensor:
+    """The inverse of `unwrap` (`torch._C._functorch._add_batch_dim`, `_wrap_for_grad`, 2.13.0)."""
+    for level, dim in reversed(layers):
+        t = _functorch._wrap_for_grad(t, level) if dim is None else _functorch._add_batch_dim(t, dim, level)
+    return t
+
+
+def split_batched(g: Tensor) -> tuple[list[Tensor], Callable[[Tensor], Tensor]] | None:
+    """The tensors that a batched g of the innermost vmap holds and how to batch a stack again; None: g is not batched.
+
+    (`torch._C._functorch`; the vmap of autograd: `torch._C._vmapmode_increment_nesting`, `torch._remove_batch_dim`,
+    `torch._add_batch_dim`; 2.13.0.)
+    """
+    if _functorch.is_batchedtensor(g):
+        level, dim = _functorch.maybe_get_level(g), _functorch.maybe_get_bdim(g)
+        rows = _functorch.get_unwrapped(g).movedim(dim, 0)
+        return list(rows.unbind()), lambda t: _functorch._add_batch_dim(t, 0, level)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    if level < 1:
+        return None
+    legacy: Any = torch
+    rows = legacy._remove_batch_dim(g, level, 0, 0)  # without a batch at this level: expanded to none
+    if rows.shape[0] == 0:
+        return None
+    return list(rows.unbind()), lambda t: legacy._add_batch_dim(t, 0, level)
+
+
+# -- autograd
+
+
 def version(t: Tensor) -> int:
-    """How often a tensor was written to in place (`Tensor._version`, 2.13.0)."""
-    return t._version
+    """How often a tensor was written to in place (`Tensor._version`, 2.13.0); 0 for one made in inference mode."""
+    return 0 if t.is_inference() else t._version
+
+
+def memory(t: Tensor) -> int:
+    """The identity of the memory that a tensor lies in (`UntypedStorage._cdata`, 2.13.0)."""
+    return t.untyped_storage()._cdata
 
 
 def inside_backward() -> bool:
@@ -52,16 +142,85 @@ def inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def saved_tensor_hooks_active() -> bool:
+    """Whether saved tensors are packed by hooks: checkpoints, offloading (`_top_saved_tensors_default_hooks`)."""
+    return _autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def take_saved_tensor_hooks() -> Hooks:
+    """Switch the hooks on saved tensors off; returns them, innermost first (`_pop_saved_tensors_default_hooks`)."""
+    hooks = []
+    while (top := _autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        _autograd._pop_saved_tensors_default_hooks()
+    return hooks
+
+
+def put_saved_tensor_hooks(hooks: Hooks) -> None:
+    """Switch the hooks on again (`_push_saved_tensors_default_hooks`, 2.13.0)."""
+    for pack, unpack in reversed(hooks):
+        _autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+# -- parametrizations, pytrees, compilers
+
+
+def parametrize_cache() -> tuple[Any, int]:
+    """The weights that `parametrize.cached()` keeps, and how many such contexts are on (2.13.0)."""
+    return parametrize._cache, parametrize._cache_enabled
+
+
+def set_parametrize_cache(cache: Any, enabled: int) -> None:
+    """Exchange both (`parametrize._cache`, `parametrize._cache_enabled`, 2.13.0)."""
+    parametrize._cache, parametrize._cache_enabled = cache, enabled
+
+
 def register_pytree(kind: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]) -> None:
     """Let PyTorch's transforms take objects of a class apart (`torch.utils._pytree`, 2.13.0)."""
     _pytree.register_pytree_node(kind, flatten, unflatten, serialized_type_name=f"implicit.{kind.__name__}")
 
 
+def traced() -> bool:
+    """Whether torch.compile or torch.jit records (`torch._C._get_tracing_state`, 2.13.0)."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
+class _Eager:
+    """The stance of the compiler, which is one for all threads: eager while any of them has asked for that."""
+
+    lock = threading.Lock()
+    active = 0
+    stance: Any = None
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Run blocks made by `torch.compile` without compilation: a function mode would have each compiled anew.
+
+    torch._dynamo, which takes longer to import than torch itself, is not imported if nothing was compiled.
+    """
+    if "torch._dynamo" not in sys.modules or torch.compiler.is_compiling():
+        yield
+        return
+    with _Eager.lock:
+        if not _Eager.active:
+            _Eager.stance = torch.compiler.set_stance("force_eager")
+            _Eager.stance.__enter__()
+        _Eager.active += 1
+    try:
+        yield
+    finally:
+        with _Eager.lock:
+            _Eager.active -= 1
+            if not _Eager.active:
+                _Eager.stance.__exit__(None, None, None)
+
+
 def not_compiled(function: Callable[..., R]) -> Callable[..., R]:
     """`function` outside of compiled graphs, with all that it calls.
 
-    `torch.compiler.disable` imports torch._dynamo, which takes longer than torch itself, so it is called when
-    something was compiled, and not when this package is imported.
+    `torch.compiler.disable` imports torch._dynamo, so it is called when something was compiled, and not when this
+    package is imported.
     """
 
     disabled: list[Callable[..., R]] = []

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicit.torch_internals import split_batched
+
 Grads = tuple[Tensor | None, ...]
 
 
@@ -20,7 +22,7 @@ def each_cotangent(backward: Callable[..., Grads]) -> Callable[..., Grads]:
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> Grads:
-        split = _split(grads[0])
+        split = split_batched(grads[0])
         if split is None:
             return backward(ctx, *grads)
         cotangents, batch = split
@@ -35,24 +37,6 @@ def _stack(parts: Sequence[Tensor | None], batch: Callable[[Tensor], Tensor]) ->
     return batch(torch.stack(given)) if given else None
 
 
-def _split(g: Tensor) -> tuple[list[Tensor], Callable[[Tensor], Tensor]] | None:
-    """The cotangents in a batched g and how to batch tensors again; None if g is not batched."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]: no stub in PyTorch
-    if functorch.is_batchedtensor(g):
-        level, dim = functorch.maybe_get_level(g), functorch.maybe_get_bdim(g)
-        rows = functorch.get_unwrapped(g).movedim(dim, 0)
-        return list(rows.unbind()), lambda t: functorch._add_batch_dim(t, 0, level)
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    if level < 1:
-        return None
-    legacy: Any = torch  # vmap as autograd has it, which torch does not export
-    rows = legacy._remove_batch_dim(g, level, 0, 0)  # without a batch at this level: expanded to none
-    if rows.shape[0] == 0:
-        return None
-    return list(rows.unbind()), lambda t: legacy._add_batch_dim(t, 0, level)
-
-
 def is_batched(g: Tensor) -> bool:
     """Whether g holds several cotangents."""
-    return _split(g) is not None
+    return split_batched(g) is not None

@@ -5,132 +5,83 @@ Setting: phi(x) uses tensors theta that are not among its arguments. `ClosureTra
 
 A tensor is closed over if phi uses it and did not make it: every result of a torch function, and of an
 `autograd.Function`, is recorded as made by phi. No sequence number of autograd takes part, since those count per
-thread. `has_untraced_leaf` walks the graph that phi has built and finds what the record lacks.
+thread. Inside a transform that phi starts itself (vmap, grad) the tensor that a wrapper holds counts as used.
+
+What no mode sees (TorchScript, custom operators in C++, other threads) is found afterwards: `has_untraced_leaf` walks
+the graph that phi has built, and `ClosureTracer(constant=True)` finds derivatives where none should be left.
 """
 
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
-from torch.overrides import TorchFunctionMode
 
+from implicit.autodiff.function_mode import FunctionMode
 from implicit.pytree import map_tensors
+from implicit.recomputation import CHANGED
+from implicit.torch_internals import current_level, depends_on_transform, has_derivative, unwrap, version, wrap
+
+UNTRACED = (
+    "Inside a torch.func transform, and for second derivatives, IFT needs every tensor that f closes over, and one is "
+    "used where it is not visible (in TorchScript, in another thread, or in a custom operator), or at the solution but "
+    "not at the start: pass it to fixed_point through `args`, or use JFB or Phantom."
+)
 
 
-class _ClosureMode(TorchFunctionMode):
-    """Receives every torch function and every `autograd.Function` that its thread calls while it is active."""
-
-    paused = False  # within an autograd.Function, which counts as one call
-
-    def __enter__(self) -> Any:
-        _FunctionHook.add(self)
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        _FunctionHook.remove(self)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return func(*args, **(kwargs or {})) if self.paused else self.call(func, args, kwargs or {})
-
-    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """func(*args, **kwargs), as this mode has it."""
-        raise NotImplementedError
+INNER = (
+    "Inside a torch.func transform f gives a tensor that it closes over, and that the transform differentiates "
+    "or maps, to a transform of its own (vmap, grad): pass it to fixed_point through `args`."
+)
 
 
-class _FunctionHook:
-    """Leads calls of `autograd.Function.apply` through the modes of the calling thread: torch passes them to no mode.
-
-    The class attribute is exchanged while a mode is active in some thread, and restored afterwards.
-    """
-
-    lock = threading.Lock()
-    active = 0
-    modes = threading.local()
-    original: tuple[Any, ...] = ()  # in a tuple, since a classmethod that is a class attribute would be bound
-
-    @classmethod
-    def stack(cls) -> list[_ClosureMode]:
-        if not hasattr(cls.modes, "stack"):
-            cls.modes.stack = []
-        return cls.modes.stack
-
-    @classmethod
-    def add(cls, mode: _ClosureMode) -> None:
-        with cls.lock:
-            if not cls.active:
-                cls.original = (torch.autograd.Function.__dict__["apply"],)
-                setattr(torch.autograd.Function, "apply", classmethod(_apply))  # noqa: B010
-            cls.active += 1
-        cls.stack().append(mode)
-
-    @classmethod
-    def remove(cls, mode: _ClosureMode) -> None:
-        cls.stack().remove(mode)
-        with cls.lock:
-            cls.active -= 1
-            if not cls.active:
-                setattr(torch.autograd.Function, "apply", cls.original[0])  # noqa: B010
-
-
-def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
-    """`autograd.Function.apply`, by way of the calling thread's modes, innermost first."""
-    modes = [mode for mode in _FunctionHook.stack() if not mode.paused]
-    call: Callable[..., Any] = _FunctionHook.original[0].__get__(None, function)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        for mode in modes:
-            mode.paused = True
-        try:
-            return call(*args, **kwargs)
-        finally:
-            for mode in modes:
-                mode.paused = False
-
-    def through(mode: _ClosureMode, inner: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: mode.call(inner, args, kwargs)
-
-    wrapped = run
-    for mode in modes:  # the outermost mode is called last
-        wrapped = through(mode, wrapped)
-    return wrapped(*args, **kwargs)
-
-
-class ClosureTracer(_ClosureMode):
+class ClosureTracer(FunctionMode):
     """Records the tensors that a function uses, did not make, and that have a derivative.
 
     Derivatives are those of autograd (`requires_grad`), of `torch.func` transforms and of forward mode.
 
     Args:
         arguments: tensors that are arguments of the function, and therefore not closed over.
+        constant: use every tensor that is recorded as a constant, so that a derivative of what the function makes
+            comes from a tensor that the mode has not seen.
     """
 
-    def __init__(self, arguments: Iterable[Tensor] = ()) -> None:
+    def __init__(self, arguments: Iterable[Tensor] = (), constant: bool = False) -> None:
         super().__init__()
-        self._found: dict[int, Tensor] = {}
+        self.constant, self.level = constant, current_level()
+        self._found: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
+        self._reads: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # tensors not made, and their versions then
         self._made: dict[int, weakref.ref[Tensor]] = {id(t): weakref.ref(t) for t in arguments}
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inputs = {id(t): t for t in tensors((args, kwargs))}
-        for t in inputs.values():
-            if _differentiable(t) and not self.made(t):
-                self._found[id(t)] = t
+        used = {key: self._read(t) for key, t in inputs.items()}
+        if any(used[key] is not t for key, t in inputs.items()):
+            args, kwargs = map_tensors(lambda t: used[id(t)], (args, kwargs))
         out = func(*args, **kwargs)
         for t in tensors(out):
             if id(t) not in inputs:  # an operation may return its input
                 self._made[id(t)] = weakref.ref(t)
         return out
+
+    def _read(self, t: Tensor) -> Tensor:
+        """Record what t is made from, if it is closed over; t as the function shall use it."""
+        if self.made(t):
+            return t
+        base, layers = unwrap(t, self.level)
+        if self.made(base):
+            return t
+        if self.constant and layers and depends_on_transform(base):
+            raise NotImplementedError(INNER)
+        if id(base) not in self._reads:
+            self._reads[id(base)] = weakref.ref(base), version(base)
+        if not depends_on_transform(base):
+            return t
+        self._found[id(base)] = weakref.ref(base), has_derivative(base)
+        return wrap(base.detach(), layers) if self.constant else t
 
     def made(self, t: Tensor) -> bool:
         """Whether t is an argument of the function or was made by it."""
@@ -140,28 +91,81 @@ class ClosureTracer(_ClosureMode):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors that the function closes over, in order of first use."""
-        return tuple(self._found.values())
+        return tuple(t for ref, _ in self._found.values() if (t := ref()) is not None)
+
+    def reads(self) -> "Reads":
+        """What the function has read, after it has run."""
+        found = {key: (t, then) for key, (ref, then) in self._reads.items() if (t := ref()) is not None}
+        own = {key for key, (t, then) in found.items() if version(t) != then}
+        return Reads({key: (weakref.ref(t), -1 if key in own else version(t)) for key, (t, _) in found.items()})
+
+    def contradicts(self, earlier: "Reads") -> bool:
+        """Whether the function is not the one of `earlier`, which was evaluated at the same argument.
+
+        It is not if a tensor has been written to since, other than by the function, or a constant stands in place of
+        another. A tensor that is gone was made by the function itself, out of sight.
+        """
+        for key, (ref, then) in self._reads.items():
+            known = earlier.versions.get(key)
+            if known is not None and known[0]() is ref() and known[1] not in (-1, then):
+                return True
+        missing = [t for key, (ref, _) in earlier.versions.items() if key not in self._reads and _is_data(t := ref())]
+        new = [t for key, (ref, _) in self._reads.items() if key not in earlier.versions and _is_data(t := ref())]
+        return any(a.shape == b.shape and a.dtype == b.dtype for a in missing for b in new)
+
+    @property
+    def lost(self) -> bool:
+        """Whether a tensor with a derivative was recorded and is gone: made by what the mode does not see."""
+        return any(ref() is None and derivative for ref, derivative in self._found.values())
 
 
-def _differentiable(t: Tensor) -> bool:
-    """Whether a derivative with respect to t is possible in a transform or mode that is active."""
-    if t.requires_grad or torch._C._functorch.is_functorch_wrapped_tensor(t):  # pyright: ignore[reportAttributeAccessIssue]: no stub
-        return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+@dataclass(frozen=True)
+class Reads:
+    """The tensors that a function has read, with their versions after it; -1 for one that it writes itself."""
+
+    versions: dict[int, tuple[weakref.ref[Tensor], int]]
 
 
-class _Substitution(_ClosureMode):
+class SameReads:
+    """A function that may be run twice with the same arguments, and refuses to read other tensors the second time."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.first: Reads | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        """The value of the function.
+
+        Raises:
+            RuntimeError: a tensor that it reads has been exchanged or written to since the first run.
+        """
+        with ClosureTracer(tensors(args)) as tracer:
+            out = self.function(*args)
+        if self.first is None:
+            self.first = tracer.reads()
+        elif tracer.contradicts(self.first):
+            raise RuntimeError(CHANGED)
+        return out
+
+
+def _is_data(t: Tensor | None) -> TypeGuard[Tensor]:
+    return t is not None and not depends_on_transform(t)
+
+
+class _Substitution(FunctionMode):
     """Uses `stands` wherever a function would use `originals`."""
 
     def __init__(self, originals: Iterable[Tensor], stands: Iterable[Tensor]) -> None:
         super().__init__()
         self._pairs = {id(a): (a, b) for a, b in zip(originals, stands, strict=True)}
+        self.level = current_level()
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return func(*map_tensors(self._stand, args), **map_tensors(self._stand, kwargs))
 
     def _stand(self, t: Tensor) -> Tensor:
-        return self._pairs[id(t)][1] if id(t) in self._pairs else t
+        base, layers = (t, ()) if id(t) in self._pairs else unwrap(t, self.level)
+        return wrap(self._pairs[id(base)][1], layers) if id(base) in self._pairs else t
 
 
 def closure_convert(phi: Callable[..., Tensor], theta: tuple[Tensor, ...]) -> Callable[..., Tensor]:
@@ -205,3 +209,8 @@ def has_untraced_leaf(y: Tensor, traced: Iterable[Tensor]) -> bool:
                 return True
             todo.append(edge[0])
     return False
+
+
+def is_untraced(t: Tensor, traced: Iterable[Tensor]) -> bool:
+    """Whether t, met in an evaluation of plain tensors, has a derivative that does not come from `traced`."""
+    return t.grad_fn is None or has_untraced_leaf(t, traced)

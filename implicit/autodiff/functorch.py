@@ -6,36 +6,50 @@ Setting: z* = F(z*, theta), J = dF/dz at z*. Derivatives of the solve are linear
     u   = (I - J^T)^-1 g,   dtheta = u^T dF/dtheta  backward
 
 so three `autograd.Function`s close the algebra: `_Search` finds z* and has no derivative, `_Attach` is the identity at
-z* with the derivatives above, `_Linear` solves with J or J^T and differentiates into itself. Under vmap each turns
-the mapped axis into more batch. The innermost call of each function has plain tensors, on which the host may decide.
+z* with the derivatives above, `TransposableSolve` solves with J or J^T and differentiates into itself. Under vmap
+each turns the mapped axis into more batch. The innermost call of each has plain tensors, on which the host may decide.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from implicit.autodiff.closure_convert import ClosureTracer, closure_convert, own_view, tensors
-from implicit.autodiff.implicit_diff import require_same_map
-from implicit.autodiff.vjp import linearize, pullback
+from implicit.autodiff.closure_convert import UNTRACED, ClosureTracer, closure_convert, own_view, tensors
+from implicit.autodiff.transposable_solve import (
+    Adjoint,
+    Direct,
+    Pure,
+    TransposableSolve,
+    axes,
+    flatten,
+    front,
+    push,
+    tangent,
+)
+from implicit.autodiff.vjp import pull
 from implicit.evaluation import FlatMap
 from implicit.iterate import iterate
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.options import Problem, SolveOptions
-from implicit.pytree import Layout, PerSample, State, map_tensors
+from implicit.pytree import Layout, State, map_tensors
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
-from implicit.torch_internals import not_compiled
-
-Pure = Callable[..., Tensor]
+from implicit.torch_internals import (
+    forward_levels,
+    forward_mode_active,
+    has_derivative,
+    memory,
+    not_compiled,
+    transforms_active,
+)
 
 
 def active() -> bool:
     """Whether a torch.func transform or a forward-mode level is on."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return transforms_active() or forward_mode_active()
 
 
 def refuse_transforms(estimator: object) -> None:
@@ -65,8 +79,8 @@ def _own_memory(value: State, z0: State) -> State:
     """The value, copied where it is z0 itself: a solve that begins at its answer."""
     if torch.compiler.is_compiling():
         return value
-    starts = {t.untyped_storage()._cdata for t in tensors(z0)}
-    return map_tensors(lambda t: t.clone() if t.untyped_storage()._cdata in starts else t, value)
+    starts = {memory(t) for t in tensors(z0)}
+    return map_tensors(lambda t: t.clone() if memory(t) in starts else t, value)
 
 
 @dataclass(frozen=True)
@@ -77,27 +91,31 @@ class Solved:
     layout: Layout
     pure: Pure
     theta: tuple[Tensor, ...]
+    image: Tensor  # summary of F at the value
 
     def attach(self, linear_solve: LinearSolve) -> Tensor:
         """The value, a (B, N) matrix, with the derivatives of the fixed point."""
         z = self.layout.pack(self.solution.value)
-        return _Attach.apply(self.pure, linear_solve, z, self.solution.residual, *self.theta)
+        return _Attach.apply(self.pure, linear_solve, z, self.image, *self.theta)
 
 
-def solve(problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions) -> Solved:
-    """Solve inside a transform.
+def solve(
+    problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions, *, attached: bool = False
+) -> Solved:
+    """Solve inside a transform; `attached`: the value will be given the derivatives of the fixed point.
 
     Raises:
         NotImplementedError: forward mode over forward mode, or an option that a transform cannot give.
+        RuntimeError: `attached`, and f uses a tensor with a derivative that closure conversion does not see.
     """
     _refuse_forward_over_forward()
     _refuse_options(options)
     layout = Layout.of(problem.z0, options.batch_dims)
-    pure, theta = _purify(problem, layout)
-    task = _Task(pure, layout, solver, stop, options)
-    value, residual, result, evals = _Search.apply(task, layout.pack(problem.z0).detach(), *theta)
+    pure, theta = _purify(problem, layout, attached)
+    task = _Task(pure, layout, solver, stop, options, attached)
+    value, residual, result, evals, image = _Search.apply(task, layout.pack(problem.z0).detach(), *theta)
     solution = Solution(value=layout.unpack(value), residual=residual, result=result, evals=evals + 1)
-    return Solved(solution, layout, pure, theta)
+    return Solved(solution, layout, pure, theta, image)
 
 
 def _refuse_options(options: SolveOptions) -> None:
@@ -113,9 +131,7 @@ def _refuse_options(options: SolveOptions) -> None:
 
 def _refuse_forward_over_forward() -> None:
     """PyTorch runs the jvp of an autograd.Function without the outer forward level, and would return zeros."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]: no stub in PyTorch
-    levels = functorch.get_interpreter_stack() or []
-    if sum(level.key() == functorch.TransformType.Jvp for level in levels) > 1:
+    if forward_levels() > 1:
         raise NotImplementedError(
             "Forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) is not possible through a fixed point: "
             "use reverse mode for one of the two, for example torch.func.hessian or jacrev(jacfwd(...))."
@@ -123,10 +139,11 @@ def _refuse_forward_over_forward() -> None:
 
 
 @not_compiled  # dynamo does not trace the modes of closure conversion
-def _purify(problem: Problem, layout: Layout) -> tuple[Pure, tuple[Tensor, ...]]:
+def _purify(problem: Problem, layout: Layout, attached: bool) -> tuple[Pure, tuple[Tensor, ...]]:
     """f as F(z, *theta): theta are the tensors in args and, by closure conversion, those that f closes over.
 
-    f runs on views: a tensor that it closes over may be z0 or stand in args too, and is another argument then.
+    f runs on views: a tensor that it closes over may be z0 or stand in args too, and is another argument then. All
+    that is traced is a constant in this run, so that a derivative of its result comes from what is not.
     """
     f, args = problem.f, problem.args
     given: list[Tensor] = []
@@ -137,11 +154,12 @@ def _purify(problem: Problem, layout: Layout) -> tuple[Pure, tuple[Tensor, ...]]
         return t
 
     map_tensors(collect, args)
-    views = tuple(map(own_view, given))
-    z = own_view(layout.pack(problem.z0))
-    tracer = ClosureTracer((z, *views))
-    with tracer:
-        FlatMap(f, _filled(args, views), layout)(z)
+    views = tuple(own_view(t.detach()) for t in given)
+    z = own_view(layout.pack(problem.z0).detach())
+    with ClosureTracer((z, *views), constant=True) as tracer:
+        y = FlatMap(f, _filled(args, views), layout)(z)
+    if attached and (tracer.lost or has_derivative(y)):
+        raise RuntimeError(UNTRACED)
     closed = tracer.tensors
 
     def pure(z: Tensor, *theta: Tensor) -> Tensor:
@@ -149,23 +167,13 @@ def _purify(problem: Problem, layout: Layout) -> tuple[Pure, tuple[Tensor, ...]]
         return closure_convert(flat, closed)(z, *theta[len(given) :])
 
     uncompiled: Any = not_compiled(pure)
-    return uncompiled, (*given, *closed)
+    return Pure(uncompiled), (*given, *closed)
 
 
 def _filled(args: tuple[Any, ...], others: tuple[Tensor, ...]) -> tuple[Any, ...]:
     """args with other floating-point tensors in place of theirs."""
     rest = iter(others)
     return map_tensors(lambda t: next(rest) if t.is_floating_point() or t.is_complex() else t, args)
-
-
-def _fold(pure: Pure, size: int, dims: tuple[int | None, ...]) -> Pure:
-    """`pure` over `size` problems at once, their batches laid end to end."""
-
-    def folded(z: Tensor, *theta: Tensor) -> Tensor:
-        many = torch.func.vmap(pure, in_dims=(0, *dims), out_dims=0, randomness="different")
-        return many(z.unflatten(0, (size, -1)), *theta).flatten(0, 1)
-
-    return folded
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,7 @@ class _Task:
     solver: AbstractSolver[Any]
     stop: Stop
     options: SolveOptions
+    attached: bool
 
     def __call__(self, z0: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         pack, unpack = self.layout.pack, self.layout.unpack
@@ -188,28 +197,17 @@ class _Task:
             args=theta,
             options=self.options,
         )
-        return pack(found.value), found.residual, found.result, found.evals
+        value = pack(found.value)
+        if not self.attached:
+            return value, found.residual, found.result, found.evals, found.residual.unsqueeze(1)
+        return value, found.residual, found.result, found.evals + 1, self.pure.first(value, *theta)
 
     def fold(self, size: int, dims: tuple[int | None, ...]) -> "_Task":
         """`size` such solves at once; a whole state that is one system becomes a row."""
         layout = replace(self.layout, batch_dims=1, plain=self.layout.plain and self.layout.batch_dims == 1)
         return replace(
-            self, pure=_fold(self.pure, size, dims), layout=layout, options=replace(self.options, batch_dims=1)
+            self, pure=self.pure.fold(size, dims), layout=layout, options=replace(self.options, batch_dims=1)
         )
-
-
-def _front(t: Tensor, dim: int | None) -> Tensor:
-    return t if dim is None else t.movedim(dim, 0)
-
-
-def _flat(t: Tensor, dim: int | None, size: int) -> Tensor:
-    """(size B, ...) from a mapped or unmapped (B, ...); cloned, since expanded tensors alias their memory."""
-    full = t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-    return full.flatten(0, 1).clone()
-
-
-def _axes(dims: tuple[int | None, ...]) -> tuple[int | None, ...]:
-    return tuple(None if d is None else 0 for d in dims)
 
 
 class _Search(torch.autograd.Function):
@@ -231,166 +229,48 @@ class _Search(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[None, ...]:
-        return (None,) * 4
+        return (None,) * 5
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
         task, z0, *theta = args
         size, dims = info.batch_size, in_dims[2:]
-        theta = tuple(_front(t, d) for t, d in zip(theta, dims, strict=True))
-        found = _Search.apply(task.fold(size, _axes(dims)), _flat(z0, in_dims[1], size), *theta)
-        return tuple(t.unflatten(0, (size, -1)) for t in found), (0, 0, 0, 0)
+        theta = tuple(front(t, d) for t, d in zip(theta, dims, strict=True))
+        found = _Search.apply(task.fold(size, axes(dims)), flatten(z0, in_dims[1], size), *theta)
+        return tuple(t.unflatten(0, (size, -1)) for t in found), (0, 0, 0, 0, 0)
 
 
 class _Attach(torch.autograd.Function):
     """z* as a function of theta."""
 
     @staticmethod
-    def forward(pure: Pure, config: LinearSolve, z: Tensor, residual: PerSample, *theta: Tensor) -> Tensor:
+    def forward(pure: Pure, config: LinearSolve, z: Tensor, image: Tensor, *theta: Tensor) -> Tensor:
         return z.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.pure, ctx.config, _, residual, *theta = inputs
-        ctx.save_for_backward(output, residual, *theta)
-        ctx.save_for_forward(output, residual, *theta)
+        ctx.pure, ctx.config, _, image, *theta = inputs
+        ctx.save_for_backward(output, image, *theta)
+        ctx.save_for_forward(output, image, *theta)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        z, residual, *theta = ctx.saved_tensors
-        u = _Linear.apply(_Adjoint(ctx.pure), ctx.config, grads[0], residual, z, *theta)
-        return None, None, None, None, *_pull(lambda *t: ctx.pure(z, *t), tuple(theta), u)
+        z, image, *theta = ctx.saved_tensors
+        u = TransposableSolve.apply(Adjoint(ctx.pure), ctx.config, grads[0], image, z, *theta)
+        return None, None, None, None, *pull(lambda *t: ctx.pure(z, *t), tuple(theta), u)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        z, residual, *theta = ctx.saved_tensors
-        moves = tuple(_tangent(t, d) for t, d in zip(theta, tangents[4:], strict=True))
-        push = _push(lambda *t: ctx.pure(z, *t), tuple(theta), moves)
-        return _Linear.apply(_Direct(ctx.pure), ctx.config, push, residual, z, *theta)
+        z, image, *theta = ctx.saved_tensors
+        moves = tuple(tangent(t, d) for t, d in zip(theta, tangents[4:], strict=True))
+        moved = push(lambda *t: ctx.pure(z, *t), tuple(theta), moves)
+        return TransposableSolve.apply(Direct(ctx.pure), ctx.config, moved, image, z, *theta)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        pure, config, z, residual, *theta = args
+        pure, config, z, image, *theta = args
         size, dims = info.batch_size, in_dims[4:]
-        theta = tuple(_front(t, d) for t, d in zip(theta, dims, strict=True))
-        pure = _fold(pure, size, _axes(dims))
-        z, residual = _flat(z, in_dims[2], size), _flat(residual, in_dims[3], size)
-        return _Attach.apply(pure, config, z, residual, *theta).unflatten(0, (size, -1)), 0
-
-
-Product = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class _Adjoint:
-    """v -> J^T v, J = dF/dz."""
-
-    pure: Pure
-
-    def __call__(self, v: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
-        return _pull(lambda x: self.pure(x, *theta), (z,), v)[0]
-
-    def linearize(self, z: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, Product]:
-        """F(z, theta), evaluated once, and v -> J^T v there, for plain tensors."""
-        return linearize(lambda x: self.pure(x, *theta), z)
-
-    def adjoint(self) -> "_Direct":
-        return _Direct(self.pure)
-
-    def fold(self, size: int, dims: tuple[int | None, ...]) -> "_Adjoint":
-        return _Adjoint(_fold(self.pure, size, dims))
-
-
-@dataclass(frozen=True)
-class _Direct:
-    """v -> J v."""
-
-    pure: Pure
-
-    def __call__(self, v: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
-        return _push(lambda x: self.pure(x, *theta), (z,), (v,))
-
-    def linearize(self, z: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, Product]:
-        """F(z, theta) and v -> J v there, for plain tensors.
-
-        J v is the vjp of v -> J^T v, or where F has no second derivative, a jvp that evaluates F anew.
-        """
-        with torch.inference_mode(False), torch.enable_grad():
-            x = z.detach().clone().requires_grad_()
-            image = self.pure(x, *(t.detach() for t in theta))
-            w = torch.zeros_like(image, requires_grad=True)
-            try:
-                pulled = pullback(image, x, create_graph=True)(w)
-            except (NotImplementedError, RuntimeError):
-                return image.detach(), lambda v: self(v, z, *theta)
-        return image.detach(), pullback(pulled, w)
-
-    def adjoint(self) -> _Adjoint:
-        return _Adjoint(self.pure)
-
-    def fold(self, size: int, dims: tuple[int | None, ...]) -> "_Direct":
-        return _Direct(_fold(self.pure, size, dims))
-
-
-class _Linear(torch.autograd.Function):
-    """u = b + A u, for A = J or J^T at (z, theta); `residual` is ||F(z, theta) - z|| as the solve has found it."""
-
-    @staticmethod
-    def forward(act: Any, config: LinearSolve, b: Tensor, residual: PerSample, z: Tensor, *theta: Tensor) -> Tensor:
-        image, product = act.linearize(z, theta)
-        require_same_map(image, z, residual, config.eps)
-        return config(product, b)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.act, ctx.config, _, residual, z, *theta = inputs
-        ctx.save_for_backward(output, residual, z, *theta)
-        ctx.save_for_forward(output, residual, z, *theta)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        u, residual, *at = ctx.saved_tensors
-        w = _Linear.apply(ctx.act.adjoint(), ctx.config, grads[0], residual, *at)
-        return None, None, w, None, *_pull(lambda *t: ctx.act(u, *t), tuple(at), w)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        u, residual, *at = ctx.saved_tensors
-        moves = tuple(_tangent(t, d) for t, d in zip(at, tangents[4:], strict=True))
-        b = _push(lambda *t: ctx.act(u, *t), tuple(at), moves)
-        return _Linear.apply(ctx.act, ctx.config, b if tangents[2] is None else b + tangents[2], residual, *at)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        act, config, b, residual, z, *theta = args
-        size, dims = info.batch_size, in_dims[5:]
-        theta = tuple(_front(t, d) for t, d in zip(theta, dims, strict=True))
-        b, residual, z = (_flat(t, d, size) for t, d in zip((b, residual, z), in_dims[2:5], strict=True))
-        u = _Linear.apply(act.fold(size, _axes(dims)), config, b, residual, z, *theta)
-        return u.unflatten(0, (size, -1)), 0
-
-
-def _tangent(t: Tensor, move: Tensor | None) -> Tensor:
-    return torch.zeros_like(t) if move is None else move
-
-
-def _pull(f: Callable[..., Tensor], at: tuple[Tensor, ...], v: Tensor) -> tuple[Tensor, ...]:
-    """v^T df(at), taken while the level of the transform is alive: a solve within f starts transforms of its own."""
-    if not at:
-        return ()
-    return torch.func.grad(lambda *t: (f(*t) * v).sum(), argnums=tuple(range(len(at))))(*at)
-
-
-def _push(f: Callable[..., Tensor], at: tuple[Tensor, ...], moves: tuple[Tensor, ...]) -> Tensor:
-    """df(at) moves: by forward mode or, where an operator of f has none, by two vector-Jacobian products."""
-    if not at:
-        return torch.zeros_like(f())
-    try:
-        return torch.func.jvp(f, at, moves)[1]
-    except (NotImplementedError, RuntimeError) as error:
-        if "forward" not in str(error).lower():
-            raise
-    out = f(*at)
-    return torch.func.grad(lambda w: sum((a * b).sum() for a, b in zip(_pull(f, at, w), moves, strict=True)))(
-        torch.zeros_like(out)
-    )
+        theta = tuple(front(t, d) for t, d in zip(theta, dims, strict=True))
+        pure = pure.fold(size, axes(dims))
+        z, image = flatten(z, in_dims[2], size), flatten(image, in_dims[3], size)
+        return _Attach.apply(pure, config, z, image, *theta).unflatten(0, (size, -1)), 0

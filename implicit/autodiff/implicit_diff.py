@@ -15,11 +15,13 @@ contain that. When the gradient is to be differentiated, phi is evaluated again 
 psi(u) = g + J^T u and is attached by the same function, which gives every order.
 
 A map that is evaluated again has to be the map that was solved: f may read an attribute or a loop variable that has
-changed since. Its residual at z* is compared with that of the forward pass, and a difference raises.
+changed since. Its value at z* and the tensors that it reads are compared with those of the forward pass, and a
+difference raises.
 """
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -27,13 +29,21 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from implicit.autodiff.batched import each_cotangent
-from implicit.autodiff.closure_convert import ClosureTracer, closure_convert, has_untraced_leaf, own_view, tensors
+from implicit.autodiff.closure_convert import (
+    UNTRACED,
+    ClosureTracer,
+    Reads,
+    closure_convert,
+    has_untraced_leaf,
+    own_view,
+    tensors,
+)
 from implicit.autodiff.vjp import Barrier, edge, pullback, vjp
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.options import Problem
-from implicit.pytree import Flat, PerSample, State, norm
-from implicit.recomputation import CHANGED
-from implicit.torch_internals import not_compiled
+from implicit.pytree import Flat, State
+from implicit.recomputation import CHANGED, require_same_image, summary
+from implicit.torch_internals import not_compiled, saved_tensor_hooks_active
 
 Product: TypeAlias = Callable[[Flat], Flat]
 """v -> J^T v."""
@@ -41,7 +51,6 @@ Rule: TypeAlias = Callable[[Product, Flat], Flat]
 """(v -> J^T v, g) -> u, an estimate of (I - J^T)^-1 g."""
 
 _NEAR = 8  # nodes between a learned start and its parameter
-_ROUNDING = 1e3  # differences of that many rounding errors are those of another order of operations
 
 
 @not_compiled  # dynamo does not trace the modes of closure conversion
@@ -52,12 +61,12 @@ def attach(phi: Callable[[Flat], Flat], z: Flat, solve: LinearSolve) -> tuple[Fl
         tracer = ClosureTracer((x,))
         with tracer:
             y = phi(x)
-        image, theta = y.detach(), tracer.tensors
+        image, theta, reads = y.detach(), tracer.tensors, tracer.reads()
         if not theta and not has_untraced_leaf(y, (x,)):
             return z.detach(), image
-        explicit = _uncompiled(closure_convert(phi, theta))
+        first = First(_uncompiled(closure_convert(phi, theta)), summary(image), reads, solve.eps)
         views = map(own_view, theta)
-        return _FixedPoint.apply(y, x, z.detach(), explicit, solve, _hooked(), _residual(image, z), *views), image
+        return _FixedPoint.apply(y, x, z.detach(), first, solve, saved_tensor_hooks_active(), *views), image
 
 
 def attach_approximately(phi: Callable[[Flat], Flat], z: Flat, rule: Rule, eps: float) -> tuple[Flat, Flat]:
@@ -68,7 +77,31 @@ def attach_approximately(phi: Callable[[Flat], Flat], z: Flat, rule: Rule, eps: 
     image = y.detach()
     if not y.requires_grad or not has_untraced_leaf(y, (x,)):
         return z.detach(), image
-    return _Approximate.apply(y, x, z.detach(), phi if _hooked() else None, rule, eps, _residual(image, z)), image
+    first = First(_uncompiled(phi), summary(image), None, eps) if saved_tensor_hooks_active() else None
+    return _Approximate.apply(y, x, z.detach(), first, rule), image
+
+
+@dataclass(frozen=True)
+class First:
+    """phi(x, *theta), and what is known of its first evaluation at the solution."""
+
+    function: Callable[..., Flat]
+    image: Tensor  # summary
+    reads: Reads | None
+    eps: float
+
+    def __call__(self, x: Flat, *theta: Tensor) -> Flat:
+        """phi(x, *theta) of a second evaluation.
+
+        Raises:
+            RuntimeError: phi is another map than it was.
+        """
+        with ClosureTracer((x, *theta)) as tracer:
+            again = self.function(x, *theta)
+        require_same_image(again, self.image, self.eps)
+        if self.reads is not None and tracer.contradicts(self.reads):
+            raise RuntimeError(CHANGED)
+        return again
 
 
 class _FixedPoint(torch.autograd.Function):
@@ -80,10 +113,9 @@ class _FixedPoint(torch.autograd.Function):
         y: Tensor,
         x: Tensor,
         z: Tensor,
-        phi: Callable[..., Flat],
+        phi: First,
         solve: LinearSolve,
         hooked: bool,
-        residual: PerSample,
         *theta: Tensor,
     ) -> Tensor:
         # The memory of z with a version counter of its own: the graph of f may have saved z, and a write into the
@@ -91,43 +123,42 @@ class _FixedPoint(torch.autograd.Function):
         value = z.data
         ctx.phi, ctx.solve, ctx.hooked = phi, solve, hooked
         ctx.y, ctx.x = edge(y), edge(x)  # not the tensors: memory that nothing else needs is freed
-        ctx.save_for_backward(value, residual, *theta)
+        ctx.save_for_backward(value, *theta)
         return value
 
     @staticmethod
     @each_cotangent
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
-        value, residual, *theta = ctx.saved_tensors
+        value, *theta = ctx.saved_tensors
         # u = g + J^T u, with products out of the graph of y
         product = pullback(ctx.y, ctx.x)
         if ctx.hooked:
             # theta keeps requires_grad: a checkpoint inside f counts the tensors that its two evaluations save
-            product = _evaluated_again(lambda x: ctx.phi(x, *theta), value, residual, ctx.solve.eps)
+            product = _evaluated_again(ctx.phi, value, *theta)
         u = ctx.solve(product, g)
         if not torch.is_grad_enabled():
-            return (u, *[None] * (6 + len(theta)))
+            return (u, *[None] * (5 + len(theta)))
 
         # The gradient will be differentiated: it becomes a function of g, z* and theta.
         def psi(v: Flat, g: Flat, value: Flat, *theta: Tensor) -> Flat:
             point = value.view_as(value)
-            return g + pullback(edge(ctx.phi(point, *theta)), edge(point), create_graph=True)(v)
+            return g + pullback(edge(ctx.phi.function(point, *theta)), edge(point), create_graph=True)(v)
 
-        u = _attach_explicit(psi, u, ctx.solve, (g, value, *theta))
+        u = _attach_explicit(psi, u, ctx.solve.plain(), (g, value, *theta))
         # u^T dphi/dtheta at views of z* and theta: partial derivatives, even where one tensor depends on another
         point, *stands = map(own_view, (value, *theta))
         again = ctx.phi(point, *stands)
-        require_same_map(again, value, residual, ctx.solve.eps)
         if has_untraced_leaf(again, (point, *stands)):
-            raise RuntimeError(_UNTRACED)
-        return (*[None] * 7, *vjp(again, stands, u, create_graph=True))
+            raise RuntimeError(UNTRACED)
+        return (*[None] * 6, *vjp(again, stands, u, create_graph=True))
 
 
 def _attach_explicit(phi: Callable[..., Flat], z: Flat, solve: LinearSolve, theta: tuple[Tensor, ...]) -> Flat:
     """The fixed point z of phi(z, *theta), which closes over nothing, as a differentiable function of theta."""
     x = Barrier.apply(z.detach().requires_grad_())
     y = phi(x, *theta)
-    return _FixedPoint.apply(y, x, z.detach(), phi, solve, False, _residual(y.detach(), z), *theta)
+    return _FixedPoint.apply(y, x, z.detach(), First(phi, summary(y), None, solve.eps), solve, False, *theta)
 
 
 class _Approximate(torch.autograd.Function):
@@ -139,14 +170,12 @@ class _Approximate(torch.autograd.Function):
         y: Tensor,
         x: Tensor,
         z: Tensor,
-        phi: Callable[[Flat], Flat] | None,
+        phi: First | None,
         rule: Rule,
-        eps: float,
-        residual: PerSample,
     ) -> Tensor:
-        ctx.rule, ctx.y, ctx.x, ctx.phi, ctx.eps = rule, edge(y), edge(x), phi, eps
+        ctx.rule, ctx.y, ctx.x, ctx.phi = rule, edge(y), edge(x), phi
         if phi is not None:
-            ctx.save_for_backward(z, residual)
+            ctx.save_for_backward(z)
         return z.clone()
 
     @staticmethod
@@ -155,9 +184,8 @@ class _Approximate(torch.autograd.Function):
         recorded = torch.is_grad_enabled()
         product = pullback(ctx.y, ctx.x, create_graph=recorded)
         if ctx.phi is not None and not recorded:
-            z, residual = ctx.saved_tensors
-            product = _evaluated_again(ctx.phi, z, residual, ctx.eps)
-        return (ctx.rule(product, grads[0]), *[None] * 6)
+            product = _evaluated_again(ctx.phi, *ctx.saved_tensors)
+        return (ctx.rule(product, grads[0]), *[None] * 4)
 
 
 def warn_learned_start(problem: Problem, value: State) -> None:
@@ -195,49 +223,15 @@ def _parameters(roots: Iterable[Tensor], most: int | None = None) -> set[int]:
     return found
 
 
-def _hooked() -> bool:
-    """Whether saved tensors are packed by hooks: checkpointing, offloading.
-
-    Each product would unpack them anew, which under `torch.utils.checkpoint` evaluates everything within it again.
-    """
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue]: no stub
-
-
-def _evaluated_again(phi: Callable[[Flat], Flat], z: Flat, residual: PerSample, eps: float) -> Product:
+def _evaluated_again(phi: First, z: Flat, *theta: Tensor) -> Product:
     """v -> J^T v from a second evaluation of phi at z, whose graph is packed by no hook."""
     with torch.enable_grad():
         x = z.detach().requires_grad_()
-        y = _uncompiled(phi)(x)
-    require_same_map(y, z, residual, eps)
+        y = phi(x, *theta)
     return pullback(y, x)
-
-
-def _residual(image: Flat, z: Flat) -> PerSample:
-    with torch.no_grad():
-        return norm(image - z)
-
-
-def require_same_map(again: Flat, z: Flat, residual: PerSample, eps: float) -> None:
-    """Compare phi(z) of a second evaluation, whose relative rounding error is eps, with the residual of the first.
-
-    Raises:
-        RuntimeError: phi is another map than it was.
-    """
-    with torch.no_grad():
-        again = again.detach()
-        off = (_residual(again, z) - residual).abs()
-        rounding = max(eps, torch.finfo(again.dtype).eps) * (norm(again) + norm(z))
-        if bool((off > _ROUNDING * rounding).any()):
-            raise RuntimeError(CHANGED)
 
 
 def _uncompiled(phi: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """phi without torch.compile inside: a compiled block would be compiled anew for every substitution mode."""
     uncompiled: Any = not_compiled(phi)
     return uncompiled
-
-
-_UNTRACED = (
-    "Second derivatives through IFT need every tensor that f closes over, and one is used where it is not visible (in "
-    "another thread, or in a custom operator): pass it to fixed_point through `args`."
-)

@@ -13,9 +13,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from implicit.pytree import Map, State
+from implicit.torch_internals import (
+    parametrize_cache,
+    put_saved_tensor_hooks,
+    set_parametrize_cache,
+    take_saved_tensor_hooks,
+    traced,
+    transforms_active,
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class WeightsOnce:
     kept: dict[Any, Tensor] = field(default_factory=dict)
 
     def __call__(self, z: State, *args: object) -> State:
-        if _traced():
+        if traced():  # the compiler and torch.jit see no such cache
             return self.f(z, *args)
         mode = torch.is_grad_enabled()
         _Cache.enter(self)
@@ -46,14 +53,9 @@ def weights_once(f: Map) -> Map:
 
     Inside a torch.func transform it is f itself: a weight kept at one level of a transform has no meaning at another.
     """
-    if torch._C._are_functorch_transforms_active() or _traced():
+    if transforms_active() or traced():
         return f
     return WeightsOnce(f, torch.is_grad_enabled())
-
-
-def _traced() -> bool:
-    """Whether torch.compile or torch.jit records, which see no such cache."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 class _Cache(dict[Any, Tensor]):
@@ -79,19 +81,18 @@ class _Cache(dict[Any, Tensor]):
         cls.solves().append(solve)
         with cls.lock:
             if not cls.active:
-                cls.users, cls.enabled = parametrize._cache, parametrize._cache_enabled
-                parametrize._cache = cls()
+                cls.users, cls.enabled = parametrize_cache()
             cls.active += 1
-            parametrize._cache_enabled += 1
+            cache, enabled = parametrize_cache()
+            set_parametrize_cache(cls() if cls.active == 1 else cache, enabled + 1)
 
     @classmethod
     def leave(cls) -> None:
         cls.solves().pop()
         with cls.lock:
             cls.active -= 1
-            parametrize._cache_enabled -= 1
-            if not cls.active:
-                parametrize._cache = cls.users
+            cache, enabled = parametrize_cache()
+            set_parametrize_cache(cache if cls.active else cls.users, enabled - 1)
 
     def get(self, key: Any, default: Any = None) -> Any:
         solves = self.solves()
@@ -104,7 +105,7 @@ class _Cache(dict[Any, Tensor]):
         if found is None:
             # torch computes the weight next and enters it below: with a graph, if the solve is to be differentiated,
             # and outside of every checkpoint, whose second run will find the weight here
-            self.local.modes.append((torch.is_grad_enabled(), _take_hooks()))
+            self.local.modes.append((torch.is_grad_enabled(), take_saved_tensor_hooks()))
             torch.set_grad_enabled(solve.recorded or torch.is_grad_enabled())
         else:
             solve.kept[key] = found
@@ -115,23 +116,8 @@ class _Cache(dict[Any, Tensor]):
         if solves:
             mode, hooks = self.local.modes.pop()
             torch.set_grad_enabled(mode)
-            _put_hooks(hooks)
-            if not torch._C._are_functorch_transforms_active():
+            put_saved_tensor_hooks(hooks)
+            if not transforms_active():
                 solves[-1].kept[key] = weight
-        if self.enabled and not torch._C._are_functorch_transforms_active():
+        if self.enabled and not transforms_active():
             self.users[key] = weight
-
-
-def _take_hooks() -> list[tuple[Any, Any]]:
-    """Switch the hooks on saved tensors off; returns them, innermost first."""
-    autograd = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]: no stub in PyTorch
-    hooks = []
-    while (top := autograd._top_saved_tensors_default_hooks(True)) is not None:
-        hooks.append(top)
-        autograd._pop_saved_tensors_default_hooks()
-    return hooks
-
-
-def _put_hooks(hooks: list[tuple[Any, Any]]) -> None:
-    for pack, unpack in reversed(hooks):
-        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)  # pyright: ignore[reportAttributeAccessIssue]

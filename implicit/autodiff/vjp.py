@@ -59,6 +59,13 @@ def pullback(
     return act
 
 
+def pull(f: Callable[..., Tensor], at: tuple[Tensor, ...], v: Tensor) -> tuple[Tensor, ...]:
+    """v^T df(at) inside a transform, while its level is alive: a solve within f starts transforms of its own."""
+    if not at:
+        return ()
+    return torch.func.grad(lambda *t: (f(*t) * v).sum(), argnums=tuple(range(len(at))))(*at)
+
+
 def linearize(f: Callable[[Flat], Flat], z: Flat) -> tuple[Flat, Callable[[Flat], Flat]]:
     """(f(z), v -> v^T df/dz): one evaluation of f, then one product a call.
 

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from implicit.pytree import Map, State, leaves, rebuild
+from implicit.torch_internals import TorchDispatchMode, memory, tree_leaves
 
 
 @dataclass
@@ -86,8 +85,7 @@ class Bytes(TorchDispatchMode):
     def _know(self, t: Any, made: bool) -> None:
         if not isinstance(t, Tensor):
             return
-        store = t.untyped_storage()
-        key = store._cdata
+        store, key = t.untyped_storage(), memory(t)
         if key not in self._sizes:
             self._sizes[key] = store.nbytes() if made else 0
             self.alive += self._sizes[key]

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.batched import is_batched
+from implicit.autodiff.closure_convert import SameReads
 from implicit.autodiff.functorch import refuse_transforms
 from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
@@ -281,15 +282,17 @@ class _Evaluation:
 
     def __init__(self, run: _Run, index: int, at: Flat) -> None:
         self.run, self.index = run, index
+        # the first evaluation is compared with its repetition by the tensors that it reads too
+        self.flat = SameReads(run.flat) if index == 0 and not torch.compiler.is_compiling() else run.flat
         self.at: Flat | None = at
         self.differentiated = at.requires_grad
 
     def __call__(self) -> Flat:
         at, self.at = self.at, None
         if at is not None:
-            return self.run.flat(at)
+            return self.flat(at)
         at = self.run.rewind(self.index).to(self.run.narrow)
-        image = self.run.flat(at.detach().clone().requires_grad_(self.differentiated))
+        image = self.flat(at.detach().clone().requires_grad_(self.differentiated))
         self.run.evaluated(self.index, image.detach())
         return image
 

@@ -13,6 +13,7 @@ from implicit.options import Problem, SolveOptions
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
+from implicit.torch_internals import inside_backward
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class StochasticJFB(AbstractGrad):
             RuntimeError: within a backward pass, where activation checkpointing runs the forward pass again and a
                 generator of its own would draw other numbers.
         """
-        if self.generator is not None and torch._C._current_graph_task_id() != -1:
+        if self.generator is not None and inside_backward():
             raise RuntimeError(
                 "StochasticJFB(generator=...) inside torch.utils.checkpoint would draw another (n, m) when the forward "
                 "pass is run again: leave generator=None, whose state checkpoint restores, or checkpoint f instead."

@@ -1,13 +1,12 @@
 """Backpropagation through every iteration of the solver."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from implicit.autodiff.closure_convert import tensors
+from implicit.autodiff.closure_convert import SameReads, tensors
 from implicit.autodiff.failed_samples import failed, without
 from implicit.grads.base import AbstractGrad
 from implicit.iterate import iterate
@@ -17,6 +16,7 @@ from implicit.recomputation import SameValue
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
+from implicit.torch_internals import transforms_active
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Unrolled(AbstractGrad):
     def __call__(
         self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()
     ) -> Solution:
-        if torch._C._are_functorch_transforms_active():
+        if transforms_active():
             self._refuse_transform(stop, options)
         if self._segment and (stop.has_tolerance or options.observed or options.trace):
             raise ValueError(
@@ -83,7 +83,7 @@ class Unrolled(AbstractGrad):
     def _solve(self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions) -> Solution:
         f, segment = problem.f, self._segment if torch.is_grad_enabled() else 0
         if self.checkpoint is True and torch.is_grad_enabled():
-            f = partial(_checkpointed, f)
+            f = _Checkpointed(f)
         return iterate(f, problem.z0, solver, stop, args=problem.args, options=options, image=True, segment=segment)
 
     def _refuse_transform(self, stop: Stop, options: SolveOptions) -> None:
@@ -100,7 +100,15 @@ class Unrolled(AbstractGrad):
             )
 
 
-def _checkpointed(f: Map, z: State, *args: Any) -> State:
-    """f(z, *args) in a checkpoint, which refuses another value in the backward pass."""
-    with set_checkpoint_early_stop(False):  # the value is compared
-        return checkpoint(SameValue(f), z, *args, use_reentrant=False)
+class _Checkpointed:
+    """f in a checkpoint, which refuses another map in the backward pass: by every value, and by what is read once."""
+
+    def __init__(self, f: Map) -> None:
+        self.f = f
+        self.evaluated = torch.compiler.is_compiling()
+
+    def __call__(self, z: State, *args: Any) -> State:
+        f = self.f if self.evaluated else SameReads(self.f)
+        self.evaluated = True
+        with set_checkpoint_early_stop(False):  # the value is compared
+            return checkpoint(SameValue(f), z, *args, use_reentrant=False)

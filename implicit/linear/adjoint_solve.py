@@ -39,13 +39,21 @@ class LinearSolve:
     on_failure: Literal["warn", "raise", "ignore"]
     report: Callable[[Solution], None] | None
     eps: float = 0.0  # relative rounding error of a product
+    preconditioner: Act | None = None  # P, about (I - A)^-1
+    guess: Flat | None = None  # of u
+    keep: Callable[[Flat], None] | None = None  # takes u
+
+    def plain(self) -> "LinearSolve":
+        """The same for another system: without what belongs to this one."""
+        return replace(self, preconditioner=None, guess=None, keep=None)
 
     def __call__(self, act: Act, g: Flat) -> Flat:
         if is_abstract(g):
             return g + act(g)
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
             scale = _power_of_two(g)
-            solution, apart = self._solve(act, g / scale)
+            start = None if self.guess is None else self._start(act, g / scale, self.guess / scale)
+            solution, apart = self._solve(act, g / scale, start)
             if apart is None and len(g) > 1:
                 solution, apart = self._check(act, g, scale, solution)
             if apart is False:
@@ -55,13 +63,41 @@ class LinearSolve:
                 self.report(solution)
             if self.on_failure != "ignore":
                 self._report_failure(solution)
-            return solution.value * scale
+            u = solution.value * scale
+            if self.keep is not None:
+                self.keep(u)
+            return u
 
-    def _solve(self, act: Act, g: Flat) -> tuple[Solution, bool | None]:
-        """The solution of every sample, and whether they are systems of their own if that is known."""
+    def _start(self, act: Act, g: Flat, u: Flat) -> tuple[Flat, Flat]:
+        """The guess u and its residual, by one product; zero and g for a sample that the guess does not help."""
+        rest = g + act(u) - u
+        helps = (norm(rest) < norm(g)).unsqueeze(1)
+        return torch.where(helps, u, 0), torch.where(helps, rest, g)
+
+    def _solve(self, act: Act, g: Flat, start: tuple[Flat, Flat] | None = None) -> tuple[Solution, bool | None]:
+        """The solution of every sample, and whether they are systems of their own if that is known.
+
+        With a preconditioner P, u = u_0 + P w and (I - A) P w = r_0, which is w = r_0 + (w - P w + A P w).
+        """
+        u, rest = (torch.zeros_like(g), g) if start is None else start
+        precondition = self.preconditioner
+
+        def act_on_w(w: Flat) -> Flat:
+            v = w if precondition is None else precondition(w)
+            return act(v) if precondition is None else w - v + act(v)
+
+        apart: bool | None = None
         if isinstance(self.solver, GMRES):
-            return self.solver.apart(act, g, self.stop, self.eps)
-        return iterate(lambda u: g + act(u), g, self.solver, self.stop), None
+            size = None if start is None else norm(u)
+            found, apart = self.solver.apart(act_on_w, rest, self.stop, self.eps, size, norm(g))
+        elif precondition is None:
+            found = iterate(lambda v: g + act(v), g if start is None else u, self.solver, self.stop)
+            u = torch.zeros_like(g)  # the iteration has begun with it
+        else:
+            found = iterate(lambda w: rest + act_on_w(w), rest, self.solver, self.stop)
+        w = found.value if precondition is None else precondition(found.value)
+        products = found.evals + (start is not None)
+        return replace(found, value=w if start is None else u + w, evals=products), apart
 
     def _check(self, act: Act, g: Flat, scale: Tensor, found: Solution) -> tuple[Solution, bool]:
         """The solution with its error corrected, and whether the samples are systems of their own."""
@@ -83,7 +119,7 @@ class LinearSolve:
         """The whole batch as one system."""
         if self.on_failure != "ignore":
             warnings.warn(_COUPLED, RuntimeWarning, stacklevel=2)
-        whole = self._solve(lambda u: act(u.view_as(g)).reshape(1, -1), g.reshape(1, -1))[0]
+        whole = self.plain()._solve(lambda u: act(u.view_as(g)).reshape(1, -1), g.reshape(1, -1))[0]
         residual, result = (t.expand(len(g)) for t in (whole.residual, whole.result))
         return Solution(value=whole.value.view_as(g), residual=residual, result=result, evals=spent + whole.evals)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from implicit.linear.arnoldi import orthogonalize
 from implicit.linear.hessenberg import HessenbergSystem
-from implicit.pytree import Flat, norm, to_device, to_host
+from implicit.pytree import Flat, PerSample, norm, to_device, to_host
 from implicit.solution import Result, Solution
 from implicit.solvers.history_buffer import HistoryBuffer
 from implicit.stopping import Stop, classify
@@ -69,14 +69,27 @@ class GMRES:
         """
         return self.apart(act, g, stop, eps)[0]
 
-    def apart(self, act: Callable[[Flat], Flat], g: Flat, stop: Stop, eps: float = 0.0) -> tuple[Solution, bool | None]:
+    def apart(
+        self,
+        act: Callable[[Flat], Flat],
+        g: Flat,
+        stop: Stop,
+        eps: float = 0.0,
+        size: PerSample | None = None,
+        right: PerSample | None = None,
+    ) -> tuple[Solution, bool | None]:
         """The solution, and whether the samples are systems of their own, as far as that shows at no cost.
 
         A sample that has converged is multiplied as zero, and what comes back for it comes from the others: False, and
         the solution is none. None: all converged at once.
+
+        Where g is the residual of a first guess, u is the correction; `size` is the norm of the guess and `right` that
+        of the right-hand side, to which the tolerance refers.
         """
         length, u = norm(g), torch.zeros_like(g)
         status = _Status(to_host(length), stop, max(eps, torch.finfo(g.dtype).eps))
+        if size is not None and right is not None:
+            status.begin(to_host(size), to_host(right))
         cycles = _Cycles(status.residual, 4 * torch.finfo(g.dtype).eps)
         short = min(self.short if g.shape[1] >= _SMALL else self.memory, self.memory)
         basis, v, size = HistoryBuffer(self.memory, first=short if short < self.memory else 0), _unit(g, length), ()
@@ -215,10 +228,17 @@ class _Status:
 
     def __init__(self, beta: np.ndarray, stop: Stop, eps: float) -> None:
         self.stop, self.eps, self.most = stop, eps, stop.rtol**0.5 * beta
-        self.residual, self.size = beta.copy(), np.zeros_like(beta)
+        self.residual, self.size, self.guess = beta.copy(), np.zeros_like(beta), np.zeros_like(beta)
         self.evals = np.zeros(len(beta), dtype=np.int64)
         self.products = 0
         self.code = classify(beta, np.zeros_like(beta))
+        self.running = self.code == Result.MAX_EVALS
+
+    def begin(self, size: np.ndarray, right: np.ndarray) -> None:
+        """Take in the norms of a first guess and of the right-hand side."""
+        self.guess, self.size, self.most = size, size, self.stop.rtol**0.5 * right
+        within = self.residual <= self.stop.atol + np.minimum(self.stop.rtol * size, self.most)
+        self.code[self.running & within] = Result.CONVERGED
         self.running = self.code == Result.MAX_EVALS
 
     @property
@@ -238,7 +258,7 @@ class _Status:
         """
         self.products += 1
         if size.size:
-            self.size = size[:, 0]
+            self.size = np.maximum(size[:, 0], self.guess)
         step = np.sqrt((cycles.y * cycles.y).sum(axis=1))
         size = np.where(self.size > 0, self.size, step)
         floor = self.eps * np.maximum(size, step)  # a step can be far longer than u was, where I - A is singular

@@ -1,0 +1,198 @@
+"""The linear solves of a fixed point's derivatives as an autograd function that differentiates into itself.
+
+Setting: J = dF/dz at (z, theta), and A = J or J^T. `TransposableSolve` gives u = b + A u. Its derivatives are solves
+with A (forward) and A^T (backward); under vmap the mapped axis becomes more batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from implicit.autodiff.closure_convert import UNTRACED, ClosureTracer, Reads, is_untraced
+from implicit.autodiff.vjp import linearize, pull, pullback
+from implicit.evaluation import forward_jvp, lacks_forward_mode
+from implicit.linear.adjoint_solve import LinearSolve
+from implicit.recomputation import CHANGED, require_same_image, summary
+
+Product: TypeAlias = Callable[[Tensor], Tensor]
+
+
+class Record:
+    """What the first evaluation at the solution has read."""
+
+    reads: Reads | None = None
+
+
+@dataclass(frozen=True)
+class Pure:
+    """F(z, *theta), a function of all tensors with a derivative that it depends on."""
+
+    function: Callable[..., Tensor]
+    record: Record = field(default_factory=Record)
+
+    def __call__(self, z: Tensor, *theta: Tensor) -> Tensor:
+        return self.function(z, *theta)
+
+    def first(self, z: Tensor, *theta: Tensor) -> Tensor:
+        """The summary of F at the solution, by which a second evaluation is compared; recorded by no graph.
+
+        Raises:
+            RuntimeError: F uses tensors with a derivative that it did not use at the start.
+        """
+        with ClosureTracer((z, *theta)) as tracer:
+            image = self.function(z, *theta)
+        if tracer.tensors:
+            raise RuntimeError(UNTRACED)
+        self.record.reads = tracer.reads()
+        return summary(image)
+
+    def again(self, z: Tensor, *theta: Tensor) -> Tensor:
+        """F at the solution, evaluated again.
+
+        Raises:
+            RuntimeError: F is another map.
+        """
+        with ClosureTracer((z, *theta)) as tracer:
+            image = self.function(z, *theta)
+        if self.record.reads is not None and tracer.contradicts(self.record.reads):
+            raise RuntimeError(CHANGED)
+        if any(is_untraced(t, (z, *theta)) for t in tracer.tensors):
+            raise RuntimeError(UNTRACED)
+        return image
+
+    def fold(self, size: int, dims: tuple[int | None, ...]) -> "Pure":
+        """F over `size` problems at once, their batches laid end to end."""
+
+        def folded(z: Tensor, *theta: Tensor) -> Tensor:
+            many = torch.func.vmap(self.function, in_dims=(0, *dims), out_dims=0, randomness="different")
+            return many(z.unflatten(0, (size, -1)), *theta).flatten(0, 1)
+
+        return replace(self, function=folded)
+
+
+def front(t: Tensor, dim: int | None) -> Tensor:
+    """t with its mapped dimension first."""
+    return t if dim is None else t.movedim(dim, 0)
+
+
+def flatten(t: Tensor, dim: int | None, size: int) -> Tensor:
+    """(size B, ...) from a mapped or unmapped (B, ...); cloned, since expanded tensors alias their memory."""
+    full = t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+    return full.flatten(0, 1).clone()
+
+
+def axes(dims: tuple[int | None, ...]) -> tuple[int | None, ...]:
+    """The mapped dimensions after `front`."""
+    return tuple(None if d is None else 0 for d in dims)
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """v -> J^T v, J = dF/dz."""
+
+    pure: Pure
+
+    def __call__(self, v: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
+        return pull(lambda x: self.pure(x, *theta), (z,), v)[0]
+
+    def linearize(self, z: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, Product]:
+        """F(z, theta), evaluated once, and v -> J^T v there, for plain tensors."""
+        return linearize(lambda x: self.pure.again(x, *(t.detach() for t in theta)), z)
+
+    def adjoint(self) -> "Direct":
+        return Direct(self.pure)
+
+    def fold(self, size: int, dims: tuple[int | None, ...]) -> "Adjoint":
+        return Adjoint(self.pure.fold(size, dims))
+
+
+@dataclass(frozen=True)
+class Direct:
+    """v -> J v."""
+
+    pure: Pure
+
+    def __call__(self, v: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
+        return push(lambda x: self.pure(x, *theta), (z,), (v,))
+
+    def linearize(self, z: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, Product]:
+        """F(z, theta) and v -> J v there, for plain tensors.
+
+        J v is the vjp of v -> J^T v, or where F has no second derivative, a jvp that evaluates F anew.
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            x = z.detach().clone().requires_grad_()
+            image = self.pure.again(x, *(t.detach() for t in theta))
+            w = torch.zeros_like(image, requires_grad=True)
+            try:
+                pulled = pullback(image, x, create_graph=True)(w)
+            except (NotImplementedError, RuntimeError):
+                return image.detach(), lambda v: self(v, z, *theta)
+        return image.detach(), pullback(pulled, w)
+
+    def adjoint(self) -> Adjoint:
+        return Adjoint(self.pure)
+
+    def fold(self, size: int, dims: tuple[int | None, ...]) -> "Direct":
+        return Direct(self.pure.fold(size, dims))
+
+
+class TransposableSolve(torch.autograd.Function):
+    """u = b + A u, for A = J or J^T at (z, theta); `image` is the summary of F(z, theta) in the forward pass."""
+
+    @staticmethod
+    def forward(act: Any, config: LinearSolve, b: Tensor, image: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
+        again, product = act.linearize(z, theta)
+        require_same_image(again, image, config.eps)
+        return config(product, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.act, ctx.config, _, image, z, *theta = inputs
+        ctx.save_for_backward(output, image, z, *theta)
+        ctx.save_for_forward(output, image, z, *theta)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        u, image, *at = ctx.saved_tensors
+        w = TransposableSolve.apply(ctx.act.adjoint(), ctx.config, grads[0], image, *at)
+        return None, None, w, None, *pull(lambda *t: ctx.act(u, *t), tuple(at), w)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        u, image, *at = ctx.saved_tensors
+        moves = tuple(tangent(t, d) for t, d in zip(at, tangents[4:], strict=True))
+        b = push(lambda *t: ctx.act(u, *t), tuple(at), moves)
+        return TransposableSolve.apply(ctx.act, ctx.config, b if tangents[2] is None else b + tangents[2], image, *at)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+        act, config, b, image, z, *theta = args
+        size, dims = info.batch_size, in_dims[5:]
+        theta = tuple(front(t, d) for t, d in zip(theta, dims, strict=True))
+        b, image, z = (flatten(t, d, size) for t, d in zip((b, image, z), in_dims[2:5], strict=True))
+        u = TransposableSolve.apply(act.fold(size, axes(dims)), config, b, image, z, *theta)
+        return u.unflatten(0, (size, -1)), 0
+
+
+def tangent(t: Tensor, move: Tensor | None) -> Tensor:
+    """The tangent of t, zeros for None."""
+    return torch.zeros_like(t) if move is None else move
+
+
+def push(f: Callable[..., Tensor], at: tuple[Tensor, ...], moves: tuple[Tensor, ...]) -> Tensor:
+    """df(at) moves: by forward mode or, where an operator of f has none, by two vector-Jacobian products."""
+    if not at:
+        return torch.zeros_like(f())
+    try:
+        return forward_jvp(lambda t: f(*t), at, moves)[1]
+    except (NotImplementedError, RuntimeError) as error:
+        if not lacks_forward_mode(error):
+            raise
+    out = f(*at)
+    return torch.func.grad(lambda w: sum((a * b).sum() for a, b in zip(pull(f, at, w), moves, strict=True)))(
+        torch.zeros_like(out)
+    )

@@ -1,0 +1,259 @@
+"""Closure conversion sees every tensor that f uses, or refuses; a map that has changed since the solve is refused."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import implicit
+from implicit import IFT, JFB, Reversible, Stop, Unrolled, fixed_point
+from tests.helpers import F64
+
+TIGHT = Stop(rtol=1e-11, max_evals=300)
+N, B = 6, 4
+RNG = torch.Generator().manual_seed(0)
+W = 0.3 * torch.randn(N, N, generator=RNG, dtype=F64)
+X = torch.randn(B, N, generator=RNG, dtype=F64)
+
+
+def value(f, **kwargs):
+    return fixed_point(f, torch.zeros(B, N, dtype=F64), stop=kwargs.pop("stop", TIGHT), **kwargs).value
+
+
+def plain(w):
+    return lambda z: torch.tanh(z @ w.T + X)
+
+
+def mapped(w):
+    return lambda z: torch.func.vmap(lambda row, x: torch.tanh(w @ row + x))(z, X)
+
+
+def mapped_over_weights(w):
+    """vmap takes a tensor that f closes over as its argument, one row of the transposed weight a number."""
+    return lambda z: torch.tanh(torch.func.vmap(lambda column: z @ column, out_dims=1)(w) + X)
+
+
+def energy_gradient(w):
+    """grad inside f, with the weight as an argument that is not differentiated."""
+    slope = torch.func.grad(lambda z, w: torch.log(torch.cosh(z @ w.T + X)).sum())
+    return lambda z: torch.tanh(z @ w.T + X) + 0 * slope(z, w)
+
+
+class Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z, w):
+        return z @ w.T
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, g):
+        z, w = ctx.saved_tensors
+        return g @ w, g.T @ z
+
+    @staticmethod
+    def jvp(ctx, dz, dw):
+        z, w = ctx.saved_for_forward
+        return dz @ w.T + z @ dw.T
+
+
+def by_custom_function(w):
+    return lambda z: torch.tanh(Product.apply(z, w) + X)
+
+
+compiled_block = torch.compile(lambda z, w: torch.tanh(z @ w.T + X), backend="eager")
+
+
+def compiled(w):
+    return lambda z: compiled_block(z, w)
+
+
+@torch.jit.script
+def script(z: torch.Tensor, w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(z @ w.t() + x)
+
+
+def loss(make, **kwargs):
+    return lambda w: value(make(w), **kwargs).pow(3).sum()
+
+
+TRANSFORMS = {
+    "grad": torch.func.grad,
+    "jacrev": lambda g: torch.func.jacrev(g),
+    "jacfwd": lambda g: torch.func.jacfwd(g),
+    "vmap of grad": lambda g: lambda w: torch.func.vmap(torch.func.grad(g))(torch.stack((w, 0.5 * w))),
+    "hessian": lambda g: torch.func.jacfwd(torch.func.grad(lambda s: g(s * W))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*You are using torch.load|ignore::DeprecationWarning")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("make", [mapped, by_custom_function, compiled])
+def test_what_f_uses_out_of_sight_is_found_by_every_transform(make, transform):
+    at = torch.tensor(1.0, dtype=F64) if transform == "hessian" else W
+    found, expected = (TRANSFORMS[transform](loss(g))(at) for g in (make, plain))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [mapped, mapped_over_weights, energy_gradient, by_custom_function, compiled])
+def test_what_f_uses_out_of_sight_has_first_and_second_derivatives(make):
+    def both(make):
+        w = W.clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(make)(w), w, create_graph=True)
+        return first.detach(), torch.autograd.grad(first.pow(2).sum(), w)[0]
+
+    torch.testing.assert_close(both(make), both(plain), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", [IFT(), JFB()])
+@pytest.mark.parametrize("make", [mapped_over_weights, energy_gradient])
+def test_a_transform_inside_f_of_a_closed_over_tensor_works_through_args(make, estimator):
+    def through_args(w):
+        z0 = torch.zeros(B, N, dtype=F64)
+        return fixed_point(lambda z, w: make(w)(z), z0, w, stop=TIGHT, grad=estimator).value.pow(3).sum()
+
+    with pytest.raises(NotImplementedError, match="args"):
+        torch.func.grad(loss(make, grad=estimator))(W)
+    expected = torch.func.grad(loss(plain, grad=estimator))(W)
+    torch.testing.assert_close(torch.func.grad(through_args)(W), expected, rtol=1e-8, atol=1e-9)
+
+
+def test_torchscript_is_refused_inside_transforms_where_a_gradient_would_be_lost():
+    exact = torch.func.grad(loss(plain))(W)
+    with pytest.raises(RuntimeError, match="args"):
+        torch.func.grad(loss(lambda w: lambda z: script(z, w, X)))(W)
+    with pytest.raises(RuntimeError, match="args"):  # an operator that is seen comes after the one that is not
+        torch.func.grad(loss(lambda w: lambda z: script(z, w, X) * 1.0))(W)
+    through_args = torch.func.grad(
+        lambda w: fixed_point(lambda z, w: script(z, w, X), torch.zeros_like(X), w, stop=TIGHT).value.pow(3).sum()
+    )(W)
+    torch.testing.assert_close(through_args, exact, rtol=1e-8, atol=0)
+    w = W.clone().requires_grad_()
+    (found,) = torch.autograd.grad(loss(lambda w: lambda z: script(z, w, X))(w), w)
+    torch.testing.assert_close(found, exact, rtol=1e-8, atol=0)
+
+
+def test_a_weight_that_is_used_at_the_solution_alone_is_refused_inside_transforms():
+    """Its gradient would be lost, since the closure is traced at the start."""
+    at_start = torch.zeros(N, dtype=F64)
+
+    def make(w):
+        return lambda z: torch.tanh(X + (z @ w.T if bool((z != 0).any()) else at_start))
+
+    with pytest.raises(RuntimeError, match="args"):
+        torch.func.grad(loss(make))(W)
+
+
+@pytest.mark.parametrize("norm", ["euclidean", "rms", "max"])
+@pytest.mark.parametrize("stop", [dict(rtol=1e-4), dict(rtol=0, atol=0, max_evals=4)])
+def test_every_norm_and_a_fixed_count_have_a_gradient_inside_transforms(norm, stop):
+    stop = Stop(norm=norm, **stop)
+    w = W.clone().requires_grad_()
+    (outside,) = torch.autograd.grad(loss(plain, stop=stop)(w), w)
+    torch.testing.assert_close(torch.func.grad(loss(plain, stop=stop))(W), outside, rtol=1e-6, atol=1e-9)
+
+
+# -- a map that has changed: f(0) = 0 before and after, only the Jacobian tells
+
+CHANGES = ["a buffer", "a weight of the closure", "a tensor of the closure"]
+
+
+def changed_before_backward(change, estimator, create_graph=False, by_transform=False):
+    """The gradient through f(z) = c tanh(z w) from z0 = 0, where f is changed between the solve and its backward."""
+    w = torch.full((1, 3), 0.5, dtype=F64)
+    box = {"c": torch.full((1, 3), 0.7, dtype=F64)}
+    z0 = torch.zeros(2, 3, dtype=F64)
+
+    def total(w, x):
+        return fixed_point(lambda z: box["c"] * torch.tanh(z * w) + x, z0, grad=estimator, stop=TIGHT).value.sum()
+
+    x = torch.zeros(2, 3, dtype=F64)
+    if by_transform:
+        _, pull = torch.func.vjp(total, w, x)
+    else:
+        x, w = x.requires_grad_(), w.requires_grad_()
+        out = total(w, x)
+    if change == "a buffer":
+        box["c"].mul_(0.5)
+    else:
+        box["c"] = torch.full((1, 3), 0.1, dtype=F64, requires_grad=change == "a weight of the closure")
+    if by_transform:
+        return pull(torch.tensor(1.0, dtype=F64))
+    return torch.autograd.grad(out, (w, x), create_graph=create_graph)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("case", ["create_graph", "transform", "Reversible", "Unrolled, checkpointed"])
+def test_a_map_that_changed_is_refused_even_where_its_value_did_not(case, change):
+    estimator = {"Reversible": Reversible(), "Unrolled, checkpointed": Unrolled(checkpoint=True)}.get(case, IFT())
+    with pytest.raises(RuntimeError, match=r"another map|args|modified by an inplace"):
+        changed_before_backward(change, estimator, case == "create_graph", case == "transform")
+
+
+def test_a_map_that_writes_its_own_buffers_or_makes_tensors_out_of_sight_is_no_changed_map():
+    import numpy as np
+
+    norm, array = torch.nn.BatchNorm1d(N, dtype=F64), X.numpy()
+
+    def make(w):
+        def f(z):
+            norm(z.detach() + 1)  # its running statistics are written, at every evaluation
+            return torch.tanh(z @ w.T + torch.from_numpy(np.array(array)))
+
+        return f
+
+    w = W.clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(make)(w), w, create_graph=True)
+    torch.testing.assert_close(first, torch.func.grad(loss(plain))(W), rtol=1e-8, atol=1e-9)
+    for estimator in (Reversible(), Unrolled(checkpoint=True)):
+        torch.autograd.grad(loss(make, grad=estimator)(w), w)
+
+
+# -- compilation and private names
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_no_compilation_after_the_first_step(order):
+    torch.compiler.reset()
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(1)
+        return graph.forward
+
+    block = torch.compile(torch.nn.Linear(N, N, dtype=F64), backend=backend)
+    made = []
+    for _ in range(4):
+        x = X.clone().requires_grad_()
+        z = fixed_point(lambda z: torch.tanh(0.5 * block(z) + x), torch.zeros_like(X), stop=TIGHT).value  # noqa: B023
+        (first,) = torch.autograd.grad(z.pow(2).sum(), x, create_graph=order == 2)
+        if order == 2:
+            torch.autograd.grad(first.pow(2).sum(), x)
+        made.append(len(calls))
+    assert made[0] >= 1 and made[-1] == made[0], made
+
+
+def test_the_estimator_of_one_step_needs_no_tracing():
+    found = torch.func.grad(loss(lambda w: lambda z: script(z, w, X), grad=JFB()))(W)
+    torch.testing.assert_close(found, torch.func.grad(loss(plain, grad=JFB()))(W), rtol=1e-8, atol=0)
+
+
+def test_private_names_of_torch_are_in_one_file():
+    private = re.compile(
+        r"\btorch(\.\w+)*\._[a-z]\w*|forward_ad\._|parametrize\._|\._cdata\b|\._version\b|_functorch\b"
+    )
+    root = Path(implicit.__file__).parent
+    found = [
+        f"{path.name}:{number}"
+        for path in sorted(root.rglob("*.py"))
+        if path.name != "torch_internals.py"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if private.search(line.split("#")[0].split("``")[0])
+    ]
+    assert not found
