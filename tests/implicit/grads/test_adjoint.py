@@ -38,7 +38,7 @@ def test_the_same_gradient_in_fewer_products(solver):
     exact, _, _ = solve(moved, x, z0, solver=solver)
     torch.testing.assert_close(again, first, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(near, exact, rtol=1e-6, atol=1e-9)
-    assert warm <= 3 and warm < nearly < cold
+    assert warm <= 3 and warm < nearly <= cold
 
 
 def test_a_guess_that_is_wrong_changes_no_gradient():
