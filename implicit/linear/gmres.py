@@ -75,7 +75,7 @@ class GMRES:
         g: Flat,
         stop: Stop,
         eps: float = 0.0,
-        size: PerSample | None = None,
+        guess: PerSample | None = None,
         right: PerSample | None = None,
     ) -> tuple[Solution, bool | None]:
         """The solution, and whether the samples are systems of their own, as far as that shows at no cost.
@@ -83,13 +83,13 @@ class GMRES:
         A sample that has converged is multiplied as zero, and what comes back for it comes from the others: False, and
         the solution is none. None: all converged at once.
 
-        Where g is the residual of a first guess, u is the correction; `size` is the norm of the guess and `right` that
+        Where g is the residual of a first guess, u is the correction; `guess` is the norm of the guess and `right` that
         of the right-hand side, to which the tolerance refers.
         """
         length, u = norm(g), torch.zeros_like(g)
         status = _Status(to_host(length), stop, max(eps, torch.finfo(g.dtype).eps))
-        if size is not None and right is not None:
-            status.begin(to_host(size), to_host(right))
+        if guess is not None and right is not None:
+            status.begin(to_host(guess), to_host(right))
         cycles = _Cycles(status.residual, 4 * torch.finfo(g.dtype).eps)
         short = min(self.short if g.shape[1] >= _SMALL else self.memory, self.memory)
         basis, v, size = HistoryBuffer(self.memory, first=short if short < self.memory else 0), _unit(g, length), ()
