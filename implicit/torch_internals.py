@@ -74,22 +74,32 @@ def depends_on_transform(t: Tensor) -> bool:
 def has_derivative(t: Tensor) -> bool:
     """Whether t has a derivative in a transform or mode that is on (`get_unwrapped`, 2.13.0)."""
     while True:
-        if t.requires_grad or (forward_mode_active() and forward_ad.unpack_dual(t).tangent is not None):
+        if t.requires_grad or _has_tangent(t):
             return True
         if not _functorch.is_functorch_wrapped_tensor(t):
             return False
         t = _functorch.get_unwrapped(t)
 
 
-def unwrap(t: Tensor, level: int) -> tuple[Tensor, Layers]:
-    """What t wraps at the levels above `level` and how; t itself where a derivative is taken with respect to it there.
+def _has_tangent(t: Tensor) -> bool:
+    """Whether t has a tangent in forward mode, as far as that is visible: vmap has no rule for `unpack_dual`."""
+    try:
+        return forward_mode_active() and forward_ad.unpack_dual(t).tangent is not None
+    except RuntimeError:
+        return False
+
+
+def unwrap(t: Tensor, level: int, differentiated: bool = False) -> tuple[Tensor, Layers]:
+    """What t wraps at the levels above `level` and how.
+
+    It is t itself where a derivative is taken with respect to it there, unless `differentiated`.
 
     (`torch._C._functorch.maybe_get_level`, `get_unwrapped`, `maybe_get_bdim`, 2.13.0.)
     """
     layers, base, innermost = [], t, current_level()
     while _functorch.is_functorch_wrapped_tensor(base) and level < _functorch.maybe_get_level(base) <= innermost:
         batched = _functorch.is_batchedtensor(base)
-        if not batched and base.requires_grad:
+        if not batched and base.requires_grad and not differentiated:
             return t, ()
         layers.append((_functorch.maybe_get_level(base), _functorch.maybe_get_bdim(base) if batched else None))
         base = _functorch.get_unwrapped(base)

@@ -79,10 +79,11 @@ def train_fpdm(steps: int, warm: bool, fixed_batch: bool) -> dict[str, Any]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     adjoint, loss = (Adjoint() if warm else None), torch.tensor(0.0)
     images = torch.randn(16, 1, 8, 8, generator=generator)
+    noise = t = torch.empty(0)
     for step in range(steps):
         if step == 0 or not fixed_batch:
             noise, t = torch.randn(16, 1, 8, 8, generator=generator), torch.randint(0, 1000, (16,), generator=generator)
-            share = (t / 1000).view(-1, 1, 1, 1)
+        share = (t / 1000).view(-1, 1, 1, 1)
         prediction, adjoint = _predict(model, (1 - share) * images + share * noise, t, IFT(report=products), adjoint)
         loss = nn.functional.mse_loss(prediction, noise)
         optimizer.zero_grad()
@@ -120,7 +121,7 @@ RUNS: dict[str, Callable[[int], dict[str, Any]]] = {
 
 def main() -> None:
     """Run all and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--steps", type=int, default=30, help="training steps of each run")
     parser.add_argument("--out", type=Path, default=RESULT, help="result file")
     options = parser.parse_args()

@@ -14,7 +14,7 @@ the graph that phi has built, and `ClosureTracer(constant=True)` finds derivativ
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -30,12 +30,11 @@ UNTRACED = (
     "used where it is not visible (in TorchScript, in another thread, or in a custom operator), or at the solution but "
     "not at the start: pass it to fixed_point through `args`, or use JFB or Phantom."
 )
-
-
 INNER = (
     "Inside a torch.func transform f gives a tensor that it closes over, and that the transform differentiates "
     "or maps, to a transform of its own (vmap, grad): pass it to fixed_point through `args`."
 )
+Kind: TypeAlias = tuple[torch.Size, torch.dtype]
 
 
 class ClosureTracer(FunctionMode):
@@ -72,13 +71,14 @@ class ClosureTracer(FunctionMode):
         if self.made(t):
             return t
         base, layers = unwrap(t, self.level)
-        if self.made(base):
+        held = unwrap(t, self.level, differentiated=True)[0]  # of a transform's own variable: what it was made from
+        if self.made(base) or self.made(held):
             return t
         if self.constant and layers and depends_on_transform(base):
             raise NotImplementedError(INNER)
-        if id(base) not in self._reads:
-            self._reads[id(base)] = weakref.ref(base), version(base)
-        if not depends_on_transform(base):
+        if id(held) not in self._reads:
+            self._reads[id(held)] = weakref.ref(held), version(held)
+        if not depends_on_transform(held):
             return t
         self._found[id(base)] = weakref.ref(base), has_derivative(base)
         return wrap(base.detach(), layers) if self.constant else t
@@ -97,21 +97,25 @@ class ClosureTracer(FunctionMode):
         """What the function has read, after it has run."""
         found = {key: (t, then) for key, (ref, then) in self._reads.items() if (t := ref()) is not None}
         own = {key for key, (t, then) in found.items() if version(t) != then}
-        return Reads({key: (weakref.ref(t), -1 if key in own else version(t)) for key, (t, _) in found.items()})
+        versions = {key: (weakref.ref(t), -1 if key in own else version(t)) for key, (t, _) in found.items()}
+        return Reads(versions, {key: _kind(t) for key, (t, _) in found.items() if _is_data(t)})
 
-    def contradicts(self, earlier: "Reads") -> bool:
+    def contradicts(self, earlier: "Reads", gone: Iterable[Kind] = ()) -> bool:
         """Whether the function is not the one of `earlier`, which was evaluated at the same argument.
 
         It is not if a tensor has been written to since, other than by the function, or a constant stands in place of
-        another. A tensor that is gone was made by the function itself, out of sight.
+        another. A tensor that is gone was made by the function itself, out of sight, unless its kind is in `gone`.
         """
+        new: list[Kind] = []
         for key, (ref, then) in self._reads.items():
-            known = earlier.versions.get(key)
-            if known is not None and known[0]() is ref() and known[1] not in (-1, then):
+            t, (known, version) = ref(), earlier.versions.get(key, (ref, None))
+            if version is None or known() is not t:
+                new += [_kind(t)] if _is_data(t) else []
+            elif version not in (-1, then):
                 return True
-        missing = [t for key, (ref, _) in earlier.versions.items() if key not in self._reads and _is_data(t := ref())]
-        new = [t for key, (ref, _) in self._reads.items() if key not in earlier.versions and _is_data(t := ref())]
-        return any(a.shape == b.shape and a.dtype == b.dtype for a in missing for b in new)
+        present = ((key, ref()) for key, (ref, _) in earlier.versions.items() if key not in self._reads)
+        missing = [earlier.kinds[key] for key, t in present if t is not None and key in earlier.kinds]
+        return any(kind in new for kind in (*missing, *gone))
 
     @property
     def lost(self) -> bool:
@@ -121,9 +125,19 @@ class ClosureTracer(FunctionMode):
 
 @dataclass(frozen=True)
 class Reads:
-    """The tensors that a function has read, with their versions after it; -1 for one that it writes itself."""
+    """The tensors that a function has read, with their versions after it; -1 for one that it writes itself.
+
+    Attributes:
+        versions: the tensors by their identities.
+        kinds: shapes and dtypes of those without a derivative.
+    """
 
     versions: dict[int, tuple[weakref.ref[Tensor], int]]
+    kinds: dict[int, Kind]
+
+    def gone(self) -> list[Kind]:
+        """The kinds of the constants that exist no more."""
+        return [kind for key, kind in self.kinds.items() if self.versions[key][0]() is None]
 
 
 class SameReads:
@@ -146,6 +160,10 @@ class SameReads:
         elif tracer.contradicts(self.first):
             raise RuntimeError(CHANGED)
         return out
+
+
+def _kind(t: Tensor) -> Kind:
+    return t.shape, t.dtype
 
 
 def _is_data(t: Tensor | None) -> TypeGuard[Tensor]:

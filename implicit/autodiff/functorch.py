@@ -146,34 +146,28 @@ def _purify(problem: Problem, layout: Layout, attached: bool) -> tuple[Pure, tup
     that is traced is a constant in this run, so that a derivative of its result comes from what is not.
     """
     f, args = problem.f, problem.args
-    given: list[Tensor] = []
-
-    def collect(t: Tensor) -> Tensor:
-        if t.is_floating_point() or t.is_complex():
-            given.append(t)
-        return t
-
-    map_tensors(collect, args)
+    taken = [t.is_floating_point() or t.is_complex() for t in tensors(args)]
+    given = [t for t, is_taken in zip(tensors(args), taken, strict=True) if is_taken]
     views = tuple(own_view(t.detach()) for t in given)
     z = own_view(layout.pack(problem.z0).detach())
     with ClosureTracer((z, *views), constant=True) as tracer:
-        y = FlatMap(f, _filled(args, views), layout)(z)
+        y = FlatMap(f, _filled(args, views, taken), layout)(z)
     if attached and (tracer.lost or has_derivative(y)):
         raise RuntimeError(UNTRACED)
     closed = tracer.tensors
 
     def pure(z: Tensor, *theta: Tensor) -> Tensor:
-        flat = FlatMap(f, _filled(args, theta[: len(given)]), layout)
+        flat = FlatMap(f, _filled(args, theta[: len(given)], taken), layout)
         return closure_convert(flat, closed)(z, *theta[len(given) :])
 
     uncompiled: Any = not_compiled(pure)
     return Pure(uncompiled), (*given, *closed)
 
 
-def _filled(args: tuple[Any, ...], others: tuple[Tensor, ...]) -> tuple[Any, ...]:
-    """args with other floating-point tensors in place of theirs."""
-    rest = iter(others)
-    return map_tensors(lambda t: next(rest) if t.is_floating_point() or t.is_complex() else t, args)
+def _filled(args: tuple[Any, ...], others: tuple[Tensor, ...], taken: list[bool]) -> tuple[Any, ...]:
+    """args with others in place of the tensors that are taken out; calls no tensor method, which a mode would see."""
+    rest, where = iter(others), iter(taken)
+    return map_tensors(lambda t: next(rest) if next(where) else t, args)
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,11 @@ class Pure:
         Raises:
             RuntimeError: F is another map.
         """
+        first = self.record.reads
+        gone = [] if first is None else first.gone()  # nothing but f's own closure has kept them until now
         with ClosureTracer((z, *theta)) as tracer:
             image = self.function(z, *theta)
-        if self.record.reads is not None and tracer.contradicts(self.record.reads):
+        if first is not None and tracer.contradicts(first, gone):
             raise RuntimeError(CHANGED)
         if any(is_untraced(t, (z, *theta)) for t in tracer.tensors):
             raise RuntimeError(UNTRACED)

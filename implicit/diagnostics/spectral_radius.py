@@ -130,7 +130,9 @@ def _arnoldi(act: Callable[[Flat], Flat], start: Flat, products: int, tol: float
     error = torch.full((rows,), torch.inf, dtype=torch.float64)
     size = torch.zeros(rows, dtype=torch.int64)  # dimension reached
     running = torch.ones(rows, dtype=torch.bool)
+    made = 0
     for k in range(products):
+        made = k + 1
         # the newest basis vector, its product, and the part of that outside the span of the basis
         basis = basis.reserve(k, q).set(k, q)
         w = act(q)
@@ -149,7 +151,6 @@ def _arnoldi(act: Callable[[Flat], Flat], start: Flat, products: int, tol: float
             running = running & ~(error <= tol) & torch.isfinite(whole)
             if not running.any():
                 break
-    made = k + 1
     return Spectrum(values[:, :made], error, _growth(h[:, : made + 1, :made], size))
 
 

@@ -203,8 +203,8 @@ class _Cycles:
         column[np.arange(len(h)), self.place] += 1
         spent = length <= self.rounding * np.sqrt((h * h).sum(axis=1) + length * length)
         below, place = torch.from_numpy(np.where(spent, 0.0, -length)), torch.from_numpy(self.place)
-        column, running = torch.from_numpy(column), torch.from_numpy(running)
-        self.system = self.system.add(column, below, place, running, self.rounding)
+        on = torch.from_numpy(running)
+        self.system = self.system.add(torch.from_numpy(column), below, place, on, self.rounding)
         self.place = self.place + 1
         return spent
 

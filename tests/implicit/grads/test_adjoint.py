@@ -139,7 +139,7 @@ def test_training_with_the_guess_takes_fewer_products_and_the_same_steps():
         inner, x, y = nn.Linear(16, 16), torch.randn(32, 16), torch.randn(32, 16)
         deq = implicit.DEQ(lambda z, x: torch.tanh(0.5 * inner(z) + x), grad=IFT(report=counts.append))
         optimizer = torch.optim.Adam(inner.parameters(), lr=1e-3)
-        adjoint = Adjoint() if warm else None
+        adjoint, loss = Adjoint() if warm else None, torch.tensor(0.0)
         for _ in range(20):
             solution = deq(torch.zeros(32, 16), x, adjoint=adjoint)
             loss = (solution.value - y).square().mean()
