@@ -79,7 +79,7 @@ class LinearSolve:
 
         With a preconditioner P, u = u_0 + P w and (I - A) P w = r_0, which is w = r_0 + (w - P w + A P w).
         """
-        u, rest = (torch.zeros_like(g), g) if start is None else start
+        u, rest = (None, g) if start is None else start
         precondition = self.preconditioner
 
         def act_on_w(w: Flat) -> Flat:
@@ -88,16 +88,16 @@ class LinearSolve:
 
         apart: bool | None = None
         if isinstance(self.solver, GMRES):
-            size = None if start is None else norm(u)
+            size = None if u is None else norm(u)
             found, apart = self.solver.apart(act_on_w, rest, self.stop, self.eps, size, norm(g))
         elif precondition is None:
-            found = iterate(lambda v: g + act(v), g if start is None else u, self.solver, self.stop)
-            u = torch.zeros_like(g)  # the iteration has begun with it
+            found = iterate(lambda v: g + act(v), g if u is None else u, self.solver, self.stop)
+            u = None  # the iteration has begun with it
         else:
             found = iterate(lambda w: rest + act_on_w(w), rest, self.solver, self.stop)
         w = found.value if precondition is None else precondition(found.value)
         products = found.evals + (start is not None)
-        return replace(found, value=w if start is None else u + w, evals=products), apart
+        return replace(found, value=w if u is None else u + w, evals=products), apart
 
     def _check(self, act: Act, g: Flat, scale: Tensor, found: Solution) -> tuple[Solution, bool]:
         """The solution with its error corrected, and whether the samples are systems of their own."""
