@@ -7,11 +7,11 @@ import pytest
 import torch
 from torchdeq.solver import anderson_solver, broyden_solver, fixed_point_iter
 
-from implicit import Anderson, AndersonGS, Broyden, NewtonKrylov, Picard, Stop, iterate
+from implicit import Anderson, AndersonGS, Broyden, Multisecant, NewtonKrylov, Picard, Stop, iterate
 from implicit.testing import problem
 
 STOP = Stop(rtol=1e-6, atol=0, max_evals=300)
-OURS = {type(s).__name__: s for s in (Picard(), Anderson(), AndersonGS(), Broyden(), NewtonKrylov())}
+OURS = {type(s).__name__: s for s in (Picard(), Anderson(), AndersonGS(), Multisecant(), Broyden(), NewtonKrylov())}
 PEERS = {"torchdeq plain": fixed_point_iter, "torchdeq Anderson": anderson_solver, "torchdeq Broyden": broyden_solver}
 
 

@@ -16,7 +16,7 @@ from implicit.options import Problem, SolveOptions
 from implicit.problem_forms import Main, all_starts, best_start
 from implicit.pytree import Map, State, leaves
 from implicit.solution import Adjoint, Solution
-from implicit.solvers import Anderson, AndersonGS, BadBroyden, Broyden, NewtonKrylov, Picard
+from implicit.solvers import Anderson, AndersonGS, BadBroyden, Broyden, Multisecant, NewtonKrylov, Picard
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
 
@@ -25,7 +25,7 @@ def fixed_point(
     f: Map,
     z0: State | Callable[[torch.Generator | None], State],
     *args: Any,
-    solver: AbstractSolver[Any] = AndersonGS(),
+    solver: AbstractSolver[Any] = Multisecant(),
     grad: AbstractGrad = IFT(),
     stop: Stop = Stop(),
     batch_dims: int = 1,
@@ -115,7 +115,7 @@ def fixed_point(
     return main.with_aux(solution, args) if isinstance(main, Main) else solution
 
 
-_SOLVERS = (Anderson, AndersonGS, BadBroyden, Broyden, NewtonKrylov, Picard)
+_SOLVERS = (Anderson, AndersonGS, BadBroyden, Broyden, Multisecant, NewtonKrylov, Picard)
 
 
 def check_types(solver: object, grad: object, stop: object) -> None:
@@ -126,7 +126,7 @@ def check_types(solver: object, grad: object, stop: object) -> None:
     """
     known = {kind.__name__.lower(): kind.__name__ for kind in (*_SOLVERS, *AbstractGrad.__subclasses__())}
     for name, given, kind, example in (
-        ("solver", solver, AbstractSolver, "AndersonGS()"),
+        ("solver", solver, AbstractSolver, "Multisecant()"),
         ("grad", grad, AbstractGrad, "IFT()"),
         ("stop", stop, Stop, "Stop(rtol=1e-4)"),
     ):

@@ -21,6 +21,7 @@ from implicit import (
     AndersonGS,
     BadBroyden,
     Broyden,
+    Multisecant,
     Neumann,
     NewtonKrylov,
     Phantom,
@@ -34,7 +35,7 @@ from implicit import (
 )
 
 F64 = torch.float64
-SOLVERS = [Picard(), Picard(0.3), Anderson(), AndersonGS(), Broyden(), BadBroyden(), NewtonKrylov()]
+SOLVERS = [Picard(), Picard(0.3), Anderson(), AndersonGS(), Multisecant(), Broyden(), BadBroyden(), NewtonKrylov()]
 ESTIMATORS: dict[str, Callable[[], AbstractGrad]] = {
     "IFT": IFT,
     "JFB": JFB,

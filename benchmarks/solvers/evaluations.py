@@ -17,14 +17,15 @@ from scipy import optimize
 
 from benchmarks.harness import RESULTS, provenance, read_result, write_result
 from benchmarks.solvers.overhead import PEERS, memory, operators, overhead
-from implicit import Anderson, AndersonGS, Broyden, NewtonKrylov, Picard, Stop, iterate
+from implicit import Anderson, AndersonGS, Broyden, Multisecant, NewtonKrylov, Picard, Stop, iterate
 from implicit.testing import Problem, problems
 
 OURS = {
     "Picard": Picard(),
     "Anderson(5)": Anderson(),
     "Anderson(30)": Anderson(30),
-    "AndersonGS (default)": AndersonGS(),
+    "Multisecant (default)": Multisecant(),
+    "AndersonGS": AndersonGS(),
     "AndersonGS(60)": AndersonGS(60),
     "Broyden(20)": Broyden(),
     "Broyden(60)": Broyden(60),

@@ -12,7 +12,7 @@ import torch
 from torchdeq.solver import anderson_solver, broyden_solver, fixed_point_iter
 
 from benchmarks.harness import MemoryTracker, OperatorCounter, paired, ratio
-from implicit import Anderson, AndersonGS, Broyden, Picard, Stop, iterate
+from implicit import Anderson, AndersonGS, Broyden, Multisecant, Picard, Stop, iterate
 
 PEERS = {"plain": fixed_point_iter, "Anderson": anderson_solver, "Broyden": broyden_solver}
 SHAPES = {"(1, 64)": (1, 64, 64), "(32, 1024)": (32, 1024, 1024), "(8, 294912)": (8, 294912, 1024)}
@@ -46,6 +46,7 @@ def contenders(f, z0):
         runs[f"torchdeq {name}"] = lambda name=name: PEERS[name](f, z0, **tight)
     stop = Stop(rtol=1e-30, atol=0, max_evals=EVALS)
     runs["implicit AndersonGS"] = lambda: iterate(f, z0, AndersonGS(6, safeguard=False), stop)
+    runs["implicit Multisecant"] = lambda: iterate(f, z0, Multisecant(6, safeguard=False), stop)
     return runs
 
 

@@ -162,7 +162,11 @@ class Multisecant(AbstractSolver[MultisecantState]):
         mask: Bool[Tensor, "B 1"],
         cautious: Bool[Tensor, "B 1"],
     ) -> MultisecantState:
-        """The history is kept; the next pair is the difference of the best point and the one that failed."""
+        """The history is kept; the next pair is the difference of the best point and the one that failed.
+
+        Where residuals are read late, pairs of a point that is not finite may be in it: it is lost then.
+        """
+        state = self.restart(point, state, mask & ~(state.df.is_finite() & state.dr.is_finite()))
         seen = mask & failed.fz.isfinite().all(dim=1, keepdim=True) & failed.z.isfinite().all(dim=1, keepdim=True)
         fz, r = torch.where(mask, point.fz, state.fz), torch.where(mask, point.r, state.r)
         fz, r = torch.where(seen, failed.fz, fz), torch.where(seen, failed.r, r)
@@ -248,7 +252,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
         rows = matrix.detach().abs().amax(dim=2, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
         y = torch.linalg.solve_ex(matrix / rows, torch.cat((by_dz, by_dr)).unsqueeze(2) / rows)[0]
         y = y.masked_fill(~y.isfinite().all(dim=1, keepdim=True), 0)
-        one, two = y.chunk(2)
+        one, two = y.unflatten(0, (2, -1)).unbind()
         with torch.no_grad():
             # ||r - dR y||^2 of both
             both = torch.cat((one, two), dim=2)

@@ -144,7 +144,7 @@ def test_nan_later_in_one_sample_ends_that_sample_alone(solver):
     stop = Stop(rtol=1e-8, atol=0, max_evals=200)
     found = solve(f, z0, rate, key, solver=solver, stop=stop)
     assert found.result.tolist() == [Result.CONVERGED, Result.NONFINITE, Result.CONVERGED]
-    assert torch.isfinite(found.value).all() and int(found.evals[1]) < 10
+    assert torch.isfinite(found.value).all() and int(found.evals[1]) < 15
     alone = solve(f, z0[[0, 2]], rate[[0, 2]], key[[0, 2]], solver=solver, stop=stop)
     torch.testing.assert_close(found.value[[0, 2]], alone.value, rtol=1e-7, atol=1e-8)
 

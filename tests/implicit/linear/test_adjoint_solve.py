@@ -80,13 +80,14 @@ def test_the_default_says_so_once_and_ignore_says_nothing():
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        backward("warn"), backward("warn"), backward("ignore")
+        for on_failure in ("warn", "warn", "ignore"):
+            backward(on_failure)
     assert len(said) == 2  # of one text and place, which Python's default filter shows once
     assert len({(str(w.message), w.filename, w.lineno) for w in said}) == 1
 
 
 @pytest.mark.parametrize(("sizes", "more"), [((1, 1, 1), 1), ((1, 0, 1), 0)])
-def test_only_samples_that_are_content_all_at_once_cost_another_product(sizes, more):
+def test_only_samples_that_converge_all_at_once_cost_another_product(sizes, more):
     w, b = mean_field(rows=1)
     w.requires_grad_()
     count = {}

@@ -1,0 +1,95 @@
+"""Our solvers on collections of others: evaluations until every sample meets the tolerance, in both precisions.
+
+python -m benchmarks.solvers.public_problems                        writes results/public_problems.json
+python -m benchmarks.solvers.public_problems --solvers Broyden      measures these again and keeps the others
+
+The maps are `benchmarks.problems.acceleration` (relative tolerance 1e-8 in float64, 1e-4 in float32), the systems those
+of `benchmarks.problems.systems` (absolute tolerance 1e-8). A count is the number of calls of f, one with a
+Jacobian-vector product included; a problem is solved where all samples have converged within the budget, and a claim
+is false where the residual in float64 exceeds the tolerance by more than rounding allows.
+"""
+
+import argparse
+import warnings
+from typing import Any
+
+import torch
+
+from benchmarks.harness import RESULTS, provenance, read_result, write_result
+from benchmarks.problems import Problem, acceleration, systems
+from implicit import (
+    AbstractSolver,
+    Anderson,
+    AndersonGS,
+    BadBroyden,
+    Broyden,
+    Multisecant,
+    NewtonKrylov,
+    Picard,
+    Stop,
+    fixed_point,
+)
+
+RESULT = RESULTS / "public_problems.json"
+BUDGET = 700
+OURS: dict[str, AbstractSolver[Any]] = {
+    "Multisecant (default)": Multisecant(),
+    "AndersonGS": AndersonGS(),
+    "Anderson(5)": Anderson(),
+    "Anderson(30)": Anderson(30),
+    "Broyden": Broyden(),
+    "BadBroyden": BadBroyden(),
+    "NewtonKrylov": NewtonKrylov(),
+    "Picard": Picard(),
+}
+
+
+def collections() -> dict[str, list[Problem]]:
+    """Name -> problems."""
+    single = [p.to(torch.float32) for p in acceleration(1e-4)]
+    return {"maps, float64": acceleration(), "maps, float32": single, "systems, float64": systems()}
+
+
+def run(problem: Problem, solver: AbstractSolver[Any]) -> dict[str, Any]:
+    """Calls of f, whether all samples converged, and whether a claim is false."""
+    calls = 0
+
+    def counted(z: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return problem.f(z, *args)
+
+    stop = Stop(rtol=problem.rtol, atol=problem.atol, max_evals=BUDGET)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = fixed_point(counted, problem.z0, *problem.args, solver=solver, stop=stop)
+    excess = problem.residual(found.value)[found.converged]
+    slack = 1.001 if problem.z0.dtype == torch.float64 else 1.5
+    return {
+        "solved": bool(found.converged.all()),
+        "calls": calls,
+        "false": bool((excess > slack).any()),
+    }
+
+
+def main() -> None:
+    """Measure and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--solvers", nargs="*", choices=list(OURS), default=list(OURS), help="which solvers")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    result = read_result(RESULT)
+    for label in options.solvers:
+        for name, problems in collections().items():
+            rows = {p.name: run(p, OURS[label]) for p in problems}
+            solved = [row["calls"] for row in rows.values() if row["solved"]]
+            total = {"problems": len(rows), "solved": len(solved), "evaluations": sum(solved)}
+            total["false claims"] = sum(row["false"] for row in rows.values())
+            print(label, name, total, flush=True)
+            entry = provenance("cpu") | {"budget": BUDGET, "total": total, "rows": rows}
+            result.setdefault(name, {})[label] = entry
+            write_result(RESULT, result)
+
+
+if __name__ == "__main__":
+    main()
