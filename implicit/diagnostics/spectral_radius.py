@@ -134,7 +134,6 @@ def _arnoldi(act: Callable[[Flat], Flat], start: Flat, products: int, tol: float
     for k in range(products):
         made = k + 1
         # the newest basis vector, its product, and the part of that outside the span of the basis
-        made = k + 1
         basis = basis.reserve(k, q).set(k, q)
         w = act(q)
         whole = norm(w)
