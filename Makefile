@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/digits
 
-.PHONY: help train test lint docs wheel bench clean
+.PHONY: help train test slow lint docs wheel bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -13,7 +13,10 @@ train: $(VENV)/.installed-train ## environment, installation, and an FPDM traine
 	$(BIN)/python -m apps.diffusion.train --out $(RUN)
 
 test: $(VENV)/.installed-test lint ## environment, installation, linters, types and tests on all cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m "not slow"
+
+slow: $(VENV)/.installed-test ## the tests of more than ten seconds each that `make test` leaves out: tutorials, recipes at a small scale
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical -m slow
 
 lint: $(VENV)/.installed-test ## ruff and pyright
 	$(BIN)/ruff check .

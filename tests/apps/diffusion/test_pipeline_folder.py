@@ -66,7 +66,6 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "options"), [("fpdm", {"iterations": 4, "reuse": "blended"}), ("dit", {})])
 def test_a_folder_opens_without_this_application_and_gives_the_same_bits(tmp_path, kind, options):
     pipe = pipeline(kind, **options)
@@ -80,7 +79,6 @@ def test_a_folder_opens_without_this_application_and_gives_the_same_bits(tmp_pat
     assert np.array_equal(ours([1, 3], generator=5, output_type="np").images, there)
 
 
-@pytest.mark.slow
 def test_a_pushed_repository_opens_without_this_application(tmp_path):
     pipe = pipeline()
     with hub() as (address, repositories):

