@@ -14,10 +14,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from apps.diffusion import missing_packages
-from apps.diffusion.config.training import Config
 from apps.diffusion.files.atomic import exclusive
+
+if TYPE_CHECKING:
+    from apps.diffusion.config.training import Config
 
 
 def run_command(

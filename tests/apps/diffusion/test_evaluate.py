@@ -113,11 +113,12 @@ def test_statistics_are_kept_by_the_checksum_of_data_and_network(folder, quick, 
     assert len(list(cache.iterdir())) == 3
 
 
-def test_a_picture_that_changes_is_other_data(tmp_path):
+def test_an_image_that_changes_is_other_data(tmp_path):
     pf.tree(tmp_path)
     first = sources.open_source(str(tmp_path), size=16)
     assert sources.open_source(str(tmp_path), size=16).digest == first.digest and first.count == 15
-    assert [tuple(b.shape) for b in first.batches()] == [(15, 3, 16, 16)] and first.labels is None
+    assert [tuple(b.shape) for b in first.batches()] == [(15, 3, 16, 16)]
+    assert first.labels is not None and first.labels.bincount().tolist() == [5, 5, 5]  # one class a subfolder
     assert sources.open_source(str(tmp_path), size=8).digest != first.digest
     pf.save(tmp_path / "cat" / "0.png", pf.picture(123))
     assert sources.open_source(str(tmp_path), size=16).digest != first.digest

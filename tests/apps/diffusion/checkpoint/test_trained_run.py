@@ -90,7 +90,7 @@ def test_the_vae_of_latents_that_moved(runs, tmp_path, monkeypatch):
     (alone / "config.json").write_text(config.to_json().replace(str(runs / "latents"), "gone"))
     trained = open_run(alone)
     assert trained.config.data == moved
-    with pytest.raises(ValueError, match="gone, which names their VAE, is not here"):
+    with pytest.raises(ValueError, match="gone"):
         decoder_of(trained)
     found = decoder_of(trained, str(runs / "vae"))
     assert found is not None and digests(found) == digests(pf.tiny_vae())
@@ -162,7 +162,7 @@ def damaged(runs: Path, tmp_path: Path, what: str) -> list[str]:
         ("another network", "describes no network"),
         ("unreadable vae", "cannot be read"),
         ("another vae", "has other weights"),
-        ("wrong latent shape", "latents of 8 channels, and this run makes 4"),
+        ("wrong latent shape", "latents of 8 channels"),
         ("no vae", "name the VAE"),
         ("class out of range", "--classes"),
         ("guidance without classes", "leave it at 1"),
