@@ -48,7 +48,7 @@ def small(command: str) -> tuple[str, list[str], int]:
         command = command.replace(full, less)
     processes = int(match[1]) if (match := re.search(r"--nproc_per_node (\d+)", command)) else 1
     module, given = re.search(r"-m (apps\.diffusion\.\w+) (.*)", command).groups()
-    argv, changed = given.split(), SMALL[module.rpartition(".")[2]].split()
+    argv, changed = [word for word in given.split() if word != "--"], SMALL[module.rpartition(".")[2]].split()
     if "--resume" in argv:
         return module, [*argv, "--optimizer.images", str(2 * STEPS * BATCH)], processes
     for flag in (each for each in changed if each.startswith("--")):
