@@ -33,8 +33,8 @@ from implicit import (
 RESULT = RESULTS / "public_problems.json"
 BUDGET = 700
 OURS: dict[str, AbstractSolver[Any]] = {
-    "Multisecant (default)": Multisecant(),
-    "AndersonGS": AndersonGS(),
+    "Multisecant": Multisecant(),
+    "AndersonGS (default)": AndersonGS(),
     "Anderson(5)": Anderson(),
     "Anderson(30)": Anderson(30),
     "Broyden": Broyden(),

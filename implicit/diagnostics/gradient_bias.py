@@ -21,7 +21,7 @@ from implicit.fixed_point import fixed_point
 from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, Reversible, StochasticJFB, Unrolled
 from implicit.pytree import Layout, Map, State, map_tensors
 from implicit.solution import Result, Solution
-from implicit.solvers import AbstractSolver, Multisecant
+from implicit.solvers import AbstractSolver, AndersonGS
 from implicit.stopping import Stop
 
 
@@ -88,7 +88,7 @@ def gradient_bias(
     estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad] | None = None,
     params: Iterable[Tensor] | None = None,
     loss: Loss | None = None,
-    solver: AbstractSolver[Any] = Multisecant(),
+    solver: AbstractSolver[Any] = AndersonGS(),
     stop: Stop = Stop(),
     batch_dims: int = 1,
     draws: int = 8,
