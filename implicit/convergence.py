@@ -100,8 +100,8 @@ class ConvergenceMonitor:
         if self._looks % self.stop.check_every and not last and not first:
             return
         sizes, ready = fetch(self.criterion, point)
-        told = self.criterion.stopped(point.z, point.fz)
-        seen = Observation(point, self.rows, self._held[self.rows], calls, sizes, ready, told)
+        stopped = self.criterion.stopped(point.z, point.fz)
+        seen = Observation(point, self.rows, self._held[self.rows], calls, sizes, ready, stopped)
         due, self._pending = self._pending, seen
         if due is not None:
             self._read(due, calls)

@@ -175,8 +175,8 @@ def _solve_jointly(
     first = first.reshape(1, -1) if isinstance(first, np.ndarray) else first
     criterion = Criterion(stop, f.layout, rows, first)
     start = monitor.best_z.reshape(1, -1)
-    guard = _safeguard(solver, start)
-    joint = ConvergenceMonitor(criterion, start, callback, guard, f.calls, monitor.trace, monitor.fold)
+    safeguard = _safeguard(solver, start)
+    joint = ConvergenceMonitor(criterion, start, callback, safeguard, f.calls, monitor.trace, monitor.fold)
     _run(JointMap(f, rows), joint, solver, SolveOptions())
     joint.close()
     best = Point(joint.best_z.reshape(rows, -1), joint.best_fz.reshape(rows, -1))
@@ -213,12 +213,12 @@ def _safeguard(solver: AbstractSolver[Any], z: Flat) -> StagedSafeguard | None:
     if not solver.patience:
         return None
     limits = CAUTIOUS if solver.has_cautious_stage else HISTORY_LOST
-    guard = StagedSafeguard(len(z), solver.stall_after(z.shape[1]), z.shape[1], limits)
+    safeguard = StagedSafeguard(len(z), solver.stall_after(z.shape[1]), z.shape[1], limits)
     if not solver.has_cautious_stage:
-        guard.leave_out(Stage.CAUTIOUS)
+        safeguard.leave_out(Stage.CAUTIOUS)
     if transforms_active() or isinstance(solver, NewtonKrylov):
-        guard.leave_out(Stage.NEWTON)
-    return guard
+        safeguard.leave_out(Stage.NEWTON)
+    return safeguard
 
 
 def _evaluate(f: FlatMap | JointMap, z: Flat, tangent: Flat | None, monitor: ConvergenceMonitor) -> Point:

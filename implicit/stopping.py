@@ -136,12 +136,12 @@ class Criterion:
             return None
         with torch.no_grad():
             apart = [self.layout.unpack(t.detach().reshape(t.shape[0] * self.joint, -1)) for t in (z, fz)]
-            told = self.stop.when(*apart)
+            stopped = self.stop.when(*apart)
         rows = z.shape[0] * self.joint
-        if not isinstance(told, Tensor) or told.dtype != torch.bool or told.shape != (rows,):
-            given = f"{told.dtype} of shape {tuple(told.shape)}" if isinstance(told, Tensor) else repr(told)
+        if not isinstance(stopped, Tensor) or stopped.dtype != torch.bool or stopped.shape != (rows,):
+            given = f"{stopped.dtype} of shape {tuple(stopped.shape)}" if isinstance(stopped, Tensor) else repr(stopped)
             raise ValueError(f"Stop.when must return a bool tensor of shape ({rows},), one a sample, got {given}.")
-        return told.reshape(z.shape[0], self.joint).all(dim=1)
+        return stopped.reshape(z.shape[0], self.joint).all(dim=1)
 
     def samples(self, numbers: np.ndarray) -> np.ndarray:
         """(B joint,) or (B joint, leaves): the same numbers with a row for every sample."""

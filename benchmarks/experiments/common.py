@@ -90,7 +90,7 @@ def _config(model: ModelConfig, seconds: float, grad: Grad) -> Config:
 
 
 @cache
-def judge(source: Literal["digits", "mnist"] = "digits") -> tuple[TensorDataset, TensorDataset, ImageScorer]:
+def scorer(source: Literal["digits", "mnist"] = "digits") -> tuple[TensorDataset, TensorDataset, ImageScorer]:
     """Training images, held-out images, and the classifier that scores samples.
 
     The classifier of the 8 x 8 digits learns from the training images, that of MNIST from the held-out ones.
@@ -101,7 +101,7 @@ def judge(source: Literal["digits", "mnist"] = "digits") -> tuple[TensorDataset,
 
 
 def _judge_of(config: Config) -> tuple[TensorDataset, TensorDataset, ImageScorer]:
-    return judge("mnist" if config.data.source == "mnist" else "digits")
+    return scorer("mnist" if config.data.source == "mnist" else "digits")
 
 
 def floor(images: TensorDataset, ruler: ImageScorer, count: int, draws: int = 20) -> dict[str, Any]:

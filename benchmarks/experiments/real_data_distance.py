@@ -4,14 +4,14 @@ Training images, drawn like samples (as many of each class), against all trainin
 held-out set, the held-out images beside them.
 """
 
-from benchmarks.experiments.common import SCALES, floor, judge
+from benchmarks.experiments.common import SCALES, floor, scorer
 from benchmarks.harness import RESULTS, provenance, write_result
 
 RESULT = RESULTS / "real_data_distance.json"
 
 
 def main() -> None:
-    images, held_out, ruler = judge()
+    images, held_out, ruler = scorer()
     found = {
         "command": "python -m benchmarks.experiments.real_data_distance",
         **provenance("cpu", "scikit-learn"),

@@ -43,12 +43,12 @@ def complete(name: str, options: Any) -> None:
     import torch
     from tqdm import tqdm
 
-    from benchmarks.experiments.common import SCALES, Records, floor, judge, run
+    from benchmarks.experiments.common import SCALES, Records, floor, run, scorer
     from benchmarks.harness import provenance
 
     torch.set_num_threads(1)
     count = int(SCALES[options.scale]["samples"])
-    images, held_out, ruler = judge()
+    images, held_out, ruler = scorer()
     about = {
         "command": f"python -m benchmarks.experiments.run {name}"
         + (" --scale tiny" if options.scale == "tiny" else ""),

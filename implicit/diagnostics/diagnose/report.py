@@ -122,7 +122,7 @@ class Diagnosis:
         body = []
         for row in self.solvers:
             ends = ", ".join(f"{count} {name}" for name, count in row.ends if name != "CONVERGED")
-            mean = f"{float(row.evals.double().mean()):.1f}" if len(row.evals) else "-"
+            mean = f"{float(row.evals.cpu().double().mean()):.1f}" if len(row.evals) else "-"
             body.append(
                 (
                     row.name,

@@ -42,15 +42,15 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def judge():
+def scorer():
     return features.digit_features(epochs=4)
 
 
 @pytest.fixture
-def quick(judge, monkeypatch):
-    """The command's judge is this one, soon trained."""
-    monkeypatch.setattr(features, "digit_features", lambda: judge)
-    return judge
+def quick(scorer, monkeypatch):
+    """The command's scorer is this one, soon trained."""
+    monkeypatch.setattr(features, "digit_features", lambda: scorer)
+    return scorer
 
 
 class Pixels:

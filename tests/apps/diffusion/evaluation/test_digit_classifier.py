@@ -66,26 +66,26 @@ def test_statistics_of_features():
 
 
 @pytest.fixture(scope="module")
-def judge():
+def scorer():
     return ImageScorer.of(digits("train"), epochs=5)
 
 
-def test_the_judge_tells_real_digits_from_spoilt_ones(judge):
+def test_the_scorer_tells_real_digits_from_spoilt_ones(scorer):
     held_out, train = digits("held-out"), digits("train")
-    real = judge.score(held_out.x, held_out.y)
+    real = scorer.score(held_out.x, held_out.y)
     assert real.images == 300 and real.accuracy > 0.95 and real.frechet < 0.5
     g = torch.Generator().manual_seed(0)
-    noisy = judge.score(held_out.x + 0.7 * torch.randn(held_out.x.shape, generator=g), held_out.y)
+    noisy = scorer.score(held_out.x + 0.7 * torch.randn(held_out.x.shape, generator=g), held_out.y)
     assert noisy.accuracy < real.accuracy and noisy.frechet > 3 * real.frechet
-    wrong = judge.score(held_out.x, (held_out.y + 1) % 10)
+    wrong = scorer.score(held_out.x, (held_out.y + 1) % 10)
     assert wrong.accuracy < 0.05 and wrong.frechet == real.frechet
-    assert judge.score(train.x, train.y).frechet == pytest.approx(0, abs=1e-6)
-    features = judge.classifier.features(train.x)
+    assert scorer.score(train.x, train.y).frechet == pytest.approx(0, abs=1e-6)
+    features = scorer.classifier.features(train.x)
     assert torch.allclose(features.mean(0), torch.zeros(32), atol=1e-4)
     assert torch.allclose(features.std(0), torch.ones(32), atol=1e-4)
 
 
-def test_the_judge_is_a_function_of_its_seed(judge):
+def test_the_scorer_is_a_function_of_its_seed(scorer):
     before = torch.get_rng_state()
     again, other = ImageScorer.of(digits("train"), epochs=1), ImageScorer.of(digits("train"), seed=1, epochs=1)
     assert torch.equal(torch.get_rng_state(), before)

