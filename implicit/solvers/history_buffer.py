@@ -100,10 +100,10 @@ class HistoryBuffer:
         parts = [torch.bmm(xs, block.mT) for block in self.blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def is_finite(self) -> Bool[Tensor, "B 1"] | bool:
-        """Whether all numbers of a sample are finite; True for a history without rows."""
+    def is_finite(self) -> Bool[Tensor, "B 1"]:
+        """Whether all numbers of a sample are finite, for a history with rows."""
         parts = [block.isfinite().all(dim=2).all(dim=1, keepdim=True) for block in self.blocks]
-        return torch.cat(parts, dim=1).all(dim=1, keepdim=True) if parts else True
+        return torch.cat(parts, dim=1).all(dim=1, keepdim=True)
 
     def clear(self, mask: Bool[Tensor, "B 1"]) -> "HistoryBuffer":
         """The history with all rows of the samples in `mask` zero."""

@@ -166,7 +166,8 @@ class Multisecant(AbstractSolver[MultisecantState]):
 
         Where residuals are read late, pairs of a point that is not finite may be in it: it is lost then.
         """
-        state = self.restart(point, state, mask & ~(state.df.is_finite() & state.dr.is_finite()))
+        if state.pairs:
+            state = self.restart(point, state, mask & ~(state.df.is_finite() & state.dr.is_finite()))
         seen = mask & failed.fz.isfinite().all(dim=1, keepdim=True) & failed.z.isfinite().all(dim=1, keepdim=True)
         fz, r = torch.where(mask, point.fz, state.fz), torch.where(mask, point.r, state.r)
         fz, r = torch.where(seen, failed.fz, fz), torch.where(seen, failed.r, r)
