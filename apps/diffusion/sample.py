@@ -26,9 +26,9 @@ from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.serialization import to_plain
 from apps.diffusion.config.training import Backend
 from apps.diffusion.models.autoencoder import decode, digests
-from apps.diffusion.sampling.options import SamplingPlan, class_numbers, plan
+from apps.diffusion.sampling.options import MeasuredPlan, class_numbers, plan
 from apps.diffusion.sampling.output_folder import OutputFolder
-from apps.diffusion.sampling.sampler import Precision, sample
+from apps.diffusion.sampling.sampler import Precision, SamplingPlan, sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +123,16 @@ def run(request: Request) -> None:
     decoder, channels = opened.decoder(request.vae, device), opened.model.latent[0]
     if decoder is None and channels not in (1, 3):
         raise ValueError(f"This network generates latents of {channels} channels; name their VAE with --vae.")
-    options = {"defaults": opened.options, "curves": folder.read_curves(), "chunk": request.network_batch}
-    chosen = plan(opened.model, opened.scheduler, request.sampling, **options)
+    chosen = plan(
+        opened.model,
+        opened.scheduler,
+        request.sampling,
+        defaults=opened.options,
+        curves=folder.read_curves(),
+        chunk=request.network_batch,
+    )
     folder.write_or_check_settings(_settings(request, opened, classes, decoder) | _allocated(chosen))
-    if chosen.curves is not None:
+    if isinstance(chosen, MeasuredPlan):
         folder.write_curves(chosen.curves, _allocated(chosen)["allocated"])
     missing = folder.missing()
     mine = [i for i in missing if (i // request.network_batch) % world == rank]
@@ -173,9 +179,8 @@ def _settings(request: Request, opened: OpenedNetwork, classes: Sequence[int | N
 
 def _allocated(chosen: SamplingPlan) -> dict[str, Any]:
     """The iterations that follow from measured residuals, which another measurement may not repeat."""
-    if chosen.curves is None or chosen.solve is None or not isinstance(chosen.solve.iterations, Sequence):
-        return {}
-    return {"allocated": list(chosen.solve.iterations)}
+    counts = chosen.solve.iterations if isinstance(chosen, MeasuredPlan) and chosen.solve is not None else None
+    return {"allocated": list(counts)} if isinstance(counts, Sequence) else {}
 
 
 def _write(
@@ -192,13 +197,21 @@ def _write(
     """Sample this process's images in parts, and write each part at once."""
     if request.compile != "no":
         opened.model.compile_blocks(backend=request.compile)
-    arguments = {"seed": request.seed, "chunk": request.network_batch, "reproducible": request.reproducible}
-    arguments |= {"device": device, "precision": request.precision, **chosen.arguments()}
     wanted, interval = set(mine), 0.5 if sys.stderr.isatty() else 20
     with tqdm(total=len(mine), unit="img", desc="sampling", mininterval=interval, disable=not mine) as bar:
         for indices in _parts(mine, request):
             labels = [y for i in indices if (y := classes[i % len(classes)]) is not None] or None
-            result = sample(opened.model, indices, labels, **arguments)
+            result = sample(
+                opened.model,
+                indices,
+                labels,
+                plan=chosen,
+                seed=request.seed,
+                chunk=request.network_batch,
+                reproducible=request.reproducible,
+                device=device,
+                precision=request.precision,
+            )
             part = [i for i in indices if i in wanted]
             x = result.samples[[indices.index(i) for i in part]]
             images = x if decoder is None else decode(decoder, x)

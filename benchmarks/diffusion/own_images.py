@@ -93,7 +93,7 @@ def scored(run: Path, images: Path, classifiers: Classifiers, count: int) -> dic
     options = replace(PRESETS["folder-small"]().sampling, guidance=GUIDANCE)
     chosen = plan(opened.model, opened.scheduler, options, defaults=opened.options)
     labels = [i % len(SHAPES) for i in range(count)]
-    result = sample(opened.model, range(count), labels, seed=0, reproducible=False, chunk=60, **chosen.arguments())
+    result = sample(opened.model, range(count), labels, plan=chosen, seed=0, reproducible=False, chunk=60)
     progress = training_state.newest(run).progress
     return {
         "images": progress.images,

@@ -16,7 +16,7 @@ from apps.diffusion.config.training import Config, DataConfig, EMAConfig, Grad, 
 from apps.diffusion.data import TensorDataset
 from apps.diffusion.data import build as data
 from apps.diffusion.evaluation.digit_classifier import ImageScorer
-from apps.diffusion.sampling.sampler import Solve, sample
+from apps.diffusion.sampling.sampler import SamplingPlan, Solve, sample
 from apps.diffusion.schedulers import noise_schedule as schedule
 from apps.diffusion.schedulers.timesteps import timesteps
 from apps.diffusion.training.trainer import Trainer
@@ -161,10 +161,12 @@ def score(model: Any, config: Config, way: Way, count: int) -> dict[str, float]:
         model,
         range(count),
         labels,
+        plan=SamplingPlan(
+            scheduler=schedule.same_noise(schedule.scheduler_of(config), "ddim"),
+            timesteps=timesteps(way.steps),
+            solve=way.solve(model),
+        ),
         seed=config.seed,
-        scheduler=schedule.same_noise(schedule.scheduler_of(config), "ddim"),
-        timesteps=timesteps(way.steps),
-        solve=way.solve(model),
         chunk=100,
     )
     found = ruler.score(result.samples.clamp(-1, 1), torch.tensor(labels))

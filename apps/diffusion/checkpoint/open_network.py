@@ -30,6 +30,7 @@ from apps.diffusion.files import hashing
 from apps.diffusion.models.autoencoder import open_vae
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
+from apps.diffusion.sampling.keywords import pipeline_options
 from apps.diffusion.schedulers.noise_schedule import make_scheduler, scheduler_of
 
 Weights = Literal["ema", "model"]
@@ -132,17 +133,6 @@ def _of_pipeline(folder: Path) -> OpenedNetwork:
         classes=tuple(index.get("classes") or ()),
         digest=hashing.of_tensors(model.state_dict()),
     )
-
-
-def pipeline_options(values: dict[str, Any]) -> SamplingOptions:
-    """The sampling options of a pipeline, from its index: iterations as a number, reuse as a flag or a word."""
-    values = {name: value for name, value in values.items() if value is not None}
-    if "iterations" in values:
-        each = values["iterations"]
-        values["iterations"] = tuple(each) if isinstance(each, list | tuple) else (each,)
-    if isinstance(values.get("reuse"), bool):
-        values["reuse"] = "on" if values["reuse"] else "off"
-    return SamplingOptions(**values)
 
 
 def _of_model(folder: Path, prediction: Prediction | None, zero_snr: bool | None) -> OpenedNetwork:

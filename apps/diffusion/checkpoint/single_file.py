@@ -30,13 +30,15 @@ class _Module:
 
     Attributes:
         definitions: name -> text, in the order of the file; names of one statement share its text.
-        uses: name -> names that its statement mentions.
+        uses: name -> names that its statement needs when it runs.
+        types: name -> names in its annotations, which the file keeps as text.
         own: names imported from this package -> (module, name); the name is None for a module.
         other: names imported from elsewhere -> the import statement.
     """
 
     definitions: dict[str, str] = field(default_factory=dict)
     uses: dict[str, set[str]] = field(default_factory=dict)
+    types: dict[str, set[str]] = field(default_factory=dict)
     own: dict[str, tuple[str, str | None]] = field(default_factory=dict)
     other: dict[str, str] = field(default_factory=dict)
 
@@ -70,7 +72,7 @@ class _Collection:
     modules: dict[str, _Module] = field(default_factory=dict)
 
     def add(self, module: str, name: str) -> None:
-        """Add a name that `module` defines or imports, behind all that its definition mentions."""
+        """Add a name that `module` defines or imports, behind all that its definition needs."""
         if module not in self.modules:
             self.modules[module] = _read(module)
         found = self.modules[module]
@@ -84,6 +86,7 @@ class _Collection:
         elif name in found.other:
             self.imports.add(found.other[name])
         elif name in found.definitions and self._claim(name, module):
+            self.imports |= {found.other[used] for used in found.types[name] if used in found.other}
             for used in sorted(found.uses[name]):
                 head, _, attribute = used.partition(".")
                 self.add(module, head)
@@ -134,15 +137,16 @@ def _read(module: str) -> _Module:
         names = _names(node)
         if i + 1 < len(body) and _is_text(body[i + 1]):  # the description of an assignment
             end = body[i + 1].end_lineno or 0
-        words = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | _quoted(node)
+        types = [n for part in _annotations(node) for n in ast.walk(part)]
+        used = [n for n in ast.walk(node) if n not in types]
+        words = {n.id for n in used if isinstance(n, ast.Name)}
         words |= {
-            f"{n.value.id}.{n.attr}"
-            for n in ast.walk(node)
-            if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+            f"{n.value.id}.{n.attr}" for n in used if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
         }
         for name in names:
             found.definitions[name] = "".join(lines[start:end])
             found.uses[name] = words - {name}
+            found.types[name] = {n.id for n in types if isinstance(n, ast.Name)}
     return found
 
 
@@ -174,7 +178,12 @@ def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def _quoted(node: ast.stmt) -> set[str]:
-    """Names in quoted annotations, as of a class that is defined further down."""
-    texts = (n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str))
-    return {text for text in texts if text.isidentifier()}
+def _annotations(node: ast.stmt) -> list[ast.expr]:
+    """The annotations of arguments, results and attributes in a statement."""
+    found = []
+    for n in ast.walk(node):
+        if isinstance(n, ast.AnnAssign | ast.arg):
+            found.append(n.annotation)
+        elif isinstance(n, ast.FunctionDef):
+            found.append(n.returns)
+    return [part for part in found if part is not None]

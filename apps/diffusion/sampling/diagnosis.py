@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from apps.diffusion.models.fpdm import FPDM
-from apps.diffusion.sampling.options import SamplingPlan
-from apps.diffusion.sampling.sampler import sample
+from apps.diffusion.sampling.sampler import SamplingPlan, sample
 from implicit import AbstractSolver, Anderson, AndersonGS, Broyden, Diagnosis, NewtonKrylov, Picard, Stop, diagnose
 
 SOLVERS: tuple[AbstractSolver[Any], ...] = (Picard(), Anderson(), AndersonGS(), Broyden(), NewtonKrylov())
@@ -92,7 +91,7 @@ def diagnose_timesteps(
     calls: list[tuple[Tensor, ...]] = []
     handle = model.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
     try:
-        sample(model, range(num), labels, seed=seed, chunk=num, device=device, **plan.arguments())
+        sample(model, range(num), labels, plan=plan, seed=seed, chunk=num, device=device)
     finally:
         handle.remove()
     rows = []

@@ -41,6 +41,17 @@ def options_of(**given: Any) -> SamplingOptions:
         raise ValueError(error.spelled(keyword)) from None
 
 
+def pipeline_options(values: dict[str, Any]) -> SamplingOptions:
+    """The sampling options of a pipeline, from its index: iterations as a number, reuse as a flag or a word."""
+    values = {name: value for name, value in values.items() if value is not None}
+    if "iterations" in values:
+        each = values["iterations"]
+        values["iterations"] = tuple(each) if isinstance(each, list | tuple) else (each,)
+    if isinstance(values.get("reuse"), bool):
+        values["reuse"] = "on" if values["reuse"] else "off"
+    return SamplingOptions(**values)
+
+
 def keyword(name: str) -> str:
     """The keyword of a call for a sampling option."""
     return _KEYWORDS.get(name, name)

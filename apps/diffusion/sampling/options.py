@@ -9,7 +9,7 @@ import copy
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from apps.diffusion.config.sampling import OptionError, SamplingOptions
 from apps.diffusion.models.dit import DiT
@@ -18,29 +18,19 @@ from apps.diffusion.sampling import iteration_budget
 from apps.diffusion.sampling.guidance import Guidance
 from apps.diffusion.sampling.parallel import Parallel
 from apps.diffusion.sampling.residual_curves import ResidualCurves, measure
-from apps.diffusion.sampling.sampler import CHUNK, Solve
+from apps.diffusion.sampling.sampler import CHUNK, SamplingPlan, Solve
 from apps.diffusion.sampling.warm_start import Reuse, reuse_rule
-from apps.diffusion.schedulers import noise_schedule, timesteps
+from apps.diffusion.schedulers.noise_schedule import check_pair, same_noise
 from apps.diffusion.schedulers.reverse_step import Reverse
+from apps.diffusion.schedulers.timesteps import check_start, timesteps
 from implicit import Stop
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingPlan:
-    """What the options mean for one network: keyword arguments of `sampler.sample`, by these names."""
+class MeasuredPlan(SamplingPlan):
+    """A plan whose iterations were allocated by the residual curves `curves`."""
 
-    scheduler: Any
-    timesteps: tuple[int, ...]
-    eta: float
-    guidance: Guidance
-    solve: Solve | None
-    parallel: Parallel | None = None
-    curves: ResidualCurves | None = None
-    """By which iterations were allocated, with `allocation` measured; no argument of `sample`."""
-
-    def arguments(self) -> dict[str, Any]:
-        """The arguments by name."""
-        return {name: value for name, value in vars(self).items() if name != "curves"}
+    curves: ResidualCurves
 
 
 def plan(
@@ -54,7 +44,7 @@ def plan(
     curves: ResidualCurves | None = None,
     chunk: int = CHUNK,
 ) -> SamplingPlan:
-    """The arguments of `sampler.sample` for a network.
+    """How a network samples with these options.
 
     Args:
         model: the network.
@@ -72,7 +62,7 @@ def plan(
     """
     given = [*options.fixed_point_options(), *(["stop"] if stop is not None else [])]
     given += ["reuse"] if warm_start is not None and "reuse" not in given else []
-    if given and not isinstance(model, FPDM):
+    if given and not model.has_fixed_point:
         names = ", ".join(f"{{{i}}}" for i in range(len(given)))
         raise OptionError(f"A DiT has no fixed-point layer; leave out {names}, or use an FPDM.", *given)
     steps, options = options.steps, options.over(defaults)
@@ -86,15 +76,17 @@ def plan(
         scheduler = copy.deepcopy(scheduler)
         scheduler.register_to_config(timestep_spacing=options.spacing)
     if options.sampler is not None:
-        scheduler = noise_schedule.same_noise(scheduler, options.sampler)
+        scheduler = same_noise(scheduler, options.sampler)
     walk = options.timesteps or _timesteps(model, scheduler, options, guidance, steps)
     noise = scheduler.config
     zero_snr = bool(noise.get("rescale_betas_zero_snr"))
     if not options.timesteps:
-        noise_schedule.check_pair(noise["prediction_type"], zero_snr, noise["timestep_spacing"])
-    timesteps.check_start(walk, zero_snr, noise["num_train_timesteps"])
+        check_pair(noise["prediction_type"], zero_snr, noise["timestep_spacing"])
+    check_start(walk, zero_snr, noise["num_train_timesteps"])
     Reverse(scheduler, walk, eta=options.value("eta"))  # raises where they do not fit
-    solve = _solve(model, options, len(walk), guidance, stop, warm_start) if isinstance(model, FPDM) else None
+    solve = None
+    if model.has_fixed_point:
+        solve = _solve(cast("FPDM", model), options, len(walk), guidance, stop, warm_start)
     found = SamplingPlan(
         scheduler=scheduler,
         timesteps=walk,
@@ -105,8 +97,7 @@ def plan(
     )
     if solve is None or stop is not None or options.value("allocation") != "measured":
         return found
-    assert isinstance(model, FPDM)
-    return _measured(model, options, found, curves, chunk)
+    return _measured(cast("FPDM", model), options, found, curves, chunk)
 
 
 def _parallel(options: SamplingOptions) -> Parallel | None:
@@ -126,12 +117,19 @@ def _measured(
     total = sum(counts) if isinstance(counts, Sequence) else None  # None: a budget in seconds
     if curves is None or curves.timesteps != found.timesteps:
         each = 10 if total is None else -(-total // steps)
-        arguments = {name: value for name, value in found.arguments().items() if name != "parallel"}
-        curves = measure(model, iterations=max(8, 3 * each), chunk=chunk, **arguments)
+        curves = measure(model, replace(found, parallel=None), iterations=max(8, 3 * each), chunk=chunk)
     if total is None:
         total = curves.within_seconds(options.value("seconds"))
     solve = replace(found.solve, iterations=curves.allocate(total))
-    return replace(found, solve=solve, curves=curves)
+    return MeasuredPlan(
+        scheduler=found.scheduler,
+        timesteps=found.timesteps,
+        eta=found.eta,
+        guidance=found.guidance,
+        solve=solve,
+        parallel=found.parallel,
+        curves=curves,
+    )
 
 
 def _timesteps(
@@ -139,7 +137,7 @@ def _timesteps(
 ) -> tuple[int, ...]:
     """The timesteps by number and spacing; the number of a DiT may follow from a budget of block passes."""
     noise, steps, budget = scheduler.config, options.value("steps"), options.block_passes
-    if budget is not None and not isinstance(model, FPDM):
+    if budget is not None and not model.has_fixed_point:
         each = model.block_passes() * (2 if guidance.doubles else 1)
         if budget % each or not budget:
             raise OptionError(
@@ -150,7 +148,7 @@ def _timesteps(
             message = f"{{0}} = {budget} means {budget // each} timesteps; leave out {{1}}."
             raise OptionError(message, "block_passes", "steps")
         steps = budget // each
-    return timesteps.timesteps(steps, noise["timestep_spacing"], noise["num_train_timesteps"])
+    return timesteps(steps, noise["timestep_spacing"], noise["num_train_timesteps"])
 
 
 def _solve(

@@ -2,7 +2,7 @@
 
 A saved pipeline carries this class and all it uses as one file of code (checkpoint/single_file.py), so that
 `DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)` opens it where `implicit` is installed and this
-application is not. `FixedPointPipeline` is this class with every option of the sampling command.
+application is not. `FixedPointPipeline` is this class and opens more than such folders.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from diffusers.utils.outputs import BaseOutput
 from huggingface_hub import HfApi
 from torch import Tensor
 
+from apps.diffusion.config.sampling import Allocation, OptionError, ParallelSolver, Sampler, SamplingOptions
 from apps.diffusion.files.images import to_pil
 from apps.diffusion.models.autoencoder import decode
 from apps.diffusion.sampling.effort import Effort
-from apps.diffusion.sampling.guidance import Guidance
-from apps.diffusion.sampling.keywords import seed_of
-from apps.diffusion.sampling.options import as_integer, as_integers, labels_for
-from apps.diffusion.sampling.sampler import CHUNK, SampleResult, Solve, sample
-from apps.diffusion.sampling.warm_start import Reuse, reuse_rule
-from apps.diffusion.schedulers.timesteps import check_start, timesteps
+from apps.diffusion.sampling.keywords import keyword, options_of, pipeline_options, seed_of
+from apps.diffusion.sampling.options import as_integer, labels_for, plan
+from apps.diffusion.sampling.sampler import CHUNK, SamplingPlan, sample
+from apps.diffusion.sampling.warm_start import Reuse
+from implicit import AbstractSolver, Stop
 
 Output = Literal["pil", "np", "pt", "latent"]
 PIPELINE_CODE = "fixed_point_pipeline"
@@ -89,6 +89,11 @@ class SamplingPipeline(DiffusionPipeline):
             steps=steps, iterations=iterations, guidance=guidance, reuse=reuse, classes=list(classes or ()) or None
         )
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The options of a call that does not give them."""
+        return {name: self.config[name] for name in ("steps", "iterations", "guidance", "reuse")}
+
     @torch.no_grad()
     def __call__(
         self,
@@ -98,8 +103,21 @@ class SamplingPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         generator: torch.Generator | int | None = None,
         guidance_scale: float | None = None,
+        guidance_channels: int | None = None,
         iterations: int | Sequence[int] | None = None,
+        block_passes: int | None = None,
+        macs: float | None = None,
+        seconds: float | None = None,
+        allocation: Allocation | None = None,
+        stop: Stop | Sequence[Stop] | None = None,
+        solver: AbstractSolver[Any] | None = None,
         reuse: bool | str | Reuse | None = None,
+        timesteps: Sequence[int] | None = None,
+        sampler: Sampler | None = None,
+        eta: float | None = None,
+        parallel: bool | ParallelSolver | None = None,
+        parallel_rtol: float | None = None,
+        window: int | None = None,
         chunk: int | None = None,
         reproducible: bool = False,
         output_type: Output = "pil",
@@ -113,9 +131,24 @@ class SamplingPipeline(DiffusionPipeline):
             num_inference_steps: how many timesteps; None is the pipeline's own number.
             generator: a seed, or a torch generator, which then advances; None is a fresh seed.
             guidance_scale: of classifier-free guidance; 1 is none, None the pipeline's own.
+            guidance_channels: guide the first so many channels; None is all.
             iterations: of the fixed-point layer, at every timestep or one number for each; FPDM only.
+            block_passes: a budget of each image instead, in transformer blocks, spent exactly; FPDM only.
+            macs: a budget in multiply-accumulates instead; FPDM only.
+            allocation: how a budget, or iterations times the timesteps, is shared out from the noisiest timestep
+                on (sampling/iteration_budget.py); "measured" by residual curves (sampling/residual_curves.py).
+            seconds: a budget in seconds of this machine instead, with allocation "measured"; FPDM only.
+            stop: a stopping criterion instead, for all or for each timestep; FPDM only.
+            solver: solver of the fixed-point layer; FPDM only.
             reuse: start of each solve: False or "off", True or "on" (the previous timestep's solution), "blended",
-                "extrapolated", or a rule; None: the pipeline's default; FPDM only.
+                "extrapolated", "history" (and its solver state), or a rule; None: the pipeline's default; FPDM only.
+            timesteps: decreasing, instead of num_inference_steps and the scheduler's spacing.
+            sampler: another sampler than the pipeline's scheduler, by its name in the sampling command.
+            eta: stochasticity of DDIM, 0 to 1.
+            parallel: all timesteps at once as one fixed point, by "picard" iteration (True) or triangular
+                "anderson" acceleration; for ddim and ddpm (sampling/parallel.py).
+            parallel_rtol: relative tolerance of the trajectory; None: 1e-3.
+            window: timesteps solved for at once; None: all.
             chunk: images in one call of the network; None: 64, or 16 if reproducible.
             reproducible: the same bits whatever else is generated in a call, in chunks of one size, of which one image
                 costs a whole one.
@@ -123,66 +156,62 @@ class SamplingPipeline(DiffusionPipeline):
             return_dict: False gives (images,).
 
         Raises:
-            ValueError: labels that do not fit, guidance of an unconditional network, options of a fixed point for a
-                DiT, several generators.
+            ValueError: labels that do not fit, guidance of an unconditional network, impossible timesteps,
+                options of a fixed point for a DiT, several generators.
         """
-        model: Any = self.model
-        if not model.has_fixed_point and (iterations is not None or reuse is not None):
-            raise ValueError("A DiT has no fixed-point layer; leave out iterations and reuse.")
-        noise, default = self.scheduler.config, self.config
-        steps = as_integer("num_inference_steps", num_inference_steps or default["steps"], 1)
-        walk = timesteps(steps, noise["timestep_spacing"], noise["num_train_timesteps"])
-        check_start(walk, bool(noise.get("rescale_betas_zero_snr")), noise["num_train_timesteps"])
-        arguments: dict[str, Any] = {"scheduler": self.scheduler, "timesteps": walk}
-        scale = default["guidance"] if guidance_scale is None else guidance_scale
-        arguments["guidance"] = Guidance(scale=scale)
-        if model.has_fixed_point:
-            counts = default["iterations"] if iterations is None else iterations
-            each = None if counts is None else as_integers("iterations", counts, 1)
-            start = reuse_rule(default["reuse"] if reuse is None else reuse)
-            arguments["solve"] = Solve(iterations=each[0] if each and len(each) == 1 else each, reuse=start)
-        arguments |= {"chunk": chunk, "reproducible": reproducible}
-        return self._generate(class_labels, num_images, generator, arguments, output_type, return_dict)
-
-    def _generate(
-        self,
-        class_labels: Any,
-        num_images: int | None,
-        generator: torch.Generator | int | None,
-        arguments: dict[str, Any],
-        output_type: Output,
-        return_dict: bool,
-    ) -> FixedPointOutput | tuple[Any]:
-        """Images by the arguments of `sampler.sample`."""
-        model: Any = self.model
+        options = options_of(
+            steps=num_inference_steps,
+            timesteps=timesteps,
+            guidance=guidance_scale,
+            guidance_channels=guidance_channels,
+            iterations=iterations,
+            block_passes=block_passes,
+            macs=macs,
+            seconds=seconds,
+            allocation=allocation,
+            solver=solver,
+            reuse=reuse,
+            sampler=sampler,
+            eta=eta,
+            parallel=("picard" if parallel else None) if isinstance(parallel, bool) else parallel,
+            parallel_rtol=parallel_rtol,
+            window=window,
+        )
+        chosen = self._plan(options, stop, reuse if isinstance(reuse, Reuse) else None)
         if output_type not in get_args(Output):
             raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(get_args(Output))}.")
+        model: Any = self.model
         labels = labels_for(class_labels, num_images, model.num_classes, self.config["classes"] or ())
         total = len(labels) if labels is not None else as_integer("num_images", num_images or 1, 1)
+        chunk = (CHUNK if reproducible else 4 * CHUNK) if chunk is None else as_integer("chunk", chunk, 1)
         seed = seed_of(generator)
-        result = self._sampled(total, labels, arguments, seed)
+        bar_of: Any = self.progress_bar  # untyped: pyright takes it for a decorator
+        with bar_of(total=len(chosen.timesteps) * -(-total // chunk)) as bar:
+            result = sample(
+                model,
+                range(total),
+                labels,
+                plan=chosen,
+                seed=seed,
+                chunk=chunk,
+                reproducible=reproducible,
+                device=self._execution_device,
+                progress=lambda done, _: bar.update(done - bar.n),
+            )
         self.maybe_free_model_hooks()
         images = self._images(result.samples, output_type)
         return FixedPointOutput(images=images, effort=result.effort, seed=seed) if return_dict else (images,)
 
-    def _sampled(self, total: int, labels: list[int] | None, arguments: dict[str, Any], seed: int) -> SampleResult:
-        """Samples under the pipeline's progress bar."""
-        chunk = arguments.pop("chunk")
-        if chunk is None:
-            chunk = CHUNK if arguments["reproducible"] else 4 * CHUNK
-        chunk = as_integer("chunk", chunk, 1)
-        bar_of: Any = self.progress_bar  # untyped: pyright takes it for a decorator
-        with bar_of(total=len(arguments["timesteps"]) * -(-total // chunk)) as bar:
-            return sample(
-                self.model,
-                range(total),
-                labels,
-                seed=seed,
-                chunk=chunk,
-                device=self._execution_device,
-                progress=lambda done, _: bar.update(done - bar.n),
-                **arguments,
-            )
+    def _plan(self, options: SamplingOptions, stop: Stop | Sequence[Stop] | None, start: Reuse | None) -> SamplingPlan:
+        """What the options of a call mean, over the defaults of the pipeline."""
+        if stop is not None and options.given().keys() & {"iterations", "block_passes", "macs"}:
+            raise ValueError("stop excludes iterations, block_passes and macs; give one of them.")
+        model: Any = self.model
+        defaults = pipeline_options(self.defaults)
+        try:
+            return plan(model, self.scheduler, options, defaults=defaults, stop=stop, warm_start=start)
+        except OptionError as error:
+            raise ValueError(error.spelled(keyword)) from None
 
     def _images(self, x: Tensor, output_type: Output) -> Any:
         if output_type == "latent":

@@ -14,15 +14,13 @@ Where the curves fall convexly this is the greedy rule that gives the next itera
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from apps.diffusion.models.fpdm import FPDM
-from apps.diffusion.sampling.guidance import Guidance
-from apps.diffusion.sampling.sampler import CHUNK, Solve, sample
+from apps.diffusion.sampling.sampler import CHUNK, SamplingPlan, Solve, sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,34 +97,28 @@ class ResidualCurves:
 
 def measure(
     model: FPDM,
+    plan: SamplingPlan,
     *,
     iterations: int,
-    solve: Solve,
-    scheduler: Any,
-    timesteps: Sequence[int],
-    eta: float = 0.0,
-    guidance: Guidance | None = None,
     images: int = 8,
     seed: int = 0,
     chunk: int = CHUNK,
 ) -> ResidualCurves:
     """The residual curves of J = `iterations` iterations, by sampling images 0 ... `images` - 1 of the stream `seed`.
 
-    Classes are cycled through; solver and start of the solves are those of `solve`.
+    Classes are cycled through; all but the number of iterations is that of `plan`.
     """
+    labels = [i % model.num_classes for i in range(images)] if model.num_classes else None
+    own = plan.solve or Solve()
 
     def walk(count: int) -> Any:
-        labels = [i % model.num_classes for i in range(images)] if model.num_classes else None
+        solve = replace(own, iterations=count, stop=None, trace=True)
         return sample(
             model,
             range(images),
             labels,
+            plan=replace(plan, solve=solve),
             seed=seed,
-            scheduler=scheduler,
-            timesteps=timesteps,
-            eta=eta,
-            guidance=guidance,
-            solve=Solve(iterations=count, solver=solve.solver, reuse=solve.reuse, trace=True),
             chunk=chunk,
             reproducible=False,
             device=model.device,
@@ -137,7 +129,7 @@ def measure(
     rest = max(one.seconds / images - each, 0.0)
     curves = many.traces.double().mean(0).tolist()
     return ResidualCurves(
-        timesteps=tuple(timesteps),
+        timesteps=tuple(plan.timesteps),
         residuals=tuple(tuple(curve) for curve in curves),
         seconds=(rest, each),
         images=images,

@@ -14,7 +14,7 @@ otherwise than one of 3. Hence two modes:
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from apps.diffusion.sampling.guidance import Guidance
 from apps.diffusion.sampling.parallel import Parallel
 from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.reverse_step import Reverse, fresh_noise
-from implicit import AbstractSolver, Stop
+from implicit import AbstractSolver, Solution, Stop
 
 CHUNK = 16
 Precision = Literal["no", "bf16"]
@@ -90,11 +90,22 @@ class Solve:
         if self.iterations is not None and self.stop is not None:
             raise ValueError("Solve.iterations and Solve.stop were both given; give one of them.")
 
-    def at(self, k: int) -> dict[str, Any]:
-        """The options of the model's call at the k-th timestep."""
-        chosen = {"iterations": self.iterations, "stop": self.stop}
-        options = {name: v[k] if isinstance(v, Sequence) else v for name, v in chosen.items()}
-        return {**options, "solver": self.solver, "trace": self.trace}
+    def call(
+        self, model: Callable[..., Any], inputs: tuple[Any, ...], k: int, solutions: Sequence[Solution]
+    ) -> tuple[Tensor, Solution]:
+        """The prediction and the solution of an FPDM at the k-th timestep, after the last solutions, newest last."""
+        reuse = self.reuse or Reuse(share=0.0)
+        return model(
+            *inputs,
+            iterations=self.iterations[k] if isinstance(self.iterations, Sequence) else self.iterations,
+            stop=self.stop[k] if isinstance(self.stop, Sequence) else self.stop,
+            solver=self.solver,
+            start=reuse.start([solution.value for solution in solutions]),
+            state=solutions[-1].state if reuse.history and solutions else None,
+            keep_state=reuse.history,
+            trace=self.trace,
+            return_solution=True,
+        )
 
     def alike(self) -> "Solve":
         """The same for all timesteps at once.
@@ -118,19 +129,35 @@ class Solve:
                 raise ValueError(f"Solve.{name} has {len(value)} entries for {steps} timesteps; give one for each.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingPlan:
+    """How one network samples (made from options by `options.plan`).
+
+    Args:
+        scheduler: from `noise_schedule.make_scheduler`, or a diffusers scheduler that takes explicit timesteps.
+        timesteps: decreasing (`timesteps.timesteps`).
+        eta: DDIM's share of fresh noise.
+        guidance: classifier-free guidance; default: without.
+        solve: how an FPDM solves at each timestep; None: the model's own number of iterations.
+        parallel: solve for all timesteps at once (parallel.py); None: one after another.
+    """
+
+    scheduler: Any
+    timesteps: Sequence[int]
+    eta: float = 0.0
+    guidance: Guidance = field(default_factory=Guidance)
+    solve: Solve | None = None
+    parallel: Parallel | None = None
+
+
 @torch.no_grad()
 def sample(
     model: Callable[..., Any],
     indices: Sequence[int],
     labels: Int[Tensor, "N"] | Sequence[int] | None = None,
     *,
+    plan: SamplingPlan,
     seed: int,
-    scheduler: Any,
-    timesteps: Sequence[int],
-    eta: float = 0.0,
-    guidance: Guidance | None = None,
-    solve: Solve | None = None,
-    parallel: Parallel | None = None,
     shape: tuple[int, int, int] | None = None,
     chunk: int = CHUNK,
     reproducible: bool = True,
@@ -145,13 +172,8 @@ def sample(
         model: a DiT, an FPDM, or any function (x, t, y) -> prediction.
         indices: numbers of the samples, each >= 0, in any order.
         labels: (N,) one class for each; None for an unconditional model.
+        plan: scheduler, timesteps, guidance and solves.
         seed: of the stream.
-        scheduler: from `noise_schedule.make_scheduler`, or a diffusers scheduler that takes explicit timesteps.
-        timesteps: decreasing (`timesteps.timesteps`).
-        eta: DDIM's share of fresh noise.
-        guidance: classifier-free guidance; None: without.
-        solve: how an FPDM solves at each timestep; None: the model's own number of iterations.
-        parallel: solve for all timesteps at once (parallel.py); None: one after another.
         shape: (C, H, W) of a sample; None: the model's.
         chunk: samples in one call of the network (twice as many rows with guidance).
         reproducible: the same bits for every set of indices, by chunks of one size (see the top of this file).
@@ -162,27 +184,25 @@ def sample(
 
     Raises:
         ValueError: labels that do not fit the indices or the model, impossible timesteps, guidance without labels,
-            lists that are not as long as the timesteps, `solve` with a model that is neither FPDM nor DiT, `parallel`
-            with a scheduler or a solve that carries a state from step to step.
+            lists that are not as long as the timesteps, a solve with a model that is neither FPDM nor DiT, a parallel
+            plan with a scheduler or a solve that carries a state from step to step.
     """
     began = time.perf_counter()
-    if solve is not None and not hasattr(model, "has_fixed_point"):
+    if plan.solve is not None and not hasattr(model, "has_fixed_point"):
         raise ValueError(f"solve is for an FPDM, not for {type(model).__name__}; leave it out, or unwrap the model.")
-    solve = solve or Solve()
+    solve = plan.solve or Solve()
     walk = _Walk(
         model=model,
-        reverse=lambda: Reverse(scheduler, timesteps, eta=eta),
-        guidance=guidance or Guidance(),
-        solve=solve if parallel is None else solve.alike(),
-        parallel=parallel,
+        plan=plan,
+        solve=solve if plan.parallel is None else solve.alike(),
         shape=shape or model.latent,  # pyright: ignore[reportFunctionMemberAccess]
         device=torch.device(device),
         dtype=dtype,
         precision=precision,
     )
-    walk.solve.check(len(timesteps))
+    solve.check(len(plan.timesteps))
     labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
-    batches, steps = _batches(indices, labels, chunk, reproducible), len(timesteps)
+    batches, steps = _batches(indices, labels, chunk, reproducible), len(plan.timesteps)
     total, parts, ran = steps * len(batches), [], 0
     for number, batch in enumerate(batches):
         y = None if labels is None else batch.labels(labels)
@@ -253,10 +273,8 @@ class _Walk:
     """Everything that one batch needs on its way through the timesteps."""
 
     model: Callable[..., Any]
-    reverse: Callable[[], Reverse]
-    guidance: Guidance
+    plan: SamplingPlan
     solve: Solve
-    parallel: Parallel | None
     shape: tuple[int, int, int]
     device: torch.device
     dtype: torch.dtype
@@ -271,15 +289,16 @@ class _Walk:
         """Samples (B, C, H, W), evaluations (B, K), relative residuals (B, K), rows that went through the network
         (B,), rounds (B,) and traces (B, K, J) of one batch, on the CPU, and the evaluations made for all its rows.
         """
-        reverse = self.reverse()  # schedulers of several steps carry a state: each batch takes its own
-        record = EffortRecord(
-            batch=len(generators), steps=len(reverse.timesteps), rows=2 if self.guidance.doubles else 1
-        )
+        plan = self.plan
+        # schedulers of several steps carry a state: each batch takes its own
+        reverse = Reverse(plan.scheduler, plan.timesteps, eta=plan.eta)
+        rows = 2 if plan.guidance.doubles else 1
+        record = EffortRecord(batch=len(generators), steps=len(plan.timesteps), rows=rows)
         y = None if y is None else y.to(self.device)
         blank = torch.empty(len(generators), *self.shape, device=self.device, dtype=self.dtype)
         x = reverse.start(fresh_noise(blank, generators))
-        if self.parallel is None:
-            for k in range(len(reverse.timesteps)):
+        if plan.parallel is None:
+            for k in range(record.steps):
                 prediction = self._predict(reverse, range(k, k + 1), reverse.input(k, x).unsqueeze(1), y, record)[:, 0]
                 x = reverse.step(k, prediction, x, generators)
                 if tick:
@@ -287,7 +306,7 @@ class _Walk:
         else:
             drawn = [fresh_noise(x, generators) if reverse.adds_noise(k) else 0 * x for k in range(record.steps)]
             predict = partial(self._predict, reverse, y=y, record=record)
-            x = self.parallel.solve(predict, reverse, x, torch.stack(drawn, dim=1))
+            x = plan.parallel.solve(predict, reverse, x, torch.stack(drawn, dim=1))
             if tick:
                 tick(record.steps)
         return x.cpu(), *record.close()
@@ -299,18 +318,15 @@ class _Walk:
         times = torch.tensor([reverse.timesteps[k] for k in ks], device=self.device).repeat(len(x))
         y = None if y is None else y.repeat_interleave(len(ks))
         null_class = getattr(self.model, "null_class", None)
-        inputs = self.guidance.inputs(x.flatten(0, 1), times, y, null_class)
-        model_input = inputs[0].to(getattr(self.model, "dtype", x.dtype))
+        noisy, *rest = self.plan.guidance.inputs(x.flatten(0, 1), times, y, null_class)
+        inputs = (noisy.to(getattr(self.model, "dtype", x.dtype)), *rest)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             if getattr(self.model, "has_fixed_point", False):
-                options = self.solve.at(ks[0])
-                if self.solve.reuse is not None:
-                    options |= self.solve.reuse.options(record.solutions)
-                prediction, solution = self.model(model_input, *inputs[1:], **options, return_solution=True)
+                prediction, solution = self.solve.call(self.model, inputs, ks[0], record.solutions)
                 record.enter(ks, solution, keep=self.solve.reuse is not None)
             else:
-                prediction = self.model(model_input, *inputs[1:])
+                prediction = self.model(*inputs)
                 record.enter(ks, None)
         # guidance multiplies differences, so it is computed in the precision of x
-        guided = self.guidance.combine(prediction.to(x.dtype), self.shape[0])
+        guided = self.plan.guidance.combine(prediction.to(x.dtype), self.shape[0])
         return guided.unflatten(0, (len(x), len(ks)))

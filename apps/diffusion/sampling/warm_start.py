@@ -11,11 +11,8 @@ approximates (I - df/dz)^-1 at one timestep serve as the first approximation at 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
-
-from implicit import Solution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +36,6 @@ class Reuse:
         for name in ("share", "extrapolation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Reuse.{name}={getattr(self, name)} must lie in [0, 1].")
-
-    def options(self, solutions: Sequence[Solution]) -> dict[str, Any]:
-        """Options of an FPDM's call, given the last solutions, newest last."""
-        options: dict[str, Any] = {"start": self.start([solution.value for solution in solutions])}
-        if self.history:
-            options |= {"keep_state": True, "state": solutions[-1].state if solutions else None}
-        return options
 
     def start(self, solutions: Sequence[Tensor]) -> Tensor | Callable[[Tensor], Tensor] | None:
         """What an FPDM takes as `start`, given the last solutions, newest last (two are enough)."""

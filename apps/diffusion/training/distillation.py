@@ -26,7 +26,7 @@ from apps.diffusion.checkpoint.trained_run import read_config
 from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.config.training import Config, ModelConfig, NoiseSchedule
 from apps.diffusion.models.dit import DiT
-from apps.diffusion.training.loss import Loss, TrainingNoise
+from apps.diffusion.training.loss import Loss, TrainingNoise, TrainingSolve, predict
 from implicit import StochasticJFB
 
 _ITERATIONS = 5  # of the student in sampling
@@ -116,7 +116,7 @@ def distillation_loss(
     *,
     scheduler: DDPMScheduler,
     null_class: int | None,
-    **solve: Any,
+    solve: TrainingSolve | None = None,
 ) -> Loss:
     """The loss at the top of this file; arguments as those of `loss.loss`, with the network `teacher` to learn from."""
     if y is not None and null_class is not None:
@@ -124,7 +124,6 @@ def distillation_loss(
     noisy = scheduler.add_noise(x0, noise.noise, noise.t)  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
         target = teacher(noisy, noise.t, y)
-    answer = model(noisy, noise.t, y, **solve)
-    prediction, solution, *penalty = answer if isinstance(answer, tuple) else (answer, None)
+    prediction, solution, penalty = predict(model, noisy, noise.t, y, solve)
     error = (prediction.to(x0.dtype) - target.to(x0.dtype)).square().flatten(1).mean(1)
-    return Loss(total=error.mean() + sum(penalty), error=error.detach(), solution=solution)
+    return Loss(total=error.mean() + penalty, error=error.detach(), solution=solution)

@@ -26,9 +26,10 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from apps.diffusion.models.fpdm import Penalty, Start
 from apps.diffusion.schedulers.prediction import clean_and_noise
 from apps.diffusion.training.weighting import min_snr
-from implicit import Solution
+from implicit import AbstractGrad, AbstractSolver, Solution, Stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,17 @@ class TrainingNoise:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingSolve:
+    """How an FPDM solves its fixed point in a training step; the fields are arguments of `FPDM.forward`."""
+
+    solver: AbstractSolver[Any]
+    grad: AbstractGrad
+    stop: Stop
+    start: Start | None = None
+    penalty: Penalty | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loss:
     """The loss of a batch.
 
@@ -63,7 +75,7 @@ class Loss:
         total: scalar, with its graph; the objective.
         error: (B,) mean squared error of each sample, without a graph.
         bound: (B,) bits per value of the variational bound, without a graph; None unless the variance is learned.
-        solution: the fixed-point solve, with the model's `return_solution=True`.
+        solution: the fixed-point solve of an FPDM.
     """
 
     total: Tensor
@@ -81,7 +93,7 @@ def loss(
     scheduler: DDPMScheduler,
     null_class: int | None = None,
     gamma: float | None = None,
-    **solve: Any,
+    solve: TrainingSolve | None = None,
 ) -> Loss:
     """The training loss of `model` on clean latents `x0` with labels `y` (None: unconditional).
 
@@ -90,7 +102,7 @@ def loss(
         scheduler: noise schedule and prediction type (`noise_schedule.make_scheduler("ddpm")`).
         null_class: the label that replaces dropped ones; needed as soon as one is dropped.
         gamma: of the min-SNR weight; None gives all timesteps the weight 1. The variational bound is never weighted.
-        solve: passed on to the model: `grad`, `stop`, `solver`, `start`, `penalty`, `return_solution` of an FPDM.
+        solve: how an FPDM solves; None for any other model.
 
     Raises:
         ValueError: labels are to be dropped and there is no null class, or shapes do not fit.
@@ -103,8 +115,7 @@ def loss(
     elif y is not None and bool(noise.dropped.any()):
         raise ValueError("Labels are to be dropped, but null_class is None; give the model's null class.")
     noisy = scheduler.add_noise(x0, noise.noise, noise.t)  # pyright: ignore[reportArgumentType]
-    answer = model(noisy, noise.t, y, **solve)
-    prediction, solution, *penalty = answer if isinstance(answer, tuple) else (answer, None)
+    prediction, solution, penalty = predict(model, noisy, noise.t, y, solve)
     mean_part, variance_part = prediction[:, : x0.shape[1]], prediction[:, x0.shape[1] :]
     error = (mean_part.to(x0.dtype) - target(x0, noise, scheduler)).square().flatten(1).mean(1)
     weighted = error
@@ -115,8 +126,27 @@ def loss(
     if variance_part.shape[1]:
         bound = variational_bound(mean_part.detach(), variance_part, x0, noisy, noise.t, scheduler)
         total, bound = total + bound.mean(), bound.detach()
-    total = total + sum(penalty)
-    return Loss(total=total, error=error.detach(), bound=bound, solution=solution)
+    return Loss(total=total + penalty, error=error.detach(), bound=bound, solution=solution)
+
+
+def predict(
+    model: Callable[..., Any], noisy: Tensor, t: Tensor, y: Tensor | None, solve: TrainingSolve | None
+) -> tuple[Tensor, Solution | None, Tensor | float]:
+    """The prediction for noisy images, the fixed-point solve and the penalty; None and 0 without a solve."""
+    if solve is None:
+        return model(noisy, t, y), None, 0.0
+    prediction, solution, *penalty = model(
+        noisy,
+        t,
+        y,
+        solver=solve.solver,
+        grad=solve.grad,
+        stop=solve.stop,
+        start=solve.start,
+        penalty=solve.penalty,
+        return_solution=True,
+    )
+    return prediction, solution, sum(penalty)
 
 
 def target(x0: Tensor, noise: TrainingNoise, scheduler: DDPMScheduler) -> Tensor:

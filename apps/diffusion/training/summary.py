@@ -118,7 +118,6 @@ def draw_samples(
     chosen = plan(network, scheduler_of(config), SamplingOptions(), defaults=config.sampling_options())
     end, parts = time.monotonic() + limit, []
     chunk = CHUNK if network.device.type == "cpu" else 4 * CHUNK
-    options = {"seed": config.seed, "chunk": chunk, "device": network.device, **chosen.arguments()}
     total = -(-count // chunk) * len(chosen.timesteps)
     with tqdm(
         total=total, desc="sampling", unit="step", leave=False, mininterval=0.5 if sys.stderr.isatty() else 20
@@ -133,7 +132,18 @@ def draw_samples(
             for first in range(0, count, chunk):
                 numbers = range(first, min(first + chunk, count))
                 y = None if labels is None else labels[first : first + chunk]
-                parts.append(sample(network, numbers, y, progress=progress, **options))
+                parts.append(
+                    sample(
+                        network,
+                        numbers,
+                        y,
+                        plan=chosen,
+                        seed=config.seed,
+                        chunk=chunk,
+                        device=network.device,
+                        progress=progress,
+                    )
+                )
     return SampleResult.joined(parts) if parts else None
 
 

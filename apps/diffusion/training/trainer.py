@@ -200,12 +200,16 @@ class Trainer:
         return total, finite
 
     def _loss(self, x: Tensor, y: Tensor | None, noise: TrainingNoise) -> loss.Loss:
-        common = {"scheduler": self.scheduler, "null_class": self.null_class, **self._solve(noise)}
+        model, scheduler, null_class, solve = self.model, self.scheduler, self.null_class, self._solve(noise)
         gamma = self.config.loss.gamma if self.config.loss.weighting == "min_snr" else None
         with self.accelerator.autocast():
-            if self.teacher is not None:
-                return distillation_loss(self.model, self.teacher, x, y, noise, **common)
-            return loss.loss(self.model, x, y, noise, gamma=gamma, **common)
+            if self.teacher is None:
+                return loss.loss(
+                    model, x, y, noise, scheduler=scheduler, null_class=null_class, gamma=gamma, solve=solve
+                )
+            return distillation_loss(
+                model, self.teacher, x, y, noise, scheduler=scheduler, null_class=null_class, solve=solve
+            )
 
     def _batch(self) -> tuple[Tensor, Tensor | None, TrainingNoise]:
         """This process's part of the step: images (b, C, H, W), labels (b,), and their randomness, on the device."""
@@ -222,25 +226,20 @@ class Trainer:
         noise = training_noise(config, self.images.shape, self.progress.images, sampler.part, device)
         return x, y if self.images.num_classes else None, noise
 
-    def _solve(self, noise: TrainingNoise | None = None) -> dict[str, Any]:
-        """How this step solves the fixed point."""
-        if self.config.model.kind == "dit":
-            return {}
-        options: dict[str, Any] = {
-            "solver": self.config.solver,
-            "grad": self._estimator(),
-            "stop": self.config.stop,
-            "return_solution": True,
-        }
-        terms, seed = self.config.loss, self.config.seed
+    def _solve(self, noise: TrainingNoise) -> loss.TrainingSolve | None:
+        """How this step solves the fixed point; None for a DiT."""
+        config, terms, start, penalty = self.config, self.config.loss, None, None
+        if config.model.kind == "dit":
+            return None
         if terms.start_noise:
-            assert noise is not None and noise.positions is not None
-            options["start"] = NoisyStart(scale=terms.start_noise, seed=seed, positions=noise.positions)
+            assert noise.positions is not None
+            start = NoisyStart(scale=terms.start_noise, seed=config.seed, positions=noise.positions)
         if terms.residual or terms.jacobian or terms.early:
-            weights = {name: getattr(terms, name) for name in ("residual", "jacobian", "early")}
-            probes = generator(seed, Stream.PROBES, self.progress.images)
-            options["penalty"] = Penalties(**weights, generator=probes)
-        return options
+            probes = generator(config.seed, Stream.PROBES, self.progress.images)
+            penalty = Penalties(residual=terms.residual, jacobian=terms.jacobian, early=terms.early, generator=probes)
+        return loss.TrainingSolve(
+            solver=config.solver, grad=self._estimator(), stop=config.stop, start=start, penalty=penalty
+        )
 
     def _estimator(self) -> implicit.AbstractGrad:
         """The gradient estimator of this step; one that draws numbers takes a generator from (seed, images seen)."""

@@ -1,6 +1,10 @@
 """Small networks with drawn weights, batches for them, and what autograd stores."""
 
+from typing import Any
+
 import torch
+
+from apps.diffusion.sampling.sampler import SamplingPlan, sample
 
 
 def randomised(model, seed=0):
@@ -30,3 +34,9 @@ def saved_bytes(run):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         result = run()
     return sum(storages.values()), result
+
+
+def sample_by(model: Any, indices: Any, labels: Any = None, *, seed: int, **options: Any):
+    """`sample` with the fields of its plan among the options."""
+    fields = {name: options.pop(name) for name in SamplingPlan.__dataclass_fields__ if name in options}
+    return sample(model, indices, labels, plan=SamplingPlan(**fields), seed=seed, **options)

@@ -39,7 +39,7 @@ def test_radius_and_evaluations_are_those_of_the_layer_at_that_timestep():
     (row,) = rows
     calls = []
     handle = opened.model.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
-    sample(opened.model, [0, 1], [3, 5], seed=0, chunk=2, **chosen.arguments())
+    sample(opened.model, [0, 1], [3, 5], plan=chosen, seed=0, chunk=2)
     handle.remove()
     with torch.no_grad():
         f, z0, args = opened.model.fixed_point_problem(*calls[0])

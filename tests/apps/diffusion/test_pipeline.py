@@ -17,14 +17,14 @@ from apps.diffusion.data import digits
 from apps.diffusion.files.images import read
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.pipeline import FixedPointPipeline
-from apps.diffusion.sampling.sampler import Solve, sample
+from apps.diffusion.sampling.sampler import Solve
 from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from apps.diffusion.schedulers.timesteps import timesteps
 from apps.diffusion.training.trainer import Trainer
 from implicit import Anderson, Stop
 from tests.apps.diffusion import picture_files as pf
-from tests.apps.diffusion.small_models import randomised
+from tests.apps.diffusion.small_models import randomised, sample_by
 
 SMALL = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
 
@@ -93,7 +93,7 @@ def test_it_samples_as_the_sampler_does():
     pipe = pipeline()
     walk = timesteps(4)
     options = {"iterations": (4, 3, 2, 1), "solver": Anderson(memory=2)}
-    expected = sample(
+    expected = sample_by(
         pipe.model,
         range(3),
         [2, 2, 2],

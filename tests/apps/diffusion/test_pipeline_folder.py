@@ -22,14 +22,14 @@ from tests.apps.diffusion.small_models import randomised
 
 ROOT = Path(__file__).parents[3]
 OPEN = """
-import importlib.util, sys, warnings
+import importlib.util, json, sys, warnings
 import numpy
 sys.modules["apps"] = None  # an installation for development finds it; importing it fails now
 assert importlib.util.find_spec("implicit") is not None
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
-numpy.save(sys.argv[2], pipe([1, 3], generator=5, output_type="np").images)
+numpy.save(sys.argv[2], pipe([1, 3], generator=5, output_type="np", **json.loads(sys.argv[4])).images)
 DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)([1], generator=5)  # the code is executed again
 pipe.save_pretrained(sys.argv[3])
 """
@@ -43,13 +43,13 @@ def pipeline(kind="fpdm", **options) -> Any:
     return pipe
 
 
-def open_alone(tmp_path, source, **environment):
+def open_alone(tmp_path, source, call=None, **environment):
     """Images of the pipeline in `source`, by a process that finds `implicit` and not `apps`."""
     (tmp_path / "packages").mkdir()
     (tmp_path / "packages" / "implicit").symlink_to(ROOT / "implicit")
     variables = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     variables |= {"HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path / "packages"), "OMP_NUM_THREADS": "1"}
-    arguments = [str(source), str(tmp_path / "there.npy"), str(tmp_path / "again")]
+    arguments = [str(source), str(tmp_path / "there.npy"), str(tmp_path / "again"), json.dumps(call or {})]
     done = subprocess.run(
         [sys.executable, "-P", "-c", OPEN, *arguments],
         cwd=tmp_path,
@@ -67,17 +67,24 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize(("kind", "options"), [("fpdm", {"iterations": 4, "reuse": "blended"}), ("dit", {})])
-def test_a_folder_opens_without_this_application_and_gives_the_same_bits(tmp_path, kind, options):
+@pytest.mark.parametrize(
+    ("kind", "options", "call"),
+    [
+        ("fpdm", {"reuse": "blended"}, {"macs": 2e6, "allocation": "increasing"}),
+        ("fpdm", {}, {"sampler": "ddim", "iterations": 3, "parallel": "anderson"}),
+        ("dit", {}, {"sampler": "euler", "block_passes": 16}),
+    ],
+)
+def test_a_folder_opens_without_this_application_and_gives_the_same_bits(tmp_path, kind, options, call):
     pipe = pipeline(kind, **options)
     pipe.save_pretrained(tmp_path / "saved")
-    there = open_alone(tmp_path, tmp_path / "saved", HF_HUB_OFFLINE="1")
+    there = open_alone(tmp_path, tmp_path / "saved", call, HF_HUB_OFFLINE="1")
     assert there.shape == (2, 16, 16, 3)
-    assert np.array_equal(pipe([1, 3], generator=5, output_type="np").images, there)
+    assert np.array_equal(pipe([1, 3], generator=5, output_type="np", **call).images, there)
     first, again = files(tmp_path / "saved"), files(tmp_path / "again")
     assert {name for name in first if first[name] != again[name]} <= {"model/config.json", "vae/config.json"}
     ours: Any = FixedPointPipeline.from_pretrained(tmp_path / "again")
-    assert np.array_equal(ours([1, 3], generator=5, output_type="np").images, there)
+    assert np.array_equal(ours([1, 3], generator=5, output_type="np", **call).images, there)
 
 
 def test_a_pushed_repository_opens_without_this_application(tmp_path):
@@ -113,7 +120,7 @@ def test_one_file_holds_all_that_a_class_uses_and_imports_nothing_of_this_applic
     tree = ast.parse(single_file(f"apps.diffusion.{module}", name))
     imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert "implicit" in imported or name == "DiT"
-    assert not any(str(found).startswith("apps") for found in imported)
+    assert not any(str(found).split(".")[0] in ("apps", "tyro") for found in imported)
     defined = [n.name for n in tree.body if isinstance(n, ast.ClassDef | ast.FunctionDef)]
     assert name in defined and len(defined) == len(set(defined))
 

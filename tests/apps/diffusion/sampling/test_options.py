@@ -33,7 +33,7 @@ def plan(model, config, options):
 
 
 def draw(chosen, model, indices, labels, **options):
-    return sample(model, indices, labels, **chosen.arguments(), **options)
+    return sample(model, indices, labels, plan=chosen, **options)
 
 
 def samples(recipe, model=None, n=3):

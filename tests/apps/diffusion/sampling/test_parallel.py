@@ -8,13 +8,13 @@ import torch
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.sampling.guidance import Guidance
 from apps.diffusion.sampling.parallel import Parallel, TriangularAnderson
-from apps.diffusion.sampling.sampler import Solve, sample
+from apps.diffusion.sampling.sampler import Solve
 from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import make_scheduler, same_noise
 from apps.diffusion.schedulers.reverse_step import Reverse
 from apps.diffusion.schedulers.timesteps import timesteps
 from implicit import Stop, iterate
-from tests.apps.diffusion.small_models import randomised
+from tests.apps.diffusion.small_models import randomised, sample_by
 
 SMALL: dict[str, Any] = {"input_size": 4, "in_channels": 2, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
 STEPS = 16
@@ -48,8 +48,8 @@ def options(kind, scheduler="ddim", **change):
 def test_the_image_is_the_sequential_one(kind, scheduler, solver):
     model = network(kind).double()
     chosen = options(kind, scheduler, guidance=Guidance(scale=1.5))
-    sequential = sample(model, range(3), **chosen)
-    found = sample(model, range(3), parallel=Parallel(solver=solver, rtol=1e-9), **chosen)
+    sequential = sample_by(model, range(3), **chosen)
+    found = sample_by(model, range(3), parallel=Parallel(solver=solver, rtol=1e-9), **chosen)
     torch.testing.assert_close(found.samples, sequential.samples, rtol=1e-6, atol=1e-6)
     rounds = int(found.effort.rounds[0])
     assert rounds <= STEPS + 1 and sequential.effort.rounds.tolist() == [STEPS] * 3
@@ -62,26 +62,26 @@ def test_the_image_is_the_sequential_one(kind, scheduler, solver):
 @pytest.mark.parametrize("solver", ["picard", "anderson"])
 def test_a_loose_tolerance_takes_fewer_rounds_than_timesteps(solver):
     model, chosen = network("dit"), options("dit", timesteps=timesteps(40), dtype=torch.float32)
-    sequential = sample(model, range(3), **chosen)
-    found = sample(model, range(3), parallel=Parallel(solver=solver, rtol=1e-3), **chosen)
+    sequential = sample_by(model, range(3), **chosen)
+    found = sample_by(model, range(3), parallel=Parallel(solver=solver, rtol=1e-3), **chosen)
     assert int(found.effort.rounds[0]) < 20
     assert (found.samples - sequential.samples).norm() < 0.02 * sequential.samples.norm()
 
 
 def test_windows_follow_one_another():
     model, chosen = network("dit").double(), options("dit")
-    whole = sample(model, range(3), parallel=Parallel(rtol=1e-9), **chosen)
-    parts = sample(model, range(3), parallel=Parallel(rtol=1e-9, window=5), **chosen)
+    whole = sample_by(model, range(3), parallel=Parallel(rtol=1e-9), **chosen)
+    parts = sample_by(model, range(3), parallel=Parallel(rtol=1e-9, window=5), **chosen)
     torch.testing.assert_close(parts.samples, whole.samples, rtol=1e-6, atol=1e-6)
-    single = sample(model, range(3), parallel=Parallel(window=1), **chosen)
-    torch.testing.assert_close(single.samples, sample(model, range(3), **chosen).samples)
+    single = sample_by(model, range(3), parallel=Parallel(window=1), **chosen)
+    torch.testing.assert_close(single.samples, sample_by(model, range(3), **chosen).samples)
     assert int(single.effort.rounds[0]) >= STEPS
 
 
 def test_a_sample_depends_on_no_other():
     model, chosen = network("fpdm"), options("fpdm", dtype=torch.float32)
-    together = sample(model, range(3), parallel=Parallel(), **chosen).samples
-    alone = sample(model, [1], parallel=Parallel(), **chosen | {"labels": [2]}).samples
+    together = sample_by(model, range(3), parallel=Parallel(), **chosen).samples
+    alone = sample_by(model, [1], parallel=Parallel(), **chosen | {"labels": [2]}).samples
     # the weights of the mixture are solved for in batches of another size only where the chunk has another size
     torch.testing.assert_close(alone[0], together[1], rtol=1e-4, atol=1e-5)
 
@@ -133,4 +133,4 @@ def test_what_carries_a_state_over_timesteps_is_refused():
         ({"solve": Solve(iterations=tuple(range(1, STEPS + 1)))}, "iterations"),
     ):
         with pytest.raises(ValueError, match=word):
-            sample(model, range(3), parallel=Parallel(), **options("fpdm", dtype=torch.float32) | change)
+            sample_by(model, range(3), parallel=Parallel(), **options("fpdm", dtype=torch.float32) | change)

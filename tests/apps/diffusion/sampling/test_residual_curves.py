@@ -9,12 +9,12 @@ import torch
 
 from apps.diffusion.models import FPDM
 from apps.diffusion.sampling.residual_curves import ResidualCurves, measure
-from apps.diffusion.sampling.sampler import Solve, sample
+from apps.diffusion.sampling.sampler import SamplingPlan, Solve
 from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from apps.diffusion.schedulers.timesteps import timesteps
 from implicit import Anderson, Picard
-from tests.apps.diffusion.small_models import randomised
+from tests.apps.diffusion.small_models import randomised, sample_by
 
 
 def curves(table, seconds=(1.0, 0.5)):
@@ -67,8 +67,9 @@ def test_budgets_are_checked():
 def test_curves_are_the_residuals_of_sampling(tmp_path):
     model = network()
     options = {"scheduler": make_scheduler("ddim"), "timesteps": timesteps(3), "chunk": 4}
-    found = measure(model, iterations=5, solve=Solve(solver=Picard()), images=4, **options)
-    effort = sample(model, range(4), [0, 1, 2, 3], seed=0, solve=Solve(iterations=5), **options).effort
+    plan = SamplingPlan(scheduler=make_scheduler("ddim"), timesteps=timesteps(3), solve=Solve(solver=Picard()))
+    found = measure(model, plan, iterations=5, images=4, chunk=4)
+    effort = sample_by(model, range(4), [0, 1, 2, 3], seed=0, solve=Solve(iterations=5), **options).effort
     assert np.shape(found.residuals) == (3, 5) and found.timesteps == timesteps(3)
     np.testing.assert_allclose([curve[-1] for curve in found.residuals], effort.residuals.mean(0), rtol=1e-4)
     assert all(a > b for curve in found.residuals for a, b in itertools.pairwise(curve))
@@ -82,7 +83,7 @@ def test_history_is_carried_from_timestep_to_timestep():
 
     def residual(reuse, solver):
         solve = Solve(iterations=3, solver=solver, reuse=reuse)
-        return float(sample(model, range(4), [0, 1, 2, 3], solve=solve, **options).effort.residuals[:, 1:].mean())
+        return float(sample_by(model, range(4), [0, 1, 2, 3], solve=solve, **options).effort.residuals[:, 1:].mean())
 
     value, history = residual(Reuse(), Anderson(3)), residual(Reuse(history=True), Anderson(3))
     assert history < value

@@ -15,12 +15,12 @@ import torch
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.rng import Stream, generator
 from apps.diffusion.sampling.guidance import Guidance
-from apps.diffusion.sampling.sampler import Solve, cost, sample
+from apps.diffusion.sampling.sampler import Solve, cost
 from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import SAMPLERS, make_scheduler, same_noise
 from apps.diffusion.schedulers.timesteps import timesteps
 from implicit import Anderson, Stop
-from tests.apps.diffusion.small_models import randomised
+from tests.apps.diffusion.small_models import randomised, sample_by
 
 SHAPE = (1, 2, 2)
 SPREAD = np.array([0.1, 0.5, 1.0, 2.0])  # standard deviations along the eigenvectors
@@ -93,7 +93,7 @@ def test_gaussian_data_sample_by_sample(kind, eta, array):
     scheduler = make_scheduler(kind)
     gaussian = Gaussian(scheduler)
     options = {"eta": eta} if kind == "ddim" else {}
-    result = sample(
+    result = sample_by(
         gaussian, range(9), seed=3, scheduler=scheduler, timesteps=array, shape=SHAPE, dtype=torch.float64, **options
     )
     expected = by_hand(gaussian, array, drawn(9, len(array), 3), eta)
@@ -111,7 +111,7 @@ def test_many_deterministic_steps_are_the_exact_map(kind):
     for steps in (20, 100, 500):
         scheduler = make_scheduler(kind)
         gaussian = Gaussian(make_scheduler("ddim"))
-        result = sample(
+        result = sample_by(
             gaussian,
             range(16),
             seed=0,
@@ -149,7 +149,7 @@ def test_mean_and_covariance_are_those_of_the_data(kind):
     scheduler = make_scheduler(kind)
     gaussian = Gaussian(make_scheduler("ddim"))
     n = 2048
-    result = sample(
+    result = sample_by(
         gaussian,
         range(n),
         seed=1,
@@ -170,8 +170,8 @@ def test_guidance_on_gaussian_data_moves_the_mean_as_the_formula_says():
     scheduler = make_scheduler("ddim")
     gaussian = Gaussian(scheduler)
     options = {"seed": 2, "scheduler": scheduler, "timesteps": timesteps(10), "shape": SHAPE, "dtype": torch.float64}
-    guided = sample(gaussian, range(4), [1] * 4, guidance=Guidance(scale=3.0), **options).samples
-    plain = {label: sample(gaussian, range(4), [label] * 4, **options).samples for label in (1, 5)}
+    guided = sample_by(gaussian, range(4), [1] * 4, guidance=Guidance(scale=3.0), **options).samples
+    plain = {label: sample_by(gaussian, range(4), [label] * 4, **options).samples for label in (1, 5)}
     torch.testing.assert_close(guided, plain[5] + 3.0 * (plain[1] - plain[5]), rtol=1e-9, atol=1e-9)
 
 
@@ -198,11 +198,11 @@ def test_the_same_bits_however_samples_are_asked_for(case, kind):
     model = tiny(iterations=3)
     labels = [i % 10 for i in range(21)]
     options = {"seed": 7, "scheduler": make_scheduler(kind), "timesteps": timesteps(5), "chunk": 8, **CASES[case]}
-    whole = sample(model, range(21), labels, **options)
+    whole = sample_by(model, range(21), labels, **options)
     assert whole.samples.shape == (21, 2, 4, 4) and not whole.samples.requires_grad
     assert whole.samples.flatten(1).std(0).min() > 1e-2
     for indices in ([0], [20, 3, 11], list(range(5, 17))):
-        part: Any = sample(model, indices, [labels[i] for i in indices], **options)
+        part: Any = sample_by(model, indices, [labels[i] for i in indices], **options)
         assert torch.equal(part.samples, whole.samples[indices])
         assert torch.equal(part.effort.evaluations, whole.effort.evaluations[indices])
         assert part.indices == tuple(indices) and part.labels.tolist() == [labels[i] for i in indices]
@@ -211,18 +211,21 @@ def test_the_same_bits_however_samples_are_asked_for(case, kind):
 def test_seed_index_and_label_all_matter():
     model = tiny(DiT, depth=2)
     options = {"scheduler": make_scheduler("ddim"), "timesteps": timesteps(3), "chunk": 4}
-    base = sample(model, [0, 1], [3, 3], seed=0, **options).samples
+    base = sample_by(model, [0, 1], [3, 3], seed=0, **options).samples
     assert not torch.equal(base[0], base[1])
-    for other in (sample(model, [0, 1], [3, 3], seed=1, **options), sample(model, [0, 1], [4, 4], seed=0, **options)):
+    for other in (
+        sample_by(model, [0, 1], [3, 3], seed=1, **options),
+        sample_by(model, [0, 1], [4, 4], seed=0, **options),
+    ):
         assert (other.samples - base).flatten(1).abs().amax(1).min() > 1e-3
 
 
 def test_unconditional_sampling():
     model = tiny(num_classes=0)
-    result = sample(model, range(3), seed=0, scheduler=make_scheduler("ddim"), timesteps=timesteps(3), chunk=4)
+    result = sample_by(model, range(3), seed=0, scheduler=make_scheduler("ddim"), timesteps=timesteps(3), chunk=4)
     assert result.labels is None and result.samples.isfinite().all()
     with pytest.raises(ValueError, match="conditional"):
-        sample(
+        sample_by(
             model,
             range(3),
             seed=0,
@@ -252,7 +255,7 @@ def test_reuse_starts_from_the_solutions_before():
             a, b = abar[t], abar[array[k + 1]] if k < 2 else torch.ones(())
             x0, eps = a.sqrt() * x - (1 - a).sqrt() * v, a.sqrt() * v + (1 - a).sqrt() * x
             x = b.sqrt() * x0 + (1 - b).sqrt() * eps
-        result = sample(model, [0, 1], [1, 2], solve=Solve(iterations=1, reuse=reuse), **options)
+        result = sample_by(model, [0, 1], [1, 2], solve=Solve(iterations=1, reuse=reuse), **options)
         torch.testing.assert_close(result.samples, x, rtol=1e-9, atol=1e-9)
 
 
@@ -261,11 +264,11 @@ def test_reuse_makes_one_iteration_as_good_as_many():
     model = tiny()
     options = {"seed": 0, "scheduler": make_scheduler("ddim"), "timesteps": timesteps(25), "chunk": 8}
     solves = (Solve(iterations=40), Solve(iterations=1), Solve(iterations=1, reuse=Reuse()))
-    exact, fresh, reused = (sample(model, range(8), [0] * 8, solve=s, **options).samples for s in solves)
+    exact, fresh, reused = (sample_by(model, range(8), [0] * 8, solve=s, **options).samples for s in solves)
     assert (reused - exact).norm() < 0.5 * (fresh - exact).norm()
 
 
-@pytest.mark.parametrize("guidance", [None, Guidance(scale=2.0)])
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(scale=2.0)])
 @pytest.mark.parametrize("kind", [FPDM, DiT])
 def test_the_effort_is_what_hooks_count(kind, guidance):
     model = tiny(kind, **({"depth": 3} if kind is DiT else {"pre": 2}))
@@ -280,7 +283,7 @@ def test_the_effort_is_what_hooks_count(kind, guidance):
             if name.startswith("block_fixed_point"):
                 module.register_forward_hook(count("layer"))
     solve = Solve(iterations=(5, 3, 1)) if kind is FPDM else None
-    effort = sample(
+    effort = sample_by(
         model,
         range(8),
         [0] * 8,
@@ -293,7 +296,7 @@ def test_the_effort_is_what_hooks_count(kind, guidance):
     ).effort
     assert effort.block_passes.sum() == rows["blocks"]
     assert effort.evaluations.sum() == rows["layer"]
-    doubled = 2 if guidance else 1
+    doubled = 2 if guidance.doubles else 1
     spent = [model.macs(k) for k in (5, 3, 1)] if kind is FPDM else [model.macs()] * 3
     assert effort.macs.tolist() == [doubled * sum(spent)] * 8
     assert effort.evaluations.tolist() == [[k * doubled for k in ((5, 3, 1) if kind is FPDM else (0, 0, 0))]] * 8
@@ -305,7 +308,7 @@ def test_the_effort_is_what_hooks_count(kind, guidance):
 def test_a_tolerance_per_timestep_is_met_by_each_sample():
     model = tiny()
     stops = tuple(Stop(rtol=r, atol=0, max_evals=100) for r in (1e-1, 1e-3, 1e-5))
-    effort = sample(
+    effort = sample_by(
         model,
         range(6),
         [0] * 6,
@@ -324,7 +327,7 @@ def test_a_tolerance_per_timestep_is_met_by_each_sample():
 def test_progress_is_told():
     seen = []
     model = tiny(DiT, depth=1)
-    sample(
+    sample_by(
         model,
         range(5),
         [0] * 5,
@@ -352,14 +355,14 @@ def test_bad_requests_are_refused():
     ]
     for arguments, change, words in bad:
         with pytest.raises(ValueError, match=words):
-            sample(model, *arguments, **options | change)
+            sample_by(model, *arguments, **options | change)
     with pytest.raises(ValueError, match="give one of them"):
         Solve(iterations=3, stop=Stop())
     for change in ({"share": 1.5}, {"extrapolation": -0.1}):
         with pytest.raises(ValueError, match="Reuse"):
             Reuse(**change)
     with pytest.raises(ValueError, match="unwrap"):
-        sample(lambda x, t, y: x, [0], solve=Solve(iterations=2), shape=SHAPE, **options)
+        sample_by(lambda x, t, y: x, [0], solve=Solve(iterations=2), shape=SHAPE, **options)
 
 
 @pytest.mark.parametrize("zero_snr", [True, False])
@@ -373,7 +376,7 @@ def test_every_sampler_brings_gaussian_data(name, zero_snr):
         return
     gaussian, n, array = Gaussian(base), 256, timesteps(100 if name == "lms" else 200)
     options = {"seed": 5, "scheduler": same_noise(base, name), "shape": SHAPE, "chunk": n, "dtype": torch.float64}
-    x = sample(gaussian, range(n), timesteps=array, **options).samples.flatten(1)
+    x = sample_by(gaussian, range(n), timesteps=array, **options).samples.flatten(1)
     if name not in ("ddpm", "euler-ancestral"):
         error = (x - exact_map(gaussian, drawn(n, 0, 5)[:, 0])).abs().max()
         assert error < (0.07 if name in ("ddim", "euler") else 0.03)  # first order, second order
@@ -388,7 +391,7 @@ def test_precision_and_compilation_change_rounding_alone(network):
     options = {"seed": 2, "scheduler": make_scheduler("ddim"), "timesteps": timesteps(4), "chunk": 4}
 
     def samples(**more):
-        return sample(model, range(4), [0, 1, 2, 3], **options, **more)
+        return sample_by(model, range(4), [0, 1, 2, 3], **options, **more)
 
     plain, half = samples(), samples(precision="bf16")
     assert half.samples.dtype == torch.float32 and not torch.equal(half.samples, plain.samples)
@@ -404,12 +407,14 @@ def test_requested_samples_alone_agree_to_rounding():
     model = randomised(FPDM(**TINY)).eval()
     options = {"seed": 4, "scheduler": make_scheduler("ddpm"), "timesteps": timesteps(3)}
     indices, labels = [9, 2, 30, 31, 5], [0, 1, 2, 3, 4]
-    whole = sample(model, indices, labels, chunk=8, **options)
-    apart = sample(model, indices, labels, chunk=2, reproducible=False, **options)
+    whole = sample_by(model, indices, labels, chunk=8, **options)
+    apart = sample_by(model, indices, labels, chunk=2, reproducible=False, **options)
     torch.testing.assert_close(apart.samples, whole.samples, rtol=1e-4, atol=1e-4)
     per_image = int(whole.effort.block_passes[0])
     assert (apart.effort.computed, whole.effort.computed) == (5 * per_image, 3 * 8 * per_image)
-    parts = [sample(model, indices[k:][:2], labels[k:][:2], chunk=2, reproducible=False, **options) for k in (0, 2, 4)]
+    parts = [
+        sample_by(model, indices[k:][:2], labels[k:][:2], chunk=2, reproducible=False, **options) for k in (0, 2, 4)
+    ]
     joined = type(whole).joined(parts)
     assert torch.equal(joined.samples, apart.samples) and joined.indices == tuple(indices)
     assert torch.equal(joined.effort.block_passes, apart.effort.block_passes)

@@ -15,8 +15,9 @@ from apps.diffusion.data import digits
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from apps.diffusion.training.distillation import distillation_loss, open_teacher, student_config
-from apps.diffusion.training.loss import TrainingNoise
+from apps.diffusion.training.loss import TrainingNoise, TrainingSolve
 from apps.diffusion.training.trainer import Trainer
+from implicit import Picard, Stop, Unrolled
 from tests.apps.diffusion.small_models import randomised
 
 DIGITS = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "num_heads": 2, "num_classes": 10}
@@ -47,7 +48,8 @@ def test_the_loss_is_the_distance_of_the_predictions():
     x, y, scheduler = torch.rand(3, 2, 8, 8) * 2 - 1, torch.tensor([0, 1, 2]), make_scheduler("ddpm")
     drawn = noise(x.shape)
     common = {"scheduler": scheduler, "null_class": 4}
-    found = distillation_loss(student, teacher, x, y, drawn, **common, iterations=3)
+    solve = TrainingSolve(solver=Picard(), grad=Unrolled(), stop=Stop(rtol=0.0, atol=0.0, max_evals=3))
+    found = distillation_loss(student, teacher, x, y, drawn, **common, solve=solve)
     abar = scheduler.alphas_cumprod[drawn.t].view(-1, 1, 1, 1)
     noisy, labels = abar.sqrt() * x + (1 - abar).sqrt() * drawn.noise, torch.tensor([0, 4, 2])
     difference = student(noisy, drawn.t, labels, iterations=3) - teacher(noisy, drawn.t, labels)

@@ -6,8 +6,8 @@ from torch.distributions import Normal, kl_divergence
 
 from apps.diffusion.models import FPDM
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
-from apps.diffusion.training.loss import TrainingNoise, loss
-from implicit import JFB
+from apps.diffusion.training.loss import TrainingNoise, TrainingSolve, loss
+from implicit import JFB, Picard, Stop
 from tests.apps.diffusion.small_models import randomised
 
 
@@ -132,10 +132,12 @@ def test_an_fpdm_is_trained_through_its_estimator_and_gives_its_solve_back():
     model = randomised(FPDM(input_size=4, in_channels=2, hidden_size=32, num_heads=4, num_classes=10))
     x0, draw = clean().float(), a_draw()
     draw = TrainingNoise(noise=draw.noise.float(), t=draw.t, dropped=draw.t > 500)
-    options = {"grad": JFB(), "iterations": 3, "return_solution": True}
-    result = loss(model, x0, torch.arange(6), draw, scheduler=make_scheduler(), null_class=model.null_class, **options)
+    solve = TrainingSolve(solver=Picard(), grad=JFB(), stop=Stop(rtol=0.0, atol=0.0, max_evals=3))
+    result = loss(
+        model, x0, torch.arange(6), draw, scheduler=make_scheduler(), null_class=model.null_class, solve=solve
+    )
     result.total.backward()
     assert result.solution.evals.tolist() == [4] * 6
     assert all(p.grad is not None for p in model.parameters())
-    again = loss(model, x0, torch.arange(6), draw, scheduler=make_scheduler(), null_class=model.null_class, **options)
+    again = loss(model, x0, torch.arange(6), draw, scheduler=make_scheduler(), null_class=model.null_class, solve=solve)
     assert torch.equal(result.total, again.total)

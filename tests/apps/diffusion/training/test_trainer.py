@@ -105,7 +105,7 @@ def test_draws_of_n_and_m_belong_to_the_step():
     trainer, _ = trained(steps=0)
 
     def draws():
-        return [trainer._solve()["grad"].draw() for _ in range(3)]  # one for each of three parts
+        return [trainer._estimator().draw() for _ in range(3)]  # one for each of three parts
 
     first = draws()
     assert len(set(first)) == 1

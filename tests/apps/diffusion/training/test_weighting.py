@@ -71,8 +71,19 @@ def test_the_loss_is_the_weighted_mean_of_the_errors():
     made = trainer(loss=LossConfig(weighting="min_snr", gamma=2.0))
     x, y, noise = made._batch()
     model = made.accelerator.unwrap_model(made.model)
-    options = {"scheduler": made.scheduler, "null_class": made.null_class, "iterations": 2}
-    plain, weighted = loss(model, x, y, noise, **options), loss(model, x, y, noise, gamma=2.0, **options)
+    plain, weighted = (
+        loss(
+            model,
+            x,
+            y,
+            noise,
+            scheduler=made.scheduler,
+            null_class=made.null_class,
+            gamma=gamma,
+            solve=made._solve(noise),
+        )
+        for gamma in (None, 2.0)
+    )
     w = min_snr(made.scheduler.alphas_cumprod[noise.t], "v_prediction", 2.0)
     assert torch.equal(plain.error, weighted.error)
     assert weighted.total.item() == pytest.approx((w * plain.error).mean().item(), rel=1e-5)
