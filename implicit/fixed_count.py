@@ -22,7 +22,7 @@ from implicit.evaluation import FlatMap
 from implicit.options import Fold, SolveOptions
 from implicit.progress import Report, progress_callback
 from implicit.pytree import Flat, Layout, State, map_tensors, to_device, to_host, validate_warm_start
-from implicit.recomputation import SameValue
+from implicit.recomputation import SameValue, Segments
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, Point
 from implicit.stopping import Criterion, Stop, classify_count
@@ -45,31 +45,36 @@ def begin(solver: AbstractSolver[Any], point: Point, options: SolveOptions) -> A
 
 
 def fixed_count(
-    f: FlatMap, z0: State, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions, segment: int
+    f: FlatMap, z0: State, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions, segments: Segments | None
 ) -> Solution:
-    """`stop.max_evals` evaluations; with a `segment`, autograd keeps what there was at every such evaluation alone."""
+    """`stop.max_evals` evaluations; with `segments`, autograd keeps what there was at the end of each alone."""
     criterion, fold = Criterion(stop, f.layout), options.fold()
     if not options.observed:
-        return _evaluations(f, z0, solver, options, segment, _Observer(criterion, None, fold))
+        return _evaluations(f, z0, solver, options, segments, _Observer(criterion, None, fold))
     with progress_callback(options, stop) as callback:
-        return _evaluations(f, z0, solver, options, segment, _Observer(criterion, callback, fold))
+        return _evaluations(f, z0, solver, options, segments, _Observer(criterion, callback, fold))
 
 
 def _evaluations(
-    f: FlatMap, z0: State, solver: AbstractSolver[Any], options: SolveOptions, segment: int, observer: "_Observer"
+    f: FlatMap,
+    z0: State,
+    solver: AbstractSolver[Any],
+    options: SolveOptions,
+    segments: Segments | None,
+    observer: "_Observer",
 ) -> Solution:
     point = f.evaluate(f.layout.pack(z0))
     began = _finite(point)
     at, state = _Position(point, ~began), begin(solver, point, options)
     observer(at, f)
     del point  # one state less
-    while f.remaining > 0 and not segment:  # not a function: its caller would hold the first point and state
+    while f.remaining > 0 and segments is None:  # not a function: its caller would hold the first point and state
         z, tangent, state = solver.step(at.point, state)
         at = _next(f, z, tangent, at, bool(solver.patience))
         observer(at, f)
         del z, tangent  # the point has a copy
-    while f.remaining > 0:
-        at, state = _checkpointed(f, solver, min(f.remaining, segment), at, state)
+    while segments is not None and f.remaining > 0:
+        at, state = _checkpointed(f, solver, segments, at, state)
     return _solution(f, at, began, state if options.keep_state else None, observer, options)
 
 
@@ -122,10 +127,11 @@ def _finite(point: Point) -> Bool[Tensor, "B 1"]:
 
 
 def _checkpointed(
-    f: FlatMap, solver: AbstractSolver[Any], evals: int, at: _Position, state: Any
+    f: FlatMap, solver: AbstractSolver[Any], segments: Segments, at: _Position, state: Any
 ) -> tuple[_Position, Any]:
-    """`evals` evaluations of which autograd keeps the input alone; the values of a second run are compared."""
-    run = SameValue(partial(_segment, f, solver, evals, f.calls), parts=2)
+    """A segment, of which autograd keeps the input alone; the values of a second run are compared."""
+    part = partial(_segment, f, solver, min(f.remaining, segments.length), f.calls)
+    run = SameValue(segments.compare(part) if f.calls == 1 else part, parts=2)
     point = at.point
     with set_checkpoint_early_stop(False):  # the values are compared
         z, fz, product, failed, state, f.calls, f.repeats = checkpoint(

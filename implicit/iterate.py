@@ -29,6 +29,7 @@ from implicit.fixed_count import begin, fixed_count
 from implicit.options import SolveOptions
 from implicit.progress import progress_callback
 from implicit.pytree import Flat, Layout, Map, State, leaves, map_tensors, to_device
+from implicit.recomputation import Segments
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, Point
 from implicit.solvers.newton_krylov import NewtonKrylov
@@ -49,7 +50,7 @@ def iterate(
     args: tuple[Any, ...] = (),
     options: SolveOptions = SolveOptions(),
     image: bool = False,
-    segment: int = 0,
+    segments: Segments | None = None,
 ) -> Solution:
     """Solve z = f(z, *args) with `solver` until every sample meets the tolerance of `stop`.
 
@@ -61,8 +62,8 @@ def iterate(
         args: passed on to f.
         options: batch dimensions, warm start, compaction and what to record.
         image: return f(z) in place of z, wherever f(z) is no worse by the tolerance.
-        segment: without a tolerance, keep for autograd what there was at every `segment`-th evaluation alone, and run
-            those between again in the backward pass; 0 keeps all.
+        segments: without a tolerance, keep for autograd what there was at the end of each segment alone, and run the
+            segments again in the backward pass; None keeps all.
 
     Raises:
         ValueError: f changes the shape, dtype, device or structure of the state or writes into it, or the state is
@@ -77,7 +78,7 @@ def iterate(
                 "stop=Stop(rtol=0, atol=0, max_evals=n)."
             )
         return _until(counted, z0, solver, stop, options, image)
-    return fixed_count(counted, z0, solver, stop, options, segment)
+    return fixed_count(counted, z0, solver, stop, options, segments)
 
 
 @not_compiled

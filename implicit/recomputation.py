@@ -6,6 +6,7 @@ norm alone does not tell rows apart that a normalization layer has made.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +37,19 @@ def require_same_image(again: Tensor, recorded: Tensor, eps: float) -> None:
         allowed = _ROUNDING * max(eps, torch.finfo(recorded.dtype).eps) * recorded[:, :1]
         if bool(((now - recorded).abs() > allowed).any()):
             raise RuntimeError(CHANGED)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Runs of evaluations of which autograd keeps the input alone.
+
+    Attributes:
+        length: evaluations of a segment.
+        compare: from the first segment, a function that compares what a second run of it reads with the first run.
+    """
+
+    length: int
+    compare: Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class SameValue:

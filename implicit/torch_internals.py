@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -170,6 +171,32 @@ def put_saved_tensor_hooks(hooks: Hooks) -> None:
     """Switch the hooks on again (`_push_saved_tensors_default_hooks`, 2.13.0)."""
     for pack, unpack in reversed(hooks):
         _autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+class Allocations(TorchDispatchMode):
+    """Records the memory that operators allocate in this thread, without keeping it (`StorageWeakRef`, 2.13.0)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        taken = {storage.cdata for storage in _storages((args, kwargs))}
+        self._made |= {storage.cdata: storage for storage in _storages(out) if storage.cdata not in taken}
+        return out
+
+    def excludes(self, t: Tensor) -> bool:
+        """Whether PyTorch has allocated the memory of a plain tensor t elsewhere: earlier, or in another thread."""
+        if type(t) is not Tensor or t.layout != torch.strided or _functorch.is_functorch_wrapped_tensor(t):
+            return False
+        storage = t.untyped_storage()
+        return storage.resizable() and storage._cdata not in self._made  # numpy's memory cannot be resized
+
+
+def _storages(thing: Any) -> list[StorageWeakRef]:
+    dense = (t for t in tree_leaves(thing) if isinstance(t, Tensor) and t.layout == torch.strided)
+    return [StorageWeakRef(t.untyped_storage()) for t in dense]
 
 
 # -- parametrizations, pytrees, compilers

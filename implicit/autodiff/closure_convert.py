@@ -23,12 +23,25 @@ from torch.autograd.graph import get_gradient_edge
 from implicit.autodiff.function_mode import FunctionMode
 from implicit.pytree import map_tensors
 from implicit.recomputation import CHANGED
-from implicit.torch_internals import current_level, depends_on_transform, has_derivative, unwrap, version, wrap
+from implicit.torch_internals import (
+    Allocations,
+    current_level,
+    depends_on_transform,
+    has_derivative,
+    unwrap,
+    version,
+    wrap,
+)
 
 UNTRACED = (
     "Inside a torch.func transform, and for second derivatives, IFT needs every tensor that f closes over, and one is "
     "used where it is not visible (in TorchScript, in another thread, or in a custom operator), or at the solution but "
     "not at the start: pass it to fixed_point through `args`, or use JFB or Phantom."
+)
+THREAD = (
+    "Inside a torch.func transform f uses a tensor that another thread has made (or torch.Tensor(...), which no "
+    "transform sees), so that a derivative would be lost: make it in the thread of the solve, or before the solve if it "
+    "is constant."
 )
 INNER = (
     "Inside a torch.func transform f gives a tensor that it closes over, and that the transform differentiates "
@@ -46,11 +59,15 @@ class ClosureTracer(FunctionMode):
         arguments: tensors that are arguments of the function, and therefore not closed over.
         constant: use every tensor that is recorded as a constant, so that a derivative of what the function makes
             comes from a tensor that the mode has not seen.
+        allocations: of this thread, to tell which tensors another thread has made.
     """
 
-    def __init__(self, arguments: Iterable[Tensor] = (), constant: bool = False) -> None:
+    def __init__(
+        self, arguments: Iterable[Tensor] = (), constant: bool = False, allocations: Allocations | None = None
+    ) -> None:
         super().__init__()
-        self.constant, self.level = constant, current_level()
+        self.constant, self.level, self.allocations = constant, current_level(), allocations
+        self._foreign: list[weakref.ref[Tensor]] = []  # constants that were allocated before, or in another thread
         self._found: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
         self._reads: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # tensors not made, and their versions then
         self._made: dict[int, weakref.ref[Tensor]] = {id(t): weakref.ref(t) for t in arguments}
@@ -79,6 +96,8 @@ class ClosureTracer(FunctionMode):
         if id(held) not in self._reads:
             self._reads[id(held)] = weakref.ref(held), version(held)
         if not depends_on_transform(held):
+            if self.allocations is not None and held.is_floating_point() and self.allocations.excludes(held):
+                self._foreign.append(weakref.ref(held))
             return t
         self._found[id(base)] = weakref.ref(base), has_derivative(base)
         return wrap(base.detach(), layers) if self.constant else t
@@ -122,6 +141,11 @@ class ClosureTracer(FunctionMode):
         """Whether a tensor with a derivative was recorded and is gone: made by what the mode does not see."""
         return any(ref() is None and derivative for ref, derivative in self._found.values())
 
+    @property
+    def from_other_threads(self) -> bool:
+        """Whether a constant that this thread has not allocated is gone: it existed during the run alone."""
+        return any(ref() is None for ref in self._foreign)
+
 
 @dataclass(frozen=True)
 class Reads:
@@ -153,11 +177,12 @@ class SameReads:
         Raises:
             RuntimeError: a tensor that it reads has been exchanged or written to since the first run.
         """
+        gone = [] if self.first is None else self.first.gone()
         with ClosureTracer(tensors(args)) as tracer:
             out = self.function(*args)
         if self.first is None:
             self.first = tracer.reads()
-        elif tracer.contradicts(self.first):
+        elif tracer.contradicts(self.first, gone):
             raise RuntimeError(CHANGED)
         return out
 

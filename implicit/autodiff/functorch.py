@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit.autodiff.closure_convert import UNTRACED, ClosureTracer, closure_convert, own_view, tensors
+from implicit.autodiff.closure_convert import THREAD, UNTRACED, ClosureTracer, closure_convert, own_view, tensors
 from implicit.autodiff.transposable_solve import (
     Adjoint,
     Direct,
@@ -38,6 +38,7 @@ from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
 from implicit.torch_internals import (
+    Allocations,
     forward_levels,
     forward_mode_active,
     has_derivative,
@@ -106,7 +107,8 @@ def solve(
 
     Raises:
         NotImplementedError: forward mode over forward mode, or an option that a transform cannot give.
-        RuntimeError: `attached`, and f uses a tensor with a derivative that closure conversion does not see.
+        RuntimeError: f uses a tensor that another thread has made; or, `attached`, one with a derivative that closure
+            conversion does not see.
     """
     _refuse_forward_over_forward()
     _refuse_options(options)
@@ -116,6 +118,16 @@ def solve(
     value, residual, result, evals, image = _Search.apply(task, layout.pack(problem.z0).detach(), *theta)
     solution = Solution(value=layout.unpack(value), residual=residual, result=result, evals=evals + 1)
     return Solved(solution, layout, pure, theta, image)
+
+
+def refuse_threads(problem: Problem, layout: Layout) -> None:
+    """Evaluate f once, and refuse one that computes in other threads, before it is differentiated by a transform.
+
+    Raises:
+        RuntimeError: f uses a tensor that another thread has made.
+    """
+    with torch.no_grad():
+        _purify(problem, layout, attached=False)
 
 
 def _refuse_options(options: SolveOptions) -> None:
@@ -150,8 +162,10 @@ def _purify(problem: Problem, layout: Layout, attached: bool) -> tuple[Pure, tup
     given = [t for t, is_taken in zip(tensors(args), taken, strict=True) if is_taken]
     views = tuple(own_view(t.detach()) for t in given)
     z = own_view(layout.pack(problem.z0).detach())
-    with ClosureTracer((z, *views), constant=True) as tracer:
-        y = FlatMap(f, _filled(args, views, taken), layout)(z)
+    with Allocations() as allocations, ClosureTracer((z, *views), constant=True, allocations=allocations) as tracer:
+        y = FlatMap(f, _filled(args, views, taken), layout)(z).clone()  # the clone reads what f returns
+    if tracer.from_other_threads:
+        raise RuntimeError(THREAD)
     if attached and (tracer.lost or has_derivative(y)):
         raise RuntimeError(UNTRACED)
     closed = tracer.tensors

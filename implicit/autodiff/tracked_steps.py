@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from implicit.autodiff.failed_samples import failed, without
-from implicit.autodiff.functorch import active
+from implicit.autodiff.functorch import active, refuse_threads
 from implicit.autodiff.implicit_diff import warn_learned_start
 from implicit.evaluation import FlatMap
 from implicit.options import Problem, SolveOptions
@@ -60,14 +60,16 @@ def _steps(problem: Problem, layout: Layout, z: Flat, steps: int, damping: float
 
 
 def unsolved(problem: Problem, options: SolveOptions) -> Solution:
-    """The solution of a solve of no evaluations: z0 itself, still in the graph."""
-    layout = Layout.of(problem.z0, options.batch_dims)
+    """The solution of a solve of no iterations: z0 itself, still in the graph."""
+    layout, traced = Layout.of(problem.z0, options.batch_dims), active()
+    if traced:
+        refuse_threads(problem, layout)
     z = layout.pack(problem.z0)
     return Solution(
         value=layout.unpack(z.clone()),
         residual=torch.full((len(z),), torch.inf, dtype=layout.dtype, device=layout.device),
         result=torch.full((len(z),), int(Result.MAX_EVALS), dtype=torch.int8, device=layout.device),
-        evals=torch.zeros(len(z), dtype=torch.int64, device=layout.device),
+        evals=torch.full((len(z),), int(traced), dtype=torch.int64, device=layout.device),
     )
 
 

@@ -8,11 +8,12 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from implicit.autodiff.closure_convert import SameReads, tensors
 from implicit.autodiff.failed_samples import failed, without
+from implicit.autodiff.functorch import refuse_threads
 from implicit.grads.base import AbstractGrad
 from implicit.iterate import iterate
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Layout, Map, State
-from implicit.recomputation import SameValue
+from implicit.recomputation import SameValue, Segments
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
@@ -64,12 +65,15 @@ class Unrolled(AbstractGrad):
     ) -> Solution:
         if transforms_active():
             self._refuse_transform(stop, options)
+            refuse_threads(problem, Layout.of(problem.z0, options.batch_dims))
         if self._segment and (stop.has_tolerance or options.observed or options.trace):
             raise ValueError(
                 f"Unrolled(checkpoint={self.checkpoint}) runs segments twice, so nothing may be decided while it runs: "
                 "pass stop=Stop(rtol=0, atol=0, max_evals=n) and no trace or callback, or checkpoint=True."
             )
         solved = self._solve(problem, solver, stop, options)
+        if transforms_active():
+            return replace(solved, evals=solved.evals + 1)
         lost = solved.result == Result.NONFINITE
         if not any(t.requires_grad for t in tensors(solved.value)) or not failed(lost, stop):
             return solved
@@ -81,10 +85,11 @@ class Unrolled(AbstractGrad):
         return replace(solved, value=value, evals=solved.evals + helped.evals, trace=helped.trace)
 
     def _solve(self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions) -> Solution:
-        f, segment = problem.f, self._segment if torch.is_grad_enabled() else 0
-        if self.checkpoint is True and torch.is_grad_enabled():
-            f = _Checkpointed(f)
-        return iterate(f, problem.z0, solver, stop, args=problem.args, options=options, image=True, segment=segment)
+        f, segments = problem.f, None
+        if torch.is_grad_enabled():
+            f = _Checkpointed(f) if self.checkpoint is True else f
+            segments = Segments(self._segment, SameReads) if self._segment else None
+        return iterate(f, problem.z0, solver, stop, args=problem.args, options=options, image=True, segments=segments)
 
     def _refuse_transform(self, stop: Stop, options: SolveOptions) -> None:
         """What is decided on the host, and checkpoints, cannot be looked into by torch.func."""
