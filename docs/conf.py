@@ -3,19 +3,24 @@
 `sphinx-build -D nb_execution_mode=off` leaves the tutorials unexecuted.
 """
 
+import ast
 import inspect
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from docutils import nodes
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the modules that the reference documents
-# the tutorials' kernels: the same modules, one thread, no message of the debugger
+# the tutorials' kernels: the same modules, one thread, no message of the debugger or of tqdm
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 
 import implicit  # noqa: E402
 import implicit.diagnostics  # noqa: E402
@@ -46,6 +51,7 @@ myst_heading_anchors = 3
 
 # docstrings: Google style; single backticks name an object of the project, or are code
 default_role = "py:obj"
+COLON = "\x1f"  # stands for a colon while napoleon reads a docstring
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
@@ -54,6 +60,8 @@ python_maximum_signature_line_length = 88
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the signature of a dataclass has the types
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
@@ -88,10 +96,37 @@ def plain_text(app: object, what: str, name: str, obj: object, options: object, 
         starts = line.startswith("    ") and i and not found[i - 1].strip()
         if starts and not literal:
             literal = True
-            lines += [] if follows_colons(found, i) else ["::", ""]
+            lines += [] if follows_colons(found, i) else [f".. code-block:: {code_language(found[i:])}", ""]
         if line.strip():
             literal = literal and line.startswith("    ")
-        lines.append(line if literal or line.lstrip().startswith(">>>") else escaped(line))
+        as_it_is = literal or line.lstrip().startswith(">>>")
+        lines += [line] if as_it_is else [escaped(each) for each in one_field_each(line.replace(COLON, ":"))]
+
+
+def sentence(app: object, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """A property's first line is a sentence: what stands before a colon in it is not a type for napoleon."""
+    if what == "property":
+        lines[0] = lines[0].replace(":", COLON)
+
+
+def one_field_each(line: str) -> list[str]:
+    """`:ivar a, b: text` as a field for a and one for b, as napoleon does for parameters."""
+    names = re.match(r":ivar (\w+(?:, \w+)+):(.*)", line)
+    return [f":ivar {name}:{names[2]}" for name in names[1].split(", ")] if names else [line]
+
+
+def code_language(lines: list[str]) -> str:
+    """python where the indented block that begins here is a program, none for equations and tables."""
+    block = []
+    for line in lines:
+        if line.strip() and not line.startswith("    "):
+            break
+        block.append(line)
+    try:
+        ast.parse(textwrap.dedent("\n".join(block)))
+    except SyntaxError:
+        return "none"
+    return "python"
 
 
 def follows_colons(lines: list[str], i: int) -> bool:
@@ -104,6 +139,13 @@ def escaped(line: str) -> str:
     parts = re.split(r"(``.*?``|`[^`]*`)", line)
     parts[::2] = [re.sub(r"\|(?!_)|(?<![\w*\\])\*(?=\w)", r"\\\g<0>", part) for part in parts[::2]]
     return "".join(parts)
+
+
+def mark_short_cells(app: object, doctree: nodes.document) -> None:
+    """Table cells of a number and its unit stay on one line."""
+    for cell in doctree.findall(nodes.entry):
+        if len(cell.astext()) <= 14:
+            cell["classes"].append("short")
 
 
 def further_names(app: "Sphinx", docname: str, source: list[str]) -> None:
@@ -126,5 +168,7 @@ def further_names(app: "Sphinx", docname: str, source: list[str]) -> None:
 
 def setup(app: "Sphinx") -> None:
     """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", sentence, priority=400)  # before napoleon, at 500
     app.connect("autodoc-process-docstring", plain_text)
+    app.connect("doctree-read", mark_short_cells)
     app.connect("source-read", further_names)

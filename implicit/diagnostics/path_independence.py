@@ -5,9 +5,9 @@ alignment score is their cosine, 1 for a path-independent layer:
 
     AA = <z_1, z_2> / (||z_1|| ||z_2||)                 per sample
 
-The other start is the solution of *another* sample, a point that the layer likes, but for the wrong x. Anil et al.,
-"Path Independent Equilibrium Models Can Better Exploit Test-Time Computation", NeurIPS 2022, arXiv 2211.09961, found
-that it goes with generalisation to harder problems at test time.
+The other start is the solution of another sample: a typical answer, for the wrong x. Anil et al., "Path Independent
+Equilibrium Models Can Better Exploit Test-Time Computation", NeurIPS 2022, arXiv 2211.09961, found that it goes with
+generalization to harder problems at test time.
 """
 
 from dataclasses import dataclass

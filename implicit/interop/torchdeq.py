@@ -1,7 +1,7 @@
 """torchdeq's solvers as ours, and ours in torchdeq.
 
-register("implicit", Anderson())            then torchdeq.get_deq(f_solver="implicit") uses it unchanged
-solve(f, z0, method="broyden")              runs torchdeq's own and classifies its answer as `fixed_point` does
+    register("implicit", Anderson())    torchdeq.get_deq(f_solver="implicit") uses it unchanged
+    solve(f, z0, method="broyden")      torchdeq's own, with its answer classified as `fixed_point` does
 """
 
 from collections.abc import Callable

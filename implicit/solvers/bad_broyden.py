@@ -34,7 +34,7 @@ class BadBroydenState:
 class BadBroyden(AbstractSolver[BadBroydenState]):
     """Bad Broyden with the latest `memory` rank-one terms per sample.
 
-    When the history is full the oldest term is dropped *before* the new one is computed, so the newest secant equation
+    When the history is full the oldest term is dropped before the new one is computed, so the newest secant equation
     always holds. States held: a growing number, at most 2 memory + 3.
 
     Args:

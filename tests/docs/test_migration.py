@@ -1,6 +1,7 @@
 """Every migration page runs as it stands, beside the installed peer."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -22,6 +23,19 @@ if importlib.util.find_spec("torchvision") is None:
 """
 
 
+RUNNER = """
+import json, traceback
+def run(programs):
+    failures = {}
+    for page, program in programs.items():
+        try:
+            exec(compile(program, page, "exec"), {"__name__": "page"})
+        except Exception:
+            failures[page] = traceback.format_exc()
+    return failures
+"""
+
+
 def blocks(page: Path) -> str:
     """The page's Python blocks as one program, each at its own line."""
     text, lines = page.read_text(), []
@@ -31,13 +45,22 @@ def blocks(page: Path) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_page_runs_beside_its_peer(page):
-    if importlib.util.find_spec(PEERS[page.stem]) is None:
-        pytest.skip(f"{PEERS[page.stem]} is not installed")
-    program = (STAND_IN if page.stem == "deepinv" else "") + f"\nexec(compile({blocks(page)!r}, {str(page)!r}, 'exec'))"
+@pytest.fixture(scope="module")
+def failures():
+    """The traceback of every page whose program fails, from one process for all: imports take most of the time."""
+    here = [page for page in PAGES if importlib.util.find_spec(PEERS[page.stem])]
+    programs = {str(page): (STAND_IN if page.stem == "deepinv" else "") + "\n" + blocks(page) for page in here}
+    program = RUNNER + f"print(json.dumps(run({programs!r})))"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=FOLDER.parents[1])
     assert out.returncode == 0, out.stderr[-3000:]
+    return {page: None for page in here} | {Path(k): v for k, v in json.loads(out.stdout.splitlines()[-1]).items()}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_page_runs_beside_its_peer(page, failures):
+    if page not in failures:
+        pytest.skip(f"{PEERS[page.stem]} is not installed")
+    assert failures[page] is None, failures[page]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

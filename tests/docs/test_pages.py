@@ -15,6 +15,10 @@ CODE = {page: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) fo
 each_page_with_code = pytest.mark.parametrize("page", [p for p in PAGES if CODE[p]], ids=lambda p: p.name)
 
 
+PRINTED = {"solvers.md": "converged 100.0%", "gradients.md": "| IFT", "diagnose.md": "contractive"}
+"""What the programs of a page print, among other things."""
+
+
 def barely_train(out: Path) -> None:
     """What `make train` leaves, after four steps."""
     from apps.diffusion.checkpoint import training_state as checkpoint
@@ -29,7 +33,7 @@ def barely_train(out: Path) -> None:
 
 
 @each_page_with_code
-def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     # uploads run against a local server in tests/apps/diffusion/test_pipeline_folder.py
     code = re.sub(r"\.push_to_hub\(.*", "", "\n".join(CODE[page]))
@@ -44,6 +48,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch)
         subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     else:
         exec(compile(code, str(page), "exec"), {"__name__": "example"})
+        assert PRINTED.get(page.name, "") in capsys.readouterr().out
 
 
 def test_the_library_example_is_short_and_asserts_something():

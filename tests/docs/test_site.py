@@ -7,7 +7,9 @@ import sys
 import zlib
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 import implicit
 from implicit import diagnostics, solvers
@@ -57,3 +59,16 @@ def test_the_cells_of_a_tutorial_run(page, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(DOCS.parent), "MPLBACKEND": "agg"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_a_notebook_shows_the_figure_of_a_diagnosis():
+    book = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell("import torch, implicit"),
+            nbformat.v4.new_code_cell("report = implicit.diagnose(torch.cos, torch.zeros(1, 3), repeats=1)"),
+            nbformat.v4.new_code_cell("report.plot()"),
+        ]
+    )
+    NotebookClient(book, kernel_name="python3", resources={"metadata": {"path": str(DOCS.parent)}}).execute()
+    assert "image/png" in book.cells[2].outputs[0]["data"]

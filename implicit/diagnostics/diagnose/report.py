@@ -137,10 +137,12 @@ class Diagnosis:
 
     def plot(self) -> "Figure":
         """Residual curves of the solvers, and beside them the eigenvalues of df/dz where they are known."""
+        from matplotlib import pyplot as plt
         from matplotlib.figure import Figure
 
         from implicit import plotting
 
+        plt.draw_if_interactive()  # loads the backend, without which a notebook shows a figure as text
         both = self.spectrum is not None
         figure = Figure(figsize=(11 if both else 6, 4), layout="constrained")
         axes = figure.subplots(1, 2 if both else 1, squeeze=False)[0]
