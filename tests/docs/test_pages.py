@@ -11,6 +11,8 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ROOT / "docs", ROOT / "examples", ROOT / "benchmarks", ROOT / "apps"
+LINKING = [*sorted(ROOT.glob("*.md")), *sorted(page for folder in FOLDERS for page in folder.rglob("*.md"))]
 CODE = {page: re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) for page in PAGES}
 each_page_with_code = pytest.mark.parametrize("page", [p for p in PAGES if CODE[p]], ids=lambda p: p.name)
 
@@ -57,7 +59,7 @@ def test_the_library_example_is_short_and_asserts_something():
     assert "assert" in block
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", LINKING, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_to_files_exist(page):
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links {target}"
