@@ -46,6 +46,7 @@ def residuals(traces: Mapping[str, Tensor], ax: "Axes | None" = None, *, relativ
     ax = _axes(ax)
     for label, trace in traces.items():
         worst = trace.detach().nan_to_num(nan=-torch.inf).amax(dim=1).cpu()
+        worst = worst.masked_fill(worst == -torch.inf, torch.nan)  # a gap where f gave NaN for every sample
         worst = worst / worst[0] if relative else worst
         ax.semilogy(range(1, len(worst) + 1), worst.tolist(), label=label)
     ax.set_xlabel("evaluations of f")

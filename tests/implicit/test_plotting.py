@@ -77,3 +77,10 @@ def test_bias_against_cost():
     assert x == [1, 3] and y == pytest.approx([0.5, 0.125])
     assert [text.get_text() for text in ax.texts] == ["JFB", "JFB(steps=3)"]
     matplotlib.pyplot.close("all")
+
+
+def test_an_evaluation_that_gave_nan_for_every_sample_is_a_gap():
+    trace = torch.tensor([[1.0, 2.0], [torch.nan, torch.nan], [0.5, torch.nan]])
+    drawn: Any = plotting.residuals({"one": trace}).get_lines()[0].get_ydata()
+    assert list(drawn) == pytest.approx([2.0, torch.nan, 0.5], nan_ok=True)
+    matplotlib.pyplot.close("all")
