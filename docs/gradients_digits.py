@@ -44,7 +44,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.inject, self.layer, self.head = nn.Linear(64, WIDTH), Layer(), nn.Linear(WIDTH, 10)
 
-    def forward(self, x: Tensor, grad: AbstractGrad | None = None) -> Tensor:
+    def forward(self, x: Tensor, grad: AbstractGrad = IFT()) -> Tensor:
         u = self.inject(x)
         return self.head(implicit.fixed_point(self.layer, torch.zeros_like(u), u, grad=grad, stop=STOP).value)
 

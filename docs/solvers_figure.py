@@ -17,7 +17,8 @@ def main() -> None:
     figure, axes = plt.subplots(2, 2, figsize=(9, 7.5), sharey=True, layout="constrained")
     for ax, p in zip(axes.flat, (problems[name] for name in MAPS), strict=True):
         with torch.no_grad():
-            solved = {type(s).__name__: fixed_point(p.f, p.z0, *p.args, solver=s, stop=stop, trace=True) for s in SOLVERS}
+            found = [fixed_point(p.f, p.z0, *p.args, solver=solver, stop=stop, trace=True) for solver in SOLVERS]
+        solved = {type(solver).__name__: solution for solver, solution in zip(SOLVERS, found, strict=True)}
         plotting.convergence(solved, ax, relative=True)
         ax.set(title=p.name, ylim=(1e-9, 1e3), ylabel="residual / first residual" if ax in axes[:, 0] else "")
         if ax is not axes[0, 0]:

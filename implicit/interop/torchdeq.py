@@ -1,5 +1,7 @@
 """torchdeq's solvers as ours, and ours in torchdeq.
 
+Both directions, with torchdeq's names of solvers:
+
     register("implicit", Anderson())    torchdeq.get_deq(f_solver="implicit") uses it unchanged
     solve(f, z0, method="broyden")      torchdeq's own, with its answer classified as `fixed_point` does
 """
