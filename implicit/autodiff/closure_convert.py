@@ -40,8 +40,8 @@ UNTRACED = (
 )
 THREAD = (
     "Inside a torch.func transform f uses a tensor that another thread has made (or torch.Tensor(...), which no "
-    "transform sees), so that a derivative would be lost: make it in the thread of the solve, or before the solve if it "
-    "is constant."
+    "transform sees), so that a derivative would be lost: make it in the thread of the solve, or before the solve if "
+    "it is constant."
 )
 INNER = (
     "Inside a torch.func transform f gives a tensor that it closes over, and that the transform differentiates "
