@@ -1,6 +1,5 @@
 """f on (B, N) matrices: evaluated, checked and counted, with Jacobian-vector products."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from implicit.autodiff.jvp import double_backward_jvp, forward_jvp, lacks_forward_mode
 from implicit.pytree import Flat, Layout, Map, State, leaves, map_tensors
 from implicit.solvers.base import Point
 from implicit.torch_internals import transforms_active, version
@@ -91,45 +91,6 @@ class FlatMap:
                 self.forget()  # an output that belongs to the transform
             self.forward = False
         return double_backward_jvp(self, z, tangent)
-
-
-def lacks_forward_mode(error: Exception) -> bool:
-    """Whether PyTorch's error says that forward mode cannot take f: an operator without a derivative of this kind, or a
-    write into a buffer (the statistics of BatchNorm).
-    """
-    return isinstance(error, NotImplementedError) or any(
-        word in str(error) for word in ("orward", "setup_context", "captured Tensor")
-    )
-
-
-def forward_jvp(f: Callable[[Any], Flat], z: Any, tangent: Any) -> tuple[Flat, Flat]:
-    """(f(z), J tangent) by forward mode, for a tensor z or a tuple of tensors.
-
-    Attention takes its math kernel, the only one that has derivatives of this kind.
-
-    Raises:
-        RuntimeError: an operator of f has no forward mode.
-    """
-    with math_attention():
-        return torch.func.jvp(f, (z,), (tangent,))[:2]
-
-
-def double_backward_jvp(f: Callable[[Flat], Flat], z: Flat, tangent: Flat) -> tuple[Flat, Flat]:
-    """(f(z), J tangent) by two vector-Jacobian products: w -> J^T w is linear, and its transpose is J."""
-    recorded = torch.is_grad_enabled()
-    with torch.enable_grad(), math_attention():
-        x, w = z.detach().requires_grad_(), torch.zeros_like(tangent, requires_grad=True)
-        out = f(x)
-        pulled = torch.autograd.grad(out, x, w, create_graph=True, allow_unused=True)[0] if out.requires_grad else None
-        product = torch.zeros_like(tangent) if pulled is None else torch.autograd.grad(pulled, w, tangent)[0]
-    return out if recorded else out.detach(), product
-
-
-def math_attention() -> Any:
-    """Scaled dot-product attention by its math kernel alone, as a context."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    return sdpa_kernel(SDPBackend.MATH)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Pictures of solves and of what `implicit.diagnostics` says. matplotlib is imported when a function is called."""
+"""Plots of solves and of the results of `implicit.diagnostics`. matplotlib is imported when a function is called."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -49,11 +49,7 @@ def residuals(traces: Mapping[str, Tensor], ax: "Axes | None" = None, *, relativ
         worst = worst.masked_fill(worst == -torch.inf, torch.nan)  # a gap where f gave NaN for every sample
         worst = worst / worst[0] if relative else worst
         ax.semilogy(range(1, len(worst) + 1), worst.tolist(), label=label)
-    ax.set_xlabel("evaluations of f")
-    ax.set_ylabel("residual ||f(z) - z||" + (" / first" if relative else ""))
-    ax.grid(True, which="major", alpha=0.3)
-    ax.legend()
-    return ax
+    return _labelled(ax, "evaluations of f", "residual ||f(z) - z||" + (" / first" if relative else ""))
 
 
 def spectrum(found: Mapping[str, Spectrum], ax: "Axes | None" = None) -> "Axes":
@@ -94,11 +90,7 @@ def path_independence(found: Mapping[str, PathIndependence], ax: "Axes | None" =
         (line,) = ax.plot(share, score, ".-", label=label)
         open_ones = [i for i, is_short in enumerate(short) if is_short]
         ax.plot([share[i] for i in open_ones], [score[i] for i in open_ones], "x", color=line.get_color())
-    ax.set_xlabel("share of the samples")
-    ax.set_ylabel("asymptotic alignment (cosine)")
-    ax.grid(True, alpha=0.3)
-    ax.legend()
-    return ax
+    return _labelled(ax, "share of the samples", "asymptotic alignment (cosine)")
 
 
 def penalty(history: Mapping[str, Sequence[Tensor]], ax: "Axes | None" = None) -> "Axes":
@@ -115,11 +107,7 @@ def penalty(history: Mapping[str, Sequence[Tensor]], ax: "Axes | None" = None) -
         (line,) = ax.plot(at, [float(s.mean()) for s in size], label=label)
         low, high = [float(s.min()) for s in size], [float(s.max()) for s in size]
         ax.fill_between(at, low, high, color=line.get_color(), alpha=0.2)
-    ax.set_xlabel("step")
-    ax.set_ylabel("||df/dz||_F / sqrt(N)")
-    ax.grid(True, alpha=0.3)
-    ax.legend()
-    return ax
+    return _labelled(ax, "step", "||df/dz||_F / sqrt(N)")
 
 
 def gradient_bias(tables: Mapping[str, GradientBias], ax: "Axes | None" = None) -> "Axes":
@@ -128,7 +116,7 @@ def gradient_bias(tables: Mapping[str, GradientBias], ax: "Axes | None" = None) 
     Rows without a gradient are left out. Without times (``repeats=0``) the vector-Jacobian products stand for them.
 
     Args:
-        tables: label -> what `implicit.diagnostics.gradient_bias` returned; one colour each.
+        tables: label -> what `implicit.diagnostics.gradient_bias` returned; one color each.
         ax: where to draw; default a new figure.
     """
     from matplotlib.ticker import FuncFormatter, LogLocator
@@ -172,6 +160,15 @@ def _name_dots(ax: "Axes", dots: list[tuple[str, float, float]]) -> None:
         shift = (-5 if right else 5, drop - height - 2)
         side = "right" if right else "left"
         ax.annotate(name, (x, y), xytext=shift, textcoords="offset points", fontsize=8, ha=side)
+
+
+def _labelled(ax: "Axes", x: str, y: str) -> "Axes":
+    """The axes with labels, a grid and a legend."""
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.grid(True, which="major", alpha=0.3)
+    ax.legend()
+    return ax
 
 
 def _axes(ax: "Axes | None") -> "Axes":

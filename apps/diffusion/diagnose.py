@@ -13,17 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from apps.diffusion.checkpoint.open_network import OpenedNetwork, open_network
-from apps.diffusion.checkpoint.pretrained import locate
+from apps.diffusion.checkpoint.open_network import open_network
+from apps.diffusion.checkpoint.pretrained import output_folder
 from apps.diffusion.cli import device_of, run_command
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.files.atomic import make_folder, write_text
 from apps.diffusion.files.plots import timestep_curves
 from apps.diffusion.sampling.diagnosis import TimestepDiagnosis, diagnose_timesteps, table
-from apps.diffusion.sampling.options import class_numbers, plan
+from apps.diffusion.sampling.options import plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,37 +80,24 @@ def run(request: Request) -> None:
     """
     device = device_of(request.device)
     opened = open_network(request.run, request.weights)
-    if opened.threads is not None:
-        torch.set_num_threads(opened.threads)
-    torch.nn.Module.to(opened.model, torch.device(device))
+    opened.to(device)
     chosen = plan(opened.model, opened.scheduler, request.sampling, defaults=opened.options)
+    classes = opened.class_cycle(request.classes)
     rows = diagnose_timesteps(
         opened.model,  # pyright: ignore[reportArgumentType]: a DiT is refused there
         chosen,
-        _labels(request, opened),
+        [classes[i % len(classes)] for i in range(request.num)] if classes else None,
         num=request.num,
         seed=request.seed,
         tolerance=request.tolerance,
         budget=request.budget,
         device=device,
     )
-    inside = locate(request.run) == request.run
-    out = request.out or (request.run / "diagnosis" if inside else Path("diagnosis") / request.run)
+    out = request.out or output_folder(request.run, "diagnosis")
     _write(out, request, rows)
     print(table(rows))
     print(f"Columns 1e-01 to 1e-04: iterations of plain iteration; solvers: evaluations to {request.tolerance:g}.")
     print(f"diagnosis.md, diagnosis.json and diagnosis.png are in {out}")
-
-
-def _labels(request: Request, opened: OpenedNetwork) -> list[int] | None:
-    """A class for each sample; None for an unconditional network."""
-    count = opened.model.num_classes
-    if count == 0 and request.classes:
-        raise ValueError("--classes does not apply to this network, which is unconditional; leave it out.")
-    if count == 0:
-        return None
-    classes = class_numbers("--classes", request.classes, count, opened.classes, null=False) or range(count)
-    return [classes[i % len(classes)] for i in range(request.num)]
 
 
 def _write(out: Path, request: Request, rows: list[TimestepDiagnosis]) -> None:

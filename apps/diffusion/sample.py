@@ -15,18 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 from tqdm import tqdm
 
 from apps.diffusion.checkpoint.open_network import OpenedNetwork, open_network
-from apps.diffusion.checkpoint.pretrained import locate
+from apps.diffusion.checkpoint.pretrained import output_folder
 from apps.diffusion.cli import device_of, rank_and_world, run_command
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.serialization import to_plain
 from apps.diffusion.config.training import Backend
 from apps.diffusion.models.autoencoder import decode, digests
-from apps.diffusion.sampling.options import MeasuredPlan, class_numbers, plan
+from apps.diffusion.sampling.options import MeasuredPlan, plan
 from apps.diffusion.sampling.output_folder import OutputFolder
 from apps.diffusion.sampling.sampler import Precision, SamplingPlan, sample
 
@@ -113,12 +112,9 @@ def run(request: Request) -> None:
     rank, world = rank_and_world(request.rank, request.world)
     device = device_of(request.device)
     opened = open_network(request.run, request.weights, prediction=request.prediction, zero_snr=request.zero_snr)
-    if opened.threads is not None:
-        torch.set_num_threads(opened.threads)
-    torch.nn.Module.to(opened.model, torch.device(device))
-    inside = locate(request.run) == request.run
-    out = request.out or (request.run / "samples" if inside else Path("samples") / request.run)
-    classes = _classes(request, opened)
+    opened.to(device)
+    out = request.out or output_folder(request.run, "samples")
+    classes = opened.class_cycle(request.classes) or (None,)
     folder = OutputFolder(out, [classes[i % len(classes)] for i in range(request.num)])
     decoder, channels = opened.decoder(request.vae, device), opened.model.latent[0]
     if decoder is None and channels not in (1, 3):
@@ -148,16 +144,6 @@ def run(request: Request) -> None:
     if more := folder.others():
         print(f"{folder.folder} holds {more} further images; grid, archive and effort are of the first {request.num}.")
     _print_effort(folder.write_effort(chosen.timesteps))
-
-
-def _classes(request: Request, opened: OpenedNetwork) -> Sequence[int | None]:
-    """The classes to cycle through; (None,) for an unconditional network."""
-    count = opened.model.num_classes
-    if count == 0 and request.classes:
-        raise ValueError("--classes does not apply to this network, which is unconditional; leave it out.")
-    if count == 0:
-        return (None,)
-    return class_numbers("--classes", request.classes, count, opened.classes, null=False) or range(count)
 
 
 def _settings(request: Request, opened: OpenedNetwork, classes: Sequence[int | None], decoder: Any) -> dict[str, Any]:

@@ -57,12 +57,12 @@ class Watched:
         self.best = torch.fmin(self.best, self.problem.residual(z))
         return self.problem(z, *self.problem.args).numpy().ravel()
 
-    def push(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
+    def jvp(self, x: np.ndarray, v: np.ndarray) -> np.ndarray:
         """J v."""
         self._spend()
         return torch.func.jvp(self._map, (self._state(x),), (self._state(v),))[1].numpy().ravel()
 
-    def pull(self, x: np.ndarray, g: np.ndarray) -> np.ndarray:
+    def vjp(self, x: np.ndarray, g: np.ndarray) -> np.ndarray:
         """J^T g."""
         self._spend()
         return torch.func.vjp(self._map, self._state(x))[1](self._state(g))[0].numpy().ravel()
@@ -77,20 +77,20 @@ class Watched:
             kind = jax.ShapeDtypeStruct(arrays[-1].shape, arrays[-1].dtype)
             return jax.pure_callback(function, kind, *arrays, vmap_method="sequential")
 
-        def push(x: Any, v: Any) -> Any:
-            return called(self.push, x, v)
+        def jvp(x: Any, v: Any) -> Any:
+            return called(self.jvp, x, v)
 
-        def pull(x: Any, g: Any) -> Any:
-            return called(self.pull, x, g)
+        def vjp(x: Any, g: Any) -> Any:
+            return called(self.vjp, x, g)
 
         @jax.custom_jvp
         def f(x: Any) -> Any:
             return called(self.f, x)
 
         @f.defjvp  # pyright: ignore[reportFunctionMemberAccess]
-        def pushed(primals: Any, tangents: Any) -> Any:
+        def product(primals: Any, tangents: Any) -> Any:
             (x,), (v,) = primals, tangents
-            return f(x), jax.custom_derivatives.linear_call(push, pull, x, v) if backward else push(x, v)
+            return f(x), jax.custom_derivatives.linear_call(jvp, vjp, x, v) if backward else jvp(x, v)
 
         return f
 

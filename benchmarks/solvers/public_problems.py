@@ -17,30 +17,15 @@ import torch
 
 from benchmarks.harness import RESULTS, provenance, read_result, write_result
 from benchmarks.problems import Problem, acceleration, systems
-from implicit import (
-    AbstractSolver,
-    Anderson,
-    AndersonGS,
-    BadBroyden,
-    Broyden,
-    Multisecant,
-    NewtonKrylov,
-    Picard,
-    Stop,
-    fixed_point,
-)
+from benchmarks.solvers.published import CLASSICAL
+from implicit import AbstractSolver, AndersonGS, Multisecant, Stop, fixed_point
 
 RESULT = RESULTS / "public_problems.json"
 BUDGET = 700
 OURS: dict[str, AbstractSolver[Any]] = {
     "Multisecant": Multisecant(),
     "AndersonGS (default)": AndersonGS(),
-    "Anderson(5)": Anderson(),
-    "Anderson(30)": Anderson(30),
-    "Broyden": Broyden(),
-    "BadBroyden": BadBroyden(),
-    "NewtonKrylov": NewtonKrylov(),
-    "Picard": Picard(),
+    **CLASSICAL,
 }
 
 

@@ -32,9 +32,7 @@ ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks/results/published.json"
 PAGE = ROOT / "docs/published.md"
 TABLES: dict[str, Figures] = {"KINSOL": KINSOL, "R": R_PACKAGE, "SpeedMapping": SPEED_MAPPING, "Systems": SYSTEMS}
-OURS: dict[str, AbstractSolver[Any] | None] = {
-    "default": None,
-    "AndersonGS": AndersonGS(),
+CLASSICAL: dict[str, AbstractSolver[Any]] = {
     "Anderson(5)": Anderson(),
     "Anderson(30)": Anderson(30),
     "Broyden": Broyden(),
@@ -42,6 +40,7 @@ OURS: dict[str, AbstractSolver[Any] | None] = {
     "NewtonKrylov": NewtonKrylov(),
     "Picard": Picard(),
 }
+OURS: dict[str, AbstractSolver[Any] | None] = {"default": None, "AndersonGS": AndersonGS(), **CLASSICAL}
 
 
 class Passed(Exception):

@@ -17,18 +17,9 @@ import torch
 from torch import Tensor
 
 from implicit.autodiff.closure_convert import THREAD, UNTRACED, ClosureTracer, closure_convert, own_view, tensors
-from implicit.autodiff.transposable_solve import (
-    Adjoint,
-    Direct,
-    Pure,
-    TransposableSolve,
-    axes,
-    flatten,
-    front,
-    push,
-    tangent,
-)
-from implicit.autodiff.vjp import pull
+from implicit.autodiff.jvp import functional_jvp
+from implicit.autodiff.transposable_solve import Adjoint, Direct, Pure, TransposableSolve, mapped
+from implicit.autodiff.vjp import functional_vjp
 from implicit.evaluation import FlatMap
 from implicit.iterate import iterate
 from implicit.linear.adjoint_solve import LinearSolve
@@ -241,11 +232,9 @@ class _Search(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, ...]:
-        task, z0, *theta = args
-        size, dims = info.batch_size, in_dims[2:]
-        theta = tuple(front(t, d) for t, d in zip(theta, dims, strict=True))
-        found = _Search.apply(task.fold(size, axes(dims)), flatten(z0, in_dims[1], size), *theta)
-        return tuple(t.unflatten(0, (size, -1)) for t in found), (0, 0, 0, 0, 0)
+        axes, moved = mapped(info.batch_size, args[1:], in_dims[1:], batched=1)
+        found = _Search.apply(args[0].fold(info.batch_size, axes), *moved)
+        return tuple(t.unflatten(0, (info.batch_size, -1)) for t in found), (0, 0, 0, 0, 0)
 
 
 class _Attach(torch.autograd.Function):
@@ -265,20 +254,16 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         z, image, *theta = ctx.saved_tensors
         u = TransposableSolve.apply(Adjoint(ctx.pure), ctx.config, grads[0], image, z, *theta)
-        return None, None, None, None, *pull(lambda *t: ctx.pure(z, *t), tuple(theta), u)
+        return None, None, None, None, *functional_vjp(lambda *t: ctx.pure(z, *t), tuple(theta), u)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         z, image, *theta = ctx.saved_tensors
-        moves = tuple(tangent(t, d) for t, d in zip(theta, tangents[4:], strict=True))
-        moved = push(lambda *t: ctx.pure(z, *t), tuple(theta), moves)
+        moved = functional_jvp(lambda *t: ctx.pure(z, *t), tuple(theta), tangents[4:])
         return TransposableSolve.apply(Direct(ctx.pure), ctx.config, moved, image, z, *theta)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        pure, config, z, image, *theta = args
-        size, dims = info.batch_size, in_dims[4:]
-        theta = tuple(front(t, d) for t, d in zip(theta, dims, strict=True))
-        pure = pure.fold(size, axes(dims))
-        z, image = flatten(z, in_dims[2], size), flatten(image, in_dims[3], size)
-        return _Attach.apply(pure, config, z, image, *theta).unflatten(0, (size, -1)), 0
+        axes, moved = mapped(info.batch_size, args[2:], in_dims[2:], batched=2)
+        value = _Attach.apply(args[0].fold(info.batch_size, axes), args[1], *moved)
+        return value.unflatten(0, (info.batch_size, -1)), 0

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from implicit.autodiff.closure_convert import UNTRACED, ClosureTracer, Reads, is_untraced
-from implicit.autodiff.vjp import linearize, pull, pullback
-from implicit.evaluation import forward_jvp, lacks_forward_mode
+from implicit.autodiff.jvp import functional_jvp, pushforward
+from implicit.autodiff.vjp import functional_vjp, linearize
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.recomputation import CHANGED, require_same_image, summary
 
@@ -75,20 +75,20 @@ class Pure:
         return replace(self, function=folded)
 
 
-def front(t: Tensor, dim: int | None) -> Tensor:
-    """t with its mapped dimension first."""
-    return t if dim is None else t.movedim(dim, 0)
-
-
-def flatten(t: Tensor, dim: int | None, size: int) -> Tensor:
-    """(size B, ...) from a mapped or unmapped (B, ...); cloned, since expanded tensors alias their memory."""
-    full = t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-    return full.flatten(0, 1).clone()
-
-
-def axes(dims: tuple[int | None, ...]) -> tuple[int | None, ...]:
-    """The mapped dimensions after `front`."""
-    return tuple(None if d is None else 0 for d in dims)
+def mapped(
+    size: int, tensors: tuple[Tensor, ...], dims: tuple[int | None, ...], *, batched: int
+) -> tuple[tuple[int | None, ...], list[Tensor]]:
+    """The mapped dimension of each theta, and the tensors: of the first `batched`, (size B, ...), the mapped dimension
+    is more batch; of theta, the others, it comes first.
+    """
+    moved = []
+    for i, (t, dim) in enumerate(zip(tensors, dims, strict=True)):
+        if i < batched:
+            full = t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+            moved.append(full.flatten(0, 1).clone())  # expanded tensors alias their memory
+        else:
+            moved.append(t if dim is None else t.movedim(dim, 0))
+    return tuple(None if dim is None else 0 for dim in dims[batched:]), moved
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Adjoint:
     pure: Pure
 
     def __call__(self, v: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
-        return pull(lambda x: self.pure(x, *theta), (z,), v)[0]
+        return functional_vjp(lambda x: self.pure(x, *theta), (z,), v)[0]
 
     def linearize(self, z: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, Product]:
         """F(z, theta), evaluated once, and v -> J^T v there, for plain tensors."""
@@ -118,22 +118,21 @@ class Direct:
     pure: Pure
 
     def __call__(self, v: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
-        return push(lambda x: self.pure(x, *theta), (z,), (v,))
+        return functional_jvp(lambda x: self.pure(x, *theta), (z,), (v,))
 
     def linearize(self, z: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, Product]:
         """F(z, theta) and v -> J v there, for plain tensors.
 
-        J v is the vjp of v -> J^T v, or where F has no second derivative, a jvp that evaluates F anew.
+        J v is the vjp of v -> J^T v, or where F has no second derivative, a jvp that evaluates F again.
         """
         with torch.inference_mode(False), torch.enable_grad():
             x = z.detach().clone().requires_grad_()
             image = self.pure.again(x, *(t.detach() for t in theta))
-            w = torch.zeros_like(image, requires_grad=True)
             try:
-                pulled = pullback(image, x, create_graph=True)(w)
+                product = pushforward(image, x)
             except (NotImplementedError, RuntimeError):
                 return image.detach(), lambda v: self(v, z, *theta)
-        return image.detach(), pullback(pulled, w)
+        return image.detach(), product
 
     def adjoint(self) -> Adjoint:
         return Adjoint(self.pure)
@@ -161,40 +160,16 @@ class TransposableSolve(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         u, image, *at = ctx.saved_tensors
         w = TransposableSolve.apply(ctx.act.adjoint(), ctx.config, grads[0], image, *at)
-        return None, None, w, None, *pull(lambda *t: ctx.act(u, *t), tuple(at), w)
+        return None, None, w, None, *functional_vjp(lambda *t: ctx.act(u, *t), tuple(at), w)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         u, image, *at = ctx.saved_tensors
-        moves = tuple(tangent(t, d) for t, d in zip(at, tangents[4:], strict=True))
-        b = push(lambda *t: ctx.act(u, *t), tuple(at), moves)
+        b = functional_jvp(lambda *t: ctx.act(u, *t), tuple(at), tangents[4:])
         return TransposableSolve.apply(ctx.act, ctx.config, b if tangents[2] is None else b + tangents[2], image, *at)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        act, config, b, image, z, *theta = args
-        size, dims = info.batch_size, in_dims[5:]
-        theta = tuple(front(t, d) for t, d in zip(theta, dims, strict=True))
-        b, image, z = (flatten(t, d, size) for t, d in zip((b, image, z), in_dims[2:5], strict=True))
-        u = TransposableSolve.apply(act.fold(size, axes(dims)), config, b, image, z, *theta)
-        return u.unflatten(0, (size, -1)), 0
-
-
-def tangent(t: Tensor, move: Tensor | None) -> Tensor:
-    """The tangent of t, zeros for None."""
-    return torch.zeros_like(t) if move is None else move
-
-
-def push(f: Callable[..., Tensor], at: tuple[Tensor, ...], moves: tuple[Tensor, ...]) -> Tensor:
-    """df(at) moves: by forward mode or, where an operator of f has none, by two vector-Jacobian products."""
-    if not at:
-        return torch.zeros_like(f())
-    try:
-        return forward_jvp(lambda t: f(*t), at, moves)[1]
-    except (NotImplementedError, RuntimeError) as error:
-        if not lacks_forward_mode(error):
-            raise
-    out = f(*at)
-    return torch.func.grad(lambda w: sum((a * b).sum() for a, b in zip(pull(f, at, w), moves, strict=True)))(
-        torch.zeros_like(out)
-    )
+        axes, moved = mapped(info.batch_size, args[2:], in_dims[2:], batched=3)
+        u = TransposableSolve.apply(args[0].fold(info.batch_size, axes), args[1], *moved)
+        return u.unflatten(0, (info.batch_size, -1)), 0

@@ -1,6 +1,7 @@
 """Products with the Jacobian of one evaluation y = f(x), taken out of its graph.
 
 Setting: J = dy/dx. `vjp` is v^T J; it is the one place where `torch.autograd.grad` is called for such a product.
+Products J v are in `jvp.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ def pullback(
     return act
 
 
-def pull(f: Callable[..., Tensor], at: tuple[Tensor, ...], v: Tensor) -> tuple[Tensor, ...]:
+def functional_vjp(f: Callable[..., Tensor], at: tuple[Tensor, ...], v: Tensor) -> tuple[Tensor, ...]:
     """v^T df(at) inside a transform, while its level is alive: a solve within f starts transforms of its own."""
     if not at:
         return ()

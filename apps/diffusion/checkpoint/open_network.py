@@ -12,13 +12,14 @@ schedule, FPDM predicts v on the same schedule rescaled to zero terminal SNR.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import diffusers
+import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors import SafetensorError
 
@@ -31,6 +32,7 @@ from apps.diffusion.models.autoencoder import open_vae
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.sampling.keywords import pipeline_options
+from apps.diffusion.sampling.options import class_numbers
 from apps.diffusion.schedulers.noise_schedule import make_scheduler, scheduler_of
 
 Weights = Literal["ema", "model"]
@@ -63,6 +65,23 @@ class OpenedNetwork:
     images: int | None = None
     threads: int | None = None
     digest: str
+
+    def to(self, device: str) -> None:
+        """Move the network, and take the number of CPU threads of its run."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        torch.nn.Module.to(self.model, torch.device(device))
+
+    def class_cycle(self, given: Sequence[str]) -> Sequence[int]:
+        """The classes to cycle through, by number or name, default all; none for an unconditional network.
+
+        Raises:
+            ValueError: a class that does not exist, or any for an unconditional network.
+        """
+        count = self.model.num_classes
+        if count == 0 and given:
+            raise ValueError("--classes does not apply to this network, which is unconditional; leave it out.")
+        return class_numbers("--classes", given, count, self.classes, null=False) or range(count)
 
 
 def open_network(

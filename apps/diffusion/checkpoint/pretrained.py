@@ -53,3 +53,8 @@ def read_record(folder: Path) -> tuple[Config, int]:
         return Config.from_json(json.dumps(record["config"])), int(record["images"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{file} is not the record of a training run ({error}); convert the run again.") from None
+
+
+def output_folder(source: Path, name: str) -> Path:
+    """The default folder of a command's output `name`: inside the run `source`, or name/NETWORK for a network by name."""
+    return source / name if locate(source) == source else Path(name) / source

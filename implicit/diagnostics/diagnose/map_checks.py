@@ -9,7 +9,6 @@ Both are measured at a generic point p = f(z0) + s n, with n standard normal and
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from implicit.convergence import REPEATABLE
 from implicit.diagnostics.diagnose.condition import Condition, Finding
@@ -59,16 +58,7 @@ def noise(f: FlatMap, point: GenericPoint) -> Finding | None:
     off = torch.zeros_like(point.scale)
     for _ in range(1 if point.z.numel() >= _MANY else 8):
         off = torch.maximum(off, _difference(f(point.z), point.fz))
-    threshold = REPEATABLE * f.layout.eps
-    if not bool((off > threshold).any()):
-        return None
-    worst = float(off.nan_to_num(nan=-1).max())
-    return Finding(
-        Condition.NOISY,
-        f"evaluations of f at one state differ by {worst:.1e} of ||f(z)||",
-        _samples(off > threshold),
-        certain=worst > _CERTAIN * threshold,
-    )
+    return _finding(Condition.NOISY, "evaluations of f at one state differ by {} of ||f(z)||", off, f.layout.eps)
 
 
 def coupling(f: FlatMap, point: GenericPoint) -> Finding | None:
@@ -82,15 +72,8 @@ def coupling(f: FlatMap, point: GenericPoint) -> Finding | None:
     for half in (first, ~first):
         apart = f(torch.where(half, moved, point.z))
         off = torch.where(half[:, 0], off, _difference(apart, point.fz))
-    threshold = REPEATABLE * f.layout.eps
-    if not bool((off > threshold).any()):
-        return None
-    worst = float(off.nan_to_num(nan=-1).max())
-    return Finding(
-        Condition.COUPLED,
-        f"f(z) of a sample changes by {worst:.1e} of its norm when other samples change",
-        _samples(off > threshold),
-        certain=worst > _CERTAIN * threshold,
+    return _finding(
+        Condition.COUPLED, "f(z) of a sample changes by {} of its norm when other samples change", off, f.layout.eps
     )
 
 
@@ -100,5 +83,11 @@ def _difference(a: Flat, b: Flat) -> PerSample:
     return torch.where(off == 0, 0.0, off / norm(b).clamp_min(torch.finfo(b.dtype).tiny))
 
 
-def _samples(mask: Tensor) -> tuple[int, ...]:
-    return tuple(torch.nonzero(mask).flatten().tolist())
+def _finding(condition: Condition, evidence: str, off: PerSample, eps: float) -> Finding | None:
+    """The condition of the samples whose difference is more than rounding; `evidence` takes the largest one."""
+    threshold = REPEATABLE * eps
+    samples = tuple(torch.nonzero(off > threshold).flatten().tolist())
+    if not samples:
+        return None
+    worst = float(off.nan_to_num(nan=-1).max())
+    return Finding(condition, evidence.format(f"{worst:.1e}"), samples, certain=worst > _CERTAIN * threshold)

@@ -1,0 +1,76 @@
+"""Products J v with the Jacobian of y = f(x): by forward mode, or as the transpose of v -> J^T v (`vjp.py`).
+
+w -> J^T w is linear in w, so that its vector-Jacobian product with v is J v. That takes a second derivative of f in
+place of a derivative in forward mode.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit.autodiff.vjp import functional_vjp, pullback
+from implicit.pytree import Flat
+
+
+def lacks_forward_mode(error: Exception) -> bool:
+    """Whether PyTorch's error means that forward mode cannot take f: an operator without a derivative of this kind, or
+    a write into a buffer (the statistics of BatchNorm).
+    """
+    return isinstance(error, NotImplementedError) or any(
+        word in str(error) for word in ("orward", "setup_context", "captured Tensor")
+    )
+
+
+def forward_jvp(f: Callable[[Any], Flat], z: Any, tangent: Any) -> tuple[Flat, Flat]:
+    """(f(z), J tangent) by forward mode, for a tensor z or a tuple of tensors.
+
+    Attention takes its math kernel, the only one that has derivatives of this kind.
+
+    Raises:
+        RuntimeError: an operator of f has no forward mode.
+    """
+    with _math_attention():
+        return torch.func.jvp(f, (z,), (tangent,))[:2]
+
+
+def pushforward(y: Flat, x: Flat) -> Callable[[Flat], Flat]:
+    """v -> (dy/dx) v, out of the graph of y, which must be twice differentiable; zero where y does not depend on x."""
+    w = torch.zeros_like(y, requires_grad=True)
+    return pullback(pullback(y, x, create_graph=True)(w), w)
+
+
+def double_backward_jvp(f: Callable[[Flat], Flat], z: Flat, tangent: Flat) -> tuple[Flat, Flat]:
+    """(f(z), J tangent) by two vector-Jacobian products."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad(), _math_attention():
+        x = z.detach().requires_grad_()
+        out = f(x)
+        product = pushforward(out, x)(tangent)
+    return out if recorded else out.detach(), product
+
+
+def functional_jvp(f: Callable[..., Tensor], at: tuple[Tensor, ...], moves: tuple[Tensor | None, ...]) -> Tensor:
+    """df(at) moves inside a transform, None for no move: by forward mode or, where an operator of f has none, by two
+    vector-Jacobian products.
+    """
+    if not at:
+        return torch.zeros_like(f())
+    tangents = tuple(torch.zeros_like(t) if v is None else v for t, v in zip(at, moves, strict=True))
+    try:
+        return forward_jvp(lambda t: f(*t), at, tangents)[1]
+    except (NotImplementedError, RuntimeError) as error:
+        if not lacks_forward_mode(error):
+            raise
+    out = f(*at)
+    return torch.func.grad(
+        lambda w: sum((a * b).sum() for a, b in zip(functional_vjp(f, at, w), tangents, strict=True))
+    )(torch.zeros_like(out))
+
+
+def _math_attention() -> Any:
+    """Scaled dot-product attention by its math kernel alone, as a context."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)
