@@ -56,5 +56,5 @@ def read_record(folder: Path) -> tuple[Config, int]:
 
 
 def output_folder(source: Path, name: str) -> Path:
-    """The default folder of a command's output `name`: inside the run `source`, or name/NETWORK for a network by name."""
+    """The default folder of the output `name`: inside the run `source`, or name/NETWORK for a network by name."""
     return source / name if locate(source) == source else Path(name) / source
