@@ -54,13 +54,15 @@ def fixed_point(
         solver: how the next iterate is made.
         grad: what autograd sees of the solve; `IFT` is the exact gradient.
         stop: tolerance, norm and budget.
-        batch_dims: 1, each row of the state is a system of its own; 0, the whole state is one system. A state without
-            a batch dimension, such as a vector, needs 0. Rows that f takes into each other (nodes of a graph) are
-            noticed, solved on as one system with a warning, and solved in fewer evaluations with 0.
+        batch_dims: 1, each row of the state is a system of its own; 0, the whole state is one system. A state without a
+            batch dimension, such as a vector, needs 0. Rows that f takes into each other (nodes of a graph) are
+            detected, and the solve continues with the whole batch as one system, with a warning; 0 takes fewer
+            evaluations.
         has_aux: f returns (f(z), aux); ``Solution.aux`` is what it returns at the value, with the graph that the value
             and f's parameters have, for one evaluation more.
-        starts: starts a sample: z0 has a leading axis of this length, or is drawn so often. Every start is solved from
-            without a graph, then the one with the smallest residual once more, with `grad`; ``evals`` are of all.
+        starts: starts a sample: z0 has a leading axis of this length, or is drawn that many times. Every start is
+            solved from without a graph, then the one with the smallest residual once more, with `grad`; ``evals`` are
+            of all.
         generator: passed to z0 where that is a function.
         trace: record the residual at every evaluation; or a function ``(carry, z, f(z)) -> carry``, folded over the
             evaluations of the solve from None on, for states on the way and a loss on each: their graph is that of the

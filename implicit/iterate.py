@@ -6,10 +6,10 @@ go on.
 
 CONVERGED is true of the value that is returned. Frozen samples are evaluated along, so a claim is tested in every
 evaluation; where the last one was not at the value returned (after compaction, with `Stop.late`, beside samples that
-failed), one more evaluation tests it. A claim that does not hold has one of two causes, told apart by evaluating f
+failed), one more evaluation tests it. A claim that does not hold has one of two causes, distinguished by evaluating f
 again at the same z:
 
-    noise      f gives two values at one z (dropout drawn anew, spectral_norm in training mode): the sample goes on,
+    noise      f gives two values at one z (a fresh dropout mask, spectral_norm in training mode): the sample goes on,
                and ends as NONDETERMINISTIC if the budget does not suffice
     coupling   f takes one sample into another: the whole batch is solved on as one system, with a warning
 """

@@ -24,7 +24,7 @@ class Observation:
 
 
 def fetch(criterion: Criterion, point: Point) -> tuple[tuple[Tensor, Tensor], "torch.cuda.Event | None"]:
-    """The norms of f(z) - z and f(z) on their way to the host, and the event that says that they are there."""
+    """The norms of f(z) - z and f(z) on their way to the host, and the event that marks their arrival."""
     r, fz = point.r, point.fz
     if r.requires_grad or fz.requires_grad:
         r, fz = r.detach(), fz.detach()

@@ -1,4 +1,4 @@
-"""What a solve returns: the value, and per sample how it went and what to do about it."""
+"""Result of a solve: the value, and for each sample its status with advice."""
 
 import enum
 from collections import Counter
@@ -89,8 +89,8 @@ class Solution:
         evals: (B,) how often f was evaluated for this sample (int64), at most `Stop.max_evals` times by the solve; an
             evaluation that verifies the answer, and those of the estimator, come on top.
         trace: (evaluations, B) residual at each evaluation, NaN once a sample has finished, or what the function given
-            as `trace` made of the evaluations; None unless asked for.
-        state: the solver state at the end, for a warm start of a related problem; None unless asked for.
+            as `trace` made of the evaluations; None unless requested.
+        state: the solver state at the end, for a warm start of a related problem; None unless requested.
         adjoint: u of the backward pass once it has run; None unless ``adjoint=`` was given.
         scale: (B,) norm of f at the start, to which the tolerance of a fixed point of zero refers.
         aux: what f returned beside f(z) at `value`; None without `has_aux`.
@@ -118,7 +118,7 @@ class Solution:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Say what to pass to PyTorch's functions and modules.
+        """Refuse PyTorch's functions and modules, with the argument to pass instead.
 
         Raises:
             TypeError: always.

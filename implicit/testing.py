@@ -1,4 +1,4 @@
-"""Fourteen problems z = f(z) with a known answer, to judge solvers by.
+"""Fourteen problems z = f(z) with a known answer, for tests of solvers.
 
 Every map is per sample: z is (B, N) and sample b depends on row b alone. The answer is found in float64 by Newton's
 method on the dense Jacobian (linear maps: one solve), to a relative residual below 1e-13; the Jacobian's spectrum at
@@ -25,7 +25,7 @@ class Problem:
     Call it as f: ``fixed_point(problem, problem.z0, *problem.args)``.
 
     Attributes:
-        name: what it is called in tables.
+        name: in tables.
         map: f(z, *args), z ``(B, N)``.
         z0: where to start.
         args: tensors with one row per sample, for maps that differ between samples.

@@ -223,7 +223,7 @@ def traced() -> bool:
 
 
 class _Eager:
-    """The stance of the compiler, which is one for all threads: eager while any of them has asked for that."""
+    """The stance of the compiler, which is one for all threads: eager while any of them has requested it."""
 
     lock = threading.Lock()
     active = 0
@@ -232,7 +232,7 @@ class _Eager:
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Run blocks made by `torch.compile` without compilation: a function mode would have each compiled anew.
+    """Run blocks made by `torch.compile` without compilation: a function mode would have each compiled again.
 
     torch._dynamo, which takes longer to import than torch itself, is not imported if nothing was compiled.
     """

@@ -123,7 +123,7 @@ class ClosureTracer(FunctionMode):
         """Whether the function is not the one of `earlier`, which was evaluated at the same argument.
 
         It is not if a tensor has been written to since, other than by the function, or a constant stands in place of
-        another. A tensor that is gone was made by the function itself, out of sight, unless its kind is in `gone`.
+        another. A tensor that no longer exists was made by the function itself, untraced, unless its kind is in `gone`.
         """
         new: list[Kind] = []
         for key, (ref, then) in self._reads.items():

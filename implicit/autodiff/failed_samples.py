@@ -7,7 +7,7 @@ known before the graph is kept: the evaluations are recorded once more with
     f_b(z)  ->  z0_b, a constant, while f is evaluated at z0_b
 
 for the failed samples b. Their state gets no gradient, and the other samples are evaluated as before. A sample whose f
-is not finite at z0 either (NaN in its input) cannot be helped so: leave it out of `args`.
+is not finite at z0 either (NaN in its input) keeps its NaN: leave it out of `args`.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """A mode that receives every torch function and every `autograd.Function` that its thread calls.
 
-PyTorch passes calls of `autograd.Function.apply` to no `TorchFunctionMode`, and a compiled block would be compiled anew
-for every mode: within such a mode `apply` is led through it, and compiled blocks run without compilation.
+PyTorch passes calls of `autograd.Function.apply` to no `TorchFunctionMode`, and a compiled block would be compiled
+again for every mode: within such a mode `apply` is routed through it, and compiled blocks run without compilation.
 """
 
 import threading
@@ -40,12 +40,12 @@ class FunctionMode(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if self.paused else self.call(func, args, kwargs or {})
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """func(*args, **kwargs), as this mode has it."""
+        """The result of func(*args, **kwargs) under this mode."""
         raise NotImplementedError
 
 
 class _FunctionHook:
-    """Leads calls of `autograd.Function.apply` through the modes of the calling thread: torch passes them to no mode.
+    """Routes calls of `autograd.Function.apply` through the modes of the calling thread: torch passes them to no mode.
 
     The class attribute is exchanged while a mode is active in some thread, and restored afterwards.
     """

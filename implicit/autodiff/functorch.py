@@ -7,7 +7,7 @@ Setting: z* = F(z*, theta), J = dF/dz at z*. Derivatives of the solve are linear
 
 so three `autograd.Function`s close the algebra: `_Search` finds z* and has no derivative, `_Attach` is the identity at
 z* with the derivatives above, `TransposableSolve` solves with J or J^T and differentiates into itself. Under vmap
-each turns the mapped axis into more batch. The innermost call of each has plain tensors, on which the host may decide.
+each turns the mapped axis into more batch. The innermost call of each has plain tensors, which the host may read.
 """
 
 from dataclasses import dataclass, replace

@@ -83,7 +83,7 @@ def attach_approximately(phi: Callable[[Flat], Flat], z: Flat, rule: Rule, eps: 
 
 @dataclass(frozen=True)
 class First:
-    """phi(x, *theta), and what is known of its first evaluation at the solution."""
+    """phi(x, *theta), and the record of its first evaluation at the solution."""
 
     function: Callable[..., Flat]
     image: Tensor  # summary
@@ -94,7 +94,7 @@ class First:
         """phi(x, *theta) of a second evaluation.
 
         Raises:
-            RuntimeError: phi is another map than it was.
+            RuntimeError: phi has changed since the forward pass.
         """
         with ClosureTracer((x, *theta)) as tracer:
             again = self.function(x, *theta)
@@ -197,7 +197,7 @@ def warn_learned_start(problem: Problem, value: State) -> None:
     if learned and not learned <= _parameters(tensors(value)):
         warnings.warn(
             "The starting state z0 is a parameter, or made from one, and this estimator gives it no gradient: the "
-            "solution does not depend on where the solve begins. Pass z0.detach() if that is meant; Unrolled and "
+            "solution does not depend on where the solve begins. Pass z0.detach() if that is intended; Unrolled and "
             "Reversible differentiate the iterations, the start included.",
             RuntimeWarning,
             stacklevel=4,
@@ -232,6 +232,6 @@ def _evaluated_again(phi: First, z: Flat, *theta: Tensor) -> Product:
 
 
 def _uncompiled(phi: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """phi without torch.compile inside: a compiled block would be compiled anew for every substitution mode."""
+    """phi without torch.compile inside: a compiled block would be compiled again for every substitution mode."""
     uncompiled: Any = not_compiled(phi)
     return uncompiled

@@ -1,8 +1,8 @@
-"""Fixed-point steps that autograd records, after a solve that it did not.
+"""Fixed-point steps recorded by autograd, after a solve without a graph.
 
 Setting: the solve ended at z. z_0 = z and z_{i+1} = d z_i + (1 - d) f(z_i), with damping d; the gradient is that of
-z_k. With a tolerance the value remains z, of which residual and result are true, and only the gradient is that of z_k.
-Without one the steps belong to the number of iterations that was asked for, and the value is z_k.
+z_k. With a tolerance the value remains z, to which residual and result refer, and only the gradient is that of z_k.
+Without one the steps are part of the requested number of iterations, and the value is z_k.
 """
 
 from dataclasses import replace

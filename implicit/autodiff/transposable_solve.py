@@ -21,7 +21,7 @@ Product: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Record:
-    """What the first evaluation at the solution has read."""
+    """The tensors that the first evaluation at the solution has read."""
 
     reads: Reads | None = None
 
@@ -53,7 +53,7 @@ class Pure:
         """F at the solution, evaluated again.
 
         Raises:
-            RuntimeError: F is another map.
+            RuntimeError: F has changed since the first evaluation.
         """
         first = self.record.reads
         gone = [] if first is None else first.gone()  # nothing but f's own closure has kept them until now

@@ -27,7 +27,7 @@ class Barrier(torch.autograd.Function):
 
 
 def edge(t: Tensor) -> GradientEdge | None:
-    """The place of t in the graph, which does not keep t itself alive."""
+    """The gradient edge of t in the graph, which does not keep t itself alive."""
     return get_gradient_edge(t) if t.requires_grad else None
 
 

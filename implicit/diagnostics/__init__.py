@@ -1,4 +1,4 @@
-"""What kind of fixed point is this, and what do gradient estimators make of it? One question a file."""
+"""Diagnostics of fixed points and of gradient estimators; one question a file."""
 
 from implicit.diagnostics.diagnose import Condition as Condition
 from implicit.diagnostics.diagnose import Diagnosis as Diagnosis

@@ -1,6 +1,6 @@
-"""How far is each gradient estimator from the exact gradient, on your layer and your batch, and what does it cost?
+"""Bias and cost of gradient estimators on one layer and one batch.
 
-The truth that they are compared with is `implicit.diagnostics.reference_gradient`.
+The exact gradient that they are compared with is `implicit.diagnostics.reference_gradient`.
 """
 
 import math
@@ -97,7 +97,7 @@ def gradient_bias(
     """Compare gradient estimators with the exact gradient on one batch.
 
     Every estimator runs a solve of its own as ``fixed_point(f, z0, *args, grad=..., solver=solver, stop=stop)`` would,
-    so the error includes that of stopping early. An estimator that fails is a row that says why. f must be
+    so the error includes that of stopping early. An estimator that fails is a row with the reason. f must be
     deterministic (no fresh dropout). The truth has the precision of the state's dtype: errors below 1e-6 want a layer
     in float64. Cost: a tight solve, and `draws` or `repeats` + 2 gradients per estimator.
 
@@ -107,7 +107,7 @@ def gradient_bias(
         args: passed on to f.
         estimators: which, by label or labelled by their settings; default `every_estimator()`.
         params: gradients with respect to what; default every tensor that f uses and that requires gradients.
-        loss: a scalar from the solution's value; default a fixed random projection, which favours no direction.
+        loss: a scalar from the solution's value; default a fixed random projection, which favors no direction.
         solver, stop: as in `fixed_point`.
         batch_dims: 0 makes the whole state one system.
         draws: gradients averaged for `StochasticJFB`, whose bias is that of its mean.
@@ -201,7 +201,7 @@ def warn_how_it_ended(solution: Solution) -> None:
 def gradient(forward: Callable[[Map], Tensor], f: Map, wanted: Sequence[Tensor]) -> None:
     """Forward and backward pass once, to be timed."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they were noted already
+        warnings.simplefilter("ignore")  # warnings were recorded already
         torch.autograd.grad(forward(f), wanted, allow_unused=True)
 
 
@@ -263,7 +263,7 @@ def cells(row: BiasRow) -> tuple[str, ...]:
 
 
 def size(count: float) -> str:
-    """Bytes for people."""
+    """Bytes with a unit."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

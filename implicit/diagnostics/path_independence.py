@@ -1,13 +1,13 @@
-"""Does the answer depend on where the solve started?
+"""Path independence: whether the solution depends on the start of the solve.
 
 Setting: z_1 solves z = f(z, x) from the usual start, z_2 from somewhere else entirely, for the same x. The asymptotic
 alignment score is their cosine, 1 for a path-independent layer:
 
     AA = <z_1, z_2> / (||z_1|| ||z_2||)                 per sample
 
-The other start is the solution of another sample: a typical answer, for the wrong x. Anil et al., "Path Independent
-Equilibrium Models Can Better Exploit Test-Time Computation", NeurIPS 2022, arXiv 2211.09961, found that it goes with
-generalization to harder problems at test time.
+The other start is the solution of *another* sample: a plausible solution, for another input x. Anil et al.,
+"Path Independent Equilibrium Models Can Better Exploit Test-Time Computation", NeurIPS 2022, arXiv 2211.09961, found
+that it goes with generalization to harder problems at test time.
 """
 
 from dataclasses import dataclass

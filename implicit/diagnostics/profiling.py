@@ -1,6 +1,6 @@
 """What a gradient costs: evaluations of f, vector-Jacobian products, bytes held, bytes at the peak, time.
 
-It looks from outside, so that any way to make a gradient can be put on the scales, ours or another library's.
+Measured from outside by dispatch modes, which apply to the gradients of any library.
 """
 
 import statistics
@@ -21,7 +21,7 @@ from implicit.torch_internals import TorchDispatchMode, memory, tree_leaves
 
 @dataclass
 class Counter:
-    """Counts how often a map is evaluated and how often a vector is pulled back through it."""
+    """Counts evaluations of a map and vector-Jacobian products with it."""
 
     evals: int = 0
     products: int = 0
@@ -97,7 +97,7 @@ class Bytes(TorchDispatchMode):
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A gradient and what it took.
+    """A gradient and its cost.
 
     Attributes:
         gradient: all gradients as one float64 vector; None if there is none.
@@ -138,7 +138,7 @@ def measure(
                 saved = memory.alive
                 grads = torch.autograd.grad(loss, params, allow_unused=True)
             gradient = flat(grads, params)
-        except Exception as error:  # whatever it is, it is this row's result
+        except Exception as error:  # any failure is the result of this row
             notes.append(f"{type(error).__name__}: {error}")
     notes += [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
     if gradient is not None and not gradient.isfinite().all():

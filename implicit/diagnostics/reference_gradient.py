@@ -1,4 +1,4 @@
-"""The exact gradient of a fixed point, as the truth to compare with: by no estimator.
+"""The exact gradient of a fixed point, as a reference: computed without an estimator.
 
 Setting: z* = f(z*, theta), J = df/dz at z*, g = dL/dz*;
 
@@ -46,7 +46,7 @@ def exact_gradient(
     The Jacobian is formed where a sample has at most `dense` numbers; by default where all Jacobians fit `_DENSE`.
 
     Raises:
-        NotConverged: the solution or the linear system was not found well enough to judge estimators by.
+        NotConverged: the solution or the linear system was not found accurately enough to compare estimators with.
     """
     tight = Stop(rtol=2 * layout.eps, atol=0, max_evals=2000)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def _directly(act: Callable[[Flat], Flat], g: Flat) -> Flat:
 
 
 def _iterated(act: Callable[[Flat], Flat], g: Flat, stop: Stop, layout: Layout) -> Flat:
-    """u = g + J^T u, by iteration, free of the scale of g."""
+    """u = g + J^T u, by iteration, scale-invariant in g."""
     size = norm(g).clamp_min(torch.finfo(g.dtype).tiny).unsqueeze(1)
     with torch.no_grad():
         solved = iterate(lambda u: g / size + act(u), g / size, AndersonGS(60), stop)
@@ -95,7 +95,7 @@ def _accepted(relative: Tensor, layout: Layout, what: str) -> float:
     worst, most = float(relative.max()), layout.eps**0.5
     if not worst <= most:
         raise NotConverged(
-            f"The {what} was found to a relative residual of {worst:.1g} only, and {most:.0e} is needed to judge "
+            f"The {what} was found to a relative residual of {worst:.1g} only, and {most:.0e} is needed to compare "
             "estimators: use a stronger solver, or a layer that has a fixed point."
         )
     return worst

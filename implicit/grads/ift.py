@@ -31,16 +31,16 @@ class IFT(AbstractGrad):
     the solve works on g divided by a power of two per sample, so a loss times 1e-8 gives that gradient times 1e-8. The
     starting state gets no gradient. Differentiable to any order, and by `torch.func`.
 
-    Each sample is taken for a system of its own. Where f couples them all (batch normalisation in training mode, a
-    mean over the batch) that is noticed, and the whole batch is solved as one, with a warning: pass ``batch_dims=0``.
+    Each sample is a system of its own. Where f couples them all (batch normalization in training mode, a mean
+    over the batch) that is detected, and the whole batch is solved as one, with a warning: pass ``batch_dims=0``.
 
     Memory: one evaluation of f; in the backward pass a handful of states where the layer contracts well, a state for
     every product where it does not, or has fewer than 1024 numbers (`GMRES`). Cost: one evaluation, k products v^T J
     and one v^T df/dtheta. The equation is linear, so that GMRES needs the fewest products of all methods for a
     residual; k was 12 at spectral radius 0.32, 20 at 0.55 and 44 at 0.94, for a residual of 1e-6.
 
-    When to use: by default. Where k products are too dear, `implicit.diagnostics.gradient_bias` says what the
-    cheaper estimators would get wrong.
+    When to use: by default. Where k products are too expensive, `implicit.diagnostics.gradient_bias` measures the
+    error of the cheaper estimators.
 
     Source: Bai et al., "Deep Equilibrium Models", NeurIPS 2019, arXiv 1909.01377.
 

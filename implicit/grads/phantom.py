@@ -23,7 +23,7 @@ class Phantom(AbstractGrad):
     imaginary parts, and makes it slower otherwise; for J = 0 the gradient is 1 - d^steps times the exact one.
     ``Phantom(steps, 0)`` is ``JFB(steps)``. Memory: `steps` evaluations of f. Cost: `steps` evaluations and as many
     vector-Jacobian products. The starting state gets no gradient. When to use: training where the exact gradient is
-    too dear and one step too crude; `implicit.diagnostics.gradient_bias` says by how much.
+    too expensive and one step too crude; `implicit.diagnostics.gradient_bias` measures both.
 
     Source: Geng et al., "On Training Implicit Models", NeurIPS 2021, arXiv 2111.05177, equation 12 (their lambda is
     1 - damping).

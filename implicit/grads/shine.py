@@ -33,9 +33,9 @@ class SHINE(AbstractGrad):
 
         u = H^T g,     dL/dtheta ~ u^T df/dtheta;     u = g for a sample with ||H^T g|| > fallback ||g||
 
-    Drops what the forward solve has not learnt of J: it knows secants along its own path, not the direction g. `refine`
-    steps u <- g + J^T u start from there and remove error by rho(J) each. Relative error of the gradient in float64,
-    Broyden(50) to 1e-8, by products v^T J (`Neumann` of as many in brackets):
+    Drops what the forward solve has not learned of J: it knows secants along its own path, not the direction g.
+    `refine` steps u <- g + J^T u start from there and remove error by rho(J) each. Relative error of the gradient in
+    float64, Broyden(50) to 1e-8, by products v^T J (`Neumann` of as many in brackets):
 
         layer (spectral radius)   0             1             2             5
         tanh (0.32)               0.22 (0.33)   0.05 (0.10)   0.01 (0.03)   0.000 (0.001)
@@ -43,8 +43,8 @@ class SHINE(AbstractGrad):
         adaLN (0.55)              0.29 (0.32)   0.09 (0.17)   0.06 (0.07)   0.007 (0.014)
         tanh (0.94)               0.78 (0.78)   0.59 (0.59)   0.53 (0.54)   0.31 (0.31)
 
-    On the last layer the fallback is what is seen: without it 0.57 at no product. Memory: one evaluation of f, and the
-    solver's history until the backward pass: bounded by its `memory`. Cost: one evaluation, `refine` products v^T J
+    On the last layer the fallback acts: without it the error is 0.57 at no product. Memory: one evaluation of f, and
+    the solver's history until the backward pass: bounded by its `memory`. Cost: one evaluation, `refine` products v^T J
     and one v^T df/dtheta. The starting state gets no gradient. When to use: Broyden forward, many evaluations, and a
     backward pass that must cost next to nothing; with ``refine=1`` it is worth about two terms of the series.
 
@@ -169,7 +169,7 @@ class _Frozen(AbstractSolver[_FrozenState]):
         before = map_tensors(lambda t: t[held] if t.shape[:1] == (size,) else t, state.state) if len(held) else None
         z, tangent, after = self.solver.step(point, state.state)
         if before is not None:
-            # what belongs to the point itself is not the solver's to write to, and is the same as before
+            # tensors of the point itself are never written to by a solver, and are the same as before
             own = {t.untyped_storage().data_ptr() for t in (point.z, point.fz, point.r)}
             _restore(after, before, held, size, own)
         return z, tangent, _FrozenState(after, point.z)

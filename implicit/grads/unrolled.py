@@ -27,10 +27,10 @@ class Unrolled(AbstractGrad):
         dL/dtheta = g^T dz_n/dtheta,     z_n = f(solver^{n-1}(z0))
 
     Drops nothing: exact for the number of iterations taken, whether or not they converged; the starting state gets a
-    gradient, and derivatives of any order are right. The value is f(z) of the last judged z, so that even a solve that
+    gradient, and derivatives of any order are right. The value is f(z) of the last tested z, so that even a solve that
     starts at its answer depends on f's parameters. Cost: n vector-Jacobian products, and with `checkpoint` n
-    evaluations more. When to use: as the truth to compare with, and where few iterations are trained as a network of
-    that depth.
+    evaluations more. When to use: as the reference to compare with, and where few iterations are trained as a network
+    of that depth.
 
     Memory, for n evaluations that keep a states each, and a solver whose step keeps s:
 
@@ -92,7 +92,7 @@ class Unrolled(AbstractGrad):
         return iterate(f, problem.z0, solver, stop, args=problem.args, options=options, image=True, segments=segments)
 
     def _refuse_transform(self, stop: Stop, options: SolveOptions) -> None:
-        """What is decided on the host, and checkpoints, cannot be looked into by torch.func."""
+        """Refuse decisions on the host, and checkpoints, inside torch.func."""
         if stop.has_tolerance or options.observed or options.trace:
             raise NotImplementedError(
                 "Unrolled inside a torch.func transform takes a fixed number of evaluations: pass "

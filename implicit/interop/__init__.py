@@ -1,1 +1,1 @@
-"""Other packages' solvers here, ours there."""
+"""Bridges to the solvers of scipy and torchdeq."""

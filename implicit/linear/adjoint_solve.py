@@ -24,7 +24,7 @@ _SLACK = 10  # a residual of that many tolerances contradicts the solver
 
 @dataclass(frozen=True)
 class LinearSolve:
-    """Solves u = g + A u, A a linear map given by its action, free of the scale of g.
+    """Solves u = g + A u, A a linear map given by its action; scale-invariant in g.
 
     g is divided by a power of two per sample, so that rounding, tolerance and iterates are the same at every scale.
 
@@ -151,7 +151,7 @@ def _power_of_two(g: Flat) -> Tensor:
 
 
 def _couples(act: Act, g: Flat, wrong: Tensor) -> bool:
-    """Whether the other samples reach one that is wrong: by a product with numbers of no structure."""
+    """Whether the other samples reach one that is wrong: by a product with unstructured numbers."""
     sample = int(wrong.to(torch.uint8).argmax())
     others = torch.arange(g.numel(), device=g.device, dtype=g.dtype).cos().view_as(g)
     others[sample] = 0

@@ -78,10 +78,10 @@ class GMRES:
         guess: PerSample | None = None,
         right: PerSample | None = None,
     ) -> tuple[Solution, bool | None]:
-        """The solution, and whether the samples are systems of their own, as far as that shows at no cost.
+        """The solution, and whether the samples are systems of their own, where that is known without extra products.
 
-        A sample that has converged is multiplied as zero, and what comes back for it comes from the others: False, and
-        the solution is none. None: all converged at once.
+        A sample that has converged is multiplied as zero, and a product of it that is not zero comes from the others:
+        False, and the solution is invalid. None: all converged at once.
 
         Where g is the residual of a first guess, u is the correction; `guess` is the norm of the guess and `right` that
         of the right-hand side, to which the tolerance refers.

@@ -13,8 +13,8 @@ With all pairs kept this is Anderson acceleration of type II, GMRES on a linear 
 pairs give the same as all (Tang, Xu, He, Saad and Xi, "Anderson acceleration with truncated Gram-Schmidt", SIAM J.
 Matrix Anal. Appl. 45(4), 2024). The oldest pair makes room for the newest.
 
-A new q that lies almost in the span of the old ones, ||q after|| <= drop ||q before||, says that the old ones are
-out of date (f is not linear) or that rounding error is all that is left: that sample drops them and keeps the
+A new q that lies almost in the span of the old ones, ||q after|| <= drop ||q before||, means that the old ones are
+out of date (f is not linear) or that only rounding error is left: that sample drops them and keeps the
 newest, as a secant method would.
 """
 

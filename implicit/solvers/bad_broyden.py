@@ -4,7 +4,7 @@ H_k approximates -(dg/dz)^-1, g(z) = f(z) - z, and starts as the identity. With 
 
     H_k = H_{k-1} - (s + H_{k-1} y) y^T / (y^T y),    z_{k+1} = z_k + H_k r_k
 
-kept as H = I + sum_i u_i v_i^T (Broyden, Math. Comp. 19, 1965; the name is his, and not always deserved).
+kept as H = I + sum_i u_i v_i^T (Broyden, Math. Comp. 19, 1965).
 """
 
 from dataclasses import dataclass, replace

@@ -17,7 +17,7 @@ S = TypeVar("S")
 
 
 class Point:
-    """An evaluated iterate: z, f(z), the residual r = f(z) - z (made when first asked for), and J v if asked for.
+    """An evaluated iterate: z, f(z), the residual r = f(z) - z (computed on first access), and J v if requested.
 
     Attributes:
         z: (B, N) the iterate.
@@ -76,7 +76,7 @@ class AbstractSolver(abc.ABC, Generic[S]):
 
     @property
     def has_cautious_stage(self) -> bool:
-        """Whether the solver's `retreat` keeps its history and takes more careful steps where it is told to."""
+        """Whether the solver's `retreat` keeps its history and takes more careful steps in the cautious stage."""
         return False
 
     def retreat(

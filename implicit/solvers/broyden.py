@@ -46,16 +46,16 @@ class BroydenState:
     system: Float[Tensor, "B K K+1"]
     count: int = 0
     short: Float[Tensor, "B 1 K"] | None = None  # t - 1 of every step; None: full steps
-    fresh: bool = False  # the last step was not taken: the newest residual says nothing about it
+    fresh: bool = False  # the last step was not taken: the newest residual is not its result
 
 
 @dataclass(frozen=True)
 class Broyden(AbstractSolver[BroydenState]):
     """Broyden with at most `memory` secant pairs per sample.
 
-    When the history is full it starts anew from the newest pair, so the newest secant equation always holds. (Later
+    When the history is full it restarts from the newest pair, so the newest secant equation always holds. (Later
     pairs mislead without the earlier ones that they were made with: dropping one at a time diverges on slow linear
-    maps. scipy's truncated SVD takes about as many evaluations, for a factorisation a step.) A sample whose direction
+    maps. scipy's truncated SVD takes about as many evaluations, for a factorization a step.) A sample whose direction
     is lost to rounding (s^T H y = 0) leaves that pair out. States held: a growing number, at most
     memory + 3.
 
@@ -78,7 +78,7 @@ class Broyden(AbstractSolver[BroydenState]):
 
     @property
     def _rows(self) -> int:
-        return self.memory + 2  # the steps before and after the pairs, and room for the pair that starts anew
+        return self.memory + 2  # the steps before and after the pairs, and room for the pair of a restart
 
     def init(self, point: Point) -> BroydenState:
         short = point.r.new_zeros(point.r.shape[0], 1, self._rows) if self.search else None
@@ -110,9 +110,9 @@ class Broyden(AbstractSolver[BroydenState]):
 
     def step(self, point: Point, state: BroydenState) -> tuple[Flat, None, BroydenState]:
         r = point.r
-        # a full history begins anew; a step that was not taken forms no pair
+        # a full history restarts from the newest pair; a step that was not taken forms no pair
         if state.count > self.memory:
-            state = self._begin_anew(r, state)
+            state = self._keep_newest_pair(r, state)
         elif state.fresh and state.count:
             state = _drop_pair(state, torch.ones_like(r[:, :1], dtype=torch.bool), r)
         if not state.count:
@@ -144,7 +144,7 @@ class Broyden(AbstractSolver[BroydenState]):
         now = put(short.mT, last + 1, torch.where(grown, 0.5 * part - 1, 0)).mT
         return z, replace(_append(_drop_pair(state, grown, r), s, r), short=now)
 
-    def _begin_anew(self, r: Flat, state: BroydenState) -> BroydenState:
+    def _keep_newest_pair(self, r: Flat, state: BroydenState) -> BroydenState:
         """The newest secant pair alone, with H_{k-1} = I; its u is stored in a row, for it is not the next step."""
         slot = state.count - 1
         s, y = state.steps.row(slot).clone(), r - state.r  # clearing writes into the row

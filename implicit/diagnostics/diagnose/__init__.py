@@ -1,4 +1,4 @@
-"""Why did it not converge, and what to do about it: one call, one question a file."""
+"""Diagnosis of a fixed-point problem: causes of failure and a recommendation, one question a file."""
 
 from implicit.diagnostics.diagnose.condition import Condition as Condition
 from implicit.diagnostics.diagnose.condition import Finding as Finding

@@ -34,7 +34,7 @@ class Budget(Counter):
         super().product()
 
     def charge(self, products: int) -> None:
-        """Count products that were made unseen."""
+        """Count products that were made outside of this counter."""
         self._require(products)
         self.products += products
 

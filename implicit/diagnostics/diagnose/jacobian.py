@@ -26,7 +26,7 @@ from implicit.solvers import Picard
 _BORDER = 0.02  # distance from 1 within which radius and real part do not tell the kinds apart
 _LOOSE = 0.1  # relative error of the leading Ritz value beyond which the kind is uncertain
 _TRANSIENT, _CLEAR = 10.0, 20.0  # growth that counts as strongly non-normal, and beyond doubt
-_SLOWEST = 0.1  # rates below this count as this: what falls faster is gone in a few steps
+_SLOWEST = 0.1  # least rate: faster decay ends within a few steps
 _STEPS = (1e-2, 1e-3)  # h of the kinks, in units of the state's root mean square
 _KINK, _FALL = 0.05, 0.5  # least D(h) of a kink, as a share of the slopes themselves, and of D(1e-3) / D(1e-2)
 _FLAT = 0.1  # slopes below this count as this

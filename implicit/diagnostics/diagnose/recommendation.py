@@ -43,7 +43,7 @@ def recommend(
     return Recommendation(solver, stop, grad, batch_dims, tuple(dict.fromkeys(reasons)))
 
 
-# what has to be mended in f before anything else makes sense
+# conditions of f to mend before any solver can be recommended
 _FIRST = (Condition.NONFINITE, Condition.NOISY, Condition.COUPLED, Condition.STARTS_AT_EQUILIBRIUM)
 
 

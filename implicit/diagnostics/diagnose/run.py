@@ -1,4 +1,4 @@
-"""`diagnose`: measure a fixed-point problem on its own batch and say what to do."""
+"""`diagnose`: measurements of a fixed-point problem on its own batch, and a recommendation."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -170,7 +170,7 @@ class _Run:
         self.findings += [] if below is None else [below]
 
     def _note_noise(self) -> None:
-        """Noise that only a solve has met."""
+        """Noise that was found during a solve only."""
         for trial in self.trials:
             if trial.solution is None or self.has(Condition.NOISY):
                 continue

@@ -46,7 +46,7 @@ class SolverRow:
         converged: samples that met the tolerance, of how many.
         evals: (B,) evaluations of f for each sample, products of NewtonKrylov included.
         residual: the largest ||f(z) - z|| / ||z|| of a sample at the value returned.
-        ends: how many samples ended how, by the name of the `Result`.
+        ends: number of samples by the name of their `Result`.
         trace: (evaluations, B) residuals; NaN once a sample has finished.
         tolerances: (rtol, evaluations until every sample met it), as far as the residuals go.
         note: why there is no result.
