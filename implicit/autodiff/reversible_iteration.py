@@ -1,0 +1,336 @@
+"""A coupled iteration that can be run backwards.
+
+Setting: 0 < b < 1 and y_0 = z_0. A step and its exact inverse are
+
+    y' = (1 - b) y + b f(z)              z = (z' - b f(y')) / (1 - b)
+    z' = (1 - b) z + b f(y')             y = (y' - b f(z)) / (1 - b)
+
+and the answer is f(z_n). The inverse divides errors by up to (1 - b)^2n, so y and z are kept in float64.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from implicit.autodiff.autocast import rounding
+from implicit.autodiff.batched import is_batched
+from implicit.autodiff.closure_convert import SameReads
+from implicit.evaluation import FlatMap
+from implicit.pytree import Flat, norm, to_device, to_host
+from implicit.recomputation import CHANGED
+from implicit.solution import Result
+from implicit.stopping import Criterion, Stop
+
+_RUNNING = -1
+_FAR = 1e4  # relative error above which the step where the backward run diverged is unknown
+
+
+class ReversibleIteration:
+    """The iteration, every sample until it has converged, failed or spent the budget; then it is held.
+
+    The loop of `implicit.iterate` returns the best iterate; a run that will be reversed needs its very last pair and
+    the number of steps each sample took.
+
+    Evaluation 2k is f(z_k) and evaluation 2k - 1 is f(y_k). The graph of each is built without its saved tensors, as
+    `torch.utils.checkpoint` does, and without its input too: when the engine asks for the saved tensors of evaluation
+    j, the run goes back from where it is to the input of evaluation j, and evaluates f there again.
+
+    Args:
+        flat: f on (B, N) matrices.
+        start: z_0.
+        stop: tolerance and budget.
+        beta: b.
+        anchor: keep the pair after every so many steps; None: never.
+        report: called at the end of a backward pass with the (B,) estimated relative errors of the gradient.
+    """
+
+    def __init__(
+        self,
+        flat: FlatMap,
+        start: Flat,
+        stop: Stop,
+        beta: float,
+        anchor: int | None,
+        report: Callable[[Tensor], None],
+    ) -> None:
+        self.flat, self.stop, self.beta, self.anchor, self.report = flat, stop, beta, anchor, report
+        self.start, self.narrow = start, start.dtype
+        self.criterion = Criterion(stop, flat.layout)
+        self.verified = 0  # evaluations at the value returned
+        self.steps = torch.zeros(start.shape[0], dtype=torch.int64, device=start.device)
+        self.result = torch.full_like(self.steps, _RUNNING, dtype=torch.int8)
+        self.trace: list[Tensor] = []
+        self.anchors: list[Tensor] = []  # y, z after every `anchor` steps
+
+    def forward(self, trace: bool) -> Flat:
+        """f(z_n), attached to the graph of all evaluations if autograd is on."""
+        # values and, with the suffix _node, their places in the graph: samples that fail have other values there
+        y = z = self.start.detach().double()
+        y_node = z_node = self.start.double()
+        f_node = self._evaluate(0, z_node)
+        fz = f_node.detach()
+        self._classify(fz, z, trace)
+        for k in range(1, (self.stop.max_evals - 1) // 2 + 1):
+            running = self.result == _RUNNING
+            if self.stop.has_tolerance and not running.any():
+                break
+            if self.anchor and k > 1 and (k - 1) % self.anchor == 0:
+                self.anchors += [y, z]
+            # y' = (1 - b) y + b f(z), z' = (1 - b) z + b f(y')
+            y_node = _Step.apply(y_node, f_node, y, fz, running, self, k)
+            f_node = self._evaluate(2 * k - 1, y_node)
+            fy = f_node.detach()
+            z_node = _Step.apply(z_node, f_node, z, fy, running, self, k)
+            f_node = self._evaluate(2 * k, z_node)
+            moved = f_node.detach()
+            # samples with a value that is not finite have failed and stay where they were
+            lost = ~(torch.isfinite(norm(fy)) & torch.isfinite(norm(moved)))
+            self.result = torch.where(running & lost, int(Result.NONFINITE), self.result)
+            go = (running & ~lost).unsqueeze(1)
+            y, z = torch.where(go, y_node.detach(), y), torch.where(go, z_node.detach(), z)
+            fz = torch.where(go, moved, fz)
+            self.steps = self.steps + go.squeeze(1)
+            self._classify(fz, z, trace)
+        self.result = torch.where(self.result == _RUNNING, int(Result.MAX_EVALS), self.result)
+        value = torch.where(torch.isfinite(norm(fz)).unsqueeze(1), fz, self.start.detach())
+        self._verify(value)
+        if f_node.requires_grad:
+            value = _End.apply(f_node, value, y, z, self.start.detach(), self, *self.anchors)
+        del self.start, self.anchors  # saved for the backward pass, if there is one
+        return value
+
+    def _classify(self, fz: Flat, z: Flat, trace: bool) -> None:
+        size, small = norm(fz), self._meets_tolerance(fz, z)
+        running = self.result == _RUNNING
+        if trace:
+            self.trace.append(torch.where(running, self.residual, torch.nan))
+        self.result = torch.where(running & small & torch.isfinite(size), int(Result.CONVERGED), self.result)
+        self.result = torch.where(running & ~torch.isfinite(size), int(Result.NONFINITE), self.result)
+
+    def _meets_tolerance(self, fz: Flat, z: Flat) -> Tensor:
+        """(B,) whether the criterion of `Stop` holds at z; sets `residual`."""
+        r, criterion = fz - z.to(fz.dtype), self.criterion
+        if not self.stop.has_tolerance:
+            sizes = criterion.measure(r, scaled=True)
+            self.residual = sizes if sizes.ndim == 1 else sizes.amax(dim=1)
+            return (r == 0).all(dim=1) & (len(r) == 1)  # f may couple samples that go on
+        r_size, s_size = (to_host(criterion.measure(x, scaled=True)) for x in (r, fz))
+        if not isinstance(criterion.first, np.ndarray):
+            criterion.first = np.where(np.isfinite(s_size), s_size, 0.0)
+        residual, _, tolerance = criterion.compare(r_size, s_size, criterion.first)
+        self.residual = to_device(residual, fz.device, fz.dtype)
+        return to_device(residual <= tolerance, fz.device)
+
+    def _verify(self, value: Flat) -> None:
+        """Residual and claims of convergence at f(z_n), which is returned, by one evaluation more."""
+        if not self.stop.has_tolerance:
+            return
+        before = self.residual
+        with torch.no_grad():
+            small = self._meets_tolerance(self.flat(value), value)
+        self.residual = torch.where(torch.isfinite(self.residual), self.residual, before)
+        lost = (self.result == int(Result.CONVERGED)) & ~small
+        self.result = torch.where(lost, int(Result.MAX_EVALS), self.result)
+        self.verified = 1
+
+    def _evaluate(self, index: int, at: Float[Tensor, "B N"]) -> Flat:
+        if not torch.is_grad_enabled():
+            return self.flat(at.to(self.narrow))
+        with set_checkpoint_early_stop(False):  # the value is needed too
+            return checkpoint(
+                _Evaluation(self, index, at.to(self.narrow)), use_reentrant=False, preserve_rng_state=False
+            )
+
+    # -- backward
+
+    def begin_backward(self, saved: Sequence[Tensor]) -> None:
+        """Reset to the end of the run, before a backward pass."""
+        self.value, self.y, self.z, self.first, *self.kept = saved
+        self.last = self.at = 2 * (int(self.steps.max()) if len(self.steps) else 0)
+        self.image: Tensor | None = None  # of the evaluation that the run stands at
+        self.drift = _Drift(self.steps, self.beta)
+
+    def rewind(self, index: int) -> Float[Tensor, "B N"]:
+        """The input of an evaluation, found by running backwards."""
+        while self.at > index:
+            self._back()
+        return self.y if self.at % 2 else self.z
+
+    def _back(self) -> None:
+        """From evaluation `at` to the one before."""
+        k, beta = (self.at + 1) // 2, self.beta
+        if self.at == self.last:
+            self._restore_anchor(self.at // 2)
+        elif self.at % 2:
+            # z = (z' - b f(y')) / (1 - b) for the samples that took step k
+            go = (self.steps >= k).unsqueeze(1)
+            self.z = torch.where(go, (self.z - beta * self._value(self.y)) / (1 - beta), self.z)
+        else:
+            # y = (y' - b f(z)) / (1 - b), y' of step k + 1
+            go = (self.steps >= k + 1).unsqueeze(1)
+            self.y = torch.where(go, (self.y - beta * self._value(self.z)) / (1 - beta), self.y)
+            self._restore_anchor(k)
+        self.at, self.image = self.at - 1, None
+
+    def _value(self, at: Float[Tensor, "B N"]) -> Float[Tensor, "B N"]:
+        """f at the present input, in float64."""
+        if self.image is None:
+            with torch.no_grad():
+                self.image = self.flat(at.to(self.narrow))
+        return self.image.double()
+
+    def _restore_anchor(self, k: int) -> None:
+        """Replace the pair after k steps by the one that was kept, if one was."""
+        every = self.anchor
+        if every and k and k % every == 0 and 2 * k <= every * len(self.kept):
+            pair = self.kept[2 * (k // every) - 2 : 2 * (k // every)]
+            self.drift.measure(pair, (self.y, self.z))
+            self.y, self.z = pair
+
+    def evaluated(self, index: int, image: Flat) -> None:
+        """Store f of a repeated evaluation."""
+        if index == self.last:
+            # rows that are not finite compare as equal
+            with torch.no_grad():
+                eps = rounding(self.flat.f, self.flat.layout)
+                if bool((norm(image - self.value) > 1e3 * eps * norm(self.value)).any()):
+                    raise RuntimeError(CHANGED)
+        self.image = image
+        if index == 0 and self.last:
+            # the start is known: y_0 = z_0
+            y = (self.y - self.beta * image.double()) / (1 - self.beta)
+            y = torch.where((self.steps >= 1).unsqueeze(1), y, self.y)
+            self.drift.measure((self.first.double(), self.first.double()), (y, self.z))
+            self.report(self.drift.error())
+
+
+class _Evaluation:
+    """One evaluation of f: first with the input it is given, in the backward pass with the one that the run finds."""
+
+    def __init__(self, run: ReversibleIteration, index: int, at: Flat) -> None:
+        self.run, self.index = run, index
+        # the first evaluation is compared with its repetition by the tensors that it reads too
+        self.flat = SameReads(run.flat) if index == 0 and not torch.compiler.is_compiling() else run.flat
+        self.at: Flat | None = at
+        self.differentiated = at.requires_grad
+
+    def __call__(self) -> Flat:
+        at, self.at = self.at, None
+        if at is not None:
+            return self.flat(at)
+        at = self.run.rewind(self.index).to(self.run.narrow)
+        image = self.flat(at.detach().clone().requires_grad_(self.differentiated))
+        self.run.evaluated(self.index, image.detach())
+        return image
+
+
+class _Step(torch.autograd.Function):
+    """(1 - b) old + b image, for the samples that take the step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        node: Tensor,
+        f_node: Tensor,
+        old: Tensor,
+        image: Tensor,
+        running: Tensor,
+        run: ReversibleIteration,
+        k: int,
+    ) -> Tensor:
+        ctx.run, ctx.k, ctx.dtype = run, k, f_node.dtype
+        return torch.where(running.unsqueeze(1), torch.lerp(old, image.double(), run.beta), old)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (g,) = grads
+        beta, go = ctx.run.beta, (ctx.run.steps >= ctx.k).unsqueeze(1)
+        ctx.run.drift.step(ctx.k, norm(g), go.squeeze(1))
+        return torch.where(go, (1 - beta) * g, g), torch.where(go, beta * g, 0.0).to(ctx.dtype), *[None] * 5
+
+
+class _End(torch.autograd.Function):
+    """The value of the run, which has the gradient of its last evaluation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        f_node: Tensor,
+        value: Tensor,
+        y: Tensor,
+        z: Tensor,
+        start: Tensor,
+        run: ReversibleIteration,
+        *anchors: Tensor,
+    ) -> Tensor:
+        ctx.run = run
+        value = value.clone()
+        ctx.save_for_backward(value, y, z, start, *anchors)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("Reversible cannot be differentiated twice (create_graph=True): use IFT or Unrolled.")
+        if is_batched(grads[0]):
+            raise NotImplementedError(
+                "Reversible takes one cotangent at a time, since it runs backwards once: pass vectorize=False and "
+                "is_grads_batched=False, or use IFT."
+            )
+        ctx.run.begin_backward(ctx.saved_tensors)
+        return (grads[0], *[None] * (5 + len(ctx.run.kept)))
+
+
+class _Drift:
+    """The gradient's error, estimated from the distance between states found by running backwards and the true ones.
+
+    Between two true states an error is assumed to grow from rounding to the measured one by a constant factor a step;
+    by (1 - beta)^-2, the worst, where the measured one is above `_FAR`. Each step's share of the gradient, of the size
+    of the adjoint there, has the relative error of the state there.
+    """
+
+    def __init__(self, steps: Tensor, beta: float) -> None:
+        self.worst = (1 - beta) ** -2
+        self.wrong = torch.zeros(len(steps), dtype=torch.float64, device=steps.device)
+        self.total = torch.zeros_like(self.wrong)
+        self.shares: list[Tensor] = []  # since the last true state
+        self.k = -1
+
+    def step(self, k: int, share: Tensor, go: Tensor) -> None:
+        """Add the norm of the adjoint of y or z at step k, for the samples that took it."""
+        share = torch.where(go, share, 0.0)
+        if self.k == k and self.shares:
+            self.shares[-1] = self.shares[-1] + share
+        else:
+            self.shares.append(share)
+        self.k = k
+
+    def measure(self, true: Sequence[Tensor], found: tuple[Tensor, Tensor]) -> None:
+        """Compare the states with the true ones."""
+        if not self.shares:
+            return
+        eps = torch.finfo(torch.float64).eps
+        size = norm(true[0]) + math.sqrt(true[0].shape[1])
+        off = torch.maximum(norm(found[0] - true[0]), norm(found[1] - true[1])) / size
+        off = torch.nan_to_num(off, nan=torch.inf).clamp(eps, 1e290)
+        shares = torch.stack(self.shares)
+        taken = (shares > 0).cumsum(0)
+        factor = torch.where(off > _FAR, self.worst, (off / eps) ** (1 / taken[-1].clamp(min=1)))
+        error = eps * factor**taken
+        error = torch.where(shares > 0, error, 0.0).clamp(max=1.0)
+        # adjoints at a diverged state are invalid: the last valid one replaces them
+        good = torch.cummin(torch.where(error < 0.1, shares, torch.inf), dim=0).values
+        shares = torch.where((error < 0.1) | ~good.isfinite(), shares.nan_to_num(nan=1e290), good)
+        self.wrong += (error * shares).sum(0)
+        self.total += shares.sum(0)
+        self.shares = []
+
+    def error(self) -> Tensor:
+        """(B,) the estimated relative error of every sample's gradient."""
+        return self.wrong / self.total.clamp(min=torch.finfo(torch.float64).tiny)
