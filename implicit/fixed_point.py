@@ -89,10 +89,6 @@ def fixed_point(
         tensor([[0.7391]])
     """
     check_types(solver, grad, stop)
-    if isinstance(z0, Solution):
-        raise TypeError("z0 must be a tensor or a nest of tensors, got a Solution: pass solution.value.")
-    if adjoint is not None and not isinstance(grad, IFT):
-        raise ValueError(f"adjoint is a guess for the linear solve of IFT, and {grad!r} has none: leave it unset.")
     options = SolveOptions(
         batch_dims=batch_dims,
         trace=trace,
@@ -103,7 +99,22 @@ def fixed_point(
         callback=callback,
         progress=progress,
     )
-    z0s = all_starts(z0, starts, generator)
+    return _solve(f, all_starts(z0, starts, generator), args, solver, grad, stop, options, has_aux)
+
+
+def _solve(
+    f: Map,
+    z0s: list[State],
+    args: tuple[Any, ...],
+    solver: AbstractSolver[Any],
+    grad: AbstractGrad,
+    stop: Stop,
+    options: SolveOptions,
+    has_aux: bool,
+) -> Solution:
+    """The solution from the best of several starts, with f as it is now: its autocast state and its weights."""
+    if options.adjoint is not None and not isinstance(grad, IFT):
+        raise ValueError(f"adjoint is a guess for the linear solve of IFT, and {grad!r} has none: leave it unset.")
     devices = (t.device.type for t in leaves(z0s[0]) if t.device.type != "meta")  # autocast has no meta device
     kind = next(devices, "cpu")
     main = Main(weights_once(f)) if has_aux else weights_once(f)

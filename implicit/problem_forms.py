@@ -53,8 +53,11 @@ def all_starts(
     """The starts: slices of a state with a leading axis, or what a function draws.
 
     Raises:
+        TypeError: z0 is a `Solution`.
         ValueError: `starts` is below 1, or not the length of the leading axis.
     """
+    if isinstance(z0, Solution):
+        raise TypeError("z0 must be a tensor or a nest of tensors, got a Solution: pass solution.value.")
     if starts < 1:
         raise ValueError(f"starts must be at least 1, got {starts}.")
     if callable(z0) and not isinstance(z0, Tensor):

@@ -72,11 +72,7 @@ def plan(
             f"{{0}} = {guidance.scale:g} needs a network with classes; leave it at 1 for this one.",
             "guidance",
         )
-    if options.spacing is not None:
-        scheduler = copy.deepcopy(scheduler)
-        scheduler.register_to_config(timestep_spacing=options.spacing)
-    if options.sampler is not None:
-        scheduler = same_noise(scheduler, options.sampler)
+    scheduler = _scheduler(scheduler, options)
     walk = options.timesteps or _timesteps(model, scheduler, options, guidance, steps)
     noise = scheduler.config
     zero_snr = bool(noise.get("rescale_betas_zero_snr"))
@@ -98,6 +94,14 @@ def plan(
     if solve is None or stop is not None or options.value("allocation") != "measured":
         return found
     return _measured(cast("FPDM", model), options, found, curves, chunk)
+
+
+def _scheduler(scheduler: Any, options: SamplingOptions) -> Any:
+    """The scheduler with the sampler and the spacing of the options."""
+    if options.spacing is not None:
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.register_to_config(timestep_spacing=options.spacing)
+    return scheduler if options.sampler is None else same_noise(scheduler, options.sampler)
 
 
 def _parallel(options: SamplingOptions) -> Parallel | None:

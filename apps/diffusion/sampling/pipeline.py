@@ -30,7 +30,7 @@ from apps.diffusion.models.autoencoder import decode
 from apps.diffusion.sampling.effort import Effort
 from apps.diffusion.sampling.keywords import keyword, options_of, pipeline_options, seed_of
 from apps.diffusion.sampling.options import as_integer, labels_for, plan
-from apps.diffusion.sampling.sampler import CHUNK, SamplingPlan, sample
+from apps.diffusion.sampling.sampler import CHUNK, SampleResult, SamplingPlan, sample
 from apps.diffusion.sampling.warm_start import Reuse
 from implicit import AbstractSolver, Stop
 
@@ -183,15 +183,29 @@ class SamplingPipeline(DiffusionPipeline):
         model: Any = self.model
         labels = labels_for(class_labels, num_images, model.num_classes, self.config["classes"] or ())
         total = len(labels) if labels is not None else as_integer("num_images", num_images or 1, 1)
-        chunk = (CHUNK if reproducible else 4 * CHUNK) if chunk is None else as_integer("chunk", chunk, 1)
         seed = seed_of(generator)
+        result = self._sampled(chosen, total, labels, seed, chunk, reproducible)
+        images = self._images(result.samples, output_type)
+        return FixedPointOutput(images=images, effort=result.effort, seed=seed) if return_dict else (images,)
+
+    def _sampled(
+        self,
+        plan: SamplingPlan,
+        total: int,
+        labels: list[int] | None,
+        seed: int,
+        chunk: int | None,
+        reproducible: bool,
+    ) -> SampleResult:
+        """`total` samples under the pipeline's progress bar."""
+        chunk = (CHUNK if reproducible else 4 * CHUNK) if chunk is None else as_integer("chunk", chunk, 1)
         bar_of: Any = self.progress_bar  # untyped: pyright takes it for a decorator
-        with bar_of(total=len(chosen.timesteps) * -(-total // chunk)) as bar:
+        with bar_of(total=len(plan.timesteps) * -(-total // chunk)) as bar:
             result = sample(
-                model,
+                self.model,
                 range(total),
                 labels,
-                plan=chosen,
+                plan=plan,
                 seed=seed,
                 chunk=chunk,
                 reproducible=reproducible,
@@ -199,8 +213,7 @@ class SamplingPipeline(DiffusionPipeline):
                 progress=lambda done, _: bar.update(done - bar.n),
             )
         self.maybe_free_model_hooks()
-        images = self._images(result.samples, output_type)
-        return FixedPointOutput(images=images, effort=result.effort, seed=seed) if return_dict else (images,)
+        return result
 
     def _plan(self, options: SamplingOptions, stop: Stop | Sequence[Stop] | None, start: Reuse | None) -> SamplingPlan:
         """What the options of a call mean, over the defaults of the pipeline."""
