@@ -49,7 +49,7 @@ def residuals(traces: Mapping[str, Tensor], ax: "Axes | None" = None, *, relativ
         worst = worst.masked_fill(worst == -torch.inf, torch.nan)  # a gap where f gave NaN for every sample
         worst = worst / worst[0] if relative else worst
         ax.semilogy(range(1, len(worst) + 1), worst.tolist(), label=label)
-    return _labelled(ax, "evaluations of f", "residual ||f(z) - z||" + (" / first" if relative else ""))
+    return _labeled(ax, "evaluations of f", "residual ||f(z) - z||" + (" / first" if relative else ""))
 
 
 def spectrum(found: Mapping[str, Spectrum], ax: "Axes | None" = None) -> "Axes":
@@ -90,7 +90,7 @@ def path_independence(found: Mapping[str, PathIndependence], ax: "Axes | None" =
         (line,) = ax.plot(share, score, ".-", label=label)
         open_ones = [i for i, is_short in enumerate(short) if is_short]
         ax.plot([share[i] for i in open_ones], [score[i] for i in open_ones], "x", color=line.get_color())
-    return _labelled(ax, "share of the samples", "asymptotic alignment (cosine)")
+    return _labeled(ax, "share of the samples", "asymptotic alignment (cosine)")
 
 
 def penalty(history: Mapping[str, Sequence[Tensor]], ax: "Axes | None" = None) -> "Axes":
@@ -107,7 +107,7 @@ def penalty(history: Mapping[str, Sequence[Tensor]], ax: "Axes | None" = None) -
         (line,) = ax.plot(at, [float(s.mean()) for s in size], label=label)
         low, high = [float(s.min()) for s in size], [float(s.max()) for s in size]
         ax.fill_between(at, low, high, color=line.get_color(), alpha=0.2)
-    return _labelled(ax, "step", "||df/dz||_F / sqrt(N)")
+    return _labeled(ax, "step", "||df/dz||_F / sqrt(N)")
 
 
 def gradient_bias(tables: Mapping[str, GradientBias], ax: "Axes | None" = None) -> "Axes":
@@ -162,7 +162,7 @@ def _name_dots(ax: "Axes", dots: list[tuple[str, float, float]]) -> None:
         ax.annotate(name, (x, y), xytext=shift, textcoords="offset points", fontsize=8, ha=side)
 
 
-def _labelled(ax: "Axes", x: str, y: str) -> "Axes":
+def _labeled(ax: "Axes", x: str, y: str) -> "Axes":
     """The axes with labels, a grid and a legend."""
     ax.set_xlabel(x)
     ax.set_ylabel(y)

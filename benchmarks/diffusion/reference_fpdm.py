@@ -6,7 +6,7 @@
 
 Nothing is hoisted out of the iterations: each one concatenates, and makes the modulation of c, anew. In training
 the free iterations are recorded like the others, and their graph is alive until they are over. Only the parameters
-of the model are used, and torch's kernels (fused attention, fused gelu, layer normalisation).
+of the model are used, and torch's kernels (fused attention, fused gelu, layer normalization).
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 Every cell is trained for the same CPU time of one thread, which other work on the machine changes least; finished cells
 are kept, so a study that was stopped goes on where it was. Trained networks are kept too, in a folder that git ignores:
-a study that has learnt new ways of sampling scores them without training again.
+a study that has learned new ways of sampling scores them without training again.
 """
 
 import argparse

@@ -35,7 +35,7 @@ COMMON = f"time over {COMMON_FORWARD}"
 
 
 def target(value: Tensor) -> Tensor:
-    """A loss that favours no direction: the projection on a fixed random vector."""
+    """A loss that favors no direction: the projection on a fixed random vector."""
     v = torch.randn(value.shape, generator=torch.Generator().manual_seed(7)).to(value)
     return (v * value).sum() / value.shape[0]
 

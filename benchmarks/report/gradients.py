@@ -72,10 +72,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _sign(i: int, ours: bool) -> dict[str, Any]:
-    """Colour and marker of the i-th contender of a side."""
-    colour = f"C{i % 10}" if ours else "black"
+    """Color and marker of the i-th contender of a side."""
+    color = f"C{i % 10}" if ours else "black"
     marker = "osD^vPXp*h<>"[i % 12]
-    return {"color": colour, "marker": marker, "markerfacecolor": colour if ours else "none", "alpha": 0.8}
+    return {"color": color, "marker": marker, "markerfacecolor": color if ours else "none", "alpha": 0.8}
 
 
 def mark(page: str, name: str, text: str) -> str:

@@ -105,7 +105,7 @@ def gradient_bias(
         f: the map f(z, *args).
         z0: the start, ``(B, *)`` tensors.
         args: passed on to f.
-        estimators: which, by label or labelled by their settings; default `every_estimator()`.
+        estimators: which, by label or labeled by their settings; default `every_estimator()`.
         params: gradients with respect to what; default every tensor that f uses and that requires gradients.
         loss: a scalar from the solution's value; default a fixed random projection, which favors no direction.
         solver, stop: as in `fixed_point`.
@@ -149,7 +149,7 @@ def gradient_bias(
         with torch.no_grad():
             fixed_point(f, z0, *args, **how)
 
-    chosen = labelled(every_estimator() if estimators is None else estimators)
+    chosen = labeled(every_estimator() if estimators is None else estimators)
     taken: dict[str, list[Measured]] = {}
     runs: dict[str, Callable[[], object]] = {"": solve}
     for label, grad in chosen.items():
@@ -220,17 +220,17 @@ def random_projection(layout: Layout, value: State) -> Tensor:
     return (v * z).sum(dim=1).mean() / z.shape[1] ** 0.5
 
 
-def labelled(estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad]) -> dict[str, AbstractGrad]:
+def labeled(estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad]) -> dict[str, AbstractGrad]:
     """Estimators by name, or by their settings where they have none."""
     if isinstance(estimators, Mapping):
         return {str(name): grad for name, grad in estimators.items()}
-    labelled: dict[str, AbstractGrad] = {}
+    labeled: dict[str, AbstractGrad] = {}
     for grad in estimators:
         name, count = label(grad), 2
-        while name in labelled:  # estimators that differ in a generator or a callback only
+        while name in labeled:  # estimators that differ in a generator or a callback only
             name, count = f"{label(grad)} #{count}", count + 1
-        labelled[name] = grad
-    return labelled
+        labeled[name] = grad
+    return labeled
 
 
 def label(grad: AbstractGrad | AbstractSolver[Any] | Stop) -> str:

@@ -20,7 +20,7 @@ Elsewhere in the tests, because the file of the feature shows it already:
     one linear solve for all samples, uncounted products  test_gmres: samples_fast_and_slow_are_strangers
     a penalty that cannot be trained                      test_diagnostics_jacobian_penalty: the_gradient_is_right...
 
-Lists of intermediate states as outputs, slices of the budget and normalisation layers have no counterpart here.
+Lists of intermediate states as outputs, slices of the budget and normalization layers have no counterpart here.
 """
 
 import copy

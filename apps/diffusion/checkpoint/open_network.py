@@ -1,4 +1,4 @@
-"""Open a trained network for sampling, whatever holds it.
+"""Opening a trained network for sampling, from any of four places.
 
     a training run                       its newest checkpoint, noise schedule and sampling options
     a network by name                    see pretrained.py

@@ -2,7 +2,7 @@
 
 diffusers copies the file of a network from a repository, and no other file that it imports. So the definitions that a
 class reaches, in all modules of this package, are written one after another into one file; imports of other packages
-stay. The text of a definition is its text here, comments included.
+stay. Definitions are copied with their comments.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole configurations by name: a preset is a function that returns one, every choice in sight."""
+"""Configurations by name: a preset is a function that returns a whole `Config`."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ _PUBLISHED = ("imagenet", "celebahq", "ffhq", "lsun-church")
 
 
 def published(data: str, kind: Kind) -> Config:
-    """What the paper trains (section 4.1), at XL/2: FPDM, or DiT as its baseline, on one of four data sets.
+    """The networks of the paper (section 4.1), at XL/2: FPDM, or DiT as its baseline, on one of four data sets.
 
     Images of 256 x 256 pixels are encoded first, to latents of 4 x 32 x 32:
     `python -m apps.diffusion.encode IMAGES --vae VAE --size 256 --out latents/NAME`. For the comparison at equal

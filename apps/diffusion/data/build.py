@@ -65,7 +65,7 @@ def _conditional(config: c.DataConfig, images: TensorDataset) -> TensorDataset:
 
 
 def fingerprint(images: ImageDataset) -> dict[str, Any]:
-    """What a run that goes on must find again: number, shape and classes of the images, and which ones they are.
+    """The identity of a dataset, which a resumed run compares: number, shape, classes and checksum of the images.
 
     A folder is identified by the names and classes of its files, latents by the checksums of their shards, images in
     memory by their values.

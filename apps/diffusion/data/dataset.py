@@ -1,9 +1,9 @@
-"""What a dataset is here, and the dataset of tensors in memory.
+"""The protocol of datasets, and the dataset of tensors in memory.
 
-A dataset is map-style, so that a plain `torch.utils.data.DataLoader` takes it: `dataset[i] -> (x, label)` with x
-(C, H, W) float32 in [-1, 1] (latents: scaled). Where images are augmented at random (mirrored, or a latent drawn from
-its distribution), an image depends on (seed, epoch, i) alone: `dataset[i, epoch]` is how that epoch shows image i, and
-`dataset[i]` is `dataset[i, 0]`. `batch_sampler.BatchSampler` yields such pairs.
+A dataset is map-style, so that a plain `torch.utils.data.DataLoader` takes it: `dataset[i] -> (x, label)` with x (C, H,
+W) float32 in [-1, 1] (latents: scaled). Where images are augmented at random (mirrored, or a latent drawn from its
+distribution), an image depends on (seed, epoch, i) alone: `dataset[i, epoch]` is image i as augmented in that epoch,
+and `dataset[i]` is `dataset[i, 0]`. `batch_sampler.BatchSampler` yields such pairs.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
 
 
 def _check_regular(path: Path) -> None:
-    """Refuse what is no regular file: opening a named pipe would wait for a writer."""
+    """Refuse anything but a regular file: opening a named pipe would wait for a writer."""
     if not path.is_file():
         raise Unusable("unreadable: a link to no file, or not a regular file")
 

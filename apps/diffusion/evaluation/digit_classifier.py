@@ -87,7 +87,7 @@ def train_classifier(images: TensorDataset, seed: int = 0, epochs: int = 12, bat
 
 
 def _shift(x: Tensor, by: list[int]) -> Tensor:
-    """Images moved by (rows, columns) of at most one pixel; what comes in is background, -1."""
+    """Images shifted by (rows, columns) of at most one pixel; the margin is background, -1."""
     padded = nn.functional.pad(x, (1, 1, 1, 1), value=-1.0)
     height, width = x.shape[-2:]
     return padded[..., 1 + by[0] : 1 + by[0] + height, 1 + by[1] : 1 + by[1] + width]

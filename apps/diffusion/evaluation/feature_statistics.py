@@ -49,22 +49,22 @@ class Moments:
     """Mean and covariance of rows that come in parts, in float64, about the first part's mean."""
 
     count: int = 0
-    centre: Tensor = field(default_factory=lambda: torch.zeros(()))
+    center: Tensor = field(default_factory=lambda: torch.zeros(()))
     first: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     second: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows (b, D)."""
+        """Add rows (b, D)."""
         rows = rows.double()
         if not self.count:
-            self.centre = rows.mean(0)
-        rows = rows - self.centre
+            self.center = rows.mean(0)
+        rows = rows - self.center
         self.count += len(rows)
         self.first = self.first + rows.sum(0)
         self.second = self.second + rows.T @ rows
 
     def gaussian(self) -> Gaussian:
-        """What all rows amount to.
+        """Mean and covariance of all rows.
 
         Raises:
             ValueError: fewer than two rows.
@@ -73,7 +73,7 @@ class Moments:
             raise ValueError(f"There are {self.count} images, and at least 2 are needed; make more.")
         off = self.first / self.count
         cov = (self.second - self.count * torch.outer(off, off)) / (self.count - 1)
-        return Gaussian(self.centre + off, cov)
+        return Gaussian(self.center + off, cov)
 
 
 def measure(source: Source, extractor: Extractor, kept: int = KEPT) -> Statistics:

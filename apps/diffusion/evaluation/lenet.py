@@ -105,7 +105,7 @@ def train_lenet(images: TensorDataset, seed: int = 0, epochs: int | None = None)
 
 
 def affine(x: Tensor, draws: torch.Generator) -> Tensor:
-    """Images (B, C, H, W), each under its own random affine map; what comes in from outside is background, -1."""
+    """Images (B, C, H, W), each under its own random affine map; pixels from outside are background, -1."""
     n = len(x)
 
     def uniform(*shape: int) -> Tensor:

@@ -17,7 +17,7 @@ discrepancy, unbiased, so that it may be negative, of the kernel k(x, y) = (x . 
     KID = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
 Precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991): a set's manifold is the union of balls about
-its points, each as large as the distance to its k-th nearest neighbour. Precision is the share of generated
+its points, each as large as the distance to its k-th nearest neighbor. Precision is the share of generated
 points within the manifold of the real ones, recall the share of real points within that of the generated.
 """
 
@@ -116,10 +116,10 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float
     return _covered(generated, real, k), _covered(real, generated, k)
 
 
-def _covered(points: Tensor, centres: Tensor, k: int) -> float:
-    """The share of points within the manifold of the centres."""
-    radii = torch.cat([_squared(rows, centres).kthvalue(k + 1, dim=1).values for rows in centres.split(ROWS)])
-    inside = [(_squared(rows, centres) <= radii).any(1) for rows in points.split(ROWS)]
+def _covered(points: Tensor, centers: Tensor, k: int) -> float:
+    """The share of points within the manifold of the centers."""
+    radii = torch.cat([_squared(rows, centers).kthvalue(k + 1, dim=1).values for rows in centers.split(ROWS)])
+    inside = [(_squared(rows, centers) <= radii).any(1) for rows in points.split(ROWS)]
     return float(torch.cat(inside).double().mean())
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def open_vae(name: str | Path, subfolder: str | None = None, device: str = "cpu") -> tuple[AutoencoderKL, str]:
-    """The VAE in evaluation mode, and what to call it.
+    """The VAE in evaluation mode, and its title for messages.
 
     Args:
         name: a folder, or a name on the hub.

@@ -55,7 +55,7 @@ class FPDM(Frame):
         ValueError: naming the argument that does not fit.
     """
 
-    # one unit for whoever shards or places modules: the solve calls the parts of a block, not the block
+    # one unit for sharding and device placement: the solve calls the parts of a block, not the block
     _no_split_modules: ClassVar[list[str]] = ["FPDM"]
     has_fixed_point: ClassVar[bool] = True
 

@@ -8,7 +8,7 @@ steers every transformer block (adaLN-Zero, Peebles & Xie 2023, arXiv 2212.09748
     x <- x + g1 * attention((1 + a1) * norm(x) + s1)
     x <- x + g2 * mlp((1 + a2) * norm(x) + s2)
 
-with norm a layer normalisation without weights. W and b start at zero, so that a new block is the identity.
+with norm a layer normalization without weights. W and b start at zero, so that a new block is the identity.
 
 Module names follow the published DiT checkpoints. Shapes: B samples, T tokens, D = hidden size, C channels.
 """

@@ -1,4 +1,4 @@
-"""What sampling costs: evaluations, residuals, block passes, multiply-accumulates, seconds."""
+"""Cost of sampling: evaluations, residuals, block passes, multiply-accumulates, seconds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from implicit import Solution
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
-    """What sampling N images over K timesteps cost.
+    """Cost of sampling N images over K timesteps.
 
     Counts are per sample, guidance's second row included, places of a chunk that are not requested excluded;
     `computed` counts everything.
@@ -68,7 +68,7 @@ class Effort:
 
 @dataclass
 class EffortRecord:
-    """What the solves of one batch cost and, for reuse, the last two solutions."""
+    """Cost of the solves of one batch and, for reuse, the last two solutions."""
 
     batch: int
     steps: int

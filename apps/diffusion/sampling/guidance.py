@@ -2,7 +2,7 @@
 
     guided = u + s (c - u)          c the prediction with the label, u that with the null class, s the scale
 
-Both come from one call on a batch twice as long: labelled samples first, the same samples with the null class
+Both come from one call on a batch twice as long: labeled samples first, the same samples with the null class
 behind. s = 1 is no guidance, s = 0 no label.
 """
 
@@ -20,7 +20,7 @@ class Guidance:
     Args:
         scale: s, at least 0.
         channels: guide the first so many channels only (3 gives the published DiT's results); None guides all
-            C channels of the image. The others, and a learned variance, are those of the labelled half.
+            C channels of the image. The others, and a learned variance, are those of the labeled half.
 
     Raises:
         ValueError: a negative scale, or no channel.

@@ -3,11 +3,11 @@
     00042-class-7.png      sample 42, written whole or not at all (00042.png without classes)
     settings.json          how all of them are made
     grid.png               the first of them, enlarged
-    samples.npz            all of them for the ADM evaluation suite, if asked for
-    allocation.json        residual curves and the iterations allocated by them, if asked for
+    samples.npz            all of them for the ADM evaluation suite, with --npz
+    allocation.json        residual curves and the iterations allocated by them, with --allocation measured
     effort.json            what making them cost, from .effort-RANK.jsonl, one line for each part
 
-Nothing in it depends on who wrote it or when, the costs apart.
+Apart from the costs, its content does not depend on the processes that wrote it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class OutputFolder:
         if self.folder.exists() and (
             not self.folder.is_dir() or any(not p.name.startswith(".settings.json.") for p in self.folder.iterdir())
         ):
-            if not note.exists():  # another process may have settled in the meantime
+            if not note.exists():  # another process may have written the settings in the meantime
                 raise ValueError(f"{self.folder} holds something else than samples; give another folder with --out.")
         make_folder(self.folder)
         with atomic_path(note) as partial:
@@ -125,7 +125,7 @@ class OutputFolder:
             grid([self.read(i) for i in order], columns, head=head).save(partial, format="PNG")
 
     def write_npz(self) -> None:
-        """samples.npz: arr_0 (n, H, W, 3) uint8, grey in three equal channels, and arr_1 (n,) the classes.
+        """samples.npz: arr_0 (n, H, W, 3) uint8, gray in three equal channels, and arr_1 (n,) the classes.
 
         One image at a time, so that 50,000 need no memory; equal images give equal bytes.
         """

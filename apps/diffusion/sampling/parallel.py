@@ -122,7 +122,7 @@ class _TriangularState:
 
 @dataclass(frozen=True)
 class TriangularAnderson(AbstractSolver[_TriangularState]):
-    """Anderson acceleration whose weights at each timestep see that timestep and those before it alone.
+    """Anderson acceleration whose weights at each timestep depend on that timestep and the earlier ones only.
 
     Args:
         timesteps: K; a sample's state is K vectors one after another.

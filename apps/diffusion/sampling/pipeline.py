@@ -360,5 +360,5 @@ pipe = DiffusionPipeline.from_pretrained(DIRECTORY_OR_REPOSITORY, trust_remote_c
 images = pipe({call}, generator=0).images
 ```
 
-Training data, licence of the weights, intended use and scores: not stated.
+Training data, license of the weights, intended use and scores: not stated.
 """

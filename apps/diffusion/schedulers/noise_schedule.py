@@ -54,15 +54,14 @@ def make_scheduler(
 
     Args:
         kind: how sampling steps; for training all are alike, take "ddpm".
-        prediction: what the network gives: v, eps or x_0 ("sample").
+        prediction: of the network: v, eps or x_0 ("sample").
         zero_snr: rescale the betas to abar = 0 at the last timestep.
         spacing: which timesteps sampling visits; see `timesteps`.
         learn_sigma: the network gives the variance too (C further channels); ancestral sampling then uses it.
         betas: "linear" between beta_start and beta_end, "scaled_linear" in their roots, or the cosine
             schedule.
         train_steps: T.
-        clip: bound of |x_0| at each step of "ddim" and "ddpm"; None leaves the prediction alone, as latents
-            want it.
+        clip: bound of |x_0| at each step of "ddim" and "ddpm"; None for latents, which are unbounded.
 
     Raises:
         ValueError: an argument out of range, or a pair that cannot work, with what to do.
@@ -122,7 +121,7 @@ def scheduler_of(config: Config) -> Any:
 
 def same_noise(scheduler: Any, name: str) -> Any:
     """Another scheduler for the network that `scheduler` is for: its noise, prediction, spacing and, where it
-    knows them, bound of |x_0| and learned variance.
+    has them, bound of |x_0| and learned variance.
 
     Args:
         scheduler: from `make_scheduler`.

@@ -12,7 +12,7 @@ The step into s = -1 adds no noise.
 
 diffusers' own DDIM step takes s = t - T // n, which is not the array's where n does not divide T or the
 spacing is "linspace"; so these two are stepped here, with the scheduler's abar. Other diffusers schedulers
-(DPM-Solver++, ...) keep their own account of the array that they are given, and step themselves.
+(DPM-Solver++, ...) store the array and make their own steps.
 """
 
 import copy
@@ -68,7 +68,7 @@ class Reverse:
         return noise if self.closed_form else noise * float(self.scheduler.init_noise_sigma)
 
     def input(self, k: int, x: Tensor) -> Tensor:
-        """What the network is shown at step k."""
+        """The input of the network at step k."""
         return x if self.closed_form else self.scheduler.scale_model_input(x, self.scheduler.timesteps[k])
 
     def step(self, k: int, prediction: Tensor, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
@@ -133,7 +133,7 @@ class Reverse:
 
 
 def follow(scheduler: Any, timesteps: Sequence[int]) -> None:
-    """Sets a scheduler that keeps its own account to an explicit array.
+    """Sets a scheduler that makes its own steps to an explicit array.
 
     One that takes no array gets their number, and is accepted if its own timesteps are the same.
     """

@@ -41,7 +41,7 @@ _WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def accelerator(config: c.Config, track: str | None, folder: Path) -> Accelerator:
-    """accelerate's view of this process and the others.
+    """The accelerator of a run.
 
     Raises:
         ValueError: settings of FSDP that are not supported, a batch that the processes cannot share, or another device

@@ -171,7 +171,8 @@ def _scores(config: Config, result: SampleResult, images: TensorDataset, held_ou
     seen.
 
     The classifier of the 8 x 8 digits is trained on the training images, of which there are enough for nothing else.
-    Other data have more held-out images: theirs is trained on these, and has seen nothing that the network learnt from.
+    Other data have more held-out images: theirs is trained on these, and has seen no image that the network was trained
+    on.
     """
     assert result.labels is not None
     known, unseen = (images, held_out) if config.data.source == "digits" else (held_out, images)

@@ -1,4 +1,4 @@
-"""Which timesteps training sees, and how much each counts.
+"""Distribution and weights of the timesteps in training.
 
 Timesteps: with u uniform in (0, 1) and T timesteps, t = floor(T q(u)), where q is the quantile function of the chosen
 distribution,

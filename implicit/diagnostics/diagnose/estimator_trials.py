@@ -14,7 +14,7 @@ from implicit.diagnostics.gradient_bias import (
     BiasRow,
     differentiable_tensors,
     gradient,
-    labelled,
+    labeled,
     random_projection,
     row,
     warn_how_it_ended,
@@ -124,13 +124,13 @@ def try_estimators(
     if not bool(truth.norm() > 0):
         return EstimatorTable(missing="the exact gradient is 0")
     taken: dict[str, Measured] = {}
-    for name, grad in labelled(estimators).items():
+    for name, grad in labeled(estimators).items():
         if budget.remaining <= evals:
             break
         taken[name] = measure(partial(problem.forward, grad), problem.f, problem.wanted, counter=budget)
-    times = _times(problem, labelled(estimators), taken, repeats, evals, budget)
+    times = _times(problem, labeled(estimators), taken, repeats, evals, budget)
     rows = [row(name, [one], truth, times.get(name, math.nan)) for name, one in taken.items()]
-    left = [name for name in labelled(estimators) if name not in taken]
+    left = [name for name in labeled(estimators) if name not in taken]
     left = left or (["times"] if repeats and not times else [])
     return EstimatorTable(tuple(rows), kind, f"{', '.join(left)}, for lack of budget" if left else "")
 

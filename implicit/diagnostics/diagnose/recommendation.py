@@ -8,7 +8,7 @@ from implicit.diagnostics.diagnose.condition import Condition, Finding
 from implicit.diagnostics.diagnose.estimator_trials import EstimatorTable, choose
 from implicit.diagnostics.diagnose.report import Recommendation
 from implicit.diagnostics.diagnose.solver_trials import SolverRow
-from implicit.diagnostics.gradient_bias import labelled
+from implicit.diagnostics.gradient_bias import labeled
 from implicit.grads import IFT, AbstractGrad
 from implicit.solvers import AndersonGS, Picard
 from implicit.stopping import Stop
@@ -37,7 +37,7 @@ def recommend(
     stop, why = _tolerance(stop, row, max(floor, eps), Condition.BELOW_ROUNDING in conditions)
     reasons += [why] if why else []
     name, why = choose(table, error)
-    grad = labelled(estimators).get(name, IFT())
+    grad = labeled(estimators).get(name, IFT())
     reasons.append(why + ".")
     reasons += [f.condition.advice for f in findings if f.condition not in _FIRST]
     return Recommendation(solver, stop, grad, batch_dims, tuple(dict.fromkeys(reasons)))

@@ -7,7 +7,7 @@ import torch
 from apps.diffusion.sampling.sampler import SamplingPlan, sample
 
 
-def randomised(model, seed=0):
+def randomized(model, seed=0):
     """The model with all weights drawn, so that no layer is the identity."""
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():

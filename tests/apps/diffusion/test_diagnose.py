@@ -15,7 +15,7 @@ from apps.diffusion.sampling.options import plan
 from apps.diffusion.sampling.sampler import sample
 from implicit import Picard, Stop, fixed_point
 from implicit.diagnostics import spectral_radius
-from tests.apps.diffusion.small_models import batch, randomised
+from tests.apps.diffusion.small_models import batch, randomized
 
 
 def test_the_command_writes_table_numbers_and_figure(tmp_path, capsys):
@@ -51,7 +51,7 @@ def test_radius_and_evaluations_are_those_of_the_layer_at_that_timestep():
 
 
 def test_the_problem_of_the_layer_is_the_one_that_the_network_solves():
-    model = randomised(FPDM(input_size=4, hidden_size=16, num_heads=2, num_classes=3)).eval()
+    model = randomized(FPDM(input_size=4, hidden_size=16, num_heads=2, num_classes=3)).eval()
     x, t, y = batch(model)
     with torch.no_grad():
         f, z0, args = model.fixed_point_problem(x, t, y)

@@ -30,8 +30,8 @@ def folder(tmp_path_factory):
         to_pil(x).save(root / f"{i:05d}-class-{y}.png")
     (root / "settings.json").write_text("{}")
     to_pil(held_out.x[0]).resize((64, 64)).save(root / "grid.png")
-    grey = ((held_out.x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    np.savez(root.parent / "held-out.npz", arr_0=grey.repeat(3, axis=3), arr_1=held_out.y.numpy())
+    gray = ((held_out.x + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    np.savez(root.parent / "held-out.npz", arr_0=gray.repeat(3, axis=3), arr_1=held_out.y.numpy())
     return root
 
 
@@ -321,9 +321,9 @@ def test_inception_by_torch_fidelity(tmp_path, monkeypatch):
     held: dict[str, Any] = {f"Mixed_6d.branch1x1.{k}": v for k, v in conv.state_dict().items()}
     torch.save({**held, "fc.weight": fc.weight}, file)
     inception = features.open_extractor("inception")
-    grey = torch.randint(256, (5, 1, 6, 6), dtype=torch.uint8)
-    looked = inception(grey)
-    maps = conv(grey.expand(-1, 3, -1, -1).float())
+    gray = torch.randint(256, (5, 1, 6, 6), dtype=torch.uint8)
+    looked = inception(gray)
+    maps = conv(gray.expand(-1, 3, -1, -1).float())
     assert looked.spatial is not None and looked.logits is not None
     torch.testing.assert_close(looked.pooled, maps.mean((2, 3)))
     torch.testing.assert_close(looked.spatial, maps[:, :7].flatten(1))
@@ -331,7 +331,7 @@ def test_inception_by_torch_fidelity(tmp_path, monkeypatch):
     assert not looked.pooled.requires_grad and len(inception.digest) == 64
     compiled = features.open_extractor("inception", backend="aot_eager")
     for _ in range(2):
-        for one, other in zip(compiled(grey), looked, strict=True):
+        for one, other in zip(compiled(gray), looked, strict=True):
             torch.testing.assert_close(one, other)
 
 

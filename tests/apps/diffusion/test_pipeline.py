@@ -24,7 +24,7 @@ from apps.diffusion.schedulers.timesteps import timesteps
 from apps.diffusion.training.trainer import Trainer
 from implicit import Anderson, Stop
 from tests.apps.diffusion import picture_files as pf
-from tests.apps.diffusion.small_models import randomised, sample_by
+from tests.apps.diffusion.small_models import randomized, sample_by
 
 SMALL = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
 
@@ -33,7 +33,7 @@ ROOT = str(Path(__file__).parents[3])
 
 
 def network(kind="fpdm", **options):
-    return randomised(FPDM(**{**SMALL, **options}) if kind == "fpdm" else DiT(depth=2, **{**SMALL, **options})).eval()
+    return randomized(FPDM(**{**SMALL, **options}) if kind == "fpdm" else DiT(depth=2, **{**SMALL, **options})).eval()
 
 
 def pipeline(kind="fpdm", vae=True, **options) -> Any:

@@ -111,8 +111,8 @@ def test_the_archive_is_what_the_evaluation_suite_reads(trained, tmp_path):
         images, labels = archive["arr_0"], archive["arr_1"]
     assert images.shape == (11, 8, 8, 3) and images.dtype == np.uint8 and labels.tolist() == [*range(10), 0]
     for i in range(11):
-        grey = np.asarray(read(tmp_path / f"{i:05d}-class-{i % 10}.png"))
-        np.testing.assert_array_equal(images[i], np.repeat(grey[:, :, None], 3, axis=2))
+        gray = np.asarray(read(tmp_path / f"{i:05d}-class-{i % 10}.png"))
+        np.testing.assert_array_equal(images[i], np.repeat(gray[:, :, None], 3, axis=2))
 
 
 def test_a_measured_allocation_is_kept_in_the_folder(trained, tmp_path):

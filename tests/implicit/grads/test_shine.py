@@ -107,7 +107,7 @@ def test_on_a_linear_map_broyden_learns_some_of_the_inverse():
     assert error(SHINE(fallback=None)).mean() < 0.8 * error(JFB()).mean()
 
 
-def test_a_sample_that_finished_early_keeps_what_it_had_learnt():
+def test_a_sample_that_finished_early_keeps_what_it_had_learned():
     f, x = layer("hard")
     x = x * torch.tensor([1e-3, 1.0, 1.0], dtype=F64).view(3, 1)
     g = cotangent(x)

@@ -49,7 +49,7 @@ def test_coupled_samples_are_found_and_their_gradient_is_exact(sizes, solver):
     assert heard[0].converged.tolist() == [True] * 5 and heard[0].residual.shape == heard[0].evals.shape == (5,)
 
 
-def test_batch_normalisation_in_training_mode_by_second_derivatives_too():
+def test_batch_normalization_in_training_mode_by_second_derivatives_too():
     norm = nn.BatchNorm1d(6).double()
     w, b = mean_field()
     w.requires_grad_()

@@ -101,8 +101,8 @@ def inverse(solver, f, z0, memory):
     return torch.stack(rows, dim=1)  # row i is H^T e_i, that is row i of H
 
 
-def learnt(solver, f, z0, evals):
-    """The last two points, and the memory that has learnt from both."""
+def learned(solver, f, z0, evals):
+    """The last two points, and the memory that has learned from both."""
     zs = visited(f, z0, solver, evals + 1)
     memory = iterate(f, z0, solver, Stop(max_evals=evals, **FREE), options=SolveOptions(keep_state=True)).state
     memory = solver.step(Point(zs[evals - 1], f(zs[evals - 1])), memory)[2]
@@ -113,7 +113,7 @@ def learnt(solver, f, z0, evals):
 @pytest.mark.parametrize("evals", [4, 5, 6, 7, 9, 12])
 def test_the_newest_secant_equation_holds_after_the_memory_has_wrapped(solver, evals):
     f, z0 = smooth()
-    old, new, memory = learnt(solver, f, z0, evals)
+    old, new, memory = learned(solver, f, z0, evals)
     s, y = new - old, (f(new) - new) - (f(old) - old)
     hy = torch.einsum("bij,bj->bi", inverse(solver, f, z0, memory), y)
     torch.testing.assert_close(hy, -s, rtol=1e-8, atol=1e-11)
@@ -123,7 +123,7 @@ def test_the_inverse_estimate_gives_the_step_that_was_taken():
     """inverse_transpose() against step(), which never forms it."""
     f, z0 = smooth()
     solver = Broyden()
-    _, new, memory = learnt(solver, f, z0, 8)
+    _, new, memory = learned(solver, f, z0, 8)
     again = visited(f, z0, solver, 9)[8]
     h = inverse(solver, f, z0, memory)
     torch.testing.assert_close(new + torch.einsum("bij,bj->bi", h, f(new) - new), again, rtol=1e-10, atol=1e-12)

@@ -13,7 +13,7 @@ from apps.diffusion.data import digits
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.training.trainer import Trainer
 from implicit import Stop
-from tests.apps.diffusion.small_models import randomised
+from tests.apps.diffusion.small_models import randomized
 
 SMALL = {"input_size": 4, "in_channels": 2, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
 
@@ -35,7 +35,7 @@ def by_hand(dit, blocks, x, t, y):
 @pytest.mark.parametrize(("pre", "post", "blocks"), [(1, 1, (0, 3, 5)), (2, 1, (0, 1, 3, 5)), (0, 2, (2, 4, 5))])
 def test_an_fpdm_from_a_dit_is_the_dit_of_these_blocks_at_one_iteration(tmp_path, pre, post, blocks):
     """With z = x at the start, the injection is x, so one iteration is the block itself."""
-    dit = randomised(DiT(depth=6, **SMALL)).eval()
+    dit = randomized(DiT(depth=6, **SMALL)).eval()
     save_file({k: v.contiguous() for k, v in dit.state_dict().items()}, tmp_path / "dit.safetensors")
     dit.save_pretrained(tmp_path / "folder")
     for path in (tmp_path / "dit.safetensors", tmp_path / "folder"):
@@ -48,7 +48,7 @@ def test_an_fpdm_from_a_dit_is_the_dit_of_these_blocks_at_one_iteration(tmp_path
 
 
 def test_the_same_architecture_takes_every_weight(tmp_path):
-    source = randomised(FPDM(**SMALL))
+    source = randomized(FPDM(**SMALL))
     source.save_pretrained(tmp_path / "folder")
     model = FPDM(**SMALL)
     initialize(model, tmp_path / "folder")
@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
 def test_training_starts_from_the_weights_and_resumes_without_them(tmp_path):
     model = c.ModelConfig(hidden=16, heads=2)
     config = c.Config(model=model, optimizer=c.OptimizerConfig(images=32, batch=16, lr=1e-3), init=tmp_path / "first")
-    source = randomised(FPDM(input_size=8, in_channels=1, hidden_size=16, num_heads=2, num_classes=10))
+    source = randomized(FPDM(input_size=8, in_channels=1, hidden_size=16, num_heads=2, num_classes=10))
     source.save_pretrained(tmp_path / "first")
     trainer = Trainer(config, digits("train"))
     for network in (trainer.model, trainer.ema.module):

@@ -19,7 +19,7 @@ from apps.diffusion.models import DiT, build
 from apps.diffusion.models.autoencoder import digests
 from apps.diffusion.pipeline import FixedPointPipeline
 from tests.apps.diffusion import picture_files as pf
-from tests.apps.diffusion.small_models import randomised
+from tests.apps.diffusion.small_models import randomized
 
 SMALL: dict[str, Any] = {"in_channels": 4, "input_size": 4, "hidden_size": 16, "num_heads": 2, "depth": 1}
 
@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {"in_channels": 4, "input_size": 4, "hidden_size": 16, "
 def write_run(folder: Path, data: c.DataConfig, num_classes: int, sampling: c.SamplingOptions, seed: int = 0) -> Path:
     """A run's folder, as training leaves it, with drawn weights."""
     config = c.Config(model=c.ModelConfig(kind="dit", depth=1), data=data, sampling=sampling, out=folder)
-    model = randomised(DiT(num_classes=num_classes, **SMALL), seed)
+    model = randomized(DiT(num_classes=num_classes, **SMALL), seed)
     state = checkpoint.Checkpoint(
         network=build.describe(model),
         model=model.state_dict(),
@@ -114,7 +114,7 @@ def damaged(runs: Path, tmp_path: Path, what: str) -> list[str]:
     options: list[str] = []
     if what == "foreign weights":
         state = checkpoint.newest(run)
-        wide = randomised(DiT(num_classes=5, **{**SMALL, "hidden_size": 32})).state_dict()
+        wide = randomized(DiT(num_classes=5, **{**SMALL, "hidden_size": 32})).state_dict()
         shutil.rmtree(newest)
         checkpoint.save(run, checkpoint.Checkpoint(**{**vars(state), "ema": wide}))
     elif what == "truncated weights":

@@ -88,7 +88,7 @@ def test_a_learned_variance_trains_and_samples():
     before = trainer.model.final_layer.linear.weight.detach().clone()
     trainer.run(lambda state: None)
     rows = (trainer.model.final_layer.linear.weight.detach() != before).any(1).view(4, 2)
-    assert rows.all()  # the means and the variances of all four pixels of a patch have learnt
+    assert rows.all()  # the means and the variances of all four pixels of a patch have learned
     samples = draw_samples(config, trainer.ema.module.eval(), 10, 2).samples
     assert samples.shape == (2, 1, 8, 8) and samples.isfinite().all()
 

@@ -88,11 +88,11 @@ def test_the_kernel_distance_has_no_bias():
 def test_precision_and_recall_by_loops():
     generated, real, k = normal(30, 3, seed=5, mean=0.8), normal(40, 3, seed=6), 3
 
-    def share(points, centres):
+    def share(points, centers):
         inside = 0
         for p in points:
-            for c in centres:
-                radius = sorted(float((c - other).norm()) for other in centres)[k]
+            for c in centers:
+                radius = sorted(float((c - other).norm()) for other in centers)[k]
                 if float((p - c).norm()) <= radius:
                     inside += 1
                     break

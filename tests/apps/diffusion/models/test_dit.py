@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from apps.diffusion.models import DiT
 from apps.diffusion.models.layers import SIZES
-from tests.apps.diffusion.small_models import batch, randomised, saved_bytes
+from tests.apps.diffusion.small_models import batch, randomized, saved_bytes
 
 TINY = {"input_size": 8, "hidden_size": 32, "depth": 3, "num_heads": 4, "num_classes": 10}
 
@@ -110,7 +110,7 @@ def diffusers_twin(model: DiT) -> DiTTransformer2DModel:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize(("patch", "learn_sigma"), [(2, False), (4, True)])
 def test_agrees_with_diffusers_dit(dtype, tolerance, patch, learn_sigma):
-    model = randomised(DiT(**TINY, patch_size=patch, learn_sigma=learn_sigma)).to(dtype)
+    model = randomized(DiT(**TINY, patch_size=patch, learn_sigma=learn_sigma)).to(dtype)
     x, t, y = batch(model, dtype=dtype)
     with torch.no_grad():
         ours, theirs = model(x, t, y), diffusers_twin(model).to(dtype)(x, t, y).sample
@@ -121,14 +121,14 @@ def test_agrees_with_diffusers_dit(dtype, tolerance, patch, learn_sigma):
 @pytest.mark.parametrize("shape", [(8, 8), (4, 8), (16, 8)])
 @pytest.mark.parametrize("patch", [2, 4])
 def test_square_and_oblong_inputs(shape, patch):
-    model = randomised(DiT(**TINY | {"input_size": shape, "patch_size": patch, "in_channels": 3}))
+    model = randomized(DiT(**TINY | {"input_size": shape, "patch_size": patch, "in_channels": 3}))
     x, t, y = batch(model)
     assert model.tokens == shape[0] * shape[1] // patch**2
     assert model(x, t, y).shape == (3, 3, *shape)
 
 
 def test_position_time_and_label_all_matter_and_samples_are_strangers():
-    model = randomised(DiT(**TINY)).double()
+    model = randomized(DiT(**TINY)).double()
     x, t, y = batch(model, dtype=torch.float64)
     out = model(x, t, y)
     torch.testing.assert_close(model(x.flip(0), t.flip(0), y.flip(0)).flip(0), out)
@@ -138,7 +138,7 @@ def test_position_time_and_label_all_matter_and_samples_are_strangers():
 
 
 def test_unconditional_and_null_class():
-    model = randomised(DiT(**TINY | {"num_classes": 0}))
+    model = randomized(DiT(**TINY | {"num_classes": 0}))
     x, t, _ = batch(model)
     assert model(x, t).shape == x.shape
     assert model.null_class is None and not any("y_embedder" in key for key in model.state_dict())
@@ -191,7 +191,7 @@ def test_calls_that_do_not_fit_are_refused():
 
 
 def test_save_and_load_give_the_same_model(tmp_path):
-    model = randomised(DiT(**TINY | {"input_size": (8, 4), "learn_sigma": True}))
+    model = randomized(DiT(**TINY | {"input_size": (8, 4), "learn_sigma": True}))
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", framework="pt") as file:
         assert set(file.keys()) == set(model.state_dict())
@@ -202,7 +202,7 @@ def test_save_and_load_give_the_same_model(tmp_path):
 
 
 def test_gradient_checkpointing_changes_memory_and_nothing_else():
-    model = randomised(DiT(**TINY | {"depth": 6}))
+    model = randomized(DiT(**TINY | {"depth": 6}))
     inputs = batch(model)
 
     def gradients():
@@ -222,7 +222,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else():
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # of the compiler itself
 def test_compiled_blocks_keep_names_and_numbers():
-    model = randomised(DiT(**TINY)).double()
+    model = randomized(DiT(**TINY)).double()
     inputs = batch(model, dtype=torch.float64)
     names, before = list(model.state_dict()), model(*inputs)
     model.compile_blocks(backend="aot_eager")

@@ -7,7 +7,7 @@ import torch
 from torch.export import Dim, export
 
 from apps.diffusion.models import FPDM, DiT
-from tests.apps.diffusion.small_models import randomised
+from tests.apps.diffusion.small_models import randomized
 
 SIZES: dict[str, Any] = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
 
@@ -21,7 +21,7 @@ def batch(n):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fpdm", "dit"])
 def test_one_call_is_exported_with_a_dynamic_batch(kind, tmp_path):
-    network = randomised(FPDM(**SIZES, iterations=3) if kind == "fpdm" else DiT(depth=2, **SIZES)).eval()
+    network = randomized(FPDM(**SIZES, iterations=3) if kind == "fpdm" else DiT(depth=2, **SIZES)).eval()
     size = Dim("batch", min=1)
     shapes = {name: {0: size} for name in ("x", "t", "y")}
     with torch.no_grad():

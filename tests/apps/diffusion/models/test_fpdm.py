@@ -12,13 +12,13 @@ from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.models.layers import SIZES
 from implicit import IFT, JFB, Anderson, Broyden, StochasticJFB, Stop, Unrolled
 from tests.apps.diffusion.models.test_dit import BLOCK, FRAME
-from tests.apps.diffusion.small_models import batch, randomised, saved_bytes
+from tests.apps.diffusion.small_models import batch, randomized, saved_bytes
 
 TINY = {"input_size": 8, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
 
 
 def tiny(seed=0, **change):
-    return randomised(FPDM(**TINY | change), seed)
+    return randomized(FPDM(**TINY | change), seed)
 
 
 def contraction(**change):
@@ -104,7 +104,7 @@ def test_cost_at_xl_is_that_of_the_reference():
 
 
 def test_cost_is_what_torch_counts():
-    for model, cost in ((tiny(pre=2), 5), (randomised(DiT(**TINY, depth=3)), None)):
+    for model, cost in ((tiny(pre=2), 5), (randomized(DiT(**TINY, depth=3)), None)):
         inputs = batch(model, n=1)
         plain_attention = sdpa_kernel(SDPBackend.MATH)  # the counter does not know the fused one on a CPU
         with FlopCounterMode(display=False) as counter, torch.no_grad(), plain_attention:

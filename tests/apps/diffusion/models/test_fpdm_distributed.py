@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apps.diffusion.models import FPDM
 from implicit import StochasticJFB
-from tests.apps.diffusion.small_models import batch, randomised
+from tests.apps.diffusion.small_models import batch, randomized
 
 TINY = {"input_size": 8, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
 DRAWS = ((0, 1), (0, 3), (4, 1), (4, 3))  # (N, M) with seeds below: free iterations none and some, tracked one and more
@@ -35,7 +35,7 @@ def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for checkpointing in (False, True):
-        model = randomised(FPDM(**TINY))
+        model = randomized(FPDM(**TINY))
         if checkpointing:
             model.enable_gradient_checkpointing()
         inputs = tuple(v[rank::2] for v in batch(model, n=4))
@@ -48,7 +48,7 @@ def test_two_processes_find_the_gradient_of_the_whole_batch(tmp_path):
     drawn = [estimator(case).draw() for case in range(len(DRAWS))]
     assert {n > 0 for n, _ in drawn} == {m > 1 for _, m in drawn} == {False, True}
     mp.spawn(worker, (str(tmp_path),), nprocs=2)
-    model = randomised(FPDM(**TINY))
+    model = randomized(FPDM(**TINY))
     expected = gradients(model, batch(model, n=4))
     assert expected.norm(dim=1).min() > 0.1
     for checkpointing in (False, True):

@@ -23,7 +23,7 @@ def test_position_embedding_is_the_sine_cosine_code_of_column_then_row(rows, col
             torch.testing.assert_close(code[0, i * columns + j], torch.tensor(expected), rtol=0, atol=1e-6)
 
 
-def test_timestep_code_is_cosines_then_sines_and_tells_neighbours_apart_in_bfloat16():
+def test_timestep_code_is_cosines_then_sines_and_tells_neighbors_apart_in_bfloat16():
     embedder = layers.TimestepEmbedder(8)
     identity = torch.nn.Linear(256, 256, bias=False)
     torch.nn.init.eye_(identity.weight)

@@ -5,7 +5,7 @@ import torch
 
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.sampling.guidance import Guidance
-from tests.apps.diffusion.small_models import batch, randomised
+from tests.apps.diffusion.small_models import batch, randomized
 
 TINY = {"input_size": 8, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
 
@@ -18,7 +18,7 @@ def guided(model, guidance, x, t, y):
 @pytest.mark.parametrize("channels", [None, 3])
 @pytest.mark.parametrize("learn_sigma", [False, True])
 def test_guidance_is_the_formula_on_two_calls(scale, channels, learn_sigma):
-    model = randomised(FPDM(**TINY, learn_sigma=learn_sigma)).double()
+    model = randomized(FPDM(**TINY, learn_sigma=learn_sigma)).double()
     x, t, y = batch(model, dtype=torch.float64)
     with_label, without = model(x, t, y), model(x, t, torch.full_like(y, 10))
     expected = with_label.clone()
@@ -29,7 +29,7 @@ def test_guidance_is_the_formula_on_two_calls(scale, channels, learn_sigma):
 
 
 def test_scale_one_costs_nothing_and_changes_nothing():
-    model = randomised(DiT(**TINY, depth=2))
+    model = randomized(DiT(**TINY, depth=2))
     x, t, y = batch(model)
     guidance = Guidance()
     assert not guidance.doubles

@@ -15,14 +15,14 @@ from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import SAMPLERS, make_scheduler, same_noise, scheduler_of
 from apps.diffusion.schedulers.timesteps import timesteps
 from implicit import Anderson, AndersonGS, Broyden, Picard
-from tests.apps.diffusion.small_models import randomised
+from tests.apps.diffusion.small_models import randomized
 
 CONFIG = c.Config(sampling=SamplingOptions(steps=4, iterations=(3,), sampler="ddpm", reuse="on", guidance=2.0))
 SMALL: dict[str, Any] = {"input_size": 4, "in_channels": 2, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
 
 
 def fpdm(**change):
-    model = randomised(FPDM(**SMALL | change))
+    model = randomized(FPDM(**SMALL | change))
     with torch.no_grad():
         model.block_fixed_point_projection_fc2.weight.mul_(0.4)
     return model
@@ -134,7 +134,7 @@ def test_a_tolerance_for_each_timestep_stops_each_sample_by_itself():
 
 
 def test_a_dit_spends_its_budget_in_steps():
-    model = randomised(DiT(depth=3, **SMALL))
+    model = randomized(DiT(depth=3, **SMALL))
     effort = samples(SamplingOptions(block_passes=30, guidance=1.0), model).effort
     assert effort.evaluations.shape == (3, 10) and effort.block_passes.tolist() == [30] * 3
     with pytest.raises(ValueError, match="block_passes"):

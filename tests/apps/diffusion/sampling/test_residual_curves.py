@@ -14,7 +14,7 @@ from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from apps.diffusion.schedulers.timesteps import timesteps
 from implicit import Anderson, Picard
-from tests.apps.diffusion.small_models import randomised, sample_by
+from tests.apps.diffusion.small_models import randomized, sample_by
 
 
 def curves(table, seconds=(1.0, 0.5)):
@@ -22,7 +22,7 @@ def curves(table, seconds=(1.0, 0.5)):
 
 
 def network():
-    model = randomised(FPDM(input_size=4, in_channels=2, hidden_size=32, num_heads=4, num_classes=10))
+    model = randomized(FPDM(input_size=4, in_channels=2, hidden_size=32, num_heads=4, num_classes=10))
     with torch.no_grad():
         model.block_fixed_point_projection_fc2.weight.mul_(0.4)
     return model

@@ -20,7 +20,7 @@ from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import SAMPLERS, make_scheduler, same_noise
 from apps.diffusion.schedulers.timesteps import timesteps
 from implicit import Anderson, Stop
-from tests.apps.diffusion.small_models import randomised, sample_by
+from tests.apps.diffusion.small_models import randomized, sample_by
 
 SHAPE = (1, 2, 2)
 SPREAD = np.array([0.1, 0.5, 1.0, 2.0])  # standard deviations along the eigenvectors
@@ -176,7 +176,7 @@ def test_guidance_on_gaussian_data_moves_the_mean_as_the_formula_says():
 
 
 def tiny(kind: Any = FPDM, **change):
-    model = randomised(kind(**TINY | change))
+    model = randomized(kind(**TINY | change))
     with torch.no_grad():
         if kind is FPDM:
             model.block_fixed_point_projection_fc2.weight.mul_(0.4)
@@ -387,7 +387,7 @@ def test_every_sampler_brings_gaussian_data(name, zero_snr):
 
 @pytest.mark.parametrize("network", [FPDM, DiT])
 def test_precision_and_compilation_change_rounding_alone(network):
-    model = randomised(network(**TINY)).eval()
+    model = randomized(network(**TINY)).eval()
     options = {"seed": 2, "scheduler": make_scheduler("ddim"), "timesteps": timesteps(4), "chunk": 4}
 
     def samples(**more):
@@ -404,7 +404,7 @@ def test_precision_and_compilation_change_rounding_alone(network):
 
 
 def test_requested_samples_alone_agree_to_rounding():
-    model = randomised(FPDM(**TINY)).eval()
+    model = randomized(FPDM(**TINY)).eval()
     options = {"seed": 4, "scheduler": make_scheduler("ddpm"), "timesteps": timesteps(3)}
     indices, labels = [9, 2, 30, 31, 5], [0, 1, 2, 3, 4]
     whole = sample_by(model, indices, labels, chunk=8, **options)

@@ -18,7 +18,7 @@ from apps.diffusion.training.distillation import distillation_loss, open_teacher
 from apps.diffusion.training.loss import TrainingNoise, TrainingSolve
 from apps.diffusion.training.trainer import Trainer
 from implicit import Picard, Stop, Unrolled
-from tests.apps.diffusion.small_models import randomised
+from tests.apps.diffusion.small_models import randomized
 
 DIGITS = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "num_heads": 2, "num_classes": 10}
 
@@ -43,8 +43,8 @@ def noise(shape, timesteps=1000):
 
 def test_the_loss_is_the_distance_of_the_predictions():
     options = {"input_size": 8, "in_channels": 2, "hidden_size": 16, "num_heads": 2, "num_classes": 4}
-    teacher = randomised(DiT(depth=2, learn_sigma=True, **options)).eval()
-    student = randomised(FPDM(learn_sigma=True, **options))
+    teacher = randomized(DiT(depth=2, learn_sigma=True, **options)).eval()
+    student = randomized(FPDM(learn_sigma=True, **options))
     x, y, scheduler = torch.rand(3, 2, 8, 8) * 2 - 1, torch.tensor([0, 1, 2]), make_scheduler("ddpm")
     drawn = noise(x.shape)
     common = {"scheduler": scheduler, "null_class": 4}

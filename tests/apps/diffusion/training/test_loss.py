@@ -8,7 +8,7 @@ from apps.diffusion.models import FPDM
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from apps.diffusion.training.loss import TrainingNoise, TrainingSolve, loss
 from implicit import JFB, Picard, Stop
-from tests.apps.diffusion.small_models import randomised
+from tests.apps.diffusion.small_models import randomized
 
 
 def a_draw(n=6, shape=(2, 4, 4), seed=0, dropped=False, t=None):
@@ -129,7 +129,7 @@ def test_the_bound_is_least_where_the_variance_is_right():
 
 
 def test_an_fpdm_is_trained_through_its_estimator_and_gives_its_solve_back():
-    model = randomised(FPDM(input_size=4, in_channels=2, hidden_size=32, num_heads=4, num_classes=10))
+    model = randomized(FPDM(input_size=4, in_channels=2, hidden_size=32, num_heads=4, num_classes=10))
     x0, draw = clean().float(), a_draw()
     draw = TrainingNoise(noise=draw.noise.float(), t=draw.t, dropped=draw.t > 500)
     solve = TrainingSolve(solver=Picard(), grad=JFB(), stop=Stop(rtol=0.0, atol=0.0, max_evals=3))

@@ -11,13 +11,13 @@ from apps.diffusion.data import digits
 from apps.diffusion.models import FPDM
 from apps.diffusion.training.penalties import NoisyStart, Penalties
 from apps.diffusion.training.trainer import Trainer
-from tests.apps.diffusion.small_models import batch, randomised
+from tests.apps.diffusion.small_models import batch, randomized
 
 SMALL: dict[str, Any] = {"input_size": 4, "in_channels": 2, "hidden_size": 16, "num_heads": 2, "num_classes": 10}
 
 
 def called(penalty, **options):
-    model = randomised(FPDM(**SMALL))
+    model = randomized(FPDM(**SMALL))
     answer = model(*batch(model), iterations=3, penalty=penalty, return_solution=True, **options)
     return model, answer
 

@@ -1,4 +1,4 @@
-"""What saves memory and time in training changes nothing of what is learnt."""
+"""What saves memory and time in training changes nothing of what is learned."""
 
 import dataclasses
 import json
