@@ -98,7 +98,7 @@ def validate_warm_start(memory: Any, like: Any) -> Any:
     """
     if type(memory) is not type(like):
         raise ValueError(f"state must be Solution.state of an earlier solve by this solver, got {_name(memory)}.")
-    old, new = _tensors(memory), _tensors(like)
+    old, new = tensors(memory), tensors(like)
     same = all(
         (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) for a, b in zip(old[:1], new[:1], strict=True)
     )
@@ -107,7 +107,8 @@ def validate_warm_start(memory: Any, like: Any) -> Any:
     return map_tensors(lambda t: t.detach().clone(), memory)
 
 
-def _tensors(thing: Any) -> list[Tensor]:
+def tensors(thing: Any) -> list[Tensor]:
+    """The tensors in a nest of tuples, lists, dicts and dataclasses."""
     found: list[Tensor] = []
     map_tensors(lambda t: (found.append(t), t)[1], thing)
     return found

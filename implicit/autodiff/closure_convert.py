@@ -12,7 +12,7 @@ the graph that phi has built, and `ClosureTracer(constant=True)` finds derivativ
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from implicit.autodiff.function_mode import FunctionMode
-from implicit.pytree import map_tensors
+from implicit.pytree import map_tensors, tensors
 from implicit.recomputation import CHANGED
 from implicit.torch_internals import (
     Allocations,
@@ -219,13 +219,6 @@ def closure_convert(phi: Callable[..., Tensor], theta: tuple[Tensor, ...]) -> Ca
             return phi(x)
 
     return phi_explicit
-
-
-def tensors(thing: Any) -> Iterator[Tensor]:
-    """The tensors in a nest of tuples, lists, dicts and dataclasses."""
-    found: list[Tensor] = []
-    map_tensors(lambda t: (found.append(t), t)[1], thing)
-    return iter(found)
 
 
 def own_view(t: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit.autodiff.closure_convert import THREAD, UNTRACED, ClosureTracer, closure_convert, own_view, tensors
+from implicit.autodiff.closure_convert import THREAD, UNTRACED, ClosureTracer, closure_convert, own_view
 from implicit.autodiff.jvp import functional_jvp
 from implicit.autodiff.transposable_solve import Adjoint, Direct, Pure, TransposableSolve, mapped
 from implicit.autodiff.vjp import functional_vjp
@@ -24,7 +24,7 @@ from implicit.evaluation import FlatMap
 from implicit.iterate import iterate
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.options import Problem, SolveOptions
-from implicit.pytree import Layout, State, map_tensors
+from implicit.pytree import Layout, State, map_tensors, tensors
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop

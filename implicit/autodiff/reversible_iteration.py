@@ -25,7 +25,7 @@ from implicit.evaluation import FlatMap
 from implicit.pytree import Flat, norm, to_device, to_host
 from implicit.recomputation import CHANGED
 from implicit.solution import Result
-from implicit.stopping import Criterion, Stop
+from implicit.stopping import Criterion, Stop, classify, classify_count
 
 _RUNNING = -1
 _FAR = 1e4  # relative error above which the step where the backward run diverged is unknown
@@ -106,26 +106,24 @@ class ReversibleIteration:
         return value
 
     def _classify(self, fz: Flat, z: Flat, trace: bool) -> None:
-        size, small = norm(fz), self._meets_tolerance(fz, z)
-        running = self.result == _RUNNING
+        code, running = self._codes(fz, z), self.result == _RUNNING
         if trace:
             self.trace.append(torch.where(running, self.residual, torch.nan))
-        self.result = torch.where(running & small & torch.isfinite(size), int(Result.CONVERGED), self.result)
-        self.result = torch.where(running & ~torch.isfinite(size), int(Result.NONFINITE), self.result)
+        self.result = torch.where(running & (code != Result.MAX_EVALS), code, self.result)
 
-    def _meets_tolerance(self, fz: Flat, z: Flat) -> Tensor:
-        """(B,) whether the criterion of `Stop` holds at z; sets `residual`."""
+    def _codes(self, fz: Flat, z: Flat) -> Tensor:
+        """(B,) `Result` codes by the criterion of `Stop` at z; sets `residual`."""
         r, criterion = fz - z.to(fz.dtype), self.criterion
         if not self.stop.has_tolerance:
             sizes = criterion.measure(r, scaled=True)
             self.residual = sizes if sizes.ndim == 1 else sizes.amax(dim=1)
-            return (r == 0).all(dim=1) & (len(r) == 1)  # f may couple samples that go on
+            return classify_count((r == 0).all(dim=1), ~torch.isfinite(norm(fz)))
         r_size, s_size = (to_host(criterion.measure(x, scaled=True)) for x in (r, fz))
         if not isinstance(criterion.first, np.ndarray):
             criterion.first = np.where(np.isfinite(s_size), s_size, 0.0)
         residual, _, tolerance = criterion.compare(r_size, s_size, criterion.first)
         self.residual = to_device(residual, fz.device, fz.dtype)
-        return to_device(residual <= tolerance, fz.device)
+        return to_device(classify(residual, tolerance), fz.device)
 
     def _verify(self, value: Flat) -> None:
         """Residual and claims of convergence at f(z_n), which is returned, by one evaluation more."""
@@ -133,9 +131,9 @@ class ReversibleIteration:
             return
         before = self.residual
         with torch.no_grad():
-            small = self._meets_tolerance(self.flat(value), value)
+            code = self._codes(self.flat(value), value)
         self.residual = torch.where(torch.isfinite(self.residual), self.residual, before)
-        lost = (self.result == int(Result.CONVERGED)) & ~small
+        lost = (self.result == Result.CONVERGED) & (code != Result.CONVERGED)
         self.result = torch.where(lost, int(Result.MAX_EVALS), self.result)
         self.verified = 1
 

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit.autodiff.closure_convert import ClosureTracer, tensors
+from implicit.autodiff.closure_convert import ClosureTracer
 from implicit.diagnostics.profiling import Measured, measure, paced
 from implicit.diagnostics.reference_gradient import Loss, exact_gradient
 from implicit.fixed_point import fixed_point
 from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, Reversible, StochasticJFB, Unrolled
-from implicit.pytree import Layout, Map, State, map_tensors
+from implicit.pytree import Layout, Map, State, map_tensors, tensors
 from implicit.solution import Result, Solution
 from implicit.solvers import AbstractSolver, AndersonGS
 from implicit.stopping import Stop
