@@ -192,7 +192,7 @@ class _Run:
         start = solutions.at_start(self.z0, self.deep, self.layout)
         self.findings += [] if start is None else [start]
         if bool(found.any()):
-            tight = solutions.starting_stop(self.stop, self.layout, self.budget)
+            tight = solutions.starting_stop(self.stop, self.layout)
             solver = self.deep.row.solver
             if self.budget.remaining < solutions.COST:
                 self.missing.append("whether other starts give other answers, for lack of budget")

@@ -66,7 +66,7 @@ def several(
     return Finding(Condition.SEVERAL_FIXED_POINTS, evidence, _samples(mask), bool((most[mask] > 5).all()))
 
 
-def starting_stop(stop: Stop, layout: Layout, budget: Budget) -> Stop:
+def starting_stop(stop: Stop, layout: Layout) -> Stop:
     """The stopping criterion of the other starts: a hundredth of the tolerance, as far as rounding permits."""
     rtol = max(0.01 * stop.rtol, 100 * layout.eps)
     return Stop(rtol=rtol, atol=0.01 * stop.atol, norm=stop.norm, max_evals=_EACH)

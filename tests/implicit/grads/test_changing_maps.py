@@ -1,0 +1,121 @@
+"""Maps that change between the solve and the backward pass, or with every evaluation."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
+
+from implicit import (
+    IFT,
+    JFB,
+    SHINE,
+    Anderson,
+    AndersonGS,
+    Broyden,
+    Neumann,
+    Phantom,
+    Reversible,
+    Stop,
+    Unrolled,
+    fixed_point,
+)
+from tests.implicit.grads.tanh_layer import ZERO, Late, X, named, weight
+
+
+@pytest.mark.parametrize(
+    ("grad", "twice"),
+    [(IFT(), True), (Unrolled(checkpoint=True), False), (Reversible(), False)],
+    ids=lambda g: type(g).__name__,
+)
+@pytest.mark.parametrize("change", ["attribute", "buffer", "weight"])
+def test_a_map_that_changes_before_the_backward_pass_is_refused(grad, twice, change):
+    f = Late()
+    f.context = X.clone()
+    value = fixed_point(f, ZERO, grad=grad).value
+    with torch.no_grad():
+        if change == "attribute":
+            f.context = X + 1
+        elif change == "buffer":
+            f.context.add_(1)
+        else:
+            f.w.mul_(0.5)
+    with pytest.raises(RuntimeError, match=r"args|modified by an inplace"):
+        torch.autograd.grad(value.sum(), f.w, create_graph=twice)
+
+
+@pytest.mark.parametrize("grad", [IFT(), JFB(5), Phantom(), Neumann(), SHINE(), Unrolled()], ids=repr)
+def test_a_map_that_changes_does_no_harm_where_it_is_not_evaluated_again(grad):
+    solver = Broyden() if isinstance(grad, SHINE) else AndersonGS()
+
+    def slope(change):
+        f = Late()
+        value = fixed_point(f, ZERO, grad=grad, solver=solver).value
+        f.context = f.context + change
+        return torch.autograd.grad(value.sum(), f.w)[0]
+
+    assert torch.equal(slope(0.0), slope(1.0))
+
+
+def test_a_map_that_changes_inside_a_transform_is_refused():
+    f = Late()
+
+    def loss(w):
+        f.context = X
+        value = fixed_point(lambda z: torch.tanh(z @ w.T + f.context), ZERO).value
+        f.context = X + 1
+        return value.sum()
+
+    with pytest.raises(RuntimeError, match="args"):
+        torch.func.grad(loss)(weight().detach())
+
+
+@named(IFT(), Neumann(60), SHINE(refine=3), JFB(5))
+def test_a_checkpoint_around_a_solve_repeats_it_once(grad):
+    calls = [0]
+    w = weight()
+    solver = Broyden() if isinstance(grad, SHINE) else AndersonGS()
+
+    def solve(x):
+        def f(z):
+            calls[0] += 1
+            return torch.tanh(z @ w.T + x)
+
+        return fixed_point(f, ZERO, grad=grad, solver=solver).value
+
+    x = X.clone().requires_grad_()
+    plain = torch.autograd.grad(solve(x).sum(), (x, w))
+    calls[0] = 0
+    value = checkpoint(solve, x, use_reentrant=False)
+    forward, calls[0] = calls[0], 0
+    packed = torch.autograd.grad(value.sum(), (x, w))
+    assert calls[0] <= forward + 1
+    for a, b in zip(packed, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@named(IFT(), JFB(), Neumann(), Phantom(), SHINE(), Reversible(), Unrolled(), Unrolled(checkpoint=True))
+def test_spectral_norm_in_training_mode_is_one_map_a_solve(grad):
+    """The layer of the README: one step of the power iteration a solve, and claims that hold for the frozen weight."""
+    solver = Broyden() if isinstance(grad, SHINE) else Anderson()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        layer = spectral_norm(nn.Linear(16, 16))
+        x = torch.randn(8, 16)
+        parametrization: Any = layer.parametrizations
+        solution = fixed_point(
+            lambda z, x, layer=layer: torch.tanh(layer(z)) * 0.9 + x,
+            torch.zeros(8, 16),
+            x,
+            grad=grad,
+            solver=solver,
+            stop=Stop(rtol=1e-5, max_evals=200),
+        ).check()
+        solution.value.sum().backward()
+        assert parametrization.weight.original.grad.norm() > 0
+        layer.eval()  # the weight as it was after that one step
+        with torch.no_grad():
+            residual = (torch.tanh(layer(solution.value)) * 0.9 + x - solution.value).norm(dim=1)
+        assert bool((residual <= 1.1 * (1e-6 + 1e-5 * solution.value.norm(dim=1))).all())

@@ -1,0 +1,144 @@
+"""Forms of the state, the budget, and tensors of the caller, for every solver."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from implicit import (
+    DEQ,
+    IFT,
+    JFB,
+    Anderson,
+    Broyden,
+    Picard,
+    Reversible,
+    Stop,
+    Unrolled,
+    fixed_point,
+)
+from implicit.testing import problem
+from tests.helpers import each_solver as each
+from tests.helpers import half, solve
+
+F64 = torch.float64
+
+
+@each
+@pytest.mark.parametrize("budget", [1, 2, 3, 20])
+def test_every_solver_counts_alike(solver, budget):
+    """The budget is the number of calls of f: no hidden first one, no placeholder in the trace."""
+    p = problem("linear 0.99")
+    found = solve(p, p.z0, *p.args, solver=solver, stop=Stop(rtol=1e-15, atol=0, max_evals=budget), trace=True)
+    assert p.calls == budget and (found.evals == budget).all()
+    assert found.trace is not None
+    torch.testing.assert_close(found.trace[0], (p.map(p.z0, *p.args) - p.z0).norm(dim=1))
+    assert found.trace.shape == (budget, 4)
+    q = problem("linear 0.99")
+    fixed = solve(q, q.z0, *q.args, solver=solver, stop=Stop(rtol=0, atol=0, max_evals=budget))
+    assert q.calls == budget and (fixed.evals == budget).all()
+
+
+@each
+def test_dtypes_of_a_mixed_state_are_kept(solver):
+    """Concatenation promotes; every leaf must come back as it went in, and f must see it so."""
+    z0 = {
+        "double": torch.zeros(2, 3, dtype=F64),
+        "pair": (torch.zeros(2, 2, 2), torch.zeros(2, 1, dtype=torch.bfloat16)),
+        "complex": torch.zeros(2, 2, dtype=torch.complex64),
+    }
+    kinds = (F64, torch.float32, torch.bfloat16, torch.complex64)
+
+    def f(z):
+        a, (b, c), d = z["double"], z["pair"], z["complex"]
+        assert (a.dtype, b.dtype, c.dtype, d.dtype) == kinds
+        return {"complex": 0.5 * d + (1 + 2j), "pair": (0.5 * b + 1, 0.5 * c + 1), "double": 0.5 * a.cos()}
+
+    found = solve(f, z0, solver=solver, stop=Stop(rtol=1e-2, atol=0, max_evals=60)).check()
+    a, (b, c), d = found.value["double"], found.value["pair"], found.value["complex"]
+    assert (a.dtype, b.dtype, c.dtype, d.dtype) == kinds and list(found.value) == list(z0)
+    torch.testing.assert_close(d, torch.full_like(d, 2 + 4j), rtol=5e-2, atol=5e-2)
+    torch.testing.assert_close(a, torch.full_like(a, 0.4501836), rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("grad", [IFT(), JFB(), Unrolled(), Reversible()], ids=lambda g: type(g).__name__)
+def test_a_tuple_of_different_dtypes_has_gradients(grad):
+    x = torch.ones(2, 3, dtype=F64, requires_grad=True)
+    z0 = (torch.zeros(2, 3, dtype=F64), torch.zeros(2, 2, dtype=torch.float32))
+
+    def f(z, x):
+        return 0.3 * z[0] + x, 0.2 * z[1] + x[:, :2].float()
+
+    a, b = fixed_point(f, z0, x, grad=grad, solver=Picard(), stop=Stop(rtol=1e-6, atol=0)).value
+    (got,) = torch.autograd.grad(a.sum() + b.sum(), x)
+    true = torch.full_like(x, 1 / 0.7)
+    true[:, :2] += 1 / 0.8
+    exact = not isinstance(grad, JFB)
+    torch.testing.assert_close(
+        got, true if exact else torch.tensor([[2.0, 2, 1]], dtype=F64).expand(2, 3), rtol=1e-4, atol=0
+    )
+
+
+@each
+def test_one_number_a_sample(solver):
+    z0 = torch.tensor([[0.0], [1.0], [2.0]], dtype=F64)
+    found = solve(torch.cos, z0, solver=solver, stop=Stop(rtol=1e-8, max_evals=99))
+    expected = torch.full((3, 1), 0.7390851332151607, dtype=F64)
+    torch.testing.assert_close(found.check().value, expected, rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="batch_dims"):  # a vector may be one system or three
+        solve(torch.cos, z0[:, 0], solver=solver)
+
+
+@each
+def test_leaves_with_different_batch_sizes_are_one_system_or_an_error(solver):
+    z0 = (torch.zeros(2, 3), torch.zeros(5))
+    found = solve(lambda z: (0.5 * z[0] + 1, 0.1 * z[1] + 1), z0, solver=solver, batch_dims=0, stop=Stop(max_evals=99))
+    assert found.check().value[1].shape == (5,)
+    with pytest.raises(ValueError, match="one batch size"):
+        solve(lambda z: z, z0, solver=solver)
+
+
+@each
+def test_a_map_that_writes_in_place_is_refused(solver):
+    """z and f(z) would be one tensor and the residual 0."""
+    buffer = torch.zeros(2, 3)
+
+    def into_a_buffer(z):
+        return torch.mul(z, 0.5, out=buffer).add_(1)
+
+    def into_a_view(z):
+        z[:, 0] = 1
+        return 0.5 * z
+
+    for f in (into_a_buffer, into_a_view, lambda z: z.add_(1)):
+        for stop in (Stop(), Stop(rtol=0, atol=0, max_evals=9)):
+            with pytest.raises(
+                (ValueError, RuntimeError), match=r"in place|out=\.\.\. arguments"
+            ):  # torch's own, in a jvp
+                solve(f, torch.zeros(2, 3), solver=solver, stop=stop)
+
+
+@each
+def test_the_callers_tensors_are_left_as_they_were(solver):
+    z0 = torch.full((3, 4), 0.25)
+    for keep in (lambda z: z, lambda z: z[:, :], lambda z: z.view(3, 4)):
+        found = solve(lambda z, keep=keep: keep(half(z)), z0, solver=solver, stop=Stop(rtol=1e-6))
+        assert torch.equal(z0, torch.full((3, 4), 0.25)) and found.value.data_ptr() != z0.data_ptr()
+
+
+def test_settings_are_frozen_and_misspelt_ones_refused():
+    options: list[tuple[Any, dict[str, Any]]] = [
+        (Stop, {"rtoll": 1e-3}),
+        (Anderson, {"m": 5}),
+        (Broyden, {"max_iter": 3}),
+        (IFT, {"solvr": Picard()}),
+        (lambda **options: fixed_point(half, torch.zeros(1, 2), **options), {"f_toll": 1e-3}),
+        (lambda **options: DEQ(half, **options), {"tol": 1e-3}),
+        (lambda **options: DEQ(half)(torch.zeros(1, 2), **options), {"tol": 1e-3}),
+    ]
+    for make, misspelt in options:
+        with pytest.raises(TypeError, match="unexpected keyword"):
+            make(**misspelt)
+    for thing, name in ((Stop(), "rtol"), (Anderson(), "memory"), (IFT(), "stop")):
+        with pytest.raises(AttributeError):
+            setattr(thing, name, None)
