@@ -94,7 +94,7 @@ def test_leaves_with_different_batch_sizes_are_one_system_or_an_error(solver):
     z0 = (torch.zeros(2, 3), torch.zeros(5))
     found = solve(lambda z: (0.5 * z[0] + 1, 0.1 * z[1] + 1), z0, solver=solver, batch_dims=0, stop=Stop(max_evals=99))
     assert found.check().value[1].shape == (5,)
-    with pytest.raises(ValueError, match="one batch size"):
+    with pytest.raises(ValueError, match="batch_dims"):
         solve(lambda z: z, z0, solver=solver)
 
 

@@ -96,7 +96,7 @@ def test_transform_equals_the_reference(name, estimator, reference, route):
 
 @pytest.mark.parametrize("estimator", [EXACT, JFB()], ids=["IFT", "JFB"])
 def test_forward_over_forward_says_that_it_is_not_possible(estimator):
-    with pytest.raises(NotImplementedError, match="Forward mode over forward mode"):
+    with pytest.raises(NotImplementedError, match="hessian"):
         jacfwd(jacfwd(loss(through_args(estimator))))(W, B)
 
 
@@ -232,7 +232,7 @@ def test_unrolling_inside_transforms_takes_a_fixed_number():
         return lambda b: fixed_point(f, ZERO, W, b, solver=Picard(), stop=stop, grad=Unrolled(**how)).value.sum()
 
     torch.testing.assert_close(grad(solve(fixed))(B), grad(lambda b: unrolled(W, b).sum())(B), rtol=1e-9, atol=1e-9)
-    with pytest.raises(NotImplementedError, match="takes a fixed number of evaluations"):
+    with pytest.raises(NotImplementedError, match="max_evals"):
         grad(solve(TIGHT))(B)
     with pytest.raises(NotImplementedError, match="leave checkpoint=False"):
         grad(solve(fixed, checkpoint=True))(B)

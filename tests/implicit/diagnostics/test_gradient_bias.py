@@ -197,9 +197,9 @@ def test_what_cannot_be_judged_is_refused():
     f, z0, w = affine()
     with pytest.raises(ValueError, match="require gradients"):
         gradient_bias(torch.cos, z0)
-    with pytest.raises(ValueError, match="depend on params"):
+    with pytest.raises(ValueError, match="params"):
         gradient_bias(f, z0, w, loss=lambda z: 0 * z.sum(), repeats=0)
-    with pytest.raises(NotConverged, match="has a fixed point"):
+    with pytest.raises(NotConverged, match="solver"):
         gradient_bias(lambda z, w: w / (0 * z), z0, w, repeats=0)
     with pytest.raises(KeyError, match="there are IFT"):
         gradient_bias(f, z0, w, estimators=[IFT()], repeats=0)["JFB"]

@@ -174,7 +174,7 @@ def test_a_failed_backward_speaks():
     f, x = layer("hard", torch.float32)
     g = cotangent(x)
     short = Stop(rtol=1e-6, atol=0, max_evals=3)
-    with pytest.warns(RuntimeWarning, match=r"linear solve of the IFT backward pass failed.*MAX_EVALS"):
+    with pytest.warns(RuntimeWarning, match=r"IFT.*MAX_EVALS"):
         gradient(f, x, g, grad=IFT(stop=short), stop=Stop())
     with pytest.raises(NotConverged, match="inexact"):
         gradient(f, x, g, grad=IFT(stop=short, on_failure="raise"), stop=Stop())

@@ -65,12 +65,12 @@ def test_a_lost_way_back_is_said():
     """The hard layer takes so many steps that float64 cannot hold the way back; the gradient is wrong, and says so."""
     f, x = layer("hard")
     x.requires_grad_()
-    with pytest.warns(RuntimeWarning, match="missed its start") as seen:
+    with pytest.warns(RuntimeWarning, match=r"Reversible\.tolerance") as seen:
         got = hard_gradient(Reversible(0.8), x, f)
         hard_gradient(Reversible(0.8), (0.5 * x).detach().requires_grad_(), f)
     assert len(seen) == 2 and len({str(w.message) for w in seen}) == 1  # the default filter shows one text once
     assert off(got, dense_gradient(f, x.detach(), torch.ones_like(x))) > 1e-3
-    with pytest.raises(FloatingPointError, match="take fewer steps"):
+    with pytest.raises(FloatingPointError, match=r"Reversible\.tolerance"):
         hard_gradient(Reversible(0.8, "raise"), x, f)
 
 
@@ -133,10 +133,10 @@ def test_refusals():
     for bad in ({"beta": 0.0}, {"beta": 1.0}, {"tolerance": 0.0}, {"anchor": 0}):
         with pytest.raises(ValueError, match="Reversible"):
             Reversible(**bad)
-    with pytest.raises(ValueError, match="iteration of its own"):
+    with pytest.raises(ValueError, match="keep_state"):
         fixed_point(f, torch.zeros_like(x), x, grad=Reversible(), keep_state=True)
     z = fixed_point(f, torch.zeros_like(x), x.requires_grad_(), grad=Reversible()).value
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+    with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(z.sum(), x, create_graph=True)
 
 

@@ -258,7 +258,7 @@ def test_starts():
         seen = []
         model(*inputs, iterations=3, start=lambda fresh: seen.append(fresh) or first.value)
         torch.testing.assert_close(model(*inputs, iterations=3, start=seen[0]), model(*inputs, iterations=3))
-    with pytest.raises(ValueError, match="start has shape"):
+    with pytest.raises(ValueError, match="start"):
         model(*inputs, start=first.value[:2])
 
 
@@ -325,7 +325,7 @@ def test_impossible_architectures_are_refused(change, word):
 def test_calls_that_do_not_fit_are_refused():
     model = tiny()
     inputs = batch(model)
-    with pytest.raises(ValueError, match="give one of them"):
+    with pytest.raises(ValueError, match="iterations"):
         model(*inputs, iterations=3, stop=Stop())
     with pytest.raises(ValueError, match="iterations=0"):
         model(*inputs, iterations=0)
