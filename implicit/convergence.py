@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicit.observation import Observation, as_array, fetch
+from implicit.loop.observation import Observation, as_array, fetch
 from implicit.options import Fold
 from implicit.pytree import Flat, to_device, to_host
 from implicit.solution import Result

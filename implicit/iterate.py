@@ -25,9 +25,10 @@ from torch import Tensor
 
 from implicit.convergence import ConvergenceMonitor
 from implicit.evaluation import FlatMap, JointMap
-from implicit.fixed_count import begin, fixed_count
+from implicit.loop.fixed_count import begin, fixed_count
+from implicit.loop.progress import progress_callback
+from implicit.loop.verification import COUPLED, image_of_best, is_noise, must_continue
 from implicit.options import SolveOptions
-from implicit.progress import progress_callback
 from implicit.pytree import Flat, Layout, Map, State, leaves, map_tensors, to_device
 from implicit.recomputation import Segments
 from implicit.solution import Solution
@@ -36,7 +37,6 @@ from implicit.solvers.newton_krylov import NewtonKrylov
 from implicit.staged_safeguard import CAUTIOUS, HISTORY_LOST, Stage, StagedSafeguard
 from implicit.stopping import Criterion, Stop
 from implicit.torch_internals import is_abstract, not_compiled, transforms_active
-from implicit.verification import COUPLED, image_of_best, is_noise, must_continue
 
 _NEWTON = NewtonKrylov(60, safeguard=False)  # the steps of the safeguard's last stage
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from implicit.autodiff.function_mode import FunctionMode
+from implicit.autodiff.recomputation import CHANGED
 from implicit.pytree import map_tensors, tensors
-from implicit.recomputation import CHANGED
 from implicit.torch_internals import (
     Allocations,
     current_level,

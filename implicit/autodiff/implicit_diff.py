@@ -37,11 +37,11 @@ from implicit.autodiff.closure_convert import (
     has_untraced_leaf,
     own_view,
 )
+from implicit.autodiff.recomputation import CHANGED, require_same_image, summary
 from implicit.autodiff.vjp import Barrier, edge, pullback, vjp
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.options import Problem
 from implicit.pytree import Flat, State, tensors
-from implicit.recomputation import CHANGED, require_same_image, summary
 from implicit.torch_internals import not_compiled, saved_tensor_hooks_active
 
 Product: TypeAlias = Callable[[Flat], Flat]

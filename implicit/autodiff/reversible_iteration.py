@@ -21,9 +21,9 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.batched import is_batched
 from implicit.autodiff.closure_convert import SameReads
+from implicit.autodiff.recomputation import CHANGED
 from implicit.evaluation import FlatMap
 from implicit.pytree import Flat, norm, to_device, to_host
-from implicit.recomputation import CHANGED
 from implicit.solution import Result
 from implicit.stopping import Criterion, Stop, classify, classify_count
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from implicit.autodiff.closure_convert import UNTRACED, ClosureTracer, Reads, is_untraced
 from implicit.autodiff.jvp import functional_jvp, pushforward
+from implicit.autodiff.recomputation import CHANGED, require_same_image, summary
 from implicit.autodiff.vjp import functional_vjp, linearize
 from implicit.linear.adjoint_solve import LinearSolve
-from implicit.recomputation import CHANGED, require_same_image, summary
 
 Product: TypeAlias = Callable[[Tensor], Tensor]
 

@@ -9,11 +9,11 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from implicit.autodiff.closure_convert import SameReads
 from implicit.autodiff.failed_samples import failed, without
 from implicit.autodiff.functorch import refuse_threads
+from implicit.autodiff.recomputation import SameValue, Segments
 from implicit.grads.base import AbstractGrad
 from implicit.iterate import iterate
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Layout, Map, State, tensors
-from implicit.recomputation import SameValue, Segments
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop

@@ -18,11 +18,11 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from implicit.autodiff.recomputation import SameValue, Segments
 from implicit.evaluation import FlatMap
+from implicit.loop.progress import Report, progress_callback
 from implicit.options import Fold, SolveOptions
-from implicit.progress import Report, progress_callback
 from implicit.pytree import Flat, Layout, State, map_tensors, to_device, to_host, validate_warm_start
-from implicit.recomputation import SameValue, Segments
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, Point
 from implicit.stopping import Criterion, Stop, classify_count

@@ -1,0 +1,1 @@
+"""Parts of the loop (`implicit.iterate`): reading of residuals, verification, progress, a fixed count."""
