@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from apps.diffusion.config.presets import PRESETS
-from tests.apps.diffusion import picture_files as pf
+from tests.apps.diffusion.helpers import image_files
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "imagenet.md").read_text()
@@ -79,13 +79,15 @@ def test_the_numbers_of_the_page_are_those_of_the_presets():
 def test_every_command_runs_at_a_thousandth_of_the_scale(tmp_path):
     classes = 10
     for i in range(IMAGES):
-        pf.save(tmp_path / "imagenet" / "train" / f"n{i % classes:08d}" / f"{i}.png", pf.picture(i, 17, 16))
-    pf.tiny_vae().save_pretrained(tmp_path / "vae")
+        image_files.save(
+            tmp_path / "imagenet" / "train" / f"n{i % classes:08d}" / f"{i}.png", image_files.random_image(i, 17, 16)
+        )
+    image_files.tiny_vae().save_pretrained(tmp_path / "vae")
     pixels = np.random.default_rng(0).integers(0, 256, (SAMPLES, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "VIRTUAL_imagenet256_labeled.npz", arr_0=pixels)
     orders = [dict(zip(("module", "argv", "processes"), small(command), strict=True)) for command in COMMANDS]
     done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "apps" / "diffusion" / "command_forks.py"],
+        [sys.executable, ROOT / "tests" / "apps" / "diffusion" / "helpers" / "command_forks.py"],
         input="".join(json.dumps(order) + "\n" for order in orders),
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},

@@ -79,12 +79,12 @@ def test_a_weight_cut_by_compaction_is_no_answer(solver):
 
     found = solve(f, torch.zeros(6, 6, dtype=F64), rate, bias, solver=solver, stop=TIGHT, compact=True)
     assert (relative(lambda z: f(z, rate, bias), found.value)[found.converged] <= 1.01e-6).all()
-    told = solve(f, torch.zeros(6, 6, dtype=F64), rate, bias, solver=solver, stop=TIGHT, compact=(True, False))
-    assert told.converged.all()
+    flagged = solve(f, torch.zeros(6, 6, dtype=F64), rate, bias, solver=solver, stop=TIGHT, compact=(True, False))
+    assert flagged.converged.all()
     # NewtonKrylov spends its budget on the systems that the cut made
     assert found.converged.all() or isinstance(solver, NewtonKrylov)
     true = found.converged
-    torch.testing.assert_close(found.value[true], told.value[true], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.value[true], flagged.value[true], rtol=1e-4, atol=1e-5)
 
 
 @each_solver

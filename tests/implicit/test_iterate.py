@@ -310,7 +310,7 @@ def test_compaction_gives_the_same_answer_and_wastes_nothing(solver):
     assert int((small.evals - whole.evals).abs().max()) <= 3
 
 
-def test_compaction_cuts_only_the_args_it_is_told_to():
+def test_compaction_cuts_only_the_flagged_args():
     b = torch.tensor([[1.0], [1e6], [1.0]])
     rate = torch.tensor([[0.9], [0.1], [0.0]])
     table = torch.ones(3, 3) * 0.5

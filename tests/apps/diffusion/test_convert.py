@@ -17,7 +17,7 @@ from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.training.trainer import Trainer
-from tests.apps.diffusion import published as pub
+from tests.apps.diffusion.helpers import published as pub
 
 HEADS = ["--heads", str(pub.HEADS)]
 

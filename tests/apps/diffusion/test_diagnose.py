@@ -15,7 +15,7 @@ from apps.diffusion.sampling.options import plan
 from apps.diffusion.sampling.sampler import sample
 from implicit import Picard, Stop, fixed_point
 from implicit.diagnostics import spectral_radius
-from tests.apps.diffusion.small_models import batch, randomized
+from tests.apps.diffusion.helpers.small_models import batch, randomized
 
 
 def test_the_command_writes_table_numbers_and_figure(tmp_path, capsys):

@@ -19,7 +19,7 @@ from apps.diffusion.data.latent_writer import LatentWriter
 from apps.diffusion.data.latents import LatentDataset, read_index
 from apps.diffusion.files.hashing import of_file as sha256
 from apps.diffusion.models import autoencoder as vae
-from tests.apps.diffusion import picture_files as pf
+from tests.apps.diffusion.helpers import image_files
 
 SMALL = ["--size", "16", "--batch", "3", "--shard-size", "4", "--device", "cpu"]
 
@@ -27,13 +27,13 @@ SMALL = ["--size", "16", "--batch", "3", "--shard-size", "4", "--device", "cpu"]
 @pytest.fixture(scope="module")
 def vae_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
-    pf.tiny_vae().save_pretrained(folder)
+    image_files.tiny_vae().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture
 def images(tmp_path):
-    pf.tree(tmp_path / "images")
+    image_files.tree(tmp_path / "images")
     return tmp_path / "images"
 
 
@@ -48,7 +48,7 @@ def contents(out):
 def test_mean_and_deviation_of_both_sides_are_the_vaes(images, vae_folder, tmp_path):
     assert call(images, vae_folder, tmp_path / "out") == 0
     latents = LatentDataset(tmp_path / "out")
-    model: Any = pf.tiny_vae()
+    model: Any = image_files.tiny_vae()
     assert (len(latents), latents.num_classes, latents.shape) == (15, 3, (4, 4, 4))
     assert latents.y.tolist() == [0] * 5 + [1] * 5 + [2] * 5 and latents.classes == ("cat", "dog", "owl")
     files = sorted(p.relative_to(images) for p in images.rglob("*.*"))
@@ -64,7 +64,7 @@ def test_mean_and_deviation_of_both_sides_are_the_vaes(images, vae_folder, tmp_p
 
 
 def test_the_index_says_where_the_latents_come_from(images, vae_folder, tmp_path):
-    bad = pf.damage(images)
+    bad = image_files.damage(images)
     assert call(images, vae_folder, tmp_path / "out") == 0
     index = json.loads((tmp_path / "out" / "index.json").read_text())
     assert index["images"] == 15 and index["source"]["listed"] == 19 and index["class_counts"] == [5, 5, 5]
@@ -72,9 +72,9 @@ def test_the_index_says_where_the_latents_come_from(images, vae_folder, tmp_path
     assert (index["scaling_factor"], index["shift_factor"]) == (0.5, 0.25)
     assert index["vae"]["name"] == str(vae_folder) and index["vae"] == {
         "name": str(vae_folder),
-        **vae.digests(pf.tiny_vae()),
+        **vae.digests(image_files.tiny_vae()),
     }
-    assert vae.digests(pf.tiny_vae(1))["weights_sha256"] != index["vae"]["weights_sha256"]
+    assert vae.digests(image_files.tiny_vae(1))["weights_sha256"] != index["vae"]["weights_sha256"]
     assert index["preprocessing"] == {
         "version": 2,
         "size": 16,
@@ -90,7 +90,7 @@ def test_the_index_says_where_the_latents_come_from(images, vae_folder, tmp_path
 
 
 def test_bad_files_are_named_as_they_come_and_at_the_end(images, vae_folder, tmp_path, capsys):
-    bad = pf.damage(images)
+    bad = image_files.damage(images)
     assert call(images, vae_folder, tmp_path / "out") == 0
     out, err = capsys.readouterr()
     assert "4 of 19 images were skipped" in out
@@ -99,7 +99,7 @@ def test_bad_files_are_named_as_they_come_and_at_the_end(images, vae_folder, tmp
 
 def test_a_shard_of_bad_files_alone(images, vae_folder, tmp_path):
     for i in range(8):
-        (images / "cat" / f"a{i}.png").write_text("no picture")
+        (images / "cat" / f"a{i}.png").write_text("no image")
     assert call(images, vae_folder, tmp_path / "out") == 0
     latents = LatentDataset(tmp_path / "out")
     assert len(latents) == 15 and 0 in [shard["images"] for shard in latents.index["shards"]]
@@ -124,7 +124,7 @@ def test_an_interrupted_run_goes_on(images, vae_folder, tmp_path, monkeypatch, c
         LatentDataset(tmp_path / "out")
     monkeypatch.undo()
     first = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in contents(tmp_path / "out")}
-    pf.truncate(tmp_path / "out" / "shards" / "00001.safetensors")  # as by a crash of the machine
+    image_files.truncate(tmp_path / "out" / "shards" / "00001.safetensors")  # as by a crash of the machine
     assert call(images, vae_folder, tmp_path / "out") == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     kept = tmp_path / "out" / "shards" / "00000.safetensors"
@@ -173,7 +173,7 @@ def test_a_process_takes_its_own_shards_only(images, vae_folder, tmp_path, capsy
 
 def test_half_precision_and_images_of_no_class(vae_folder, tmp_path):
     for i in range(5):
-        pf.save(tmp_path / "images" / f"{i}.png", pf.picture(i))
+        image_files.save(tmp_path / "images" / f"{i}.png", image_files.random_image(i))
     assert call(tmp_path / "images", vae_folder, tmp_path / "full") == 0
     assert call(tmp_path / "images", vae_folder, tmp_path / "half", "--dtype", "float16") == 0
     full, half = LatentDataset(tmp_path / "full"), LatentDataset(tmp_path / "half")
@@ -188,7 +188,7 @@ def test_latents_made_otherwise_are_not_mixed(images, vae_folder, tmp_path, caps
     assert call(images, vae_folder, tmp_path / "out") == 0
     before = contents(tmp_path / "out")
     other = tmp_path / "other-vae"
-    pf.tiny_vae(1).save_pretrained(other)
+    image_files.tiny_vae(1).save_pretrained(other)
     for vae_used, options, what in (
         (other, [], "vae was"),
         (vae_folder, ["--size", "32"], "preprocessing was"),
@@ -196,7 +196,7 @@ def test_latents_made_otherwise_are_not_mixed(images, vae_folder, tmp_path, caps
     ):
         assert call(images, vae_used, tmp_path / "out", *options) == 2
         assert what in capsys.readouterr().err
-    pf.save(images / "cat" / "new.png", pf.picture(77))
+    image_files.save(images / "cat" / "new.png", image_files.random_image(77))
     assert call(images, vae_folder, tmp_path / "out") == 2
     assert "images was" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before
@@ -223,11 +223,11 @@ def _lost_tensors(folder):
         _lost_tensors,
         lambda folder: (folder / "config.json").write_text("{"),
         lambda folder: (folder / "config.json").unlink(),
-        lambda folder: pf.truncate(folder / "diffusion_pytorch_model.safetensors"),
+        lambda folder: image_files.truncate(folder / "diffusion_pytorch_model.safetensors"),
     ],
 )
 def test_an_unreadable_vae_is_refused(images, tmp_path, capsys, change):
-    pf.tiny_vae().save_pretrained(tmp_path / "vae")
+    image_files.tiny_vae().save_pretrained(tmp_path / "vae")
     change(tmp_path / "vae")
     capsys.readouterr()
     assert call(images, tmp_path / "vae", tmp_path / "out") == 2
@@ -256,14 +256,14 @@ def test_bad_input_is_refused(images, vae_folder, tmp_path, capsys):
 
 
 def test_a_vae_in_the_folder_of_a_pipeline(images, tmp_path):
-    pf.tiny_vae().save_pretrained(tmp_path / "pipeline" / "vae")
+    image_files.tiny_vae().save_pretrained(tmp_path / "pipeline" / "vae")
     assert call(images, tmp_path / "pipeline", tmp_path / "out") == 0
     assert LatentDataset(tmp_path / "out").index["vae"]["name"].endswith("pipeline/vae")
 
 
 def test_only_bad_files(vae_folder, tmp_path, capsys):
     (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.png").write_text("no picture")
+    (tmp_path / "images" / "a.png").write_text("no image")
     assert call(tmp_path / "images", vae_folder, tmp_path / "out") == 2
     assert "None of the 1 images" in capsys.readouterr().err
     assert not (tmp_path / "out" / "index.json").exists()
@@ -280,15 +280,15 @@ def test_latents_that_are_not_finite_are_named_and_left_out(images, vae_folder, 
 
     monkeypatch.setattr(vae, "moments", spoilt)
     assert call(images, vae_folder, tmp_path / "out", "--batch", "10", "--shard-size", "15", "--dtype", "float16") == 0
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     latents = LatentDataset(tmp_path / "out")
     assert len(latents) == 13 and latents.y.tolist() == [0] * 4 + [1] * 5 + [2] * 4
     assert all_images(latents)[0].isfinite().all()
-    assert "2 of 15 images were skipped" in told.out and "not finite in float16" in told.out
-    assert "cat/0.png" in told.err and "owl/0.png" in told.err
+    assert "2 of 15 images were skipped" in printed.out and "not finite in float16" in printed.out
+    assert "cat/0.png" in printed.err and "owl/0.png" in printed.err
 
 
-def test_a_shard_is_made_again_where_it_or_its_pictures_are_others(images, vae_folder, tmp_path, capsys):
+def test_a_shard_is_made_again_where_it_or_its_images_are_others(images, vae_folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert call(images, vae_folder, out) == 0
     before = contents(out)
@@ -301,7 +301,9 @@ def test_a_shard_is_made_again_where_it_or_its_pictures_are_others(images, vae_f
     kept = shards[3].stat().st_mtime_ns
     assert call(images, vae_folder, out) == 0
     assert contents(out) == before and shards[3].stat().st_mtime_ns == kept
-    pf.save(images / "owl" / "4.webp", pf.picture(1234, 50, 50))  # another picture by the same name
+    image_files.save(
+        images / "owl" / "4.webp", image_files.random_image(1234, 50, 50)
+    )  # another image by the same name
     assert call(images, vae_folder, out) == 0
     changed = {name for name, held in contents(out).items() if held != before[name]}
     assert changed == {"index.json", "shards/00003.json", "shards/00003.safetensors"}
@@ -320,7 +322,7 @@ def test_a_device_or_a_folder_that_cannot_be_is_refused(images, vae_folder, tmp_
 
 
 def test_decoding_inverts_the_scaling():
-    model: Any = pf.tiny_vae()
+    model: Any = image_files.tiny_vae()
     z = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model.decode(z / 0.5 + 0.25).sample
@@ -354,7 +356,7 @@ def test_pixels_reach_the_vae_between_minus_one_and_one(images, vae_folder, tmp_
 
 
 def test_statistics_by_channel_of_the_vae_are_honored(images, tmp_path):
-    model: Any = pf.tiny_vae()
+    model: Any = image_files.tiny_vae()
     mean, std = [-1.0, 2.0, 0.5, 3.0], [5.0, 6.0, 7.0, 8.0]
     model.register_to_config(latents_mean=mean, latents_std=std)
     model.save_pretrained(tmp_path / "vae")

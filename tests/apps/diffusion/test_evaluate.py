@@ -1,4 +1,4 @@
-"""The command that scores: pictures from anywhere, statistics with their provenance, and what is refused."""
+"""The command that scores: images from anywhere, statistics with their provenance, and what is refused."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from apps.diffusion.evaluation import image_sources as sources
 from apps.diffusion.evaluation.metrics import Gaussian, frechet_distance
 from apps.diffusion.evaluation.scores import compare
 from apps.diffusion.files.images import to_pil
-from tests.apps.diffusion import picture_files as pf
+from tests.apps.diffusion.helpers import image_files
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ class Pixels:
 
     name, digest = "pixels", "1"
 
-    def __call__(self, pictures):
-        x = pictures.float().flatten(1) / 127.5 - 1
+    def __call__(self, images):
+        x = images.float().flatten(1) / 127.5 - 1
         return features.Extracted(x, x[:, :3], 10 * x[:, :2])
 
 
@@ -68,7 +68,7 @@ def source(x, name="here", labels=None):
 
 
 def test_samples_are_scored_against_real_digits(folder, quick, capsys):
-    """As a folder, as an archive, and as the data themselves: the same pictures, the same scores."""
+    """As a folder, as an archive, and as the data themselves: the same images, the same scores."""
     assert evaluate.main([str(folder), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     generated, real = report["generated"], report["real_held_out"]
@@ -88,11 +88,11 @@ def test_a_table_of_spoilt_samples(folder, quick, capsys, tmp_path):
     for i, x in enumerate(held_out.x + 0.7 * noise):
         to_pil(x).save(tmp_path / f"{i:05d}.png")  # without classes
     assert evaluate.main([str(tmp_path)]) == 0
-    told = capsys.readouterr().out
-    assert "right label" in told and "1497 images of digits (train), on the features digits" in told
-    row = next(line for line in told.splitlines() if line.startswith("Fréchet"))
+    printed = capsys.readouterr().out
+    assert "right label" in printed and "1497 images of digits (train), on the features digits" in printed
+    row = next(line for line in printed.splitlines() if line.startswith("Fréchet"))
     assert float(row.split()[-2]) > 3 * float(row.split()[-1])
-    assert next(line for line in told.splitlines() if line.startswith("right")).split()[2] == "-"
+    assert next(line for line in printed.splitlines() if line.startswith("right")).split()[2] == "-"
 
 
 def test_statistics_are_kept_by_the_checksum_of_data_and_network(folder, quick, cache, monkeypatch):
@@ -106,7 +106,7 @@ def test_statistics_are_kept_by_the_checksum_of_data_and_network(folder, quick, 
     assert first.features is not None and torch.equal(again.features, first.features)
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache.parents[1]))
-    pf.truncate(file)
+    image_files.truncate(file)
     assert torch.equal(reference.cached(there, quick).pooled.mean, first.pooled.mean)
     reference.cached(there, Pixels())
     reference.cached(sources.of_named("digits", "held-out", 50), quick)
@@ -114,13 +114,13 @@ def test_statistics_are_kept_by_the_checksum_of_data_and_network(folder, quick, 
 
 
 def test_an_image_that_changes_is_other_data(tmp_path):
-    pf.tree(tmp_path)
+    image_files.tree(tmp_path)
     first = sources.open_source(str(tmp_path), size=16)
     assert sources.open_source(str(tmp_path), size=16).digest == first.digest and first.count == 15
     assert [tuple(b.shape) for b in first.batches()] == [(15, 3, 16, 16)]
     assert first.labels is not None and first.labels.bincount().tolist() == [5, 5, 5]  # one class a subfolder
     assert sources.open_source(str(tmp_path), size=8).digest != first.digest
-    pf.save(tmp_path / "cat" / "0.png", pf.picture(123))
+    image_files.save(tmp_path / "cat" / "0.png", image_files.random_image(123))
     assert sources.open_source(str(tmp_path), size=16).digest != first.digest
 
 
@@ -183,15 +183,15 @@ def arrange(what, folder, root) -> list[str]:
             to_pil(torch.zeros(1, 8, 8)).save(root / "a" / "00000.png")
         return [str(root / "a")]
     if what == "sizes":
-        pf.tree(root / "a")
+        image_files.tree(root / "a")
         return [str(root / "a")]
     if what == "large":
-        pf.tree(root / "a")
+        image_files.tree(root / "a")
         return [str(root / "a"), "--size", "16"]
     if what == "cut":
         for i in range(3):
             to_pil(torch.zeros(1, 8, 8)).save(root / f"0000{i}.png")
-        pf.truncate(root / "00001.png", 0.6)
+        image_files.truncate(root / "00001.png", 0.6)
         return [str(root)]
     if what == "classes":
         for i in range(3):
@@ -256,8 +256,8 @@ def arrange(what, folder, root) -> list[str]:
 def test_what_cannot_be_scored_is_refused(what, words, folder, quick, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as where it is not installed
     assert evaluate.main(arrange(what, folder, tmp_path)) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("evaluate: ") and words in told
+    printed = capsys.readouterr().err
+    assert printed.startswith("evaluate: ") and words in printed
 
 
 def test_what_cannot_be_kept_is_told_early_or_a_warning(folder, quick, tmp_path, capsys):
@@ -270,7 +270,7 @@ def test_what_cannot_be_kept_is_told_early_or_a_warning(folder, quick, tmp_path,
     assert "right label" in capsys.readouterr().out
 
 
-def test_pictures_that_are_left_out_are_counted(folder, quick, tmp_path, capsys):
+def test_images_that_are_left_out_are_counted(folder, quick, tmp_path, capsys):
     for i in range(5):
         to_pil(torch.zeros(1, 8, 8)).save(tmp_path / f"{i:05d}.png")
     assert evaluate.main([str(tmp_path), "--json"]) == 0
@@ -278,9 +278,9 @@ def test_pictures_that_are_left_out_are_counted(folder, quick, tmp_path, capsys)
     for i in range(20):
         to_pil(torch.zeros(1, 8, 8)).save(tmp_path / f"mine-{i}.png")
     assert evaluate.main([str(tmp_path), "--json"]) == 0
-    told = capsys.readouterr()
-    assert json.loads(told.out)["generated"]["images"] == 5
-    assert "5 numbered" in told.err and "20 others, such as mine-0.png" in told.err
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["generated"]["images"] == 5
+    assert "5 numbered" in printed.err and "20 others, such as mine-0.png" in printed.err
 
 
 class Network(nn.Module):
@@ -335,7 +335,7 @@ def test_inception_by_torch_fidelity(tmp_path, monkeypatch):
             torch.testing.assert_close(one, other)
 
 
-def test_equal_gaussians_of_few_pictures():
+def test_equal_gaussians_of_few_images():
     x = torch.randint(256, (9, 1, 2, 2), dtype=torch.uint8)
     same = reference.measure(source(x), Pixels())
     scores = compare(source(x), same, same, Pixels())

@@ -23,8 +23,8 @@ from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from apps.diffusion.schedulers.timesteps import timesteps
 from apps.diffusion.training.trainer import Trainer
 from implicit import Anderson, Stop
-from tests.apps.diffusion import picture_files as pf
-from tests.apps.diffusion.small_models import randomized, sample_by
+from tests.apps.diffusion.helpers import image_files
+from tests.apps.diffusion.helpers.small_models import randomized, sample_by
 
 SMALL = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
 
@@ -37,7 +37,9 @@ def network(kind="fpdm", **options):
 
 
 def pipeline(kind="fpdm", vae=True, **options) -> Any:
-    pipe = FixedPointPipeline(network(kind, **options), make_scheduler("ddpm"), pf.tiny_vae() if vae else None, steps=3)
+    pipe = FixedPointPipeline(
+        network(kind, **options), make_scheduler("ddpm"), image_files.tiny_vae() if vae else None, steps=3
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -107,7 +109,7 @@ def test_it_samples_as_the_sampler_does():
     assert torch.equal(found.images, expected.samples) and found.seed == 11
     assert torch.equal(found.effort.evaluations, torch.tensor([[4, 3, 2, 1]] * 3))
     with torch.no_grad():
-        vae: Any = pf.tiny_vae()
+        vae: Any = image_files.tiny_vae()
         decoded = vae.decode(expected.samples / 0.5 + 0.25).sample
     pixels = pipe(2, output_type="pt", **call)
     torch.testing.assert_close(pixels.images, (decoded.clamp(-1, 1) + 1) / 2, rtol=1e-4, atol=1e-5)
@@ -164,14 +166,14 @@ def test_a_run_gives_the_images_of_the_sample_command(run, tmp_path):
     assert sample_command.main([str(run), "--num", "5", "--seed", "4", "--out", str(tmp_path / "files")]) == 0
     pipe: Any = FixedPointPipeline.from_pretrained(run)
     pipe.set_progress_bar_config(disable=True)
-    pictures = pipe(range(5), generator=4, reproducible=True).images
-    for i, picture in enumerate(pictures):
-        assert np.array_equal(np.asarray(picture), np.asarray(read(tmp_path / "files" / f"{i:05d}-class-{i}.png")))
+    images = pipe(range(5), generator=4, reproducible=True).images
+    for i, image in enumerate(images):
+        assert np.array_equal(np.asarray(image), np.asarray(read(tmp_path / "files" / f"{i:05d}-class-{i}.png")))
     pipe.save_pretrained(tmp_path / "saved")
     again: Any = FixedPointPipeline.from_pretrained(tmp_path / "saved")
     assert (again.config["steps"], again.config["iterations"], again.vae) == (2, 3, None)
     assert [np.asarray(p).tobytes() for p in again(range(5), generator=4, reproducible=True).images] == [
-        np.asarray(p).tobytes() for p in pictures
+        np.asarray(p).tobytes() for p in images
     ]
     last = FixedPointPipeline.from_run(run, weights="model", sampler="ddim")
     assert type(last.scheduler).__name__ == "DDIMScheduler"
@@ -182,7 +184,7 @@ def test_a_run_gives_the_images_of_the_sample_command(run, tmp_path):
 
 def test_a_vae_by_its_folder(tmp_path):
     pipeline(vae=False).save_pretrained(tmp_path / "saved")
-    pf.tiny_vae().save_pretrained(tmp_path / "vae")
+    image_files.tiny_vae().save_pretrained(tmp_path / "vae")
     pipe: Any = FixedPointPipeline.from_pretrained(tmp_path / "saved", vae=tmp_path / "vae")
     expected = pipeline()([1], generator=0, output_type="pt", reproducible=True).images
     assert torch.equal(pipe([1], generator=0, output_type="pt", reproducible=True).images, expected)
@@ -238,7 +240,7 @@ def test_what_is_no_pipeline_is_refused(tmp_path):
         with pytest.raises(ValueError, match="model_index"):
             FixedPointPipeline.from_pretrained(tmp_path)
     pipeline().save_pretrained(tmp_path / "saved")
-    pf.truncate(tmp_path / "saved" / "model" / "diffusion_pytorch_model.safetensors")
+    image_files.truncate(tmp_path / "saved" / "model" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match="cannot be read"):
         FixedPointPipeline.from_pretrained(tmp_path / "saved")
     (tmp_path / "checkpoints").mkdir()
@@ -319,11 +321,11 @@ def test_budgets_and_the_pipelines_own_choices(tmp_path):
         pipeline("dit")([0], macs=1e9)
     own: Any = FixedPointPipeline(model, make_scheduler("ddpm"), None, 3, 2, guidance=3.0, reuse=True)
     own.set_progress_bar_config(disable=True)
-    told = pipe([1], generator=0, iterations=2, guidance_scale=3.0, reuse=True, output_type="latent")
+    given = pipe([1], generator=0, iterations=2, guidance_scale=3.0, reuse=True, output_type="latent")
     own.save_pretrained(tmp_path)
     again: Any = FixedPointPipeline.from_pretrained(tmp_path)
     for same in (own, again):
-        assert torch.equal(same([1], generator=0, output_type="latent").images, told.images)
+        assert torch.equal(same([1], generator=0, output_type="latent").images, given.images)
 
 
 @pytest.mark.parametrize("kind", ["fpdm", "dit"])

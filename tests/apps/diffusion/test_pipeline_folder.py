@@ -16,9 +16,9 @@ from apps.diffusion.checkpoint.single_file import single_file
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.pipeline import FixedPointPipeline
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
-from tests.apps.diffusion import picture_files as pf
-from tests.apps.diffusion.hub_server import hub
-from tests.apps.diffusion.small_models import randomized
+from tests.apps.diffusion.helpers import image_files
+from tests.apps.diffusion.helpers.hub_server import hub
+from tests.apps.diffusion.helpers.small_models import randomized
 
 ROOT = Path(__file__).parents[3]
 OPEN = """
@@ -38,7 +38,7 @@ pipe.save_pretrained(sys.argv[3])
 def pipeline(kind="fpdm", **options) -> Any:
     sizes: dict[str, Any] = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
     network = randomized(FPDM(**sizes) if kind == "fpdm" else DiT(depth=2, **sizes)).eval()
-    pipe = FixedPointPipeline(network, make_scheduler("ddpm"), pf.tiny_vae(), steps=3, guidance=2.0, **options)
+    pipe = FixedPointPipeline(network, make_scheduler("ddpm"), image_files.tiny_vae(), steps=3, guidance=2.0, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -18,7 +18,7 @@ from apps.diffusion.data import digits
 from apps.diffusion.files.images import columns_by_class, grid, read, to_pil
 from apps.diffusion.files.plots import loss_curve
 from apps.diffusion.training.trainer import Trainer
-from tests.apps.diffusion.sampling_process import one_of_two
+from tests.apps.diffusion.helpers.sampling_process import one_of_two
 
 QUICK = ["--steps", "2", "--iterations", "2"]
 
@@ -247,7 +247,7 @@ def test_guidance_changes_images_and_one_does_not(trained, tmp_path):
     assert none == default and none != strong
 
 
-def test_pictures_hold_their_pixels():
+def test_images_hold_their_pixels():
     x = torch.linspace(-1.2, 1.2, 16).view(1, 4, 4)
     image = to_pil(x)
     assert image.mode == "L" and image.getpixel((0, 0)) == 0 and image.getpixel((3, 3)) == 255

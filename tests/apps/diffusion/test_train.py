@@ -180,7 +180,7 @@ def test_weights_or_moments_of_another_network_are_refused():
 
 
 def test_a_signal_is_heard_at_the_agreed_moment_alone():
-    """Whatever a process is doing when it is told, it stops at the same step as the others."""
+    """Whatever a process is doing when the signal comes, it stops at the same step as the others."""
     trainer = Trainer(SMALL, digits("train"))
     trainer.accelerator = SimpleNamespace(**{"num_processes": 2, "device": "cpu"})  # pyright: ignore
     others = []

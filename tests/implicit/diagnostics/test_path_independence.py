@@ -51,7 +51,7 @@ def test_a_start_of_ones_own():
         path_independence(bistable, z0, x)
 
 
-def test_solves_that_stop_short_are_told():
+def test_solves_that_stop_short_are_reported():
     f, x = layer("hard")
     found = path_independence(f, torch.zeros_like(x), x, solver=Picard(), stop=Stop(rtol=1e-10, atol=0, max_evals=5))
     assert not found.converged.any()

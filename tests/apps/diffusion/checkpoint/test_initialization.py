@@ -13,7 +13,7 @@ from apps.diffusion.data import digits
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.training.trainer import Trainer
 from implicit import Stop
-from tests.apps.diffusion.small_models import randomized
+from tests.apps.diffusion.helpers.small_models import randomized
 
 SMALL = {"input_size": 4, "in_channels": 2, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
 

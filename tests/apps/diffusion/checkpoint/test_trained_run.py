@@ -18,8 +18,8 @@ from apps.diffusion.files.images import read
 from apps.diffusion.models import DiT, build
 from apps.diffusion.models.autoencoder import digests
 from apps.diffusion.pipeline import FixedPointPipeline
-from tests.apps.diffusion import picture_files as pf
-from tests.apps.diffusion.small_models import randomized
+from tests.apps.diffusion.helpers import image_files
+from tests.apps.diffusion.helpers.small_models import randomized
 
 SMALL: dict[str, Any] = {"in_channels": 4, "input_size": 4, "hidden_size": 16, "num_heads": 2, "depth": 1}
 
@@ -44,7 +44,7 @@ def write_run(folder: Path, data: c.DataConfig, num_classes: int, sampling: c.Sa
 def runs(tmp_path_factory):
     """Runs of latents: with classes, without, and one that starts from other weights; their VAE beside them."""
     root = tmp_path_factory.mktemp("runs")
-    vae = pf.tiny_vae()
+    vae = image_files.tiny_vae()
     vae.save_pretrained(root / "vae")
     (root / "latents").mkdir()
     index = {"format": 1, "vae": {"name": str(root / "vae"), **digests(vae)}}
@@ -57,15 +57,15 @@ def runs(tmp_path_factory):
     return root
 
 
-def pictures(folder: Path) -> dict[str, bytes]:
+def png_files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.glob("[0-9]*.png")}
 
 
 @pytest.mark.parametrize("name", ["classes", "plain"])
-def test_latents_become_pictures_and_the_pipeline_gives_the_same(runs, tmp_path, name):
+def test_latents_become_images_and_the_pipeline_gives_the_same(runs, tmp_path, name):
     assert sample.main([str(runs / name), "--num", "3", "--out", str(tmp_path / "a"), "--npz"]) == 0
     expected = {f"0000{i}-class-{i}.png" if name == "classes" else f"0000{i}.png" for i in range(3)}
-    assert set(pictures(tmp_path / "a")) == expected
+    assert set(png_files(tmp_path / "a")) == expected
     with np.load(tmp_path / "a" / "samples.npz") as archive:
         assert archive["arr_0"].shape == (3, 16, 16, 3)
         assert ("arr_1" in archive.files) == (name == "classes")
@@ -93,7 +93,7 @@ def test_the_vae_of_latents_that_moved(runs, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="gone"):
         decoder_of(trained)
     found = decoder_of(trained, str(runs / "vae"))
-    assert found is not None and digests(found) == digests(pf.tiny_vae())
+    assert found is not None and digests(found) == digests(image_files.tiny_vae())
     with pytest.warns(UserWarning, match="latents only"):
         pipe: Any = FixedPointPipeline.from_pretrained(alone)
     assert pipe.vae is None
@@ -118,7 +118,7 @@ def damaged(runs: Path, tmp_path: Path, what: str) -> list[str]:
         shutil.rmtree(newest)
         checkpoint.save(run, checkpoint.Checkpoint(**{**vars(state), "ema": wide}))
     elif what == "truncated weights":
-        pf.truncate(newest / "ema.safetensors")
+        image_files.truncate(newest / "ema.safetensors")
     elif what == "no checkpoint":
         shutil.rmtree(newest)
     elif what == "another network":
@@ -128,14 +128,14 @@ def damaged(runs: Path, tmp_path: Path, what: str) -> list[str]:
     elif what == "unreadable vae":
         options = ["--vae", str(tmp_path / "vae")]
         shutil.copytree(runs / "vae", tmp_path / "vae")
-        pf.truncate(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+        image_files.truncate(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     elif what == "another vae":
-        pf.tiny_vae(seed=1).save_pretrained(tmp_path / "vae")
+        image_files.tiny_vae(seed=1).save_pretrained(tmp_path / "vae")
         options = ["--vae", str(tmp_path / "vae")]
     elif what == "wrong latent shape":
         text = (run / "config.json").read_text()
         (run / "config.json").write_text(text.replace(str(runs / "latents"), "gone"))
-        pf.tiny_vae(latent_channels=8).save_pretrained(tmp_path / "vae")
+        image_files.tiny_vae(latent_channels=8).save_pretrained(tmp_path / "vae")
         options = ["--vae", str(tmp_path / "vae")]
     elif what == "no vae":
         text = (run / "config.json").read_text()
@@ -174,8 +174,10 @@ def damaged(runs: Path, tmp_path: Path, what: str) -> list[str]:
 def test_what_cannot_be_sampled_is_refused_and_nothing_is_written(runs, tmp_path, capsys, what, words):
     out = tmp_path / "out"
     assert sample.main([*damaged(runs, tmp_path, what), "--num", "2", "--out", str(out)]) == 2
-    told = capsys.readouterr().err
-    assert (told.startswith("sample: ") and words in told and told.rstrip().endswith(".")) or "--out" in told
+    printed = capsys.readouterr().err
+    assert (
+        printed.startswith("sample: ") and words in printed and printed.rstrip().endswith(".")
+    ) or "--out" in printed
     assert not out.exists()
 
 

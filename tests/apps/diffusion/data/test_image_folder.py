@@ -12,7 +12,7 @@ from PIL import Image
 from apps.diffusion.data import ImageFolderDataset, preprocessing
 from apps.diffusion.data.dataset import all_images
 from apps.diffusion.data.image_folder import listing, skipped_text
-from tests.apps.diffusion import picture_files as pf
+from tests.apps.diffusion.helpers import image_files
 
 
 @pytest.mark.parametrize(("width", "height"), [(16, 16), (40, 23), (23, 40), (64, 67), (129, 300), (9, 12), (31, 16)])
@@ -21,13 +21,13 @@ def test_crops_are_square_and_centred(width, height):
     ramp = np.linspace(0, 255, width)[None, :, None] * np.ones((height, 1, 3))
     found = np.asarray(preprocessing.center_crop(Image.fromarray(ramp.astype(np.uint8)), size), dtype=float)
     assert found.shape == (size, size, 3)
-    # the picture is a ramp to the right, so that position and scale of the crop can be read off
+    # the image is a ramp to the right, so that position and scale of the crop can be read off
     middle, slope = found[size // 2, :, 0].mean(), np.diff(found[size // 2, 2:-2, 0]).mean()
     assert abs(middle - 127.5) < 0.6 * 255 * min(width, height) / size / width + 1
     assert slope == pytest.approx(255 / (width - 1) * min(width, height) / size, rel=0.12)
 
 
-def test_a_large_picture_is_halved_by_boxes_first():
+def test_a_large_image_is_halved_by_boxes_first():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     expected = pixels.astype(float)
     for _ in range(2):
@@ -41,7 +41,7 @@ def test_a_large_picture_is_halved_by_boxes_first():
 
 
 def test_classes_are_the_subfolders_and_pairs_go_by_index(tmp_path):
-    total = pf.tree(tmp_path)
+    total = image_files.tree(tmp_path)
     images = ImageFolderDataset(tmp_path, 16)
     assert (len(images), images.num_classes, images.shape) == (total, 3, (3, 16, 16))
     assert images.classes == ("cat", "dog", "owl") and images.y.tolist() == [0] * 5 + [1] * 5 + [2] * 5
@@ -56,30 +56,30 @@ def test_classes_are_the_subfolders_and_pairs_go_by_index(tmp_path):
 
 
 def test_images_of_no_class(tmp_path):
-    pf.save(tmp_path / "b.png", pf.picture(1))
-    pf.save(tmp_path / "a.png", pf.picture(2))
-    pf.save(tmp_path / ".hidden.png", pf.picture(3))
+    image_files.save(tmp_path / "b.png", image_files.random_image(1))
+    image_files.save(tmp_path / "a.png", image_files.random_image(2))
+    image_files.save(tmp_path / ".hidden.png", image_files.random_image(3))
     (tmp_path / "notes.txt").write_text("not an image")
     images = ImageFolderDataset(tmp_path, 16)
     assert images.files == ("a.png", "b.png") and images.num_classes == 0 and images.y.tolist() == [0, 0]
-    pf.tree(tmp_path)
+    image_files.tree(tmp_path)
     with pytest.raises(ValueError, match=r"a\.png"):
         listing(tmp_path)
     assert len(listing(tmp_path, "none").files) == 17 and listing(tmp_path, "none").classes == ()
 
 
 def test_deeper_folders_belong_to_their_class(tmp_path):
-    pf.save(tmp_path / "b" / "z" / "1.png", pf.picture(1))
-    pf.save(tmp_path / "b" / "2.png", pf.picture(2))
-    pf.save(tmp_path / "a" / "x" / "y" / "3.png", pf.picture(3))
+    image_files.save(tmp_path / "b" / "z" / "1.png", image_files.random_image(1))
+    image_files.save(tmp_path / "b" / "2.png", image_files.random_image(2))
+    image_files.save(tmp_path / "a" / "x" / "y" / "3.png", image_files.random_image(3))
     found = listing(tmp_path)
     assert found.files == ("a/x/y/3.png", "b/2.png", "b/z/1.png") and found.labels == (0, 1, 1)
 
 
 def test_bad_files_are_named_counted_and_skipped(tmp_path):
-    total = pf.tree(tmp_path)
+    total = image_files.tree(tmp_path)
     clean = ImageFolderDataset(tmp_path, 16)
-    bad = pf.damage(tmp_path)
+    bad = image_files.damage(tmp_path)
     images = ImageFolderDataset(tmp_path, 16)
     assert len(images) == total and all(
         torch.equal(a, b) for a, b in zip(all_images(images), all_images(clean), strict=True)
@@ -92,7 +92,7 @@ def test_bad_files_are_named_counted_and_skipped(tmp_path):
 
 
 def test_a_palette_with_transparency_is_read(tmp_path):
-    image = pf.picture(0).quantize(16)
+    image = image_files.random_image(0).quantize(16)
     image.info["transparency"] = bytes(range(16))
     image.save(tmp_path / "a.png", transparency=bytes(range(16)))
     assert ImageFolderDataset(tmp_path, 16).shape == (3, 16, 16)
@@ -110,7 +110,7 @@ def test_gray_images_of_sixteen_bits_keep_their_levels(tmp_path):
 
 
 def test_an_epoch_mirrors_about_half_by_seed_epoch_and_number(tmp_path):
-    pf.tree(tmp_path, each=5)
+    image_files.tree(tmp_path, each=5)
     plain, y = all_images(ImageFolderDataset(tmp_path, 16))
     images, n = ImageFolderDataset(tmp_path, 16, mirror=True, seed=3), len(y)
     epochs = []
@@ -130,7 +130,7 @@ def test_what_is_no_folder_of_images_is_refused(tmp_path):
         ImageFolderDataset(tmp_path / "missing", 16)
     with pytest.raises(ValueError, match="no images"):
         ImageFolderDataset(tmp_path, 16)
-    (tmp_path / "a.png").write_text("no picture")
+    (tmp_path / "a.png").write_text("no image")
     with pytest.raises(ValueError, match="None of the 1 images"):
         ImageFolderDataset(tmp_path, 16)
     with pytest.raises(ValueError, match="size=0"):
@@ -138,7 +138,7 @@ def test_what_is_no_folder_of_images_is_refused(tmp_path):
 
 
 def test_progress_counts_to_the_end(tmp_path):
-    total = pf.tree(tmp_path)
+    total = image_files.tree(tmp_path)
     seen = []
     ImageFolderDataset(tmp_path, 16, progress=lambda done, of: seen.append((done, of)))
     assert seen == [(i + 1, total) for i in range(total)]
@@ -146,7 +146,7 @@ def test_progress_counts_to_the_end(tmp_path):
 
 def colors(root, *names, mode="RGB"):
     for i, name in enumerate(names):
-        pf.save(root / name, pf.picture(i, mode=mode))
+        image_files.save(root / name, image_files.random_image(i, mode=mode))
 
 
 @pytest.mark.parametrize("suffix", ["jfif", "avif", "jp2", "tga", "PNG", "JPEG", "qoi", "pcx"])
@@ -222,14 +222,14 @@ def test_channels_are_those_of_the_files_unless_given(tmp_path):
 
 
 def test_images_beyond_the_memory_are_read_when_they_are_asked_for(tmp_path):
-    total = pf.tree(tmp_path)
+    total = image_files.tree(tmp_path)
     kept = ImageFolderDataset(tmp_path, (16, 24), mirror=True, seed=1)
     read = ImageFolderDataset(tmp_path, (16, 24), mirror=True, seed=1, memory=0)
     assert read._pixels is None and kept.shape == (3, 16, 24)
     assert all(torch.equal(kept[i, 3][0], read[i, 3][0]) for i in range(total))
     assert kept.fingerprint() == read.fingerprint()
     file = tmp_path / read.files[4]
-    pf.truncate(file)
+    image_files.truncate(file)
     with pytest.raises(ValueError, match=file.name):
         read[4]
 

@@ -3,11 +3,11 @@
 import torch
 
 from apps.diffusion.models.autoencoder import decode
-from tests.apps.diffusion import picture_files as pf
+from tests.apps.diffusion.helpers import image_files
 
 
 def test_latents_mean_and_std_are_undone_before_decoding():
-    vae = pf.tiny_vae()
+    vae = image_files.tiny_vae()
     raw = torch.randn(2, vae.config.latent_channels, 4, 4, generator=torch.Generator().manual_seed(0))
     scaling, shift = vae.config.scaling_factor, vae.config.shift_factor
     expected = decode(vae, (raw - shift) * scaling)

@@ -7,7 +7,7 @@ import torch
 from torch.export import Dim, export
 
 from apps.diffusion.models import FPDM, DiT
-from tests.apps.diffusion.small_models import randomized
+from tests.apps.diffusion.helpers.small_models import randomized
 
 SIZES: dict[str, Any] = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
 

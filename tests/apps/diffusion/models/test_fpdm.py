@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.models.layers import SIZES
 from implicit import IFT, JFB, Anderson, Broyden, StochasticJFB, Stop, Unrolled
+from tests.apps.diffusion.helpers.small_models import batch, randomized, saved_bytes
 from tests.apps.diffusion.models.published_tensors import BLOCK, FRAME
-from tests.apps.diffusion.small_models import batch, randomized, saved_bytes
 
 TINY = {"input_size": 8, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
 

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apps.diffusion.models import FPDM
 from implicit import StochasticJFB
-from tests.apps.diffusion.small_models import batch, randomized
+from tests.apps.diffusion.helpers.small_models import batch, randomized
 
 TINY = {"input_size": 8, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
 DRAWS = ((0, 1), (0, 3), (4, 1), (4, 3))  # (N, M) with seeds below: free iterations none and some, tracked one and more

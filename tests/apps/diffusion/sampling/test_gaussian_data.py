@@ -14,7 +14,7 @@ from apps.diffusion.rng import Stream, generator
 from apps.diffusion.sampling.guidance import Guidance
 from apps.diffusion.schedulers.noise_schedule import SAMPLERS, make_scheduler, same_noise
 from apps.diffusion.schedulers.timesteps import timesteps
-from tests.apps.diffusion.small_models import sample_by
+from tests.apps.diffusion.helpers.small_models import sample_by
 
 SHAPE = (1, 2, 2)
 SPREAD = np.array([0.1, 0.5, 1.0, 2.0])  # standard deviations along the eigenvectors

@@ -5,7 +5,7 @@ import torch
 
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.sampling.guidance import Guidance
-from tests.apps.diffusion.small_models import batch, randomized
+from tests.apps.diffusion.helpers.small_models import batch, randomized
 
 TINY = {"input_size": 8, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
 

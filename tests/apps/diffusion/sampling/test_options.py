@@ -15,7 +15,7 @@ from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import SAMPLERS, make_scheduler, same_noise, scheduler_of
 from apps.diffusion.schedulers.timesteps import timesteps
 from implicit import Anderson, AndersonGS, Broyden, Picard
-from tests.apps.diffusion.small_models import randomized
+from tests.apps.diffusion.helpers.small_models import randomized
 
 CONFIG = c.Config(sampling=SamplingOptions(steps=4, iterations=(3,), sampler="ddpm", reuse="on", guidance=2.0))
 SMALL: dict[str, Any] = {"input_size": 4, "in_channels": 2, "hidden_size": 32, "num_heads": 4, "num_classes": 10}

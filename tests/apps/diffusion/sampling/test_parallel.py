@@ -14,7 +14,7 @@ from apps.diffusion.schedulers.noise_schedule import make_scheduler, same_noise
 from apps.diffusion.schedulers.reverse_step import Reverse
 from apps.diffusion.schedulers.timesteps import timesteps
 from implicit import Stop, iterate
-from tests.apps.diffusion.small_models import randomized, sample_by
+from tests.apps.diffusion.helpers.small_models import randomized, sample_by
 
 SMALL: dict[str, Any] = {"input_size": 4, "in_channels": 2, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
 STEPS = 16

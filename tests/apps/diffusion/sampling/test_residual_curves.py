@@ -14,7 +14,7 @@ from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from apps.diffusion.schedulers.timesteps import timesteps
 from implicit import Anderson, Picard
-from tests.apps.diffusion.small_models import randomized, sample_by
+from tests.apps.diffusion.helpers.small_models import randomized, sample_by
 
 
 def curves(table, seconds=(1.0, 0.5)):

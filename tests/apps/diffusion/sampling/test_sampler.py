@@ -13,7 +13,7 @@ from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from apps.diffusion.schedulers.timesteps import timesteps
 from implicit import Anderson, Stop
-from tests.apps.diffusion.small_models import randomized, sample_by
+from tests.apps.diffusion.helpers.small_models import randomized, sample_by
 
 SHAPE = (1, 2, 2)
 TINY: dict[str, Any] = {"input_size": 4, "in_channels": 2, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
@@ -168,7 +168,7 @@ def test_a_tolerance_per_timestep_is_met_by_each_sample():
     assert torch.equal(block_passes, effort.evaluations.sum(1) + 3 * 2)
 
 
-def test_progress_is_told():
+def test_progress_is_reported():
     seen = []
     model = tiny(DiT, depth=1)
     sample_by(

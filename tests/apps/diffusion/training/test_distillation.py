@@ -18,7 +18,7 @@ from apps.diffusion.training.distillation import distillation_loss, open_teacher
 from apps.diffusion.training.loss import TrainingNoise, TrainingSolve
 from apps.diffusion.training.trainer import Trainer
 from implicit import Picard, Stop, Unrolled
-from tests.apps.diffusion.small_models import randomized
+from tests.apps.diffusion.helpers.small_models import randomized
 
 DIGITS = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "num_heads": 2, "num_classes": 10}
 

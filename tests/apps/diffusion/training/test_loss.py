@@ -8,7 +8,7 @@ from apps.diffusion.models import FPDM
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from apps.diffusion.training.loss import TrainingNoise, TrainingSolve, loss
 from implicit import JFB, Picard, Stop
-from tests.apps.diffusion.small_models import randomized
+from tests.apps.diffusion.helpers.small_models import randomized
 
 
 def a_draw(n=6, shape=(2, 4, 4), seed=0, dropped=False, t=None):

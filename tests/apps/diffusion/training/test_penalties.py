@@ -11,7 +11,7 @@ from apps.diffusion.data import digits
 from apps.diffusion.models import FPDM
 from apps.diffusion.training.penalties import NoisyStart, Penalties
 from apps.diffusion.training.trainer import Trainer
-from tests.apps.diffusion.small_models import batch, randomized
+from tests.apps.diffusion.helpers.small_models import batch, randomized
 
 SMALL: dict[str, Any] = {"input_size": 4, "in_channels": 2, "hidden_size": 16, "num_heads": 2, "num_classes": 10}
 

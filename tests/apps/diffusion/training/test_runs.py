@@ -30,7 +30,7 @@ class Runs:
 
     def __init__(self, log):
         self.log = log
-        program = Path(__file__).parents[1] / "train_forks.py"
+        program = Path(__file__).parents[1] / "helpers" / "train_forks.py"
         environment = {**os.environ, "PYTHONPATH": os.getcwd()}
         self.launcher = subprocess.Popen(
             [sys.executable, program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

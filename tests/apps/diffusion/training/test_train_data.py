@@ -1,4 +1,4 @@
-"""Training on a folder of pictures and on VAE latents, end to end, and what is refused."""
+"""Training on a folder of images and on VAE latents, end to end, and what is refused."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from apps.diffusion.training import run as run_module
 from apps.diffusion.training import summary
 from apps.diffusion.training.summary import draw_samples
 from apps.diffusion.training.trainer import Trainer
-from tests.apps.diffusion import picture_files as pf
+from tests.apps.diffusion.helpers import image_files
 
 TINY = (
     "--model.size tiny --model.hidden 16 --model.heads 2 --optimizer.batch 4 --optimizer.warmup 8 "
@@ -31,17 +31,17 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pictures")
-    pf.tree(root, each=3)
+def image_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("image_folder")
+    image_files.tree(root, each=3)
     return root
 
 
 @pytest.fixture(scope="module")
-def latents(tmp_path_factory, pictures):
+def latents(tmp_path_factory, image_folder):
     folder = tmp_path_factory.mktemp("encoded")
-    pf.tiny_vae().save_pretrained(folder / "vae")
-    command = [str(pictures), "--vae", str(folder / "vae"), "--out", str(folder / "latents"), "--size", "16"]
+    image_files.tiny_vae().save_pretrained(folder / "vae")
+    command = [str(image_folder), "--vae", str(folder / "vae"), "--out", str(folder / "latents"), "--size", "16"]
     assert encode.main([*command, "--shard-size", "4", "--device", "cpu"]) == 0
     return folder
 
@@ -58,9 +58,9 @@ def equal(a, b):
     assert x.progress.images == y.progress.images
 
 
-def test_pictures_train_and_resume_bit_for_bit(pictures, tmp_path, capsys):
+def test_images_train_and_resume_bit_for_bit(image_folder, tmp_path, capsys):
     """Interrupted within the second epoch, at a moment that is no multiple of anything."""
-    data = ("--data.path", pictures, "--data.size", 16)
+    data = ("--data.path", image_folder, "--data.size", 16)
     assert call("folder", tmp_path / "whole", *data, "--optimizer.images", 24) == 0
     assert call("folder", tmp_path / "parts", *data, "--optimizer.images", 12) == 0
     assert train.main(["--resume", "--out", str(tmp_path / "parts"), "--optimizer.images", "24"]) == 0
@@ -71,14 +71,14 @@ def test_pictures_train_and_resume_bit_for_bit(pictures, tmp_path, capsys):
     assert "in 3 classes" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(pictures, tmp_path, capsys):
-    data = ("--data.path", pictures, "--data.size", 16, "--checkpoint-every", 4, "--keep", 2)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(image_folder, tmp_path, capsys):
+    data = ("--data.path", image_folder, "--data.size", 16, "--checkpoint-every", 4, "--keep", 2)
     assert call("folder", tmp_path / "whole", *data, "--optimizer.images", 16) == 0
     out = tmp_path / "run"
     assert call("folder", out, *data, "--optimizer.images", 12) == 0
     older, newest = checkpoint.all_of(out)
     assert (older.name, newest.name) == ("000000000008", "000000000012")
-    pf.truncate(newest / "ema.safetensors")
+    image_files.truncate(newest / "ema.safetensors")
     again = ["--resume", "--out", str(out), "--optimizer.images", "16"]
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     assert train.main(again) == 2
@@ -90,11 +90,11 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(pictures, tm
     equal(tmp_path / "whole", out)
 
 
-def test_resuming_on_other_pictures_is_refused(pictures, tmp_path, capsys):
+def test_resuming_on_other_images_is_refused(image_folder, tmp_path, capsys):
     out, copy = tmp_path / "run", tmp_path / "copy"
-    shutil.copytree(pictures, copy)
+    shutil.copytree(image_folder, copy)
     assert call("folder", out, "--data.path", copy, "--data.size", 16, "--optimizer.images", 4) == 0
-    moved = copy.rename(tmp_path / "moved")  # the same pictures elsewhere are welcome
+    moved = copy.rename(tmp_path / "moved")  # the same images elsewhere are welcome
     again = ["--resume", "--out", str(out), "--data.path", str(moved), "--optimizer.images"]
     assert train.main([*again, "8"]) == 0
     (moved / "cat" / "0.png").unlink()
@@ -116,14 +116,17 @@ def test_latents_train_resume_and_decode(latents, tmp_path):
     assert (model.num_classes, model.latent) == (3, (4, 4, 4))
     model.load_state_dict(state.ema)
     result = draw_samples(config, model.eval(), 3, 6)
-    drawn = sample_grid(decode(pf.tiny_vae(), result.samples), [0, 1, 2, 0, 1, 2], ("cat", "dog", "owl"))
+    drawn = sample_grid(decode(image_files.tiny_vae(), result.samples), [0, 1, 2, 0, 1, 2], ("cat", "dog", "owl"))
     drawn.save(tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "whole" / "samples.png").read_bytes()
     assert not scheduler_of(config).config.clip_sample
 
 
-def test_without_labels_the_model_is_unconditional(latents, pictures, tmp_path):
-    for source, options in (("latents", ["--data.path", latents / "latents"]), ("folder", ["--data.path", pictures])):
+def test_without_labels_the_model_is_unconditional(latents, image_folder, tmp_path):
+    for source, options in (
+        ("latents", ["--data.path", latents / "latents"]),
+        ("folder", ["--data.path", image_folder]),
+    ):
         out = tmp_path / source
         size = ["--data.size", 16] if source == "folder" else []
         options = [*options, *size, "--data.unconditional", "--optimizer.images", 4]
@@ -159,7 +162,7 @@ def test_the_vae_of_sample_sheets(latents, tmp_path, capsys):
     assert call("latents", tmp_path / "a", "--data.path", moved, "--optimizer.images", 4) == 0
     assert "--data.vae" in capsys.readouterr().err and not (tmp_path / "a" / "samples.png").exists()
     options = ["--data.path", moved, "--optimizer.images", 4, "--data.vae"]
-    pf.tiny_vae(1).save_pretrained(tmp_path / "other")
+    image_files.tiny_vae(1).save_pretrained(tmp_path / "other")
     assert call("latents", tmp_path / "b", *options, tmp_path / "other") == 2
     assert "other weights" in capsys.readouterr().err and not (tmp_path / "b").exists()
     assert call("latents", tmp_path / "b", *options, latents / "vae") == 0
@@ -188,8 +191,8 @@ def test_bad_data_is_refused_and_nothing_is_made(argv, message, tmp_path, capsys
     assert not (tmp_path / "run").exists()
 
 
-def test_guidance_of_pictures_without_classes_is_refused(tmp_path, capsys):
-    pf.save(tmp_path / "flat" / "a.png", pf.picture(0))
+def test_guidance_of_images_without_classes_is_refused(tmp_path, capsys):
+    image_files.save(tmp_path / "flat" / "a.png", image_files.random_image(0))
     out = tmp_path / "run"
     options = ["--data.path", tmp_path / "flat", "--data.size", 16, "--sampling.guidance", 2]
     assert call("folder", out, *options) == 2
@@ -204,14 +207,14 @@ def test_configurations_of_older_runs_still_load():
     assert c.Config.from_json(tree.to_json()) == tree
 
 
-def test_class_names_and_absolute_paths_are_kept_with_a_run(pictures, tmp_path, monkeypatch):
-    monkeypatch.chdir(pictures.parent)
+def test_class_names_and_absolute_paths_are_kept_with_a_run(image_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(image_folder.parent)
     out = tmp_path / "run"
-    assert call("folder", out, "--data.path", pictures.name, "--data.size", 16, "--optimizer.images", 4) == 0
+    assert call("folder", out, "--data.path", image_folder.name, "--data.size", 16, "--optimizer.images", 4) == 0
     assert json.loads((out / "data.json").read_text())["class_names"] == ["cat", "dog", "owl"]
     assert checkpoint.newest(out).classes == ("cat", "dog", "owl")
     monkeypatch.chdir(tmp_path)
-    assert read_config(out).data.path == pictures
+    assert read_config(out).data.path == image_folder
     assert train.main(["--resume", "--out", "run", "--optimizer.images", "8"]) == 0
 
 
@@ -227,14 +230,14 @@ def test_relative_paths_of_earlier_runs_are_found_above_the_run(tmp_path, monkey
 
 def test_gray_images_train_a_network_of_one_channel(tmp_path):
     for i in range(4):
-        pf.save(tmp_path / "gray" / f"{i}.png", pf.picture(i, mode="L"))
+        image_files.save(tmp_path / "gray" / f"{i}.png", image_files.random_image(i, mode="L"))
     options = ["--data.path", tmp_path / "gray", "--data.size", 8, 16, "--optimizer.images", 4]
     assert call("folder", tmp_path / "run", *options) == 0
     assert build.rebuild(checkpoint.newest(tmp_path / "run").network).latent == (1, 8, 16)
 
 
-def test_workers_train_the_same(pictures, tmp_path):
-    options = ["--data.path", pictures, "--data.size", 16, "--optimizer.images", 12]
+def test_workers_train_the_same(image_folder, tmp_path):
+    options = ["--data.path", image_folder, "--data.size", 16, "--optimizer.images", 12]
     assert call("folder", tmp_path / "a", *options) == 0
     assert call("folder", tmp_path / "b", *options, "--data.workers", 2) == 0
     equal(tmp_path / "a", tmp_path / "b")
@@ -243,7 +246,7 @@ def test_workers_train_the_same(pictures, tmp_path):
 def test_gray_runs_of_three_channels_are_resumed(tmp_path):
     """Earlier versions read gray images with three channels."""
     for i in range(4):
-        pf.save(tmp_path / "gray" / f"{i}.png", pf.picture(i, mode="L"))
+        image_files.save(tmp_path / "gray" / f"{i}.png", image_files.random_image(i, mode="L"))
     options = ["--data.path", tmp_path / "gray", "--data.size", 8, "--optimizer.images", 4, "--data.channels", 3]
     assert call("folder", tmp_path / "run", *options) == 0
     file = tmp_path / "run" / "config.json"

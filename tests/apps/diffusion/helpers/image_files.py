@@ -1,4 +1,4 @@
-"""Generated picture files, and a tiny VAE."""
+"""Generated image files, and a tiny VAE."""
 
 import io
 import os
@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 
-def picture(seed, width=40, height=32, mode="RGB"):
-    """A smooth random picture."""
+def random_image(seed, width=40, height=32, mode="RGB"):
+    """A smooth random image."""
     coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
 
@@ -21,22 +21,22 @@ def save(path, image):
 
 
 def tree(root, classes=("cat", "dog", "owl"), each=5):
-    """Pictures in one folder per class, of several sizes and kinds; returns how many."""
+    """Images in one folder per class, of several sizes and kinds; returns how many."""
     for k, name in enumerate(classes):
         for i in range(each):
             suffix, mode = [("png", "RGB"), ("jpg", "RGB"), ("png", "L"), ("png", "RGBA"), ("webp", "RGB")][i % 5]
-            save(root / name / f"{i}.{suffix}", picture(10 * k + i, 33 + 7 * i, 36 + 5 * k, mode))
+            save(root / name / f"{i}.{suffix}", random_image(10 * k + i, 33 + 7 * i, 36 + 5 * k, mode))
     return len(classes) * each
 
 
 def damage(root):
     """Adds one truncated, one foreign, one empty and one tiny file; returns their names."""
     stream = io.BytesIO()
-    picture(99, 64, 64).save(stream, format="PNG")
+    random_image(99, 64, 64).save(stream, format="PNG")
     (root / "cat" / "cut.png").write_bytes(stream.getvalue()[: len(stream.getvalue()) // 2])
-    (root / "dog" / "not.png").write_text("this is no picture")
+    (root / "dog" / "not.png").write_text("this is no image")
     (root / "dog" / "void.jpg").touch()
-    save(root / "owl" / "tiny.png", picture(98, 50, 3))
+    save(root / "owl" / "tiny.png", random_image(98, 50, 3))
     return {"cat/cut.png", "dog/not.png", "dog/void.jpg", "owl/tiny.png"}
 
 
