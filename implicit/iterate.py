@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicit.autodiff.recomputation import Segments
 from implicit.convergence import ConvergenceMonitor
 from implicit.evaluation import FlatMap, JointMap
 from implicit.loop.fixed_count import begin, fixed_count
@@ -30,7 +31,6 @@ from implicit.loop.progress import progress_callback
 from implicit.loop.verification import COUPLED, image_of_best, is_noise, must_continue
 from implicit.options import SolveOptions
 from implicit.pytree import Flat, Layout, Map, State, leaves, map_tensors, to_device
-from implicit.recomputation import Segments
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, Point
 from implicit.solvers.newton_krylov import NewtonKrylov
