@@ -69,7 +69,8 @@ def test_every_estimator_has_a_row_and_the_file_is_resumed(tmp_path):
 @pytest.mark.parametrize("estimator", list(memory.BY_VALUES))
 def test_the_passes_of_an_estimator_that_reads_values_are_affine_in_the_batch(estimator):
     size = memory.Size(hidden=32, heads=4, depth=3, side=8)
-    rows = [memory.real_peaks(memory.Case("FPDM", batch, estimator), size) for batch in (4, 8, 12)]
+    # below batch 9 at this size the history of IFT's solve takes less than 1 MiB and is allocated at once
+    rows = [memory.real_peaks(memory.Case("FPDM", batch, estimator), size) for batch in (12, 16, 20)]
     low, middle, high = (passes for _, passes in rows)
     assert low < middle < high and middle - low == pytest.approx(high - middle, rel=0.05)
     assert all(peak >= passes for peak, passes in rows)
