@@ -166,7 +166,9 @@ class ConvergenceMonitor:
         self.rows = self.rows[keep]
         self.running = None
         self._set_stages()
-        return to_device(keep, self.layout.device)
+        positions = to_device(keep, self.layout.device)
+        self.scale = None if self.scale is None else self.scale[positions]
+        return positions
 
     def accept_noise(self) -> None:
         """f gives two values at one z: continue with the samples that this has cost their convergence."""
@@ -262,9 +264,10 @@ class ConvergenceMonitor:
             return
         rows = seen.rows
         same = np.abs(r - self.residual[rows]) <= REPEATABLE * self.layout.eps * np.maximum(s, self.size[rows])
-        lost = seen.held & ~same & ~(r <= tolerance) & (self.code[rows] == Result.CONVERGED)
-        moved = seen.held & ~same & (self.code[rows] == _RUNNING) & np.isfinite(self.residual[rows])
-        moved &= self.since[rows] < seen.calls - 1  # with `Stop.late` a better iterate may have been read since
+        # with `Stop.late` a better iterate may have been read after this point was made
+        held = seen.held & (self.since[rows] < seen.calls - (self.stop.check_every if self.stop.late else 0))
+        lost = held & ~same & ~(r <= tolerance) & (self.code[rows] == Result.CONVERGED)
+        moved = held & ~same & (self.code[rows] == _RUNNING) & np.isfinite(self.residual[rows])
         self._lost = rows[lost]
         drifted = seen.held & ~same & (r <= tolerance) & (self.code[rows] == Result.CONVERGED)
         self.residual[rows[drifted]] = r[drifted]

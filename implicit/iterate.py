@@ -121,8 +121,7 @@ def _run(f: FlatMap | JointMap, monitor: ConvergenceMonitor, solver: AbstractSol
     while f.remaining > 0 and not monitor.done:
         # samples to leave out, and samples to reset
         if compactor is not None and monitor.has_finished_rows:
-            point, state = compactor(point, state)
-            newton = None
+            point, (state, newton) = compactor(point, (state, newton))
         point, state = monitor.apply_resets(point, state, solver)
         # the next iterate, and f there
         z, tangent, state = solver.step(point, state)

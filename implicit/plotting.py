@@ -102,7 +102,7 @@ def penalty(history: Mapping[str, Sequence[Tensor]], ax: "Axes | None" = None) -
     """
     ax = _axes(ax)
     for label, steps in history.items():
-        size = [step.detach().double().sqrt().cpu() for step in steps]
+        size = [step.detach().cpu().double().sqrt() for step in steps]
         at = range(len(size))
         (line,) = ax.plot(at, [float(s.mean()) for s in size], label=label)
         low, high = [float(s.min()) for s in size], [float(s.max()) for s in size]

@@ -48,7 +48,8 @@ class Stop:
         atol: absolute tolerance, >= 0, in the unit of the norm.
         max_evals: budget of evaluations of f, >= 1.
         check_every: read the residual at every k-th evaluation only (and at the last): one device synchronization per
-            reading. A sample may then run up to k - 1 evaluations past its tolerance.
+            reading. A sample may then run up to k - 1 evaluations past its tolerance, and the safeguard acts at
+            readings alone: where f is NaN in a whole region, a sample may fail that every reading would have saved.
         late: read each residual one evaluation after it was computed, when the device has it ready, so that the host
             does not wait; a finished sample costs one evaluation more.
         norm: the norm of residuals and of f(z), see the table.

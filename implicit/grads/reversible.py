@@ -84,6 +84,7 @@ class Reversible(AbstractGrad):
         refuse_transforms(self)
         layout = Layout.of(problem.z0, options.batch_dims)
         flat = FlatMap(problem.f, problem.args, layout)
+        _require_float64(layout.device)
         run = ReversibleIteration(flat, layout.pack(problem.z0), stop, self.beta, self.anchor, self._report)
         value = run.forward(bool(options.trace))
         return Solution(
@@ -107,3 +108,18 @@ class Reversible(AbstractGrad):
         if self.on_drift == "raise":
             raise FloatingPointError(f"{text} It is about {float(error.max()):.2g}.")
         warnings.warn(text, RuntimeWarning, stacklevel=2)
+
+
+def _require_float64(device: torch.device) -> None:
+    """Refuse a device without float64.
+
+    Raises:
+        TypeError: naming the device.
+    """
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(
+            f"Reversible keeps its states in float64, which the device {device} does not have: use IFT, or Unrolled "
+            "with a checkpoint, or solve on another device."
+        ) from error

@@ -72,13 +72,13 @@ def _one(f: FlatMap, z0: torch.Tensor, method: str, options: dict[str, Any]) -> 
             raise _Spent
         z = torch.from_numpy(x.astype(np.float64)).to(z0.device, z0.dtype).reshape(z0.shape)
         with torch.no_grad():
-            r = (f(z) - z).double().cpu().numpy().ravel()
+            r = (f(z) - z).cpu().double().numpy().ravel()
         if np.linalg.norm(r) < smallest:
             best, smallest = z, np.linalg.norm(r)
         return r
 
     try:
-        optimize.root(g, z0.double().cpu().numpy().ravel(), method=method, options=options)
+        optimize.root(g, z0.cpu().double().numpy().ravel(), method=method, options=options)
     except _Spent:
         pass
     return best, f.calls

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import implicit
-from implicit import DEQ, Anderson, Stop, fixed_point
-from tests.helpers import each_solver, half, solve
+from implicit import DEQ, Anderson, Reversible, Stop, fixed_point
+from tests.helpers import ESTIMATORS, each_solver, half, solve
 
 
 def test_importing_the_package_leaves_the_compiler_out():
@@ -63,8 +63,27 @@ class OneWidth(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
-            assert not (isinstance(t, torch.Tensor) and t.ndim and t.dtype == torch.float64), func
+            if isinstance(t, torch.Tensor) and t.ndim and t.dtype == torch.float64:
+                raise TypeError(f"no such number on this device: {func}")
         return out
+
+
+def test_reversible_refuses_a_device_without_float64_by_name():
+    with OneWidth(), pytest.raises(TypeError, match="float64"):
+        fixed_point(half, torch.zeros(3, 4), grad=Reversible())
+
+
+@pytest.mark.parametrize("estimator", [name for name in ESTIMATORS if name not in ("IFT", "Reversible")])
+@pytest.mark.parametrize("stop", [Stop(norm="leaf"), Stop(rtol=0, max_evals=9)], ids=str)
+def test_no_gradient_of_a_float32_state_makes_float64_on_the_device(estimator, stop):
+    """IFT has float64 numbers on the host, which this device cannot tell from its own."""
+    w = torch.ones(4, requires_grad=True)
+    with OneWidth():
+        found = fixed_point(
+            lambda z: 0.5 * torch.tanh(z * w) + 1, torch.zeros(3, 4), grad=ESTIMATORS[estimator](), stop=stop
+        )
+        found.value.sum().backward()
+    assert w.grad is not None and w.grad.isfinite().all()
 
 
 @each_solver
