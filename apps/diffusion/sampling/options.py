@@ -80,9 +80,7 @@ def plan(
         check_pair(noise["prediction_type"], zero_snr, noise["timestep_spacing"])
     check_start(walk, zero_snr, noise["num_train_timesteps"])
     Reverse(scheduler, walk, eta=options.value("eta"))  # raises where they do not fit
-    solve = None
-    if model.has_fixed_point:
-        solve = _solve(cast("FPDM", model), options, len(walk), guidance, stop, warm_start)
+    solve = _solve(model, options, len(walk), guidance, stop, warm_start) if model.has_fixed_point else None
     found = SamplingPlan(
         scheduler=scheduler,
         timesteps=walk,
@@ -156,7 +154,7 @@ def _timesteps(
 
 
 def _solve(
-    model: FPDM,
+    model: Any,
     options: SamplingOptions,
     steps: int,
     guidance: Guidance,

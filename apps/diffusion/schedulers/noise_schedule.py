@@ -58,8 +58,7 @@ def make_scheduler(
         zero_snr: rescale the betas to abar = 0 at the last timestep.
         spacing: which timesteps sampling visits; see `timesteps`.
         learn_sigma: the network gives the variance too (C further channels); ancestral sampling then uses it.
-        betas: "linear" between beta_start and beta_end, "scaled_linear" in their roots, or the cosine
-            schedule.
+        betas: "linear" between beta_start and beta_end, "scaled_linear" in their roots, or the cosine schedule.
         train_steps: T.
         clip: bound of |x_0| at each step of "ddim" and "ddpm"; None for latents, which are unbounded.
 
