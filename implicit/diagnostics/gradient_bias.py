@@ -4,7 +4,6 @@ The exact gradient that they are compared with is `implicit.diagnostics.referenc
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
@@ -14,13 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit.autodiff.closure_convert import ClosureTracer
+from implicit.diagnostics.gradient_problem import GradientProblem
 from implicit.diagnostics.profiling import Measured, measure, paced
 from implicit.diagnostics.reference_gradient import Loss, exact_gradient
-from implicit.fixed_point import fixed_point
 from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, Reversible, StochasticJFB, Unrolled
-from implicit.pytree import Layout, Map, State, map_tensors, tensors
-from implicit.solution import Result, Solution
+from implicit.pytree import Layout, Map, State, map_tensors
 from implicit.solvers import AbstractSolver, AndersonGS
 from implicit.stopping import Stop
 
@@ -130,33 +127,21 @@ def gradient_bias(
     """
     z0 = map_tensors(Tensor.detach, z0)
     layout = Layout.of(z0, batch_dims)
-    wanted = differentiable_tensors(f, z0, args) if params is None else tuple(params)
+    problem = GradientProblem.of(f, z0, args, solver, stop, layout, loss, params)
+    wanted = problem.wanted
     if not wanted or not all(p.requires_grad for p in wanted):
         raise ValueError("params must be tensors that require gradients and that f uses; there are none.")
-    loss = loss or partial(random_projection, layout)
-    how: dict[str, Any] = dict(solver=solver, stop=stop, batch_dims=batch_dims)
-    truth, kind = exact_gradient(f, z0, args, wanted, loss, solver, layout)
+    truth, kind = exact_gradient(f, z0, args, wanted, problem.loss, solver, layout)
     if not truth.norm() > 0:
         raise ValueError("The gradient is 0: the loss must depend on params through the solution.")
-
-    def forward(grad: AbstractGrad, f: Map) -> Tensor:
-        solution = fixed_point(f, z0, *args, grad=grad, **how)
-        if not isinstance(grad, StochasticJFB):  # whose budget is its draw
-            warn_how_it_ended(solution)
-        return loss(solution.value)
-
-    def solve() -> None:
-        with torch.no_grad():
-            fixed_point(f, z0, *args, **how)
-
     chosen = labeled(every_estimator() if estimators is None else estimators)
     taken: dict[str, list[Measured]] = {}
-    runs: dict[str, Callable[[], object]] = {"": solve}
+    runs: dict[str, Callable[[], object]] = {"": problem.solve}
     for label, grad in chosen.items():
         count = draws if isinstance(grad, StochasticJFB) else 1
-        taken[label] = [measure(partial(forward, grad), f, wanted) for _ in range(count)]
+        taken[label] = [measure(partial(problem.forward, grad), f, wanted) for _ in range(count)]
         if all(one.gradient is not None for one in taken[label]):
-            runs[label] = partial(gradient, partial(forward, grad), f, wanted)
+            runs[label] = partial(problem.gradient, grad)
     times = paced(runs, repeats, layout.device) if repeats else {}
     rows = tuple(
         row(label, taken[label], truth, times[label] / times[""] if label in times else torch.nan) for label in chosen
@@ -187,37 +172,6 @@ def row(label: str, taken: Sequence[Measured], truth: Float[Tensor, " n"], time:
         time=time,
         note=" ".join(dict.fromkeys(one.note for one in taken if one.note)),
     )
-
-
-def warn_how_it_ended(solution: Solution) -> None:
-    """Warn (RuntimeWarning) where samples did not converge, and how they ended."""
-    codes = [Result(code).name for code in solution.result.tolist()]
-    bad = sorted({code for code in codes if code != Result.CONVERGED.name})
-    if bad:
-        short = sum(code in bad for code in codes)
-        warnings.warn(f"{short} of {len(codes)} samples ended with {', '.join(bad)}.", RuntimeWarning, stacklevel=2)
-
-
-def gradient(forward: Callable[[Map], Tensor], f: Map, wanted: Sequence[Tensor]) -> None:
-    """Forward and backward pass once, to be timed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # warnings were recorded already
-        torch.autograd.grad(forward(f), wanted, allow_unused=True)
-
-
-def differentiable_tensors(f: Map, z0: State, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Every tensor that f uses and that requires gradients, found by watching it run."""
-    tracer = ClosureTracer(tensors(z0))
-    with torch.enable_grad(), tracer:
-        f(z0, *args)
-    return tuple(t for t in tracer.tensors if t.requires_grad)
-
-
-def random_projection(layout: Layout, value: State) -> Tensor:
-    """<v, z> for a fixed random v, per sample over sqrt(N), averaged."""
-    z = layout.pack(value)
-    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
-    return (v * z).sum(dim=1).mean() / z.shape[1] ** 0.5
 
 
 def labeled(estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad]) -> dict[str, AbstractGrad]:

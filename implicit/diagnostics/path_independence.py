@@ -11,6 +11,7 @@ that it goes with generalization to harder problems at test time.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,12 +75,12 @@ def path_independence(
     layout = Layout.of(z0, batch_dims)
     if start is None and (batch_dims == 0 or layout.pack(z0).shape[0] < 2):
         raise ValueError("With a single system there is no other sample's solution to start from: pass start=.")
-    how: dict[str, Any] = dict(solver=solver, stop=stop, batch_dims=batch_dims)
+    solve = partial(fixed_point, solver=solver, stop=stop, batch_dims=batch_dims)
     with torch.no_grad():
-        first = fixed_point(f, z0, *args, **how)
+        first = solve(f, z0, *args)
         one = layout.pack(first.value)
         other = layout.unpack(one.roll(1, dims=0)) if start is None else start
-        second = fixed_point(f, other, *args, **how)
+        second = solve(f, other, *args)
         two = layout.pack(second.value)
         same = (one == two).all(dim=1)  # two answers of zero have no cosine
         return PathIndependence(

@@ -1,32 +1,18 @@
 """Which gradient estimator: bias, time and memory of each, beside the exact gradient, as far as the budget goes."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from implicit.diagnostics.diagnose.budget import Budget, BudgetSpent
-from implicit.diagnostics.gradient_bias import (
-    BiasRow,
-    differentiable_tensors,
-    gradient,
-    labeled,
-    random_projection,
-    row,
-    warn_how_it_ended,
-)
+from implicit.diagnostics.gradient_bias import BiasRow, labeled, row
+from implicit.diagnostics.gradient_problem import GradientProblem
 from implicit.diagnostics.profiling import Measured, measure, paced
-from implicit.diagnostics.reference_gradient import Loss, exact_gradient
-from implicit.fixed_point import fixed_point
-from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, StochasticJFB, Unrolled
-from implicit.pytree import Layout, Map, State
+from implicit.diagnostics.reference_gradient import exact_gradient
+from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, Unrolled
+from implicit.pytree import State
 from implicit.solution import NotConverged
-from implicit.solvers.base import AbstractSolver
-from implicit.stopping import Stop
 
 _DENSE = 64  # numbers a sample up to which the exact gradient comes from a dense solve
 _FASTER = 0.8  # share of the exact estimator's time at which an inexact one is preferred
@@ -45,51 +31,6 @@ class EstimatorTable:
 def default_estimators() -> list[AbstractGrad]:
     """The most used first, since the budget may end."""
     return [IFT(), JFB(), Phantom(), Neumann(), JFB(5), SHINE(), Unrolled()]
-
-
-@dataclass(frozen=True, eq=False)
-class GradientProblem:
-    """What the gradients are of: the map, the loss of the solution's value, and the tensors to differentiate for."""
-
-    f: Map
-    z0: State
-    args: tuple[Any, ...]
-    solver: AbstractSolver[Any]
-    stop: Stop
-    layout: Layout
-    loss: Loss
-    wanted: tuple[Tensor, ...]
-
-    @classmethod
-    def of(
-        cls,
-        f: Map,
-        z0: State,
-        args: tuple[Any, ...],
-        solver: AbstractSolver[Any],
-        stop: Stop,
-        layout: Layout,
-        loss: Loss | None,
-        params: Iterable[Tensor] | None,
-        budget: Budget,
-    ) -> "GradientProblem":
-        """Fill in the loss and the tensors that f uses, at the cost of one evaluation."""
-        wanted = differentiable_tensors(budget.plain(f), z0, args) if params is None else tuple(params)
-        return cls(f, z0, args, solver, stop, layout, loss or partial(random_projection, layout), wanted)
-
-    def forward(self, grad: AbstractGrad, f: Map) -> Tensor:
-        """The loss, by one estimator."""
-        how: dict[str, Any] = dict(solver=self.solver, stop=self.stop, batch_dims=self.layout.batch_dims)
-        solution = fixed_point(f, self.z0, *self.args, grad=grad, **how)
-        if not isinstance(grad, StochasticJFB):  # whose budget is its draw
-            warn_how_it_ended(solution)
-        return self.loss(solution.value)
-
-    def solve(self) -> None:
-        """The forward solve alone."""
-        how: dict[str, Any] = dict(solver=self.solver, stop=self.stop, batch_dims=self.layout.batch_dims)
-        with torch.no_grad():
-            fixed_point(self.f, self.z0, *self.args, **how)
 
 
 def try_estimators(
@@ -152,7 +93,7 @@ def _times(
     budget.charge(each * (repeats + 1))
     runs: dict[str, Callable[[], object]] = {"": problem.solve}
     for name in good:
-        runs[name] = partial(gradient, partial(problem.forward, estimators[name]), problem.f, problem.wanted)
+        runs[name] = partial(problem.gradient, estimators[name])
     seconds = paced(runs, repeats, problem.layout.device)
     return {name: seconds[name] / seconds[""] if seconds[""] else math.nan for name in good}
 

@@ -10,17 +10,13 @@ from torch import Tensor
 from implicit.diagnostics.diagnose import jacobian, map_checks, solutions, solver_trials
 from implicit.diagnostics.diagnose.budget import Budget, BudgetSpent
 from implicit.diagnostics.diagnose.condition import Condition, Finding
-from implicit.diagnostics.diagnose.estimator_trials import (
-    EstimatorTable,
-    GradientProblem,
-    default_estimators,
-    try_estimators,
-)
+from implicit.diagnostics.diagnose.estimator_trials import EstimatorTable, default_estimators, try_estimators
 from implicit.diagnostics.diagnose.jacobian import Kinds
 from implicit.diagnostics.diagnose.recommendation import recommend
 from implicit.diagnostics.diagnose.report import Diagnosis
 from implicit.diagnostics.diagnose.restore import restored
 from implicit.diagnostics.diagnose.solver_trials import Trial
+from implicit.diagnostics.gradient_problem import GradientProblem, differentiable_tensors
 from implicit.diagnostics.reference_gradient import Loss
 from implicit.diagnostics.spectral_radius import Spectrum, spectrum
 from implicit.evaluation import FlatMap
@@ -244,8 +240,9 @@ class _Run:
             self.table = EstimatorTable(missing="no solver converged every sample")
             return
         stop = replace(self.stop, max_evals=max(self.stop.max_evals, 2 * row.most))
-        how = self.f, self.z0, self.args, row.solver, stop, self.layout, loss, params
-        problem = GradientProblem.of(*how, self.budget)
+        if params is None:
+            params = differentiable_tensors(self.budget.plain(self.f), self.z0, self.args)
+        problem = GradientProblem.of(self.f, self.z0, self.args, row.solver, stop, self.layout, loss, params)
         self.table = try_estimators(problem, self.deep.solution.value, estimators, repeats, row.most, self.budget)
 
     def report(self, estimators: Sequence[AbstractGrad], error: float) -> Diagnosis:

@@ -1,0 +1,102 @@
+"""What gradients are compared on: a fixed-point problem, a loss of its solution, and tensors to differentiate for."""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicit.autodiff.closure_convert import ClosureTracer
+from implicit.diagnostics.reference_gradient import Loss
+from implicit.fixed_point import fixed_point
+from implicit.grads import IFT, AbstractGrad, StochasticJFB
+from implicit.pytree import Layout, Map, State, tensors
+from implicit.solution import Result, Solution
+from implicit.solvers.base import AbstractSolver
+from implicit.stopping import Stop
+
+
+@dataclass(frozen=True, eq=False)
+class GradientProblem:
+    """What the gradients are of: the map, the loss of the solution's value, and the tensors to differentiate for."""
+
+    f: Map
+    z0: State
+    args: tuple[Any, ...]
+    solver: AbstractSolver[Any]
+    stop: Stop
+    layout: Layout
+    loss: Loss
+    wanted: tuple[Tensor, ...]
+
+    @classmethod
+    def of(
+        cls,
+        f: Map,
+        z0: State,
+        args: tuple[Any, ...],
+        solver: AbstractSolver[Any],
+        stop: Stop,
+        layout: Layout,
+        loss: Loss | None,
+        params: Iterable[Tensor] | None,
+    ) -> "GradientProblem":
+        """Fill in the loss and the tensors that f uses, at the cost of one evaluation."""
+        wanted = differentiable_tensors(f, z0, args) if params is None else tuple(params)
+        return cls(f, z0, args, solver, stop, layout, loss or partial(random_projection, layout), wanted)
+
+    def forward(self, grad: AbstractGrad, f: Map) -> Tensor:
+        """The loss, by one estimator."""
+        solution = self._solved(f, grad)
+        if not isinstance(grad, StochasticJFB):  # whose budget is its draw
+            warn_how_it_ended(solution)
+        return self.loss(solution.value)
+
+    def solve(self) -> None:
+        """The forward solve alone."""
+        with torch.no_grad():
+            self._solved(self.f, IFT())
+
+    def gradient(self, grad: AbstractGrad) -> None:
+        """Forward and backward pass once, to be timed."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # warnings were recorded already
+            torch.autograd.grad(self.forward(grad, self.f), self.wanted, allow_unused=True)
+
+    def _solved(self, f: Map, grad: AbstractGrad) -> Solution:
+        return fixed_point(
+            f,
+            self.z0,
+            *self.args,
+            grad=grad,
+            solver=self.solver,
+            stop=self.stop,
+            batch_dims=self.layout.batch_dims,
+        )
+
+
+def warn_how_it_ended(solution: Solution) -> None:
+    """Warn (RuntimeWarning) where samples did not converge, and how they ended."""
+    codes = [Result(code).name for code in solution.result.tolist()]
+    bad = sorted({code for code in codes if code != Result.CONVERGED.name})
+    if bad:
+        short = sum(code in bad for code in codes)
+        warnings.warn(f"{short} of {len(codes)} samples ended with {', '.join(bad)}.", RuntimeWarning, stacklevel=2)
+
+
+def differentiable_tensors(f: Map, z0: State, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Every tensor that f uses and that requires gradients, found by watching it run."""
+    tracer = ClosureTracer(tensors(z0))
+    with torch.enable_grad(), tracer:
+        f(z0, *args)
+    return tuple(t for t in tracer.tensors if t.requires_grad)
+
+
+def random_projection(layout: Layout, value: State) -> Tensor:
+    """<v, z> for a fixed random v, per sample over sqrt(N), averaged."""
+    z = layout.pack(value)
+    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
+    return (v * z).sum(dim=1).mean() / z.shape[1] ** 0.5
