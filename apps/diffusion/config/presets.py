@@ -137,9 +137,8 @@ def published(data: str, kind: Kind) -> Config:
     conditional = data == "imagenet"
     steps = 400_000 if conditional else 100_000
     batch = 512
-    fixed_point = {"pre": 1, "post": 1, "condition_on_time": False} if kind == "fpdm" else {}
     return Config(
-        model=ModelConfig(kind=kind, size="XL", patch=2, mlp_ratio=4.0, learn_sigma=True, **fixed_point),
+        model=ModelConfig(kind=kind, size="XL", patch=2, mlp_ratio=4.0, learn_sigma=True),
         schedule=NoiseSchedule(
             betas="linear",
             beta_start=1e-4,
