@@ -23,7 +23,7 @@ EXACT = ("IFT", "torchdeq ift")
 
 
 @cache
-def judged(name):
+def measured(name):
     """A layer and its exact gradient."""
     layer = SMALL[name]()
     f, x = copy.deepcopy(layer).double(), layer.x.double()
@@ -36,7 +36,7 @@ def judged(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_estimator(name, contender, benchmark):
     benchmark.group = name
-    layer, exact = judged(name)
+    layer, exact = measured(name)
     forward, params = partial(loss, CONTENDERS[contender], layer.x), list(layer.parameters())
     benchmark.pedantic(lambda: torch.autograd.grad(forward(layer), params), rounds=5, warmup_rounds=1)
     taken = measure(forward, layer, params)

@@ -4,7 +4,7 @@
     z_{k+1} = Block(fc2(gelu(fc1([z_k ; inj]))), c)
     prediction = Final(Block_post(z, y_emb), y_emb)
 
-Nothing is hoisted out of the iterations: each one concatenates, and makes the modulation of c, anew. In training
+Nothing is hoisted out of the iterations: each one concatenates, and computes the modulation of c, again. In training
 the free iterations are recorded like the others, and their graph is alive until they are over. Only the parameters
 of the model are used, and torch's kernels (fused attention, fused gelu, layer normalization).
 """

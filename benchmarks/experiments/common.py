@@ -100,24 +100,24 @@ def scorer(source: Literal["digits", "mnist"] = "digits") -> tuple[TensorDataset
     return images, held_out, ImageScorer.of(images if source == "digits" else held_out)
 
 
-def _judge_of(config: Config) -> tuple[TensorDataset, TensorDataset, ImageScorer]:
+def _scorer_of(config: Config) -> tuple[TensorDataset, TensorDataset, ImageScorer]:
     return scorer("mnist" if config.data.source == "mnist" else "digits")
 
 
-def floor(images: TensorDataset, ruler: ImageScorer, count: int, draws: int = 20) -> dict[str, Any]:
+def floor(images: TensorDataset, scorer: ImageScorer, count: int, draws: int = 20) -> dict[str, Any]:
     """Distances of real images drawn like samples, as many and with the same labels: the lower bound for a network."""
     distances = []
     for draw in range(draws):
         source = torch.Generator().manual_seed(draw)
         shuffled = torch.randperm(len(images), generator=source)
         chosen = torch.cat([shuffled[images.y[shuffled] == label][: count // 10] for label in range(10)])
-        distances.append(ruler.score(images.x[chosen], images.y[chosen]).frechet)
+        distances.append(scorer.score(images.x[chosen], images.y[chosen]).frechet)
     return {"images": count, "draws": draws, "frechet": fmean(distances), "frechet spread": stdev(distances)}
 
 
 def train(config: Config) -> tuple[nn.Module, dict[str, Any]]:
     """Train for `config.max_time` seconds of this process's CPU time; returns the averaged network."""
-    trainer = Trainer(config, _judge_of(config)[0])
+    trainer = Trainer(config, _scorer_of(config)[0])
     began = time.process_time()
     losses: list[float] = []
     while not trainer.finished:
@@ -138,7 +138,7 @@ def train(config: Config) -> tuple[nn.Module, dict[str, Any]]:
 
 def step_peak_bytes(config: Config, steps: int = 5) -> int:
     """Peak bytes of the activations, gradients and temporaries of a training step, the largest of a few draws."""
-    trainer = Trainer(config, _judge_of(config)[0])
+    trainer = Trainer(config, _scorer_of(config)[0])
     return max(peak_bytes(trainer.step) for _ in range(steps))
 
 
@@ -147,14 +147,14 @@ def kept(path: Path, config: Config) -> tuple[nn.Module, dict[str, Any]] | None:
     found = torch.load(path) if path.exists() else {}
     if found.get("config") != repr(config):
         return None
-    network = Trainer(config, _judge_of(config)[0]).ema.module.eval()
+    network = Trainer(config, _scorer_of(config)[0]).ema.module.eval()
     network.load_state_dict(found["weights"])
     return network, found["facts"]
 
 
 def score(model: Any, config: Config, way: Way, count: int) -> dict[str, float]:
     """Draw `count` samples by DDIM, label i mod 10, and score them."""
-    _, _, ruler = _judge_of(config)
+    _, _, scorer = _scorer_of(config)
     labels = [i % 10 for i in range(count)]
     began = time.process_time()
     result = sample(
@@ -169,7 +169,7 @@ def score(model: Any, config: Config, way: Way, count: int) -> dict[str, float]:
         seed=config.seed,
         chunk=100,
     )
-    found = ruler.score(result.samples.clamp(-1, 1), torch.tensor(labels))
+    found = scorer.score(result.samples.clamp(-1, 1), torch.tensor(labels))
     effort = result.effort.summary()
     effort.pop("seconds")
     return {"frechet": found.frechet, "accuracy": found.accuracy, **effort, "cpu_seconds": time.process_time() - began}

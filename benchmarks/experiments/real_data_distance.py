@@ -11,13 +11,13 @@ RESULT = RESULTS / "real_data_distance.json"
 
 
 def main() -> None:
-    images, held_out, ruler = scorer()
+    images, held_out, image_scorer = scorer()
     found = {
         "command": "python -m benchmarks.experiments.real_data_distance",
         **provenance("cpu", "scikit-learn"),
-        "as many as a score has samples": floor(images, ruler, int(SCALES["full"]["samples"])),
-        "as many as are held out": floor(images, ruler, len(held_out)),
-        "held out": vars(ruler.score(held_out.x, held_out.y)),
+        "as many as a score has samples": floor(images, image_scorer, int(SCALES["full"]["samples"])),
+        "as many as are held out": floor(images, image_scorer, len(held_out)),
+        "held out": vars(image_scorer.score(held_out.x, held_out.y)),
     }
     write_result(RESULT, found)
     print(RESULT.read_text())

@@ -48,7 +48,7 @@ def complete(name: str, options: Any) -> None:
 
     torch.set_num_threads(1)
     count = int(SCALES[options.scale]["samples"])
-    images, held_out, ruler = scorer()
+    images, held_out, image_scorer = scorer()
     about = {
         "command": f"python -m benchmarks.experiments.run {name}"
         + (" --scale tiny" if options.scale == "tiny" else ""),
@@ -57,8 +57,8 @@ def complete(name: str, options: Any) -> None:
         "training_cpu_seconds": SCALES[options.scale][name],
         "samples": count,
         "real": {
-            "held out": vars(ruler.score(held_out.x, held_out.y)),
-            "as many training images as a score has samples": floor(images, ruler, count),
+            "held out": vars(image_scorer.score(held_out.x, held_out.y)),
+            "as many training images as a score has samples": floor(images, image_scorer, count),
         },
     }
     records = Records(options.results / f"experiment_{name}.json", about)

@@ -49,7 +49,7 @@ def theirs(function) -> Callable[[Problem, float], torch.Tensor]:
 
 
 def scipys(method) -> Callable[[Problem, float], torch.Tensor]:
-    """One system of all samples, as scipy knows no batches; full steps from J = -I: its best settings for z = f(z)."""
+    """One system of all samples, since scipy has no batches; full steps from J = -I: its best settings for z = f(z)."""
 
     def run(p, rtol):
         def g(x):
@@ -129,7 +129,7 @@ PARTS: dict[str, tuple[str, Callable[[], Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "solvers.json", help="result file")
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="what is measured anew")
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to measure again")
     options = parser.parse_args()
     torch.set_num_threads(1)
     result = read_result(options.out)

@@ -5,8 +5,8 @@
 
 `evaluations.py` puts these rows beside the others. The maps are those of `implicit.testing`, called back from jax; each
 call counts as one evaluation, and so does each product with the Jacobian. The batch is one system, since neither
-package batches. A problem counts as solved once every sample has been evaluated within the tolerance, whatever the
-solver's own stopping criterion says.
+package batches. A problem counts as solved once every sample has been evaluated within the tolerance, whatever each
+solver's own stopping criterion is.
 """
 
 import argparse

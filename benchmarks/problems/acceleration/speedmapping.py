@@ -1,6 +1,6 @@
 """Problems of FixedPointTestProblems.jl (N. Lepage-Saucier, MIT), the suite that SpeedMapping.jl is measured on.
 
-They stop at ||f(z) - z||_2 < 1e-7. Random data come from the suite's portable generator. Written anew from the papers
+They stop at ||f(z) - z||_2 < 1e-7. Random data come from the suite's portable generator. Written from the papers
 that the suite names. Not here: Wang's proportional hazards and Lange's ancestry, whose data need the suite's own files
 or generators, and the lid-driven cavity for its size.
 """
