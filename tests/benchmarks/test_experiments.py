@@ -10,7 +10,7 @@ from benchmarks.experiments import run as study
 
 
 @pytest.mark.parametrize("name", study.NAMES)
-def test_cells_are_told_apart_by_name(name):
+def test_cells_are_distinguished_by_name(name):
     cells = study.study(name).cells("tiny")
     assert len({cell.name for cell in cells}) == len(cells)
     for cell in cells:

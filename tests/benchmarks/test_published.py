@@ -57,7 +57,7 @@ def test_plain_iteration_takes_the_count_that_kinsol_prints():
     assert run(CODES["KINSOL analytic"], OURS["Picard"], 300)["calls"] == 5
 
 
-def test_plain_iteration_diverges_where_the_r_package_says_so():
+def test_plain_iteration_diverges_where_the_r_package_does():
     assert not run(R["95 (18 - x)"], OURS["Picard"], 300)["solved"]
     assert R_PACKAGE.rows["95 (18 - x)"]["Simple"] is None
 

@@ -82,7 +82,7 @@ def test_depth_names_what_did_not_finish(tmp_path):
     assert re.search(rf"\| DiT 3 \| [\d,]+ \|.*\| {mean:.2f}", text)
 
 
-def test_a_missing_seed_is_said(tmp_path):
+def test_a_missing_seed_is_reported(tmp_path):
     def drop(found):
         del found["cells"]["JFB, seed 2"]
 

@@ -25,7 +25,7 @@ def test_writing_the_tables_again_changes_nothing(result):
     assert mark(page, "benchmark", "new").count("new\n<!-- end -->") == 1
 
 
-def test_every_row_carries_its_numbers_or_says_why_not(result):
+def test_every_row_has_its_numbers_or_a_reason(result):
     for found in result["tables"].values():
         assert found["commit"] and found["versions"]["torchdeq"] and found["device"]
         for row in rows(found):

@@ -45,7 +45,7 @@ def test_the_repelling_one_repels():
     assert 3.5 < float(problem("repelling").radius.min())
 
 
-def test_calls_and_samples_are_counted_and_samples_are_strangers():
+def test_calls_and_samples_are_counted_and_samples_are_independent():
     p = problem("one hard of 16")
     whole = p(p.z0, *p.args)
     part = p(p.z0[3:5], *(a[3:5] for a in p.args))

@@ -63,7 +63,7 @@ def test_mean_and_deviation_of_both_sides_are_the_vaes(images, vae_folder, tmp_p
     assert not torch.equal(*latents.moments(0)[0])
 
 
-def test_the_index_says_where_the_latents_come_from(images, vae_folder, tmp_path):
+def test_the_index_names_where_the_latents_come_from(images, vae_folder, tmp_path):
     bad = image_files.damage(images)
     assert call(images, vae_folder, tmp_path / "out") == 0
     index = json.loads((tmp_path / "out" / "index.json").read_text())

@@ -260,7 +260,7 @@ def test_what_cannot_be_scored_is_refused(what, words, folder, quick, tmp_path, 
     assert printed.startswith("evaluate: ") and words in printed
 
 
-def test_what_cannot_be_kept_is_told_early_or_a_warning(folder, quick, tmp_path, capsys):
+def test_what_cannot_be_kept_is_refused_early_or_a_warning(folder, quick, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate.main([str(folder), "--save", str(tmp_path / "nowhere" / "a.safetensors")])
     assert "there is no folder" in capsys.readouterr().err

@@ -143,7 +143,7 @@ def test_parallel_sampling_reports_its_rounds(trained, tmp_path, capsys):
         assert np.abs(here - there).max() <= 1
 
 
-def test_the_report_says_what_was_spent(trained, tmp_path, capsys):
+def test_the_report_names_what_was_spent(trained, tmp_path, capsys):
     options = ["--steps", "4", "--block-passes", "50", "--allocation", "increasing"]
     assert sample.main([str(trained), *options, "--num", "3", "--out", str(tmp_path)]) == 0
     assert "An image took 50.0 block passes" in capsys.readouterr().out

@@ -111,7 +111,7 @@ def test_training_lowers_the_loss():
     assert history[-1][0] == trainer.progress.images == 6400
 
 
-def test_the_average_is_the_recursion_it_says():
+def test_the_average_is_the_documented_recursion():
     config = dataclasses.replace(SMALL, ema=c.EMAConfig(decay=0.5), checkpoint_every=16)
     _, saved = run(config)
     average = saved[0].model["x_embedder.proj.weight"]
@@ -209,7 +209,7 @@ def test_a_signal_during_a_save_is_not_lost(number):
     assert trainer.stopping and trainer.progress.images == [80, 144][number]
 
 
-def test_training_without_one_finite_step_says_so(tmp_path, capsys, monkeypatch):
+def test_training_without_one_finite_step_fails(tmp_path, capsys, monkeypatch):
     images = digits("train")
     spoilt = TensorDataset(torch.full_like(images.x, float("nan")), images.y, 10)
     with pytest.raises(Diverged, match="finite"):

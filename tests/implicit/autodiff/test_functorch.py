@@ -95,7 +95,7 @@ def test_transform_equals_the_reference(name, estimator, reference, route):
 
 
 @pytest.mark.parametrize("estimator", [EXACT, JFB()], ids=["IFT", "JFB"])
-def test_forward_over_forward_says_that_it_is_not_possible(estimator):
+def test_forward_over_forward_is_refused(estimator):
     with pytest.raises(NotImplementedError, match="hessian"):
         jacfwd(jacfwd(loss(through_args(estimator))))(W, B)
 

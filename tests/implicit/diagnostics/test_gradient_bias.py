@@ -72,7 +72,7 @@ def test_the_truth_is_the_dense_one(name):
     assert table["JFB"].cosine == pytest.approx(float(one @ truth / one.norm() / truth.norm()), rel=1e-9)
 
 
-def test_a_large_layer_is_judged_without_forming_its_jacobian():
+def test_a_large_layer_is_measured_without_forming_its_jacobian():
     rng = torch.Generator().manual_seed(0)
     d = (0.5 * torch.rand(2900, generator=rng, dtype=F64)).requires_grad_()
     z0 = torch.zeros(1, 2900, dtype=F64)
@@ -193,7 +193,7 @@ def test_what_requires_gradients_is_found_and_nothing_is_left_behind():
     assert x.grad is None and all(p.grad is None for p in module.parameters())
 
 
-def test_what_cannot_be_judged_is_refused():
+def test_what_cannot_be_measured_is_refused():
     f, z0, w = affine()
     with pytest.raises(ValueError, match="require gradients"):
         gradient_bias(torch.cos, z0)

@@ -48,7 +48,7 @@ def test_problems_with_a_known_spectrum(name):
     torch.testing.assert_close(found, p.radius, rtol=1e-5, atol=1e-12)
 
 
-def test_it_is_cheap_on_a_large_map_and_says_what_it_knows():
+def test_it_is_cheap_on_a_large_map_and_states_its_error():
     rng = torch.Generator().manual_seed(0)
     size = 2000
     d = torch.linspace(-0.5, 0.5, size)
@@ -85,7 +85,7 @@ def test_nothing_is_left_behind():
     assert all(p.grad is None for p in f.parameters())
 
 
-def test_samples_are_strangers_and_bad_ones_alone_are_nan():
+def test_samples_are_independent_and_bad_ones_alone_are_nan():
     p = problem("one hard of 16")
     together = spectral_radius(p, p.solution, *p.args)
     alone = [spectral_radius(p, p.solution[b : b + 1], *(a[b : b + 1] for a in p.args)) for b in (0, 8)]

@@ -170,7 +170,7 @@ def test_an_energy_model_trained_on_forces():
     assert off(got, true) < 1e-8 and off(closed, true) < 1e-8
 
 
-def test_a_failed_backward_speaks():
+def test_a_failed_backward_pass_warns_or_raises():
     f, x = layer("hard", torch.float32)
     g = cotangent(x)
     short = Stop(rtol=1e-6, atol=0, max_evals=3)

@@ -61,7 +61,7 @@ def hard_gradient(grad, x, f):
     return flat(torch.autograd.grad(z.sum(), (*f.parameters(), x)))
 
 
-def test_a_lost_way_back_is_said():
+def test_a_diverged_backward_run_warns_or_raises():
     """The hard layer takes so many steps that float64 cannot hold the way back; the gradient is wrong, and says so."""
     f, x = layer("hard")
     x.requires_grad_()

@@ -146,7 +146,7 @@ def test_a_solver_without_an_inverse_is_refused():
         fixed_point(f, torch.zeros_like(x), x, solver=Picard(), grad=SHINE())
 
 
-def test_the_memory_is_handed_on_when_asked_for():
+def test_the_state_is_returned_when_requested():
     f, x = layer("hard")
     first = fixed_point(f, torch.zeros_like(x), x, solver=Broyden(), grad=SHINE(), keep_state=True)
     again = fixed_point(f, first.value.detach(), x, solver=Broyden(), grad=SHINE(), state=first.state)

@@ -24,7 +24,7 @@ def test_scipy_finds_what_is_known(method, options):
     torch.testing.assert_close(found.value, p.solution, rtol=1e-6, atol=1e-6)
 
 
-def test_scipy_is_judged_as_ours_are():
+def test_scipys_answers_are_classified_by_the_same_rule():
     p = problem("H 0.99")
     found = from_scipy.root(p, p.z0, stop=Stop(rtol=1e-8, max_evals=5))
     assert found.result.tolist() == [Result.MAX_EVALS] and int(found.evals) == 5
@@ -51,7 +51,7 @@ def test_ours_inside_a_torchdeq_layer(solver):
 
 
 @pytest.mark.parametrize("method", ["broyden", "anderson", "fixed_point_iter"])
-def test_torchdeqs_solvers_run_as_ours_and_are_judged_alike(method):
+def test_torchdeqs_answers_are_classified_by_the_same_rule(method):
     p = problem("Bratu")
     found = from_torchdeq.solve(p, p.z0, *p.args, method=method, stop=Stop(rtol=1e-6, atol=0, max_evals=200))
     assert (found.converged == (p.residual(found.value) <= 1e-6)).all()

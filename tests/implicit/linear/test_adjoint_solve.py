@@ -70,7 +70,7 @@ def test_batch_normalization_in_training_mode_by_second_derivatives_too():
         assert off(apart.detach(), whole.detach()) < 1e-7
 
 
-def test_the_default_says_so_once_and_ignore_says_nothing():
+def test_the_default_warns_once_and_ignore_does_not():
     w, b = mean_field()
     w.requires_grad_()
 

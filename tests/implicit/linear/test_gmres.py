@@ -55,7 +55,7 @@ def test_restarts_against_scipy(problem):
             np.testing.assert_allclose(ours[0].numpy(), theirs, rtol=1e-9, atol=1e-12)
 
 
-def test_samples_are_strangers(problem):
+def test_samples_are_independent(problem):
     a, g = problem
     a = a * torch.tensor([0.05, 1.0, 0.5], dtype=F64).view(3, 1, 1)
     stop = Stop(rtol=1e-8, atol=0, max_evals=100)
@@ -150,7 +150,7 @@ def test_short_cycles_against_scipy(wide, short):
         assert off(ours.residual, off_by(a, g, ours.value)) < 1e-9
 
 
-def test_samples_fast_and_slow_are_strangers(wide):
+def test_fast_and_slow_samples_are_independent(wide):
     a, g = wide
     stop = Stop(rtol=1e-8, atol=0, max_evals=200)
     for solver in (GMRES(memory=60), GMRES(memory=7), GMRES(short=3)):

@@ -221,7 +221,7 @@ def test_channels_are_those_of_the_files_unless_given(tmp_path):
         ImageFolderDataset(tmp_path, 16, channels=2)
 
 
-def test_images_beyond_the_memory_are_read_when_they_are_asked_for(tmp_path):
+def test_images_beyond_the_memory_are_read_on_access(tmp_path):
     total = image_files.tree(tmp_path)
     kept = ImageFolderDataset(tmp_path, (16, 24), mirror=True, seed=1)
     read = ImageFolderDataset(tmp_path, (16, 24), mirror=True, seed=1, memory=0)

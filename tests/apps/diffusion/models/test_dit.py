@@ -101,7 +101,7 @@ def test_square_and_oblong_inputs(shape, patch):
     assert model(x, t, y).shape == (3, 3, *shape)
 
 
-def test_position_time_and_label_all_matter_and_samples_are_strangers():
+def test_position_time_and_label_all_matter_and_samples_are_independent():
     model = randomized(DiT(**TINY)).double()
     x, t, y = batch(model, dtype=torch.float64)
     out = model(x, t, y)

@@ -153,7 +153,7 @@ def test_exactly_k_evaluations_and_one_preparation():
     assert seen == {"block": 17, "pre": 2, "modulation": 2}
 
 
-def test_the_time_reaches_the_outer_layers_only_if_asked():
+def test_the_time_reaches_the_outer_layers_only_if_configured():
     x, t, y = batch(tiny())
     seen = []
     for model in (tiny(), tiny(condition_on_time=True), tiny(num_classes=0)):
@@ -262,7 +262,7 @@ def test_starts():
         model(*inputs, start=first.value[:2])
 
 
-def test_samples_are_strangers():
+def test_samples_are_independent():
     model = tiny().double()
     x, t, y = batch(model, dtype=torch.float64)
     out = model(x, t, y)

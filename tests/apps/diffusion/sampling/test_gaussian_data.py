@@ -158,7 +158,7 @@ def test_mean_and_covariance_are_those_of_the_data(kind):
     assert (torch.cov(x.T) - torch.eye(4)).abs().max() < 5 * (2 / n) ** 0.5
 
 
-def test_guidance_on_gaussian_data_moves_the_mean_as_the_formula_says():
+def test_guidance_on_gaussian_data_moves_the_mean_by_the_formula():
     """Means differ by the label alone, so guidance s puts the mean at u + s (c - u)."""
     scheduler = make_scheduler("ddim")
     gaussian = Gaussian(scheduler)

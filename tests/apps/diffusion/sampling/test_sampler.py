@@ -38,7 +38,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", ["ddim", "ddpm", "dpm++"])
-def test_the_same_bits_however_samples_are_asked_for(case, kind):
+def test_the_same_bits_however_samples_are_requested(case, kind):
     model = tiny(iterations=3)
     labels = [i % 10 for i in range(21)]
     options = {"seed": 7, "scheduler": make_scheduler(kind), "timesteps": timesteps(5), "chunk": 8, **CASES[case]}

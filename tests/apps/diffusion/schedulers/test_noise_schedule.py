@@ -115,7 +115,7 @@ def test_clean_and_noise_invert_the_three_predictions(t):
         torch.testing.assert_close(noise, eps, rtol=1e-9, atol=1e-9)
 
 
-def test_v_says_everything_at_the_last_timestep():
+def test_v_determines_the_image_at_the_last_timestep():
     x0, eps = torch.randn(2, 1, 2, 2), torch.randn(2, 1, 2, 2)
     clean, noise = clean_and_noise(-x0, eps, torch.tensor(0.0), "v_prediction")
     assert torch.equal(clean, x0) and torch.equal(noise, eps)
