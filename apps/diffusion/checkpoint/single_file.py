@@ -137,7 +137,7 @@ def _read(module: str) -> _Module:
         names = _names(node)
         if i + 1 < len(body) and _is_text(body[i + 1]):  # the description of an assignment
             end = body[i + 1].end_lineno or 0
-        types = [n for part in _annotations(node) for n in ast.walk(part)]
+        types = {n for part in _annotations(node) for n in ast.walk(part)}
         used = [n for n in ast.walk(node) if n not in types]
         words = {n.id for n in used if isinstance(n, ast.Name)}
         words |= {

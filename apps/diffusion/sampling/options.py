@@ -73,17 +73,17 @@ def plan(
             "guidance",
         )
     scheduler = _scheduler(scheduler, options)
-    walk = options.timesteps or _timesteps(model, scheduler, options, guidance, steps)
+    visited = options.timesteps or _timesteps(model, scheduler, options, guidance, steps)
     noise = scheduler.config
     zero_snr = bool(noise.get("rescale_betas_zero_snr"))
     if not options.timesteps:
         check_pair(noise["prediction_type"], zero_snr, noise["timestep_spacing"])
-    check_start(walk, zero_snr, noise["num_train_timesteps"])
-    Reverse(scheduler, walk, eta=options.value("eta"))  # raises where they do not fit
-    solve = _solve(model, options, len(walk), guidance, stop, warm_start) if model.has_fixed_point else None
+    check_start(visited, zero_snr, noise["num_train_timesteps"])
+    Reverse(scheduler, visited, eta=options.value("eta"))  # raises where they do not fit
+    solve = _solve(model, options, len(visited), guidance, stop, warm_start) if model.has_fixed_point else None
     found = SamplingPlan(
         scheduler=scheduler,
-        timesteps=walk,
+        timesteps=visited,
         eta=options.value("eta"),
         guidance=guidance,
         solve=solve,

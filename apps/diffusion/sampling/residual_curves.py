@@ -111,7 +111,7 @@ def measure(
     labels = [i % model.num_classes for i in range(images)] if model.num_classes else None
     own = plan.solve or Solve()
 
-    def walk(count: int) -> Any:
+    def sampled(count: int) -> Any:
         solve = replace(own, iterations=count, stop=None, trace=True)
         return sample(
             model,
@@ -124,7 +124,7 @@ def measure(
             device=model.device,
         ).effort
 
-    one, many = walk(1), walk(iterations)
+    one, many = sampled(1), sampled(iterations)
     each = max(many.seconds - one.seconds, 1e-9) / max(iterations - 1, 1) / images
     rest = max(one.seconds / images - each, 0.0)
     curves = many.traces.double().mean(0).tolist()

@@ -191,7 +191,7 @@ def sample(
     if plan.solve is not None and not hasattr(model, "has_fixed_point"):
         raise ValueError(f"solve is for an FPDM, not for {type(model).__name__}; leave it out, or unwrap the model.")
     solve = plan.solve or Solve()
-    walk = _Walk(
+    trajectory = _Trajectory(
         model=model,
         plan=plan,
         solve=solve if plan.parallel is None else solve.alike(),
@@ -208,7 +208,7 @@ def sample(
         y = None if labels is None else batch.labels(labels)
         done = number * steps
         tick = (lambda k, done=done: progress(done + k, total)) if progress else None
-        *columns, evaluated = walk.run([generator(seed, Stream.SAMPLE, i) for i in batch.samples], y, tick)
+        *columns, evaluated = trajectory.run([generator(seed, Stream.SAMPLE, i) for i in batch.samples], y, tick)
         parts.append([column[batch.rows] for column in columns])
         ran += evaluated + len(batch.samples) * int(columns[3][0]) * explicit_blocks(model)
     order = torch.tensor([p for batch in batches for p in batch.positions]).argsort()
@@ -269,8 +269,8 @@ def _batches(indices: Sequence[int], labels: Tensor | None, chunk: int, reproduc
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Walk:
-    """Everything that one batch needs on its way through the timesteps."""
+class _Trajectory:
+    """The sampling of one batch over all timesteps."""
 
     model: Callable[..., Any]
     plan: SamplingPlan
