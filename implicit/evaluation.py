@@ -81,6 +81,11 @@ class FlatMap:
         return Point(point.z, point.fz, point.product, self.remaining)
 
     def _jvp(self, z: Flat, tangent: Flat) -> tuple[Flat, Flat]:
+        if torch.compiler.is_exporting() and isinstance(z.shape[0], torch.SymInt):
+            raise NotImplementedError(
+                "A solver with Jacobian-vector products (NewtonKrylov) cannot be exported with a dynamic batch, since "
+                "PyTorch's forward mode fixes its size: export one batch size, or use another solver."
+            )
         if self.forward:
             try:
                 return forward_jvp(self, z, tangent)

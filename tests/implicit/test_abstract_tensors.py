@@ -73,6 +73,15 @@ def test_an_exported_fixed_count_takes_any_batch_size(solver):
             torch.testing.assert_close(exported.module()(x), layer(x))
 
 
+def test_newton_krylov_is_exported_with_one_batch_size_and_refused_with_a_dynamic_one():
+    layer, x = Layer(NewtonKrylov()), torch.randn(4, 6)
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,), strict=False)
+        torch.testing.assert_close(exported.module()(2 * x), layer(2 * x))
+        with pytest.raises(NotImplementedError, match="NewtonKrylov"):
+            torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},), strict=False)
+
+
 @pytest.mark.parametrize("solver", [NewtonKrylov(), AndersonGS()], ids=repr)
 def test_memory_of_many_scalars_is_that_of_their_states(solver):
     x = torch.linspace(-1, 1, 30_000).unsqueeze(1)
