@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from implicit import (
     IFT,
@@ -119,13 +120,15 @@ class Waits(TorchFunctionMode):
             self._wait(self.evals)
         out = func(*args, **kwargs)
         if isinstance(out, torch.Tensor):
-            tensors: list[Any] = [t for t in args if isinstance(t, torch.Tensor)]
+            tensors: list[Any] = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
             marked: Any = out
             if name in ("to", "cpu"):
                 marked = out.view_as(out)  # where there is no device to move to, it is the very same tensor
             if name == "cpu":
                 marked._host = True
             elif name != "to" and tensors and all(hasattr(t, "_host") for t in tensors):
+                marked._host = True
+            elif not tensors and kwargs.get("generator") is not None:  # generators here are the host's
                 marked._host = True
             else:
                 self.busy = self.busy or name not in VIEWS

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from apps.diffusion.models import FPDM, DiT, layers
 from benchmarks.diffusion import steps
 from benchmarks.diffusion.steps import Scale, Step
-from benchmarks.harness import RESULTS, VIEWS, OperatorCounter, paired, provenance, read_result, write_result
+from benchmarks.harness import RESULTS, VIEWS, OperatorCounter, paired, provenance, ratio, read_result, write_result
 from implicit import JFB, Unrolled
 
 XL = replace(steps.XL, device="cpu", batch=1)
@@ -45,6 +45,8 @@ SOLVE = (21, 9)
 TRAINING = (40, 9, 13)
 SAMPLED = 26
 """Iterations of the sampling step: 28 block passes, as many as the DiT's."""
+OURS = f"sampling step, FPDM, {SAMPLED} iterations"
+BARE = f"{OURS}, as a bare loop"
 TRAINED = (6, 7)
 """(n, m) of the training step: the expected draw of S-JFB with N = M = 12."""
 
@@ -122,7 +124,7 @@ def works(scale: Scale) -> dict[str, tuple[nn.Module, Step, int]]:
         "block": (block, steps.sampling(lambda: block(tokens, condition), scale), dit.block_macs()),
         "iteration": (fpdm, steps.sampling(lambda: fpdm.iteration(tokens, *prepared), scale), more - one),
         "sampling step, DiT": (dit, steps.sampling(lambda: dit(*batch), scale), dit.macs()),
-        f"sampling step, FPDM, {SAMPLED} iterations": (
+        OURS: (
             fpdm,
             steps.sampling(steps.ours(fpdm, batch, SAMPLED), scale),
             fpdm.macs(SAMPLED),
@@ -199,34 +201,53 @@ def kernels_over_a_bare_loop(scale: Scale, free: int, tracked: int) -> tuple[int
     return counts[0], counts[1]
 
 
-def timed(repeats: int, scale: Scale) -> list[dict[str, Any]]:
-    """CPU seconds of each work, all in turn: medians."""
-    times = paired({name: step for name, (_, step, _) in works(scale).items()}, repeats)
-    return [{"work": name, "seconds": statistics.median(found), "all": found} for name, found in times.items()]
+def timed(repeats: int, scale: Scale, save: Callable[[dict[str, Any]], None], known: dict[str, Any]) -> None:
+    """CPU seconds of the works by medians, in turn with those of the same kind, unless they are known; and our sampling
+    step beside the same as a bare loop. Saves each kind when it is measured.
+    """
+    found = {name: known[name] for name in ("cpu", "beside a bare loop") if name in known}
+    chosen = works(scale)
+    fpdm: Any = chosen[OURS][0]
+    kinds = {name: step for name, (_, step, _) in chosen.items()}
+    kinds[BARE] = steps.sampling(steps.floor(fpdm, steps.inputs(scale), SAMPLED), scale)
+    for prefixes in (("block", "iteration"), ("sampling",), ("training",)):
+        group = {name: step for name, step in kinds.items() if name.startswith(prefixes)}
+        if group.keys() <= {row["work"] for row in found.get("cpu", [])}:
+            continue
+        times = paired(group, repeats)
+        rows = [{"work": name, "seconds": statistics.median(each), "all": each} for name, each in times.items()]
+        found = found | {"cpu": found.get("cpu", []) + rows}
+        if OURS in group:
+            found["beside a bare loop"] = ratio(times, OURS, BARE)
+        save(found)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "compute_xl.json", help="result file")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "compute_xl.json", help="result file; resumed if it exists"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="of each timed work; 0 leaves the times as they are")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     old = read_result(options.out)
-    result = {
+    result: dict[str, Any] = old | {
         "command": "python -m benchmarks.diffusion.compute",
         **provenance("cpu", "diffusers"),
         "cards": [vars(card) for card in CARDS],
-        "counts": [row for batch in (1, 64) for row in counted(replace(XL, batch=batch))],
-        "kernels": {
-            f"{free} free, {tracked} tracked": kernels_over_a_bare_loop(XL, free, tracked)
-            for free, tracked in ((SAMPLED, 0), TRAINED)
-        },
-        "cpu": old.get("cpu", []),
+        "counts": old.get("counts", []),
+    }
+    for batch in (1, 64):
+        if batch not in {row["batch"] for row in result["counts"]}:
+            result["counts"] += counted(replace(XL, batch=batch))
+            write_result(options.out, result)
+    result["kernels"] = {
+        f"{free} free, {tracked} tracked": kernels_over_a_bare_loop(XL, free, tracked)
+        for free, tracked in ((SAMPLED, 0), TRAINED)
     }
     write_result(options.out, result)
     if options.repeats:
-        result["cpu"] = timed(options.repeats, XL)
-        write_result(options.out, result)
+        timed(options.repeats, XL, lambda found: write_result(options.out, result | found), result)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from benchmarks.report.sections import (
     memory,
     noise,
     reuse,
+    shipped,
     size_and_memory,
     solvers_in_sampling,
 )
@@ -45,11 +46,19 @@ CHAPTERS = (
     allocation,
     solvers_in_sampling,
     default_run,
+    shipped,
     costs,
     core_solvers,
     core_gradients,
     gpu,
 )
+
+
+_QUALITY = (
+    "Of the networks in the repository (`python -m benchmarks.diffusion.shipped`: the same seeds, right labels and "
+    "Fréchet distance by a LeNet of the held-out digits, pixels in 0..1):"
+)
+_COST = "What `--reproducible` costs in CPU time (`python -m benchmarks.diffusion.shipped`):"
 
 
 def build(results: Path, out: Path) -> str:
@@ -80,11 +89,20 @@ def guide(result: Path, page: Path) -> None:
         page.write_text(mark(text, "compiled", core_solvers.compiled(compiled)) if compiled else text)
 
 
+def sampling(result: Path, page: Path) -> None:
+    """Put precision and the cost of equal bits into the page on sampling that stands beside the report."""
+    found = read(result)
+    if found and page.exists():
+        text = mark(page.read_text(), "precision", f"{_QUALITY}\n\n{shipped.quality(found)}")
+        page.write_text(mark(text, "reproducible", f"{_COST}\n\n{shipped.reproducible(found)}"))
+
+
 def recipe(result: Path, page: Path) -> None:
     """Put the memory of a step at batch 64 into the ImageNet recipe that stands beside the report."""
     found = read(result)
     if found and page.exists():
-        page.write_text(mark(page.read_text(), "memory", memory.at_batch(found, 64)))
+        text = mark(page.read_text(), "memory", memory.at_batch(found, 64))
+        page.write_text(mark(text, "fits", memory.fitting(found)))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -96,6 +114,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.write_text(text)
     guide(options.results / "solvers.json", options.out.parent / "solvers.md")
     recipe(options.results / "memory_xl.json", options.out.parent / "imagenet.md")
+    sampling(options.results / "shipped.json", options.out.parent / "sampling.md")
     print(f"{options.out}: {text.count(NOTHING)} entries {NOTHING}.")
 
 

@@ -48,3 +48,13 @@ def test_bytes_of_a_known_operator_and_the_roofline():
     assert compute.roofline(card, row) == 1.0
     assert compute.roofline(card, {**row, "precision": "bf16"}) == 0.25
     assert compute.roofline(card, {**row, "bytes": 3_000_000_000}) == 3.0
+
+
+def test_times_are_those_of_every_work_and_are_resumed():
+    saved: list[dict] = []
+    compute.timed(2, SMALL, saved.append, {})
+    assert {row["work"] for row in saved[-1]["cpu"]} == {*compute.works(SMALL), compute.BARE}
+    assert len(saved) == 3 and saved[-1]["beside a bare loop"]["median"] > 0
+    compute.timed(2, SMALL, saved.append, saved[1])
+    assert len(saved) == 4 and saved[3]["cpu"][:5] == saved[1]["cpu"]
+    assert saved[3]["beside a bare loop"] == saved[1]["beside a bare loop"]

@@ -105,6 +105,20 @@ def test_a_deleted_file_leaves_its_rows_not_measured(tmp_path):
             assert empty[part].count(report.NOTHING) > full[part].count(report.NOTHING), name
 
 
+@pytest.mark.parametrize(
+    ("result", "page", "write"),
+    [
+        ("memory_xl.json", "imagenet.md", report.recipe),
+        ("shipped.json", "sampling.md", report.sampling),
+    ],
+)
+def test_pages_beside_the_report_quote_the_results(tmp_path, result, page, write):
+    text = (report.ROOT / "docs" / page).read_text()
+    (tmp_path / page).write_text(re.sub(r"(<!-- \w+ -->\n).*?(<!-- end -->)", r"\1\2", text, flags=re.DOTALL))
+    write(RESULTS / result, tmp_path / page)
+    assert (tmp_path / page).read_text() == text
+
+
 @pytest.mark.parametrize("chapter", report.CHAPTERS, ids=lambda chapter: chapter.__name__.rsplit(".", 1)[1])
 def test_a_file_cut_short_is_named(tmp_path, chapter):
     for path in RESULTS.glob("*.json"):

@@ -75,6 +75,16 @@ def test_the_numbers_of_the_page_are_those_of_the_presets():
     assert round(latents / 1e9) == 42 and -(-1_281_167 // 4096) == 313
 
 
+@pytest.mark.parametrize(
+    ("network", "parameters", "digits"), [("FPDM-XL/2", 86_500_256, 2), ("DiT-XL/2", 674_834_720, 3)]
+)
+def test_sizes_on_the_page_follow_from_the_parameters(network, parameters, digits):
+    """The average of the weights; a checkpoint of weights, average and two moments; all are float32."""
+    text = " ".join(PAGE.split()).replace(" each", "")
+    assert f"{4 * parameters / 2**30:.2g} GiB for {network}" in text
+    assert f"{16 * parameters / 1e9:.{digits}g} GB for {network}" in text
+
+
 @pytest.mark.slow
 def test_every_command_runs_at_a_thousandth_of_the_scale(tmp_path):
     classes = 10

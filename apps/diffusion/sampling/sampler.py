@@ -315,7 +315,7 @@ class _Trajectory:
         self, reverse: Reverse, ks: range, x: Float[Tensor, "B n C H W"], y: Tensor | None, record: EffortRecord
     ) -> Float[Tensor, "B n C_out H W"]:
         """The predictions at timesteps number `ks`, of all samples in one call of the network."""
-        times = torch.tensor([reverse.timesteps[k] for k in ks], device=self.device).repeat(len(x))
+        times = torch.cat([torch.full((1,), reverse.timesteps[k], device=self.device) for k in ks]).repeat(len(x))
         y = None if y is None else y.repeat_interleave(len(ks))
         null_class = getattr(self.model, "null_class", None)
         noisy, *rest = self.plan.guidance.inputs(x.flatten(0, 1), times, y, null_class)

@@ -152,5 +152,8 @@ def follow(scheduler: Any, timesteps: Sequence[int]) -> None:
 
 
 def fresh_noise(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Standard normal noise like x (B, C, H, W), sample b from generator b alone: on the CPU, in float32."""
-    return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device, x.dtype)
+    """Standard normal noise like x (B, C, H, W), sample b from generator b alone: drawn on the CPU in float32, and
+    moved to the device without waiting for it.
+    """
+    noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
+    return (noise.pin_memory() if x.is_cuda else noise).to(x.device, x.dtype, non_blocking=True)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.diffusion.compute import BARE, OURS
 from benchmarks.report.formatting import NOTHING, table
 from benchmarks.report.results import read
 
@@ -26,6 +27,7 @@ def chapter(results: Path, images: Path) -> str:
             _kernels(found.get("kernels", {})),
             "CPU time of one thread, batch 1, float32, medians; other processes were at work on the machine.",
             _times(found) if found.get("cpu") else NOTHING,
+            _overhead(found),
             f"`{path.name}`: {_source(found)}.",
         )
     )
@@ -57,11 +59,20 @@ def _kernels(found: dict[str, list[int]]) -> str:
 
 def _times(found: dict[str, Any]) -> str:
     macs = {row["work"]: row["MACs"] for row in found["counts"] if (row["batch"], row["precision"]) == (1, "fp32")}
+    macs[BARE] = macs[OURS]
     rows = [
         [row["work"], f"{row['seconds']:.3g}", f"{macs[row['work']] / row['seconds'] / 1e9:.3g}"]
         for row in found["cpu"]
     ]
     return table(["work", "seconds", "GMACs per second"], rows)
+
+
+def _overhead(found: dict[str, Any]) -> str:
+    pair = found.get("beside a bare loop")
+    shown = (
+        "{median:.3f} (quartiles {lower quartile:.3f} to {upper quartile:.3f})".format_map(pair) if pair else NOTHING
+    )
+    return f"Time of a sampling step over that of the same blocks and iterations in a bare loop, in pairs: {shown}."
 
 
 def _source(found: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.diffusion.memory import GIB, Case, by_row, extrapolated, markdown
+from benchmarks.diffusion.memory import CARDS, GIB, Case, by_row, extrapolated, largest_batch, markdown
 from benchmarks.report.formatting import NOTHING, table
 from benchmarks.report.results import read
 
@@ -28,6 +28,7 @@ def chapter(results: Path, images: Path) -> str:
             "on a card follows from the line through the two largest batches of a row; 80 GB and 16 GB are nominal.",
             "The paper: *60 % less training memory than DiT-XL/2*. Here, the same options on both sides:",
             _less(peaks),
+            fitting(found),
             markdown(found.get("peaks", [])),
             "IFT and Reversible decide by values, so that their rows are counted in real steps on the CPU, continued "
             "by the line through their forward and backward passes (IFT: at most 12 products in the backward pass); "
@@ -39,19 +40,31 @@ def chapter(results: Path, images: Path) -> str:
     )
 
 
+SETTINGS = tuple((flag, precision) for precision in ("fp32", "bf16") for flag in ("", "checkpointed"))
+ROWS = (("FPDM", EXPECTED), ("FPDM", WORST), ("DiT", ""), ("diffusers' DiT", ""))
+_HEAD = tuple(", ".join(filter(None, reversed(setting))) for setting in SETTINGS)
+
+
 def at_batch(found: dict[str, Any], batch: int) -> str:
     """Predicted peaks at a batch by network, checkpointing and precision, in GiB."""
     peaks = by_row(found.get("peaks", []))
-    flags = [(flag, precision) for precision in ("fp32", "bf16") for flag in ("", "checkpointed")]
-    rows = [("FPDM", EXPECTED), ("FPDM", WORST), ("DiT", "")]
-    lines = [
-        [
-            ", ".join(filter(None, row)),
-            *(f"{at / GIB:.1f}" if (at := peaks.get((*row, *flag), {}).get(batch)) else NOTHING for flag in flags),
-        ]
-        for row in rows
-    ]
-    return table(["GiB", *(", ".join(filter(None, reversed(flag))) for flag in flags)], lines)
+    lines = []
+    for row in ROWS:
+        cells = [peaks.get((*row, *setting), {}).get(batch) for setting in SETTINGS]
+        lines.append([", ".join(filter(None, row)), *(f"{at / GIB:.1f}" if at else NOTHING for at in cells)])
+    return table(["GiB", *_HEAD], lines)
+
+
+def fitting(found: dict[str, Any]) -> str:
+    """The largest batch by network, card, checkpointing and precision."""
+    peaks = by_row(found.get("peaks", []))
+    lines = []
+    for card, capacity in CARDS.items():
+        for row in ROWS:
+            cells = [peaks.get((*row, *setting), {}) for setting in SETTINGS]
+            fits = [str(largest_batch(at, capacity)) if len(at) > 1 else NOTHING for at in cells]
+            lines.append([card, ", ".join(filter(None, row)), *fits])
+    return table(["card", "largest batch", *_HEAD], lines)
 
 
 def _less(peaks: dict[tuple[str, str, str, str], dict[int, int]]) -> str:

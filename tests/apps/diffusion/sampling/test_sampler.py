@@ -5,15 +5,17 @@ from typing import Any
 import pytest
 import torch
 
-from apps.diffusion.models import FPDM, DiT
+from apps.diffusion.models import FPDM, DiT, transformer
 from apps.diffusion.rng import Stream, generator
 from apps.diffusion.sampling.guidance import Guidance
 from apps.diffusion.sampling.sampler import Solve, cost
 from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from apps.diffusion.schedulers.timesteps import timesteps
+from benchmarks.harness import OperatorCounter
 from implicit import Anderson, Stop
 from tests.apps.diffusion.helpers.small_models import randomized, sample_by
+from tests.helpers import Waits, watching
 
 SHAPE = (1, 2, 2)
 TINY: dict[str, Any] = {"input_size": 4, "in_channels": 2, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
@@ -242,3 +244,28 @@ def test_requested_samples_alone_agree_to_rounding():
     joined = type(whole).joined(parts)
     assert torch.equal(joined.samples, apart.samples) and joined.indices == tuple(indices)
     assert torch.equal(joined.effort.block_passes, apart.effort.block_passes)
+
+
+@pytest.mark.parametrize(("network", "guidance"), [(FPDM, Guidance()), (FPDM, Guidance(scale=2.0)), (DiT, Guidance())])
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_a_timestep_never_waits_for_the_device_and_adds_a_constant(network, guidance, name, monkeypatch):
+    """A fixed count; on the emulated device of `tests.helpers`. The results are read at the end."""
+    monkeypatch.setattr(transformer, "check_inputs", lambda *args, **kwargs: None)  # checks labels on a CPU alone
+    model = randomized(network(**TINY)).eval()
+
+    def walk(steps):
+        options = {"solve": Solve(iterations=3)} if network is FPDM else {}
+        options |= {"scheduler": make_scheduler(name), "timesteps": timesteps(steps), "guidance": guidance}
+        sample_by(model, range(2), [1, 2], seed=0, reproducible=False, **options)
+
+    reads, kernels = [], []
+    for steps in (4, 9, 14):
+        waits, counter = Waits(), OperatorCounter()
+        with watching(waits):
+            walk(steps)
+        with counter:
+            walk(steps)
+        reads.append(sum(waits.counts.values()))
+        kernels.append(counter.count)
+    assert reads == [reads[0]] * 3 and 1 <= reads[0] <= 4
+    assert kernels[2] - kernels[1] == kernels[1] - kernels[0]

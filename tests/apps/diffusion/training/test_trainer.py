@@ -13,9 +13,12 @@ from accelerate.utils import DistributedType
 import implicit
 from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
+from apps.diffusion.models import transformer
 from apps.diffusion.training import distributed as sharding
 from apps.diffusion.training import trainer as t
 from apps.diffusion.training.noise import training_noise
+from implicit.autodiff import tracked_steps
+from tests.helpers import Waits, watching
 
 SMALL = c.Config(
     model=c.ModelConfig(hidden=16, heads=2, condition_on_time=True),
@@ -173,3 +176,32 @@ def test_a_profile_is_a_trace_of_steps(tmp_path):
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="--device"):
         t.Trainer(dataclasses.replace(SMALL, device="nonsense"), digits("train"))
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "checkpointing": True}])
+def test_a_step_never_waits_for_the_device(options, monkeypatch):
+    """On the emulated device of `tests.helpers`, which counts reads of values; logging reads once every few steps.
+
+    The loader, which computes on the host, has done its part before. Two checks of values are made on a CPU alone, by
+    `device.type`, which is a CPU's here.
+    """
+    monkeypatch.setattr(transformer, "check_inputs", lambda *args, **kwargs: None)
+    monkeypatch.setattr(tracked_steps, "failed", lambda lost, stop: False)
+    trainer, _ = trained(steps=2, **options)
+    mode, batch = Waits(), trainer._batch()
+    monkeypatch.setattr(trainer, "_batch", lambda: batch)
+    with watching(mode):
+        for mode.evals in range(3):
+            trainer.step()
+    assert not mode.counts
+    with watching(mode):
+        mode.busy = True
+        trainer.synchronize()
+    assert sum(mode.counts.values()) == 1
+
+
+def test_the_log_is_written_every_so_many_steps_and_at_the_end():
+    config = dataclasses.replace(SMALL, optimizer=dataclasses.replace(SMALL.optimizer, images=16 * (t.LOG_EVERY + 3)))
+    trainer, seen = t.Trainer(config, digits("train")), []
+    trainer.run(lambda state: None, log=lambda entry, images: seen.append(images))
+    assert seen == [16 * t.LOG_EVERY, 16 * (t.LOG_EVERY + 3)]

@@ -1,0 +1,88 @@
+"""Quality and cost of sampling the networks in the repository."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report.formatting import NOTHING, table
+from benchmarks.report.results import read
+
+HEAD = "## Precision, reproducibility and overhead of sampling"
+NETWORKS = ("mnist-fpdm", "mnist-dit")
+
+
+def chapter(results: Path, images: Path) -> str:
+    path = results / "shipped.json"
+    found = read(path)
+    return "\n\n".join(
+        (
+            HEAD,
+            "The networks in the repository by their own settings (20 timesteps of DDPM, guidance 2), on one CPU "
+            "thread. Right labels and Fréchet distance by a LeNet of the held-out digits; pixels in 0..1.",
+            quality(found),
+            "CPU time of `--reproducible` (chunks of 16) and without it, in pairs; other processes were at work on the "
+            "machine.",
+            reproducible(found),
+            "A timestep of the sampler on 16 images beside its blocks and iterations in a bare loop, which has neither "
+            "the guidance's combination, nor the reverse step, nor the record of the effort: kernels, CPU time.",
+            _floor(found),
+            f"`{path.name}`: {_source(found)}.",
+        )
+    )
+
+
+def quality(found: dict[str, Any]) -> str:
+    """Scores and differences from float32 by network and precision."""
+    if "real training digits" not in found:
+        return NOTHING
+    rows = [
+        [
+            name,
+            row["sampling"],
+            str(row["samples"]),
+            f"{100 * row['right label']:.1f} %",
+            f"{row['Fréchet distance']:.2f}",
+            f"{row['RMS difference']:.5f}" if row["sampling"] != "float32" else "-",
+            f"{row['largest difference']:.4f}" if row["sampling"] != "float32" else "-",
+        ]
+        for name in NETWORKS
+        for row in found.get(name, {}).get("quality", [])
+    ]
+    real = found["real training digits"]
+    scores = [f"{100 * real['right label']:.1f} %", f"{real['Fréchet distance']:.2f}"]
+    rows.append(["real training digits", "-", str(real["images"]), *scores, "-", "-"])
+    head = ("network", "sampling", "samples", "right label", "Fréchet distance")
+    return table((*head, "RMS difference from float32", "largest"), rows)
+
+
+def reproducible(found: dict[str, Any]) -> str:
+    """Cost of equal bits by network and number of images."""
+    rows = [
+        [
+            name,
+            count,
+            f"{row['default']:.3g} s",
+            f"{row['reproducible']:.3g} s",
+            "{median:.2f} ({lower quartile:.2f} to {upper quartile:.2f})".format_map(row["ratio"]),
+        ]
+        for name in NETWORKS
+        for count, row in found.get(name, {}).get("reproducible", {}).items()
+    ]
+    return table(("network", "images", "without", "`--reproducible`", "ratio (quartiles)"), rows) if rows else NOTHING
+
+
+def _floor(found: dict[str, Any]) -> str:
+    rows = []
+    for name in NETWORKS:
+        if one := found.get(name, {}).get("floor"):
+            kernels, seconds = one["kernels of a timestep"], one["seconds of a timestep"]
+            times = f"{1e3 * seconds['floor']:.1f} ms", f"{1e3 * seconds['sampler']:.1f} ms"
+            counts = f"{kernels['floor']:.0f}", f"{kernels['sampler']:.0f}"
+            rows.append([name, *counts, *times, f"{one['ratio']['median']:.3f}"])
+    head = ("network", "kernels, bare", "kernels, sampler", "time, bare", "time, sampler", "ratio of times")
+    return table(head, rows) if rows else NOTHING
+
+
+def _source(found: dict[str, Any]) -> str:
+    if not found:
+        return NOTHING
+    return f"{found['command']}, {found['device']}, torch {found['versions']['torch']}, commit {found['commit']}"
