@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from implicit.loop.observation import Observation, as_array, fetch
+from implicit.loop.second_start import SecondStart
 from implicit.options import Fold
 from implicit.pytree import Flat, to_device, to_host
 from implicit.solution import Result
@@ -54,6 +55,7 @@ class ConvergenceMonitor:
     use_picard: Tensor | None = None  # (rows, 1) on the device, once the safeguard has set a sample to plain steps
     use_newton: Tensor | None = None  # (rows, 1) on the device, samples in the safeguard's Newton-Krylov stage, if any
     scale: Tensor | None = None  # (rows, 1) on the device, the share of the next step to take, if not all of it
+    at_start: Tensor | None = None  # (rows, 1) on the device, samples that are evaluated at z0 next, if any
     done: bool = False
     inconsistent: bool = False  # f gave another value at the z of a sample: coupling or noise
     noisy: bool = False  # it was noise
@@ -62,6 +64,7 @@ class ConvergenceMonitor:
         size = self.best_z.shape[0]
         self.layout, self.stop = self.criterion.layout, self.criterion.stop
         self.best_fz = self.best_z
+        self.second = SecondStart(self.best_z)
         self.rows = np.arange(size)
         self.code = np.full(size, _RUNNING, dtype=np.int8)
         self.evals = np.zeros(size, dtype=np.int64)
@@ -117,6 +120,8 @@ class ConvergenceMonitor:
         """
         if self.use_picard is not None:
             z = torch.where(self.use_picard, point.fz, z)
+        if self.at_start is not None:
+            z, self.at_start = torch.where(self.at_start, self._of_rows(self.second.z0), z), None
         if self.scale is not None:
             z = torch.where(self.scale < 1, torch.lerp(point.z, z, self.scale), z)
             # a sample in GMRES stays where it is for some evaluations before it takes its step
@@ -136,6 +141,7 @@ class ConvergenceMonitor:
         if self.safeguard is None or not self.safeguard.pending:
             return point, state
         resets = self.safeguard.pop_resets()
+        self._start_over(*self.safeguard.pop_starts())
         self.reset_at[resets] = self._made
         mask, failed = self._mask(resets), point
         self._set_stages()
@@ -144,6 +150,18 @@ class ConvergenceMonitor:
         point = Point(z, fz, point.product, point.remaining)
         self.scale = self._mask(self.safeguard.scale).to(self.layout.dtype) if self.safeguard.shortened else None
         return point, solver.retreat(point, failed, state, mask, self._mask(self.safeguard.on(Stage.CAUTIOUS)))
+
+    def _start_over(self, over: np.ndarray, back: np.ndarray) -> None:
+        """Begin a second attempt for the samples in `over`, and end that of those in `back`."""
+        self._end_second(back)
+        if over.any():
+            self.second.begin(over, Point(self.best_z, self.best_fz), (self.residual, self.size, self.since))
+            self.at_start = self._mask(over)
+
+    def _end_second(self, which: np.ndarray) -> None:
+        """Take back the best iterates of a first attempt that the second one has not improved on."""
+        best = self.second.end(which, Point(self.best_z, self.best_fz), (self.residual, self.size, self.since))
+        self.best_z, self.best_fz = best.z, best.fz
 
     def _set_stages(self) -> None:
         """Bring the masks of the safeguard's stages to the device."""
@@ -195,6 +213,10 @@ class ConvergenceMonitor:
         finite = np.isfinite(r) & np.isfinite(s)
         live = running & finite
         converged = live & (classify(r, tolerance) == Result.CONVERGED)
+        away = np.zeros_like(live)
+        if self.safeguard is not None:
+            away = live & self.safeguard.ran_away(rows, r, s, self.residual[rows], self.size[rows], converged)
+            converged &= ~away
         stopped = live & ~converged & (False if seen.stopped is None else seen.stopped.cpu().numpy())
         better = (live & (r < self.residual[rows])) | converged | stopped
         self._update_best(seen, better, r, s)
@@ -211,7 +233,7 @@ class ConvergenceMonitor:
         if self.safeguard is not None:
             broken[fresh] &= ~self.safeguard.allow_retry(rows[fresh], broken[fresh], self.residual)
             still = live & ~converged & ~stopped & ~stalled & fresh
-            self.safeguard.update(rows[still], r[still], self.residual, seen.calls - self.begin)
+            self.safeguard.update(rows[still], r[still], self.residual, seen.calls - self.begin, away[still])
         if self.callback is not None:
             self._report(seen, r, running)
         ends = (converged, broken, stalled, stopped)
@@ -348,16 +370,17 @@ class ConvergenceMonitor:
 
     def best_iterates(self) -> Point:
         """The best iterates of `rows`."""
-        if len(self.rows) == len(self.code):
-            return Point(self.best_z, self.best_fz)
-        index = to_device(self.rows, self.layout.device)
-        return Point(self.best_z[index], self.best_fz[index])
+        return Point(self._of_rows(self.best_z), self._of_rows(self.best_fz))
+
+    def _of_rows(self, x: Tensor) -> Tensor:
+        return x if len(self.rows) == len(self.code) else x[to_device(self.rows, self.layout.device)]
 
     # ---- the end
 
     def close(self) -> None:
         """No more evaluations: what still runs has spent the budget."""
         self._flush()
+        self._end_second((self.code != Result.CONVERGED) & (self.code != Result.STOPPED))
         left = self.code == _RUNNING
         self.evals[left] = self._calls
         self.code[left] = Result.NONDETERMINISTIC if self.noisy else Result.MAX_EVALS

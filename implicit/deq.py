@@ -12,8 +12,8 @@ from implicit.grads.ift import IFT
 from implicit.grads.stochastic_jfb import StochasticJFB
 from implicit.pytree import Map, State
 from implicit.solution import Adjoint
-from implicit.solvers.anderson_gs import AndersonGS
 from implicit.solvers.base import AbstractSolver
+from implicit.solvers.multisecant import Multisecant
 from implicit.stopping import Stop
 
 
@@ -38,7 +38,7 @@ class DEQ(nn.Module):
         self,
         f: Map,
         *,
-        solver: AbstractSolver[Any] = AndersonGS(),
+        solver: AbstractSolver[Any] = Multisecant(),
         grad: AbstractGrad = IFT(),
         stop: Stop = Stop(),
         eval_stop: Stop | None = None,

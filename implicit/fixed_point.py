@@ -25,7 +25,7 @@ def fixed_point(
     f: Map,
     z0: State | Callable[[torch.Generator | None], State],
     *args: Any,
-    solver: AbstractSolver[Any] = AndersonGS(),
+    solver: AbstractSolver[Any] = Multisecant(),
     grad: AbstractGrad = IFT(),
     stop: Stop = Stop(),
     batch_dims: int = 1,
@@ -139,7 +139,7 @@ def check_types(solver: object, grad: object, stop: object) -> None:
     """
     known = {kind.__name__.lower(): kind.__name__ for kind in (*_SOLVERS, *AbstractGrad.__subclasses__())}
     for name, given, kind, example in (
-        ("solver", solver, AbstractSolver, "AndersonGS()"),
+        ("solver", solver, AbstractSolver, "Multisecant()"),
         ("grad", grad, AbstractGrad, "IFT()"),
         ("stop", stop, Stop, "Stop(rtol=1e-4)"),
     ):

@@ -7,6 +7,9 @@ For every sample, on the host, from the residuals that the loop reads anyway:
                the next step is taken, then a sixteenth, and so on; a sample that is not finite `tries` times in a row
                has failed. In the Newton-Krylov stage residuals may grow; a value that is not finite ends it, as a
                blow-up ends a plain stage.
+    run-away   ||r|| exceeds the smallest so far, at ||f(z)|| 1e4 times that of the best iterate, 1e8 times in the
+               Newton-Krylov stage: as a blow-up, and no convergence where it meets the tolerance, for a relative one
+               admits any ||r|| of a state that is large enough.
     stall      the smallest residual has not fallen to `gain` of what it was within `patience` evaluations: the next
                stage, from the best iterate,
 
@@ -14,11 +17,14 @@ For every sample, on the host, from the residuals that the loop reads anyway:
 
                A stage lasts as long as it gains. Plain steps are judged after 8: they go on if that rate, kept up for
                twice the patience, would reach `gain`. After a round of all stages the patience doubles.
+    new start  the stages after the first accelerated one have not halved the smallest residual: the next round begins
+               at the start of the solve, with plain steps, and the one after it at the best iterate of all
+               (`implicit.loop.second_start`).
 
 The Newton-Krylov stage lasts two patiences and 12 steps of a small state, 4 of a large one. States of more than 20
 numbers skip it in the first round; solvers with a cautious stage take it before that one after two blow-ups. Maps that
 cannot be differentiated skip it always. Solvers without a cautious stage lose their history with every reset, and have
-other `Limits`. In a solve without a tolerance no residual is read, and the safeguard is off.
+other `Limits`, and no new start. In a solve without a tolerance no residual is read, and the safeguard is off.
 """
 
 from dataclasses import dataclass
@@ -27,6 +33,8 @@ from enum import IntEnum
 import numpy as np
 
 _SHORTER = 0.25
+_RUN_AWAY, _NEWTON_AWAY = 1e4, 1e8  # growth of ||f(z)|| that is no way to a fixed point: of a claim, of a Newton step
+_NO_GAIN = 0.5  # the share of the residual that the stages after the accelerated one must reach
 _SMALL = 20  # numbers of a state whose Newton-Krylov steps cost little
 
 
@@ -49,6 +57,7 @@ class Limits:
         tries: values in a row that are not finite, after which a sample has failed.
         plain: length of the plain stage, in `patience`.
         trial: plain steps after which their gain is projected to the whole stage; 0, not before its end.
+        new_start: whether a round that gained nothing is followed by one from the start of the solve.
     """
 
     gain: float
@@ -56,10 +65,11 @@ class Limits:
     tries: int
     plain: int
     trial: int
+    new_start: bool
 
 
-CAUTIOUS = Limits(gain=0.1, blown=1e4, tries=8, plain=2, trial=8)
-HISTORY_LOST = Limits(gain=0.5, blown=1e3, tries=2, plain=6, trial=0)
+CAUTIOUS = Limits(gain=0.1, blown=1e4, tries=8, plain=2, trial=8, new_start=True)
+HISTORY_LOST = Limits(gain=0.5, blown=1e3, tries=2, plain=6, trial=0, new_start=False)
 
 
 class StagedSafeguard:
@@ -87,6 +97,9 @@ class StagedSafeguard:
         self.failing = False
         self.blown = np.zeros(size, dtype=np.int64)  # blow-ups in all
         self.rounds = np.zeros(size, dtype=np.int64)
+        self.over = np.zeros(size, dtype=bool)  # samples that begin again at the start of the solve,
+        self.back = np.zeros(size, dtype=bool)  # and those that return from there to their best iterate
+        self.turned = np.full(size, np.inf)  # the smallest residual when the accelerated stage of this round ended
         self.mark = np.full(size, np.inf)  # the smallest residual when the present stage began
         self.least = np.full(size, np.inf)  # the smallest residual at the last call
         self.begun = False
@@ -116,6 +129,12 @@ class StagedSafeguard:
         resets, self.resets, self.pending = self.resets, np.zeros_like(self.resets), False
         return resets
 
+    def pop_starts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which samples begin again at the start of the solve, and which return from there; asked once."""
+        over, back = self.over, self.back
+        self.over, self.back = np.zeros_like(over), np.zeros_like(back)
+        return over, back
+
     def leave_out(self, stage: Stage) -> None:
         """No sample enters `stage` any more: the solver has none, or f cannot be differentiated."""
         if stage in self.stages:
@@ -125,6 +144,16 @@ class StagedSafeguard:
     def _schedule_reset(self, rows: np.ndarray) -> None:
         if len(rows):
             self.resets[rows] = self.pending = True
+
+    def ran_away(
+        self, rows: np.ndarray, r: np.ndarray, s: np.ndarray, best: np.ndarray, size: np.ndarray, met: np.ndarray
+    ) -> np.ndarray:
+        """Which of `rows` are far off, at the norm s of f(z) where their best iterates have `size`.
+
+        `met` are those whose residual r meets the tolerance.
+        """
+        newton = self.stage[rows] == Stage.NEWTON
+        return (r > best) & (met | newton) & (s > np.where(met, _RUN_AWAY, _NEWTON_AWAY) * size)
 
     def allow_retry(self, rows: np.ndarray, broken: np.ndarray, best: np.ndarray) -> np.ndarray:
         """Of the samples whose f(z) is not finite, those that may go back and try again."""
@@ -147,11 +176,11 @@ class StagedSafeguard:
             self.due[ended] = self.next_due = 0
         self._schedule_reset(rows)
 
-    def update(self, rows: np.ndarray, r: np.ndarray, best: np.ndarray, calls: int) -> None:
-        """Take in the finite residuals r of `rows` and the smallest ones of all samples."""
+    def update(self, rows: np.ndarray, r: np.ndarray, best: np.ndarray, calls: int, away: np.ndarray) -> None:
+        """Take in the finite residuals r of `rows`, the smallest ones of all samples, and which `rows` ran away."""
         if not self.begun:
             self.mark, self.begun = best.copy(), True
-        blown = (r > self.limits.blown * best[rows]) & (self.stage[rows] != Stage.NEWTON)
+        blown = (r > self.limits.blown * best[rows]) & (self.stage[rows] != Stage.NEWTON) | away
         self._fail(rows[blown])
         if self.failing:
             better = rows[best[rows] < self.least[rows]]
@@ -169,7 +198,10 @@ class StagedSafeguard:
         plain = self.limits.plain * self.patience[due]
         share = np.where((self.stage[due] == Stage.PLAIN) & (self.limits.trial > 0), self.limits.trial / plain, 1.0)
         stuck = due[~(best[due] <= self.limits.gain**share * self.mark[due])]
+        first, before = stuck[self.stage[stuck] == Stage.ACCELERATED], self.rounds[stuck].copy()
+        self.turned[first] = best[first]
         self.stage[stuck] = self._following(stuck)
+        self._start_over(stuck[self.rounds[stuck] > before], best)
         self.scale[stuck], self.failures[stuck] = 1.0, 0
         self._schedule_reset(stuck)
         self.mark[due] = best[due]
@@ -177,6 +209,15 @@ class StagedSafeguard:
         trial = np.full(len(due), self.limits.trial) if self.limits.trial else self.limits.plain * patience
         lengths = [patience, patience, trial, 2 * patience + self.newton_length]
         self.due[due] = calls + np.choose(self.stage[due], lengths)
+
+    def _start_over(self, wrapped: np.ndarray, best: np.ndarray) -> None:
+        """Of samples that have completed a round, those that begin again at the start, and those that did so before."""
+        if not self.limits.new_start or not len(wrapped):
+            return
+        odd = self.rounds[wrapped] % 2 == 1
+        over = wrapped[odd & (best[wrapped] > _NO_GAIN * self.turned[wrapped])]
+        self.over[over], self.stage[over] = True, Stage.PLAIN
+        self.back[wrapped[~odd]] = True
 
     def _following(self, rows: np.ndarray) -> np.ndarray:
         """The stage after the present one; a completed round doubles the patience."""

@@ -18,6 +18,7 @@ CORE = (
         "autodiff.recomputation",
         "staged_safeguard",
         "loop.observation",
+        "loop.second_start",
         "convergence",
         "loop.verification",
     ),

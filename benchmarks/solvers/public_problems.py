@@ -23,8 +23,8 @@ from implicit import AbstractSolver, AndersonGS, Multisecant, Stop, fixed_point
 RESULT = RESULTS / "public_problems.json"
 BUDGET = 700
 OURS: dict[str, AbstractSolver[Any]] = {
-    "Multisecant": Multisecant(),
-    "AndersonGS (default)": AndersonGS(),
+    "Multisecant (default)": Multisecant(),
+    "AndersonGS": AndersonGS(),
     **CLASSICAL,
 }
 

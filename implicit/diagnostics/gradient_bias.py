@@ -18,7 +18,7 @@ from implicit.diagnostics.profiling import Measured, measure, paced
 from implicit.diagnostics.reference_gradient import Loss, exact_gradient
 from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, Reversible, StochasticJFB, Unrolled
 from implicit.pytree import Layout, Map, State, map_tensors
-from implicit.solvers import AbstractSolver, AndersonGS
+from implicit.solvers import AbstractSolver, Multisecant
 from implicit.stopping import Stop
 
 
@@ -85,7 +85,7 @@ def gradient_bias(
     estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad] | None = None,
     params: Iterable[Tensor] | None = None,
     loss: Loss | None = None,
-    solver: AbstractSolver[Any] = AndersonGS(),
+    solver: AbstractSolver[Any] = Multisecant(),
     stop: Stop = Stop(),
     batch_dims: int = 1,
     draws: int = 8,

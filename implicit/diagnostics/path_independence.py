@@ -21,8 +21,8 @@ from torch import Tensor
 from implicit.fixed_point import fixed_point
 from implicit.pytree import Layout, Map, State, norm
 from implicit.solution import Solution
-from implicit.solvers.anderson_gs import AndersonGS
 from implicit.solvers.base import AbstractSolver
+from implicit.solvers.multisecant import Multisecant
 from implicit.stopping import Stop
 
 
@@ -53,7 +53,7 @@ def path_independence(
     z0: State,
     *args: Any,
     start: State | None = None,
-    solver: AbstractSolver[Any] = AndersonGS(),
+    solver: AbstractSolver[Any] = Multisecant(),
     stop: Stop = Stop(max_evals=500),
     batch_dims: int = 1,
 ) -> PathIndependence:

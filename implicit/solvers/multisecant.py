@@ -213,7 +213,8 @@ class Multisecant(AbstractSolver[MultisecantState]):
         row, k = by_dr[:, 1], by_dr.shape[2]
         # a pair of rounding errors alone is none
         size = row[:, slot].detach()
-        noise = (_NOISE * torch.finfo(new.dtype).eps * _norm(point.fz)[:, 0]) ** 2
+        far = torch.maximum(_norm(point.fz), _norm(new[:, 2]))[:, 0]
+        noise = (_NOISE * torch.finfo(new.dtype).eps * far) ** 2
         real = (size > noise.clamp_min(torch.finfo(new.dtype).tiny)) & size.isfinite()
         none = ~real.unsqueeze(1)
         row, down, across = (x.masked_fill(none, 0) for x in (row, by_dr[:, 2], by_df[:, 1]))

@@ -21,7 +21,7 @@ def test_the_guide_shows_the_numbers_that_were_measured(tmp_path):
     report.guide(result, page)
     assert page.read_text() == (DOCS / "solvers.md").read_text()
     found = json.loads(result.read_text())
-    found["summary"]["float64 to 1e-10"]["implicit AndersonGS (default)"] = "13 of 14, 999 evaluations"
+    found["summary"]["float64 to 1e-10"]["implicit Multisecant (default)"] = "13 of 14, 999 evaluations"
     (tmp_path / "other.json").write_text(json.dumps(found))
     report.guide(tmp_path / "other.json", page)
     assert "13 of 14, 999 evaluations" in page.read_text()

@@ -46,7 +46,7 @@ def test_a_solution_shows_how_it_ended_in_one_line():
 
 def test_a_layer_shows_its_settings():
     shown = repr(DEQ(half))
-    assert "AndersonGS(" in shown and "IFT(" in shown and "Stop(rtol=0.0001" in shown
+    assert "Multisecant(" in shown and "IFT(" in shown and "Stop(rtol=0.0001" in shown
 
 
 def test_a_solution_in_place_of_a_tensor_is_named():
