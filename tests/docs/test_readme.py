@@ -27,7 +27,7 @@ HELD_BY = {
         "implicit/autodiff/test_functorch.py::test_transform_equals_the_reference",
     ),
     "A map that has changed": (
-        "implicit/grads/test_contracts.py::test_a_map_that_changes_before_the_backward_pass_is_refused",
+        "implicit/grads/test_changing_maps.py::test_a_map_that_changes_before_the_backward_pass_is_refused",
     ),
     "The value and the result are the same": (
         "implicit/grads/test_contracts.py::test_one_value_and_result_with_and_without_a_graph",

@@ -34,6 +34,7 @@ def documented(site: Path) -> set[str]:
     return set(re.findall(r"^(\S+) py:", zlib.decompress(compressed).decode(), re.M))
 
 
+@pytest.mark.slow
 def test_every_public_name_is_in_the_reference(site):
     names = documented(site)
     for module in (implicit, diagnostics, solvers):
@@ -43,6 +44,7 @@ def test_every_public_name_is_in_the_reference(site):
         assert public and not missing, f"{module.__name__}: {missing}"
 
 
+@pytest.mark.slow
 def test_pages_need_no_network(site):
     loaded = r"<(?:script|link|img)[^>]*?(?:src|href)=\"(https?://[^\"]+)\""
     for page in site.rglob("*.html"):
