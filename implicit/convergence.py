@@ -288,11 +288,13 @@ class ConvergenceMonitor:
         same = np.abs(r - self.residual[rows]) <= REPEATABLE * self.layout.eps * np.maximum(s, self.size[rows])
         # with `Stop.late` a better iterate may have been read after this point was made
         held = seen.held & (self.since[rows] < seen.calls - (self.stop.check_every if self.stop.late else 0))
-        lost = held & ~same & ~(r <= tolerance) & (self.code[rows] == Result.CONVERGED)
+        above = held & ~(r <= tolerance) & (self.code[rows] == Result.CONVERGED)
+        lost = above & ~same
         moved = held & ~same & (self.code[rows] == _RUNNING) & np.isfinite(self.residual[rows])
         self._lost = rows[lost]
         drifted = seen.held & ~same & (r <= tolerance) & (self.code[rows] == Result.CONVERGED)
         self.residual[rows[drifted]] = r[drifted]
+        self._release(rows[above & same])  # by rounding, or by mates that move as little: the sample goes on
         if self.noisy:
             self._release(self._lost)
         elif lost.any() or moved.any():

@@ -244,6 +244,19 @@ def test_one_nan_on_the_way_is_forgiven_however_residuals_are_read(solver, stop)
         assert not solver.patience or (relative(f, fixed.value) <= 1e-8).all()
 
 
+@pytest.mark.filterwarnings("ignore:f takes one sample")
+@each_solver
+def test_mates_that_move_by_rounding_alone_leave_no_false_claim(solver):
+    """A residual just below the tolerance rises above it by less than what two evaluations may differ by."""
+    for seed in range(8):
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).half()
+        f = lambda z, x=x: 0.5 * (z - z.mean(0)) + x  # noqa: E731
+        found = solve(f, torch.zeros(3, 4).half(), solver=solver, stop=Stop(rtol=1e-2, max_evals=90))
+        again = f(found.value).double()
+        off = (again - found.value.double()).norm(dim=1) / again.norm(dim=1)
+        assert (off[found.converged] <= 1.02e-2).all(), (seed, off)
+
+
 def map_with_a_hole(rows, seed):
     """f is NaN where a state is large, which extrapolations meet again and again; and (a, b), its arguments."""
     rng = torch.Generator().manual_seed(seed)
