@@ -197,6 +197,15 @@ def largest_batch(peaks: dict[int, int], capacity: float) -> int:
     return max(0, int((capacity - (low - slope * a)) // slope))
 
 
+def fits(row: tuple[str, ...], peaks: dict[int, int], capacity: float) -> str:
+    """The largest batch of a row. With checkpointing the peak moves from the end of the backward pass to its beginning
+    as the batch grows. A maximum of lines is convex, so that the line through two batches then gives a bound.
+    """
+    if len(peaks) < 2:
+        return "-"
+    return f"{'at most ' if 'checkpointed' in row else ''}{largest_batch(peaks, capacity)}"
+
+
 def by_row(measured: list[dict[str, Any]]) -> dict[tuple[str, str, str, str], dict[int, int]]:
     """Row -> batch -> peak bytes."""
     rows: dict[tuple[str, str, str, str], dict[int, int]] = {}
@@ -215,9 +224,9 @@ def markdown(measured: list[dict[str, Any]]) -> str:
         base = rows.get(("DiT", "", *row[2:]), {})
         both = max(peaks.keys() & base.keys(), default=None)
         share = "-" if both is None else f"{peaks[both] / base[both]:.2f} (batch {both})"
-        fits = [str(largest_batch(peaks, size)) if len(peaks) > 1 else "-" for size in CARDS.values()]
+        cards = [fits(row, peaks, size) for size in CARDS.values()]
         sizes = [f"{peaks[b] / GIB:.2f}" if b in peaks else "-" for b in batches]
-        lines.append([", ".join(filter(None, row)), *sizes, share, *fits])
+        lines.append([", ".join(filter(None, row)), *sizes, share, *cards])
     head = ["training step", *(f"batch {b}" for b in batches), "of the same DiT"]
     return table([*head, *(f"largest batch, {card}" for card in CARDS)], lines)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.diffusion.memory import CARDS, GIB, Case, by_row, extrapolated, largest_batch, markdown
+from benchmarks.diffusion.memory import CARDS, GIB, Case, by_row, extrapolated, fits, markdown
 from benchmarks.report.formatting import NOTHING, table
 from benchmarks.report.results import read
 
@@ -25,7 +25,8 @@ def chapter(results: Path, images: Path) -> str:
             HEAD,
             "Peak of weights, gradients, AdamW's state, activations and temporaries in a step, in GiB; float32 unless "
             "bf16 autocast is named; workspaces inside kernels and fragmentation are not included. The largest batch "
-            "on a card follows from the line through the two largest batches of a row; 80 GB and 16 GB are nominal.",
+            "on a card follows from the line through the two largest batches of a row, which is an upper bound with "
+            "checkpointing, where the peak is convex in the batch; 80 GB and 16 GB are nominal.",
             "The paper: *60 % less training memory than DiT-XL/2*. Here, the same options on both sides:",
             _less(peaks),
             fitting(found),
@@ -34,7 +35,7 @@ def chapter(results: Path, images: Path) -> str:
             "by the line through their forward and backward passes (IFT: at most 12 products in the backward pass); "
             "S-JFB in the same way, beside its prediction above:",
             extrapolated(found["real"]) if found.get("real") else NOTHING,
-            f"Predicted peak over the count of a real step on the CPU: {'; '.join(checks) or NOTHING}.",
+            f"Predicted peak over the count of a real step on the CPU{_of(found)}: {'; '.join(checks) or NOTHING}.",
             f"On a GPU: {NOTHING}. `{path.name}`: {_source(found)}.",
         )
     )
@@ -61,9 +62,8 @@ def fitting(found: dict[str, Any]) -> str:
     lines = []
     for card, capacity in CARDS.items():
         for row in ROWS:
-            cells = [peaks.get((*row, *setting), {}) for setting in SETTINGS]
-            fits = [str(largest_batch(at, capacity)) if len(at) > 1 else NOTHING for at in cells]
-            lines.append([card, ", ".join(filter(None, row)), *fits])
+            cells = [fits(setting, peaks.get((*row, *setting), {}), capacity) for setting in SETTINGS]
+            lines.append([card, ", ".join(filter(None, row)), *cells])
     return table(["card", "largest batch", *_HEAD], lines)
 
 
@@ -99,6 +99,11 @@ def _saved(
 ) -> str:
     mine, theirs = (peaks.get(row, {}).get(batch) for row in (ours, base))
     return f"{100 * (1 - mine / theirs):.0f} %" if mine and theirs else NOTHING
+
+
+def _of(found: dict[str, Any]) -> str:
+    """What the validation is of, where it is not of the predictions' own step."""
+    return f" ({found['validation of']})" if "validation of" in found else ""
 
 
 def _named(case: dict[str, Any]) -> str:
