@@ -85,6 +85,8 @@ def guide(result: Path, page: Path) -> None:
         found = read(result)
         text = mark(page.read_text(), "peers", core_solvers.counts(found))
         text = mark(text, "overhead", core_solvers.beside_torchdeq(found))
+        public = read(result.with_name("public_problems.json"))
+        text = mark(text, "public problems", core_solvers.public(public)) if public else text
         compiled = read(result.with_name("compiled.json"))
         page.write_text(mark(text, "compiled", core_solvers.compiled(compiled)) if compiled else text)
 

@@ -54,6 +54,18 @@ def compiled(found: dict[str, Any]) -> str:
     return table(("solve", "microseconds of CPU each", "seconds to compile"), rows)
 
 
+def public(found: dict[str, Any]) -> str:
+    """Problems solved and evaluations, of our solvers on collections of others."""
+    solvers = list(next(iter(found.values())))
+    sizes = [next(iter(rows.values()))["total"]["problems"] for rows in found.values()]
+    head = ["solver", *(f"{size} {name}" for size, name in zip(sizes, found, strict=True))]
+
+    def cell(total: dict[str, int]) -> str:
+        return f"{total['solved']} solved, {total['evaluations']} evaluations"
+
+    return table(head, ([solver, *(cell(rows[solver]["total"]) for rows in found.values())] for solver in solvers))
+
+
 def counts(found: dict[str, Any]) -> str:
     """Problems solved and evaluations in sum."""
     precisions = list(found["summary"])
