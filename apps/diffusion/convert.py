@@ -1,7 +1,8 @@
 """Convert a trained network: `python -m apps.diffusion.convert CHECKPOINT --out DIR [--to LAYOUT]`.
 
 CHECKPOINT is a file (.pt, .pth, .bin or .safetensors) in the layout of the DiT or the FPDM repository or of
-diffusers, or a folder: a diffusers model, a model that this command wrote, or a training run. DIR becomes
+diffusers, or a folder: a diffusers model, a model that this command wrote, or a training run; or the name of a
+network of the repository. DIR becomes
 
     ours        config.json, diffusion_pytorch_model.safetensors      DiT.from_pretrained(DIR) or FPDM...
     diffusers   the same two files                                    DiTTransformer2DModel.from_pretrained(DIR)
@@ -40,7 +41,7 @@ class Request:
     """Convert a trained DiT or FPDM between the published layouts, diffusers and ours."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """File, or folder of a model or a training run."""
+    """File, or folder of a model or a training run, or the name of a network of the repository (mnist-fpdm)."""
     out: Path
     """Folder to write."""
     to: Literal["ours", "dit", "fpdm", "diffusers", "pipeline"] = "ours"
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         if request.to == "pipeline":
             print(write_pipeline(request))
         else:
-            print(write(read_network(request.checkpoint, request.options()), request))
+            print(write(read_network(pretrained.locate(request.checkpoint), request.options()), request))
 
     return run_command("convert", command, argv, after="Nothing was written.")
 
@@ -104,7 +105,7 @@ def write(model: DiT | FPDM, request: Request) -> str:
     layout = {"DiT": "dit", "FPDM": "fpdm"}[type(model).__name__]
     if request.to in ("dit", "fpdm") and request.to != layout:
         raise ValueError(
-            f"This is a {type(model).__name__}, which cannot be written as --to {request.to}; take {layout}."
+            f"A network of the class {type(model).__name__} cannot be written as --to {request.to}; take {layout}."
         )
     result: Any = state_dicts.to_diffusers(model) if request.to == "diffusers" else model
     with atomic_path(request.out) as partial:

@@ -28,10 +28,11 @@ def parse(argv: Sequence[str]) -> tuple[Config, bool]:
     Raises:
         ValueError: no DiT, or a value that is not allowed.
     """
-    if not argv or argv[0] in ("-h", "--help"):
+    if argv and argv[0] in ("-h", "--help"):
         return parse_flags("distill", ["--help"], Config())
-    if argv[0].startswith("-"):
-        raise ValueError(f"The first argument is the DiT to distill, got {argv[0]}; give a folder, a file or a name.")
+    if not argv or argv[0].startswith("-"):
+        got = argv[0] if argv else "none"
+        raise ValueError(f"The first argument is the DiT to distill, got {got}; give a folder, a file or a name.")
     from apps.diffusion.training.distillation import student_config
 
     config, resume = parse_flags("distill", argv[1:], student_config(Path(argv[0])))

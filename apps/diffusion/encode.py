@@ -55,8 +55,8 @@ class Request:
     """Device: auto (the first available one of cuda, mps, xpu and cpu), or its name."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "batch", "shard_size", "workers"):
-            if getattr(self, name) < 1:
+        for name in ("size", "least", "batch", "shard_size", "workers"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
 
 

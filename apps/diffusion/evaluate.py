@@ -80,8 +80,9 @@ class Request:
             raise ValueError(f"--neighbors {self.neighbors} must name a .png file.")
         if self.save is not None and (self.save.suffix != ".safetensors" or self.save.exists()):
             raise ValueError(f"--save {self.save} must be a new file whose name ends in .safetensors.")
-        if self.save is not None and not self.save.parent.is_dir():
-            raise ValueError(f"--save {self.save}: there is no folder {self.save.parent}; make it, or give another.")
+        for name, file in (("save", self.save), ("neighbors", self.neighbors)):
+            if file is not None and not file.parent.is_dir():
+                raise ValueError(f"--{name} {file}: there is no folder {file.parent}; make it, or give another.")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -56,7 +56,7 @@ class FixedPointPipeline(SamplingPipeline):
         """
         pipe = cls._open(source, vae=vae, scheduler=scheduler)
         if torch_dtype is not None:
-            pipe.model.to(torch_dtype)
+            torch.nn.Module.to(pipe.model, dtype=torch_dtype)
         return pipe
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Anderson acceleration by Gram-Schmidt: no small systems, a long memory at little cost. The default solver.
+"""Anderson acceleration by Gram-Schmidt: no small systems, a long memory at little cost.
 
 Setting: r_k = f(z_k) - z_k. Each step gives a pair of differences (q, d) = (r_k - r_{k-1}, f(z_k) - f(z_{k-1})), made
 orthogonal to the earlier ones,

@@ -1,4 +1,4 @@
-"""The multisecant method (Anderson acceleration of type I) over a long, filtered window.
+"""The multisecant method (Anderson acceleration of type I) over a long, filtered window. The default solver.
 
 Setting: r_k = f(z_k) - z_k. With the differences of the last points as columns,
 

@@ -5,7 +5,8 @@ A new solver or estimator of `implicit` is one more line here, which makes it a 
 """
 
 import inspect
-from typing import Annotated, Any
+import re
+from typing import Annotated, Any, get_args
 
 import tyro
 
@@ -38,12 +39,9 @@ Grad = (
 )
 
 
+# AndersonGS is anderson-gs, as in `solver:anderson-gs`
 _BY_NAME = {
-    "picard": implicit.Picard,
-    "anderson": implicit.Anderson,
-    "anderson-gs": implicit.AndersonGS,
-    "broyden": implicit.Broyden,
-    "newton-krylov": implicit.NewtonKrylov,
+    re.sub("(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower(): kind for kind, _ in map(get_args, get_args(Solver))
 }
 REGISTRY = tyro.constructors.ConstructorRegistry()
 
@@ -70,7 +68,7 @@ def check_pair(grad: implicit.AbstractGrad, solver: implicit.AbstractSolver[Any]
     if isinstance(grad, implicit.SHINE) and all(getattr(own, i, None) is getattr(base, i, None) for i in inverses):
         raise ValueError(
             f"SHINE needs a solver with an approximate inverse, and {own.__name__} has none; use solver:broyden, "
-            "solver:anderson, solver:anderson-gs or solver:bad-broyden."
+            "solver:anderson, solver:anderson-gs, solver:multisecant or solver:bad-broyden."
         )
     if isinstance(grad, implicit.Reversible) and solver != implicit.Picard():
         raise ValueError(

@@ -115,6 +115,8 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
         files = [root / file for file in listed.files]
     total = hashlib.sha256(f"size {size}".encode())
     for file in files:
+        if not file.is_file():  # reading a named pipe would wait for a writer
+            raise ValueError(f"{file} is a link to no file, or not a regular file; take it out of the folder.")
         total.update(file.relative_to(root).as_posix().encode(errors="surrogateescape"))
         total.update(hashlib.sha256(file.read_bytes()).digest())
 

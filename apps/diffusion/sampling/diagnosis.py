@@ -84,10 +84,12 @@ def diagnose_timesteps(
         device: where the model is.
 
     Raises:
-        ValueError: the network has no fixed-point layer.
+        ValueError: the network has no fixed-point layer, or the plan samples in parallel over the timesteps.
     """
     if not isinstance(model, FPDM):
         raise ValueError(f"A {type(model).__name__} has no fixed-point layer; give an FPDM.")
+    if plan.parallel is not None:
+        raise ValueError("A diagnosis goes from timestep to timestep, and parallel sampling does not; leave it out.")
     calls: list[tuple[Tensor, ...]] = []
     handle = model.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
     try:

@@ -9,18 +9,21 @@ import numpy as np
 import torch
 
 from apps.diffusion.config.sampling import Allocation, OptionError, ParallelSolver, Sampler, SamplingOptions, Start
-from apps.diffusion.sampling.options import as_integer, as_integers
+from apps.diffusion.sampling.options import as_integer, as_integers, as_number
 from apps.diffusion.sampling.warm_start import Reuse
 
 _KEYWORDS = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 
 
 def options_of(**given: Any) -> SamplingOptions:
-    """The keywords of a call as sampling options; whole numbers may be those of numpy or torch."""
+    """The keywords of a call as sampling options; numbers may be those of numpy or torch."""
     given = {name: value for name, value in given.items() if value is not None}
     for name in ("steps", "block_passes", "guidance_channels", "window"):
         if name in given:
             given[name] = as_integer(keyword(name), given[name], 1)
+    for name in ("guidance", "macs", "seconds", "eta", "parallel_rtol"):
+        if name in given:
+            given[name] = as_number(keyword(name), given[name])
     for name, least in (("iterations", 1), ("timesteps", 0)):
         if name in given:
             given[name] = as_integers(name, given[name], least)

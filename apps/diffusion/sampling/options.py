@@ -79,8 +79,10 @@ def plan(
     if not options.timesteps:
         check_pair(noise["prediction_type"], zero_snr, noise["timestep_spacing"])
     check_start(visited, zero_snr, noise["num_train_timesteps"])
-    Reverse(scheduler, visited, eta=options.value("eta"))  # raises where they do not fit
+    reverse = Reverse(scheduler, visited, eta=options.value("eta"))  # raises where they do not fit
     solve = _solve(model, options, len(visited), guidance, stop, warm_start) if model.has_fixed_point else None
+    if options.parallel is not None:
+        _check_parallel(reverse, solve)
     found = SamplingPlan(
         scheduler=scheduler,
         timesteps=visited,
@@ -108,6 +110,19 @@ def _parallel(options: SamplingOptions) -> Parallel | None:
         return None
     rtol = Parallel.rtol if options.parallel_rtol is None else options.parallel_rtol
     return Parallel(solver=options.parallel, rtol=rtol, window=options.window)
+
+
+def _check_parallel(reverse: Reverse, solve: Solve | None) -> None:
+    """Raises OptionError or ValueError where timesteps depend on one another beyond x."""
+    if not reverse.closed_form:
+        raise OptionError(
+            f"{{0}} is for ddim and ddpm; {type(reverse.scheduler).__name__} carries a state from timestep to "
+            "timestep. Leave {0} out, or give {1} ddim.",
+            "parallel",
+            "sampler",
+        )
+    if solve is not None:
+        solve.alike()
 
 
 def _measured(
@@ -150,7 +165,10 @@ def _timesteps(
             message = f"{{0}} = {budget} means {budget // each} timesteps; leave out {{1}}."
             raise OptionError(message, "block_passes", "steps")
         steps = budget // each
-    return timesteps(steps, noise["timestep_spacing"], noise["num_train_timesteps"])
+    most = noise["num_train_timesteps"]
+    if steps > most:
+        raise OptionError(f"{{0}} = {steps} exceeds the {most} timesteps of the noise schedule; take fewer.", "steps")
+    return timesteps(steps, noise["timestep_spacing"], most)
 
 
 def _solve(
@@ -173,16 +191,38 @@ def _solve(
     elif options.macs is not None:
         iterations = iteration_budget.within_macs(model, options.macs, steps, allocation, guided=guided)
     elif options.rtol:
+        _check_entries("rtol", options.rtol, steps)
         stop = tuple(Stop(rtol=r, atol=0.0, max_evals=options.value("max_evals")) for r in options.rtol)
         stop = stop * steps if len(stop) == 1 else stop
     elif len(options.iterations) <= 1:
         each = options.iterations[0] if options.iterations else int(model.config["iterations"])
         iterations = iteration_budget.spread(each * steps, steps, allocation)
+    else:
+        _check_entries("iterations", options.iterations, steps)
     named = reuse_rule(options.value("reuse"), options.value("share"), options.value("extrapolation"))
     reuse = named if warm_start is None else warm_start
     solve = Solve(iterations=iterations, stop=stop, solver=options.value("solver"), reuse=reuse)
     solve.check(steps)
     return solve
+
+
+def _check_entries(name: str, values: Sequence[float], steps: int) -> None:
+    if len(values) not in (1, steps):
+        raise OptionError(f"{{0}} has {len(values)} entries for {steps} timesteps; give one, or one for each.", name)
+
+
+def as_number(name: str, value: Any) -> float:
+    """A number of Python, numpy or torch as a float.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        if not isinstance(value, str | bool):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise ValueError(f"{name}={value!r} is no number; give one.")
 
 
 def as_integer(name: str, value: Any, least: int | None = None) -> int:

@@ -133,7 +133,8 @@ class SamplingPipeline(DiffusionPipeline):
             guidance_scale: of classifier-free guidance; 1 is none, None the pipeline's own.
             guidance_channels: guide the first so many channels; None is all.
             iterations: of the fixed-point layer, at every timestep or one number for each; FPDM only.
-            block_passes: a budget of each image instead, in transformer blocks, spent exactly; FPDM only.
+            block_passes: a budget of each image instead, in transformer blocks, spent exactly; a DiT spends it in
+                timesteps.
             macs: a budget in multiply-accumulates instead; FPDM only.
             allocation: how a budget, or iterations times the timesteps, is shared out from the noisiest timestep
                 on (sampling/iteration_budget.py); "measured" by residual curves (sampling/residual_curves.py).
@@ -217,8 +218,9 @@ class SamplingPipeline(DiffusionPipeline):
 
     def _plan(self, options: SamplingOptions, stop: Stop | Sequence[Stop] | None, start: Reuse | None) -> SamplingPlan:
         """What the options of a call mean, over the defaults of the pipeline."""
-        if stop is not None and options.given().keys() & {"iterations", "block_passes", "macs"}:
-            raise ValueError("stop excludes iterations, block_passes and macs; give one of them.")
+        excluded = options.given().keys() & {"iterations", "block_passes", "macs", "seconds", "allocation"}
+        if stop is not None and excluded:
+            raise ValueError(f"stop excludes {' and '.join(sorted(excluded))}; give one of them.")
         model: Any = self.model
         defaults = pipeline_options(self.defaults)
         try:

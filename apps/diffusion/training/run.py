@@ -33,7 +33,7 @@ from apps.diffusion.files.atomic import LOCK, write_text
 from apps.diffusion.files.settings_file import write_or_compare
 from apps.diffusion.models.autoencoder import open_decoder
 from apps.diffusion.training.metric_logger import MetricLogger
-from apps.diffusion.training.summary import image_grid, summarize
+from apps.diffusion.training.summary import check_sampling, image_grid, summarize
 from apps.diffusion.training.trainer import Diverged, Trainer
 
 
@@ -69,6 +69,7 @@ def run(config: Config, start: Checkpoint | None) -> int:
         torch.set_num_threads(config.threads)
     images, held_out = load_images(config)
     trainer = Trainer(config, images, start)
+    check_sampling(config, trainer.accelerator.unwrap_model(trainer.model))
     main_process = trainer.accelerator.is_main_process
     decoder = decoder_of_grids(config) if main_process else None
     if main_process:

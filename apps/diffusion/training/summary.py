@@ -21,7 +21,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from tqdm import tqdm
 
-from apps.diffusion.config.sampling import SamplingOptions
+from apps.diffusion.config.sampling import OptionError, SamplingOptions
 from apps.diffusion.config.serialization import to_plain
 from apps.diffusion.config.training import Config
 from apps.diffusion.data import ImageDataset, TensorDataset
@@ -97,6 +97,19 @@ def summarize(
     }
     write_text(config.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     _print(config, metrics, scores)
+
+
+def check_sampling(config: Config, network: DiT | FPDM) -> None:
+    """Raises ValueError where the sampling options of a run do not fit its network. A measured allocation is left to
+    its measurement.
+    """
+    options = config.sampling_options()
+    if options.allocation == "measured":
+        return
+    try:
+        plan(network, scheduler_of(config), SamplingOptions(), defaults=options)
+    except OptionError as error:
+        raise ValueError(error.spelled(lambda name: f"--sampling.{name.replace('_', '-')}")) from None
 
 
 def _time_limit(config: Config) -> float:

@@ -37,7 +37,7 @@ class Condition(enum.Enum):
 _ADVICE = {
     Condition.CONTRACTIVE: "Plain iteration converges near the fixed point; accelerated solvers do so in fewer steps.",
     Condition.OSCILLATING: "Plain iteration overshoots; damping or an accelerated solver converges.",
-    Condition.EXPANDING: "No damping makes plain iteration converge; use AndersonGS, Broyden or NewtonKrylov.",
+    Condition.EXPANDING: "No damping makes plain iteration converge; use Multisecant, Broyden or NewtonKrylov.",
     Condition.NON_NORMAL: "Residuals grow for some steps before they shrink; use a window longer than that transient.",
     Condition.KINKED: "f has no derivative at the fixed point; gradients there are one of several.",
     Condition.NOISY: "Draw dropout masks and noise once before the solve, and put f into evaluation mode.",

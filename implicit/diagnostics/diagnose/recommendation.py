@@ -10,7 +10,7 @@ from implicit.diagnostics.diagnose.report import Recommendation
 from implicit.diagnostics.diagnose.solver_trials import SolverRow
 from implicit.diagnostics.gradient_bias import labeled
 from implicit.grads import IFT, AbstractGrad
-from implicit.solvers import AndersonGS, Picard
+from implicit.solvers import Multisecant, Picard
 from implicit.stopping import Stop
 
 _SLACK = 2  # budget of evaluations over those that were measured
@@ -32,7 +32,7 @@ def recommend(
     """The solver with the fewest evaluations, a tolerance that can be met, and the estimator by bias and time."""
     conditions = {finding.condition for finding in findings}
     reasons = [f.condition.advice for f in findings if f.condition in _FIRST]
-    solver = AndersonGS() if row is None else row.solver
+    solver = Multisecant() if row is None else row.solver
     reasons.append(_solver_reason(row, rows))
     stop, why = _tolerance(stop, row, max(floor, eps), Condition.BELOW_ROUNDING in conditions)
     reasons += [why] if why else []

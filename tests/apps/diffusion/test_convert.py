@@ -254,6 +254,7 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert call(file, tmp_path / "empty", *HEADS) == 0
     assert call(tmp_path / "missing.pt", tmp_path / "out") == 2
+    assert call("mnist-dit", tmp_path / "named") == 0  # a network of the repository
     assert call(tmp_path / "full", tmp_path / "out") == 2
 
 

@@ -69,6 +69,8 @@ def test_a_dit_and_impossible_options_are_refused(tmp_path, capsys):
         diagnose.main(["mnist-fpdm", "--tolerance", "0"])
     assert "--tolerance" in capsys.readouterr().err
     assert diagnose.main([str(tmp_path / "nothing")]) == 2
+    assert diagnose.main(["mnist-fpdm", "--parallel", "picard", "--steps", "2", "--out", str(tmp_path / "new")]) == 2
+    assert "parallel" in capsys.readouterr().err and not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="fixed-point"):
         opened = open_network(pretrained.locate("mnist-dit"))
         chosen = plan(opened.model, opened.scheduler, SamplingOptions(steps=1), defaults=opened.options)

@@ -1,6 +1,7 @@
 """The command that scores: images from anywhere, statistics with their provenance, and what is refused."""
 
 import json
+import os
 import sys
 import types
 from typing import Any
@@ -258,6 +259,16 @@ def test_what_cannot_be_scored_is_refused(what, words, folder, quick, tmp_path, 
     assert evaluate.main(arrange(what, folder, tmp_path)) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("evaluate: ") and words in printed
+
+
+def test_a_link_to_nothing_and_a_named_pipe_are_refused_by_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match=r"pipe\.png"):
+        sources.open_source(str(tmp_path))
+    (tmp_path / "pipe.png").unlink()
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    with pytest.raises(ValueError, match=r"gone\.png"):
+        sources.open_source(str(tmp_path))
 
 
 def test_what_cannot_be_kept_is_refused_early_or_a_warning(folder, quick, tmp_path, capsys):

@@ -287,6 +287,12 @@ def test_weights_that_are_not_the_networks_are_refused(tmp_path, kind, change):
         ({"macs": float("nan")}, "macs"),
         ({"macs": float("inf")}, "macs"),
         ({"block_passes": 31.5}, "block_passes"),
+        ({"guidance_scale": "2"}, "guidance_scale"),
+        ({"macs": True}, "macs"),
+        ({"sampler": "unipc", "parallel": "picard"}, "parallel"),
+        ({"stop": Stop(), "iterations": 3}, "stop excludes iterations"),
+        ({"stop": Stop(), "seconds": 1.0, "allocation": "measured"}, "seconds"),
+        ({"stop": Stop(), "allocation": "increasing"}, "allocation"),
     ],
 )
 def test_a_call_is_as_strict_as_the_command(options, message):
@@ -306,6 +312,8 @@ def test_whole_numbers_of_numpy_and_torch_are_whole_numbers():
         assert torch.equal(images(label, *whole), plain)
     shared = pipe(3, iterations=2, allocation="increasing", generator=0, output_type="latent").effort.evaluations
     assert shared.tolist() == [[1, 2, 3]]
+    guided = [pipe(3, guidance_scale=s, generator=0, output_type="latent").images for s in (2.0, np.float32(2), 2)]
+    assert torch.equal(guided[0], guided[1]) and torch.equal(guided[0], guided[2])
 
 
 def test_budgets_and_the_pipelines_own_choices(tmp_path):

@@ -224,6 +224,10 @@ def test_samples_made_otherwise_are_not_mixed(trained, tmp_path, capsys):
         (["--max-evals", "3"], "rtol"),
         (["--rtol", "2"], "rtol"),
         (["--vae", "no/such/vae"], "nothing for the VAE no/such/vae to decode"),
+        (["--parallel", "picard", "--sampler", "unipc"], "--parallel"),
+        (["--parallel", "picard", "--steps", "3", "--iterations", "1", "2", "3"], "iterations"),
+        (["--steps", "3", "--iterations", "1", "2"], "--iterations"),
+        (["--steps", "5000"], "--steps"),
         (["--rtol", "0.1", "--allocation", "increasing"], "allocation"),
     ],
 )

@@ -233,6 +233,9 @@ def test_two_processes_do_not_train_into_one_folder(tmp_path, capsys):
     (out / "config.json").unlink()
     missing = ["--data.source", "folder", "--data.path", str(tmp_path / "none"), "--data.size", "16"]
     assert train.main([*TINY, *missing, "--out", str(tmp_path / "deep" / "down")]) == 2
+    uneven = ["--sampling.steps", "3", "--sampling.iterations", "1", "2"]  # found before training, not after it
+    assert train.main([*TINY, *uneven, "--out", str(tmp_path / "deep" / "down")]) == 2
+    assert "--sampling.iterations" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["new"]  # bad input leaves nothing
     assert train.main([*TINY, "--out", str(out)]) == 0  # the lock of a dead process holds nobody up
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import tyro
 
@@ -38,6 +39,21 @@ def test_a_new_choice_is_parsed_and_saved():
     assert found == Settings(Halving(share=0.25), Once(weight=2.0))
     for kind, value in ((fixed_point.Solver | Halving, found.solver), (fixed_point.Grad | Once, found.grad)):
         assert from_plain(kind, to_plain(value), "here") == value
+
+
+def test_a_linear_problem_takes_every_solver_by_the_name_that_the_forward_solve_has():
+    @dataclass(frozen=True)
+    class Settings:
+        solver: fixed_point.Solver = field(default_factory=implicit.Picard)
+        linear: implicit.AbstractSolver = field(default_factory=implicit.Picard)
+
+    options = (tyro.conf.CascadeSubcommandArgs,)
+    for name, kind in fixed_point._BY_NAME.items():
+        argv = ["--linear", name, f"solver:{name}"]
+        found = tyro.cli(Settings, args=argv, config=options, registry=fixed_point.REGISTRY)
+        assert found == Settings(kind(), kind())
+    assert set(fixed_point._BY_NAME.values()) == {get_args(choice)[0] for choice in get_args(fixed_point.Solver)}
+    assert len(fixed_point._BY_NAME) == 7
 
 
 def test_one_file_of_the_application_lists_solvers_and_estimators():

@@ -63,3 +63,5 @@ def test_other_sizes_and_names_are_refused(samples, extractor, capsys):
     assert "mnist:test" in capsys.readouterr().err
     with pytest.raises(ValueError, match="neighbors"):
         evaluate.Request(samples="samples.npz", neighbors=Path("near.txt"))
+    with pytest.raises(ValueError, match="neighbors"):
+        evaluate.Request(samples="samples.npz", neighbors=Path("no/folder/near.png"))
