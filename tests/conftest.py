@@ -1,6 +1,9 @@
 """The tests check every shape and type that `implicit` declares, at run time; benchmarks and users do not.
 
-They run on one thread, and so do the processes they start: sums are then the same to the last bit everywhere.
+The checks take three times as long as the tests themselves, so that `make test` leaves them out (CHECK_TYPES=0) but for
+the tests of solvers, of the loop and of its interface.
+
+All tests run on one thread, and so do the processes they start: sums are then the same to the last bit everywhere.
 """
 
 import os
@@ -11,4 +14,5 @@ import jaxtyping
 import torch
 
 torch.set_num_threads(1)
-jaxtyping.install_import_hook("implicit", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+if os.environ.get("CHECK_TYPES", "1") != "0":
+    jaxtyping.install_import_hook("implicit", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")

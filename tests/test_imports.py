@@ -1,6 +1,7 @@
 """Import rules: every module has a level, and imports point to the same level or below it."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,7 @@ PENDING: set[str] = set()
 USE_IMPLICIT = {"config", "models", "sampling", "training", "pipeline"}
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """The dotted names that a file imports, anywhere in the file."""
     names = set()

@@ -109,7 +109,7 @@ class ReversibleIteration:
         code, running = self._codes(fz, z), self.result == _RUNNING
         if trace:
             self.trace.append(torch.where(running, self.residual, torch.nan))
-        self.result = torch.where(running & (code != Result.MAX_EVALS), code, self.result)
+        self.result = torch.where(running & (code != int(Result.MAX_EVALS)), code, self.result)
 
     def _codes(self, fz: Flat, z: Flat) -> Tensor:
         """(B,) `Result` codes by the criterion of `Stop` at z; sets `residual`."""
@@ -133,7 +133,7 @@ class ReversibleIteration:
         with torch.no_grad():
             code = self._codes(self.flat(value), value)
         self.residual = torch.where(torch.isfinite(self.residual), self.residual, before)
-        lost = (self.result == Result.CONVERGED) & (code != Result.CONVERGED)
+        lost = (self.result == int(Result.CONVERGED)) & (code != int(Result.CONVERGED))
         self.result = torch.where(lost, int(Result.MAX_EVALS), self.result)
         self.verified = 1
 

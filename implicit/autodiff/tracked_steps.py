@@ -43,7 +43,7 @@ def track(
         warn_learned_start(problem, z)
     if stop.has_tolerance:
         return replace(solved, value=layout.unpack(_Value.apply(start.detach(), z)))
-    result = classify_count(residual == 0, lost | (solved.result == Result.NONFINITE))
+    result = classify_count(residual == 0, lost | (solved.result == int(Result.NONFINITE)))
     return replace(solved, value=layout.unpack(z), residual=residual, result=result)
 
 

@@ -100,7 +100,7 @@ class Measured:
     """A gradient and its cost.
 
     Attributes:
-        gradient: all gradients as one float64 vector; None if there is none.
+        gradient: all gradients as one float64 vector on the host; None if there is none.
         evals: evaluations of f, forward and backward.
         products: vector-Jacobian products with f.
         saved: bytes held between the forward and the backward pass, the value included, parameters and inputs not.
@@ -149,10 +149,10 @@ def measure(
 
 
 def flat(grads: Iterable[Tensor | None], params: Sequence[Tensor]) -> Float[Tensor, " n"]:
-    """Gradients as one float64 vector, real and imaginary parts apart, 0 where there is none."""
+    """Gradients as one float64 vector on the host, real and imaginary parts apart, 0 where there is none."""
     whole = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
     real = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in whole]
-    return torch.cat([g.detach().flatten().double() for g in real])
+    return torch.cat([g.detach().flatten().cpu().double() for g in real])
 
 
 def paced(runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:

@@ -41,7 +41,7 @@ def exact_gradient(
     layout: Layout,
     dense: int | None = None,
 ) -> tuple[Float[Tensor, " n"], str]:
-    """dL/dtheta for every theta in `wanted` as one float64 vector, and how it was found.
+    """dL/dtheta for every theta in `wanted` as one float64 vector on the host, and how it was found.
 
     The Jacobian is formed where a sample has at most `dense` numbers; by default where all Jacobians fit `_DENSE`.
 
@@ -70,16 +70,16 @@ def exact_gradient(
 
 
 def _directly(act: Callable[[Flat], Flat], g: Flat) -> Flat:
-    """(I - J^T) u = g by elimination, J from N products."""
+    """(I - J^T) u = g by elimination in float64 on the host, J from N products."""
     n = g.shape[1]
     columns = []
     for i in range(n):
         e = torch.zeros_like(g)
         e[:, i] = 1
         columns.append(act(e))
-    transposed = torch.stack(columns, dim=2).double()  # (B, N, N), column i is J^T e_i
-    eye = torch.eye(n, dtype=torch.float64, device=g.device)
-    return torch.linalg.solve(eye - transposed, g.double().unsqueeze(2)).squeeze(2).to(g.dtype)
+    transposed = torch.stack(columns, dim=2).cpu().double()  # (B, N, N), column i is J^T e_i
+    u = torch.linalg.solve(torch.eye(n, dtype=torch.float64) - transposed, g.cpu().double().unsqueeze(2))
+    return u.squeeze(2).to(g)
 
 
 def _iterated(act: Callable[[Flat], Flat], g: Flat, stop: Stop, layout: Layout) -> Flat:

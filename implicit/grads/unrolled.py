@@ -74,7 +74,7 @@ class Unrolled(AbstractGrad):
         solved = self._solve(problem, solver, stop, options)
         if transforms_active():
             return replace(solved, evals=solved.evals + 1)
-        lost = solved.result == Result.NONFINITE
+        lost = solved.result == int(Result.NONFINITE)
         if not any(t.requires_grad for t in tensors(solved.value)) or not failed(lost, stop):
             return solved
         # once more, with the failed samples out of the graph

@@ -32,6 +32,7 @@ def run(tmp_path, name, *seeds):
     return json.loads((tmp_path / f"experiment_{name}.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch, trained):
     layers = study.study("outer-blocks")
     monkeypatch.setattr(layers, "PAIRS", ((1, 1), (2, 1)))

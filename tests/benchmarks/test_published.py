@@ -34,7 +34,7 @@ BOUNDS = {
     ("SpeedMapping", "Exchange economy"): 7,
     ("SpeedMapping", "Three normals EM"): 34,
     ("SpeedMapping", "Higham correlation"): 27,
-    ("SpeedMapping", "Power iteration"): 14,
+    ("SpeedMapping", "Power iteration"): 15,
     ("SpeedMapping", "Linear"): 56,
 }
 POSED = {"KINSOL": CODES, "R": R, "SpeedMapping": SUITE}

@@ -143,9 +143,9 @@ def test_an_equilibrium_inside_an_equilibrium_under_grad():
 
     def truth(w, b):
         z = ZERO
-        for _ in range(60):
+        for _ in range(36):
             v = ZERO
-            for _ in range(60):
+            for _ in range(30):
                 v = 0.4 * torch.sin(v) + z
             z = 0.5 * torch.tanh(v @ w.T) + b
         return z
@@ -268,7 +268,7 @@ def _nested(solve):
 
 def _by_iterating(f):
     z = ZERO
-    for _ in range(50):
+    for _ in range(34):
         z = f(z)
     return z
 

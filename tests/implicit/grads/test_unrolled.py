@@ -144,7 +144,7 @@ def test_second_derivatives_of_a_solve_that_goes_on_after_it_has_arrived(solver)
     torch.testing.assert_close(derivatives(solver, 16), derivatives(Picard(), 60), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("checkpoint", [True, 1, 3, 20])
+@pytest.mark.parametrize("checkpoint", [True, 3])
 @pytest.mark.parametrize("change", ["loop variable", "buffer"])
 @pytest.mark.parametrize("last", [torch.tanh, lambda z: torch.nn.functional.layer_norm(z, z.shape[1:])])
 def test_checkpoints_refuse_a_map_that_has_changed(checkpoint, change, last):
