@@ -292,8 +292,8 @@ class ConvergenceMonitor:
         lost = above & ~same
         moved = held & ~same & (self.code[rows] == _RUNNING) & np.isfinite(self.residual[rows])
         self._lost = rows[lost]
-        drifted = seen.held & ~same & (r <= tolerance) & (self.code[rows] == Result.CONVERGED)
-        self.residual[rows[drifted]] = r[drifted]
+        kept = seen.held & (r <= tolerance) & (self.code[rows] == Result.CONVERGED)
+        self.residual[rows[kept]] = r[kept]
         self._release(rows[above & same])  # by rounding, or by mates that move as little: the sample goes on
         if self.noisy:
             self._release(self._lost)
@@ -382,7 +382,11 @@ class ConvergenceMonitor:
     def close(self) -> None:
         """No more evaluations: what still runs has spent the budget."""
         self._flush()
+        before = self.residual.copy()
         self._end_second((self.code != Result.CONVERGED) & (self.code != Result.STOPPED))
+        if self.last is not None:  # the best iterate of a first attempt is not where the last evaluation was
+            rows, held, calls = self.last
+            self.last = rows, held & (self.residual[rows] == before[rows]), calls
         left = self.code == _RUNNING
         self.evals[left] = self._calls
         self.code[left] = Result.NONDETERMINISTIC if self.noisy else Result.MAX_EVALS

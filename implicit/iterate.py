@@ -17,6 +17,7 @@ again at the same z:
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -89,7 +90,8 @@ def _until(
     with progress_callback(options, stop) as callback:
         start = f.layout.pack(z0)
         criterion, fold = Criterion(stop, f.layout), options.fold()
-        monitor = ConvergenceMonitor(criterion, start, callback, _safeguard(solver, start), f.calls, fold=fold)
+        guard = partial(_safeguard, solver, derivatives=not image)  # a recorded solve takes no Newton-Krylov steps
+        monitor = ConvergenceMonitor(criterion, start, callback, guard(start), f.calls, fold=fold)
         args = f.args
         state = _run(f, monitor, solver, options)
         f.args = args
@@ -97,14 +99,14 @@ def _until(
             if options.compact:
                 options = replace(options, compact=False, state=None)
                 monitor = ConvergenceMonitor(
-                    monitor.criterion, monitor.best_z, callback, _safeguard(solver, start), f.calls, monitor.trace
+                    monitor.criterion, monitor.best_z, callback, guard(start), f.calls, monitor.trace
                 )
                 state = _run(f, monitor, solver, options)
                 again = must_continue(f, monitor, False)
             else:
                 again = True
             if again:
-                state = _solve_jointly(f, monitor, solver, stop, callback)
+                state = _solve_jointly(f, monitor, solver, stop, callback, guard)
         value = image_of_best(f, monitor) if image else monitor.best_z
     monitor.evals += f.repeats
     return _solution(monitor, value, options, state)
@@ -164,6 +166,7 @@ def _solve_jointly(
     solver: AbstractSolver[Any],
     stop: Stop,
     callback: Callable[[int, np.ndarray], None] | None,
+    guard: Callable[[Tensor], StagedSafeguard | None],
 ) -> Any:
     """Solve the whole batch as one system from the best iterates; enters the outcome into `monitor`.
 
@@ -175,8 +178,7 @@ def _solve_jointly(
     first = first.reshape(1, -1) if isinstance(first, np.ndarray) else first
     criterion = Criterion(stop, f.layout, rows, first)
     start = monitor.best_z.reshape(1, -1)
-    safeguard = _safeguard(solver, start)
-    joint = ConvergenceMonitor(criterion, start, callback, safeguard, f.calls, monitor.trace, monitor.fold)
+    joint = ConvergenceMonitor(criterion, start, callback, guard(start), f.calls, monitor.trace, monitor.fold)
     _run(JointMap(f, rows), joint, solver, SolveOptions())
     joint.close()
     best = Point(joint.best_z.reshape(rows, -1), joint.best_fz.reshape(rows, -1))
@@ -208,15 +210,18 @@ def _trace(monitor: ConvergenceMonitor, options: SolveOptions) -> Any:
     return to_device(np.stack(monitor.trace), monitor.layout.device, monitor.layout.dtype)
 
 
-def _safeguard(solver: AbstractSolver[Any], z: Flat) -> StagedSafeguard | None:
-    """The safeguard that the solver asks for; its Newton-Krylov stage needs derivatives that no transform takes."""
+def _safeguard(solver: AbstractSolver[Any], z: Flat, derivatives: bool) -> StagedSafeguard | None:
+    """The safeguard that the solver asks for; its Newton-Krylov stage needs `derivatives`, that no transform takes.
+
+    `Unrolled` cannot record those, and leaves the stage out without a graph too: the value is one.
+    """
     if not solver.patience:
         return None
     limits = CAUTIOUS if solver.has_cautious_stage else HISTORY_LOST
     safeguard = StagedSafeguard(len(z), solver.stall_after(z.shape[1]), z.shape[1], limits)
     if not solver.has_cautious_stage:
         safeguard.leave_out(Stage.CAUTIOUS)
-    if transforms_active() or isinstance(solver, NewtonKrylov):
+    if not derivatives or transforms_active() or isinstance(solver, NewtonKrylov):
         safeguard.leave_out(Stage.NEWTON)
     return safeguard
 

@@ -21,7 +21,7 @@ CHANGED = (
     "a buffer, or a weight that was written in place. Pass it to fixed_point through `args`, or bind it when f is made "
     "(lambda z, x=x: ...)."
 )
-_ROUNDING = 1e3  # eps ||x|| by which two values of one function may differ
+_ROUNDING, _COARSE = 1e3, 8.0  # eps ||x|| by which two values of one function may differ; the same below float32
 
 
 def require_same_image(again: Tensor, recorded: Tensor, eps: float) -> None:
@@ -34,9 +34,14 @@ def require_same_image(again: Tensor, recorded: Tensor, eps: float) -> None:
         return
     with torch.no_grad():
         now = summary(again)
-        allowed = _ROUNDING * max(eps, torch.finfo(recorded.dtype).eps) * recorded[:, :1]
+        allowed = rounding_of_repetition(max(eps, torch.finfo(recorded.dtype).eps)) * recorded[:, :1]
         if bool(((now - recorded).abs() > allowed).any()):
             raise RuntimeError(CHANGED)
+
+
+def rounding_of_repetition(eps: float) -> float:
+    """Share of its norm by which two values of one function may differ, whose relative rounding error is eps."""
+    return (_ROUNDING if eps < 1e-6 else _COARSE) * eps
 
 
 @dataclass(frozen=True)

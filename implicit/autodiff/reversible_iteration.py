@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.batched import is_batched
 from implicit.autodiff.closure_convert import SameReads
-from implicit.autodiff.recomputation import CHANGED
+from implicit.autodiff.recomputation import CHANGED, rounding_of_repetition
 from implicit.evaluation import FlatMap
 from implicit.pytree import Flat, norm, to_device, to_host
 from implicit.solution import Result
@@ -197,7 +197,7 @@ class ReversibleIteration:
             # rows that are not finite compare as equal
             with torch.no_grad():
                 eps = rounding(self.flat.f, self.flat.layout)
-                if bool((norm(image - self.value) > 1e3 * eps * norm(self.value)).any()):
+                if bool((norm(image - self.value) > rounding_of_repetition(eps) * norm(self.value)).any()):
                     raise RuntimeError(CHANGED)
         self.image = image
         if index == 0 and self.last:

@@ -252,8 +252,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
         matrix = matrix + torch.diag_embed(ridge)
         # rows in one unit, for pivots are chosen between rows
         rows = matrix.detach().abs().amax(dim=2, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
-        y = torch.linalg.solve_ex(matrix / rows, torch.cat((by_dz, by_dr)).unsqueeze(2) / rows)[0]
-        y = y.masked_fill(~y.isfinite().all(dim=1, keepdim=True), 0)
+        y = _solution(matrix / rows, torch.cat((by_dz, by_dr)).unsqueeze(2) / rows)
         one, two = y.unflatten(0, (2, -1)).unbind()
         with torch.no_grad():
             # ||r - dR y||^2 of both
@@ -269,13 +268,12 @@ class Multisecant(AbstractSolver[MultisecantState]):
 
     def _kept(self, state: MultisecantState, used: int) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"]]:
         """1 / ||dR_i||, and which pairs pass the filter."""
-        gram = state.gram[:, :used, :used].detach()
-        diagonal = gram.diagonal(dim1=1, dim2=2)
+        diagonal = state.gram[:, :used, :used].diagonal(dim1=1, dim2=2)
         there = diagonal > 0
         unit = diagonal.masked_fill(~there, torch.inf).rsqrt()
         # newest first
-        turn = state.pairs % used
-        cosines = _newest_first(gram * unit.unsqueeze(1) * unit.unsqueeze(2), turn, 1, 2)
+        turn, gram, scale = state.pairs % used, state.gram[:, :used, :used].detach(), unit.detach()
+        cosines = _newest_first(gram * scale.unsqueeze(1) * scale.unsqueeze(2), turn, 1, 2)
         # the pivots are the squared sines; a small ridge keeps the factorization going past a dependent column
         tolerance = self.filter or torch.finfo(gram.dtype).eps ** (1 / 6)
         ridge = 0.01 * tolerance**2
@@ -300,6 +298,17 @@ class Multisecant(AbstractSolver[MultisecantState]):
         y = torch.linalg.solve_ex(matrix.mT, right)[0] / rows
         c = torch.where(y.isfinite().all(dim=1, keepdim=True), y, 0).mT
         return state.dr.add(state.df.add(g, c, -1), c, 1)
+
+
+def _solution(matrix: Float[Tensor, "S K K"], right: Float[Tensor, "S K 1"]) -> Float[Tensor, "S K 1"]:
+    """The solutions of the small systems, 0 for one that is singular, whose derivative would be NaN."""
+    if torch.is_grad_enabled() and (matrix.requires_grad or right.requires_grad):
+        y = torch.linalg.solve_ex(matrix.detach(), right.detach())[0]
+        lost = ~y.isfinite().all(dim=1, keepdim=True)
+        eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+        matrix, right = torch.where(lost, eye, matrix), right.masked_fill(lost, 0)
+    y = torch.linalg.solve_ex(matrix, right)[0]
+    return y.masked_fill(~y.isfinite().all(dim=1, keepdim=True), 0)
 
 
 def _newest_first(x: Tensor, turn: int, *dims: int) -> Tensor:

@@ -68,6 +68,19 @@ def test_batch_norm_in_training_mode_makes_no_false_claim(estimator):
             assert (relative(f, found.value)[found.converged] <= 1.01e-4).all()
 
 
+@pytest.mark.filterwarnings("ignore:f takes one sample")
+@pytest.mark.parametrize("stop", [{}, {"late": True}, {"check_every": 2}], ids=str)
+@each_solver
+def test_a_claim_beside_a_sample_that_fails_is_one_of_the_values_returned(solver, stop):
+    """Row 0 sees row 1 through a tanh that saturates as row 1 overflows; the value of row 1 is its start."""
+
+    def f(z):
+        return torch.cat((0.1 * z[:1] + torch.tanh(z[1:] - 3) + 2, z[1:] ** 2 + 1.5))
+
+    found = solve(f, torch.zeros(2, 1, dtype=F64), solver=solver, stop=Stop(rtol=1e-6, max_evals=40, **stop))
+    assert (relative(f, found.value)[found.converged] <= 1.01e-6).all()
+
+
 @each_solver
 def test_a_weight_cut_by_compaction_is_no_answer(solver):
     """A bias whose length is the batch size is taken for one row per sample."""

@@ -37,7 +37,7 @@ def test_no_false_claim_on_any_problem(solver, dtype):
         found = solve(p, p.z0, *p.args, solver=solver, stop=Stop(rtol=rtol, atol=0, max_evals=40))
         limit = rtol * (1.01 if dtype == F64 else 1.2)
         assert (p.residual(found.value)[found.converged] <= limit).all(), p.name
-        assert p.calls <= 40, p.name
+        assert p.calls <= 41, p.name  # one evaluation may verify the claims beside a sample without one
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32])

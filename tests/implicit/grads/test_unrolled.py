@@ -7,7 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from implicit import Anderson, AndersonGS, BadBroyden, Broyden, NewtonKrylov, Picard, Stop, Unrolled, fixed_point
+from implicit import (
+    Anderson,
+    AndersonGS,
+    BadBroyden,
+    Broyden,
+    Multisecant,
+    NewtonKrylov,
+    Picard,
+    Stop,
+    Unrolled,
+    fixed_point,
+    iterate,
+)
 from implicit.diagnostics.profiling import Bytes
 from tests.layers import F64, flat, layer, off
 
@@ -177,3 +189,60 @@ def test_claims_of_coupled_rows_hold_for_the_value(checkpoint, budget):
     residual = (image - solution.value).norm(dim=1)
     torch.testing.assert_close(solution.residual, residual)
     assert (residual <= 1e-6 * image.norm(dim=1) + 1e-12)[solution.result == 0].all()
+
+
+@pytest.mark.parametrize(("seed", "evals"), [(1, 15), (4, 15), (5, 8)])
+def test_steps_with_a_ridge_against_central_differences(seed, evals):
+    """The model of the multisecant method fails on the way, and the ridge scales with the differences."""
+    rng = torch.Generator().manual_seed(seed)
+    w, x = torch.randn(6, 6, generator=rng, dtype=F64), torch.randn(1, 6, generator=rng, dtype=F64)
+
+    def value(p):
+        def f(z):
+            return torch.tanh(2 * z @ w * p[0]) * p[1] + x * p[2]
+
+        stop = Stop(rtol=0, atol=0, max_evals=evals)
+        return fixed_point(f, torch.zeros_like(x), solver=Multisecant(), grad=Unrolled(), stop=stop).value.sum()
+
+    p = torch.ones(3, dtype=F64, requires_grad=True)
+    (got,) = torch.autograd.grad(value(p), p)
+    h = 1e-6 * torch.eye(3, dtype=F64)
+    with torch.no_grad():
+        want = torch.stack([(value(1 + d) - value(1 - d)) / 2e-6 for d in h])
+    assert off(got, want) < 1e-3
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_singular_small_system_has_a_finite_gradient(rows):
+    """dZ^T dR = 0 on a rotation by 90 degrees: type I has no step, and the step of type II is taken."""
+    w, turn = torch.ones((), dtype=F64, requires_grad=True), torch.tensor([[0.0, 1.0], [-1.0, 0.0]], dtype=F64)
+
+    def value(w):
+        return fixed_point(
+            lambda z: z + w * (z @ turn) + torch.tensor([1.0, 2.0], dtype=F64),
+            torch.zeros(rows, 2, dtype=F64),
+            solver=Multisecant(),
+            grad=Unrolled(),
+            stop=Stop(rtol=0, atol=0, max_evals=4),
+        ).value.sum()
+
+    (got,) = torch.autograd.grad(value(w), w)
+    with torch.no_grad():
+        want = (value(w + 1e-6) - value(w - 1e-6)) / 2e-6
+    assert off(got[None], want[None]) < 1e-6
+
+
+def test_the_value_of_a_hard_map_is_one_with_and_without_a_graph():
+    """Powell's badly scaled system, which the default solves by Newton-Krylov steps: none of them is recorded."""
+    w, z0 = torch.ones((), dtype=F64, requires_grad=True), torch.tensor([[0.0, 1.0]], dtype=F64)
+
+    def f(z):
+        x, y = z[:, :1], z[:, 1:]
+        return z - w * torch.cat((1e4 * x * y - 1, torch.exp(-x) + torch.exp(-y) - 1.0001), 1)
+
+    stop = Stop(rtol=0, atol=1e-8, max_evals=150)
+    graph = fixed_point(f, z0, grad=Unrolled(), stop=stop)
+    with torch.no_grad():
+        plain = fixed_point(f, z0, grad=Unrolled(), stop=stop)
+        assert iterate(f, z0, Multisecant(), stop).converged.all()
+    assert torch.equal(graph.value, plain.value) and torch.equal(graph.result, plain.result)
