@@ -70,6 +70,10 @@ class ConvergenceMonitor:
         self.evals = np.zeros(size, dtype=np.int64)
         self.residual = np.full(size, np.inf)  # smallest
         self.size = np.zeros(size)  # ||f(z)|| with it
+        # the same as absolute norms: with `norm="leaf"` and for joined samples those above are relative
+        self.absolute = (
+            (np.full(size, np.inf), np.zeros(size)) if self.criterion.grouped else (self.residual, self.size)
+        )
         self.since = np.zeros(size, dtype=np.int64)  # number of the evaluation that gave it
         self.reset_at = np.zeros(size, dtype=np.int64)  # evaluations made when the sample was last reset
         self.done = size == 0
@@ -213,13 +217,20 @@ class ConvergenceMonitor:
         finite = np.isfinite(r) & np.isfinite(s)
         live = running & finite
         converged = live & (classify(r, tolerance) == Result.CONVERGED)
-        away = np.zeros_like(live)
+        away, absolute = np.zeros_like(live), (r, s)
         if self.safeguard is not None:
-            away = live & self.safeguard.ran_away(rows, r, s, self.residual[rows], self.size[rows], converged)
+            absolute = self._absolute(seen, r, s)
+            away = live & self.safeguard.ran_away(
+                rows, *absolute, self.absolute[0][rows], self.absolute[1][rows], converged
+            )
             converged &= ~away
         stopped = live & ~converged & (False if seen.stopped is None else seen.stopped.cpu().numpy())
         better = (live & (r < self.residual[rows])) | converged | stopped
         self._update_best(seen, better, r, s)
+        if self.criterion.grouped:
+            least = live & (absolute[0] < self.absolute[0][rows])
+            for kept, new in zip(self.absolute, absolute, strict=True):
+                kept[rows[least]] = new[least]
 
         # which have come to rounding error
         floor, age = _ROUNDING * self.layout.eps * self.size[rows], seen.calls - self.since[rows]
@@ -276,6 +287,14 @@ class ConvergenceMonitor:
             r, s = np.where(unsafe, again[0], r), np.where(unsafe, again[1], s)
         first = self.criterion.first
         return self.criterion.compare(r, s, first[rows] if isinstance(first, np.ndarray) else first)
+
+    def _absolute(self, seen: Observation, r: np.ndarray, s: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """||f(z) - z|| and ||f(z)|| of the whole row."""
+        if not self.criterion.grouped:
+            return r, s
+        with np.errstate(all="ignore"):
+            r, s = (np.linalg.norm(as_array(x), axis=1) for x in seen.sizes)
+        return r, s
 
     def _check_held(self, seen: Observation, r: np.ndarray, s: np.ndarray, tolerance: np.ndarray) -> None:
         """Whether samples that were evaluated where they were before have another residual now.

@@ -201,6 +201,18 @@ def test_a_state_that_ran_away_is_no_solution():
     assert found.value.norm(dim=1).max() < 10 and found.residual.max() < 1e-7
 
 
+def test_a_nested_state_that_ran_away_is_no_solution():
+    """No fixed point: ||f(z) - z|| is least at 0, and below 1e-4 ||z|| in every leaf wherever z is large enough."""
+
+    def f(z):
+        return {key: x + torch.sqrt(1 + x.abs()) for key, x in z.items()}
+
+    z0 = {"a": torch.zeros(1, 2, dtype=F64), "b": torch.zeros(1, 3, dtype=F64)}
+    with torch.no_grad():
+        found = iterate(f, z0, Multisecant(), Stop(rtol=1e-4, max_evals=100, norm="leaf"))
+    assert not found.converged.any()
+
+
 @pytest.mark.parametrize("n", [1, 5, 100])
 def test_newton_s_iteration_is_not_disturbed(n):
     """z <- (z + t / z) / 2 converges faster than any extrapolation of it: never more than 1.1 times plain iteration."""
