@@ -16,6 +16,7 @@ from torch import Tensor
 from implicit.diagnostics.gradient_problem import GradientProblem
 from implicit.diagnostics.profiling import Measured, measure, paced
 from implicit.diagnostics.reference_gradient import Loss, exact_gradient
+from implicit.fixed_point import check_types
 from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, Reversible, StochasticJFB, Unrolled
 from implicit.pytree import Layout, Map, State, map_tensors
 from implicit.solvers import AbstractSolver, Multisecant
@@ -115,6 +116,7 @@ def gradient_bias(
 
     Raises:
         ValueError: nothing requires gradients, or the loss does not depend on what does.
+        TypeError: `solver`, `stop` or an estimator is no instance of its kind.
         NotConverged: the truth itself was not found.
 
     Example:
@@ -125,6 +127,9 @@ def gradient_bias(
         >>> round(table["JFB"].error, 6)  # 1 / (1 - w) is dropped
         0.5
     """
+    chosen = labeled(every_estimator() if estimators is None else estimators)
+    for grad in chosen.values():
+        check_types(solver, grad, stop)
     z0 = map_tensors(Tensor.detach, z0)
     layout = Layout.of(z0, batch_dims)
     problem = GradientProblem.of(f, z0, args, solver, stop, layout, loss, params)
@@ -134,7 +139,6 @@ def gradient_bias(
     truth, kind = exact_gradient(f, z0, args, wanted, problem.loss, solver, layout)
     if not truth.norm() > 0:
         raise ValueError("The gradient is 0: the loss must depend on params through the solution.")
-    chosen = labeled(every_estimator() if estimators is None else estimators)
     taken: dict[str, list[Measured]] = {}
     runs: dict[str, Callable[[], object]] = {"": problem.solve}
     for label, grad in chosen.items():

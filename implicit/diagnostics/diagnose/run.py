@@ -20,6 +20,8 @@ from implicit.diagnostics.gradient_problem import GradientProblem, differentiabl
 from implicit.diagnostics.reference_gradient import Loss
 from implicit.diagnostics.spectral_radius import Spectrum, spectrum
 from implicit.evaluation import FlatMap
+from implicit.fixed_point import check_types
+from implicit.grads import IFT
 from implicit.grads.base import AbstractGrad
 from implicit.pytree import Layout, Map, State, map_tensors
 from implicit.solution import Result
@@ -70,6 +72,7 @@ def diagnose(
     Raises:
         ValueError: f or z0 are not what `fixed_point` would accept, `stop` has no tolerance, or a number is out of
             range.
+        TypeError: a solver, an estimator or `stop` is no instance of its kind.
 
     Example:
         >>> import torch, implicit
@@ -77,13 +80,17 @@ def diagnose(
         >>> [finding.condition.value for finding in report.findings]
         ['oscillating']
     """
+    candidates = solver_trials.CANDIDATES if solvers is None else tuple(solvers)
+    chosen = default_estimators() if estimators is None else list(estimators)
+    for solver in candidates or (Picard(),):
+        check_types(solver, IFT(), stop)
+    for grad in chosen:
+        check_types(Picard(), grad, stop)
     if not (stop.rtol or stop.atol):
         raise ValueError("stop must have a tolerance to be met, got rtol = atol = 0: pass Stop(rtol=1e-4).")
     if budget < 1 or repeats < 0:
         raise ValueError(f"budget must be at least 1 and repeats at least 0, got {budget} and {repeats}.")
     z0, stop = map_tensors(Tensor.detach, z0), replace(stop, when=None)
-    candidates = solver_trials.CANDIDATES if solvers is None else tuple(solvers)
-    chosen = default_estimators() if estimators is None else list(estimators)
     with restored(f, args, solvers, estimators, loss):
         run = _Run(f, z0, args, stop, Layout.of(z0, batch_dims), Budget(limit=budget))
         try:

@@ -268,3 +268,7 @@ def test_impossible_arguments_are_refused():
         diagnose(lambda z: z[:, :1], torch.ones(2, 2))
     with pytest.raises(TypeError, match="solver"):
         diagnose(torch.cos, z0, solvers=["anderson"])
+    with pytest.raises(TypeError, match="grad"):
+        diagnose(torch.cos, z0, estimators=[IFT])
+    with pytest.raises(TypeError, match="stop"):
+        diagnose(torch.cos, z0, stop=1e-4)

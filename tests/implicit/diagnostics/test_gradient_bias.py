@@ -220,3 +220,10 @@ def test_a_solution_of_zero_is_a_solution():
         lambda z, x: torch.tanh(z @ f.weight + x), torch.zeros_like(x), x, estimators=[JFB()], repeats=0
     )
     assert 0 < table.rows[0].error < 1
+
+
+@pytest.mark.parametrize("wrong", [{"solver": "anderson"}, {"estimators": {"a": "jfb"}}, {"stop": 1e-4}], ids=str)
+def test_a_name_or_a_number_in_place_of_an_instance_is_refused(wrong):
+    w = torch.tensor([0.5], requires_grad=True)
+    with pytest.raises(TypeError, match="solver|grad|stop"):
+        gradient_bias(lambda z, w: w * z + 1, torch.zeros(1, 1), w, **wrong)
