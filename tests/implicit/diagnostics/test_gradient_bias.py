@@ -225,5 +225,5 @@ def test_a_solution_of_zero_is_a_solution():
 @pytest.mark.parametrize("wrong", [{"solver": "anderson"}, {"estimators": {"a": "jfb"}}, {"stop": 1e-4}], ids=str)
 def test_a_name_or_a_number_in_place_of_an_instance_is_refused(wrong):
     w = torch.tensor([0.5], requires_grad=True)
-    with pytest.raises(TypeError, match="solver|grad|stop"):
+    with pytest.raises(TypeError, match=r"solver|grad|stop"):
         gradient_bias(lambda z, w: w * z + 1, torch.zeros(1, 1), w, **wrong)
