@@ -90,8 +90,9 @@ def _until(
     with progress_callback(options, stop) as callback:
         start = f.layout.pack(z0)
         criterion, fold = Criterion(stop, f.layout), options.fold()
-        guard = partial(_safeguard, solver, derivatives=not image)  # a recorded solve takes no Newton-Krylov steps
-        monitor = ConvergenceMonitor(criterion, start, callback, guard(start), f.calls, fold=fold)
+        # a recorded solve takes no Newton-Krylov steps
+        make_safeguard = partial(_safeguard, solver, derivatives=not image)
+        monitor = ConvergenceMonitor(criterion, start, callback, make_safeguard(start), f.calls, fold=fold)
         args = f.args
         state = _run(f, monitor, solver, options)
         f.args = args
@@ -99,14 +100,14 @@ def _until(
             if options.compact:
                 options = replace(options, compact=False, state=None)
                 monitor = ConvergenceMonitor(
-                    monitor.criterion, monitor.best_z, callback, guard(start), f.calls, monitor.trace
+                    monitor.criterion, monitor.best_z, callback, make_safeguard(start), f.calls, monitor.trace
                 )
                 state = _run(f, monitor, solver, options)
                 again = must_continue(f, monitor, False)
             else:
                 again = True
             if again:
-                state = _solve_jointly(f, monitor, solver, stop, callback, guard)
+                state = _solve_jointly(f, monitor, solver, stop, callback, make_safeguard)
         value = image_of_best(f, monitor) if image else monitor.best_z
     monitor.evals += f.repeats
     return _solution(monitor, value, options, state)
@@ -166,7 +167,7 @@ def _solve_jointly(
     solver: AbstractSolver[Any],
     stop: Stop,
     callback: Callable[[int, np.ndarray], None] | None,
-    guard: Callable[[Tensor], StagedSafeguard | None],
+    make_safeguard: Callable[[Tensor], StagedSafeguard | None],
 ) -> Any:
     """Solve the whole batch as one system from the best iterates; enters the outcome into `monitor`.
 
@@ -178,7 +179,7 @@ def _solve_jointly(
     first = first.reshape(1, -1) if isinstance(first, np.ndarray) else first
     criterion = Criterion(stop, f.layout, rows, first)
     start = monitor.best_z.reshape(1, -1)
-    joint = ConvergenceMonitor(criterion, start, callback, guard(start), f.calls, monitor.trace, monitor.fold)
+    joint = ConvergenceMonitor(criterion, start, callback, make_safeguard(start), f.calls, monitor.trace, monitor.fold)
     _run(JointMap(f, rows), joint, solver, SolveOptions())
     joint.close()
     best = Point(joint.best_z.reshape(rows, -1), joint.best_fz.reshape(rows, -1))

@@ -10,7 +10,7 @@ Products are those of the sample that needs most, summed over the steps; the pro
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +63,9 @@ def train_deq_mlp(steps: int, warm: bool, precondition: bool) -> dict[str, Any]:
 @torch.no_grad()
 def _mean_inverse(mlp: nn.Sequential, z: Tensor) -> Tensor:
     """(I - mean J)^-1, by which rows g are multiplied: J = diag(1 - z^2) 0.5 W_2 diag(1 - h^2) W_1."""
-    first, last = mlp[0].weight, mlp[2].weight
+    first, last = (cast(nn.Linear, mlp[i]).weight for i in (0, 2))
     hidden = (1 - torch.tanh(mlp[0](z)).square()).mean(dim=0)
-    jacobian = (1 - z.square()).mean(dim=0).unsqueeze(1) * (0.5 * (last * hidden) @ first)  # pyright: ignore
+    jacobian = (1 - z.square()).mean(dim=0).unsqueeze(1) * (0.5 * (last * hidden) @ first)
     return torch.linalg.inv(torch.eye(z.shape[1]) - jacobian)
 
 

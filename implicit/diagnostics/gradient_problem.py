@@ -98,5 +98,5 @@ def differentiable_tensors(f: Map, z0: State, args: tuple[Any, ...]) -> tuple[Te
 def random_projection(layout: Layout, value: State) -> Tensor:
     """<v, z> for a fixed random v, per sample over sqrt(N), averaged."""
     z = layout.pack(value)
-    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z)
+    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z.dtype).to(z.device)
     return (v * z).sum(dim=1).mean() / z.shape[1] ** 0.5
