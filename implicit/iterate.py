@@ -29,7 +29,7 @@ from implicit.convergence import ConvergenceMonitor
 from implicit.evaluation import FlatMap, JointMap
 from implicit.loop.fixed_count import begin, fixed_count
 from implicit.loop.progress import progress_callback
-from implicit.loop.verification import COUPLED, image_of_best, is_noise, must_continue
+from implicit.loop.verification import COUPLED, enter_joint, image_of_best, is_noise, must_continue, spend_budget
 from implicit.options import SolveOptions
 from implicit.pytree import Flat, Layout, Map, State, leaves, map_tensors, to_device
 from implicit.solution import Solution
@@ -100,7 +100,7 @@ def _until(
             if options.compact:
                 options = replace(options, compact=False, state=None)
                 monitor = ConvergenceMonitor(
-                    monitor.criterion, monitor.best_z, callback, make_safeguard(start), f.calls, monitor.trace
+                    monitor.criterion, monitor.best.z, callback, make_safeguard(start), f.calls, monitor.trace
                 )
                 state = _run(f, monitor, solver, options)
                 again = must_continue(f, monitor, False)
@@ -108,7 +108,7 @@ def _until(
                 again = True
             if again:
                 state = _solve_jointly(f, monitor, solver, stop, callback, make_safeguard)
-        value = image_of_best(f, monitor) if image else monitor.best_z
+        value = image_of_best(f, monitor) if image else monitor.best.z
     monitor.evals += f.repeats
     return _solution(monitor, value, options, state)
 
@@ -116,7 +116,7 @@ def _until(
 def _run(f: FlatMap | JointMap, monitor: ConvergenceMonitor, solver: AbstractSolver[Any], options: SolveOptions) -> Any:
     """Evaluations until every sample has finished, the budget is spent or samples prove coupled; the solver state."""
     compactor = _Compactor(f, monitor, options) if isinstance(f, FlatMap) and options.compact else None
-    point = f.evaluate(monitor.best_z)
+    point = f.evaluate(monitor.best.z)
     monitor.observe(point, f.calls, f.remaining <= 0)
     state, newton = begin(solver, point, options), None
     if point.fz.requires_grad:
@@ -128,9 +128,9 @@ def _run(f: FlatMap | JointMap, monitor: ConvergenceMonitor, solver: AbstractSol
         point, state = monitor.apply_resets(point, state, solver)
         # the next iterate, and f there
         z, tangent, state = solver.step(point, state)
-        if monitor.use_newton is not None:
+        if monitor.masks.newton is not None:
             krylov, tangent, newton = _NEWTON.step(point, _NEWTON.init(point) if newton is None else newton)
-            z = torch.where(monitor.use_newton, krylov, z)
+            z = torch.where(monitor.masks.newton, krylov, z)
         point = _evaluate(f, monitor.next_iterate(z, point, f.remaining == 1), tangent, monitor)
         observed, point = _without_nan(f, point, monitor, tangent)
         monitor.observe(observed, f.calls, f.remaining <= 0)
@@ -175,16 +175,15 @@ def _solve_jointly(
     of the joint system does not fit the samples.
     """
     warnings.warn(COUPLED, RuntimeWarning, stacklevel=2)
-    rows, first = len(monitor.best_z), monitor.criterion.first
+    rows, first = len(monitor.best.z), monitor.criterion.first
     first = first.reshape(1, -1) if isinstance(first, np.ndarray) else first
     criterion = Criterion(stop, f.layout, rows, first)
-    start = monitor.best_z.reshape(1, -1)
+    start = monitor.best.z.reshape(1, -1)
     joint = ConvergenceMonitor(criterion, start, callback, make_safeguard(start), f.calls, monitor.trace, monitor.fold)
     _run(JointMap(f, rows), joint, solver, SolveOptions())
-    joint.close()
-    best = Point(joint.best_z.reshape(rows, -1), joint.best_fz.reshape(rows, -1))
-    monitor.finish_jointly(best, joint.code[0], f.calls)
-    return solver.init(best)
+    spend_budget(joint)
+    enter_joint(monitor, joint, f.calls)
+    return solver.init(monitor.best_iterates())
 
 
 def _solution(monitor: ConvergenceMonitor, value: Flat, options: SolveOptions, state: Any) -> Solution:
@@ -193,7 +192,7 @@ def _solution(monitor: ConvergenceMonitor, value: Flat, options: SolveOptions, s
     first = monitor.criterion.first
     return Solution(
         value=layout.unpack(value),
-        residual=to_device(monitor.residual, device, dtype),
+        residual=to_device(monitor.best.residual, device, dtype),
         result=to_device(monitor.code, device),
         evals=to_device(monitor.evals, device),
         trace=_trace(monitor, options),
@@ -229,7 +228,7 @@ def _safeguard(solver: AbstractSolver[Any], z: Flat, derivatives: bool) -> Stage
 
 def _evaluate(f: FlatMap | JointMap, z: Flat, tangent: Flat | None, monitor: ConvergenceMonitor) -> Point:
     """f at z with the Newton-Krylov stage's product; without it where f cannot be differentiated."""
-    if monitor.use_newton is None or tangent is None:
+    if monitor.masks.newton is None or tangent is None:
         return f.evaluate(z, tangent)
     try:
         return f.evaluate(z, tangent)

@@ -19,7 +19,7 @@ For every sample, on the host, from the residuals that the loop reads anyway:
                twice the patience, would reach `gain`. After a round of all stages the patience doubles.
     new start  the stages after the first accelerated one have not halved the smallest residual: the next round begins
                at the start of the solve, with plain steps, and the one after it at the best iterate of all
-               (`implicit.loop.second_start`).
+               (`implicit.loop.best_iterates`).
 
 The Newton-Krylov stage lasts two patiences and 12 steps of a small state, 4 of a large one. States of more than 20
 numbers skip it in the first round; solvers with a cautious stage take it before that one after two blow-ups. Maps that

@@ -1,4 +1,4 @@
-"""The norms of an evaluated point on their way from the device to the host."""
+"""The norms of an evaluated point: on their way from the device to the host, and compared with the tolerance there."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicit.pytree import to_host
 from implicit.solvers.base import Point
 from implicit.stopping import Criterion
 
@@ -42,3 +43,57 @@ def fetch(criterion: Criterion, point: Point) -> tuple[tuple[Tensor, Tensor], "t
 def as_array(host: Tensor) -> np.ndarray:
     """A host tensor as a float64 array."""
     return host.numpy().astype(np.float64)
+
+
+def compare(
+    criterion: Criterion,
+    point: Point,
+    sizes: tuple[Tensor, Tensor],
+    rows: np.ndarray,
+    solved: np.ndarray | None = None,
+) -> tuple[np.ndarray, ...]:
+    """(residual, size, tolerance) of the samples `rows`; norms whose squares may be out of range are taken again.
+
+    `solved` marks samples whose residual is known to be 0.
+    """
+    r, s = as_array(sizes[0]), as_array(sizes[1])
+    unsafe = criterion.unsafe(r, s)
+    if solved is not None:
+        unsafe[solved & (r == 0 if r.ndim == 1 else (r == 0).all(axis=1))] = False
+    if unsafe.any():
+        with torch.no_grad():
+            again = [to_host(criterion.measure(x, scaled=True)) for x in (point.r.detach(), point.fz.detach())]
+        r, s = np.where(unsafe, again[0], r), np.where(unsafe, again[1], s)
+    first = criterion.first
+    return criterion.compare(r, s, first[rows] if isinstance(first, np.ndarray) else first)
+
+
+def absolute(
+    criterion: Criterion, sizes: tuple[Tensor, Tensor], r: np.ndarray, s: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """||f(z) - z|| and ||f(z)|| of whole rows: r and s, or from `sizes` where those are relative to groups."""
+    if criterion.grouped:
+        with np.errstate(all="ignore"):
+            r, s = (np.linalg.norm(as_array(x), axis=1) for x in sizes)
+    return r, s
+
+
+def set_first(criterion: Criterion, seen: Observation) -> None:
+    """Give `criterion` the norm of the first f(z), if it has none yet."""
+    if isinstance(criterion.first, np.ndarray):
+        return
+    s = as_array(seen.sizes[1])
+    unsafe = criterion.unsafe(s, s)
+    if unsafe.any():
+        s = np.where(unsafe, to_host(criterion.measure(seen.point.fz.detach(), scaled=True)), s)
+    criterion.first = np.where(np.isfinite(s), s, 0.0)
+
+
+def of_every_sample(criterion: Criterion, seen: Observation, r: np.ndarray, size: int) -> np.ndarray:
+    """The residuals r of the rows of `seen` as (size,) numbers, NaN for rows it lacks; joined samples apart."""
+    if criterion.joint > 1:
+        apart, raw = criterion.apart(), [criterion.samples(as_array(t)) for t in seen.sizes]
+        return apart.compare(raw[0], raw[1], apart.first)[0]
+    full = np.full(size, np.nan)
+    full[seen.rows] = r
+    return full

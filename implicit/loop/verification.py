@@ -9,12 +9,14 @@ import warnings
 import numpy as np
 import torch
 
-from implicit.convergence import REPEATABLE, ConvergenceMonitor
+from implicit.convergence import RUNNING, ConvergenceMonitor
 from implicit.evaluation import FlatMap, JointMap
-from implicit.pytree import Flat, to_device, to_host
+from implicit.loop.observation import compare, fetch
+from implicit.loop.repeated_points import differs
+from implicit.pytree import Flat, to_device
 from implicit.solution import Result
 from implicit.solvers.base import Point
-from implicit.stopping import Criterion
+from implicit.stopping import classify
 
 COUPLED = (
     "f takes one sample of the batch into another (nodes of a graph as rows, batch normalization in training mode, a "
@@ -28,7 +30,7 @@ def is_noise(f: FlatMap | JointMap, monitor: ConvergenceMonitor, point: Point) -
     if len(monitor.code) == 1:
         return True
     with torch.no_grad():
-        return _differs(monitor.criterion, f.evaluate(point.z).fz, point.fz)
+        return differs(monitor.criterion, f.evaluate(point.z).fz, point.fz)
 
 
 def must_continue(f: FlatMap, monitor: ConvergenceMonitor, compact: bool) -> bool:
@@ -39,12 +41,12 @@ def must_continue(f: FlatMap, monitor: ConvergenceMonitor, compact: bool) -> boo
     coupled = monitor.inconsistent
     if coupled and f.remaining > 0:
         return True
-    monitor.close()
+    spend_budget(monitor)
     if not coupled and _verified(monitor):
         return False
     with torch.no_grad():
-        point = f.evaluate(monitor.best_z)
-    lost = monitor.verify(point)
+        point = f.evaluate(monitor.best.z)
+    lost = lost_claims(monitor, point)
     if not len(lost) and not coupled:
         return False
     if not coupled and is_noise(f, monitor, point):
@@ -61,22 +63,22 @@ def must_continue(f: FlatMap, monitor: ConvergenceMonitor, compact: bool) -> boo
 def image_of_best(f: FlatMap, monitor: ConvergenceMonitor) -> Flat:
     """f(z) of the best iterates with its own residual, or z for a sample of which only z meets the tolerance."""
     with torch.no_grad():
-        point = f.evaluate(monitor.best_fz.detach())
-    claimed, before = monitor.code == Result.CONVERGED, monitor.residual.copy()
+        point = f.evaluate(monitor.best.fz.detach())
+    claimed, before = monitor.code == Result.CONVERGED, monitor.best.residual.copy()
     lost = np.zeros(len(claimed), dtype=bool)
-    lost[monitor.verify(point)] = True
+    lost[lost_claims(monitor, point)] = True
     if not lost.any():
-        return monitor.best_fz
-    monitor.residual[lost] = before[lost]
+        return monitor.best.fz
+    monitor.best.residual[lost] = before[lost]
     mask = to_device(lost, f.layout.device).unsqueeze(1)
-    value = torch.where(mask, monitor.best_z, monitor.best_fz)
+    value = torch.where(mask, monitor.best.z, monitor.best.fz)
     # f may take one sample into another, so that z beside f(z) is a value of its own
     with torch.no_grad():
         point = f.evaluate(value.detach())
-    if not len(monitor.verify(point)):
+    if not len(lost_claims(monitor, point)):
         return value
-    monitor.residual = before
-    return monitor.best_z
+    monitor.best.residual = before
+    return monitor.best.z
 
 
 def _verified(monitor: ConvergenceMonitor) -> bool:
@@ -89,12 +91,40 @@ def _verified(monitor: ConvergenceMonitor) -> bool:
     rows, held, calls = monitor.last
     tested = np.zeros(len(monitor.code), dtype=bool)
     tested[rows[held]] = True
-    return bool((tested | (monitor.since == calls)).all())
+    return bool((tested | (monitor.best.since == calls)).all())
 
 
-def _differs(criterion: Criterion, a: Flat, b: Flat) -> bool:
-    """Whether a and b, values of f at one z, differ by more than rounding in a row where both are finite."""
-    with torch.no_grad():
-        off, size = to_host(criterion.measure(a - b)), to_host(criterion.measure(b))
-    with np.errstate(all="ignore"):
-        return bool((off > REPEATABLE * criterion.layout.eps * size).any())
+def lost_claims(monitor: ConvergenceMonitor, point: Point) -> np.ndarray:
+    """Enter the residuals at `point`, the best iterates; returns the samples whose claim does not hold there."""
+    r, _, tolerance = compare(
+        monitor.criterion, point, fetch(monitor.criterion, point)[0], np.arange(len(monitor.code))
+    )
+    known = np.isfinite(r)
+    lost = (monitor.code == Result.CONVERGED) & (classify(r, tolerance) != Result.CONVERGED)
+    monitor.best.residual[known] = r[known]
+    monitor.evals += 1
+    return np.flatnonzero(lost)
+
+
+def enter_joint(monitor: ConvergenceMonitor, joint: ConvergenceMonitor, calls: int) -> None:
+    """Enter the outcome of `joint`, a solve of all samples as one system, after `calls` evaluations."""
+    best, rows = monitor.best, len(monitor.code)
+    best.z, best.fz = joint.best.z.reshape(rows, -1), joint.best.fz.reshape(rows, -1)
+    point = Point(best.z, best.fz)
+    best.residual, _, tolerance = compare(monitor.criterion, point, fetch(monitor.criterion, point)[0], np.arange(rows))
+    found = classify(best.residual, tolerance)
+    monitor.evals[:], monitor.code = calls, np.where(found == Result.CONVERGED, found, joint.code[0])
+
+
+def spend_budget(monitor: ConvergenceMonitor) -> None:
+    """No more evaluations: enter how the samples end that still run, and take the better of two attempts."""
+    code, best = monitor.code, monitor.best
+    best.flush()
+    before = best.residual.copy()
+    best.take_back((code != Result.CONVERGED) & (code != Result.STOPPED))
+    if monitor.last is not None:  # the best iterate of a first attempt is not where the last evaluation was
+        rows, held, calls = monitor.last
+        monitor.last = rows, held & (best.residual[rows] == before[rows]), calls
+    left = code == RUNNING
+    monitor.evals[left] = monitor.calls
+    code[left] = Result.NONDETERMINISTIC if monitor.noisy else Result.MAX_EVALS

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from implicit.convergence import REPEATABLE
 from implicit.diagnostics.diagnose.condition import Condition, Finding
 from implicit.evaluation import FlatMap
+from implicit.loop.repeated_points import REPEATABLE
 from implicit.pytree import Flat, PerSample, norm
 
 _CERTAIN = 100.0  # times the threshold from which a difference is beyond doubt

@@ -1,0 +1,58 @@
+"""Samples evaluated at one z twice: a residual that differs by more than rounding shows coupling, or noise in f."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+
+from implicit.loop.best_iterates import BestIterates
+from implicit.loop.observation import Observation
+from implicit.pytree import Flat, to_host
+from implicit.solution import Result
+from implicit.stopping import Criterion
+
+REPEATABLE = 100.0  # eps ||f(z)|| by which two evaluations of f at one z may differ
+Rows = Bool[np.ndarray, " rows"]
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """What the samples of an evaluated point that stood where they were before show.
+
+    Attributes:
+        kept: had converged, and meet the tolerance still.
+        rounded: had converged, and miss it by rounding, or by mates that move as little.
+        lost: had converged, and have another residual now, above the tolerance.
+        moved: had not converged, and have another residual now.
+    """
+
+    kept: Rows
+    rounded: Rows
+    lost: Rows
+    moved: Rows
+
+
+def compare_repeats(
+    seen: Observation, best: BestIterates, code: np.ndarray, measured: tuple[np.ndarray, ...], criterion: Criterion
+) -> Repeats:
+    """Compare the `measured` (residual, size, tolerance) of `seen` with those of the best iterates.
+
+    `code` holds the `Result` of its samples, negative for running ones.
+    """
+    (r, s, tolerance), rows, stop = measured, seen.rows, criterion.stop
+    converged, residual = code == Result.CONVERGED, best.residual[rows]
+    same = np.abs(r - residual) <= REPEATABLE * criterion.layout.eps * np.maximum(s, best.size[rows])
+    # with `Stop.late` a better iterate may have been read after this point was made
+    held = seen.held & (best.since[rows] < seen.calls - (stop.check_every if stop.late else 0))
+    above = held & ~(r <= tolerance) & converged
+    moved = held & ~same & (code < 0) & np.isfinite(residual)
+    return Repeats(seen.held & (r <= tolerance) & converged, above & same, above & ~same, moved)
+
+
+def differs(criterion: Criterion, a: Flat, b: Flat) -> bool:
+    """Whether a and b, values of f at one z, differ by more than rounding in a row where both are finite."""
+    with torch.no_grad():
+        off, size = to_host(criterion.measure(a - b)), to_host(criterion.measure(b))
+    with np.errstate(all="ignore"):
+        return bool((off > REPEATABLE * criterion.layout.eps * size).any())
