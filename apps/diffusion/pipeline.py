@@ -25,8 +25,9 @@ from apps.diffusion.checkpoint.open_network import open_network
 from apps.diffusion.checkpoint.single_file import single_file
 from apps.diffusion.config.sampling import Sampler
 from apps.diffusion.models.fpdm import FPDM
+from apps.diffusion.sampling.model_card import PipelineCode
 from apps.diffusion.sampling.pipeline import FixedPointOutput as FixedPointOutput
-from apps.diffusion.sampling.pipeline import PipelineCode, SamplingPipeline
+from apps.diffusion.sampling.pipeline import SamplingPipeline
 from apps.diffusion.schedulers.noise_schedule import same_noise
 
 
@@ -103,18 +104,22 @@ class FixedPointPipeline(SamplingPipeline):
                 if vae is not None:
                     raise
                 warnings.warn(f"{error} Until then, the pipeline returns latents only.", stacklevel=3)
-        fixed_point = isinstance(opened.model, FPDM)
-        iterations = own.iterations[0] if len(own.iterations) == 1 else list(own.iterations)
-        reuse = own.value("reuse") if fixed_point else "off"
+        # the scheduler has the sampler and the spacing; another one has an eta of its own
+        left_out = {"sampler", "spacing", *(() if sampler is scheduler is None else ("eta",))}
+        if not isinstance(opened.model, FPDM):
+            left_out |= set(own.fixed_point_options())
+        given = {name: value for name, value in own.given().items() if name not in left_out}
+        counts, reuse = given.pop("iterations", ()), str(given.pop("reuse", "off"))
         return cls(
             opened.model,
             noise,
             decoder,
-            own.value("steps"),
-            (iterations or None) if fixed_point else None,
-            own.value("guidance"),
-            {"off": False, "on": True}.get(reuse, reuse),
-            opened.classes,
+            steps=given.pop("steps", None if own.timesteps else own.value("steps")),
+            iterations=(counts[0] if len(counts) == 1 else list(counts)) or None,
+            guidance=given.pop("guidance", own.value("guidance")),
+            reuse={"off": False, "on": True}.get(reuse, reuse),
+            classes=opened.classes,
+            sampling=given,
         )
 
     def _code(self) -> PipelineCode:

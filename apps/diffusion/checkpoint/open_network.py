@@ -136,7 +136,8 @@ def _of_pipeline(folder: Path) -> OpenedNetwork:
     try:
         index = json.loads(file.read_text())
         network, noise = _NETWORKS[index["model"][1]], getattr(diffusers, index["scheduler"][1])
-        options = pipeline_options({name: index[name] for name in _PIPELINE if name in index})
+        own = {name: index[name] for name in _PIPELINE if name in index}
+        options = pipeline_options(own | (index.get("sampling") or {}))
         vae = folder / "vae" if index["vae"][0] else None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not the index of a FixedPointPipeline ({error!r}).") from None

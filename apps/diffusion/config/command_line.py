@@ -45,6 +45,11 @@ def parse_flags(name: str, argv: Sequence[str], default: Config) -> tuple[Config
         ValueError: options of an FPDM for a DiT.
     """
 
+    # a sampling option that is given replaces those of the default that it excludes
+    flags = (word.partition("=")[0] for word in argv if word.startswith("--sampling."))
+    given = [flag.removeprefix("--sampling.").replace("-", "_") for flag in flags]
+    default = dataclasses.replace(default, sampling=default.sampling.replaced_by(given))
+
     def command(
         config: Annotated[Config, tyro.conf.arg(name="")] = default, resume: bool = False
     ) -> tuple[Config, bool]:

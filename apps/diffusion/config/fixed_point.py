@@ -43,6 +43,8 @@ Grad = (
 _BY_NAME = {
     re.sub("(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower(): kind for kind, _ in map(get_args, get_args(Solver))
 }
+SOLVERS: tuple[implicit.AbstractSolver[Any], ...] = tuple(kind() for kind in _BY_NAME.values())
+"""Every solver, with its default options."""
 REGISTRY = tyro.constructors.ConstructorRegistry()
 
 

@@ -7,7 +7,7 @@ An option that is None is left open: `over` fills it from other options (those o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -186,13 +186,18 @@ class SamplingOptions:
         }
         return [name for name in self.given() if name in names]
 
+    def replaced_by(self, names: Collection[str]) -> SamplingOptions:
+        """These options without those that giving the options `names` replaces."""
+        own = self.given()
+        for leading, group in _GROUPS:
+            if any(name in names for name in leading):
+                own = {name: value for name, value in own.items() if name not in group}
+        return SamplingOptions(**own)
+
     def over(self, other: SamplingOptions) -> SamplingOptions:
         """These options, and those of `other` where they are left open and these do not replace them."""
-        mine, theirs = self.given(), other.given()
-        for leading, group in _GROUPS:
-            if any(name in mine for name in leading):
-                theirs = {name: value for name, value in theirs.items() if name not in group}
-        return SamplingOptions(**theirs | mine)
+        mine = self.given()
+        return SamplingOptions(**other.replaced_by(mine).given() | mine)
 
     def value(self, name: str) -> Any:
         """An option, or its default."""

@@ -125,22 +125,19 @@ class FPDM(Frame):
             stop: stopping criterion, per sample, instead of `iterations`.
             solver: how the next iterate is made (default `implicit.Picard()`, the plain iteration).
             grad: what autograd sees of the solve (default `implicit.Unrolled()`, all of it).
-            start: (B, T, D) where the solve starts, such as the solution at the previous timestep, or a
-                function that makes it from the fresh start. Default: the fresh start, the pre-blocks' output.
+            start: (B, T, D), such as the solution at the previous timestep, or a function that makes it from the fresh
+                start. Default: the fresh start, the pre-blocks' output.
             state: solver state of an earlier solution, to continue with.
             keep_state: keep the solver state in the solution.
             trace: keep the residual at every evaluation in the solution.
-            penalty: function (f, decode, fresh start, solution, prediction) -> scalar, returned as a third value;
-                needs return_solution.
+            penalty: function (f, decode, fresh start, solution, prediction) -> scalar, a third value of the result.
             return_solution: return (prediction, solution) with solution.value of shape (B, T, D).
 
         Raises:
-            ValueError: a shape that does not fit, a label out of range, missing or superfluous labels,
-                `iterations` together with `stop`.
+            ValueError: a shape or label that does not fit, missing or superfluous labels, `iterations` with `stop`.
         """
         stop = self._stop(iterations, stop)
-        h, outer, injected, modulation = self._before(x, t, y)
-        fresh = h
+        fresh, outer, injected, modulation = self._before(x, t, y)
 
         def decode(z: Tensor) -> Tensor:
             for block in self.blocks_post:
@@ -161,7 +158,7 @@ class FPDM(Frame):
         )
         prediction = decode(solution.value)
         if penalty is not None:
-            f = partial(self._map, injected, modulation)
+            f = partial(self._iterate, injected=injected, modulation=modulation)
             return prediction, solution, penalty(f, decode, fresh, solution.value, prediction)
         return (prediction, solution) if return_solution else prediction
 
@@ -237,9 +234,6 @@ class FPDM(Frame):
 
     def _iterate(self, z: Tensor, injected: Tensor, modulation: Tensor) -> Tensor:
         return self.call(self._compiled or self.iteration, z, injected, modulation)
-
-    def _map(self, injected: Tensor, modulation: Tensor, z: Tensor) -> Tensor:
-        return self._iterate(z, injected, modulation)
 
     def _stop(self, iterations: int | None, stop: Stop | None) -> Stop:
         if stop is None:

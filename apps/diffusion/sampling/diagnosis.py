@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apps.diffusion.config.fixed_point import SOLVERS
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.sampling.sampler import SamplingPlan, sample
-from implicit import AbstractSolver, Anderson, AndersonGS, Broyden, Diagnosis, NewtonKrylov, Picard, Stop, diagnose
+from implicit import Diagnosis, Stop, diagnose
 
-SOLVERS: tuple[AbstractSolver[Any], ...] = (Picard(), Anderson(), AndersonGS(), Broyden(), NewtonKrylov())
 TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 
 

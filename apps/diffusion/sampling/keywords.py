@@ -3,21 +3,80 @@
 from __future__ import annotations
 
 import secrets
-from typing import Any, get_args
+from collections.abc import Sequence
+from typing import Any, TypedDict, Unpack, get_args
 
 import numpy as np
 import torch
 
 from apps.diffusion.config.sampling import Allocation, OptionError, ParallelSolver, Sampler, SamplingOptions, Start
+from apps.diffusion.config.serialization import from_plain
 from apps.diffusion.sampling.options import as_integer, as_integers, as_number
 from apps.diffusion.sampling.warm_start import Reuse
+from implicit import AbstractSolver
 
 _KEYWORDS = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
 
 
-def options_of(**given: Any) -> SamplingOptions:
-    """The keywords of a call as sampling options; numbers may be those of numpy or torch."""
-    given = {name: value for name, value in given.items() if value is not None}
+class SamplingKeywords(TypedDict, total=False):
+    """Sampling options of a call of the pipeline, by keyword; None leaves an option at the pipeline's default.
+
+    Attributes:
+        num_inference_steps: number of timesteps.
+        timesteps: decreasing, instead of num_inference_steps and the scheduler's spacing.
+        guidance_scale: of classifier-free guidance; 1 is none.
+        guidance_channels: guide the first so many channels; default: all.
+        iterations: of the fixed-point layer, at every timestep or one number for each; FPDM only.
+        block_passes: a budget of each image instead, in transformer blocks, spent exactly; a DiT spends it in
+            timesteps.
+        macs: a budget in multiply-accumulates instead; FPDM only.
+        seconds: a budget in seconds of this machine instead, with allocation "measured"; FPDM only.
+        allocation: how a budget, or iterations times the timesteps, is shared out from the noisiest timestep on
+            (sampling/iteration_budget.py); "measured": by residual curves (sampling/residual_curves.py).
+        solver: solver of the fixed-point layer; FPDM only.
+        reuse: start of each solve: False or "off", True or "on" (the previous timestep's solution), "blended",
+            "extrapolated", "history" (and its solver state), or a rule; FPDM only.
+        sampler: another sampler than the pipeline's scheduler, by its name in the sampling command.
+        eta: stochasticity of DDIM, 0 to 1.
+        parallel: all timesteps at once as one fixed point, by "picard" iteration (True) or triangular "anderson"
+            acceleration; for ddim and ddpm (sampling/parallel.py).
+        parallel_rtol: relative tolerance of the trajectory; default: 1e-3.
+        window: timesteps solved for at once; default: all.
+    """
+
+    num_inference_steps: int | None
+    timesteps: Sequence[int] | None
+    guidance_scale: float | None
+    guidance_channels: int | None
+    iterations: int | Sequence[int] | None
+    block_passes: int | None
+    macs: float | None
+    seconds: float | None
+    allocation: Allocation | None
+    solver: AbstractSolver[Any] | None
+    reuse: bool | str | Reuse | None
+    sampler: Sampler | None
+    eta: float | None
+    parallel: bool | ParallelSolver | None
+    parallel_rtol: float | None
+    window: int | None
+
+
+def options_of(**keywords: Unpack[SamplingKeywords]) -> SamplingOptions:
+    """The keywords of a call as sampling options; numbers may be those of numpy or torch.
+
+    Raises:
+        TypeError: a keyword that does not exist.
+        ValueError: a value that is not allowed.
+    """
+    known = SamplingKeywords.__annotations__
+    unknown = [name for name in keywords if name not in known]
+    if unknown:
+        raise TypeError(f"There is no keyword {', '.join(unknown)}; the sampling options are {', '.join(known)}.")
+    names = {spelled: name for name, spelled in _KEYWORDS.items()}
+    given: dict[str, Any] = {names.get(name, name): value for name, value in keywords.items() if value is not None}
+    if isinstance(given.get("parallel"), bool):
+        given |= {"parallel": "picard"} if given.pop("parallel") else {}
     for name in ("steps", "block_passes", "guidance_channels", "window"):
         if name in given:
             given[name] = as_integer(keyword(name), given[name], 1)
@@ -45,13 +104,17 @@ def options_of(**given: Any) -> SamplingOptions:
 
 
 def pipeline_options(values: dict[str, Any]) -> SamplingOptions:
-    """The sampling options of a pipeline, from its index: iterations as a number, reuse as a flag or a word."""
+    """The sampling options of a pipeline, from its index: iterations as a number, reuse as a flag or a word, a solver
+    as its fields.
+    """
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     values = {name: value for name, value in values.items() if value is not None}
-    if "iterations" in values:
-        each = values["iterations"]
-        values["iterations"] = tuple(each) if isinstance(each, list | tuple) else (each,)
+    if isinstance(values.get("iterations"), int):
+        values["iterations"] = (values["iterations"],)
     if isinstance(values.get("reuse"), bool):
         values["reuse"] = "on" if values["reuse"] else "off"
+    if "solver" in values:
+        values["solver"] = from_plain(AbstractSolver, values["solver"], "solver")
     return SamplingOptions(**values)
 
 

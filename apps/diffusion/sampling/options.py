@@ -68,10 +68,7 @@ def plan(
     steps, options = options.steps, options.over(defaults)
     guidance = Guidance(scale=options.value("guidance"), channels=options.guidance_channels)
     if guidance.doubles and not model.num_classes:
-        raise OptionError(
-            f"{{0}} = {guidance.scale:g} needs a network with classes; leave it at 1 for this one.",
-            "guidance",
-        )
+        raise OptionError(f"{{0}} = {guidance.scale:g} needs a network with classes; leave it at 1.", "guidance")
     scheduler = _scheduler(scheduler, options)
     visited = options.timesteps or _timesteps(model, scheduler, options, guidance, steps)
     noise = scheduler.config

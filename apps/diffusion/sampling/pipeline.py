@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -24,15 +24,17 @@ from diffusers.utils.outputs import BaseOutput
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from apps.diffusion.config.sampling import Allocation, OptionError, ParallelSolver, Sampler, SamplingOptions
+from apps.diffusion.config.sampling import OptionError, SamplingOptions
+from apps.diffusion.config.serialization import to_plain
 from apps.diffusion.files.images import to_pil
 from apps.diffusion.models.autoencoder import decode
 from apps.diffusion.sampling.effort import Effort
-from apps.diffusion.sampling.keywords import keyword, options_of, pipeline_options, seed_of
+from apps.diffusion.sampling.keywords import SamplingKeywords, keyword, options_of, pipeline_options, seed_of
+from apps.diffusion.sampling.model_card import PipelineCode, model_card
 from apps.diffusion.sampling.options import as_integer, labels_for, plan
 from apps.diffusion.sampling.sampler import CHUNK, SampleResult, SamplingPlan, sample
 from apps.diffusion.sampling.warm_start import Reuse
-from implicit import AbstractSolver, Stop
+from implicit import Stop
 
 Output = Literal["pil", "np", "pt", "latent"]
 PIPELINE_CODE = "fixed_point_pipeline"
@@ -62,11 +64,12 @@ class SamplingPipeline(DiffusionPipeline):
         model: the network, in evaluation mode.
         scheduler: a diffusers scheduler with the network's noise schedule; it also spaces the timesteps.
         vae: decodes latents; None for a network of pixels.
-        steps: default number of timesteps.
+        steps: default number of timesteps; None: 20, or the number that other options determine.
         iterations: default iterations of the fixed-point layer, one number or one per timestep; None: the model's own.
         guidance: default scale of classifier-free guidance.
         reuse: default start of each solve: False or "off", True or "on", "blended", "extrapolated".
         classes: names of the classes.
+        sampling: further defaults, as fields of `SamplingOptions` (config/sampling.py): eta, solver, rtol and others.
     """
 
     model_cpu_offload_seq = "model->vae"
@@ -77,22 +80,31 @@ class SamplingPipeline(DiffusionPipeline):
         model: torch.nn.Module,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
-        steps: int = 20,
+        steps: int | None = 20,
         iterations: int | Sequence[int] | None = None,
         guidance: float = 1.0,
         reuse: bool | str = False,
         classes: Sequence[str] | None = None,
+        sampling: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(model=model.eval(), scheduler=scheduler, vae=vae)
         self.register_to_config(
-            steps=steps, iterations=iterations, guidance=guidance, reuse=reuse, classes=list(classes or ()) or None
+            steps=steps,
+            iterations=iterations,
+            guidance=guidance,
+            reuse=reuse,
+            classes=list(classes or ()) or None,
+            # a solver from an index is a dict already
+            sampling={n: v if isinstance(v, dict) else to_plain(v, n) for n, v in (sampling or {}).items()},
         )
+        pipeline_options(self.defaults)  # raises where they exclude each other
 
     @property
     def defaults(self) -> dict[str, Any]:
         """The options of a call that does not give them."""
-        return {name: self.config[name] for name in ("steps", "iterations", "guidance", "reuse")}
+        own = {name: self.config[name] for name in ("steps", "iterations", "guidance", "reuse")}
+        return {**own, **self.config["sampling"]}
 
     @torch.no_grad()
     def __call__(
@@ -100,87 +112,38 @@ class SamplingPipeline(DiffusionPipeline):
         class_labels: int | str | Sequence[int | str] | None = None,
         *,
         num_images: int | None = None,
-        num_inference_steps: int | None = None,
         generator: torch.Generator | int | None = None,
-        guidance_scale: float | None = None,
-        guidance_channels: int | None = None,
-        iterations: int | Sequence[int] | None = None,
-        block_passes: int | None = None,
-        macs: float | None = None,
-        seconds: float | None = None,
-        allocation: Allocation | None = None,
         stop: Stop | Sequence[Stop] | None = None,
-        solver: AbstractSolver[Any] | None = None,
-        reuse: bool | str | Reuse | None = None,
-        timesteps: Sequence[int] | None = None,
-        sampler: Sampler | None = None,
-        eta: float | None = None,
-        parallel: bool | ParallelSolver | None = None,
-        parallel_rtol: float | None = None,
-        window: int | None = None,
         chunk: int | None = None,
         reproducible: bool = False,
         output_type: Output = "pil",
         return_dict: bool = True,
+        **options: Unpack[SamplingKeywords],
     ) -> FixedPointOutput | tuple[Any]:
         """Images.
 
         Args:
             class_labels: the class of each image, or one for all, by number or name; None for an unconditional network.
-            num_images: how many; None: one for each label.
-            num_inference_steps: how many timesteps; None is the pipeline's own number.
+            num_images: number of images; None: one for each label.
             generator: a seed, or a torch generator, which then advances; None is a fresh seed.
-            guidance_scale: of classifier-free guidance; 1 is none, None the pipeline's own.
-            guidance_channels: guide the first so many channels; None is all.
-            iterations: of the fixed-point layer, at every timestep or one number for each; FPDM only.
-            block_passes: a budget of each image instead, in transformer blocks, spent exactly; a DiT spends it in
-                timesteps.
-            macs: a budget in multiply-accumulates instead; FPDM only.
-            allocation: how a budget, or iterations times the timesteps, is shared out from the noisiest timestep
-                on (sampling/iteration_budget.py); "measured" by residual curves (sampling/residual_curves.py).
-            seconds: a budget in seconds of this machine instead, with allocation "measured"; FPDM only.
-            stop: a stopping criterion instead, for all or for each timestep; FPDM only.
-            solver: solver of the fixed-point layer; FPDM only.
-            reuse: start of each solve: False or "off", True or "on" (the previous timestep's solution), "blended",
-                "extrapolated", "history" (and its solver state), or a rule; None: the pipeline's default; FPDM only.
-            timesteps: decreasing, instead of num_inference_steps and the scheduler's spacing.
-            sampler: another sampler than the pipeline's scheduler, by its name in the sampling command.
-            eta: stochasticity of DDIM, 0 to 1.
-            parallel: all timesteps at once as one fixed point, by "picard" iteration (True) or triangular
-                "anderson" acceleration; for ddim and ddpm (sampling/parallel.py).
-            parallel_rtol: relative tolerance of the trajectory; None: 1e-3.
-            window: timesteps solved for at once; None: all.
+            stop: stopping criterion instead of iterations, for all timesteps or for each; FPDM only.
             chunk: images in one call of the network; None: 64, or 16 if reproducible.
             reproducible: the same bits whatever else is generated in a call, in chunks of one size, of which one image
                 costs a whole one.
             output_type: "pil", "np", "pt" or "latent"; see FixedPointOutput.
             return_dict: False gives (images,).
+            options: `SamplingKeywords` (sampling/keywords.py), such as num_inference_steps, guidance_scale, iterations;
+                an option left out, or None, is the pipeline's own.
 
         Raises:
             ValueError: labels that do not fit, guidance of an unconditional network, impossible timesteps,
                 options of a fixed point for a DiT, several generators.
+            TypeError: an option that does not exist.
         """
-        options = options_of(
-            steps=num_inference_steps,
-            timesteps=timesteps,
-            guidance=guidance_scale,
-            guidance_channels=guidance_channels,
-            iterations=iterations,
-            block_passes=block_passes,
-            macs=macs,
-            seconds=seconds,
-            allocation=allocation,
-            solver=solver,
-            reuse=reuse,
-            sampler=sampler,
-            eta=eta,
-            parallel=("picard" if parallel else None) if isinstance(parallel, bool) else parallel,
-            parallel_rtol=parallel_rtol,
-            window=window,
-        )
-        chosen = self._plan(options, stop, reuse if isinstance(reuse, Reuse) else None)
         if output_type not in get_args(Output):
             raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(get_args(Output))}.")
+        reuse = options.get("reuse")
+        chosen = self._plan(options_of(**options), stop, reuse if isinstance(reuse, Reuse) else None)
         model: Any = self.model
         labels = labels_for(class_labels, num_images, model.num_classes, self.config["classes"] or ())
         total = len(labels) if labels is not None else as_integer("num_images", num_images or 1, 1)
@@ -262,7 +225,9 @@ class SamplingPipeline(DiffusionPipeline):
         (folder / f"{PIPELINE_CODE}.py").write_text(code.pipeline_source)
         (folder / "model" / f"{code.model_file}.py").write_text(code.model_source)
         if not (folder / "README.md").exists():
-            (folder / "README.md").write_text(self._card())
+            defaults = pipeline_options(self.defaults)
+            card = model_card(self.model, self.scheduler, defaults, latents=self.vae is not None)
+            (folder / "README.md").write_text(card)
 
     def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -303,64 +268,3 @@ class SamplingPipeline(DiffusionPipeline):
             model_file=type(model).__module__.rpartition(".")[2],
             model_source=network,
         )
-
-    def _card(self) -> str:
-        """A model card with what the folder itself says."""
-        model: Any = self.model
-        kind, count = type(model).__name__, sum(p.numel() for p in model.parameters())
-        classes = f"{model.num_classes} classes" if model.num_classes else "unconditional"
-        channels, height, width = model.latent
-        call = "class_labels=[0, 1]" if model.num_classes else "num_images=2"
-        return _CARD.format(
-            kind=kind,
-            tag=kind.lower(),
-            count=count,
-            classes=classes,
-            shape=f"{channels} x {height} x {width}",
-            space="latents, decoded by the VAE in vae/" if self.vae is not None else "samples",
-            scheduler=type(self.scheduler).__name__,
-            prediction=self.scheduler.config["prediction_type"],
-            steps=self.config["steps"],
-            guidance=self.config["guidance"],
-            call=call,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineCode:
-    """The two files of code in the folder of a pipeline.
-
-    Attributes:
-        pipeline: name of the pipeline's class in `pipeline_source`.
-        pipeline_source: content of the pipeline's file.
-        model_file: name of the network's file, without its suffix.
-        model_source: content of the network's file.
-    """
-
-    pipeline: str
-    pipeline_source: str
-    model_file: str
-    model_source: str
-
-
-_CARD = """---
-library_name: diffusers
-tags: [diffusion, {tag}]
----
-# {kind}
-
-A {kind} with {count:,} parameters, {classes}; {space} of shape {shape}. Scheduler: {scheduler}, prediction
-`{prediction}`. By default {steps} timesteps, guidance {guidance:g}.
-
-The folder carries its code, `fixed_point_pipeline.py` and a file in `model/`; both need `pip install
-implicit-fixed-points diffusers` and nothing else of the project.
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained(DIRECTORY_OR_REPOSITORY, trust_remote_code=True)
-images = pipe({call}, generator=0).images
-```
-
-Training data, license of the weights, intended use and scores: not stated.
-"""

@@ -188,19 +188,15 @@ def sample(
             plan with a scheduler or a solve that carries a state from step to step.
     """
     began = time.perf_counter()
-    if plan.solve is not None and not hasattr(model, "has_fixed_point"):
-        raise ValueError(f"solve is for an FPDM, not for {type(model).__name__}; leave it out, or unwrap the model.")
-    solve = plan.solve or Solve()
     trajectory = _Trajectory(
         model=model,
         plan=plan,
-        solve=solve if plan.parallel is None else solve.alike(),
+        solve=_solve_of(model, plan),
         shape=shape or model.latent,  # pyright: ignore[reportFunctionMemberAccess]
         device=torch.device(device),
         dtype=dtype,
         precision=precision,
     )
-    solve.check(len(plan.timesteps))
     labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
     batches, steps = _batches(indices, labels, chunk, reproducible), len(plan.timesteps)
     total, parts, ran = steps * len(batches), [], 0
@@ -212,19 +208,38 @@ def sample(
         parts.append([column[batch.rows] for column in columns])
         ran += evaluated + len(batch.samples) * int(columns[3][0]) * explicit_blocks(model)
     order = torch.tensor([p for batch in batches for p in batch.positions]).argsort()
-    x, evaluations, residuals, calls, rounds, traces = (torch.cat(column)[order] for column in zip(*parts, strict=True))
+    x, *columns = (torch.cat(column)[order] for column in zip(*parts, strict=True))
+    effort = _effort(model, columns, ran, traced=trajectory.solve.trace, seconds=time.perf_counter() - began)
+    return SampleResult(samples=x, indices=tuple(indices), labels=labels, effort=effort)
+
+
+def _solve_of(model: Any, plan: SamplingPlan) -> Solve:
+    """The solve of a plan.
+
+    Raises:
+        ValueError: it does not fit the model, the timesteps, or sampling in parallel.
+    """
+    if plan.solve is not None and not hasattr(model, "has_fixed_point"):
+        raise ValueError(f"solve is for an FPDM, not for {type(model).__name__}; leave it out, or unwrap the model.")
+    solve = plan.solve or Solve()
+    solve.check(len(plan.timesteps))
+    return solve if plan.parallel is None else solve.alike()
+
+
+def _effort(model: Any, columns: list[Tensor], computed: int, *, traced: bool, seconds: float) -> Effort:
+    """The effort from the columns of `EffortRecord.close`."""
+    evaluations, residuals, calls, rounds, traces = columns
     block_passes, macs = cost(model, evaluations, calls)
-    effort = Effort(
+    return Effort(
         evaluations=evaluations,
         residuals=residuals,
         block_passes=block_passes,
         macs=macs,
-        seconds=time.perf_counter() - began,
-        computed=ran,
+        seconds=seconds,
+        computed=computed,
         rounds=rounds,
-        traces=traces if solve.trace else None,
+        traces=traces if traced else None,
     )
-    return SampleResult(samples=x, indices=tuple(indices), labels=labels, effort=effort)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from apps.diffusion.checkpoint.single_file import single_file
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.pipeline import FixedPointPipeline
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
+from implicit import Anderson
 from tests.apps.diffusion.helpers import image_files
 from tests.apps.diffusion.helpers.hub_server import hub
 from tests.apps.diffusion.helpers.small_models import randomized
@@ -27,12 +28,21 @@ import numpy
 sys.modules["apps"] = None  # an installation for development finds it; importing it fails now
 assert importlib.util.find_spec("implicit") is not None
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
-pipe.set_progress_bar_config(disable=True)
-numpy.save(sys.argv[2], pipe([1, 3], generator=5, output_type="np", **json.loads(sys.argv[4])).images)
-DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)([1], generator=5)  # the code is executed again
-pipe.save_pretrained(sys.argv[3])
+for number, (source, call) in enumerate(json.loads(sys.argv[1])):
+    pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    numpy.save(f"there-{number}.npy", pipe([1, 3], generator=5, output_type="np", **call).images)
+    again = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)  # the code is executed again
+    again.set_progress_bar_config(disable=True)
+    again([1], generator=5)
+    pipe.save_pretrained(f"again-{number}")
 """
+CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("fpdm", {"reuse": "blended", "sampling": {"share": 0.25}}, {"macs": 2e6, "allocation": "increasing"}),
+    ("fpdm", {}, {"sampler": "ddim", "iterations": 3, "parallel": "anderson"}),
+    ("fpdm", {"sampling": {"solver": Anderson(memory=3), "rtol": (0.1,), "max_evals": 6}}, {}),
+    ("dit", {}, {"sampler": "euler", "block_passes": 16}),
+]
 
 
 def pipeline(kind="fpdm", **options) -> Any:
@@ -43,23 +53,24 @@ def pipeline(kind="fpdm", **options) -> Any:
     return pipe
 
 
-def open_alone(tmp_path, source, call=None, **environment):
-    """Images of the pipeline in `source`, by a process that finds `implicit` and not `apps`."""
-    (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / "implicit").symlink_to(ROOT / "implicit")
+def open_alone(folder, orders, **environment):
+    """Images of the pipelines in the sources of `orders` (source, options of the call), by one process that finds
+    `implicit` and not `apps`.
+    """
+    (folder / "packages").mkdir()
+    (folder / "packages" / "implicit").symlink_to(ROOT / "implicit")
     variables = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    variables |= {"HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path / "packages"), "OMP_NUM_THREADS": "1"}
-    arguments = [str(source), str(tmp_path / "there.npy"), str(tmp_path / "again"), json.dumps(call or {})]
+    variables |= {"HF_HOME": str(folder / "cache"), "PYTHONPATH": str(folder / "packages"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", OPEN, *arguments],
-        cwd=tmp_path,
+        [sys.executable, "-P", "-c", OPEN, json.dumps([(str(source), call) for source, call in orders])],
+        cwd=folder,
         env=variables | environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return np.load(tmp_path / "there.npy")
+    return [np.load(folder / f"there-{number}.npy") for number in range(len(orders))]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -67,23 +78,27 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "call"),
-    [
-        ("fpdm", {"reuse": "blended"}, {"macs": 2e6, "allocation": "increasing"}),
-        ("fpdm", {}, {"sampler": "ddim", "iterations": 3, "parallel": "anderson"}),
-        ("dit", {}, {"sampler": "euler", "block_passes": 16}),
-    ],
-)
-def test_a_folder_opens_without_this_application_and_gives_the_same_bits(tmp_path, kind, options, call):
-    pipe = pipeline(kind, **options)
-    pipe.save_pretrained(tmp_path / "saved")
-    there = open_alone(tmp_path, tmp_path / "saved", call, HF_HUB_OFFLINE="1")
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """(pipeline, its folder, images of the folder in a process of its own, the folder that this process saved)."""
+    folder = tmp_path_factory.mktemp("alone")
+    pipes = [pipeline(kind, **options) for kind, options, _ in CASES]
+    saved = [folder / f"saved-{number}" for number in range(len(CASES))]
+    for pipe, where in zip(pipes, saved, strict=True):
+        pipe.save_pretrained(where)
+    orders = [(where, call) for where, (_, _, call) in zip(saved, CASES, strict=True)]
+    images = open_alone(folder, orders, HF_HUB_OFFLINE="1")
+    return [(pipe, saved[n], images[n], folder / f"again-{n}") for n, pipe in enumerate(pipes)]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_a_folder_opens_without_this_application_and_gives_the_same_bits(opened, number):
+    (pipe, saved, there, by_process), call = opened[number], CASES[number][2]
     assert there.shape == (2, 16, 16, 3)
     assert np.array_equal(pipe([1, 3], generator=5, output_type="np", **call).images, there)
-    first, again = files(tmp_path / "saved"), files(tmp_path / "again")
+    first, again = files(saved), files(by_process)
     assert {name for name in first if first[name] != again[name]} <= {"model/config.json", "vae/config.json"}
-    ours: Any = FixedPointPipeline.from_pretrained(tmp_path / "again")
+    ours: Any = FixedPointPipeline.from_pretrained(by_process)
     assert np.array_equal(ours([1, 3], generator=5, output_type="np", **call).images, there)
 
 
@@ -93,7 +108,7 @@ def test_a_pushed_repository_opens_without_this_application(tmp_path):
         assert "me/digits" in pipe.push_to_hub("me/digits", api=HfApi(endpoint=address, token="hf_none"))
         pipe.save_pretrained(tmp_path / "saved")
         assert repositories["me/digits"] == files(tmp_path / "saved")
-        there = open_alone(tmp_path, "me/digits", HF_ENDPOINT=address)
+        (there,) = open_alone(tmp_path, [("me/digits", {})], HF_ENDPOINT=address)
     assert np.array_equal(pipe([1, 3], generator=5, output_type="np").images, there)
 
 

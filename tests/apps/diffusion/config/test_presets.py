@@ -100,3 +100,21 @@ def test_the_networks_of_mnist_fit_their_folders():
         network = build.network(PRESETS[name]().model, (1, 28, 28), 10, iterations=5, seed=0)
         sizes.append(sum(value.numel() * 4 for value in network.state_dict().values()))
     assert sizes[0] < sizes[1] < 6e6 and sizes[1] / sizes[0] == pytest.approx(1.16, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("given", "gone"),
+    [
+        (["--sampling.block-passes", "240"], "iterations"),
+        (["--sampling.macs=5e9"], "iterations"),
+        (["--sampling.seconds", "1", "--sampling.allocation", "measured"], "iterations"),
+        (["--sampling.rtol", "0.1", "--sampling.max_evals", "9"], "iterations"),
+        (["--sampling.timesteps", "900", "300"], "steps"),
+    ],
+)
+def test_an_option_replaces_those_of_the_preset_that_it_excludes(given, gone):
+    preset = PRESETS["mnist"]().sampling
+    found = train.parse(["mnist", *given])[0].sampling
+    assert getattr(preset, gone) not in ((), None) and getattr(found, gone) in ((), None)
+    assert (found.sampler, found.guidance) == (preset.sampler, preset.guidance)
+    assert len(found.given()) == len(preset.given()) - 1 + sum(word.startswith("--") for word in given)
