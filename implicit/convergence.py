@@ -122,7 +122,7 @@ class ConvergenceMonitor:
         resets, (over, back) = self.safeguard.pop_resets(), self.safeguard.pop_starts()
         self.best.take_back(back)
         if over.any():
-            self.best.set_aside(over)
+            self.best.set_aside(over, self._made)
             self.masks.at_start = self._mask(over)
         # the others continue from their best iterate
         self.reset_at[resets] = self._made
@@ -190,10 +190,11 @@ class ConvergenceMonitor:
         if self.safeguard is not None:
             least = best.absolute[0][rows], best.absolute[1][rows]
             away = live & self.safeguard.ran_away(rows, *whole, *least, converged)
-        best.update_absolute(rows, live, *whole)
         converged &= ~away
         stopped = live & ~converged & (False if seen.stopped is None else seen.stopped.cpu().numpy())
-        best.update(rows, (live & (r < best.residual[rows])) | converged | stopped, seen.point, r, s, seen.calls)
+        counts = live & (seen.calls > best.begun_at[rows])
+        best.update_absolute(rows, counts, *whole)
+        best.update(rows, (counts & (r < best.residual[rows])) | converged | stopped, seen.point, r, s, seen.calls)
 
         # which have come to rounding error, or have failed; a point made before a reset says nothing about the retry
         stalled = live & ~converged & ~stopped & best.at_rounding(rows, seen.calls, self.layout.eps)

@@ -4,10 +4,10 @@ Setting: f maps a state to a state of the same shape; sample b is a system of it
 r = f(z) - z its residual; `implicit.stopping` has the criterion. A finished sample is frozen at its z while the others
 go on.
 
-CONVERGED is true of the value that is returned. Frozen samples are evaluated along, so a claim is tested in every
-evaluation; where the last one was not at the value returned (after compaction, with `Stop.late`, beside samples that
-failed), one more evaluation tests it. A claim that does not hold has one of two causes, distinguished by evaluating f
-again at the same z:
+CONVERGED and `residual` are true of the value that is returned. Frozen samples are evaluated along, so a claim is
+tested in every evaluation; where none was at the batch that is returned (after compaction, with `Stop.late`, beside
+samples that did not converge), one more evaluation measures it. A claim that does not hold has one of two causes,
+distinguished by evaluating f again at the same z:
 
     noise      f gives two values at one z (a fresh dropout mask, spectral_norm in training mode): the sample goes on,
                and ends as NONDETERMINISTIC if the budget does not suffice
@@ -96,14 +96,14 @@ def _until(
         args = f.args
         state = _run(f, monitor, solver, options)
         f.args = args
-        if must_continue(f, monitor, bool(options.compact)):
+        if must_continue(f, monitor, bool(options.compact), image):
             if options.compact:
                 options = replace(options, compact=False, state=None)
                 monitor = ConvergenceMonitor(
                     monitor.criterion, monitor.best.z, callback, make_safeguard(start), f.calls, monitor.trace
                 )
                 state = _run(f, monitor, solver, options)
-                again = must_continue(f, monitor, False)
+                again = must_continue(f, monitor, False, image)
             else:
                 again = True
             if again:

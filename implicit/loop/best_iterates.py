@@ -45,6 +45,7 @@ class BestIterates:
         self.absolute = (np.full(size, np.inf), np.zeros(size)) if relative else (self.residual, self.size)
         self.least: list[float] | np.ndarray = [np.inf] * size
         self.oldest = 0
+        self.begun_at = np.zeros(size, dtype=np.int64)  # evaluations made when the second attempt began
         self._sizes: list[float] | np.ndarray | None = None  # ||f(z)|| with `least`, if not yet in `size`
         self._first: Point | None = None  # the best iterates of first attempts, and the arrays that belong to them
         self._record: tuple[np.ndarray, ...] = ()
@@ -112,29 +113,39 @@ class BestIterates:
 
     # ---- the second attempt
 
-    def set_aside(self, which: np.ndarray) -> None:
-        """Keep the best iterates of the samples in `which` as those of a first attempt, and begin the second one."""
-        arrays = (self.residual, self.size, self.since)
+    def set_aside(self, which: np.ndarray, calls: int) -> None:
+        """Keep the best iterates of the samples in `which` as those of a first attempt, and begin the second one.
+
+        `calls` evaluations were made so far; a point of them that is read later belongs to the first attempt.
+        """
+        self.flush()
         if self._first is None:
             self._first = Point(self.z, self.fz)
-            self._record = (np.full_like(self.residual, np.inf), np.zeros_like(self.size), np.zeros_like(self.since))
+            self._record = tuple(np.full_like(x, np.inf if i == 0 else 0) for i, x in enumerate(self._arrays))
         mask = to_device(which, self.z.device).unsqueeze(1)
         first = self._first
         self._first = Point(torch.where(mask, self.z, first.z), torch.where(mask, self.fz, first.fz))
-        for kept, x in zip(self._record, arrays, strict=True):
+        for kept, x in zip(self._record, self._arrays, strict=True):
             kept[which] = x[which]
-        self.residual[which] = np.inf
+        self.residual[which] = self.absolute[0][which] = np.inf
+        self.begun_at[which] = calls
 
     def take_back(self, which: np.ndarray) -> None:
         """End the second attempt of the samples in `which`: of both best iterates the one of smaller residual."""
         if self._first is None:
             return
         back = which & (self._record[0] < self.residual)
-        for kept, x in zip(self._record, (self.residual, self.size, self.since), strict=True):
+        for kept, x in zip(self._record, self._arrays, strict=True):
             x[back] = kept[back]
         self._record[0][which] = np.inf
         if back.any():
             self._take(back, self._first)
+
+    @property
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        """What belongs to the best iterates."""
+        own = () if self.absolute[0] is self.residual else self.absolute
+        return (self.residual, self.size, self.since, *own)
 
     def _take(self, which: np.ndarray, point: Point) -> None:
         mask = to_device(which, self.z.device).unsqueeze(1)

@@ -33,7 +33,7 @@ class FastPath:
             r, s = as_array(seen.sizes[0]), as_array(seen.sizes[1])
             clear = bool((r > self.rtol * s + self.low).all())
             gained = int(np.count_nonzero(r < best.least))
-        if not clear or not quiet:
+        if not clear or not quiet or seen.calls <= best.begun_at.max(initial=0):
             return False
         if gained < count:
             return not gained and not guarded and seen.calls - best.oldest < PATIENCE

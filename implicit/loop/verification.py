@@ -1,7 +1,7 @@
-"""Verification of claims: CONVERGED and `residual` are true of the value that a solve with a tolerance returns.
+"""Verification: CONVERGED and `residual` are true of the value that a solve with a tolerance returns.
 
-A claim that no evaluation at the value has tested is tested by one evaluation more. Where it does not hold, f is
-evaluated once more at the same z: two values there are noise in f, one value is coupling of the samples.
+A batch that no evaluation has seen as it is returned is evaluated once more. Where a claim does not hold there, f is
+evaluated again at the same z: two values are noise in f, one value is coupling of the samples.
 """
 
 import warnings
@@ -33,21 +33,22 @@ def is_noise(f: FlatMap | JointMap, monitor: ConvergenceMonitor, point: Point) -
         return differs(monitor.criterion, f.evaluate(point.z).fz, point.fz)
 
 
-def must_continue(f: FlatMap, monitor: ConvergenceMonitor, compact: bool) -> bool:
-    """Test the claims of convergence that are not tested yet; whether some do not hold and budget is left.
+def must_continue(f: FlatMap, monitor: ConvergenceMonitor, compact: bool, image: bool = False) -> bool:
+    """Measure the batch as it is returned; whether claims of convergence do not hold and budget is left.
 
-    The cause is coupling of the samples or, after a solve with compaction, an argument that was cut by mistake.
+    The cause is coupling of the samples or, after a solve with compaction, an argument that was cut by mistake. With
+    `image` f(z) is returned, and measured in any case.
     """
     coupled = monitor.inconsistent
     if coupled and f.remaining > 0:
         return True
     spend_budget(monitor)
-    if not coupled and _verified(monitor):
+    if not coupled and _verified(monitor, image):
         return False
     with torch.no_grad():
         point = f.evaluate(monitor.best.z)
-    lost = lost_claims(monitor, point)
-    if not len(lost) and not coupled:
+    lost, _ = measure_claims(monitor, point)
+    if not lost.any() and not coupled:
         return False
     if not coupled and is_noise(f, monitor, point):
         monitor.code[lost] = Result.NONDETERMINISTIC
@@ -64,46 +65,52 @@ def image_of_best(f: FlatMap, monitor: ConvergenceMonitor) -> Flat:
     """f(z) of the best iterates with its own residual, or z for a sample of which only z meets the tolerance."""
     with torch.no_grad():
         point = f.evaluate(monitor.best.fz.detach())
-    claimed, before = monitor.code == Result.CONVERGED, monitor.best.residual.copy()
-    lost = np.zeros(len(claimed), dtype=bool)
-    lost[lost_claims(monitor, point)] = True
-    if not lost.any():
+    before = monitor.best.residual.copy()
+    worse = _worse(before, *measure_claims(monitor, point))
+    if not worse.any():
         return monitor.best.fz
-    monitor.best.residual[lost] = before[lost]
-    mask = to_device(lost, f.layout.device).unsqueeze(1)
+    monitor.best.residual[worse] = before[worse]
+    mask = to_device(worse, f.layout.device).unsqueeze(1)
     value = torch.where(mask, monitor.best.z, monitor.best.fz)
     # f may take one sample into another, so that z beside f(z) is a value of its own
     with torch.no_grad():
         point = f.evaluate(value.detach())
-    if not len(lost_claims(monitor, point)):
+    if not _worse(before, *measure_claims(monitor, point)).any():
         return value
     monitor.best.residual = before
     return monitor.best.z
 
 
-def _verified(monitor: ConvergenceMonitor) -> bool:
-    """Whether the last evaluation was at the best iterates of all samples, so that it has tested every claim.
+def _worse(before: np.ndarray, lost: np.ndarray, finite: np.ndarray) -> np.ndarray:
+    """Which samples have lost their claim, or a residual that was finite `before`."""
+    return lost | (~finite & np.isfinite(before))
 
-    A sample without a claim counts too: where it stood elsewhere, a claim of another one may be due to that.
+
+def _verified(monitor: ConvergenceMonitor, image: bool) -> bool:
+    """Whether an evaluation was at the best iterates of all samples, so that it has measured all of them.
+
+    A sample stands for every other one: where it stood elsewhere, the residual of another one may be due to that.
     """
-    if monitor.last is None or not (monitor.code == Result.CONVERGED).any():
+    since = monitor.best.since
+    if (image or (since == since[:1]).all()) and not (monitor.code == Result.CONVERGED).any():
         return True
+    if monitor.last is None:
+        return False
     rows, held, calls = monitor.last
     tested = np.zeros(len(monitor.code), dtype=bool)
     tested[rows[held]] = True
-    return bool((tested | (monitor.best.since == calls)).all())
+    return bool((tested | (since == calls)).all())
 
 
-def lost_claims(monitor: ConvergenceMonitor, point: Point) -> np.ndarray:
-    """Enter the residuals at `point`, the best iterates; returns the samples whose claim does not hold there."""
-    r, _, tolerance = compare(
-        monitor.criterion, point, fetch(monitor.criterion, point)[0], np.arange(len(monitor.code))
-    )
-    known = np.isfinite(r)
+def measure_claims(monitor: ConvergenceMonitor, point: Point) -> tuple[np.ndarray, np.ndarray]:
+    """Enter the residuals at `point`; which samples have lost their claim there, and which residuals are finite."""
+    rows = np.arange(len(monitor.code))
+    r, _, tolerance = compare(monitor.criterion, point, fetch(monitor.criterion, point)[0], rows)
+    finite = np.isfinite(r)
     lost = (monitor.code == Result.CONVERGED) & (classify(r, tolerance) != Result.CONVERGED)
-    monitor.best.residual[known] = r[known]
+    monitor.best.residual[finite] = r[finite]
     monitor.evals += 1
-    return np.flatnonzero(lost)
+    return lost, finite
 
 
 def enter_joint(monitor: ConvergenceMonitor, joint: ConvergenceMonitor, calls: int) -> None:

@@ -52,6 +52,31 @@ def test_rows_that_reach_each_other_are_solved_as_one_system(solver):
     assert int(found.evals.max()) <= 2 * int(whole.evals) + 20
 
 
+@pytest.mark.parametrize("stop", [{}, {"late": True}, {"check_every": 3}, {"norm": "max"}], ids=str)
+@each_solver
+def test_a_residual_beside_coupled_rows_is_that_of_the_value_where_none_converges(solver, stop):
+    rng = torch.Generator().manual_seed(3)
+    w = torch.randn(4, 4, generator=rng, dtype=F64)
+    found = solve(
+        lambda z: torch.sin(2 * z.roll(1, 0) @ w + 1),
+        torch.zeros(5, 4, dtype=F64),
+        solver=solver,
+        stop=Stop(rtol=1e-12, max_evals=14, **stop),
+    )
+    r = torch.sin(2 * found.value.roll(1, 0) @ w + 1) - found.value
+    assert not found.converged.any()
+    torch.testing.assert_close(found.residual, torch.linalg.vector_norm(r, torch.inf if stop.get("norm") else 2, dim=1))
+
+
+@each_solver
+def test_unrolled_returns_z_where_f_of_its_image_is_not_finite(solver):
+    """f(0) = 3, and f is undefined there; the other row converges."""
+    f = lambda z: torch.where(z < 1, 0.5 * z + torch.tensor([[3.0], [0.25]]), torch.nan)  # noqa: E731
+    found = solve(f, torch.zeros(2, 1), solver=solver, grad=Unrolled(), stop=Stop(rtol=1e-4, max_evals=40))
+    torch.testing.assert_close(found.residual, (f(found.value) - found.value)[:, 0].abs())
+    assert found.converged.tolist() == [False, True]
+
+
 @pytest.mark.parametrize("estimator", [JFB(), Unrolled()], ids=repr)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_batch_norm_in_training_mode_makes_no_false_claim(estimator):
