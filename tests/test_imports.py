@@ -156,17 +156,11 @@ def test_dit_and_fpdm_never_import_each_other():
 
 def test_importing_the_core_needs_torch_numpy_and_jaxtyping_alone():
     heavy = "scipy matplotlib torchdeq diffusers accelerate tyro sklearn tqdm".split()
-    code = f"import sys, implicit; print(*[m for m in {heavy!r} if m in sys.modules])"
+    loaded = f"print(*[m for m in {heavy!r} if m in sys.modules])"
+    code = f"import sys, torch, numpy, jaxtyping; {loaded}; import implicit; {loaded}"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    loaded = set(out.stdout.split())
-    plain = subprocess.run(
-        [sys.executable, "-c", code.replace(", implicit", ", torch, numpy, jaxtyping")],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
-    assert loaded <= set(plain.stdout.split())
+    before, after = out.stdout.splitlines()
+    assert before == after
 
 
 def test_the_top_of_the_core_imports_declared_packages_only():

@@ -1,10 +1,7 @@
 """Every command of the ImageNet recipe runs at a thousandth of its scale, two processes where the page has eight."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 
 from apps.diffusion.config.presets import PRESETS
 from tests.apps.diffusion.helpers import image_files
+from tests.apps.diffusion.helpers.forks import Forks
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "imagenet.md").read_text()
@@ -95,17 +93,11 @@ def test_every_command_runs_at_a_thousandth_of_the_scale(tmp_path):
     image_files.tiny_vae().save_pretrained(tmp_path / "vae")
     pixels = np.random.default_rng(0).integers(0, 256, (SAMPLES, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "VIRTUAL_imagenet256_labeled.npz", arr_0=pixels)
-    orders = [dict(zip(("module", "argv", "processes"), small(command), strict=True)) for command in COMMANDS]
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "apps" / "diffusion" / "helpers" / "command_forks.py"],
-        input="".join(json.dumps(order) + "\n" for order in orders),
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.split() == ["0"] * len(COMMANDS), done.stderr[-3000:]
+    forks = Forks(tmp_path, XDG_CACHE_HOME=str(tmp_path / "cache"))
+    for command in COMMANDS:
+        module, arguments, processes = small(command)
+        assert forks.run(f"{module}:main", arguments, processes=processes) == 0, command
+    forks.close()
     index = json.loads((tmp_path / "latents" / "imagenet" / "index.json").read_text())
     assert index["images"] == IMAGES and len(index["class_counts"]) == classes
     for run, length in (("imagenet", 2), ("imagenet-dit", 1)):

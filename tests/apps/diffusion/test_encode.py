@@ -1,7 +1,6 @@
 """Images to latents: the VAE's own numbers, on any number of processes, through interruptions and bad input."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -141,19 +140,10 @@ def test_a_failed_write_leaves_no_half_file(images, vae_folder, tmp_path, monkey
     assert set(contents(tmp_path / "out")) == {"settings.json"}
 
 
-def test_several_processes_share_the_work_and_write_the_same(images, vae_folder, tmp_path):
+def test_several_processes_share_the_work_and_write_the_same(forks, images, vae_folder, tmp_path):
     assert call(images, vae_folder, tmp_path / "whole") == 0
-    command = [sys.executable, "-m", "apps.diffusion.encode", str(images), "--vae", str(vae_folder)]
-    command += ["--out", str(tmp_path / "shared"), *SMALL]
-    environment = {**os.environ, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            command, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=500) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    arguments = [str(images), "--vae", str(vae_folder), "--out", str(tmp_path / "shared"), *SMALL]
+    assert forks.run("apps.diffusion.encode:main", arguments, processes=2) == 0
     assert contents(tmp_path / "shared") == contents(tmp_path / "whole")
 
 

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from apps.diffusion import sample
 from apps.diffusion.checkpoint import training_state as checkpoint
@@ -18,7 +16,6 @@ from apps.diffusion.data import digits
 from apps.diffusion.files.images import columns_by_class, grid, read, to_pil
 from apps.diffusion.files.plots import loss_curve
 from apps.diffusion.training.trainer import Trainer
-from tests.apps.diffusion.helpers.sampling_process import one_of_two
 
 QUICK = ["--steps", "2", "--iterations", "2"]
 
@@ -80,11 +77,10 @@ def test_an_image_depends_on_the_seed_and_its_number_alone(trained, tmp_path, op
 SHARED = ["--steps", "2", "--rtol", "0.1", "--num", "41", "--npz", "--guidance", "2"]
 
 
-@pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
-def test_two_processes_write_what_one_does(trained, tmp_path):
+def test_two_processes_write_what_one_does(forks, trained, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert sample.main([str(trained), *SHARED, "--out", str(one)]) == 0
-    spawn(one_of_two, (trained, two, SHARED), nprocs=2)
+    assert forks.run("apps.diffusion.sample:main", [str(trained), *SHARED, "--out", str(two)], processes=2) == 0
     assert {p.name for p in two.glob(".effort*")} == {".effort-0.jsonl", ".effort-1.jsonl"}
     names = {p.name for p in one.iterdir() if not p.name.startswith(".")}
     assert len(names) == 41 + 4 and names == {p.name for p in two.iterdir() if not p.name.startswith(".")}

@@ -1,11 +1,10 @@
 """FPDM in DistributedDataParallel on two processes: a shared block, a random number of tracked iterations."""
 
-import warnings
+import os
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from apps.diffusion.models import FPDM
@@ -30,9 +29,8 @@ def gradients(model, inputs):
     return torch.stack(found)
 
 
-def worker(rank, folder):
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+def worker(folder):
+    rank = int(os.environ["RANK"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for checkpointing in (False, True):
         model = randomized(FPDM(**TINY))
@@ -44,10 +42,10 @@ def worker(rank, folder):
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
-def test_two_processes_find_the_gradient_of_the_whole_batch(tmp_path):
+def test_two_processes_find_the_gradient_of_the_whole_batch(forks, tmp_path):
     drawn = [estimator(case).draw() for case in range(len(DRAWS))]
     assert {n > 0 for n, _ in drawn} == {m > 1 for _, m in drawn} == {False, True}
-    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    assert forks.run(f"{__name__}:worker", str(tmp_path), processes=2) == 0
     model = randomized(FPDM(**TINY))
     expected = gradients(model, batch(model, n=4))
     assert expected.norm(dim=1).min() > 0.1

@@ -214,7 +214,7 @@ def test_bad_requests_are_refused():
 @pytest.mark.parametrize("network", [FPDM, DiT])
 def test_precision_and_compilation_change_rounding_alone(network):
     model = randomized(network(**TINY)).eval()
-    options = {"seed": 2, "scheduler": make_scheduler("ddim"), "timesteps": timesteps(4), "chunk": 4}
+    options = {"seed": 2, "scheduler": make_scheduler("ddim"), "timesteps": timesteps(3), "chunk": 4}
 
     def samples(**more):
         return sample_by(model, range(4), [0, 1, 2, 3], **options, **more)
@@ -224,7 +224,7 @@ def test_precision_and_compilation_change_rounding_alone(network):
     size = plain.samples.square().mean().sqrt()
     assert (half.samples - plain.samples).square().mean().sqrt() < 0.05 * size
     assert torch.equal(half.effort.evaluations, plain.effort.evaluations)
-    model.compile_blocks(backend="aot_eager")
+    model.compile_blocks(backend="eager")
     compiled = samples()
     torch.testing.assert_close(compiled.samples, plain.samples, rtol=1e-4, atol=1e-4)
 
@@ -259,7 +259,7 @@ def test_a_timestep_never_waits_for_the_device_and_adds_a_constant(network, guid
         sample_by(model, range(2), [1, 2], seed=0, reproducible=False, **options)
 
     reads, kernels = [], []
-    for steps in (4, 9, 14):
+    for steps in (2, 4, 6):
         waits, counter = Waits(), OperatorCounter()
         with watching(waits):
             walk(steps)

@@ -80,15 +80,15 @@ def test_training_with_every_term_learns_and_repeats():
         track="none",
     )
 
-    def losses(config):
+    def losses(config, steps=12):
         trainer = Trainer(config, digits("train"))
-        return [float(trainer.step()[0]) for _ in range(20)]
+        return [float(trainer.step()[0]) for _ in range(steps)]
 
     found = losses(config)
-    assert found == losses(config) and sum(found[-5:]) < sum(found[:5])
-    plain = losses(replace(config, loss=c.LossConfig()))
+    assert found[:6] == losses(config, 6) and sum(found[-4:]) < sum(found[:4])
+    plain = losses(replace(config, loss=c.LossConfig()), 3)
     for name in c.LossConfig.FIXED_POINT:
-        assert losses(replace(config, loss=c.LossConfig(**{name: 0.1})))[:3] != plain[:3], name
+        assert losses(replace(config, loss=c.LossConfig(**{name: 0.1})), 3) != plain, name
 
 
 def test_terms_are_checked():

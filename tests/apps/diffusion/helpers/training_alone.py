@@ -1,0 +1,29 @@
+"""Training without its summary, for `forks`: instead of samples and scores, the digest of the network that would make
+them is printed.
+"""
+
+from accelerate.utils import DistributedType
+
+from apps.diffusion import train
+from apps.diffusion.files.hashing import of_tensors as digest
+from apps.diffusion.training import distributed, trainer
+from apps.diffusion.training import run as training_run
+
+make_accelerator = distributed.accelerator
+
+
+def accelerator(*arguments):
+    """accelerate offers FSDP on accelerators only; its code runs on CPUs as well, once its state says so."""
+    found = make_accelerator(*arguments)
+    plugin = distributed.fsdp_plugin()
+    if plugin is not None and found.distributed_type == DistributedType.MULTI_CPU:
+        found.state.distributed_type = DistributedType.FSDP
+        found.state.fsdp_plugin = plugin
+    return found
+
+
+def main(argv):
+    training_run.summarize = lambda _config, _trainer, network, *_: print("averaged:", digest(network.state_dict()))
+    distributed.accelerator = accelerator
+    trainer.AGREE_EVERY = 0.0  # after every step
+    return train.main(argv)
