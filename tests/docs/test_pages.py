@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.apps.diffusion.helpers.training_runs import barely_trained
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ROOT / "docs", ROOT / "examples", ROOT / "benchmarks", ROOT / "apps"
@@ -21,19 +23,6 @@ PRINTED = {"solvers.md": "converged 100.0%", "gradients.md": "| IFT", "diagnose.
 """What the programs of a page print, among other things."""
 
 
-def barely_train(out: Path) -> None:
-    """What `make train` leaves, after four steps."""
-    from apps.diffusion.checkpoint import training_state as checkpoint
-    from apps.diffusion.config import training as c
-    from apps.diffusion.data import digits
-    from apps.diffusion.training.trainer import Trainer
-
-    model, optimizer = c.ModelConfig(hidden=16, heads=2, patch=4), c.OptimizerConfig(images=64, batch=16)
-    config = c.Config(model=model, optimizer=optimizer, out=out)
-    Trainer(config, digits("train")).run(lambda state: checkpoint.save(out, state))
-    (out / "config.json").write_text(config.to_json())
-
-
 @each_page_with_code
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -41,7 +30,7 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch,
     code = re.sub(r"\.push_to_hub\(.*", "", "\n".join(CODE[page]))
     for run in set(re.findall(r"\"(runs/\w+)\"", code)):
         (tmp_path / run).mkdir(parents=True)
-        barely_train(tmp_path / run)
+        barely_trained(tmp_path / run, images=64, model={"patch": 4})
     if '"images"' in code:
         (tmp_path / "images" / "a").mkdir(parents=True)
         for i in range(64):

@@ -13,11 +13,9 @@ from safetensors.torch import load_file, save_file
 from apps.diffusion import convert
 from apps.diffusion.checkpoint import state_dicts as layouts
 from apps.diffusion.checkpoint import training_state as checkpoint
-from apps.diffusion.config import training as c
-from apps.diffusion.data import digits
 from apps.diffusion.models import FPDM, DiT
-from apps.diffusion.training.trainer import Trainer
 from tests.apps.diffusion.helpers import published as pub
+from tests.apps.diffusion.helpers.training_runs import barely_trained
 
 HEADS = ["--heads", str(pub.HEADS)]
 
@@ -272,13 +270,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["fpdm", "dit"])
 def test_a_training_run_to_the_published_layout(tmp_path, kind):
-    run = tmp_path / "run"
-    config = c.Config(
-        model=c.ModelConfig(kind=kind, hidden=16, heads=2),
-        optimizer=c.OptimizerConfig(images=96, batch=16),
-        out=run,
-    )
-    Trainer(config, digits("train")).run(lambda state: checkpoint.save(run, state))
+    run = barely_trained(tmp_path / "run", images=96, model={"kind": kind})
     state = checkpoint.newest(run)
     for options, expected in (([], state.ema), (["--weights", "model"], state.model)):
         out = tmp_path / f"out{len(options)}"

@@ -9,8 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from apps.diffusion import sample as sample_command
 from apps.diffusion.checkpoint import training_state as checkpoint
-from apps.diffusion.config import training as c
-from apps.diffusion.data import digits
+from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.files.images import read
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.pipeline import FixedPointPipeline
@@ -18,10 +17,10 @@ from apps.diffusion.sampling.sampler import Solve
 from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from apps.diffusion.schedulers.timesteps import timesteps
-from apps.diffusion.training.trainer import Trainer
 from implicit import Anderson, Stop
 from tests.apps.diffusion.helpers import image_files
 from tests.apps.diffusion.helpers.small_models import randomized, sample_by
+from tests.apps.diffusion.helpers.training_runs import barely_trained
 
 SMALL = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
 
@@ -40,17 +39,8 @@ def pipeline(kind="fpdm", vae=True, **options) -> Any:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run, barely trained."""
-    folder = tmp_path_factory.mktemp("run")
-    config = c.Config(
-        model=c.ModelConfig(hidden=16, heads=2),
-        optimizer=c.OptimizerConfig(images=320, batch=16, lr=1e-2, warmup=0),
-        sampling=c.SamplingOptions(steps=2, iterations=(3,), sampler="ddpm"),
-        out=folder,
-    )
-    Trainer(config, digits("train")).run(lambda state: checkpoint.save(folder, state))
-    (folder / "config.json").write_text(config.to_json())
-    return folder
+    sampling = SamplingOptions(steps=2, iterations=(3,), sampler="ddpm")
+    return barely_trained(tmp_path_factory.mktemp("run"), sampling=sampling)
 
 
 @pytest.mark.parametrize("kind", ["fpdm", "dit"])

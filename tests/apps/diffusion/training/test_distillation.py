@@ -19,6 +19,7 @@ from apps.diffusion.training.loss import TrainingNoise, TrainingSolve
 from apps.diffusion.training.trainer import Trainer
 from implicit import Picard, Stop, Unrolled
 from tests.apps.diffusion.helpers.small_models import randomized
+from tests.apps.diffusion.helpers.training_runs import barely_trained
 
 DIGITS = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "num_heads": 2, "num_classes": 10}
 
@@ -26,12 +27,7 @@ DIGITS = {"input_size": 8, "in_channels": 1, "hidden_size": 16, "num_heads": 2, 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of a DiT on digits, barely trained."""
-    folder = tmp_path_factory.mktemp("dit")
-    model = c.ModelConfig(kind="dit", hidden=16, heads=2, depth=3, patch=4)
-    config = c.Config(model=model, optimizer=c.OptimizerConfig(images=640, batch=16, lr=1e-2, warmup=0), out=folder)
-    Trainer(config, digits("train")).run(lambda state: checkpoint.save(folder, state))
-    (folder / "config.json").write_text(config.to_json())
-    return folder
+    return barely_trained(tmp_path_factory.mktemp("dit"), 640, {"kind": "dit", "depth": 3, "patch": 4})
 
 
 def noise(shape, timesteps=1000):
