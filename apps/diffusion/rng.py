@@ -43,6 +43,7 @@ class Stream(enum.IntEnum):
     AUGMENTATION = 6  # how an epoch shows an image: mirrored or not, which latent of its distribution
     START = 7  # noise of the start of a solve in training
     PROBES = 8  # probes of the Jacobian penalty
+    EARLIER = 9  # noisier timestep whose solution a solve starts from in training
 
 
 def generator(seed: int, stream: Stream, position: int = 0) -> torch.Generator:

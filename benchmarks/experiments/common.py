@@ -31,6 +31,7 @@ SCALES: Sizes = {  # CPU seconds of training by study, and samples per score
         "iteration-split": 60,
         "outer-blocks": 60,
         "depth": 120,
+        "objectives": 120,
         "samples": 500,
     },
     "tiny": {
@@ -39,6 +40,7 @@ SCALES: Sizes = {  # CPU seconds of training by study, and samples per score
         "iteration-split": 1,
         "outer-blocks": 0.3,
         "depth": 0.2,
+        "objectives": 0.2,
         "samples": 20,
     },
 }
@@ -153,7 +155,7 @@ def kept(path: Path, config: Config) -> tuple[nn.Module, dict[str, Any]] | None:
 
 
 def score(model: Any, config: Config, way: Way, count: int) -> dict[str, float]:
-    """Draw `count` samples by DDIM, label i mod 10, and score them."""
+    """Draw `count` samples by DDIM, or Euler's steps of a rectified flow, label i mod 10, and score them."""
     _, _, scorer = _scorer_of(config)
     labels = [i % 10 for i in range(count)]
     began = time.process_time()
@@ -162,7 +164,7 @@ def score(model: Any, config: Config, way: Way, count: int) -> dict[str, float]:
         range(count),
         labels,
         plan=SamplingPlan(
-            scheduler=schedule.same_noise(schedule.scheduler_of(config), "ddim"),
+            scheduler=schedule.same_noise(schedule.scheduler_of(config), config.sampling_options().value("sampler")),
             timesteps=timesteps(way.steps),
             solve=way.solve(model),
         ),

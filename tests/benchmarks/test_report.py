@@ -124,7 +124,7 @@ def test_a_file_cut_short_is_named(tmp_path, chapter):
     for path in RESULTS.glob("*.json"):
         (tmp_path / path.name).write_text('{"tables": ')
     (tmp_path / "gpu_diffusion_h.json").write_text("[]")
-    for name in ("memory_xl.json", "compute_xl.json", "shipped.json"):
+    for name in ("memory_xl.json", "compute_xl.json", "shipped.json", "experiment_objectives.json"):
         (tmp_path / name).write_text("[]")
     with pytest.raises(SystemExit, match=r"\.json is (damaged|no result file)"):
         chapter.chapter(tmp_path, tmp_path)

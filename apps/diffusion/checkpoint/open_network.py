@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.sampling.keywords import pipeline_options
 from apps.diffusion.sampling.options import class_numbers
+from apps.diffusion.schedulers.noise_levels import is_flow
 from apps.diffusion.schedulers.noise_schedule import make_scheduler, scheduler_of
 
 Weights = Literal["ema", "model"]
@@ -148,7 +149,7 @@ def _of_pipeline(folder: Path) -> OpenedNetwork:
     return OpenedNetwork(
         model=model.eval(),
         scheduler=scheduler,
-        options=options,
+        options=replace(options, sampler="flow") if is_flow(scheduler) else options,
         decoder=partial(_decoder, model, vae),
         classes=tuple(index.get("classes") or ()),
         digest=hashing.of_tensors(model.state_dict()),

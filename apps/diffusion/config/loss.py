@@ -14,7 +14,7 @@ class LossConfig:
     """
 
     SECTION: ClassVar[str] = "loss"
-    FIXED_POINT: ClassVar[tuple[str, ...]] = ("residual", "jacobian", "early", "start_noise")
+    FIXED_POINT: ClassVar[tuple[str, ...]] = ("residual", "jacobian", "early", "reuse", "start_noise")
 
     timesteps: Literal["uniform", "logit_normal"] = "uniform"
     """Distribution of the timesteps; logit_normal (arXiv 2403.03206) draws the middle of the schedule more often."""
@@ -33,6 +33,10 @@ class LossConfig:
     early: float = 0.0
     """Weight of the distance between the predictions of one iteration and of the solution, any-time training by
     self-distillation (arXiv 2604.09168); FPDM only.
+    """
+    reuse: float = 0.0
+    """Weight of the distance between the predictions of one iteration from a noisier timestep's solution and of the
+    solution, so that sampling may start there (`--sampling.reuse on`); FPDM only.
     """
     start_noise: float = 0.0
     """Noise of the start of each solve, relative to the start (arXiv 2605.21488); FPDM only."""

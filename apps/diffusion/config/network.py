@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from apps.diffusion.config.serialization import at_least
+from apps.diffusion.config.serialization import at_least, flag
 
 Kind = Literal["fpdm", "dit"]
 Size = Literal["tiny", "S", "B", "L", "XL"]
@@ -62,6 +62,12 @@ class NoiseSchedule:
 
     SECTION: ClassVar[str] = "schedule"
 
+    kind: Literal["diffusion", "rectified_flow"] = "diffusion"
+    """diffusion, or rectified_flow (arXiv 2209.03003): straight lines between image and noise, with the velocity along
+    them as prediction target; it has no betas.
+    """
+    shift: float = 1.0
+    """Shift of the timesteps of rectified_flow toward the noise (arXiv 2403.03206, equation 23); 1: none."""
     betas: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     """Form of the schedule of betas."""
     beta_start: float = 1e-4
@@ -79,6 +85,13 @@ class NoiseSchedule:
 
     def __post_init__(self) -> None:
         at_least(self, 2, "timesteps")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"--schedule.shift must be positive and finite, got {self.shift}; 1 is no shift.")
+        diffusion = ("betas", "beta_start", "beta_end", "prediction", "zero_snr")
+        unused = ("shift",) if self.kind == "diffusion" else diffusion
+        for name in unused:
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"{flag(self, name)} does not apply to --schedule.kind {self.kind}; leave it out.")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(
                 "--schedule.beta-start and --schedule.beta-end must satisfy 0 < start <= end < 1, "

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import implicit
 from apps.diffusion.config.fixed_point import Solver
 
-Sampler = Literal["ddim", "ddpm", "dpm++", "dpm++-single", "unipc", "lms", "euler", "euler-ancestral"]
+Sampler = Literal["ddim", "ddpm", "dpm++", "dpm++-single", "unipc", "lms", "euler", "euler-ancestral", "flow"]
 Spacing = Literal["trailing", "linspace", "leading"]
 Allocation = Literal["constant", "increasing", "decreasing", "measured"]
 Start = Literal["off", "on", "blended", "extrapolated", "history"]
@@ -41,6 +41,7 @@ _GROUPS = (
     (("steps", "spacing"), ("timesteps",)),
     (_COUNTS, (*_COUNTS, "max_evals", "allocation")),
     (("reuse",), ("reuse", "share", "extrapolation")),
+    (("guidance",), ("guidance_interval",)),
     (("parallel",), ("parallel", "parallel_rtol", "window")),
 )
 
@@ -68,7 +69,9 @@ class SamplingOptions:
     SECTION: ClassVar[str] = "sampling"
 
     sampler: Sampler | None = None
-    """ddim: deterministic; ddpm: ancestral; dpm++: second order; others: diffusers' schedulers. Default: ddim."""
+    """ddim: deterministic; ddpm: ancestral; dpm++: second order; flow: Euler's steps of a rectified
+    flow, which takes no other; others: diffusers' schedulers. Default: ddim, flow for a rectified flow.
+    """
     eta: float | None = None
     """Stochasticity of ddim, 0 (deterministic) to 1 (ddpm). Default: 0."""
     steps: int | None = None
@@ -83,6 +86,10 @@ class SamplingOptions:
     """Scale of classifier-free guidance. Default: 1, no guidance."""
     guidance_channels: int | None = None
     """Number of channels to guide, from the first on (3 in the published DiT). Default: all."""
+    guidance_interval: tuple[int, int] | None = None
+    """First and last timestep to guide, such as 200 800, both included; the others are not guided and cost half (arXiv
+    2404.07724). Default: all.
+    """
     iterations: tuple[int, ...] = ()
     """Iterations of the fixed-point layer at every timestep, or one number per timestep; FPDM only. Default: the
     network's own.
@@ -116,7 +123,7 @@ class SamplingOptions:
     """Step of an extrapolated start: 0 is the last solution, 1 one timestep further. Default: 1."""
     parallel: ParallelSolver | None = None
     """Solve for all timesteps at once, by Picard iteration or triangular Anderson acceleration, instead of one after
-    another; ddim and ddpm only. Default: one after another.
+    another; ddim, ddpm and flow only. Default: one after another.
     """
     parallel_rtol: float | None = None
     """Relative tolerance of a parallel trajectory. Default: 0.001."""
@@ -144,9 +151,21 @@ class SamplingOptions:
         if self.allocation not in (None, "constant") and (len(self.iterations) > 1 or self.rtol):
             other = "rtol" if self.rtol else "iterations"
             raise OptionError("{0} needs a budget or one number of iterations, and excludes {1}.", "allocation", other)
+        if self.guidance_interval is not None:
+            self._check_interval(*self.guidance_interval)
         if self.parallel and (self.allocation not in (None, "constant") or self.reuse not in (None, "off")):
             other = "reuse" if self.reuse not in (None, "off") else "allocation"
             raise OptionError("{0} treats all timesteps alike, and excludes {1}; leave it out.", "parallel", other)
+
+    def _check_interval(self, low: int, high: int) -> None:
+        if not 0 <= low <= high:
+            raise OptionError(
+                f"{{0}} must be two timesteps, 0 <= low <= high, got {low} and {high}.", "guidance_interval"
+            )
+        for name in ("block_passes", "macs", "seconds", "parallel"):
+            if getattr(self, name) is not None:
+                message = "{0} makes timesteps differ in cost, and excludes {1}; leave one of them out."
+                raise OptionError(message, "guidance_interval", name)
 
     def _check_ranges(self) -> None:
         bounds = {"steps": 1, "iterations": 1, "guidance_channels": 1, "max_evals": 1, "timesteps": 0, "guidance": 0}

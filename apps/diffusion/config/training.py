@@ -153,6 +153,10 @@ class Config:
     """Solver of the fixed-point layer in training; FPDM only."""
     stop: implicit.Stop = field(default_factory=partial(implicit.Stop, rtol=1e-3, atol=0.0, max_evals=20))
     """Stopping criterion of the fixed-point layer in training; S-JFB ignores it. FPDM only."""
+    growth: float = 0.0
+    """Share of the training in which S-JFB's N and M grow to their values (training/growth.py); 0: from the first step
+    on. FPDM with S-JFB only.
+    """
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     num_samples: int = 300
     """Number of images to sample and score at the end."""
@@ -195,8 +199,13 @@ class Config:
         elif used := [name for name in self.loss.FIXED_POINT if getattr(self.loss, name)]:
             flags = ", ".join(f"--loss.{name.replace('_', '-')}" for name in used)
             raise ValueError(f"{flags}: a DiT has no fixed point; leave it out, or train an FPDM.")
+        if not 0 <= self.growth <= 1:
+            raise ValueError(f"--growth must lie in [0, 1], got {self.growth}.")
+        if self.growth and not (self.model.kind == "fpdm" and isinstance(self.grad, implicit.StochasticJFB)):
+            raise ValueError("--growth is for an FPDM with grad:stochastic-jfb, whose N and M grow; leave it out.")
         at_least(self, 2, "num_samples")
         sampling, guidance = self.sampling, self.sampling.value("guidance")
+        self._check_flow()
         if self.schedule.zero_snr and sampling.spacing == "leading":
             raise ValueError(
                 "--sampling.spacing leading omits the last timestep, where sampling starts with zero terminal SNR; "
@@ -219,9 +228,25 @@ class Config:
         if self.max_time is not None and not self.max_time > 0:
             raise ValueError(f"--max-time must be positive, got {self.max_time}; leave it out for no limit.")
 
+    def _check_flow(self) -> None:
+        """Raises ValueError where options do not fit a rectified flow, or need one."""
+        sampling, flow = self.sampling, self.schedule.kind == "rectified_flow"
+        if sampling.sampler is not None and (sampling.sampler == "flow") != flow:
+            remedy = "give --sampling.sampler flow" if flow else "it is for --schedule.kind rectified_flow"
+            raise ValueError(
+                f"--sampling.sampler {sampling.sampler} does not fit --schedule.kind {self.schedule.kind}; {remedy}."
+            )
+        if flow and self.model.learn_sigma:
+            raise ValueError("--model.learn-sigma is the variance of DDPM's steps, which a rectified flow has not.")
+        if flow and sampling.spacing not in (None, "trailing"):
+            raise ValueError(
+                f"--sampling.spacing {sampling.spacing} does not fit --schedule.kind rectified_flow; use trailing."
+            )
+
     def sampling_options(self) -> SamplingOptions:
         """The sampling options of this run, with a sampler."""
-        return self.sampling.over(SamplingOptions(sampler="ddim"))
+        flow = self.schedule.kind == "rectified_flow"
+        return self.sampling.over(SamplingOptions(sampler="flow" if flow else "ddim"))
 
     def to_json(self) -> str:
         """The whole tree as JSON; `from_json` gives an equal tree back."""

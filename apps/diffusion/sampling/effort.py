@@ -72,7 +72,6 @@ class EffortRecord:
 
     batch: int
     steps: int
-    rows: int
     solutions: list[Solution] = field(default_factory=list)
     evaluations: dict[int, Tensor] = field(default_factory=dict)
     residuals: dict[int, Tensor] = field(default_factory=dict)
@@ -81,22 +80,24 @@ class EffortRecord:
     rounds: int = 0  # calls of the network one after another
     ran: Tensor | int = 0  # evaluations, times the rows that go through each
 
-    def enter(self, ks: range, solution: Solution | None, *, keep: bool = False) -> None:
-        """Record one call of the network at timesteps number `ks`; an explicit network has no solution."""
-        self.calls += self.rows * len(ks)
+    def enter(self, ks: range, solution: Solution | None, *, rows: int, keep: bool = False) -> None:
+        """Record one call of the network at timesteps number `ks`, on `rows` rows for each sample; an explicit network
+        has no solution.
+        """
+        self.calls += rows * len(ks)
         self.rounds += 1
         if solution is None:
             return
         size = torch.linalg.vector_norm(solution.value.float().flatten(1), dim=1)
         relative = solution.residual.float() / size.clamp_min(torch.finfo(torch.float32).tiny)
-        evaluations = solution.evals.unflatten(0, (self.rows, self.batch, len(ks))).sum(0)
-        residuals = relative.unflatten(0, (self.rows, self.batch, len(ks))).amax(0)
+        evaluations = solution.evals.unflatten(0, (rows, self.batch, len(ks))).sum(0)
+        residuals = relative.unflatten(0, (rows, self.batch, len(ks))).amax(0)
         for i, k in enumerate(ks):
             self.evaluations[k] = self.evaluations.get(k, 0) + evaluations[:, i]
             self.residuals[k] = residuals[:, i]
             if solution.trace is not None:
                 trace = (solution.trace / size.clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num()
-                self.traces[k] = trace.unflatten(1, (self.rows, self.batch, len(ks))).amax(1)[:, :, i]
+                self.traces[k] = trace.unflatten(1, (rows, self.batch, len(ks))).amax(1)[:, :, i]
         self.ran = self.ran + solution.evals.max() * len(solution.evals)
         if keep:
             self.solutions = [*self.solutions[-1:], solution]

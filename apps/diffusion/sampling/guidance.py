@@ -4,9 +4,12 @@
 
 Both come from one call on a batch twice as long: labeled samples first, the same samples with the null class
 behind. s = 1 is no guidance, s = 0 no label.
+
+An interval (Kynkäänniemi et al. 2024, arXiv 2404.07724) guides the timesteps low <= t <= high; at the others s is 1,
+and the batch is not doubled.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int, Num
@@ -21,24 +24,35 @@ class Guidance:
         scale: s, at least 0.
         channels: guide the first so many channels only (3 gives the published DiT's results); None guides all
             C channels of the image. The others, and a learned variance, are those of the labeled half.
+        interval: low and high; None guides all timesteps.
 
     Raises:
-        ValueError: a negative scale, or no channel.
+        ValueError: a negative scale, no channel, or an interval that ends before it begins.
     """
 
     scale: float = 1.0
     channels: int | None = None
+    interval: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale < float("inf"):
             raise ValueError(f"Guidance.scale={self.scale} must be 0 or more; 1 is no guidance, 4 is strong.")
         if self.channels is not None and self.channels < 1:
             raise ValueError(f"Guidance.channels={self.channels} guides nothing; give 1 or more, or None for all.")
+        if self.interval is not None and not 0 <= self.interval[0] <= self.interval[1]:
+            raise ValueError(f"Guidance.interval={self.interval} must be two timesteps, 0 <= low <= high.")
 
     @property
     def doubles(self) -> bool:
         """Whether the second half of the batch is needed."""
         return self.scale != 1.0
+
+    def at(self, t: float) -> "Guidance":
+        """The guidance at the timestep t: none outside the interval."""
+        if self.interval is None:
+            return self
+        low, high = self.interval
+        return replace(self, scale=self.scale if low <= t <= high else 1.0, interval=None)
 
     def inputs(
         self,

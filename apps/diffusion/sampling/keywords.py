@@ -26,6 +26,7 @@ class SamplingKeywords(TypedDict, total=False):
         timesteps: decreasing, instead of num_inference_steps and the scheduler's spacing.
         guidance_scale: of classifier-free guidance; 1 is none.
         guidance_channels: guide the first so many channels; default: all.
+        guidance_interval: first and last timestep to guide, such as (200, 800); default: all.
         iterations: of the fixed-point layer, at every timestep or one number for each; FPDM only.
         block_passes: a budget of each image instead, in transformer blocks, spent exactly; a DiT spends it in
             timesteps.
@@ -39,7 +40,7 @@ class SamplingKeywords(TypedDict, total=False):
         sampler: another sampler than the pipeline's scheduler, by its name in the sampling command.
         eta: stochasticity of DDIM, 0 to 1.
         parallel: all timesteps at once as one fixed point, by "picard" iteration (True) or triangular "anderson"
-            acceleration; for ddim and ddpm (sampling/parallel.py).
+            acceleration; for ddim, ddpm and flow (sampling/parallel.py).
         parallel_rtol: relative tolerance of the trajectory; default: 1e-3.
         window: timesteps solved for at once; default: all.
     """
@@ -48,6 +49,7 @@ class SamplingKeywords(TypedDict, total=False):
     timesteps: Sequence[int] | None
     guidance_scale: float | None
     guidance_channels: int | None
+    guidance_interval: Sequence[int] | None
     iterations: int | Sequence[int] | None
     block_passes: int | None
     macs: float | None
@@ -83,6 +85,11 @@ def options_of(**keywords: Unpack[SamplingKeywords]) -> SamplingOptions:
     for name in ("guidance", "macs", "seconds", "eta", "parallel_rtol"):
         if name in given:
             given[name] = as_number(keyword(name), given[name])
+    interval = given.get("guidance_interval")
+    if interval is not None:
+        given["guidance_interval"] = as_integers("guidance_interval", interval, 0)
+        if len(given["guidance_interval"]) != 2:
+            raise ValueError(f"guidance_interval={interval!r} must be two timesteps, low and high.")
     for name, least in (("iterations", 1), ("timesteps", 0)):
         if name in given:
             given[name] = as_integers(name, given[name], least)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apps.diffusion.config.sampling import SamplingOptions
+from apps.diffusion.schedulers.noise_levels import prediction_kind
 
 _CARD = """---
 library_name: diffusers
@@ -65,7 +66,7 @@ def model_card(model: Any, scheduler: Any, options: SamplingOptions, *, latents:
         shape=f"{channels} x {height} x {width}",
         space="latents, decoded by the VAE in vae/" if latents else "samples",
         scheduler=type(scheduler).__name__,
-        prediction=scheduler.config["prediction_type"],
+        prediction=prediction_kind(scheduler),
         steps=len(options.timesteps) or options.value("steps"),
         guidance=options.value("guidance"),
         call="class_labels=[0, 1]" if model.num_classes else "num_images=2",

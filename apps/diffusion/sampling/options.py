@@ -20,6 +20,7 @@ from apps.diffusion.sampling.parallel import Parallel
 from apps.diffusion.sampling.residual_curves import ResidualCurves, measure
 from apps.diffusion.sampling.sampler import CHUNK, SamplingPlan, Solve
 from apps.diffusion.sampling.warm_start import Reuse, reuse_rule
+from apps.diffusion.schedulers.noise_levels import is_flow, starts_at_noise
 from apps.diffusion.schedulers.noise_schedule import check_pair, same_noise
 from apps.diffusion.schedulers.reverse_step import Reverse
 from apps.diffusion.schedulers.timesteps import check_start, timesteps
@@ -66,14 +67,17 @@ def plan(
         names = ", ".join(f"{{{i}}}" for i in range(len(given)))
         raise OptionError(f"A DiT has no fixed-point layer; leave out {names}, or use an FPDM.", *given)
     steps, options = options.steps, options.over(defaults)
-    guidance = Guidance(scale=options.value("guidance"), channels=options.guidance_channels)
+    guidance = Guidance(
+        scale=options.value("guidance"), channels=options.guidance_channels, interval=options.guidance_interval
+    )
     if guidance.doubles and not model.num_classes:
         raise OptionError(f"{{0}} = {guidance.scale:g} needs a network with classes; leave it at 1.", "guidance")
+    if guidance.interval is not None and not guidance.doubles:
+        raise OptionError("{0} needs {1} other than 1; give it, or leave {0} out.", "guidance_interval", "guidance")
     scheduler = _scheduler(scheduler, options)
     visited = options.timesteps or _timesteps(model, scheduler, options, guidance, steps)
-    noise = scheduler.config
-    zero_snr = bool(noise.get("rescale_betas_zero_snr"))
-    if not options.timesteps:
+    noise, zero_snr = scheduler.config, starts_at_noise(scheduler)
+    if not options.timesteps and not is_flow(scheduler):
         check_pair(noise["prediction_type"], zero_snr, noise["timestep_spacing"])
     check_start(visited, zero_snr, noise["num_train_timesteps"])
     reverse = Reverse(scheduler, visited, eta=options.value("eta"))  # raises where they do not fit
@@ -95,7 +99,9 @@ def plan(
 
 def _scheduler(scheduler: Any, options: SamplingOptions) -> Any:
     """The scheduler with the sampler and the spacing of the options."""
-    if options.spacing is not None:
+    if is_flow(scheduler) and options.spacing not in (None, "trailing"):
+        raise OptionError(f"{{0}} {options.spacing} does not fit a rectified flow; use trailing.", "spacing")
+    if options.spacing is not None and not is_flow(scheduler):
         scheduler = copy.deepcopy(scheduler)
         scheduler.register_to_config(timestep_spacing=options.spacing)
     return scheduler if options.sampler is None else same_noise(scheduler, options.sampler)
@@ -113,7 +119,7 @@ def _check_parallel(reverse: Reverse, solve: Solve | None) -> None:
     """Raises OptionError or ValueError where timesteps depend on one another beyond x."""
     if not reverse.closed_form:
         raise OptionError(
-            f"{{0}} is for ddim and ddpm; {type(reverse.scheduler).__name__} carries a state from timestep to "
+            f"{{0}} is for ddim, ddpm and flow; {type(reverse.scheduler).__name__} carries a state from timestep to "
             "timestep. Leave {0} out, or give {1} ddim.",
             "parallel",
             "sampler",
@@ -165,7 +171,7 @@ def _timesteps(
     most = noise["num_train_timesteps"]
     if steps > most:
         raise OptionError(f"{{0}} = {steps} exceeds the {most} timesteps of the noise schedule; take fewer.", "steps")
-    return timesteps(steps, noise["timestep_spacing"], most)
+    return timesteps(steps, "trailing" if is_flow(scheduler) else noise["timestep_spacing"], most)
 
 
 def _solve(

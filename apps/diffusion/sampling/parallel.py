@@ -81,7 +81,7 @@ class Parallel:
         if not reverse.closed_form:
             raise ValueError(
                 f"{type(reverse.scheduler).__name__} carries a state from step to step, so its timesteps cannot be "
-                "solved for in parallel; use ddim or ddpm."
+                "solved for in parallel; use ddim, ddpm or flow."
             )
         steps = len(reverse.timesteps)
         window = min(self.window or steps, steps)

@@ -94,14 +94,16 @@ class Solve:
         self, model: Callable[..., Any], inputs: tuple[Any, ...], k: int, solutions: Sequence[Solution]
     ) -> tuple[Tensor, Solution]:
         """The prediction and the solution of an FPDM at the k-th timestep, after the last solutions, newest last."""
-        reuse = self.reuse or Reuse(share=0.0)
+        reuse, rows = self.reuse or Reuse(share=0.0), len(inputs[0])
+        # a solver's history ends where guidance begins or ends, because it is of another number of rows
+        carried = reuse.history and solutions and len(solutions[-1].value) == rows
         return model(
             *inputs,
             iterations=self.iterations[k] if isinstance(self.iterations, Sequence) else self.iterations,
             stop=self.stop[k] if isinstance(self.stop, Sequence) else self.stop,
             solver=self.solver,
-            start=reuse.start([solution.value for solution in solutions]),
-            state=solutions[-1].state if reuse.history and solutions else None,
+            start=reuse.start([_with_rows(solution.value, rows) for solution in solutions]),
+            state=solutions[-1].state if carried else None,
             keep_state=reuse.history,
             trace=self.trace,
             return_solution=True,
@@ -129,6 +131,13 @@ class Solve:
                 raise ValueError(f"Solve.{name} has {len(value)} entries for {steps} timesteps; give one for each.")
 
 
+def _with_rows(value: Tensor, rows: int) -> Tensor:
+    """Solutions of an earlier timestep for a batch of `rows`, which has half as many or twice as many where guidance
+    ends or begins: the labeled half, or the labeled samples for both halves.
+    """
+    return value[:rows] if len(value) >= rows else torch.cat([value, value])
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
     """How one network samples (made from options by `options.plan`).
@@ -148,6 +157,10 @@ class SamplingPlan:
     guidance: Guidance = field(default_factory=Guidance)
     solve: Solve | None = None
     parallel: Parallel | None = None
+
+    def __post_init__(self) -> None:
+        if self.parallel is not None and self.guidance.interval is not None:
+            raise ValueError("Guidance.interval differs between timesteps; parallel sampling treats all alike.")
 
 
 @torch.no_grad()
@@ -307,8 +320,7 @@ class _Trajectory:
         plan = self.plan
         # schedulers of several steps carry a state: each batch takes its own
         reverse = Reverse(plan.scheduler, plan.timesteps, eta=plan.eta)
-        rows = 2 if plan.guidance.doubles else 1
-        record = EffortRecord(batch=len(generators), steps=len(plan.timesteps), rows=rows)
+        record = EffortRecord(batch=len(generators), steps=len(plan.timesteps))
         y = None if y is None else y.to(self.device)
         blank = torch.empty(len(generators), *self.shape, device=self.device, dtype=self.dtype)
         x = reverse.start(fresh_noise(blank, generators))
@@ -330,18 +342,20 @@ class _Trajectory:
         self, reverse: Reverse, ks: range, x: Float[Tensor, "B n C H W"], y: Tensor | None, record: EffortRecord
     ) -> Float[Tensor, "B n C_out H W"]:
         """The predictions at timesteps number `ks`, of all samples in one call of the network."""
-        times = torch.cat([torch.full((1,), reverse.timesteps[k], device=self.device) for k in ks]).repeat(len(x))
+        times = torch.cat([torch.full((1,), reverse.times[k], device=self.device) for k in ks]).repeat(len(x))
         y = None if y is None else y.repeat_interleave(len(ks))
         null_class = getattr(self.model, "null_class", None)
-        noisy, *rest = self.plan.guidance.inputs(x.flatten(0, 1), times, y, null_class)
+        guidance = self.plan.guidance.at(reverse.timesteps[ks[0]])
+        rows = 2 if guidance.doubles else 1
+        noisy, *rest = guidance.inputs(x.flatten(0, 1), times, y, null_class)
         inputs = (noisy.to(getattr(self.model, "dtype", x.dtype)), *rest)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             if getattr(self.model, "has_fixed_point", False):
                 prediction, solution = self.solve.call(self.model, inputs, ks[0], record.solutions)
-                record.enter(ks, solution, keep=self.solve.reuse is not None)
+                record.enter(ks, solution, rows=rows, keep=self.solve.reuse is not None)
             else:
                 prediction = self.model(*inputs)
-                record.enter(ks, None)
+                record.enter(ks, None, rows=rows)
         # guidance multiplies differences, so it is computed in the precision of x
-        guided = self.plan.guidance.combine(prediction.to(x.dtype), self.shape[0])
+        guided = guidance.combine(prediction.to(x.dtype), self.shape[0])
         return guided.unflatten(0, (len(x), len(ks)))

@@ -3,12 +3,15 @@
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,     abar_t = prod_{s <= t} (1 - beta_s),     t = 0 ... T - 1
     v   = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0
 
+Rectified flow has other levels of image and noise, and no betas: see noise_levels.py.
+
 Zero terminal SNR (Lin et al. 2024, arXiv 2305.08891) rescales the betas so that abar_{T-1} = 0: the last x_t
 is pure noise, as the one that sampling starts from is. Then eps has no information about x_0 there (0/0), v still
 does, and sampling has to start at T - 1.
 """
 
 import inspect
+import math
 import warnings
 from typing import Any, Literal, get_args
 
@@ -16,15 +19,17 @@ import diffusers
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
 from apps.diffusion.config.training import Config
+from apps.diffusion.schedulers.noise_levels import is_flow
 from apps.diffusion.schedulers.timesteps import Spacing
 
-Kind = Literal["ddim", "ddpm", "dpm++"]
+Kind = Literal["ddim", "ddpm", "dpm++", "flow"]
 Prediction = Literal["v_prediction", "epsilon", "sample"]
 Betas = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 
-# what `same_noise` makes: diffusers schedulers with explicit timesteps, each tested on data with a known denoiser
+# samplers of a diffusion: diffusers schedulers with explicit timesteps, each tested on data with a known denoiser
 SAMPLERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -49,11 +54,14 @@ def make_scheduler(
     beta_end: float = 0.02,
     train_steps: int = 1000,
     clip: float | None = None,
+    shift: float = 1.0,
 ) -> Any:
-    """A diffusers scheduler: one of DDIMScheduler, DDPMScheduler and DPMSolverMultistepScheduler (order 2).
+    """A diffusers scheduler: one of DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler (order 2), and
+    FlowMatchEulerDiscreteScheduler for a rectified flow.
 
     Args:
-        kind: how sampling steps; for training all are alike, take "ddpm".
+        kind: how sampling steps; for training those of diffusion are alike, take "ddpm". "flow" takes `train_steps`
+            and `shift` alone.
         prediction: of the network: v, eps or x_0 ("sample").
         zero_snr: rescale the betas to abar = 0 at the last timestep.
         spacing: which timesteps sampling visits; see `timesteps`.
@@ -61,6 +69,7 @@ def make_scheduler(
         betas: "linear" between beta_start and beta_end, "scaled_linear" in their roots, or the cosine schedule.
         train_steps: T.
         clip: bound of |x_0| at each step of "ddim" and "ddpm"; None for latents, which are unbounded.
+        shift: of a rectified flow, see noise_levels.py.
 
     Raises:
         ValueError: an argument out of range, or a pair that cannot work, with what to do.
@@ -81,6 +90,10 @@ def make_scheduler(
         )
     if clip is not None and (clip <= 0 or kind == "dpm++"):
         raise ValueError(f"clip={clip} does not fit kind={kind!r}; give a positive bound to ddim or ddpm, or None.")
+    if not 0 < shift < math.inf or (shift != 1 and kind != "flow"):
+        raise ValueError(f"shift={shift} does not fit kind={kind!r}; give a positive number to flow, or leave it at 1.")
+    if kind == "flow":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=train_steps, shift=shift)
     common: dict[str, Any] = {
         "num_train_timesteps": train_steps,
         "beta_start": beta_start,
@@ -99,11 +112,14 @@ def make_scheduler(
 
 
 def scheduler_of(config: Config) -> Any:
-    """The DDPM scheduler of a run: its noise schedule, prediction target and spacing of timesteps.
+    """The scheduler of a run: noise schedule and prediction target; DDPM's with the spacing of timesteps, or that of a
+    rectified flow.
 
     Predictions of x_0 are clipped to [-1, 1] for pixels and not for latents, which are unbounded.
     """
     noise = config.schedule
+    if noise.kind == "rectified_flow":
+        return make_scheduler("flow", train_steps=noise.timesteps, shift=noise.shift)
     return make_scheduler(
         "ddpm",
         prediction=noise.prediction,
@@ -124,16 +140,20 @@ def same_noise(scheduler: Any, name: str) -> Any:
 
     Args:
         scheduler: from `make_scheduler`.
-        name: one of SAMPLERS.
+        name: one of SAMPLERS, or "flow" for the scheduler of a rectified flow.
 
     Raises:
         ValueError: there is no such sampler, or it cannot work with zero terminal SNR.
     """
-    if name not in SAMPLERS:
-        raise ValueError(f"{name!r} is no sampler; choose one of {', '.join(SAMPLERS)}.")
+    choices = ("flow",) if is_flow(scheduler) else tuple(SAMPLERS)
+    if name not in choices:
+        process = "a rectified flow" if is_flow(scheduler) else "a diffusion"
+        raise ValueError(f"{name!r} is no sampler of {process}; choose one of {', '.join(choices)}.")
+    config = scheduler.config
+    if is_flow(scheduler):
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
     kind = getattr(diffusers, SAMPLERS[name])
     accepted = inspect.signature(kind.__init__).parameters
-    config = scheduler.config
     if config["rescale_betas_zero_snr"] and "rescale_betas_zero_snr" not in accepted:
         raise ValueError(
             f"The sampler {name} divides by zero where nothing is left of the image (zero_snr, which this network was "

@@ -1,17 +1,18 @@
 """One step of the reverse process, from timestep t to the one before it in an explicit array, s.
 
-With x_0 and eps as the prediction gives them, and abar = 1 at the end of the array (s = -1),
+With x_0 and eps as the prediction gives them, and a = 1, b = 0 at the end of the array (s = -1),
 
-    btilde = (1 - abar_s)/(1 - abar_t) beta,      beta = 1 - abar_t / abar_s
-    mean   = sqrt(abar_s) x_0 + sqrt(1 - abar_s - eta^2 btilde) eps
+    btilde = (b_s / b_t)^2 beta,                  beta = 1 - (a_t / a_s)^2
+    mean   = a_s x_0 + sqrt(b_s^2 - eta^2 btilde) eps
     x_s    = mean + eta sqrt(btilde) z,           z ~ N(0, 1)
 
 eta = 0 is DDIM (Song et al. 2021, arXiv 2010.02502, equation 12), eta = 1 is DDPM's ancestral step (Ho et al.
 2020, arXiv 2006.11239, equation 7), whose noise has the learned variance instead where the network gives one.
-The step into s = -1 adds no noise.
+The step into s = -1 adds no noise. In a rectified flow eta is 0, and the mean is Euler's step of dx/dsigma = u,
+x_s = x_t + (sigma_s - sigma_t) u.
 
 diffusers' own DDIM step takes s = t - T // n, which is not the array's where n does not divide T or the
-spacing is "linspace"; so these two are stepped here, with the scheduler's abar. Other diffusers schedulers
+spacing is "linspace"; so these two are stepped here, with the scheduler's levels a, b. Other diffusers schedulers
 (DPM-Solver++, ...) store the array and make their own steps.
 """
 
@@ -28,7 +29,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
-from apps.diffusion.schedulers.prediction import clean_and_noise
+from apps.diffusion.schedulers.noise_levels import clean_and_noise, is_flow, levels, network_time, prediction_kind
 
 
 class Reverse:
@@ -57,11 +58,17 @@ class Reverse:
         self.timesteps = tuple(int(t) for t in timesteps)
         self.previous = (*self.timesteps[1:], -1)
         self.scheduler: Any = copy.deepcopy(scheduler)
-        self.closed_form = isinstance(scheduler, DDIMScheduler | DDPMScheduler)
-        self.eta = eta if isinstance(scheduler, DDIMScheduler) else 1.0
-        if not self.closed_form:
+        flow = is_flow(scheduler)
+        self.closed_form = flow or isinstance(scheduler, DDIMScheduler | DDPMScheduler)
+        self.eta = eta if flow or isinstance(scheduler, DDIMScheduler) else 1.0
+        visited = torch.tensor(self.timesteps)
+        self.times: Sequence[float] = network_time(scheduler, visited).tolist() if flow else self.timesteps
+        if self.closed_form:
+            a, b = torch.stack(levels(scheduler, visited, torch.float64)).tolist()
+            self.a, self.b = (*a, 1.0), (*b, 0.0)
+            self.kind = prediction_kind(scheduler)
+        else:
             follow(self.scheduler, self.timesteps)
-        self.abar = scheduler.alphas_cumprod.double().cpu()
 
     def start(self, noise: Tensor) -> Tensor:
         """The noisiest x, from standard normal noise."""
@@ -99,28 +106,28 @@ class Reverse:
 
     def gain(self, k: int) -> float:
         """Derivative of the k-th step in x at a fixed prediction, clipping aside, of a step in closed form."""
-        now, before, small = self._levels(k)
-        clean, noise = clean_and_noise(torch.zeros(()), torch.ones(()), now, self.scheduler.config["prediction_type"])
-        kept = max(float(1 - before) - self.eta**2 * small, 0.0)
-        return float(before.sqrt()) * float(clean) + kept**0.5 * float(noise)
+        clean, noise = clean_and_noise(0.0, 1.0, self.a[k], self.b[k], self.kind)
+        return self.a[k + 1] * clean + self._kept(k) * noise
 
-    def _levels(self, k: int) -> tuple[Tensor, Tensor, float]:
-        """abar at the k-th timestep and at the one after it, and btilde."""
-        now = self.abar[self.timesteps[k]]
-        before = self.abar[self.previous[k]] if self.previous[k] >= 0 else torch.ones_like(now)
-        return now, before, float((1 - before) / (1 - now) * (1 - now / before))
+    def _variances(self, k: int) -> tuple[float, float]:
+        """beta and btilde of the k-th step."""
+        beta = 1 - (self.a[k] / self.a[k + 1]) ** 2
+        return beta, (self.b[k + 1] / self.b[k]) ** 2 * beta
+
+    def _kept(self, k: int) -> float:
+        """Factor of eps in the mean after the k-th step."""
+        return max(self.b[k + 1] ** 2 - self.eta**2 * self._variances(k)[1], 0.0) ** 0.5
 
     def moments(self, k: int, prediction: Tensor, x: Tensor) -> tuple[Tensor, Tensor | float]:
         """Mean and standard deviation of x at the timestep after the k-th."""
         config = self.scheduler.config
-        now, before, small = self._levels(k)
+        beta, small = self._variances(k)
         mean_part, variance_part = prediction[:, : x.shape[1]], prediction[:, x.shape[1] :]
-        clean, noise = clean_and_noise(mean_part, x, now, config["prediction_type"])
-        if config["clip_sample"]:
+        clean, noise = clean_and_noise(mean_part, x, self.a[k], self.b[k], self.kind)
+        if config.get("clip_sample"):
             clean = clean.clamp(-config["clip_sample_range"], config["clip_sample_range"])
-            noise = (x - float(now.sqrt()) * clean) / float((1 - now).sqrt())
-        kept = max(float(1 - before) - self.eta**2 * small, 0.0)
-        mean = float(before.sqrt()) * clean + kept**0.5 * noise
+            noise = (x - self.a[k] * clean) / self.b[k]
+        mean = self.a[k + 1] * clean + self._kept(k) * noise
         if config.get("variance_type") != "learned_range" or small == 0:
             return mean, self.eta * small**0.5
         if not variance_part.shape[1]:
@@ -129,7 +136,7 @@ class Reverse:
                 "learn_sigma=True, or the scheduler with learn_sigma=False."
             )
         share = (variance_part + 1) / 2
-        return mean, (0.5 * (share * float((1 - now / before).log()) + (1 - share) * math.log(small))).exp()
+        return mean, (0.5 * (share * math.log(beta) + (1 - share) * math.log(small))).exp()
 
 
 def follow(scheduler: Any, timesteps: Sequence[int]) -> None:

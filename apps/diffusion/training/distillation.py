@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -26,7 +25,8 @@ from apps.diffusion.checkpoint.trained_run import read_config
 from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.config.training import Config, ModelConfig, NoiseSchedule
 from apps.diffusion.models.dit import DiT
-from apps.diffusion.training.loss import Loss, TrainingNoise, TrainingSolve, predict
+from apps.diffusion.schedulers.noise_levels import is_flow, network_time, noisy_image
+from apps.diffusion.training.loss import Loss, TrainingNoise, TrainingSolve, predict, with_earlier
 from implicit import StochasticJFB
 
 _ITERATIONS = 5  # of the student in sampling
@@ -45,7 +45,7 @@ def student_config(source: Path) -> Config:
         teacher, schedule = read_network(folder, ReadOptions()), NoiseSchedule(prediction="epsilon", zero_snr=False)
     else:
         opened = open_network(source)
-        teacher, schedule = opened.model, _schedule(opened.scheduler.config)
+        teacher, schedule = opened.model, _schedule(opened.scheduler)
     if not isinstance(teacher, DiT):
         raise ValueError(f"{source} holds an FPDM; give a DiT to distill.")
     model = ModelConfig(
@@ -80,7 +80,10 @@ def _own_config(folder: Path) -> Config | None:
     return read_config(folder) if (folder / "checkpoints").is_dir() else None
 
 
-def _schedule(noise: Any) -> NoiseSchedule:
+def _schedule(scheduler: Any) -> NoiseSchedule:
+    noise = scheduler.config
+    if is_flow(scheduler):
+        return NoiseSchedule(kind="rectified_flow", timesteps=noise["num_train_timesteps"], shift=noise["shift"])
     return NoiseSchedule(
         betas=noise["beta_schedule"],
         beta_start=noise["beta_start"],
@@ -114,16 +117,17 @@ def distillation_loss(
     y: Int[Tensor, " B"] | None,
     noise: TrainingNoise,
     *,
-    scheduler: DDPMScheduler,
+    scheduler: Any,
     null_class: int | None,
     solve: TrainingSolve | None = None,
 ) -> Loss:
     """The loss at the top of this file; arguments as those of `loss.loss`, with the network `teacher` to learn from."""
     if y is not None and null_class is not None:
         y = torch.where(noise.dropped, null_class, y)
-    noisy = scheduler.add_noise(x0, noise.noise, noise.t)  # pyright: ignore[reportArgumentType]
+    noisy, time = noisy_image(scheduler, x0, noise.noise, noise.t), network_time(scheduler, noise.t)
     with torch.no_grad():
-        target = teacher(noisy, noise.t, y)
-    prediction, solution, penalty = predict(model, noisy, noise.t, y, solve)
+        target = teacher(noisy, time, y)
+    solve = with_earlier(model, x0, y, noise, scheduler, solve)
+    prediction, solution, penalty = predict(model, noisy, time, y, solve)
     error = (prediction.to(x0.dtype) - target.to(x0.dtype)).square().flatten(1).mean(1)
     return Loss(total=error.mean() + penalty, error=error.detach(), solution=solution)

@@ -1,9 +1,10 @@
 """Training loss of a diffusion model, a pure function of the batch and of the randomness of the step.
 
-    L = mean w_t ( model(x_t, t, y') - target )^2,      x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
+    L = mean w_t ( model(x_t, t, y') - target )^2,      x_t = a_t x_0 + b_t eps
 
-with t drawn by the trainer, target = v, eps or x_0 by the scheduler's `prediction_type`, and y' the label, or the null
-class where it is dropped. w_t is 1, or the min-SNR weight of weighting.py.
+with t drawn by the trainer, levels a, b and target (v, eps, x_0, or u of a rectified flow) by the scheduler
+(noise_levels.py), and y' the label, or the null class where it is dropped. w_t is 1, or the min-SNR weight of
+weighting.py.
 
 For a network that also predicts its variance, as rho in C further channels, the variational bound is added (Nichol &
 Dhariwal 2021, arXiv 2102.09672, equations 13 to 16):
@@ -18,16 +19,23 @@ only.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from apps.diffusion.models.fpdm import Penalty, Start
-from apps.diffusion.schedulers.prediction import clean_and_noise
+from apps.diffusion.models.fpdm import Start
+from apps.diffusion.schedulers.noise_levels import (
+    clean_and_noise,
+    levels,
+    network_time,
+    noisy_image,
+    prediction_kind,
+    target,
+)
+from apps.diffusion.training.penalties import Penalties
 from apps.diffusion.training.weighting import min_snr
 from implicit import AbstractGrad, AbstractSolver, Solution, Stop
 
@@ -64,7 +72,9 @@ class TrainingSolve:
     grad: AbstractGrad
     stop: Stop
     start: Start | None = None
-    penalty: Penalty | None = None
+    penalty: Penalties | None = None
+    earlier: Int[Tensor, "B"] | None = None
+    """Noisier timesteps whose solutions `penalty` needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +100,7 @@ def loss(
     y: Int[Tensor, "B"] | None,
     noise: TrainingNoise,
     *,
-    scheduler: DDPMScheduler,
+    scheduler: Any,
     null_class: int | None = None,
     gamma: float | None = None,
     solve: TrainingSolve | None = None,
@@ -99,7 +109,7 @@ def loss(
 
     Args:
         noise: the step's randomness, on the device of `x0`.
-        scheduler: noise schedule and prediction type (`noise_schedule.make_scheduler("ddpm")`).
+        scheduler: noise schedule and prediction type (`noise_schedule.make_scheduler("ddpm")` or `"flow"`).
         null_class: the label that replaces dropped ones; needed as soon as one is dropped.
         gamma: of the min-SNR weight; None gives all timesteps the weight 1. The variational bound is never weighted.
         solve: how an FPDM solves; None for any other model.
@@ -114,19 +124,39 @@ def loss(
         y = torch.where(noise.dropped, null_class, y)
     elif y is not None and bool(noise.dropped.any()):
         raise ValueError("Labels are to be dropped, but null_class is None; give the model's null class.")
-    noisy = scheduler.add_noise(x0, noise.noise, noise.t)  # pyright: ignore[reportArgumentType]
-    prediction, solution, penalty = predict(model, noisy, noise.t, y, solve)
+    solve = with_earlier(model, x0, y, noise, scheduler, solve)
+    noisy = noisy_image(scheduler, x0, noise.noise, noise.t)
+    prediction, solution, penalty = predict(model, noisy, network_time(scheduler, noise.t), y, solve)
     mean_part, variance_part = prediction[:, : x0.shape[1]], prediction[:, x0.shape[1] :]
-    error = (mean_part.to(x0.dtype) - target(x0, noise, scheduler)).square().flatten(1).mean(1)
+    error = (mean_part.to(x0.dtype) - target(scheduler, x0, noise.noise, noise.t)).square().flatten(1).mean(1)
     weighted = error
     if gamma is not None:
-        abar = scheduler.alphas_cumprod.to(x0.device)[noise.t]
-        weighted = error * min_snr(abar, scheduler.config["prediction_type"], gamma).to(error.dtype)
+        weighted = error * min_snr(*levels(scheduler, noise.t), prediction_kind(scheduler), gamma).to(error.dtype)
     total, bound = weighted.mean(), None
     if variance_part.shape[1]:
         bound = variational_bound(mean_part.detach(), variance_part, x0, noisy, noise.t, scheduler)
         total, bound = total + bound.mean(), bound.detach()
     return Loss(total=total + penalty, error=error.detach(), bound=bound, solution=solution)
+
+
+def with_earlier(
+    model: Callable[..., Any],
+    x0: Tensor,
+    y: Tensor | None,
+    noise: TrainingNoise,
+    scheduler: Any,
+    solve: TrainingSolve | None,
+) -> TrainingSolve | None:
+    """The solve with the solutions at noisier timesteps in its penalty, where it needs them: by the model's own number
+    of iterations, as in sampling, and without a graph.
+    """
+    if solve is None or solve.earlier is None or solve.penalty is None:
+        return solve
+    noisy = noisy_image(scheduler, x0, noise.noise, solve.earlier)
+    with torch.no_grad():
+        _, solution = model(noisy, network_time(scheduler, solve.earlier), y, return_solution=True)
+    torch.clear_autocast_cache()  # weights that were cast without a graph
+    return replace(solve, penalty=replace(solve.penalty, earlier=solution.value))
 
 
 def predict(
@@ -149,24 +179,13 @@ def predict(
     return prediction, solution, sum(penalty)
 
 
-def target(x0: Tensor, noise: TrainingNoise, scheduler: DDPMScheduler) -> Tensor:
-    """Prediction target of the network: v, eps or x_0."""
-    match scheduler.config["prediction_type"]:
-        case "v_prediction":
-            return scheduler.get_velocity(x0, noise.noise, noise.t)  # pyright: ignore[reportArgumentType]
-        case "epsilon":
-            return noise.noise
-        case _:
-            return x0
-
-
 def variational_bound(
     mean_part: Float[Tensor, "B C H W"],
     rho: Float[Tensor, "B C H W"],
     x0: Float[Tensor, "B C H W"],
     noisy: Float[Tensor, "B C H W"],
     t: Int[Tensor, "B"],
-    scheduler: DDPMScheduler,
+    scheduler: Any,
 ) -> Float[Tensor, "B"]:
     """L_vb of each sample in bits per value (the equations at the top of this file)."""
     abar = scheduler.alphas_cumprod.to(x0.device, torch.float64)
@@ -176,7 +195,8 @@ def variational_bound(
     small = beta * (1 - before) / (1 - now)
     first = (1 - abar[1] / abar[0]) * (1 - abar[0]) / (1 - abar[1])  # btilde_1
     small = torch.where(small > 0, small, first)
-    predicted, _ = clean_and_noise(mean_part.double(), noisy.double(), now, scheduler.config["prediction_type"])
+    kind = prediction_kind(scheduler)
+    predicted, _ = clean_and_noise(mean_part.double(), noisy.double(), now.sqrt(), (1 - now).sqrt(), kind)
     to_clean = before.sqrt() * beta / (1 - now)  # coefficient of x_0 in the posterior's mean; x_t's cancels
     gap = (to_clean * (x0.double() - predicted)).square()
     share = (rho.double() + 1) / 2

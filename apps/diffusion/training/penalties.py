@@ -6,8 +6,12 @@ With f the fixed-point layer, x its fresh start, z the solution and D the blocks
     jacobian   mean ||df/dz||_F^2 / N at z          Bai et al. 2021, arXiv 2106.14342 (implicit.diagnostics)
     early      mean (D(f(x)) - sg D(z))^2           any-time training: the prediction of one iteration learns that of
                                                     the solution (self-distillation, arXiv 2604.09168)
+    reuse      mean (D(f(z_s)) - sg D(z))^2         consistency across timesteps: the same from the solution z_s at a
+                                                    noisier timestep s of the same image and noise, where sampling
+                                                    starts that reuses solutions (arXiv 2401.08741)
 
-sg stops the gradient. A start with noise (Huang et al. 2026, arXiv 2605.21488, random initialization) solves from
+s is t + 1 + floor(u T / 10), u uniform in [0, 1), at most T - 1, which covers steps of sampling with ten timesteps or
+more. sg stops the gradient. A start with noise (Huang et al. 2026, arXiv 2605.21488, random initialization) solves from
 
     z_0 = x + s rms(x) n,      n ~ N(0, 1)
 
@@ -18,10 +22,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from apps.diffusion.rng import Stream, normal
+from apps.diffusion.rng import Stream, normal, uniform
 from implicit.diagnostics import jacobian_penalty
 
 Map = Callable[[Tensor], Tensor]
@@ -35,12 +39,16 @@ class Penalties:
         residual: weight of the residual.
         jacobian: weight of the Jacobian's norm.
         early: weight of the early prediction's error.
+        reuse: weight of the error of the prediction from `earlier`.
+        earlier: (B, T, D) z_s; needed by `reuse`.
         generator: of the Jacobian's probes.
     """
 
     residual: float = 0.0
     jacobian: float = 0.0
     early: float = 0.0
+    reuse: float = 0.0
+    earlier: Float[Tensor, "B T D"] | None = None
     generator: torch.Generator
 
     def __call__(self, f: Map, decode: Map, fresh: Tensor, z: Tensor, prediction: Tensor) -> Tensor:
@@ -61,7 +69,18 @@ class Penalties:
             total = total + self.jacobian * jacobian_penalty(f, z.detach(), generator=self.generator).mean()
         if self.early:
             total = total + self.early * (decode(f(fresh)) - prediction.detach()).square().mean()
+        if self.reuse:
+            assert self.earlier is not None
+            total = total + self.reuse * (decode(f(self.earlier)) - prediction.detach()).square().mean()
         return total
+
+
+def earlier_timesteps(
+    seed: int, positions: Int[Tensor, " B"], t: Int[Tensor, " B"], timesteps: int
+) -> Int[Tensor, " B"]:
+    """s for the images number `positions` of a run at t, of so many timesteps."""
+    gap = 1 + (uniform(seed, Stream.EARLIER, positions, 1)[:, 0] * timesteps / 10).long()
+    return (t + gap).clamp(max=timesteps - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from accelerate.utils import gather
 from torch import Tensor
 from tqdm import tqdm
 
-import implicit
 from apps.diffusion.checkpoint.initialization import initialize
 from apps.diffusion.checkpoint.trained_run import check_start, fit
 from apps.diffusion.checkpoint.training_state import Checkpoint, Progress
@@ -34,7 +32,6 @@ from apps.diffusion.data.batch_sampler import training_batches
 from apps.diffusion.models import build
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
-from apps.diffusion.rng import Stream, generator
 from apps.diffusion.schedulers.noise_schedule import scheduler_of
 from apps.diffusion.training import distributed, loss
 from apps.diffusion.training.distillation import distillation_loss, open_teacher
@@ -42,7 +39,7 @@ from apps.diffusion.training.loss import TrainingNoise
 from apps.diffusion.training.metric_logger import StepMetrics, profiler, tracker
 from apps.diffusion.training.noise import training_noise
 from apps.diffusion.training.optimizer import AveragedWeights, adamw, learning_rate, step_if_finite
-from apps.diffusion.training.penalties import NoisyStart, Penalties
+from apps.diffusion.training.solve import training_solve
 
 LOG_EVERY = 25  # steps between two readings of the device, at most
 PATIENCE = 50  # steps in a row without a finite gradient after which training is aborted
@@ -70,6 +67,8 @@ class Trainer:
         self.config, self.images = config, images
         self.accelerator = distributed.accelerator(config, tracker(config.track), config.out / "logs")
         self.scheduler = scheduler_of(config)
+        if config.schedule.kind == "diffusion":  # a table that would travel to the device in every step
+            self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.accelerator.device)
         iterations = (config.sampling.iterations or (10,))[0]
         model = build.network(config.model, images.shape, images.num_classes, iterations, config.seed)
         if config.init is not None and start is None:
@@ -228,25 +227,8 @@ class Trainer:
 
     def _solve(self, noise: TrainingNoise) -> loss.TrainingSolve | None:
         """How this step solves the fixed point; None for a DiT."""
-        config, terms, start, penalty = self.config, self.config.loss, None, None
-        if config.model.kind == "dit":
-            return None
-        if terms.start_noise:
-            assert noise.positions is not None
-            start = NoisyStart(scale=terms.start_noise, seed=config.seed, positions=noise.positions)
-        if terms.residual or terms.jacobian or terms.early:
-            probes = generator(config.seed, Stream.PROBES, self.progress.images)
-            penalty = Penalties(residual=terms.residual, jacobian=terms.jacobian, early=terms.early, generator=probes)
-        return loss.TrainingSolve(
-            solver=config.solver, grad=self._estimator(), stop=config.stop, start=start, penalty=penalty
-        )
-
-    def _estimator(self) -> implicit.AbstractGrad:
-        """The gradient estimator of this step; one that draws numbers takes a generator from (seed, images seen)."""
-        grad: Any = self.config.grad
-        if not hasattr(grad, "generator"):
-            return grad
-        return replace(grad, generator=generator(self.config.seed, Stream.SOLVE, self.progress.images))
+        done = max(self.progress.images / self.config.optimizer.images, self._time_share())
+        return training_solve(self.config, noise, self.progress.images, done)
 
     def _time_share(self) -> float:
         return self.progress.seconds / self.config.max_time if self.config.max_time else 0.0

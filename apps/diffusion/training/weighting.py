@@ -8,11 +8,12 @@ distribution,
 
 so that stratified u stay stratified.
 
-Weights: with SNR = abar_t / (1 - abar_t), the min-SNR rule (Hang et al. 2023, arXiv 2303.09556, equation 8) counts the
-squared error of x_0 min(SNR, g) times. The errors of the other predictions are multiples of that one,
-|x_0 error|^2 = |eps error|^2 / SNR = |v error|^2 / (SNR + 1), hence the weight of the predicted quantity's error:
+Weights: with SNR = (a_t / b_t)^2 of x_t = a_t x_0 + b_t eps, the min-SNR rule (Hang et al. 2023, arXiv 2303.09556,
+equation 8) counts the squared error of x_0 min(SNR, g) times. The errors of the other predictions are multiples of that
+one, |x_0 error|^2 = |eps error|^2 / SNR = b^2 |v error|^2 = b^2 |u error|^2, hence the weight of the predicted
+quantity's error; u is the velocity of a rectified flow, and in diffusion b^2 = 1 / (SNR + 1):
 
-    x_0: min(SNR, g)        eps: min(SNR, g) / SNR        v: min(SNR, g) / (SNR + 1)
+    x_0: min(SNR, g)        eps: min(SNR, g) / SNR        v, u: min(SNR, g) b^2
 """
 
 from __future__ import annotations
@@ -43,18 +44,17 @@ def quantile(
     raise ValueError(f"timesteps={distribution!r} is unknown; choose uniform or logit_normal.")
 
 
-def min_snr(abar: Float[Tensor, " B"], prediction: str, gamma: float) -> Float[Tensor, " B"]:
-    """The weights of the squared errors of `prediction` at timesteps with these abar.
+def min_snr(a: Float[Tensor, " B"], b: Float[Tensor, " B"], prediction: str, gamma: float) -> Float[Tensor, " B"]:
+    """The weights of the squared errors of `prediction` at timesteps with these levels.
 
     Args:
-        abar: share of the image's variance, 0 at zero terminal SNR.
-        prediction: v_prediction, epsilon or sample, as in diffusers.
+        a: level of the image, 0 at zero terminal SNR.
+        b: level of the noise.
+        prediction: v_prediction, epsilon, sample or flow_prediction, as in diffusers.
         gamma: g; 5 in the paper.
     """
-    # in terms of abar, which is finite where SNR is not: min(SNR, g) (1 - abar) = min(abar, g (1 - abar))
-    capped = torch.minimum(abar, gamma * (1 - abar))
-    if prediction == "v_prediction":  # 1 / (SNR + 1) = 1 - abar
-        return capped
-    if prediction == "epsilon":  # 1 / SNR = (1 - abar) / abar
-        return capped / abar
-    return capped / (1 - abar)
+    # min(SNR, g) b^2 = min(a^2, g b^2), which is finite where SNR is not
+    capped = torch.minimum(a.square(), gamma * b.square())
+    if prediction == "sample":
+        return capped / b.square()
+    return capped / a.square() if prediction == "epsilon" else capped

@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any] | None] = {
     "timesteps": {"timesteps": (999, 500, 20)},
     "guidance": {"guidance": 2.0},
     "guidance_channels": {"guidance_channels": 1, "guidance": 2.0},
+    "guidance_interval": {"guidance_interval": (300, 800), "guidance": 2.0},
     "iterations": {"iterations": (5,)},
     "block_passes": {"block_passes": 250},
     "macs": {"macs": 2e7},

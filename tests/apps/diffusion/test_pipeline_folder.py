@@ -42,13 +42,15 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("fpdm", {}, {"sampler": "ddim", "iterations": 3, "parallel": "anderson"}),
     ("fpdm", {"sampling": {"solver": Anderson(memory=3), "rtol": (0.1,), "max_evals": 6}}, {}),
     ("dit", {}, {"sampler": "euler", "block_passes": 16}),
+    ("flow", {"reuse": "on", "sampling": {"guidance_interval": (300, 800)}}, {"num_inference_steps": 4}),
 ]
 
 
 def pipeline(kind="fpdm", **options) -> Any:
     sizes: dict[str, Any] = {"input_size": 4, "hidden_size": 16, "num_heads": 2, "num_classes": 5}
-    network = randomized(FPDM(**sizes) if kind == "fpdm" else DiT(depth=2, **sizes)).eval()
-    pipe = FixedPointPipeline(network, make_scheduler("ddpm"), image_files.tiny_vae(), steps=3, guidance=2.0, **options)
+    network = randomized(DiT(depth=2, **sizes) if kind == "dit" else FPDM(**sizes)).eval()
+    scheduler = make_scheduler("flow" if kind == "flow" else "ddpm")
+    pipe = FixedPointPipeline(network, scheduler, image_files.tiny_vae(), steps=3, guidance=2.0, **options)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

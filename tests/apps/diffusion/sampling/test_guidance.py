@@ -43,6 +43,16 @@ def test_more_channels_than_there_are_is_all_of_them():
     assert torch.equal(Guidance(scale=2.0, channels=3).combine(prediction, 2), expected)
 
 
+def test_an_interval_guides_within_its_ends():
+    guidance = Guidance(scale=3.0, channels=2, interval=(200, 800))
+    for t, scale in ((199, 1.0), (200, 3.0), (500, 3.0), (800, 3.0), (801, 1.0)):
+        assert guidance.at(t) == Guidance(scale=scale, channels=2)
+    assert Guidance(scale=3.0).at(5) == Guidance(scale=3.0)
+    for interval in ((-1, 5), (6, 5)):
+        with pytest.raises(ValueError, match=r"Guidance\.interval"):
+            Guidance(interval=interval)
+
+
 def test_impossible_guidance_is_refused():
     for scale in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"Guidance\.scale"):

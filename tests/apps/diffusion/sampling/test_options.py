@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from apps.diffusion.config import training as c
-from apps.diffusion.config.sampling import Sampler, SamplingOptions
+from apps.diffusion.config.sampling import OptionError, Sampler, SamplingOptions
 from apps.diffusion.models import FPDM, DiT
+from apps.diffusion.sampling.guidance import Guidance
+from apps.diffusion.sampling.keywords import options_of
 from apps.diffusion.sampling.options import plan as translate
 from apps.diffusion.sampling.sampler import sample
 from apps.diffusion.sampling.warm_start import Reuse
@@ -153,8 +155,30 @@ def test_guidance_needs_classes():
     assert draw(chosen, model, range(2), None, seed=0).labels is None
 
 
+def test_an_interval_of_guidance_is_in_the_plan_and_excludes_what_it_would_change():
+    model, scheduler = fpdm(), make_scheduler("ddim")
+    given = SamplingOptions(guidance=3.0, guidance_interval=(200, 800))
+    assert translate(model, scheduler, given).guidance == Guidance(scale=3.0, interval=(200, 800))
+    # another scale of the caller replaces the interval of the run
+    found = translate(model, scheduler, SamplingOptions(guidance=2.0), defaults=given)
+    assert found.guidance == Guidance(scale=2.0)
+    with pytest.raises(OptionError, match="guidance_interval"):
+        translate(model, scheduler, SamplingOptions(guidance_interval=(0, 5)))
+    others: list[dict[str, Any]] = [{"block_passes": 9}, {"macs": 1e9}, {"parallel": "picard"}]
+    for options in (
+        {"guidance_interval": (800, 200)},
+        {"guidance_interval": (-1, 200)},
+        *({"guidance_interval": (0, 9), **other} for other in others),
+    ):
+        with pytest.raises(OptionError, match="guidance_interval"):
+            SamplingOptions(**options)
+    with pytest.raises(ValueError, match="guidance_interval"):
+        options_of(guidance_interval=(1, 2, 3))
+    assert options_of(guidance_interval=torch.tensor([1, 2])).guidance_interval == (1, 2)
+
+
 def test_every_sampler_has_the_networks_noise():
-    assert set(get_args(Sampler)) == set(SAMPLERS)
+    assert set(get_args(Sampler)) == {*SAMPLERS, "flow"}
     base = make_scheduler("ddpm", spacing="linspace", clip=1.0, learn_sigma=True)
     for name in ("ddim", "ddpm"):
         mine, direct = same_noise(base, name), make_scheduler(name, spacing="linspace", clip=1.0, learn_sigma=True)

@@ -8,9 +8,11 @@ import torch
 from apps.diffusion.models import FPDM, DiT, transformer
 from apps.diffusion.rng import Stream, generator
 from apps.diffusion.sampling.guidance import Guidance
+from apps.diffusion.sampling.parallel import Parallel
 from apps.diffusion.sampling.sampler import Solve, cost
 from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
+from apps.diffusion.schedulers.reverse_step import Reverse
 from apps.diffusion.schedulers.timesteps import timesteps
 from benchmarks.harness import OperatorCounter
 from implicit import Anderson, Stop
@@ -149,6 +151,43 @@ def test_the_effort_is_what_hooks_count(kind, guidance):
     summary = effort.summary()
     assert summary["seconds"] > 0 and summary["block_passes"] == rows["blocks"] / 8
     assert ("residual" in summary) == (kind is FPDM) == bool(effort.residuals.isfinite().all())
+
+
+def by_hand(model, reverse, guidance, solve, y):
+    """Samples 0 and 1 step by step, with the guided prediction of two rows within the interval alone."""
+    x = torch.stack([torch.randn(2, 4, 4, generator=generator(0, Stream.SAMPLE, i)) for i in range(len(y))]).double()
+    past: list[Any] = []
+    low, high = guidance.interval
+    for k, t in enumerate(reverse.timesteps):
+        inputs = (x, torch.full((2,), t), y)
+        if low <= t <= high:
+            inputs = (torch.cat([x, x]), torch.full((4,), t), torch.cat([y, torch.full_like(y, 10)]))
+        start, state, rows = None, None, len(inputs[0])
+        if past and solve.reuse is not None:
+            start = solve.reuse.start([(torch.cat([z, z]) if len(z) < rows else z)[:rows] for z, _ in past[-2:]])
+            state = past[-1][1] if solve.reuse.history and len(past[-1][0]) == rows else None
+        options: dict[str, Any] = {"iterations": 3, "solver": solve.solver, "start": start, "state": state}
+        with torch.no_grad():
+            v, solved = model(*inputs, keep_state=True, return_solution=True, **options)
+        past.append((solved.value, solved.state))
+        x = reverse.step(k, v if rows == 2 else v[2:] + guidance.scale * (v[:2] - v[2:]), x, [])
+    return x
+
+
+@pytest.mark.parametrize("reuse", [None, Reuse(), Reuse(extrapolation=1.0), Reuse(history=True)])
+def test_guidance_in_an_interval_is_guidance_there_and_none_elsewhere(reuse):
+    model, scheduler, array = tiny().double(), make_scheduler("ddim"), timesteps(4)
+    guidance = Guidance(scale=3.0, interval=(array[2], array[1]))
+    solve, y = Solve(iterations=3, reuse=reuse, solver=Anderson(memory=3)), torch.tensor([1, 2])
+    options = {"timesteps": array, "chunk": 2, "dtype": torch.float64, "guidance": guidance, "solve": solve}
+    result = sample_by(model, [0, 1], [1, 2], seed=0, scheduler=scheduler, **options)
+    expected = by_hand(model, Reverse(scheduler, array), guidance, solve, y)
+    torch.testing.assert_close(result.samples, expected, rtol=1e-9, atol=1e-9)
+    assert result.effort.evaluations.tolist() == [[3, 6, 6, 3]] * 2
+    assert result.effort.block_passes.tolist() == [6 * (3 + 2)] * 2
+    assert result.effort.macs.tolist() == [6 * model.macs(3)] * 2
+    with pytest.raises(ValueError, match="interval"):
+        sample_by(model, [0], [1], seed=0, scheduler=scheduler, **options, parallel=Parallel())
 
 
 def test_a_tolerance_per_timestep_is_met_by_each_sample():

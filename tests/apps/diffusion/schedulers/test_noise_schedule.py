@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
+from apps.diffusion.schedulers.noise_levels import clean_and_noise
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
-from apps.diffusion.schedulers.prediction import clean_and_noise
 from apps.diffusion.schedulers.timesteps import timesteps
 
 ABAR = {0: 0.9999, 250: 0.5189, 500: 0.07525, 750: 0.002644, 900: 0.000103, 998: 4.213e-09, 999: 0.0}
@@ -110,12 +110,12 @@ def test_clean_and_noise_invert_the_three_predictions(t):
     x = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
     v = abar.sqrt() * eps - (1 - abar).sqrt() * x0
     for kind, prediction in (("v_prediction", v), ("epsilon", eps), ("sample", x0)):
-        clean, noise = clean_and_noise(prediction, x, abar, kind)
+        clean, noise = clean_and_noise(prediction, x, abar.sqrt(), (1 - abar).sqrt(), kind)
         torch.testing.assert_close(clean, x0, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(noise, eps, rtol=1e-9, atol=1e-9)
 
 
 def test_v_determines_the_image_at_the_last_timestep():
     x0, eps = torch.randn(2, 1, 2, 2), torch.randn(2, 1, 2, 2)
-    clean, noise = clean_and_noise(-x0, eps, torch.tensor(0.0), "v_prediction")
+    clean, noise = clean_and_noise(-x0, eps, torch.tensor(0.0), torch.tensor(1.0), "v_prediction")
     assert torch.equal(clean, x0) and torch.equal(noise, eps)

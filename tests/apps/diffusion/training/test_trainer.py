@@ -106,9 +106,10 @@ def test_bf16_trains_weights_in_float32():
 def test_draws_of_n_and_m_belong_to_the_step():
     """The same for every process and every part of a step, and another one for another step."""
     trainer, _ = trained(steps=0)
+    noise = trainer._batch()[2]
 
     def draws():
-        return [trainer._estimator().draw() for _ in range(3)]  # one for each of three parts
+        return [trainer._solve(noise).grad.draw() for _ in range(3)]  # one for each of three parts
 
     first = draws()
     assert len(set(first)) == 1

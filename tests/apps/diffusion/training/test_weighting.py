@@ -7,6 +7,7 @@ import torch
 
 from apps.diffusion.config.training import Config, LossConfig, ModelConfig, NoiseSchedule, OptimizerConfig
 from apps.diffusion.data import digits
+from apps.diffusion.schedulers.noise_levels import levels
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from apps.diffusion.training.loss import loss
 from apps.diffusion.training.trainer import Trainer
@@ -36,7 +37,7 @@ def test_weights_are_those_of_the_paper_s_equation():
         ("epsilon", capped / snr),
         ("v_prediction", capped / (snr + 1)),
     ):
-        assert torch.allclose(min_snr(abar, prediction, 5.0), expected, rtol=1e-9)
+        assert torch.allclose(min_snr(abar.sqrt(), (1 - abar).sqrt(), prediction, 5.0), expected, rtol=1e-9)
 
 
 def test_one_error_of_the_image_counts_the_same_whatever_is_predicted():
@@ -45,7 +46,7 @@ def test_one_error_of_the_image_counts_the_same_whatever_is_predicted():
     of_eps = error * (abar / (1 - abar)).sqrt()  # eps = (x - sqrt(abar) x_0) / sqrt(1 - abar)
     of_v = error / (1 - abar).sqrt()  # v = (sqrt(abar) x - x_0) / sqrt(1 - abar)
     weighted = [
-        min_snr(abar, prediction, 5.0) * value**2
+        min_snr(abar.sqrt(), (1 - abar).sqrt(), prediction, 5.0) * value**2
         for prediction, value in (("sample", torch.tensor(error)), ("epsilon", of_eps), ("v_prediction", of_v))
     ]
     assert torch.allclose(weighted[0], weighted[1]) and torch.allclose(weighted[0], weighted[2])
@@ -53,7 +54,7 @@ def test_one_error_of_the_image_counts_the_same_whatever_is_predicted():
 
 def test_the_weight_is_finite_at_zero_terminal_snr():
     abar = make_scheduler("ddpm").alphas_cumprod
-    weights = min_snr(abar, "v_prediction", 5.0)
+    weights = min_snr(abar.sqrt(), (1 - abar).sqrt(), "v_prediction", 5.0)
     assert weights.isfinite().all() and weights[-1] == 0 and weights.max() <= 1
 
 
@@ -84,7 +85,7 @@ def test_the_loss_is_the_weighted_mean_of_the_errors():
         )
         for gamma in (None, 2.0)
     )
-    w = min_snr(made.scheduler.alphas_cumprod[noise.t], "v_prediction", 2.0)
+    w = min_snr(*levels(made.scheduler, noise.t), "v_prediction", 2.0)
     assert torch.equal(plain.error, weighted.error)
     assert weighted.total.item() == pytest.approx((w * plain.error).mean().item(), rel=1e-5)
     assert weighted.total.item() == pytest.approx(made._loss(x, y, noise).total.item(), rel=0.5)

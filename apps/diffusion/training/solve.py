@@ -1,0 +1,59 @@
+"""How a training step of an FPDM solves its fixed point: estimator, start and penalty, from the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from apps.diffusion.config.training import Config
+from apps.diffusion.rng import Stream, generator
+from apps.diffusion.training.growth import grown
+from apps.diffusion.training.loss import TrainingNoise, TrainingSolve
+from apps.diffusion.training.penalties import NoisyStart, Penalties, earlier_timesteps
+from implicit import AbstractGrad
+
+
+def training_solve(config: Config, noise: TrainingNoise, images: int, done: float) -> TrainingSolve | None:
+    """The solve of the step after so many images; None for a DiT.
+
+    Args:
+        config: of the run.
+        noise: the randomness of the step, with the numbers of its images.
+        images: images seen before the step.
+        done: share of the training that is done.
+    """
+    if config.model.kind == "dit":
+        return None
+    terms, start, penalty, earlier = config.loss, None, None, None
+    if terms.start_noise or terms.reuse:
+        assert noise.positions is not None
+        if terms.start_noise:
+            start = NoisyStart(scale=terms.start_noise, seed=config.seed, positions=noise.positions)
+        if terms.reuse:
+            earlier = earlier_timesteps(config.seed, noise.positions, noise.t, config.schedule.timesteps)
+    if terms.residual or terms.jacobian or terms.early or terms.reuse:
+        penalty = Penalties(
+            residual=terms.residual,
+            jacobian=terms.jacobian,
+            early=terms.early,
+            reuse=terms.reuse,
+            generator=generator(config.seed, Stream.PROBES, images),
+        )
+    return TrainingSolve(
+        solver=config.solver,
+        grad=_estimator(config, images, done),
+        stop=config.stop,
+        start=start,
+        penalty=penalty,
+        earlier=earlier,
+    )
+
+
+def _estimator(config: Config, images: int, done: float) -> AbstractGrad:
+    """The gradient estimator of a step; one that draws numbers takes a generator from (seed, images seen)."""
+    grad: Any = config.grad
+    if not hasattr(grad, "generator"):
+        return grad
+    if config.growth:
+        grad = grown(grad, done, config.growth)
+    return replace(grad, generator=generator(config.seed, Stream.SOLVE, images))
