@@ -3,6 +3,7 @@
     python -m benchmarks.diffusion.memory                writes benchmarks/results/memory_xl.json and prints the tables
     python -m benchmarks.diffusion.memory --real 1 2     steps that fake tensors cannot run: IFT and Reversible
     python -m benchmarks.diffusion.memory --validate     real steps beside their predictions (14 GiB of free memory)
+    python -m benchmarks.diffusion.memory --largest      the largest batch on each card with checkpointing, by search
 
 A step is forward, mean squared error, backward and fused AdamW, as in training; learned sigma, 4 x 32 x 32 latents.
 `FakeTensorMode` carries shapes and storages through the very code that trains; `MemTracker` adds the storages alive:
@@ -17,7 +18,7 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +181,13 @@ def real_cases(batches: tuple[int, ...]) -> Iterator[Case]:
 
 
 def validated() -> Iterator[Case]:
-    """Steps of which prediction and count stand side by side; bf16, slow on most CPUs, at a small size in the tests."""
+    """Steps of which prediction and count stand side by side; bf16, slow on most CPUs, at batch 1."""
     for batch in (1, 2):
         yield Case("DiT", batch)
         yield Case("FPDM", batch, VALIDATED)
     yield Case("FPDM", 2, VALIDATED, checkpointed=True)
+    yield Case("FPDM", 1, VALIDATED, precision="bf16")
+    yield Case("DiT", 1, precision="bf16")
 
 
 def largest_batch(peaks: dict[int, int], capacity: float) -> int:
@@ -197,13 +200,63 @@ def largest_batch(peaks: dict[int, int], capacity: float) -> int:
     return max(0, int((capacity - (low - slope * a)) // slope))
 
 
-def fits(row: tuple[str, ...], peaks: dict[int, int], capacity: float) -> str:
-    """The largest batch of a row. With checkpointing the peak moves from the end of the backward pass to its beginning
-    as the batch grows. A maximum of lines is convex, so that the line through two batches then gives a bound.
+def searched(peaks: dict[int, int], capacity: float, peak: Callable[[int], int]) -> tuple[int, dict[int, int]]:
+    """The largest batch that fits, and the peaks that show it: its own and that of one sample more.
+
+    The peak grows with the batch as a maximum of lines, so the chord between a batch that fits and one that does not
+    leads to one that fits, and the line through the two largest batches bounds the answer from above.
+
+    Args:
+        peaks: known peaks of at least two batches.
+        capacity: in bytes.
+        peak: the peak of another batch.
     """
+    known = {0: 0, **peaks}
+    while True:
+        low = max(batch for batch, size in known.items() if size <= capacity)
+        above = [batch for batch, size in known.items() if size > capacity]
+        if not above:
+            guess = max(low, largest_batch(peaks, capacity)) + 1
+        elif min(above) == low + 1:
+            return low, {low: known[low], low + 1: known[low + 1]}
+        else:
+            high = min(above)
+            step = (capacity - known[low]) / (known[high] - known[low]) * (high - low)
+            guess = min(max(low + int(step), low + 1), high - 1)
+        known[guess] = peak(guess)
+
+
+def searched_cases() -> Iterator[Case]:
+    """Rows whose largest batch is searched for, at any batch: those with checkpointing."""
+    for precision in ("fp32", "bf16"):
+        for estimator in (VALIDATED, "S-JFB (12, 12), the worst draw"):
+            yield Case("FPDM", 0, estimator, True, precision)
+        yield Case("DiT", 0, "", True, precision)
+        yield Case("diffusers' DiT", 0, "", True, precision)
+
+
+def _searched(case: Case, peaks: dict[int, int]) -> dict[str, Any]:
+    """The largest batch of a row on each card, with its peak and that of one sample more."""
+    found = {}
+    for card, capacity in CARDS.items():
+        batch, shown = searched(peaks, capacity, lambda batch: fake_peak(replace(case, batch=batch)))
+        found[card] = {"batch": batch, "peak bytes": shown[batch], "with one more": shown[batch + 1]}
+    return {"largest": found}
+
+
+def fits(row: tuple[str, ...], peaks: dict[int, int], card: str, largest: list[dict[str, Any]]) -> str:
+    """The largest batch of a row on a card: of the search, or by the line through two batches. With checkpointing the
+    peak moves from the end of the backward pass to its beginning as the batch grows. A maximum of lines is convex, so
+    that the line then gives an upper bound beyond the two batches, and a lower one between them.
+    """
+    settled = [one["largest"][card]["batch"] for one in largest if Case(**one["case"]).row == row]
+    if settled:
+        return str(settled[0])
     if len(peaks) < 2:
         return "-"
-    return f"{'at most ' if 'checkpointed' in row else ''}{largest_batch(peaks, capacity)}"
+    found = largest_batch(peaks, CARDS[card])
+    bound = "at least " if found < max(peaks) else "at most "
+    return f"{bound if 'checkpointed' in row else ''}{found}"
 
 
 def by_row(measured: list[dict[str, Any]]) -> dict[tuple[str, str, str, str], dict[int, int]]:
@@ -215,7 +268,7 @@ def by_row(measured: list[dict[str, Any]]) -> dict[tuple[str, str, str, str], di
     return rows
 
 
-def markdown(measured: list[dict[str, Any]]) -> str:
+def markdown(measured: list[dict[str, Any]], largest: list[dict[str, Any]]) -> str:
     """Peaks in GiB by batch, share of the DiT's, and the largest batch on each card."""
     rows = by_row(measured)
     batches = sorted({batch for peaks in rows.values() for batch in peaks})
@@ -224,7 +277,7 @@ def markdown(measured: list[dict[str, Any]]) -> str:
         base = rows.get(("DiT", "", *row[2:]), {})
         both = max(peaks.keys() & base.keys(), default=None)
         share = "-" if both is None else f"{peaks[both] / base[both]:.2f} (batch {both})"
-        cards = [fits(row, peaks, size) for size in CARDS.values()]
+        cards = [fits(row, peaks, card, largest) for card in CARDS]
         sizes = [f"{peaks[b] / GIB:.2f}" if b in peaks else "-" for b in batches]
         lines.append([", ".join(filter(None, row)), *sizes, share, *cards])
     head = ["training step", *(f"batch {b}" for b in batches), "of the same DiT"]
@@ -253,7 +306,7 @@ def extrapolated(counts: list[dict[str, Any]]) -> str:
 
 
 def measure(
-    result: dict[str, Any], out: Path, entry: str, found: Iterable[Case], peak: Callable[[Case], dict[str, int]]
+    result: dict[str, Any], out: Path, entry: str, found: Iterable[Case], peak: Callable[[Case], dict[str, Any]]
 ) -> None:
     """Add what `peak` gives for the cases that `result[entry]` lacks, and write the file after each."""
     known = {Case(**one["case"]) for one in result[entry]}
@@ -287,20 +340,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[64, 8, 1], help="batch sizes of the predictions")
     parser.add_argument("--real", type=int, nargs="*", default=[], help="batch sizes of real steps, such as 1 2")
     parser.add_argument("--validate", action="store_true", help="real steps at batch 1 and 2 beside their predictions")
+    parser.add_argument("--largest", action="store_true", help="search for the largest batches with checkpointing")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     old = read_result(options.out)
     result = {
-        "command": "python -m benchmarks.diffusion.memory --real 1 2 --validate",
+        "command": "python -m benchmarks.diffusion.memory --real 1 2 --validate --largest",
         "size": asdict(XL),
         "optimizer": "fused AdamW, float32",
         **provenance("cpu", "diffusers"),
-        **{entry: old.get(entry, []) for entry in ("peaks", "real", "validation")},
+        **{entry: old.get(entry, []) for entry in ("peaks", "real", "validation", "largest")},
     }
     measure(result, options.out, "peaks", cases(tuple(options.batches)), _predicted)
     measure(result, options.out, "real", real_cases(tuple(options.real)), _counted)
     measure(result, options.out, "validation", validated() if options.validate else (), _compared)
-    print(markdown(result["peaks"]), extrapolated(result["real"]), sep="\n\n")
+    peaks = by_row(result["peaks"])
+    searches = searched_cases() if options.largest else ()
+    measure(result, options.out, "largest", searches, lambda case: _searched(case, peaks[case.row]))
+    print(markdown(result["peaks"], result["largest"]), extrapolated(result["real"]), sep="\n\n")
 
 
 if __name__ == "__main__":

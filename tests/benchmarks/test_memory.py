@@ -48,6 +48,28 @@ def test_a_card_of_the_predicted_size_takes_the_largest_batch_and_no_larger():
     assert peak(found) <= capacity < peak(found + 1)
 
 
+def test_the_search_finds_the_largest_batch_of_a_convex_peak():
+    calls = []
+
+    def peak(batch):
+        calls.append(batch)
+        return max(100 + batch, 40 + 3 * batch, 10 * batch - 500)
+
+    known = {8: peak(8), 64: peak(64)}
+    for capacity in (90, 105, 120, 200, 232, 233, 400, 1000):
+        calls.clear()
+        found, shown = memory.searched(known, capacity, peak)
+        assert shown.keys() == {found, found + 1}
+        assert (found == 0 or peak(found) <= capacity) and capacity < peak(found + 1)
+        assert len(calls) < 12
+    row = ("FPDM", "JFB", "checkpointed", "fp32")
+    line = {8: 10, 64: 64 * 10**9}
+    assert memory.fits(row, line, "16 GB", []).startswith("at least")
+    assert memory.fits(row, line, "80 GB", []).startswith("at most")
+    case = {"network": "FPDM", "batch": 0, "estimator": "JFB", "checkpointed": True, "precision": "fp32"}
+    assert memory.fits(row, line, "80 GB", [{"case": case, "largest": {"80 GB": {"batch": 70}}}]) == "70"
+
+
 def test_every_estimator_has_a_row_and_the_file_is_resumed(tmp_path):
     rows = {case.row for case in memory.cases((8,))}
     assert len(rows) == 4 * (2 + len(memory.ESTIMATORS))

@@ -25,12 +25,13 @@ def chapter(results: Path, images: Path) -> str:
             HEAD,
             "Peak of weights, gradients, AdamW's state, activations and temporaries in a step, in GiB; float32 unless "
             "bf16 autocast is named; workspaces inside kernels and fragmentation are not included. The largest batch "
-            "on a card follows from the line through the two largest batches of a row, which is an upper bound with "
-            "checkpointing, where the peak is convex in the batch; 80 GB and 16 GB are nominal.",
+            "on a card follows from the line through the two largest batches of a row. With checkpointing the peak is "
+            "convex in the batch: there the line gives a bound, and a number without one was found by predictions at "
+            "that batch and at one sample more. 80 GB and 16 GB are nominal.",
             "The paper: *60 % less training memory than DiT-XL/2*. Here, the same options on both sides:",
             _less(peaks),
             fitting(found),
-            markdown(found.get("peaks", [])),
+            markdown(found.get("peaks", []), found.get("largest", [])),
             "IFT and Reversible decide by values, so that their rows are counted in real steps on the CPU, continued "
             "by the line through their forward and backward passes (IFT: at most 12 products in the backward pass); "
             "S-JFB in the same way, beside its prediction above:",
@@ -60,9 +61,12 @@ def fitting(found: dict[str, Any]) -> str:
     """The largest batch by network, card, checkpointing and precision."""
     peaks = by_row(found.get("peaks", []))
     lines = []
-    for card, capacity in CARDS.items():
+    for card in CARDS:
         for row in ROWS:
-            cells = [fits(setting, peaks.get((*row, *setting), {}), capacity) for setting in SETTINGS]
+            cells = [
+                fits((*row, *setting), peaks.get((*row, *setting), {}), card, found.get("largest", []))
+                for setting in SETTINGS
+            ]
             lines.append([card, ", ".join(filter(None, row)), *cells])
     return table(["card", "largest batch", *_HEAD], lines)
 
