@@ -14,13 +14,17 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+import tyro
 
 from apps.diffusion import missing_packages
 from apps.diffusion.files.atomic import exclusive
 
 if TYPE_CHECKING:
     from apps.diffusion.config.training import Config
+
+R = TypeVar("R")
 
 
 def run_command(
@@ -47,6 +51,19 @@ def run_command(
         message, code = f"{error}. {after}".strip(), 1
     print(f"{name}: {message}", file=sys.stderr)
     return code
+
+
+def parse_request(kind: type[R], name: str, argv: Sequence[str]) -> R:
+    """The request of class `kind` that the arguments of the command `name` describe."""
+    options = (tyro.conf.CascadeSubcommandArgs,)
+    return tyro.cli(kind, args=argv, prog=f"python -m apps.diffusion.{name}", config=options)
+
+
+def run_request(
+    kind: type[R], name: str, command: Callable[[R], None], argv: Sequence[str] | None = None, *, after: str = ""
+) -> int:
+    """Run a command on the request that its arguments describe; returns its exit code."""
+    return run_command(name, lambda args: command(parse_request(kind, name, args)), argv, after=after)
 
 
 AFTER_TRAINING = "Saved checkpoints are intact; --resume continues from the last."

@@ -18,8 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +27,7 @@ import tyro
 
 from apps.diffusion.checkpoint import pretrained, state_dicts, trained_run, training_state
 from apps.diffusion.checkpoint.readers import ReadOptions, read_network, refuse
-from apps.diffusion.cli import run_command
+from apps.diffusion.cli import run_request
 from apps.diffusion.files.atomic import atomic_path
 from apps.diffusion.models import build
 from apps.diffusion.models.dit import DiT
@@ -46,48 +45,21 @@ class Request:
     """Folder to write."""
     to: Literal["ours", "dit", "fpdm", "diffusers", "pipeline"] = "ours"
     """Layout to write."""
-    weights: Literal["ema", "model"] | None = None
-    """Which weights, where the checkpoint holds both; ema, the averaged ones, by default."""
-    heads: int | None = None
-    """Attention heads, which no shape shows; by default those of the published size with the same hidden size
-    (384: 6, 768: 12, 1024: 16, 1152: 16), or those of the folder's config.json.
-    """
-    input_size: tuple[int, int] | None = None
-    """Height and width of the latent, where it is not a square."""
-    condition_on_time: bool = False
-    """The explicit blocks of this FPDM were trained to see the time as well as the class."""
-
-    def __post_init__(self) -> None:
-        if self.heads is not None and self.heads < 1:
-            raise ValueError(f"--heads must be at least 1, got {self.heads}.")
-
-    def options(self) -> ReadOptions:
-        """The flags about a state dict."""
-        return ReadOptions(
-            weights=self.weights,
-            heads=self.heads,
-            input_size=self.input_size,
-            condition_on_time=self.condition_on_time,
-        )
+    options: Annotated[ReadOptions, tyro.conf.arg(name="")] = field(default_factory=ReadOptions)
+    """What a checkpoint file does not determine."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code (see cli.py)."""
 
-    def command(args: list[str]) -> None:
-        request = parse(args)
+    def command(request: Request) -> None:
         check_out(request.out)
         if request.to == "pipeline":
             print(write_pipeline(request))
         else:
-            print(write(read_network(pretrained.locate(request.checkpoint), request.options()), request))
+            print(write(read_network(pretrained.locate(request.checkpoint), request.options), request))
 
-    return run_command("convert", command, argv, after="Nothing was written.")
-
-
-def parse(argv: Sequence[str]) -> Request:
-    """The request that the arguments describe."""
-    return tyro.cli(Request, args=argv, prog="python -m apps.diffusion.convert")
+    return run_request(Request, "convert", command, argv, after="Nothing was written.")
 
 
 def check_out(out: Path) -> None:
@@ -136,7 +108,7 @@ def write_pipeline(request: Request) -> str:
     run = request.checkpoint
     if not (run / "checkpoints").is_dir():
         raise ValueError(f"{run} is no training run (it has no checkpoints); --to pipeline takes the folder of one.")
-    refuse(request.options(), run, "heads", "input_size", "condition_on_time", "weights")
+    refuse(request.options, run, "heads", "input_size", "condition_on_time", "weights")
     state, config = training_state.newest(run), trained_run.read_config(run)
     pipe = FixedPointPipeline.from_run(run)
     with atomic_path(request.out) as partial:
@@ -150,7 +122,7 @@ def write_pipeline(request: Request) -> str:
 
 def _provenance(request: Request) -> dict[str, Any]:
     path = request.checkpoint
-    source: dict[str, Any] = {"name": path.name, "weights": request.weights}
+    source: dict[str, Any] = {"name": path.name, "weights": request.options.weights}
     if path.is_file():
         with path.open("rb") as file:
             source["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()

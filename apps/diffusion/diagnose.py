@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,7 +16,7 @@ import tyro
 
 from apps.diffusion.checkpoint.open_network import open_network
 from apps.diffusion.checkpoint.pretrained import output_folder
-from apps.diffusion.cli import device_of, run_command
+from apps.diffusion.cli import device_of, run_request
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.files.atomic import make_folder, write_text
 from apps.diffusion.files.plots import timestep_curves
@@ -62,14 +61,7 @@ class Request:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code (see cli.py)."""
-
-    return run_command("diagnose", lambda args: run(parse(args)), argv)
-
-
-def parse(argv: Sequence[str]) -> Request:
-    """The request that the arguments describe."""
-    options = (tyro.conf.CascadeSubcommandArgs,)
-    return tyro.cli(Request, args=argv, prog="python -m apps.diffusion.diagnose", config=options)
+    return run_request(Request, "diagnose", run, argv)
 
 
 def run(request: Request) -> None:

@@ -11,14 +11,13 @@ WORLD_SIZE as torchrun sets them; the last one to finish writes the index.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from apps.diffusion.cli import rank_and_world, run_command
+from apps.diffusion.cli import rank_and_world, run_request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +61,7 @@ class Request:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code: 0, 1 if the disk fails, 2 for bad input."""
-
-    after = "Complete shards are kept; the same command continues."
-    return run_command("encode", lambda args: run(parse(args)), argv, after=after)
-
-
-def parse(argv: Sequence[str]) -> Request:
-    """The request that the arguments describe."""
-    return tyro.cli(Request, args=argv, prog="python -m apps.diffusion.encode")
+    return run_request(Request, "encode", run, argv, after="Complete shards are kept; the same command continues.")
 
 
 def run(request: Request) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +19,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from apps.diffusion.cli import device_of, run_command
+from apps.diffusion.cli import device_of, run_request
 from apps.diffusion.config.training import Backend
 from apps.diffusion.evaluation import feature_extractors
 from apps.diffusion.evaluation.feature_statistics import cached, is_statistics, load, save
@@ -88,20 +87,14 @@ class Request:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code (see cli.py)."""
 
-    def command(args: list[str]) -> None:
-        request = parse(args)
+    def command(request: Request) -> None:
         report = run(request)
         if request.json:
             print(json.dumps(report, indent=2))
         else:
             _print(report)
 
-    return run_command("evaluate", command, argv)
-
-
-def parse(argv: Sequence[str]) -> Request:
-    """The request that the arguments describe."""
-    return tyro.cli(Request, args=argv, prog="python -m apps.diffusion.evaluate")
+    return run_request(Request, "evaluate", command, argv)
 
 
 def run(request: Request) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from apps.diffusion.checkpoint.open_network import OpenedNetwork, open_network
 from apps.diffusion.checkpoint.pretrained import output_folder
-from apps.diffusion.cli import device_of, rank_and_world, run_command
+from apps.diffusion.cli import device_of, rank_and_world, run_request
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.serialization import to_plain
 from apps.diffusion.config.training import Backend
@@ -92,15 +92,9 @@ class Request:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code (see cli.py)."""
-
-    after = "Finished images are kept; run the command again to continue."
-    return run_command("sample", lambda args: run(parse(args)), argv, after=after)
-
-
-def parse(argv: Sequence[str]) -> Request:
-    """The request that the arguments describe."""
-    options = (tyro.conf.CascadeSubcommandArgs,)
-    return tyro.cli(Request, args=argv, prog="python -m apps.diffusion.sample", config=options)
+    return run_request(
+        Request, "sample", run, argv, after="Finished images are kept; run the command again to continue."
+    )
 
 
 def run(request: Request) -> None:

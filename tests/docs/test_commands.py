@@ -5,11 +5,14 @@ their launcher's own parser first.
 import importlib
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import parse_args
+
+from apps.diffusion.cli import parse_request
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "sample", "evaluate", "encode", "convert", "diagnose", "distill")
@@ -60,7 +63,8 @@ def test_command_parses(line, tmp_path, monkeypatch):
         assert (given.module, given.training_script) == (True, f"apps.diffusion.{command}")
         words = given.training_script_args
     words = [word for word in words if word != "--"]
-    parse = importlib.import_module(f"apps.diffusion.{command}").parse
+    module = importlib.import_module(f"apps.diffusion.{command}")
+    parse = module.parse if hasattr(module, "parse") else partial(parse_request, module.Request, command)
     monkeypatch.chdir(tmp_path)
     if "--help" in words:
         with pytest.raises(SystemExit) as end:

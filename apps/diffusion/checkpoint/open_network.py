@@ -177,13 +177,5 @@ def _of_model(folder: Path, prediction: Prediction | None, zero_snr: bool | None
 
 def _decoder(model: DiT | FPDM, own: Path | None, name: str | None, device: str) -> AutoencoderKL | None:
     """The VAE that `name` names, or a folder's own; None where there is neither."""
-    source, channels = name or own, model.latent[0]
-    if source is None:
-        return None
-    vae, title = open_vae(source, device=device)
-    found: Any = vae.config
-    if found.latent_channels != channels:
-        raise ValueError(
-            f"The VAE {title} decodes latents of {found.latent_channels} channels, and this network has {channels}."
-        )
-    return vae
+    source = name or own
+    return None if source is None else open_vae(source, device=device, channels=model.latent[0])[0]

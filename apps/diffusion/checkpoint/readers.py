@@ -33,19 +33,22 @@ _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.co
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """What a state dict does not determine; a folder with a configuration does.
-
-    Attributes:
-        weights: which weights, where a checkpoint holds both; None prefers the averaged ones.
-        heads: attention heads; None: those of the published size with the same hidden size.
-        input_size: (height, width) of the latent; None: a square.
-        condition_on_time: whether the explicit blocks of an FPDM are conditioned on the time.
-    """
+    """What a state dict does not determine; a folder with a configuration does."""
 
     weights: Literal["ema", "model"] | None = None
+    """Which weights, where the checkpoint holds both; default: ema, the averaged ones."""
     heads: int | None = None
+    """Attention heads, which no shape shows; default: those of the folder's config.json, or of the published size with
+    the same hidden size (384: 6, 768: 12, 1024: 16, 1152: 16).
+    """
     input_size: tuple[int, int] | None = None
+    """Height and width of the latent, where it is not a square."""
     condition_on_time: bool = False
+    """The explicit blocks of this FPDM were trained to see the time as well as the class."""
+
+    def __post_init__(self) -> None:
+        if self.heads is not None and self.heads < 1:
+            raise ValueError(f"--heads must be at least 1, got {self.heads}.")
 
 
 def read_model_folder(path: Path) -> DiT | FPDM:

@@ -147,14 +147,7 @@ def decoder_of(trained: Trained, name: str | None = None, device: str = "cpu") -
             f"This run generates latents, and the folder of its training latents, {data.path}, which has their VAE, is "
             "not here; name the VAE, a folder or one on the hub."
         )
-    vae, title = open_vae(name, device=device)
-    config: Any = vae.config
-    if config.latent_channels != channels:
-        raise ValueError(
-            f"The VAE {title} decodes latents of {config.latent_channels} channels, and this run generates {channels}; "
-            "give the one that the run's latents were encoded with."
-        )
-    return vae
+    return open_vae(name, device=device, channels=channels)[0]
 
 
 def fit(model: torch.nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:

@@ -34,6 +34,8 @@ DEFAULTS: dict[str, Any] = {
     "extrapolation": 1.0,
 }
 _COUNTS = ("iterations", "block_passes", "macs", "seconds", "rtol")
+_FIXED_POINT = {"iterations", "macs", "seconds", "allocation", "rtol", "max_evals", "solver"}
+_FIXED_POINT |= {"reuse", "share", "extrapolation"}
 # what one option replaces when other options fill the rest: its own group, never half of it
 _GROUPS = (
     (("sampler",), ("sampler", "eta")),
@@ -191,19 +193,7 @@ class SamplingOptions:
 
     def fixed_point_options(self) -> list[str]:
         """The given options that only an FPDM takes."""
-        names = {
-            "iterations",
-            "macs",
-            "seconds",
-            "allocation",
-            "rtol",
-            "max_evals",
-            "solver",
-            "reuse",
-            "share",
-            "extrapolation",
-        }
-        return [name for name in self.given() if name in names]
+        return [name for name in self.given() if name in _FIXED_POINT]
 
     def replaced_by(self, names: Collection[str]) -> SamplingOptions:
         """These options without those that giving the options `names` replaces."""

@@ -17,7 +17,9 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 
-def open_vae(name: str | Path, subfolder: str | None = None, device: str = "cpu") -> tuple[AutoencoderKL, str]:
+def open_vae(
+    name: str | Path, subfolder: str | None = None, device: str = "cpu", channels: int | None = None
+) -> tuple[AutoencoderKL, str]:
     """The VAE in evaluation mode, and its title for messages.
 
     Args:
@@ -25,9 +27,10 @@ def open_vae(name: str | Path, subfolder: str | None = None, device: str = "cpu"
         subfolder: where the VAE lies in a folder or repository of several models; found by itself in a folder
             if it is called vae.
         device: where to compute.
+        channels: of its latents; None: any.
 
     Raises:
-        ValueError: it cannot be read, or is incomplete.
+        ValueError: it cannot be read, is incomplete, or has other latents.
     """
     if subfolder is None and not (Path(name) / "config.json").exists() and (Path(name) / "vae").is_dir():
         subfolder = "vae"
@@ -44,6 +47,11 @@ def open_vae(name: str | Path, subfolder: str | None = None, device: str = "cpu"
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
     if lacking:
         raise ValueError(f"The VAE {title} is incomplete: {', '.join(map(str, lacking))}; fetch it again.")
+    if channels is not None and vae.config.latent_channels != channels:
+        raise ValueError(
+            f"The VAE {title} decodes latents of {vae.config.latent_channels} channels, and this network generates "
+            f"{channels}; give the one that its training latents were encoded with."
+        )
     return vae.requires_grad_(False).eval().to(device), title
 
 

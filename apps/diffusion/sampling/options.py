@@ -141,15 +141,7 @@ def _measured(
     if total is None:
         total = curves.within_seconds(options.value("seconds"))
     solve = replace(found.solve, iterations=curves.allocate(total))
-    return MeasuredPlan(
-        scheduler=found.scheduler,
-        timesteps=found.timesteps,
-        eta=found.eta,
-        guidance=found.guidance,
-        solve=solve,
-        parallel=found.parallel,
-        curves=curves,
-    )
+    return MeasuredPlan(**{**vars(found), "solve": solve, "curves": curves})
 
 
 def _timesteps(
