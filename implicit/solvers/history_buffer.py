@@ -63,11 +63,20 @@ class HistoryBuffer:
 
     def row(self, slot: int) -> Flat:
         """Row `slot` of every sample."""
-        for block in self.blocks:
+        i, slot = self._place(slot)
+        return self.blocks[i][:, slot]
+
+    def _place(self, slot: int) -> tuple[int, int]:
+        """The block that row `slot` is in, and its number there."""
+        for i, block in enumerate(self.blocks):
             if slot < block.shape[1]:
-                return block[:, slot]
+                return i, slot
             slot -= block.shape[1]
         raise IndexError(slot)
+
+    def _with(self, i: int, block: Float[Tensor, "B _ N"]) -> "HistoryBuffer":
+        """The history with another block number i."""
+        return replace(self, blocks=(*self.blocks[:i], block, *self.blocks[i + 1 :]))
 
     def reserve(self, slot: int, like: Flat) -> "HistoryBuffer":
         """The history with room for row number `slot`."""
@@ -82,22 +91,27 @@ class HistoryBuffer:
 
     def set(self, slot: int, value: Flat) -> "HistoryBuffer":
         """The history with row `slot` replaced by `value`."""
-        blocks = list(self.blocks)
-        for i, block in enumerate(blocks):
-            if slot < block.shape[1]:
-                blocks[i] = put(block, slot, value)
-                break
-            slot -= block.shape[1]
-        return replace(self, blocks=tuple(blocks))
+        i, slot = self._place(slot)
+        return self._with(i, put(self.blocks[i], slot, value))
+
+    def set_difference(self, slot: int, a: Flat, b: Flat) -> "HistoryBuffer":
+        """The history with row `slot` replaced by a - b."""
+        i, slot = self._place(slot)
+        return self._with(i, put_difference(self.blocks[i], slot, a, b))
 
     def dot(self, x: Flat) -> Coefficients:
         """<row_i, x> for every row."""
         parts = [dots(block, x) for block in self.blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def products(self, xs: Float[Tensor, "B P N"]) -> Float[Tensor, "B P K"]:
-        """<row_i, x> for every row and each of P vectors x, reading the rows once."""
-        parts = [torch.bmm(xs, block.mT) for block in self.blocks]
+    def products(self, xs: Float[Tensor, "B P N"], count: int) -> Float[Tensor, "B P K"]:
+        """<row_i, x> for the first `count` rows and each of P vectors x, reading the rows once."""
+        parts = []
+        for block in self.blocks:
+            parts.append(torch.bmm(xs, block[:, :count].mT))
+            count -= block.shape[1]
+            if count <= 0:
+                break
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def is_finite(self) -> Bool[Tensor, "B 1"]:

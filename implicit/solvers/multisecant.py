@@ -20,8 +20,8 @@ A type-I residual may be far above the smallest one that the pairs allow, as tha
 GMRES stagnates. Where ||r_k - dR gamma|| exceeds `_FAR` times its minimum, the step is therefore that of type II, the
 least-squares mixture (Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011). Both small systems are solved as one batch.
 
-Where ||r_k|| exceeds both ||r_{k-1}|| and twice the residual ||r_{k-1} - dR gamma|| that the pairs promised, the linear
-model has failed. That sample goes on with a strict filter (sine 0.1) and, as long as mu exceeds its first value, with
+Where ||r_k|| exceeds both 0.99 ||r_{k-1}|| and twice the residual ||r_{k-1} - dR gamma|| that the pairs promised, the
+linear model has failed. That sample goes on with a strict filter (sine 0.1) and, as long as mu exceeds its first value, with
 the mixture of type II and a relative ridge mu, as in a Levenberg-Marquardt method:
 
     gamma = argmin ||r_k - dR gamma||^2 + mu sum_i (||dR_i|| gamma_i)^2,    mu <- max(100 mu, 1e-4), else mu <- mu / 5
@@ -41,12 +41,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit.pytree import Flat
-from implicit.solvers.base import AbstractSolver, Point
+from implicit.solvers.base import AbstractSolver, Point, check_history
 from implicit.solvers.history_buffer import HistoryBuffer, put
 
-_NOISE = 2  # a difference of residuals within that many eps of f(z) consists of rounding errors
+_NOISE = 2  # a difference of residuals within that many eps of f(z) consists of rounding errors,
+_FLAT = 0.75  # and so does one below this power of eps of the difference of f: along it f is a translation
 _FAR = 1.05  # a residual of type I of that many times the smallest is not taken
-_TRUST = 2.0  # a residual of that many times the promised one is a failure of the model
+_TRUST = 2.0  # a residual of that many times the promised one is a failure of the model,
+_STILL = 0.99  # unless it is below that share of the last one
 _LOW, _UP, _DOWN, _NONE = 1e-4, 100.0, 0.2, 1e-13  # the ridge's first value, its factors, and what counts as 0
 _AFTER, _RESET = 1e-2, 10.0  # the ridge after a reset to the best iterate: its least value, and its factor
 _STRICT = 0.1  # the filter of samples in the safeguard's cautious stage and after a failure of the model
@@ -58,27 +60,28 @@ _KEPT = 0.4  # the share of the last relative fall that the next one must reach
 
 @dataclass(frozen=True)
 class MultisecantState:
-    """The last point, the pairs of differences, and the products that the small systems are made of.
+    """The last point, the pairs of differences, and the two small systems.
 
-    `size` is ||r|| of the last point, `promised` the residual that its mixture promised, `mu` the ridge, `ratio` and
-    `fall` are rho_k and 1 - rho_k / rho_{k-1} of the plain steps at the start, where `plain` holds. `gram` holds
-    <dR_i, dR_j>, with a zero diagonal entry for pairs not in use; `mixed` holds <dF_i, dR_j>.
+    A row of `df` and of `dr` is a pair dF_i and dR_i; `inverse` holds 1 / ||dR_i||, or 0 for a pair that is not in use.
+    `systems` holds <dZ_i, dR_j> and <dR_i, dR_j> of the pairs divided by ||dR_i||. `size` is ||r|| of the last point,
+    `bound` the residual beyond which the next point shows that the model has failed, `mu` the ridge;
+    `ratio` and `fall` are rho_k and 1 - rho_k / rho_{k-1} of the plain steps at the start, where `plain` holds.
     """
 
     fz: Flat
     r: Flat
     df: HistoryBuffer
     dr: HistoryBuffer
-    gram: Float[Tensor, "B K K"]
-    mixed: Float[Tensor, "B K K"]
+    inverse: Float[Tensor, "B K"]
+    systems: Float[Tensor, "B 2 K K"]
     strict: Bool[Tensor, "B 1"]
     size: Float[Tensor, "B 1"]
-    promised: Float[Tensor, "B 1"]
+    bound: Float[Tensor, "B 1"]
     mu: Float[Tensor, "B 1"]
     plain: Bool[Tensor, "B 1"]
     ratio: Float[Tensor, "B 1"]
     fall: Float[Tensor, "B 1"]
-    pairs: int = 0
+    count: int = 0
     fresh: bool = True  # the last point is not from this solve: it makes no pair with the next one
 
 
@@ -125,31 +128,39 @@ class Multisecant(AbstractSolver[MultisecantState]):
     def init(self, point: Point) -> MultisecantState:
         rows, numbers = point.z.shape
         window = min(self.memory, numbers)
-        gram, empty = point.z.new_zeros(rows, window, window), HistoryBuffer(window)
         size = _norm(point.r)
-        endless = torch.full_like(size, torch.inf)
-        strict, mu = torch.zeros_like(size, dtype=torch.bool), torch.zeros_like(size)
-        window = (point.fz, point.r, empty, empty, gram, gram.clone(), strict)
-        return MultisecantState(*window, size, endless, mu, ~strict, torch.ones_like(size), mu.clone())
+        zero, one = torch.zeros_like(size), torch.ones_like(size)
+        return MultisecantState(
+            fz=point.fz,
+            r=point.r,
+            df=HistoryBuffer(window),
+            dr=HistoryBuffer(window),
+            inverse=point.z.new_zeros(rows, window),
+            systems=point.z.new_zeros(rows, 2, window, window),
+            strict=zero > 0,
+            size=size,
+            bound=torch.full_like(size, torch.inf),
+            mu=zero,
+            plain=one > 0,
+            ratio=one,
+            fall=zero,
+        )
 
     def resume(self, point: Point, state: MultisecantState) -> MultisecantState:
-        window = min(self.memory, point.z.shape[1])
-        if state.dr.capacity != window:
-            raise ValueError(f"state must come from a solver with memory={self.memory}, got {state.dr.capacity}.")
+        check_history(state.dr.capacity, min(self.memory, point.z.shape[1]))
         no = torch.zeros_like(state.strict)
         return replace(state, fz=point.fz, r=point.r, strict=no, plain=no, fresh=True)
 
     def restart(self, point: Point, state: MultisecantState, mask: Bool[Tensor, "B 1"]) -> MultisecantState:
-        lost = mask.unsqueeze(2)
         return replace(
             state,
             fz=torch.where(mask, point.fz, state.fz),
             r=torch.where(mask, point.r, state.r),
             df=state.df.clear(mask),
             dr=state.dr.clear(mask),
-            gram=state.gram.masked_fill(lost, 0),
-            mixed=state.mixed.masked_fill(lost, 0),
-            promised=state.promised.masked_fill(mask, torch.inf),
+            inverse=state.inverse.masked_fill(mask, 0),
+            systems=state.systems.masked_fill(mask[:, :, None, None], 0),
+            bound=state.bound.masked_fill(mask, torch.inf),
             mu=state.mu.masked_fill(mask, 0),
             plain=state.plain & ~mask,
         )
@@ -166,149 +177,151 @@ class Multisecant(AbstractSolver[MultisecantState]):
 
         Where residuals are read late, pairs of a point that is not finite may be in it: it is lost then.
         """
-        if state.pairs:
+        if state.count:
             state = self.restart(point, state, mask & ~(state.df.is_finite() & state.dr.is_finite()))
         seen = mask & failed.fz.isfinite().all(dim=1, keepdim=True) & failed.z.isfinite().all(dim=1, keepdim=True)
         fz, r = torch.where(mask, point.fz, state.fz), torch.where(mask, point.r, state.r)
-        fz, r = torch.where(seen, failed.fz, fz), torch.where(seen, failed.r, r)
         return replace(
             state,
-            fz=fz,
-            r=r,
+            fz=torch.where(seen, failed.fz, fz),
+            r=torch.where(seen, failed.r, r),
             strict=cautious,
             size=torch.where(mask, _norm(point.r), state.size),
-            promised=state.promised.masked_fill(mask, torch.inf),
+            bound=state.bound.masked_fill(mask, torch.inf),
             mu=torch.where(mask, (_RESET * state.mu).clamp_min(_AFTER), state.mu),
             plain=state.plain & ~mask,
         )
 
     def step(self, point: Point, state: MultisecantState) -> tuple[Flat, None, MultisecantState]:
-        size = _norm(point.r)
-        if state.fresh and not state.pairs:
-            return point.fz, None, replace(state, fz=point.fz, r=point.r, size=size, fresh=False)
+        if state.fresh and not state.count:
+            return point.fz, None, replace(state, fz=point.fz, r=point.r, size=_norm(point.r), fresh=False)
+        before = state
         if state.fresh:
-            now = replace(state, fz=point.fz, r=point.r, fresh=False)
-            by_df, by_dr = state.df.dot(point.r), state.dr.dot(point.r)
+            products = _products(state, point.r.unsqueeze(1))[:, 0]
+            state = replace(state, fz=point.fz, r=point.r, size=_norm(point.r), fresh=False)
         else:
-            now, by_df, by_dr = self._append(point, state)
-        now = _trust(replace(now, size=size), state.size)
-        used = min(now.pairs, now.dr.capacity)
-        gamma, promised = self._weights(now, by_df[:, :, :used], by_dr[:, :, :used], size > state.size)
-        if now.pairs <= _PLAIN_STEPS:
-            now = _superlinear(now, state.size)
-            gamma, promised = gamma.masked_fill(now.plain, 0), promised.masked_fill(now.plain, torch.inf)
-        return now.df.add(point.fz, gamma.unsqueeze(1), -1), None, replace(now, promised=promised)
+            products, state = self._append(point, state)
+        # the ridge, by how well the last mixture kept its promise
+        mu = torch.where(state.size > before.bound, (_UP * state.mu).clamp_min(_LOW), _DOWN * state.mu)
+        systems = state.systems.masked_fill((mu > 1)[:, :, None, None], 0)
+        state = replace(state, systems=systems, mu=torch.threshold(mu.clamp_max(1), _NONE, 0))
+        # the mixture; r and the columns have norm 1 here
+        size, inverse = state.size.clamp_min(torch.finfo(mu.dtype).tiny), state.inverse[:, : products.shape[2]]
+        cosines = products * (inverse / size).unsqueeze(1)
+        gamma, bound = self._weights(state, cosines, state.size > before.size)
+        if state.count <= _PLAIN_STEPS:
+            state = _superlinear(state, before.size)
+            gamma, bound = gamma.masked_fill(state.plain, 0), bound.masked_fill(state.plain, torch.inf)
+        z = state.df.add(point.fz, (size * inverse * gamma).unsqueeze(1), -1)
+        return z, None, replace(state, bound=bound * size)
 
-    def _append(
-        self, point: Point, state: MultisecantState
-    ) -> tuple[MultisecantState, Float[Tensor, "B 1 K"], Float[Tensor, "B 1 K"]]:
-        """The state with the newest pair, dF^T r and dR^T r."""
-        slot = state.pairs % state.dr.capacity
-        df, dr = state.df.reserve(slot, point.r), state.dr.reserve(slot, point.r)
-        # the newest pair takes the place of the oldest
-        new = torch.stack((point.r, point.r - state.r, point.fz - state.fz), dim=1)
-        df, dr = df.set(slot, new[:, 2]), dr.set(slot, new[:, 1])
-        # all products with r and with the newest pair in one pass over each window
-        by_dr, by_df = dr.products(new), df.products(new[:, :2])
-        row, k = by_dr[:, 1], by_dr.shape[2]
+    def _append(self, point: Point, state: MultisecantState) -> tuple[Float[Tensor, "B 2 K"], MultisecantState]:
+        """The products of r with dZ and dR, and the state with the newest pair in the place of the oldest."""
+        slot = state.count % state.dr.capacity
+        df = state.df.reserve(slot, point.r).set_difference(slot, point.fz, state.fz)
+        dr = state.dr.reserve(slot, point.r).set_difference(slot, point.r, state.r)
         # a pair of rounding errors alone is none
-        size = row[:, slot].detach()
-        far = torch.maximum(_norm(point.fz), _norm(new[:, 2]))[:, 0]
-        noise = (_NOISE * torch.finfo(new.dtype).eps * far) ** 2
-        real = (size > noise.clamp_min(torch.finfo(new.dtype).tiny)) & size.isfinite()
-        none = ~real.unsqueeze(1)
-        row, down, across = (x.masked_fill(none, 0) for x in (row, by_dr[:, 2], by_df[:, 1]))
-        now = replace(
+        vectors = torch.stack((point.r, df.row(slot), dr.row(slot)), dim=1)
+        size, far, own = torch.linalg.vector_norm(vectors.detach(), dim=2, keepdim=True).unbind(dim=1)
+        eps = torch.finfo(own.dtype).eps
+        noise = own <= torch.maximum(_NOISE * eps * _norm(point.fz), eps**_FLAT * far)
+        if torch.is_grad_enabled() and vectors.requires_grad:
+            own = vectors[:, 2].square().sum(dim=1, keepdim=True).masked_fill(noise, 1).sqrt()
+        own = own.masked_fill(noise, torch.inf).reciprocal()
+        inverse = put(state.inverse.unsqueeze(2), slot, own).squeeze(2)
+        new = replace(
             state,
             fz=point.fz,
             r=point.r,
             df=df,
             dr=dr,
-            gram=_put_cross(state.gram, slot, row, row, k),
-            mixed=_put_cross(state.mixed, slot, down, across, k),
-            pairs=state.pairs + 1,
+            inverse=inverse,
+            size=size,
+            count=state.count + 1,
+            fresh=False,
         )
-        return now, by_df[:, :1], by_dr[:, :1]
+        # products of r, dF and dR with dZ and dR, in one pass over the window
+        products = _products(new, vectors)
+        scale = (own * inverse[:, : products.shape[3]]).unsqueeze(1)
+        column, by_dr = products[:, 2] * scale, products[:, 1, 1] * scale[:, 0]
+        row = torch.stack((by_dr - column[:, 1], column[:, 1]), dim=1)
+        systems = _put_cross(state.systems.flatten(0, 1), slot, row.flatten(0, 1), column.flatten(0, 1))
+        return products[:, 0], replace(new, systems=systems.unflatten(0, (-1, 2)))
 
     def _weights(
-        self,
-        state: MultisecantState,
-        by_df: Float[Tensor, "B 1 K"],
-        by_dr: Float[Tensor, "B 1 K"],
-        grew: Bool[Tensor, "B 1"],
+        self, state: MultisecantState, cosines: Float[Tensor, "B 2 K"], grew: Bool[Tensor, "B 1"]
     ) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B 1"]]:
-        """gamma, 0 for pairs left out and where the system is singular, and ||r - dR gamma||."""
-        used = by_dr.shape[2]
-        unit, keep = self._kept(state, used)
-        left_out = ~keep
-        unit = unit.masked_fill(left_out, 0)
-        # products of normalized columns, 0 for pairs left out
-        scale = unit.unsqueeze(1) * unit.unsqueeze(2)
-        gram, mixed = (m[:, :used, :used] * scale for m in (state.gram, state.mixed))
-        by_dr, by_dz = by_dr[:, 0] * unit, (by_df - by_dr)[:, 0] * unit
-        # type I, and type II with the ridge, in one batch; 1 on the diagonal for pairs left out
-        matrix = torch.cat((mixed - gram, gram))
-        ridge = torch.cat((left_out, left_out + state.mu))
-        matrix = matrix + torch.diag_embed(ridge)
-        # rows in one unit, for pivots are chosen between rows
-        rows = matrix.detach().abs().amax(dim=2, keepdim=True).clamp_min(torch.finfo(gram.dtype).tiny)
-        y = _solution(matrix / rows, torch.cat((by_dz, by_dr)).unsqueeze(2) / rows)
-        one, two = y.unflatten(0, (2, -1)).unbind()
+        """gamma, 0 for pairs left out and where the system is singular, and `bound`, both for an r of norm 1."""
+        used = cosines.shape[2]
+        left_out = ~self._kept(state, used)
+        none = left_out.unsqueeze(1)
+        systems = state.systems[:, :, :used, :used].masked_fill((none | left_out.unsqueeze(2)).unsqueeze(1), 0)
+        right = cosines.masked_fill(none, 0)
+        # type I, and type II with the ridge; 1 on the diagonal for pairs left out
+        ridge = torch.stack((left_out.to(right.dtype), left_out + state.mu), dim=1)
+        y = _solution(systems + torch.diag_embed(ridge), right)
         with torch.no_grad():
             # ||r - dR y||^2 of both
-            both = torch.cat((one, two), dim=2)
-            inner = gram @ both - 2 * by_dr.unsqueeze(2)
-            square = state.size**2 + (both * inner).sum(dim=1)
-            promised = square.clamp_min(0).sqrt().split(1, dim=1)
-            floor = torch.finfo(gram.dtype).eps ** 0.5 * state.size
+            inner = torch.bmm(y, systems[:, 1]) - 2 * right[:, 1:]
+            promised = 1 + (y * inner).sum(dim=2)
+            one, two = promised[:, :1], promised[:, 1:]
             # type II where the model has failed, and where the residual of type I is far from the smallest
-            second = grew | ((state.mu > _LOW) & ~state.strict) | (promised[0] > _FAR * promised[1] + floor)
-        gamma = torch.where(second, two[:, :, 0], one[:, :, 0])
-        return gamma * unit, torch.where(second, promised[1], promised[0])
+            far = one - _FAR**2 * two > torch.finfo(right.dtype).eps
+            second = grew | ((state.mu > _LOW) & ~state.strict) | far
+            bound = (_TRUST**2 * torch.where(second, two, one)).clamp_min(_STILL**2).sqrt()
+        return torch.where(second, y[:, 1], y[:, 0]), bound
 
-    def _kept(self, state: MultisecantState, used: int) -> tuple[Float[Tensor, "B K"], Bool[Tensor, "B K"]]:
-        """1 / ||dR_i||, and which pairs pass the filter."""
-        diagonal = state.gram[:, :used, :used].diagonal(dim1=1, dim2=2)
-        there = diagonal > 0
-        unit = diagonal.masked_fill(~there, torch.inf).rsqrt()
-        # newest first
-        turn, gram, scale = state.pairs % used, state.gram[:, :used, :used].detach(), unit.detach()
-        cosines = _newest_first(gram * scale.unsqueeze(1) * scale.unsqueeze(2), turn, 1, 2)
-        # the pivots are the squared sines; a small ridge keeps the factorization going past a dependent column
+    def _kept(self, state: MultisecantState, used: int) -> Bool[Tensor, "B K"]:
+        """Which pairs pass the filter."""
+        # newest first; the pivots are the squared sines
+        turn, gram = state.count % used, state.systems[:, 1, :used, :used].detach()
+        ordered = _newest_first(gram, turn, 1, 2)
+        # a small ridge keeps the factorization going past a dependent column
         tolerance = self.filter or torch.finfo(gram.dtype).eps ** (1 / 6)
-        ridge = 0.01 * tolerance**2
-        cosines.diagonal(dim1=1, dim2=2).fill_(1 + ridge)
-        factor = torch.linalg.cholesky_ex(cosines)[0]
+        ordered.diagonal(dim1=1, dim2=2).add_(0.01 * tolerance**2)
+        factor = torch.linalg.cholesky_ex(ordered)[0]
         sine = _newest_first(factor.diagonal(dim1=1, dim2=2), -turn, 1)
-        strict = state.strict | (state.mu > 0)
-        return unit, there & (sine > tolerance) & ~(strict & (sine <= _STRICT))
+        return sine > torch.where(state.strict | (state.mu > 0), max(tolerance, _STRICT), tolerance)
 
     def inverse_transpose(self, state: MultisecantState, g: Flat) -> Flat:
         """H^T g, with H r = r - dF gamma(r): g - dZ (dZ^T dR)^-T dF^T g."""
-        if not state.pairs:
+        if not state.count:
             return g
-        used = min(state.pairs, state.dr.capacity)
-        unit, keep = self._kept(state, used)
-        both = keep.unsqueeze(1) & keep.unsqueeze(2)
-        matrix = torch.where(both, (state.mixed[:, :used, :used] - state.gram[:, :used, :used]) * unit.unsqueeze(1), 0)
+        used = min(state.count, state.dr.capacity)
+        left_out = ~self._kept(state, used)
+        matrix = state.systems[:, 0, :used, :used]
+        matrix = matrix.masked_fill(left_out.unsqueeze(1) | left_out.unsqueeze(2), 0)
         rows = matrix.abs().amax(dim=2, keepdim=True)
         rows = torch.where(rows > 0, rows, 1)
-        matrix = matrix / rows + torch.diag_embed((~keep).to(matrix.dtype))
-        right = torch.where(keep, state.df.dot(g)[:, 0, :used] * unit, 0).unsqueeze(2)
-        y = torch.linalg.solve_ex(matrix.mT, right)[0] / rows
+        matrix = matrix / rows + torch.diag_embed(left_out.to(matrix.dtype))
+        # dF^T g
+        inverse = state.inverse[:, :used].unsqueeze(2)
+        right = state.df.products(g.unsqueeze(1), used).mT * inverse
+        right = right.masked_fill(left_out.unsqueeze(2), 0)
+        y = torch.linalg.solve_ex(matrix.mT, right)[0] / rows * inverse
         c = torch.where(y.isfinite().all(dim=1, keepdim=True), y, 0).mT
-        return state.dr.add(state.df.add(g, c, -1), c, 1)
+        return state.dr.add(state.df.add(g, c, -1), c)
 
 
-def _solution(matrix: Float[Tensor, "S K K"], right: Float[Tensor, "S K 1"]) -> Float[Tensor, "S K 1"]:
+def _products(state: MultisecantState, x: Float[Tensor, "B P N"]) -> Float[Tensor, "B P 2 K"]:
+    """<x_p, dZ_i> and <x_p, dR_i>, reading the pairs once."""
+    used = min(state.count, state.dr.capacity)
+    by_df, by_dr = state.df.products(x, used), state.dr.products(x, used)
+    return torch.stack((by_df - by_dr, by_dr), dim=2)
+
+
+def _solution(matrix: Float[Tensor, "B 2 K K"], right: Float[Tensor, "B 2 K"]) -> Float[Tensor, "B 2 K"]:
     """The solutions of the small systems, 0 for one that is singular, whose derivative would be NaN."""
+    # rows in one unit, for pivots are chosen between rows
+    rows = torch.linalg.vector_norm(matrix.detach(), torch.inf, dim=3).clamp_min(torch.finfo(matrix.dtype).tiny)
+    matrix, right = matrix / rows.unsqueeze(3), right / rows
     if torch.is_grad_enabled() and (matrix.requires_grad or right.requires_grad):
-        y = torch.linalg.solve_ex(matrix.detach(), right.detach())[0]
-        lost = ~y.isfinite().all(dim=1, keepdim=True)
-        eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
-        matrix, right = torch.where(lost, eye, matrix), right.masked_fill(lost, 0)
-    y = torch.linalg.solve_ex(matrix, right)[0]
-    return y.masked_fill(~y.isfinite().all(dim=1, keepdim=True), 0)
+        y = torch.linalg.solve_ex(matrix.detach(), right.detach().unsqueeze(3))[0].squeeze(3)
+        lost = ~y.isfinite().all(dim=2, keepdim=True)
+        eye = torch.eye(matrix.shape[2], dtype=matrix.dtype, device=matrix.device)
+        matrix, right = torch.where(lost.unsqueeze(3), eye, matrix), right.masked_fill(lost, 0)
+    y = torch.linalg.solve_ex(matrix, right.unsqueeze(3))[0].squeeze(3)
+    return y.masked_fill(~(torch.linalg.vector_norm(y.detach(), torch.inf, dim=2, keepdim=True) < torch.inf), 0)
 
 
 def _newest_first(x: Tensor, turn: int, *dims: int) -> Tensor:
@@ -319,12 +332,12 @@ def _newest_first(x: Tensor, turn: int, *dims: int) -> Tensor:
 
 
 def _put_cross(
-    matrix: Float[Tensor, "B K K"], slot: int, row: Float[Tensor, "B J"], column: Float[Tensor, "B J"], j: int
-) -> Float[Tensor, "B K K"]:
-    """`matrix` with the first j entries of row `slot` and of column `slot` replaced."""
-    if j < matrix.shape[1]:
-        row = torch.nn.functional.pad(row, (0, matrix.shape[1] - j))
-        column = torch.nn.functional.pad(column, (0, matrix.shape[1] - j))
+    matrix: Float[Tensor, "S K K"], slot: int, row: Float[Tensor, "S J"], column: Float[Tensor, "S J"]
+) -> Float[Tensor, "S K K"]:
+    """`matrix` with the first J entries of row `slot` and of column `slot` replaced."""
+    missing = matrix.shape[1] - row.shape[1]
+    if missing:
+        row, column = (torch.nn.functional.pad(x, (0, missing)) for x in (row, column))
     return put(put(matrix, slot, row).mT, slot, column).mT
 
 
@@ -336,18 +349,9 @@ def _superlinear(state: MultisecantState, last: Float[Tensor, "B 1"]) -> Multise
     """The state with the samples marked whose plain steps still gain more from step to step."""
     ratio = state.size / last
     fall = 1 - ratio / state.ratio
-    if state.pairs == 1:
+    if state.count == 1:
         plain = state.plain & (ratio <= _CONTRACTION)
     else:
         least = torch.where(ratio < _QUICK, _QUICK_FALL, _FALL)
         plain = state.plain & (ratio <= _FAST) & (fall >= torch.maximum(_KEPT * state.fall, least))
-    return replace(state, plain=plain, ratio=ratio, fall=fall if state.pairs > 1 else state.fall)
-
-
-def _trust(state: MultisecantState, last: Float[Tensor, "B 1"]) -> MultisecantState:
-    """The state with the ridge adapted to how well the last mixture's promise was kept."""
-    failed = state.size > torch.maximum(_TRUST * state.promised, last)
-    mu = torch.where(failed, (_UP * state.mu).clamp_min(_LOW), _DOWN * state.mu)
-    lost = mu > 1
-    mu = torch.where(lost, 1.0, mu * (mu > _NONE))
-    return replace(state, mu=mu, gram=state.gram.masked_fill(lost.unsqueeze(2), 0))
+    return replace(state, plain=plain, ratio=ratio, fall=fall if state.count > 1 else state.fall)
