@@ -21,8 +21,8 @@ GMRES stagnates. Where ||r_k - dR gamma|| exceeds `_FAR` times its minimum, the 
 least-squares mixture (Walker and Ni, SIAM J. Numer. Anal. 49(4), 2011). Both small systems are solved as one batch.
 
 Where ||r_k|| exceeds both 0.99 ||r_{k-1}|| and twice the residual ||r_{k-1} - dR gamma|| that the pairs promised, the
-linear model has failed. That sample goes on with a strict filter (sine 0.1) and, as long as mu exceeds its first value, with
-the mixture of type II and a relative ridge mu, as in a Levenberg-Marquardt method:
+linear model has failed. That sample goes on with a strict filter (sine 0.1) and, as long as mu exceeds its first value,
+with the mixture of type II and a relative ridge mu, as in a Levenberg-Marquardt method:
 
     gamma = argmin ||r_k - dR gamma||^2 + mu sum_i (||dR_i|| gamma_i)^2,    mu <- max(100 mu, 1e-4), else mu <- mu / 5
 
@@ -40,6 +40,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from implicit.linear.secant_systems import mixtures, pairs_in_use, put_cross
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_history
 from implicit.solvers.history_buffer import HistoryBuffer, put
@@ -206,9 +207,16 @@ class Multisecant(AbstractSolver[MultisecantState]):
         systems = state.systems.masked_fill((mu > 1)[:, :, None, None], 0)
         state = replace(state, systems=systems, mu=torch.threshold(mu.clamp_max(1), _NONE, 0))
         # the mixture; r and the columns have norm 1 here
-        size, inverse = state.size.clamp_min(torch.finfo(mu.dtype).tiny), state.inverse[:, : products.shape[2]]
+        used = products.shape[2]
+        size, inverse = state.size.clamp_min(torch.finfo(mu.dtype).tiny), state.inverse[:, :used]
         cosines = products * (inverse / size).unsqueeze(1)
-        gamma, bound = self._weights(state, cosines, state.size > before.size)
+        y, promised = mixtures(systems[:, :, :used, :used], cosines, self._in_use(state, used), state.mu)
+        # type II where the model has failed, and where the residual of type I is far from the smallest
+        one, two = promised[:, :1], promised[:, 1:]
+        far = one - _FAR**2 * two > torch.finfo(mu.dtype).eps
+        second = (state.size > before.size) | ((state.mu > _LOW) & ~state.strict) | far
+        gamma = torch.where(second, y[:, 1], y[:, 0])
+        bound = (_TRUST**2 * torch.where(second, two, one)).clamp_min(_STILL**2).sqrt()
         if state.count <= _PLAIN_STEPS:
             state = _superlinear(state, before.size)
             gamma, bound = gamma.masked_fill(state.plain, 0), bound.masked_fill(state.plain, torch.inf)
@@ -245,50 +253,21 @@ class Multisecant(AbstractSolver[MultisecantState]):
         scale = (own * inverse[:, : products.shape[3]]).unsqueeze(1)
         column, by_dr = products[:, 2] * scale, products[:, 1, 1] * scale[:, 0]
         row = torch.stack((by_dr - column[:, 1], column[:, 1]), dim=1)
-        systems = _put_cross(state.systems.flatten(0, 1), slot, row.flatten(0, 1), column.flatten(0, 1))
-        return products[:, 0], replace(new, systems=systems.unflatten(0, (-1, 2)))
+        return products[:, 0], replace(new, systems=put_cross(state.systems, slot, row, column))
 
-    def _weights(
-        self, state: MultisecantState, cosines: Float[Tensor, "B 2 K"], grew: Bool[Tensor, "B 1"]
-    ) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B 1"]]:
-        """gamma, 0 for pairs left out and where the system is singular, and `bound`, both for an r of norm 1."""
-        used = cosines.shape[2]
-        left_out = ~self._kept(state, used)
-        none = left_out.unsqueeze(1)
-        systems = state.systems[:, :, :used, :used].masked_fill((none | left_out.unsqueeze(2)).unsqueeze(1), 0)
-        right = cosines.masked_fill(none, 0)
-        # type I, and type II with the ridge; 1 on the diagonal for pairs left out
-        ridge = torch.stack((left_out.to(right.dtype), left_out + state.mu), dim=1)
-        y = _solution(systems + torch.diag_embed(ridge), right)
-        with torch.no_grad():
-            # ||r - dR y||^2 of both
-            inner = torch.bmm(y, systems[:, 1]) - 2 * right[:, 1:]
-            promised = 1 + (y * inner).sum(dim=2)
-            one, two = promised[:, :1], promised[:, 1:]
-            # type II where the model has failed, and where the residual of type I is far from the smallest
-            far = one - _FAR**2 * two > torch.finfo(right.dtype).eps
-            second = grew | ((state.mu > _LOW) & ~state.strict) | far
-            bound = (_TRUST**2 * torch.where(second, two, one)).clamp_min(_STILL**2).sqrt()
-        return torch.where(second, y[:, 1], y[:, 0]), bound
-
-    def _kept(self, state: MultisecantState, used: int) -> Bool[Tensor, "B K"]:
+    def _in_use(self, state: MultisecantState, used: int) -> Bool[Tensor, "B K"]:
         """Which pairs pass the filter."""
-        # newest first; the pivots are the squared sines
-        turn, gram = state.count % used, state.systems[:, 1, :used, :used].detach()
-        ordered = _newest_first(gram, turn, 1, 2)
-        # a small ridge keeps the factorization going past a dependent column
+        gram = state.systems[:, 1, :used, :used]
         tolerance = self.filter or torch.finfo(gram.dtype).eps ** (1 / 6)
-        ordered.diagonal(dim1=1, dim2=2).add_(0.01 * tolerance**2)
-        factor = torch.linalg.cholesky_ex(ordered)[0]
-        sine = _newest_first(factor.diagonal(dim1=1, dim2=2), -turn, 1)
-        return sine > torch.where(state.strict | (state.mu > 0), max(tolerance, _STRICT), tolerance)
+        least = torch.where(state.strict | (state.mu > 0), max(tolerance, _STRICT), tolerance)
+        return pairs_in_use(gram, state.count % used, tolerance, least)
 
     def inverse_transpose(self, state: MultisecantState, g: Flat) -> Flat:
         """H^T g, with H r = r - dF gamma(r): g - dZ (dZ^T dR)^-T dF^T g."""
         if not state.count:
             return g
         used = min(state.count, state.dr.capacity)
-        left_out = ~self._kept(state, used)
+        left_out = ~self._in_use(state, used)
         matrix = state.systems[:, 0, :used, :used]
         matrix = matrix.masked_fill(left_out.unsqueeze(1) | left_out.unsqueeze(2), 0)
         rows = matrix.abs().amax(dim=2, keepdim=True)
@@ -308,37 +287,6 @@ def _products(state: MultisecantState, x: Float[Tensor, "B P N"]) -> Float[Tenso
     used = min(state.count, state.dr.capacity)
     by_df, by_dr = state.df.products(x, used), state.dr.products(x, used)
     return torch.stack((by_df - by_dr, by_dr), dim=2)
-
-
-def _solution(matrix: Float[Tensor, "B 2 K K"], right: Float[Tensor, "B 2 K"]) -> Float[Tensor, "B 2 K"]:
-    """The solutions of the small systems, 0 for one that is singular, whose derivative would be NaN."""
-    # rows in one unit, for pivots are chosen between rows
-    rows = torch.linalg.vector_norm(matrix.detach(), torch.inf, dim=3).clamp_min(torch.finfo(matrix.dtype).tiny)
-    matrix, right = matrix / rows.unsqueeze(3), right / rows
-    if torch.is_grad_enabled() and (matrix.requires_grad or right.requires_grad):
-        y = torch.linalg.solve_ex(matrix.detach(), right.detach().unsqueeze(3))[0].squeeze(3)
-        lost = ~y.isfinite().all(dim=2, keepdim=True)
-        eye = torch.eye(matrix.shape[2], dtype=matrix.dtype, device=matrix.device)
-        matrix, right = torch.where(lost.unsqueeze(3), eye, matrix), right.masked_fill(lost, 0)
-    y = torch.linalg.solve_ex(matrix, right.unsqueeze(3))[0].squeeze(3)
-    return y.masked_fill(~(torch.linalg.vector_norm(y.detach(), torch.inf, dim=2, keepdim=True) < torch.inf), 0)
-
-
-def _newest_first(x: Tensor, turn: int, *dims: int) -> Tensor:
-    """`x` in the order of age along `dims`, where slot turn - 1 is the newest; with -turn the inverse of that."""
-    if not turn:
-        return x.flip(dims)
-    return x.roll([-turn] * len(dims), dims).flip(dims) if turn > 0 else x.flip(dims).roll([-turn] * len(dims), dims)
-
-
-def _put_cross(
-    matrix: Float[Tensor, "S K K"], slot: int, row: Float[Tensor, "S J"], column: Float[Tensor, "S J"]
-) -> Float[Tensor, "S K K"]:
-    """`matrix` with the first J entries of row `slot` and of column `slot` replaced."""
-    missing = matrix.shape[1] - row.shape[1]
-    if missing:
-        row, column = (torch.nn.functional.pad(x, (0, missing)) for x in (row, column))
-    return put(put(matrix, slot, row).mT, slot, column).mT
 
 
 def _norm(x: Flat) -> Float[Tensor, "B 1"]:
