@@ -107,8 +107,22 @@ def provenance(device: str, *packages: str) -> dict[str, Any]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The content of a result file; empty if the file does not exist."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    """The content of a result file; empty if the file does not exist.
+
+    Raises:
+        SystemExit: the file is damaged, or no result file.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise SystemExit(
+            f"{path} is damaged ({error}): restore it, or delete it so that the report says 'not measured'."
+        ) from None
+    if not isinstance(found, dict):
+        raise SystemExit(f"{path} is no result file: restore it, or delete it so that the report says 'not measured'.")
+    return found
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:

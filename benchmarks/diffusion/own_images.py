@@ -3,9 +3,9 @@
     python -m benchmarks.diffusion.own_images           # trains, samples, scores, writes results/own_images.json
     python -m benchmarks.diffusion.own_images --run RUN # scores a run of the preset on the same shapes
 
-600 images of 16 x 16 pixels: circles, squares and triangles of random color, place and size. Whether a sample shows the
-shape of its class is decided by a convolutional network and by a support vector machine on the brightest channel, both
-trained on 3600 other shapes.
+600 images of 16 x 16 pixels: circles, squares and triangles of random color, position and size. Whether a sample shows
+the shape of its class is decided by a convolutional network and by a support vector machine on the brightest channel,
+both trained on 3600 other shapes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GUIDANCE = 4.0
 
 
 def shape(kind: str, seed: int, size: int = SIZE) -> Image.Image:
-    """One shape of a random bright color, place and size on a dark background, drawn four times as large."""
+    """One shape of a random bright color, position and size on a dark background, drawn four times as large."""
     draw = np.random.default_rng(seed)
     big = 4 * size
     radius = draw.uniform(0.22, 0.38) * big

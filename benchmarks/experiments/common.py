@@ -155,7 +155,7 @@ def kept(path: Path, config: Config) -> tuple[nn.Module, dict[str, Any]] | None:
 
 
 def score(model: Any, config: Config, way: Way, count: int) -> dict[str, float]:
-    """Draw `count` samples by DDIM, or Euler's steps of a rectified flow, label i mod 10, and score them."""
+    """Generate `count` samples by DDIM, or Euler's steps of a rectified flow, label i mod 10, and score them."""
     _, _, scorer = _scorer_of(config)
     labels = [i % 10 for i in range(count)]
     began = time.process_time()

@@ -1,15 +1,15 @@
 """docs/report.md and its figures, from the result files alone: `python -m benchmarks.report.build`.
 
-The chapters are in `benchmarks/report/sections/`, one file each.
+The sections are in `benchmarks/report/sections/`, one file each.
 """
 
 import argparse
 from pathlib import Path
 
+from benchmarks.harness import read_result
 from benchmarks.report.claims import claims
 from benchmarks.report.formatting import NOTHING
 from benchmarks.report.gradients import mark
-from benchmarks.report.results import read
 from benchmarks.report.sections import (
     allocation,
     budgets,
@@ -33,7 +33,7 @@ from benchmarks.report.sections import (
 )
 
 ROOT = Path(__file__).parents[2]
-CHAPTERS = (
+SECTIONS = (
     size_and_memory,
     memory,
     compute,
@@ -60,17 +60,17 @@ _QUALITY = (
     "Of the networks in the repository (`python -m benchmarks.diffusion.shipped`: the same seeds, right labels and "
     "Fréchet distance by a LeNet of the held-out digits, pixels in 0..1):"
 )
-_COST = "What `--reproducible` costs in CPU time (`python -m benchmarks.diffusion.shipped`):"
+_COST = "CPU time with and without `--reproducible` (`python -m benchmarks.diffusion.shipped`):"
 
 
 def build(results: Path, out: Path) -> str:
     """The report's text; figures are written beside it, in `images/`."""
     images = out.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
-    parts = [part.chapter(results, images) for part in CHAPTERS]
+    parts = [part.section(results, images) for part in SECTIONS]
     head = (
-        "# Report\n\nWhat Fixed Point Diffusion Models claim, at the scale of handwritten digits, and what the "
-        "core costs. Made by `python -m benchmarks.report.build` from the files in `benchmarks/results/`, which name "
+        "# Report\n\nThe claims about Fixed Point Diffusion Models at the scale of handwritten digits, and the cost of "
+        "the core. Written by `python -m benchmarks.report.build` from the files in `benchmarks/results/`, which name "
         "command, device, versions and commit. Numbers are means and standard deviations over seeds, three unless "
         "another number stands beside them; a claim is "
         "called decided where p < 0.05 by a t test over seeds: Welch's, or that of the differences where the same "
@@ -84,18 +84,18 @@ def build(results: Path, out: Path) -> str:
 def guide(result: Path, page: Path) -> None:
     """Put the solvers' tables into the guide that stands beside the report, where both are there."""
     if result.exists() and page.exists():
-        found = read(result)
+        found = read_result(result)
         text = mark(page.read_text(), "peers", core_solvers.counts(found))
         text = mark(text, "overhead", core_solvers.beside_torchdeq(found))
-        public = read(result.with_name("public_problems.json"))
+        public = read_result(result.with_name("public_problems.json"))
         text = mark(text, "public problems", core_solvers.public(public)) if public else text
-        compiled = read(result.with_name("compiled.json"))
+        compiled = read_result(result.with_name("compiled.json"))
         page.write_text(mark(text, "compiled", core_solvers.compiled(compiled)) if compiled else text)
 
 
 def sampling(result: Path, page: Path) -> None:
     """Put precision and the cost of equal bits into the page on sampling that stands beside the report."""
-    found = read(result)
+    found = read_result(result)
     if found and page.exists():
         text = mark(page.read_text(), "precision", f"{_QUALITY}\n\n{shipped.quality(found)}")
         page.write_text(mark(text, "reproducible", f"{_COST}\n\n{shipped.reproducible(found)}"))
@@ -103,7 +103,7 @@ def sampling(result: Path, page: Path) -> None:
 
 def recipe(result: Path, page: Path) -> None:
     """Put the memory of a step at batch 64 into the ImageNet recipe that stands beside the report."""
-    found = read(result)
+    found = read_result(result)
     if found and page.exists():
         text = mark(page.read_text(), "memory", memory.at_batch(found, 64))
         page.write_text(mark(text, "fits", memory.fitting(found)))

@@ -1,4 +1,4 @@
-"""The claims of the paper in one table, from the verdicts that the chapters state."""
+"""The claims of the paper in one table, from the verdicts that the sections state."""
 
 import re
 from collections.abc import Iterable
@@ -9,12 +9,12 @@ _CLAIM = re.compile(r"^The paper: \*(?P<claim>.+?)\*[:.,]? *(?P<rest>.*)$", re.M
 _NUMBERS = re.compile(r"[;,] (?=Fréchet distance)")
 
 
-def claims(chapters: Iterable[str]) -> str:
-    """A row for each sentence "The paper: *claim*: verdict; numbers." of the chapters."""
+def claims(sections: Iterable[str]) -> str:
+    """A row for each sentence "The paper: *claim*: verdict; numbers." of the sections."""
     rows = []
-    for text in chapters:
+    for text in sections:
         title = text.split("\n", 1)[0].removeprefix("## ")
         for found in _CLAIM.finditer(text):
             verdict, *numbers = _NUMBERS.split(found["rest"].rstrip("."), maxsplit=1)
             rows.append((found["claim"], verdict.removeprefix("Here: "), numbers[0] if numbers else "", title))
-    return "\n\n".join(("## Claims", table(("the paper's claim", "verdict here", "numbers", "chapter"), rows)))
+    return "\n\n".join(("## Claims", table(("the paper's claim", "verdict here", "numbers", "section"), rows)))

@@ -1,4 +1,4 @@
-"""docs/published.md: figures that others print beside ours, from results/published.json alone."""
+"""docs/published.md: figures published by others beside ours, from results/published.json alone."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ calls of which b carry a Jacobian-vector product along. A dash is a solve that d
 (5000 calls; 3000 for states of 1000 numbers or more; 400 for NewtonKrylov), or that ended at a point which the problem
 does not accept: a perceptron's weights grown until its steps are lost in rounding, as the R package's authors report
 too. "default" is `implicit.fixed_point(f, z0)` as it is. Picard's counts check the problems: they equal the published
-counts of plain iteration row by row, but for the modified perceptron, whose path hangs on the order of additions.
+counts of plain iteration row by row, but for the modified perceptron, whose iterates depend on the order of additions.
 """
 MISSING = {
     "Wang, proportional hazards": "its data are files of the suite, which are not copied here",

@@ -1,32 +1,13 @@
 """Reading the result files of experiments."""
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import read_result
 from benchmarks.report.formatting import NOTHING
 
 _UNFINISHED = 2.0  # best Frechet distance above which the networks were trained too briefly
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The content of a result file; empty if the file does not exist.
-
-    Raises:
-        SystemExit: the file is damaged, or no result file.
-    """
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise SystemExit(
-            f"{path} is damaged ({error}): restore it, or delete it so that the report says 'not measured'."
-        ) from None
-    if not isinstance(found, dict):
-        raise SystemExit(f"{path} is no result file: restore it, or delete it so that the report says 'not measured'.")
-    return found
 
 
 class Study:
@@ -35,7 +16,7 @@ class Study:
     def __init__(self, results: Path, name: str) -> None:
         path = results / f"experiment_{name}.json"
         self.file, self.name = path.name, name
-        self.found: dict[str, Any] = read(path)
+        self.found: dict[str, Any] = read_result(path)
 
     def values(self, cell: str, way: str, what: str) -> list[float]:
         """One number per seed; way "" gives the numbers of the training run itself."""

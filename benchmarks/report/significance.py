@@ -36,7 +36,7 @@ def decision(better: list[float], worse: list[float], paired: bool = False) -> s
     if min(len(better), len(worse)) < 2:
         return "**undecided**, one seed has no spread"
     if min(map(statistics.fmean, (better, worse))) > UNTRAINED:
-        return "**undecided**, neither network draws digits after this training time"
+        return "**undecided**, neither network generates digits after this training time"
     p = p_value(better, worse, paired and len(better) == len(worse))
     if p >= LEVEL:
         return f"**within the spread of seeds** (p = {p:.2f})"

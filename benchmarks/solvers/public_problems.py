@@ -1,4 +1,4 @@
-"""Our solvers on collections of others: evaluations until every sample meets the tolerance, in both precisions.
+"""Our solvers on public collections: evaluations until every sample meets the tolerance, in both precisions.
 
 python -m benchmarks.solvers.public_problems                        writes results/public_problems.json
 python -m benchmarks.solvers.public_problems --solvers Broyden      measures these again and keeps the others

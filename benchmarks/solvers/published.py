@@ -1,4 +1,4 @@
-"""Our solvers on the problems of others, beside the figures that others print.
+"""Our solvers on published problems, beside published figures.
 
 python -m benchmarks.solvers.published                        measures all, writes results/published.json
                                                               and docs/published.md

@@ -1,4 +1,4 @@
-"""Figures that other projects print for the problems of `benchmarks.problems`; None where a method fails.
+"""Published figures of other projects for the problems of `benchmarks.problems`; None where a method fails.
 
 Each table has its source, its stopping test and what its authors count. Nothing here is measured by us.
 """
@@ -10,11 +10,11 @@ Counts = dict[str, dict[str, int | None]]
 
 @dataclass(frozen=True)
 class Figures:
-    """A table somebody else printed.
+    """A published table.
 
     Attributes:
         title: heading.
-        source: where it is printed.
+        source: publication.
         counting: the stopping test and what a count is.
         rows: problem -> method -> count.
         rival: the methods that an Anderson-type default is measured against.

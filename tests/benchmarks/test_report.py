@@ -59,12 +59,12 @@ def test_numbers_are_those_of_the_file_and_verdicts_follow_them(tmp_path):
     assert "*S-JFB beats JFB*: **undecided**" in given(20.0, 30.0)
 
 
-def test_claims_come_first_and_are_those_of_the_chapters(tmp_path):
+def test_claims_come_first_and_are_those_of_the_sections(tmp_path):
     text = built(tmp_path, "experiment_estimators.json", "experiment_depth.json")
-    first, chapter = section(text, "Claims"), section(text, "Gradient estimators")
+    first, second = section(text, "Claims"), section(text, "Gradient estimators")
     assert text.index("## Claims") < min(text.index(f"## {name}") for name in ("Size and memory", "Depth"))
     assert first.count("\n| ") == 2 + len(re.findall(r"^The paper: \*", text, re.MULTILINE))
-    word = re.search(r"The paper: \*S-JFB beats JFB\*: (\*\*.+?\*\*)", chapter)
+    word = re.search(r"The paper: \*S-JFB beats JFB\*: (\*\*.+?\*\*)", second)
     assert word and f"| S-JFB beats JFB | {word[1]}" in first
 
 
@@ -91,17 +91,17 @@ def test_a_missing_seed_is_reported(tmp_path):
 
 
 def test_a_deleted_file_leaves_its_rows_not_measured(tmp_path):
-    """Every result file is named by a chapter, and each of its chapters says so where the file is missing.
+    """Every result file is named by a section, and each of its sections says so where the file is missing.
 
     peers_jax.json is merged into solvers.json; the others left out stand in guides.
     """
     elsewhere = ("peers_jax", "published", "public_problems", "warm_adjoint")
-    full = {part: part.chapter(RESULTS, tmp_path) for part in report.CHAPTERS}
-    empty = {part: part.chapter(tmp_path, tmp_path) for part in report.CHAPTERS}
+    full = {part: part.section(RESULTS, tmp_path) for part in report.SECTIONS}
+    empty = {part: part.section(tmp_path, tmp_path) for part in report.SECTIONS}
     for name in (path.name for path in RESULTS.glob("*.json") if path.stem not in elsewhere):
-        chapters = [part for part, text in full.items() if name in text]
-        assert chapters, name
-        for part in chapters:
+        sections = [part for part, text in full.items() if name in text]
+        assert sections, name
+        for part in sections:
             assert empty[part].count(report.NOTHING) > full[part].count(report.NOTHING), name
 
 
@@ -119,19 +119,19 @@ def test_pages_beside_the_report_quote_the_results(tmp_path, result, page, write
     assert (tmp_path / page).read_text() == text
 
 
-@pytest.mark.parametrize("chapter", report.CHAPTERS, ids=lambda chapter: chapter.__name__.rsplit(".", 1)[1])
-def test_a_file_cut_short_is_named(tmp_path, chapter):
+@pytest.mark.parametrize("part", report.SECTIONS, ids=lambda part: part.__name__.rsplit(".", 1)[1])
+def test_a_file_cut_short_is_named(tmp_path, part):
     for path in RESULTS.glob("*.json"):
         (tmp_path / path.name).write_text('{"tables": ')
     (tmp_path / "gpu_diffusion_h.json").write_text("[]")
     for name in ("memory_xl.json", "compute_xl.json", "shipped.json", "experiment_objectives.json"):
         (tmp_path / name).write_text("[]")
     with pytest.raises(SystemExit, match=r"\.json is (damaged|no result file)"):
-        chapter.chapter(tmp_path, tmp_path)
+        part.section(tmp_path, tmp_path)
 
 
 def test_cells_without_a_number_are_dashes(tmp_path):
-    text = report.costs.chapter(RESULTS, tmp_path)
+    text = report.costs.section(RESULTS, tmp_path)
     assert "| - |" in text and "None" not in text
 
 
@@ -190,7 +190,7 @@ def test_memory_at_full_size_is_read_from_the_file_of_a_gpu(tmp_path):
     rows = [row("DiT", "", 40_000), row("DiT", "", 9_000, True), row("FPDM", "S-JFB (6, 7), the expected draw", 10_000)]
     rows.append(row("FPDM", "S-JFB (12, 12), the worst draw", 20_000))
     (tmp_path / "gpu_diffusion_bf16_8.json").write_text(json.dumps({"tables": {"training step": {"rows": rows}}}))
-    text = size_and_memory.chapter(tmp_path, tmp_path)
+    text = size_and_memory.section(tmp_path, tmp_path)
     expected = "S-JFB (6, 7), the expected draw (`gpu_diffusion_bf16_8.json`)"
     assert f"at XL/2*: on a GPU 75 % less at batch 8, {expected}" in text
-    assert f"at XL/2*: on a GPU {report.NOTHING};" in size_and_memory.chapter(RESULTS, tmp_path)
+    assert f"at XL/2*: on a GPU {report.NOTHING};" in size_and_memory.section(RESULTS, tmp_path)

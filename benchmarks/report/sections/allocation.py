@@ -7,7 +7,7 @@ from benchmarks.report.results import Study
 from benchmarks.report.significance import verdict
 
 
-def chapter(results: Path, images: Path) -> str:
+def section(results: Path, images: Path) -> str:
     study = Study(results, "sampling")
     ways = [f"{shape}, 60 in all" for shape in ("constant", "increasing", "decreasing")]
     ways += [f"tolerance {rtol}" for rtol in (0.3, 0.1, 0.03)]
@@ -23,7 +23,7 @@ def chapter(results: Path, images: Path) -> str:
     distances = {way: study.values("FPDM", way, "frechet") for way in ways}
     return "\n\n".join(
         (
-            "## Where to spend iterations",
+            "## Allocation of iterations over timesteps",
             table(("20 steps", "iterations in all", "Fréchet distance", "right label, %"), rows),
             "The paper: " + verdict("Increasing beats constant", distances[ways[1]], distances[ways[0]], paired=True),
             verdict("Decreasing beats constant", distances[ways[2]], distances[ways[0]], paired=True),

@@ -17,7 +17,7 @@ ABOUT = (
 )
 
 
-def chapter(results: Path, images: Path) -> str:
+def section(results: Path, images: Path) -> str:
     study = Study(results, "sampling")
     figures.budgets({kind: _curves(study, kind) for kind in KINDS}, images / "report_budgets.png")
     size = [f"{study.mean(name, '', 'parameters') or 0:,.0f}" for name in ("FPDM", "DiT")]
@@ -70,7 +70,7 @@ def _count(steps: int | None) -> str:
 
 
 def _summary(rows: list[tuple[str, ...]]) -> str:
-    """Who is ahead where."""
+    """The budgets at which each network has the smaller distance."""
     words = {"FPDM is ahead": "**yes", "the DiT is ahead": "**no", "neither is": ("**within", "**undecided")}
     found = {who: [row[0] for row in rows if row[-1].startswith(word)] for who, word in words.items()}
     return "The paper: *FPDM beats DiT where sampling is limited*. Here: " + (

@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.diffusion.compute import BARE, OURS
+from benchmarks.harness import read_result
 from benchmarks.report.formatting import NOTHING, table
-from benchmarks.report.results import read
 
 HEAD = "## Compute at XL/2"
 
 
-def chapter(results: Path, images: Path) -> str:
+def section(results: Path, images: Path) -> str:
     path = results / "compute_xl.json"
-    found = read(path)
+    found = read_result(path)
     cards = found.get("cards", [])
     sources = "; ".join(f"{card['name']}: {card['source']}" for card in cards)
     return "\n\n".join(

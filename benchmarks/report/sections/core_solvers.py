@@ -3,16 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import read_result
 from benchmarks.report.formatting import NOTHING, table
-from benchmarks.report.results import read
 
 
-def chapter(results: Path, images: Path) -> str:
+def section(results: Path, images: Path) -> str:
     path = results / "solvers.json"
     head = "## Solvers of the core beside their peers"
     if not path.exists():
         return f"{head}\n\n`solvers.json`: {NOTHING}."
-    found = read(path)
+    found = read_result(path)
     times = found["CPU time, bare loop = 1"]
     around = table(
         ("CPU time, bare loop = 1", *times),
@@ -33,7 +33,7 @@ def chapter(results: Path, images: Path) -> str:
 
 
 def _compiled(path: Path) -> str:
-    found = read(path)
+    found = read_result(path)
     if not found:
         return f"`{path.name}`: {NOTHING}."
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
@@ -55,7 +55,7 @@ def compiled(found: dict[str, Any]) -> str:
 
 
 def public(found: dict[str, Any]) -> str:
-    """Problems solved and evaluations, of our solvers on collections of others."""
+    """Problems solved and evaluations, of our solvers on public collections."""
     solvers = list(next(iter(found.values())))
     sizes = [next(iter(rows.values()))["total"]["problems"] for rows in found.values()]
     head = ["solver", *(f"{size} {name}" for size, name in zip(sizes, found, strict=True))]

@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
+from benchmarks.harness import read_result
 from benchmarks.report.formatting import NOTHING, short, table
-from benchmarks.report.results import read
 
 
-def chapter(results: Path, images: Path) -> str:
-    return "\n\n".join(["## What FPDM costs", *tables(results / "diffusion.json")])
+def section(results: Path, images: Path) -> str:
+    return "\n\n".join(["## Cost of training and sampling steps", *tables(results / "diffusion.json")])
 
 
 def tables(path: Path) -> list[str]:
     """The tables of `benchmarks.diffusion.run`, with device and commit."""
     parts: list[str] = []
-    known = read(path).get("tables", {})
+    known = read_result(path).get("tables", {})
     for name in ("against the plain step", "around the block", "sampling step", "training step", "parameters"):
         found = known.get(name)
         parts.append(f"**{name.capitalize()}**" + ("" if found else f": {NOTHING}."))

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
+from benchmarks.harness import read_result
 from benchmarks.report.formatting import NOTHING, mean_and_deviation, table
-from benchmarks.report.results import read
 
 
-def chapter(results: Path, images: Path) -> str:
+def section(results: Path, images: Path) -> str:
     path = results / "digits.json"
     head = "## The default run"
     if not path.exists():
         return f"{head}\n\n`digits.json`: {NOTHING}."
-    found = read(path)
+    found = read_result(path)
     rows = []
     for kind in ("fpdm", "dit"):
         runs = [run for name, run in found["runs"].items() if name.startswith(f"{kind} ")]

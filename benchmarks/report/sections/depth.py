@@ -36,8 +36,8 @@ ABOUT = (
 )
 
 
-def chapter(results: Path, images: Path) -> str:
-    """Tables for each task and training time, who wins where, and the verdicts."""
+def section(results: Path, images: Path) -> str:
+    """Tables for each task and training time, the best network of each, and the verdicts."""
     study = Study(results, "depth")
     figures.depth(_curves(study), images / "report_depth.png")
     parts = ["## Depth", "![Fréchet distance against training time](images/report_depth.png)", ABOUT]

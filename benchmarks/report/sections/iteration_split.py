@@ -9,7 +9,7 @@ from benchmarks.report.results import Study
 from benchmarks.report.significance import verdict
 
 
-def chapter(results: Path, images: Path) -> str:
+def section(results: Path, images: Path) -> str:
     study = Study(results, "iteration-split")
     cell = {(n, m): study.values(f"N={n} M={m}", "20 x 10", "frechet") for n in FREE for m in TRACKED}
     rows = [(f"N = {n}", *(mean_and_deviation(cell[n, m]) for m in TRACKED)) for n in FREE]
@@ -18,7 +18,7 @@ def chapter(results: Path, images: Path) -> str:
     line = f"Best mean: N = {best[0]}, M = {best[1]}." if best else f"Best: {NOTHING}."
     return "\n\n".join(
         (
-            "## How many iterations without and with a graph",
+            "## Iterations without and with a graph: N and M of S-JFB",
             table(("Fréchet distance", *(f"M = {m}" for m in TRACKED)), rows),
             line,
             "The paper: " + verdict("N = M = 12 beats N = M = 3", cell[12, 12], cell[3, 3]),

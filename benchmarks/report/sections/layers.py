@@ -8,7 +8,7 @@ from benchmarks.report.results import Study
 from benchmarks.report.significance import verdict
 
 
-def chapter(results: Path, images: Path) -> str:
+def section(results: Path, images: Path) -> str:
     study = Study(results, "outer-blocks")
     names = {pair: f"pre={pair[0]} post={pair[1]}" for pair in PAIRS}
     rows = [

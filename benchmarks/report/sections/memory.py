@@ -4,17 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.diffusion.memory import CARDS, GIB, Case, by_row, extrapolated, fits, markdown
+from benchmarks.harness import read_result
 from benchmarks.report.formatting import NOTHING, table
-from benchmarks.report.results import read
 
 EXPECTED = "S-JFB (6, 6), near the expected draw"
 WORST = "S-JFB (12, 12), the worst draw"
 HEAD = "## Training memory at XL/2"
 
 
-def chapter(results: Path, images: Path) -> str:
+def section(results: Path, images: Path) -> str:
     path = results / "memory_xl.json"
-    found = read(path)
+    found = read_result(path)
     peaks = by_row(found.get("peaks", []))
     checks = [
         f"{_named(v['case'])}, batch {v['case']['batch']}: {v['fake'] / v['real']:.4f}"

@@ -3,17 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import read_result
 from benchmarks.report.formatting import NOTHING, table
-from benchmarks.report.results import read
 
-HEAD = "## How much a difference means"
+HEAD = "## Distance between sets of real digits"
 
 
-def chapter(results: Path, images: Path) -> str:
+def section(results: Path, images: Path) -> str:
     path = results / "real_data_distance.json"
     if not path.exists():
         return f"{HEAD}\n\n`real_data_distance.json`: {NOTHING}."
-    found = read(path)
+    found = read_result(path)
     drawn, small, held_out = (
         found[key] for key in ("as many as a score has samples", "as many as are held out", "held out")
     )

@@ -26,7 +26,7 @@ ABOUT = (
 )
 
 
-def chapter(results: Path, images: Path) -> str:
+def section(results: Path, images: Path) -> str:
     study = Study(results, "objectives")
     rows = [_row(study, name) for name in SHARED | FIXED_POINT]
     return "\n\n".join(("## Objectives", ABOUT, table(HEAD, rows), study.source()))

@@ -9,7 +9,7 @@ from benchmarks.report.results import Study
 from benchmarks.report.significance import verdict
 
 
-def chapter(results: Path, images: Path) -> str:
+def section(results: Path, images: Path) -> str:
     study, counts = Study(results, "sampling"), (1, 2, 3, 5, 10)
     found = {
         name: {k: study.values("FPDM", f"{name} start, {k} iterations", "frechet") for k in counts} for name in STARTS
@@ -18,7 +18,7 @@ def chapter(results: Path, images: Path) -> str:
     figures.reuse(found, images / "report_reuse.png")
     return "\n\n".join(
         (
-            "## Starting from the previous timestep's solution",
+            "## Warm start from the previous timestep's solution",
             "![Fréchet distance against iterations per step, by start](images/report_reuse.png)",
             table(("start, 20 steps", *(f"{k} iteration{'s' if k > 1 else ''}" for k in counts)), rows),
             "The paper: "

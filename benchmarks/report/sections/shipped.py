@@ -3,16 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import read_result
 from benchmarks.report.formatting import NOTHING, table
-from benchmarks.report.results import read
 
 HEAD = "## Precision, reproducibility and overhead of sampling"
 NETWORKS = ("mnist-fpdm", "mnist-dit")
 
 
-def chapter(results: Path, images: Path) -> str:
+def section(results: Path, images: Path) -> str:
     path = results / "shipped.json"
-    found = read(path)
+    found = read_result(path)
     return "\n\n".join(
         (
             HEAD,

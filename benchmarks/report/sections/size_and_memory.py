@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
+from benchmarks.harness import read_result
 from benchmarks.report.formatting import NOTHING
-from benchmarks.report.results import read
 
 
-def chapter(results: Path, images: Path) -> str:
+def section(results: Path, images: Path) -> str:
     """Parameters and training memory, the two headline numbers that need no training."""
     path, parts = results / "diffusion.json", ["## Size and memory"]
-    known = read(path).get("tables", {})
+    known = read_result(path).get("tables", {})
     sizes = {row["network"]: row["parameters"] for row in known.get("parameters", {}).get("rows", [])}
     fewer = f"{100 * (1 - sizes['FPDM XL/2'] / sizes['DiT XL/2']):.1f} % fewer, counted" if sizes else NOTHING
     parts.append(f"The paper: *87 % fewer parameters at XL/2*: {fewer}.")
@@ -30,7 +30,7 @@ def _full_size(results: Path) -> str:
     """Peak memory of FPDM-XL/2's step at the expected draw beside DiT-XL/2's, in every file of a GPU."""
     parts = []
     for path in sorted(results.glob("gpu_diffusion_*.json")):
-        rows = read(path).get("tables", {}).get("training step", {}).get("rows", [])
+        rows = read_result(path).get("tables", {}).get("training step", {}).get("rows", [])
         peaks = {(r["network"], r["estimator"][:5]): r for r in reversed(rows) if not r["checkpointed"]}
         ours, dit = peaks.get(("FPDM", "S-JFB")), peaks.get(("DiT", ""))
         if ours and dit and "peak MiB" in ours and "peak MiB" in dit:

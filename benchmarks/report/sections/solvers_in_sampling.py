@@ -10,7 +10,7 @@ from benchmarks.report.results import Study
 from benchmarks.report.significance import verdict
 
 
-def chapter(results: Path, images: Path) -> str:
+def section(results: Path, images: Path) -> str:
     study, counts = Study(results, "sampling"), (2, 4, 8, 16)
     found = {
         name: {
