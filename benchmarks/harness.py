@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from implicit.diagnostics.profiling import Bytes as MemoryTracker
 
@@ -39,6 +40,24 @@ class OperatorCounter(TorchDispatchMode):
     ) -> Any:
         self.count += func.overloadpacket.__name__ not in VIEWS  # pyright: ignore[reportFunctionMemberAccess]
         return func(*args, **(kwargs or {}))
+
+
+class TrafficCounter(TorchDispatchMode):
+    """Counts the bytes that operators read and write, views excepted: all tensors they take and return, once each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ not in VIEWS:  # pyright: ignore[reportFunctionMemberAccess]
+            for x in tree_leaves((args, kwargs, out)):
+                if isinstance(x, torch.Tensor):
+                    self.bytes += x.numel() * x.element_size()
+        return out
 
 
 def peak_bytes(step: Callable[[], Any], device: str = "cpu") -> int:

@@ -1,4 +1,4 @@
-"""Solvers beside their peers: evaluations on the fourteen problems, CPU time around f, operators, memory.
+"""Solvers beside their peers: evaluations on the fourteen problems, CPU time around f, operators, memory, bytes moved.
 
 python -m benchmarks.solvers.evaluations                       writes results/solvers.json and prints a summary
 python -m benchmarks.solvers.evaluations --parts evaluations   measures that part again and keeps the others
@@ -16,7 +16,7 @@ import torch
 from scipy import optimize
 
 from benchmarks.harness import RESULTS, provenance, read_result, write_result
-from benchmarks.solvers.overhead import PEERS, memory, operators, overhead
+from benchmarks.solvers.overhead import PEERS, memory, operators, overhead, traffic
 from implicit import Anderson, AndersonGS, Broyden, Multisecant, NewtonKrylov, Picard, Stop, iterate
 from implicit.testing import Problem, problems
 
@@ -123,6 +123,7 @@ PARTS: dict[str, tuple[str, Callable[[], Any]]] = {
     "operators": ("operators per evaluation", operators),
     "memory": ("states held", memory),
     "time": ("CPU time, bare loop = 1", overhead),
+    "traffic": ("bytes moved", traffic),
 }
 
 

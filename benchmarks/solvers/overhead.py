@@ -4,6 +4,7 @@ f = tanh(z W + b), 30 evaluations, a fixed count; the unit is the bare loop z <-
 """
 
 import multiprocessing
+import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torchdeq.solver import anderson_solver, broyden_solver, fixed_point_iter
 
-from benchmarks.harness import MemoryTracker, OperatorCounter, paired, ratio
+from benchmarks.harness import MemoryTracker, OperatorCounter, TrafficCounter, paired, ratio
 from implicit import Anderson, AndersonGS, Broyden, Multisecant, Picard, Stop, iterate
 
 PEERS = {"plain": fixed_point_iter, "Anderson": anderson_solver, "Broyden": broyden_solver}
@@ -78,6 +79,50 @@ def operators() -> dict[str, float]:
             run()
         counts[name] = round(counter.count / EVALS - 3, 1)
     return counts
+
+
+TRAFFIC_SHAPES = {"(32, 1024)": (32, 1024, 1024), "(8, 65536)": (8, 65536, 1024), "(8, 294912)": (8, 294912, 1024)}
+
+
+def traffic_of(shape: str, name: str) -> dict[str, float]:
+    """Of one contender: states moved per evaluation, f's own left out, and its time over that of copying as much.
+
+    A copy reads half of the bytes and writes the other half. Contender, bare loop and copy alternate.
+    """
+    torch.set_num_threads(1)
+    f, z0 = layer(*TRAFFIC_SHAPES[shape])
+    runs = contenders(f, z0)
+    moved = {}
+    for one in ("bare", name):
+        with torch.no_grad(), TrafficCounter() as counter:
+            runs[one]()
+        moved[one] = counter.bytes
+    own = (moved[name] - moved["bare"]) / EVALS
+    source = torch.zeros(int(own) // 8)
+    target = torch.empty_like(source)
+
+    def copy():
+        for _ in range(EVALS):
+            target.copy_(source)
+
+    repeats = {"(32, 1024)": 31, "(8, 65536)": 7, "(8, 294912)": 5}[shape]
+    times = paired({"bare": runs["bare"], "contender": runs[name], "copy": copy}, repeats)
+    ratios = [(c - b) / k for b, c, k in zip(times["bare"], times["contender"], times["copy"], strict=True)]
+    return {
+        "states moved": round(own / (z0.numel() * z0.element_size()), 1),
+        "time over copying": round(statistics.median(ratios), 2),
+    }
+
+
+def traffic() -> dict[str, dict[str, dict[str, float]]]:
+    """`traffic_of` every contender but the bare loop, each in a process of its own."""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        for shape in TRAFFIC_SHAPES:
+            names = [name for name in contenders(*layer(1, 64, 64)) if name != "bare"]
+            table[shape] = {name: pool.submit(traffic_of, shape, name).result() for name in names}
+    return table
 
 
 def memory() -> dict[str, float]:
