@@ -87,7 +87,7 @@ def guide(result: Path, page: Path) -> None:
         found = read_result(result)
         text = mark(page.read_text(), "peers", core_solvers.counts(found))
         text = mark(text, "overhead", core_solvers.beside_torchdeq(found))
-        text = mark(text, "traffic", core_solvers.traffic(found))
+        text = mark(text, "traffic", core_solvers.traffic(found)) if "bytes moved" in found else text
         public = read_result(result.with_name("public_problems.json"))
         text = mark(text, "public problems", core_solvers.public(public)) if public else text
         compiled = read_result(result.with_name("compiled.json"))

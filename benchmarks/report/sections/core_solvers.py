@@ -25,9 +25,7 @@ def section(results: Path, images: Path) -> str:
             around,
             "Beside torchdeq: time over the bare loop's, and operators, as shares of torchdeq's; states held by both.",
             beside_torchdeq(found),
-            "Bytes that a solver's operators read and write for each evaluation, f's own left out, in states of the "
-            "batch; and its time over that of copying as many bytes in the same run:",
-            traffic(found),
+            *_traffic(found),
             _compiled(results / "compiled.json"),
             f"`solvers.json`: {found['device']}, torch {found['versions']['torch']}, commit "
             f"{found['commits']['evaluations']}. Evaluations of f on fourteen problems, at most 300 on each.",
@@ -91,11 +89,19 @@ def beside_torchdeq(found: dict[str, Any]) -> str:
     return table(("solver", *shapes, "operators", "states held"), rows)
 
 
+def _traffic(found: dict[str, Any]) -> tuple[str, ...]:
+    if "bytes moved" not in found:
+        return ()
+    return (
+        "Bytes that a solver's operators read and write for each evaluation, f's own left out, in states of the "
+        "batch; and its time over that of copying as many bytes in the same run:",
+        traffic(found),
+    )
+
+
 def traffic(found: dict[str, Any]) -> str:
     """States moved for each evaluation, and the time over that of copying them, by size of the state."""
-    shapes = found.get("bytes moved", {})
-    if not shapes:
-        return f"{NOTHING}."
+    shapes = found["bytes moved"]
     rows = (
         (name, *(f"{s[name]['states moved']:g}, {s[name]['time over copying']:.2f}" for s in shapes.values()))
         for name in next(iter(shapes.values()))
