@@ -59,6 +59,12 @@ def solve(f, z0, *args, **kwargs):
         return fixed_point(f, z0, *args, **kwargs)
 
 
+def relative(f, z):
+    """||f(z) - z|| / ||f(z)|| of every row."""
+    fz = f(z)
+    return (fz - z).norm(dim=1) / fz.norm(dim=1)
+
+
 def half(z):
     return 0.5 * z + 1
 

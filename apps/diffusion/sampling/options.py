@@ -67,13 +67,7 @@ def plan(
         names = ", ".join(f"{{{i}}}" for i in range(len(given)))
         raise OptionError(f"A DiT has no fixed-point layer; leave out {names}, or use an FPDM.", *given)
     steps, options = options.steps, options.over(defaults)
-    guidance = Guidance(
-        scale=options.value("guidance"), channels=options.guidance_channels, interval=options.guidance_interval
-    )
-    if guidance.doubles and not model.num_classes:
-        raise OptionError(f"{{0}} = {guidance.scale:g} needs a network with classes; leave it at 1.", "guidance")
-    if guidance.interval is not None and not guidance.doubles:
-        raise OptionError("{0} needs {1} other than 1; give it, or leave {0} out.", "guidance_interval", "guidance")
+    guidance = _guidance(model, options)
     scheduler = _scheduler(scheduler, options)
     visited = options.timesteps or _timesteps(model, scheduler, options, guidance, steps)
     noise, zero_snr = scheduler.config, starts_at_noise(scheduler)
@@ -95,6 +89,22 @@ def plan(
     if solve is None or stop is not None or options.value("allocation") != "measured":
         return found
     return _measured(cast("FPDM", model), options, found, curves, chunk)
+
+
+def _guidance(model: DiT | FPDM, options: SamplingOptions) -> Guidance:
+    """Classifier-free guidance of the options.
+
+    Raises:
+        OptionError: the network has no classes, or an interval without guidance.
+    """
+    guidance = Guidance(
+        scale=options.value("guidance"), channels=options.guidance_channels, interval=options.guidance_interval
+    )
+    if guidance.doubles and not model.num_classes:
+        raise OptionError(f"{{0}} = {guidance.scale:g} needs a network with classes; leave it at 1.", "guidance")
+    if guidance.interval is not None and not guidance.doubles:
+        raise OptionError("{0} needs {1} other than 1; give it, or leave {0} out.", "guidance_interval", "guidance")
+    return guidance
 
 
 def _scheduler(scheduler: Any, options: SamplingOptions) -> Any:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from apps.diffusion.models.cost import cost, explicit_blocks
 from apps.diffusion.rng import Stream, generator
+from apps.diffusion.sampling.batches import batches
 from apps.diffusion.sampling.effort import Effort as Effort
 from apps.diffusion.sampling.effort import EffortRecord
 from apps.diffusion.sampling.guidance import Guidance
@@ -211,16 +212,16 @@ def sample(
         precision=precision,
     )
     labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
-    batches, steps = _batches(indices, labels, chunk, reproducible), len(plan.timesteps)
-    total, parts, ran = steps * len(batches), [], 0
-    for number, batch in enumerate(batches):
+    groups, steps = batches(indices, labels, chunk, reproducible), len(plan.timesteps)
+    total, parts, ran = steps * len(groups), [], 0
+    for number, batch in enumerate(groups):
         y = None if labels is None else batch.labels(labels)
         done = number * steps
         tick = (lambda k, done=done: progress(done + k, total)) if progress else None
         *columns, evaluated = trajectory.run([generator(seed, Stream.SAMPLE, i) for i in batch.samples], y, tick)
         parts.append([column[batch.rows] for column in columns])
         ran += evaluated + len(batch.samples) * int(columns[3][0]) * explicit_blocks(model)
-    order = torch.tensor([p for batch in batches for p in batch.positions]).argsort()
+    order = torch.tensor([p for batch in groups for p in batch.positions]).argsort()
     x, *columns = (torch.cat(column)[order] for column in zip(*parts, strict=True))
     effort = _effort(model, columns, ran, traced=trajectory.solve.trace, seconds=time.perf_counter() - began)
     return SampleResult(samples=x, indices=tuple(indices), labels=labels, effort=effort)
@@ -253,47 +254,6 @@ def _effort(model: Any, columns: list[Tensor], computed: int, *, traced: bool, s
         rounds=rounds,
         traces=traces if traced else None,
     )
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Samples that are computed together.
-
-    Attributes:
-        samples: number of the sample in each row.
-        positions: of the requested ones, in the caller's list of indices.
-        rows: of the requested ones, in the same order.
-    """
-
-    samples: list[int]
-    positions: list[int]
-    rows: list[int]
-
-    def labels(self, labels: Tensor) -> Tensor:
-        """The label of each row; rows that are not requested take any."""
-        y = labels[self.positions[0]].repeat(len(self.samples))
-        y[self.rows] = labels[self.positions]
-        return y
-
-
-def _batches(indices: Sequence[int], labels: Tensor | None, chunk: int, reproducible: bool) -> list[_Batch]:
-    """The batches of the two modes at the top of this file."""
-    if chunk < 1:
-        raise ValueError(f"chunk={chunk} holds no sample; give 1 or more.")
-    if not indices or min(indices) < 0:
-        raise ValueError("indices must name at least one sample, and none below 0.")
-    if labels is not None and labels.shape != (len(indices),):
-        raise ValueError(f"labels has shape {tuple(labels.shape)} for {len(indices)} indices; give one for each.")
-    if not reproducible:
-        parts = [list(range(len(indices)))[first : first + chunk] for first in range(0, len(indices), chunk)]
-        return [_Batch([indices[p] for p in part], part, list(range(len(part)))) for part in parts]
-    groups: dict[int, list[int]] = {}
-    for position, index in enumerate(indices):
-        groups.setdefault(index // chunk, []).append(position)
-    return [
-        _Batch(list(range(group * chunk, (group + 1) * chunk)), positions, [indices[p] % chunk for p in positions])
-        for group, positions in groups.items()
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,14 +74,9 @@ def make_scheduler(
     Raises:
         ValueError: an argument out of range, or a pair that cannot work, with what to do.
     """
-    for name, value, kinds in (
-        ("kind", kind, Kind),
-        ("prediction", prediction, Prediction),
-        ("spacing", spacing, Spacing),
-        ("betas", betas, Betas),
-    ):
-        if value not in get_args(kinds):
-            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(get_args(kinds))}.")
+    _check_words(
+        kind=(kind, Kind), prediction=(prediction, Prediction), spacing=(spacing, Spacing), betas=(betas, Betas)
+    )
     check_pair(prediction, zero_snr, spacing)
     if train_steps < 2 or not 0 < beta_start <= beta_end < 1:
         raise ValueError(
@@ -109,6 +104,13 @@ def make_scheduler(
     if kind == "ddim":
         return DDIMScheduler(**common)
     return DDPMScheduler(**common, variance_type="learned_range" if learn_sigma else "fixed_small")
+
+
+def _check_words(**given: tuple[Any, Any]) -> None:
+    """Raises ValueError where a value is none of its kind; `given` holds value and kind by the name of the argument."""
+    for name, (value, kind) in given.items():
+        if value not in get_args(kind):
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(get_args(kind))}.")
 
 
 def scheduler_of(config: Config) -> Any:

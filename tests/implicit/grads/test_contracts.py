@@ -65,7 +65,7 @@ def test_one_value_and_result_with_and_without_a_graph(grad, solver, name):
     if isinstance(grad, SHINE) and isinstance(solver, Picard | NewtonKrylov):
         pytest.skip("has no inverse estimate")
     p = problem(name)
-    stop = Stop(rtol=1e-8, atol=0, max_evals=150)
+    stop = Stop(rtol=1e-8, atol=0, max_evals=80)
     w = torch.ones((), dtype=F64, requires_grad=True)
 
     def f(z, *args):
