@@ -83,10 +83,7 @@ def make_scheduler(
             f"train_steps={train_steps}, beta_start={beta_start}, beta_end={beta_end} make no noise "
             "schedule; give at least 2 steps and 0 < beta_start <= beta_end < 1."
         )
-    if clip is not None and (clip <= 0 or kind == "dpm++"):
-        raise ValueError(f"clip={clip} does not fit kind={kind!r}; give a positive bound to ddim or ddpm, or None.")
-    if not 0 < shift < math.inf or (shift != 1 and kind != "flow"):
-        raise ValueError(f"shift={shift} does not fit kind={kind!r}; give a positive number to flow, or leave it at 1.")
+    _check_fit(kind, clip, shift)
     if kind == "flow":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=train_steps, shift=shift)
     common: dict[str, Any] = {
@@ -104,6 +101,14 @@ def make_scheduler(
     if kind == "ddim":
         return DDIMScheduler(**common)
     return DDPMScheduler(**common, variance_type="learned_range" if learn_sigma else "fixed_small")
+
+
+def _check_fit(kind: Kind, clip: float | None, shift: float) -> None:
+    """Raises ValueError where a clip or a shift does not fit the kind of scheduler."""
+    if clip is not None and (clip <= 0 or kind == "dpm++"):
+        raise ValueError(f"clip={clip} does not fit kind={kind!r}; give a positive bound to ddim or ddpm, or None.")
+    if not 0 < shift < math.inf or (shift != 1 and kind != "flow"):
+        raise ValueError(f"shift={shift} does not fit kind={kind!r}; give a positive number to flow, or leave it at 1.")
 
 
 def _check_words(**given: tuple[Any, Any]) -> None:
