@@ -142,14 +142,8 @@ def from_diffusers(tensors: Mapping[str, Tensor], input_size: tuple[int, int]) -
     """
     depth = _count(tensors, "transformer_blocks")
     check_names(tensors, _diffusers_names(depth), optional=[_POSITIONS])
-    result: dict[str, Tensor] = {}
-    for kind in _KINDS:
-        result |= {f"{ours}.{kind}": tensors[f"{theirs}.{kind}"] for theirs, ours in _OUTER.items()}
-        for i in range(depth):
-            for theirs, ours in _BLOCK.items():
-                result[f"{ours.format(i=i)}.{kind}"] = tensors[f"{theirs.format(i=i)}.{kind}"]
-            parts = [tensors[f"{_QKV[0].format(i=i, part=part)}.{kind}"] for part in "qkv"]
-            result[f"{_QKV[1].format(i=i)}.{kind}"] = torch.cat(parts)
+    result = {ours: tensors[theirs] for theirs, ours in _renamed(depth)}
+    result |= {ours: torch.cat([tensors[theirs] for theirs in parts]) for parts, ours in _joined(depth)}
     for theirs, ours in _copied().items():
         copies = [tensors[theirs.format(i=i)] for i in range(depth)]
         for i, copy in enumerate(copies):
@@ -219,25 +213,31 @@ def use_dit_frequencies(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
 
 
 def _diffusers_tensors(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    result: dict[str, Tensor] = {}
-    for kind in _KINDS:
-        result |= {f"{theirs}.{kind}": weights[f"{ours}.{kind}"] for theirs, ours in _OUTER.items()}
-        for i in range(depth):
-            for theirs, ours in _BLOCK.items():
-                result[f"{theirs.format(i=i)}.{kind}"] = weights[f"{ours.format(i=i)}.{kind}"]
-            for part, value in zip("qkv", weights[f"{_QKV[1].format(i=i)}.{kind}"].chunk(3), strict=True):
-                result[f"{_QKV[0].format(i=i, part=part)}.{kind}"] = value.clone()
+    result = {theirs: weights[ours] for theirs, ours in _renamed(depth)}
+    for parts, ours in _joined(depth):
+        result |= {theirs: value.clone() for theirs, value in zip(parts, weights[ours].chunk(3), strict=True)}
     for theirs, ours in _copied().items():
         result |= {theirs.format(i=i): weights[ours].clone() for i in range(depth)}
     return result
 
 
+def _renamed(depth: int) -> list[tuple[str, str]]:
+    """(name in diffusers, name here) of the tensors that are equal."""
+    blocks = [(theirs.format(i=i), ours.format(i=i)) for i in range(depth) for theirs, ours in _BLOCK.items()]
+    return [(f"{theirs}.{kind}", f"{ours}.{kind}") for theirs, ours in (*_OUTER.items(), *blocks) for kind in _KINDS]
+
+
+def _joined(depth: int) -> list[tuple[list[str], str]]:
+    """(names of query, key and value in diffusers, name of the three here)."""
+    numbers = [(i, kind) for i in range(depth) for kind in _KINDS]
+    return [
+        ([f"{_QKV[0].format(i=i, part=part)}.{kind}" for part in "qkv"], f"{_QKV[1].format(i=i)}.{kind}")
+        for i, kind in numbers
+    ]
+
+
 def _diffusers_names(depth: int) -> list[str]:
-    stems = list(_OUTER)
-    for i in range(depth):
-        stems += [theirs.format(i=i) for theirs in _BLOCK]
-        stems += [_QKV[0].format(i=i, part=part) for part in "qkv"]
-    names = [f"{stem}.{kind}" for stem in stems for kind in _KINDS]
+    names = [theirs for theirs, _ in _renamed(depth)] + [theirs for parts, _ in _joined(depth) for theirs in parts]
     return names + [theirs.format(i=i) for theirs in _copied() for i in range(depth)]
 
 
