@@ -37,7 +37,7 @@ from implicit.autodiff.closure_convert import (
     has_untraced_leaf,
     own_view,
 )
-from implicit.autodiff.recomputation import CHANGED, require_same_image, summary
+from implicit.autodiff.recomputation import CHANGED, record, require_same_image
 from implicit.autodiff.vjp import Barrier, edge, pullback, vjp
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.options import Problem
@@ -63,7 +63,7 @@ def attach(phi: Callable[[Flat], Flat], z: Flat, solve: LinearSolve) -> tuple[Fl
         image, theta, reads = y.detach(), tracer.tensors, tracer.reads()
         if not theta and not has_untraced_leaf(y, (x,)):
             return z.detach(), image
-        first = First(_uncompiled(closure_convert(phi, theta)), summary(image), reads, solve.eps)
+        first = First(_uncompiled(closure_convert(phi, theta)), record(image), reads, solve.eps)
         views = map(own_view, theta)
         return _FixedPoint.apply(y, x, z.detach(), first, solve, saved_tensor_hooks_active(), *views), image
 
@@ -76,7 +76,7 @@ def attach_approximately(phi: Callable[[Flat], Flat], z: Flat, rule: Rule, eps: 
     image = y.detach()
     if not y.requires_grad or not has_untraced_leaf(y, (x,)):
         return z.detach(), image
-    first = First(_uncompiled(phi), summary(image), None, eps) if saved_tensor_hooks_active() else None
+    first = First(_uncompiled(phi), record(image), None, eps) if saved_tensor_hooks_active() else None
     return _Approximate.apply(y, x, z.detach(), first, rule), image
 
 
@@ -85,7 +85,7 @@ class First:
     """phi(x, *theta), and the record of its first evaluation at the solution."""
 
     function: Callable[..., Flat]
-    image: Tensor  # summary
+    image: Tensor | None  # its summary
     reads: Reads | None
     eps: float
 
@@ -97,7 +97,8 @@ class First:
         """
         with ClosureTracer((x, *theta)) as tracer:
             again = self.function(x, *theta)
-        require_same_image(again, self.image, self.eps)
+        if self.image is not None:
+            require_same_image(again, self.image, self.eps)
         if self.reads is not None and tracer.contradicts(self.reads):
             raise RuntimeError(CHANGED)
         return again
@@ -157,7 +158,7 @@ def _attach_explicit(phi: Callable[..., Flat], z: Flat, solve: LinearSolve, thet
     """The fixed point z of phi(z, *theta), which closes over nothing, as a differentiable function of theta."""
     x = Barrier.apply(z.detach().requires_grad_())
     y = phi(x, *theta)
-    return _FixedPoint.apply(y, x, z.detach(), First(phi, summary(y), None, solve.eps), solve, False, *theta)
+    return _FixedPoint.apply(y, x, z.detach(), First(phi, record(y), None, solve.eps), solve, False, *theta)
 
 
 class _Approximate(torch.autograd.Function):

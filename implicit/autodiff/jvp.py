@@ -43,12 +43,11 @@ def pushforward(y: Flat, x: Flat) -> Callable[[Flat], Flat]:
 
 def double_backward_jvp(f: Callable[[Flat], Flat], z: Flat, tangent: Flat) -> tuple[Flat, Flat]:
     """(f(z), J tangent) by two vector-Jacobian products."""
-    recorded = torch.is_grad_enabled()
     with torch.enable_grad(), _math_attention():
         x = z.detach().requires_grad_()
         out = f(x)
         product = pushforward(out, x)(tangent)
-    return out if recorded else out.detach(), product
+    return out.detach(), product
 
 
 def functional_jvp(f: Callable[..., Tensor], at: tuple[Tensor, ...], moves: tuple[Tensor | None, ...]) -> Tensor:

@@ -5,7 +5,9 @@ numbers, ||x|| and w^T x with w_i = cos(i^2), in each row; the second run has to
 norm alone does not tell rows apart that a normalization layer has made.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,22 @@ CHANGED = (
     "(lambda z, x=x: ...)."
 )
 _ROUNDING, _COARSE = 1e3, 8.0  # eps ||x|| by which two values of one function may differ; the same below float32
+_INEXACT = ContextVar("inexact", default=False)
+
+
+@contextmanager
+def repeated_inexactly() -> Iterator[None]:
+    """Record no values of solves within a function: it will be run again at an argument that differs by rounding."""
+    token = _INEXACT.set(True)
+    try:
+        yield
+    finally:
+        _INEXACT.reset(token)
+
+
+def record(image: Tensor) -> Tensor | None:
+    """The `summary` of a value that a second evaluation has to give; None within `repeated_inexactly`."""
+    return None if _INEXACT.get() else summary(image)
 
 
 def require_same_image(again: Tensor, recorded: Tensor, eps: float) -> None:

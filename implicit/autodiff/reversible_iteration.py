@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.batched import is_batched
 from implicit.autodiff.closure_convert import SameReads
-from implicit.autodiff.recomputation import CHANGED, rounding_of_repetition
+from implicit.autodiff.recomputation import CHANGED, repeated_inexactly, rounding_of_repetition
 from implicit.evaluation import FlatMap
 from implicit.pytree import Flat, norm, to_device, to_host
 from implicit.solution import Result
@@ -155,9 +155,11 @@ class ReversibleIteration:
         self.drift = _Drift(self.steps, self.beta)
 
     def rewind(self, index: int) -> Float[Tensor, "B N"]:
-        """The input of an evaluation, found by running backwards."""
+        """The input of an evaluation, found by running backwards; that of the first one is known."""
         while self.at > index:
             self._back()
+        if index == 0:
+            return self.first
         return self.y if self.at % 2 else self.z
 
     def _back(self) -> None:
@@ -221,7 +223,8 @@ class _Evaluation:
     def __call__(self) -> Flat:
         at, self.at = self.at, None
         if at is not None:
-            return self.flat(at)
+            with repeated_inexactly():
+                return self.flat(at)
         at = self.run.rewind(self.index).to(self.run.narrow)
         image = self.flat(at.detach().clone().requires_grad_(self.differentiated))
         self.run.evaluated(self.index, image.detach())

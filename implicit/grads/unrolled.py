@@ -29,8 +29,9 @@ class Unrolled(AbstractGrad):
     Drops nothing: exact for the number of iterations taken, whether or not they converged; the starting state gets a
     gradient, and derivatives of any order are right. The value is f(z) of the last tested z, so that even a solve that
     starts at its answer depends on f's parameters. Cost: n vector-Jacobian products, and with `checkpoint` n
-    evaluations more. When to use: as the reference to compare with, and where few iterations are trained as a network
-    of that depth.
+    evaluations more. A residual is read at every evaluation, whatever `Stop.check_every` and `Stop.late` say. A solver
+    whose steps have no graph (`NewtonKrylov`) is refused. When to use: as the reference to compare with, and where few
+    iterations are trained as a network of that depth.
 
     Memory, for n evaluations that keep a states each, and a solver whose step keeps s:
 
@@ -71,6 +72,8 @@ class Unrolled(AbstractGrad):
                 f"Unrolled(checkpoint={self.checkpoint}) runs segments twice, so nothing may be decided while it runs: "
                 "pass stop=Stop(rtol=0, atol=0, max_evals=n) and no trace or callback, or checkpoint=True."
             )
+        if stop.has_tolerance:  # every evaluation is read for NaN that autograd must not keep
+            stop = replace(stop, check_every=1, late=False)
         solved = self._solve(problem, solver, stop, options)
         if transforms_active():
             return replace(solved, evals=solved.evals + 1)

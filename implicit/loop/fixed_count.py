@@ -26,7 +26,7 @@ from implicit.pytree import Flat, Layout, State, map_tensors, to_device, to_host
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, Point
 from implicit.stopping import Criterion, Stop, classify_count
-from implicit.torch_internals import host_readable, not_compiled
+from implicit.torch_internals import has_derivative, host_readable, not_compiled
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,16 @@ class _Position:
 
 
 def begin(solver: AbstractSolver[Any], point: Point, options: SolveOptions) -> Any:
-    """The solver state before the first step."""
+    """The solver state before the first step.
+
+    Raises:
+        ValueError: f(z) has a derivative that the solver's steps would lose.
+    """
+    if not solver.differentiable and has_derivative(point.fz):
+        raise ValueError(
+            f"The steps of {type(solver).__name__} cannot be recorded, so that the gradient would be that of the last "
+            "evaluation alone: use grad=IFT() in place of Unrolled, or another solver."
+        )
     if options.state is None:
         return solver.init(point)
     return solver.resume(point, validate_warm_start(options.state, solver.init(point)))

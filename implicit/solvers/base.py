@@ -75,6 +75,11 @@ class AbstractSolver(abc.ABC, Generic[S]):
         return state
 
     @property
+    def differentiable(self) -> bool:
+        """Whether autograd can record the steps, as `Unrolled` needs."""
+        return True
+
+    @property
     def has_cautious_stage(self) -> bool:
         """Whether the solver's `retreat` keeps its history and takes more careful steps in the cautious stage."""
         return False

@@ -2,8 +2,8 @@
 
 Rows are stored in blocks of 8, 8, 16, 32, ... rows that are allocated when first needed and never copied, so k rows
 take k to 2k states and at most `capacity`. A history of less than a mebibyte is one block from the start, or has a
-second one for all rows but the `first`, if that is given. Writing is in place unless autograd records it, and into a
-copy then.
+second one for all rows but the `first`, if that is given. Writing is in place, or into a copy where autograd records it
+or a torch.func transform maps it.
 """
 
 from dataclasses import dataclass, replace
@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit.pytree import Flat
+from implicit.torch_internals import depends_on_transform, transforms_active
 
 _FIRST = 8  # rows of the first block
 _SMALL = 2**20  # bytes of a history that is one block
@@ -21,7 +22,7 @@ Coefficients = Float[Tensor, "B 1 K"]
 
 def put(rows: Float[Tensor, "B K M"], slot: int, value: Float[Tensor, "B M"]) -> Float[Tensor, "B K M"]:
     """`rows` with row `slot` of every sample replaced by `value`."""
-    if torch.is_grad_enabled() and (rows.requires_grad or value.requires_grad):
+    if not _in_place(rows, value):
         return torch.cat((rows[:, :slot], value.unsqueeze(1), rows[:, slot + 1 :]), dim=1)
     rows[:, slot] = value
     return rows
@@ -31,11 +32,17 @@ def put_difference(
     rows: Float[Tensor, "B K M"], slot: int, a: Float[Tensor, "B M"], b: Float[Tensor, "B M"]
 ) -> Float[Tensor, "B K M"]:
     """`rows` with row `slot` of every sample replaced by a - b."""
-    recorded = torch.is_grad_enabled() and (rows.requires_grad or a.requires_grad or b.requires_grad)
-    if recorded or torch.compiler.is_compiling():  # dynamo has no out= that is a view
+    if torch.compiler.is_compiling() or not _in_place(rows, a, b):  # dynamo has no out= that is a view
         return put(rows, slot, a - b)
     torch.sub(a, b, out=rows[:, slot])
     return rows
+
+
+def _in_place(*given: Tensor) -> bool:
+    """Whether rows may be written in place: neither autograd nor a transform holds one of `given`."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        return False
+    return torch.compiler.is_compiling() or not (transforms_active() and any(map(depends_on_transform, given)))
 
 
 def dots(rows: Float[Tensor, "B K M"], x: Float[Tensor, "B M"]) -> Float[Tensor, "B 1 K"]:

@@ -45,8 +45,8 @@ class NewtonKrylov(AbstractSolver[NewtonKrylovState]):
     """Newton-GMRES: each step costs one evaluation and as many Jacobian-vector products as GMRES takes.
 
     Products are taken by forward mode or, where an operator of f has none, by differentiating backward mode twice;
-    each counts as one evaluation. Not differentiable through `Unrolled`. States held: a growing number, at most
-    min(inner, N) + 6 for a sample of N numbers.
+    each counts as one evaluation. `Unrolled` refuses it, for its steps have no graph. States held: a growing number,
+    at most min(inner, N) + 6 for a sample of N numbers.
 
     Args:
         inner: largest number of Krylov vectors a step, >= 1; N of them always suffice.
@@ -69,6 +69,10 @@ class NewtonKrylov(AbstractSolver[NewtonKrylovState]):
         system = HessenbergSystem.empty(columns, point.z.new_ones(rows))
         slot = torch.zeros(rows, dtype=torch.int64, device=point.z.device)
         return NewtonKrylovState(point.z, HistoryBuffer(columns), system, slot)
+
+    @property
+    def differentiable(self) -> bool:
+        return False
 
     @property
     def patience(self) -> int:

@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import implicit
-from implicit import DEQ, Anderson, Reversible, Stop, fixed_point
-from tests.helpers import ESTIMATORS, each_solver, half, solve
+from implicit import DEQ, GMRES, IFT, Anderson, Broyden, Reversible, Stop, fixed_point
+from tests.helpers import ESTIMATORS, Waits, each_solver, half, solve, watching
 
 IMPORT = """
 import os, sys, time, torch
@@ -99,3 +99,37 @@ def test_no_solve_of_a_float32_state_makes_float64_on_the_device(solver, stop):
     with torch.no_grad(), OneWidth():
         found = fixed_point(lambda z: rate * torch.tanh(z + 0.1) + 1, torch.zeros(3, 4), solver=solver, stop=stop)
     assert torch.isfinite(found.value).all()
+
+
+class Accelerator(Waits):
+    """A device without float64, of which numpy reads nothing; what `.cpu()` gives is on the host."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        on_host = bool(args) and hasattr(args[0], "_host")
+        if getattr(func, "__name__", "") in ("numpy", "__array__") and not on_host:
+            raise TypeError("numpy reads no tensor of this device")
+        out = super().__torch_function__(func, types, args, kwargs)
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.ndim and t.dtype == torch.float64 and not hasattr(t, "_host"):
+                raise TypeError(f"no such number on this device: {func}")
+        return out
+
+
+@pytest.mark.parametrize("solver", [None, GMRES(memory=3)], ids=str)
+@pytest.mark.parametrize("again", [False, True])
+def test_the_linear_solve_of_ift_reads_through_the_host_and_makes_no_float64_on_the_device(solver, again):
+    w = torch.full((4,), 0.7, requires_grad=True)
+    value = fixed_point(lambda z: torch.tanh(z.roll(1, 1) * w) + 1, torch.zeros(3, 4), grad=IFT(solver)).value
+    with watching(Accelerator()):
+        (g,) = torch.autograd.grad(value.sum(), w, create_graph=again)
+        if again:
+            g.square().sum().backward()
+    assert g.isfinite().all() and (not again or w.grad.isfinite().all())
+
+
+def test_the_linear_solve_of_ift_by_a_solver_of_fixed_points_makes_no_float64_on_the_device():
+    w = torch.full((4,), 0.7, requires_grad=True)
+    value = fixed_point(lambda z: torch.tanh(z.roll(1, 1) * w) + 1, torch.zeros(3, 4), grad=IFT(Broyden())).value
+    with OneWidth():
+        (g,) = torch.autograd.grad(value.sum(), w)
+    assert g.isfinite().all()

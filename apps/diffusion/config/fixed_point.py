@@ -72,6 +72,8 @@ def check_pair(grad: implicit.AbstractGrad, solver: implicit.AbstractSolver[Any]
             f"SHINE needs a solver with an approximate inverse, and {own.__name__} has none; use solver:broyden, "
             "solver:anderson, solver:anderson-gs, solver:multisecant or solver:bad-broyden."
         )
+    if isinstance(grad, implicit.Unrolled) and not solver.differentiable:
+        raise ValueError(f"Unrolled cannot record the steps of {own.__name__}; use grad:ift, or another solver.")
     if isinstance(grad, implicit.Reversible) and solver != implicit.Picard():
         raise ValueError(
             f"Reversible is an iteration of its own and would ignore {own.__name__}; leave the solver at solver:picard."

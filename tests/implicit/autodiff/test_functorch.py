@@ -8,6 +8,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 import implicit
 from implicit import IFT, JFB, Picard, Stop, Unrolled, fixed_point
+from tests.helpers import F64, each_solver
 
 TIGHT = Stop(rtol=1e-13, atol=0, max_evals=200)
 EXACT = IFT(stop=Stop(rtol=1e-13, atol=0, max_evals=200), on_failure="ignore")
@@ -327,3 +328,19 @@ def test_claims_in_half_precision(dtype, rtol):
     _, (value, result) = grad(solve, has_aux=True)(w)
     outside = fixed_point(lambda z, w: torch.tanh(z @ w.T + x), torch.zeros_like(x), w, stop=stop)
     assert torch.equal(result, outside.result) and torch.equal(value, outside.value)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("recorded", [False, True])
+@each_solver
+def test_a_fixed_count_of_an_ensemble_is_mapped_step_by_step(solver, recorded):
+    """vmap over weights while the start is one: histories that are written in place would be one too."""
+    rng = torch.Generator().manual_seed(0)
+    w = 0.3 * torch.randn(2, 4, 4, generator=rng, dtype=F64)
+    z0, stop = torch.zeros(2, 4, dtype=F64), Stop(rtol=0, atol=0, max_evals=9)
+
+    def value(w):
+        return fixed_point(lambda z: torch.tanh(z @ w + 1), z0, solver=solver, grad=Unrolled(), stop=stop).value
+
+    with torch.set_grad_enabled(recorded):
+        torch.testing.assert_close(torch.vmap(value)(w), torch.stack([value(one) for one in w]), rtol=1e-12, atol=1e-14)

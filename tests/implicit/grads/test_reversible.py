@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from implicit import Result, Reversible, Stop, fixed_point
+from implicit import Picard, Result, Reversible, Stop, fixed_point
 from tests.layers import F64, dense_gradient, dense_solution, flat, layer, off
 
 
@@ -161,3 +161,47 @@ def test_claims_hold_for_the_value(norm, budget):
         first = scale * torch.linalg.vector_norm(f(torch.zeros(12, 2)).double(), ord=ord, dim=1)
         allowed = 1e-5 * torch.maximum(size, torch.finfo(torch.float32).eps ** 0.5 * first)
         assert (residual <= 1.001 * allowed)[solution.result == 0].all()
+
+
+def test_a_solve_within_f_is_solved_again_from_where_the_run_has_come_back_to():
+    """Against the same iteration over a loop in place of the solve."""
+    rng = torch.Generator().manual_seed(0)
+    w = (0.3 * torch.randn(4, 4, generator=rng, dtype=F64)).requires_grad_()
+    b = torch.randn(2, 4, generator=rng, dtype=F64)
+
+    def phi(y, z):
+        return torch.tanh(0.2 * y.roll(1, 1) + z @ w + b)
+
+    def solved(z):
+        return fixed_point(phi, torch.zeros_like(z), z, solver=Picard(), stop=Stop(rtol=1e-13, max_evals=40)).value
+
+    def looped(z):
+        y = torch.zeros_like(z)
+        for _ in range(25):
+            y = phi(y, z)
+        return y
+
+    def gradient(f):
+        stop = Stop(rtol=1e-4, max_evals=30)
+        value = fixed_point(f, torch.zeros(2, 4, dtype=F64), solver=Picard(), grad=Reversible(), stop=stop).value
+        return torch.autograd.grad(value.square().sum(), w)[0]
+
+    torch.testing.assert_close(gradient(solved), gradient(looped), rtol=1e-6, atol=1e-8)
+
+
+def test_a_map_that_branches_at_its_start_is_repeated_on_the_same_branch():
+    w = torch.tensor(0.5, dtype=F64, requires_grad=True)
+
+    def f(z):
+        return w.sin() * z.exp().sin() + 1 if (z == 0.3).all() else w * z + 1
+
+    value = fixed_point(
+        f, torch.full((2, 1), 0.3, dtype=F64), solver=Picard(), grad=Reversible(), stop=Stop(rtol=1e-9, max_evals=60)
+    ).value
+    (got,) = torch.autograd.grad(value.sum(), w)
+    y = z = torch.full((2, 1), 0.3, dtype=F64)
+    for _ in range(29):
+        y = 0.5 * y + 0.5 * f(z)
+        z = 0.5 * z + 0.5 * f(y)
+    (true,) = torch.autograd.grad(f(z).sum(), w)
+    torch.testing.assert_close(got, true, rtol=1e-6, atol=0)

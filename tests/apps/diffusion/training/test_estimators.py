@@ -91,6 +91,7 @@ def test_none_of_the_library_is_left_out():
         (implicit.SHINE(), implicit.Picard(), "solver:broyden"),
         (implicit.Reversible(), implicit.Anderson(), "solver:picard"),
         (implicit.SHINE(), implicit.NewtonKrylov(), "NewtonKrylov has none"),
+        (implicit.Unrolled(), implicit.NewtonKrylov(), "Unrolled .* NewtonKrylov"),
     ],
 )
 def test_pairs_that_cannot_work_are_refused(grad, solver, message):
