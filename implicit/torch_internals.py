@@ -73,7 +73,12 @@ def depends_on_transform(t: Tensor) -> bool:
 
 
 def has_derivative(t: Tensor) -> bool:
-    """Whether t has a derivative in a transform or mode that is on (`get_unwrapped`, 2.13.0)."""
+    """Whether t has a derivative in a transform or mode that is on (`get_unwrapped`, 2.13.0).
+
+    While dynamo traces, transforms are not visible.
+    """
+    if torch.compiler.is_compiling():
+        return t.requires_grad
     while True:
         if t.requires_grad or _has_tangent(t):
             return True
