@@ -46,22 +46,6 @@ def test_rows_that_reach_each_other_are_solved_as_one_system(solver):
     assert int(found.evals.max()) <= 2 * int(whole.evals) + 20
 
 
-@pytest.mark.parametrize("stop", [{}, {"late": True}, {"check_every": 3}, {"norm": "max"}], ids=str)
-@each_solver
-def test_a_residual_beside_coupled_rows_is_that_of_the_value_where_none_converges(solver, stop):
-    rng = torch.Generator().manual_seed(3)
-    w = torch.randn(4, 4, generator=rng, dtype=F64)
-    found = solve(
-        lambda z: torch.sin(2 * z.roll(1, 0) @ w + 1),
-        torch.zeros(5, 4, dtype=F64),
-        solver=solver,
-        stop=Stop(rtol=1e-12, max_evals=14, **stop),
-    )
-    r = torch.sin(2 * found.value.roll(1, 0) @ w + 1) - found.value
-    assert not found.converged.any()
-    torch.testing.assert_close(found.residual, torch.linalg.vector_norm(r, torch.inf if stop.get("norm") else 2, dim=1))
-
-
 @each_solver
 def test_unrolled_returns_z_where_f_of_its_image_is_not_finite(solver):
     """f(0) = 3, and f is undefined there; the other row converges."""
@@ -175,6 +159,8 @@ def test_a_fixed_count_claims_nothing_of_rows_beside_others_that_move(grad):
 @each_solver
 @pytest.mark.parametrize("grad", [IFT(), JFB(2), Unrolled()], ids=repr)
 def test_a_fixed_count_that_is_observed_has_the_same_answer(solver, grad):
+    if isinstance(grad, Unrolled) and not solver.differentiable:
+        pytest.skip("refused by name")
     rate, seen = torch.tensor([[0.3], [0.9], [-3.0]], dtype=F64, requires_grad=True), []
 
     def f(z):
