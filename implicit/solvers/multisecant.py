@@ -234,7 +234,10 @@ class Multisecant(AbstractSolver[MultisecantState]):
         eps = torch.finfo(own.dtype).eps
         noise = own <= torch.maximum(_NOISE * eps * _norm(point.fz), eps**_FLAT * far)
         if torch.is_grad_enabled() and vectors.requires_grad:
-            own = vectors[:, 2].square().sum(dim=1, keepdim=True).masked_fill(noise, 1).sqrt()
+            # the same number, with a derivative
+            length = vectors[:, 2].square().sum(dim=1, keepdim=True).masked_fill(noise, 1)
+            length = length.clamp_min(torch.finfo(own.dtype).tiny).sqrt()
+            own = own * (length / length.detach())
         own = own.masked_fill(noise, torch.inf).reciprocal()
         inverse = put(state.inverse.unsqueeze(2), slot, own).squeeze(2)
         new = replace(
