@@ -37,7 +37,7 @@ HELD_BY = {
     ),
     "The tolerance does not depend": (
         "implicit/test_tolerance.py::test_rtol_alone_decides_at_every_size",
-        "implicit/test_claims.py::test_small_leaves_meet_the_tolerance_of_their_own",
+        "implicit/test_tolerance.py::test_small_leaves_meet_the_tolerance_of_their_own",
     ),
     "States are tensors or nested": (
         "implicit/test_properties.py::test_nested_equals_flat",
