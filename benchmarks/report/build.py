@@ -90,6 +90,8 @@ def guide(result: Path, page: Path) -> None:
         text = mark(text, "traffic", core_solvers.traffic(found)) if "bytes moved" in found else text
         public = read_result(result.with_name("public_problems.json"))
         text = mark(text, "public problems", core_solvers.public(public)) if public else text
+        cases = read_result(result.with_name("contractions.json"))
+        text = mark(text, "contractions", core_solvers.contractions(cases)) if cases else text
         compiled = read_result(result.with_name("compiled.json"))
         page.write_text(mark(text, "compiled", core_solvers.compiled(compiled)) if compiled else text)
 

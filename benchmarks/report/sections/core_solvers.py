@@ -67,6 +67,15 @@ def public(found: dict[str, Any]) -> str:
     return table(head, ([solver, *(cell(rows[solver]["total"]) for rows in found.values())] for solver in solvers))
 
 
+def contractions(found: dict[str, Any]) -> str:
+    """Cases in which the default needs more evaluations than plain iteration, by family."""
+    rows = (
+        (family, row["cases"], row["over"], row["plain"], row["default"]) for family, row in found["families"].items()
+    )
+    head = ("contractions", "cases", f"over {found['allowed']} times plain iteration", "plain, evaluations", "default")
+    return table(head, ((family, *(str(number) for number in numbers)) for family, *numbers in rows))
+
+
 def counts(found: dict[str, Any]) -> str:
     """Problems solved and evaluations in sum."""
     precisions = list(found["summary"])
