@@ -1,7 +1,7 @@
 """Peak memory of a training step at XL/2 without a GPU, predicted on fake tensors or counted in real steps on the CPU.
 
     python -m benchmarks.diffusion.memory                writes benchmarks/results/memory_xl.json and prints the tables
-    python -m benchmarks.diffusion.memory --real 1 2     steps that fake tensors cannot run: IFT and Reversible
+    python -m benchmarks.diffusion.memory --real 8 16    steps that fake tensors cannot run: IFT and Reversible
     python -m benchmarks.diffusion.memory --validate     real steps beside their predictions (14 GiB of free memory)
     python -m benchmarks.diffusion.memory --largest      the largest batch on each card with checkpointing, by search
 
@@ -150,7 +150,8 @@ def fake_peak(case: Case, size: Size = XL) -> int:
 
 def real_peaks(case: Case, size: Size = XL) -> tuple[int, int]:
     """The same on real tensors on the CPU: bytes of storages alive at the peak of the whole second step, and at that of
-    its forward and backward pass, which is affine in the batch size.
+    its forward and backward pass. That is affine in the batch size where the activations take more than the gradients,
+    from about batch 8 on at XL/2; at batch 1 and 2 it is the sum of weights, gradients and moments.
     """
     gc.collect()
     passes: list[int] = []
@@ -338,14 +339,14 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, default=RESULTS / "memory_xl.json", help="result file; resumed if it exists"
     )
     parser.add_argument("--batches", type=int, nargs="*", default=[64, 8, 1], help="batch sizes of the predictions")
-    parser.add_argument("--real", type=int, nargs="*", default=[], help="batch sizes of real steps, such as 1 2")
+    parser.add_argument("--real", type=int, nargs="*", default=[], help="batch sizes of real steps, such as 8 16")
     parser.add_argument("--validate", action="store_true", help="real steps at batch 1 and 2 beside their predictions")
     parser.add_argument("--largest", action="store_true", help="search for the largest batches with checkpointing")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     old = read_result(options.out)
     result = {
-        "command": "python -m benchmarks.diffusion.memory --real 1 2 --validate --largest",
+        "command": "python -m benchmarks.diffusion.memory --real 8 16 --validate --largest",
         "size": asdict(XL),
         "optimizer": "fused AdamW, float32",
         **provenance("cpu", "diffusers"),
