@@ -208,7 +208,9 @@ class Multisecant(AbstractSolver[MultisecantState]):
         state = replace(state, systems=systems, mu=torch.threshold(mu.clamp_max(1), _NONE, 0))
         # the mixture; r and the columns have norm 1 here
         used = products.shape[2]
-        size, inverse = state.size.clamp_min(torch.finfo(mu.dtype).tiny), state.inverse[:, :used]
+        # (a residual of 0 keeps its own unit, for the derivative of a division by it would be NaN)
+        size = state.size.masked_fill(state.size <= torch.finfo(mu.dtype).tiny ** 0.5, 1)
+        inverse = state.inverse[:, :used]
         cosines = products * (inverse / size).unsqueeze(1)
         y, promised = mixtures(systems[:, :, :used, :used], cosines, self._in_use(state, used), state.mu)
         # type II where the model has failed, and where the residual of type I is far from the smallest
