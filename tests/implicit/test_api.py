@@ -1,5 +1,6 @@
 """The public surface: types that are refused, summaries, and no import of the compiler."""
 
+import statistics
 import subprocess
 import sys
 
@@ -14,7 +15,8 @@ from tests.helpers import ESTIMATORS, Waits, each_solver, half, solve, watching
 
 IMPORT = """
 import os, sys, time, torch
-for _ in range(5):
+sys.pycache_prefix, sys.dont_write_bytecode = sys.argv[1], False
+for _ in range(6):
     if os.fork() == 0:
         began = time.process_time()
         import implicit
@@ -24,11 +26,13 @@ for _ in range(5):
 """
 
 
-def test_the_import_adds_little_to_that_of_torch_and_leaves_the_compiler_out():
-    out = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+def test_the_import_adds_little_to_that_of_torch_and_leaves_the_compiler_out(tmp_path):
+    """The first process compiles the modules, as an installer does, and is not counted."""
+    command = [sys.executable, "-c", IMPORT, str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, compiler = zip(*(line.split() for line in out.stdout.splitlines()), strict=True)
-    assert len(seconds) == 5 and set(compiler) == {"False"}
-    assert min(map(float, seconds)) < 0.3  # seconds of CPU; other work on the machine only adds to them
+    assert len(seconds) == 6 and set(compiler) == {"False"}
+    assert statistics.median(map(float, seconds[1:])) < 0.3  # seconds of CPU
 
 
 def test_the_version_is_that_of_the_project():
