@@ -1,6 +1,5 @@
 """The public surface: types that are refused, summaries, and no import of the compiler."""
 
-import statistics
 import subprocess
 import sys
 
@@ -32,7 +31,7 @@ def test_the_import_adds_little_to_that_of_torch_and_leaves_the_compiler_out(tmp
     out = subprocess.run(command, capture_output=True, text=True, check=True)
     seconds, compiler = zip(*(line.split() for line in out.stdout.splitlines()), strict=True)
     assert len(seconds) == 6 and set(compiler) == {"False"}
-    assert statistics.median(map(float, seconds[1:])) < 0.3  # seconds of CPU
+    assert min(map(float, seconds[1:])) < 0.3  # seconds of CPU; other work on the machine only adds to them
 
 
 def test_the_version_is_that_of_the_project():
