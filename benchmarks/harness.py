@@ -29,34 +29,18 @@ VIEWS = frozenset(
 
 
 class OperatorCounter(TorchDispatchMode):
-    """Counts the operators called under it, views excepted."""
+    """Counts the operators called under it, views excepted, and the bytes of all tensors they take and return."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.bytes = 0
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.count += func.overloadpacket.__name__ not in VIEWS  # pyright: ignore[reportFunctionMemberAccess]
-        return func(*args, **(kwargs or {}))
-
-
-class TrafficCounter(TorchDispatchMode):
-    """Counts the bytes that operators read and write, views excepted: all tensors they take and return, once each."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ not in VIEWS:  # pyright: ignore[reportFunctionMemberAccess]
-            for x in tree_leaves((args, kwargs, out)):
-                if isinstance(x, torch.Tensor):
-                    self.bytes += x.numel() * x.element_size()
+        if func.overloadpacket.__name__ not in VIEWS:
+            self.count += 1
+            tensors = (x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
+            self.bytes += sum(x.numel() * x.element_size() for x in tensors)
         return out
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torchdeq.solver import anderson_solver, broyden_solver, fixed_point_iter
 
-from benchmarks.harness import MemoryTracker, OperatorCounter, TrafficCounter, paired, ratio
+from benchmarks.harness import MemoryTracker, OperatorCounter, paired, ratio
 from implicit import Anderson, AndersonGS, Broyden, Multisecant, Picard, Stop, iterate
 
 PEERS = {"plain": fixed_point_iter, "Anderson": anderson_solver, "Broyden": broyden_solver}
@@ -94,7 +94,7 @@ def traffic_of(shape: str, name: str) -> dict[str, float]:
     runs = contenders(f, z0)
     moved = {}
     for one in ("bare", name):
-        with torch.no_grad(), TrafficCounter() as counter:
+        with torch.no_grad(), OperatorCounter() as counter:
             runs[one]()
         moved[one] = counter.bytes
     own = (moved[name] - moved["bare"]) / EVALS

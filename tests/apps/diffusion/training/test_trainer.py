@@ -34,7 +34,7 @@ def trained(steps=4, config=SMALL, **optimizer):
     return trainer, torch.tensor(losses)
 
 
-def close(a, b, **tolerance):
+def assert_same(a, b, **tolerance):
     (x, losses), (y, others) = a, b
     torch.testing.assert_close(losses, others, **tolerance)
     for (name, p), q in zip(x.model.named_parameters(), y.model.parameters(), strict=True):
@@ -47,7 +47,7 @@ def test_parts_of_a_batch_add_up_to_the_batch(kind):
     if kind == "dit":
         config = dataclasses.replace(SMALL, model=c.ModelConfig(kind="dit", depth=2, hidden=16, heads=2))
     # plain gradient descent would agree to rounding; Adam divides by the gradient's size
-    close(trained(config=config), trained(config=config, accumulate=4), rtol=1e-3, atol=2e-5)
+    assert_same(trained(config=config), trained(config=config, accumulate=4), rtol=1e-3, atol=2e-5)
 
 
 def test_parts_are_that_many_calls_of_the_model():
@@ -60,7 +60,7 @@ def test_parts_are_that_many_calls_of_the_model():
 
 def test_checkpointing_changes_no_bit_and_keeps_less():
     plain, checked = trained(), trained(checkpointing=True)
-    close(plain, checked, rtol=0, atol=0)
+    assert_same(plain, checked, rtol=0, atol=0)
     assert kept(checked[0]) < 0.5 * kept(plain[0])
 
 
@@ -87,7 +87,7 @@ def kept(trainer):
 def test_compiled_blocks_learn_the_same():
     plain, compiled = trained(steps=2), trained(steps=2, compile="aot_eager")
     assert compiled[0].model._compiled is not None
-    close(plain, compiled, rtol=1e-4, atol=1e-6)
+    assert_same(plain, compiled, rtol=1e-4, atol=1e-6)
     assert compiled[0].checkpoint().model.keys() == plain[0].checkpoint().model.keys()
 
 
