@@ -30,13 +30,10 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from apps.diffusion.models import FPDM, DiT
 from benchmarks.diffusion import steps
+from benchmarks.diffusion.largest_batch import CARDS, Case, searched
+from benchmarks.diffusion.memory_tables import by_row, extrapolated, markdown
 from benchmarks.harness import RESULTS, MemoryTracker, provenance, read_result, write_result
-from benchmarks.report.formatting import table
 from implicit import JFB, AbstractGrad, Unrolled
-
-GIB = 2**30
-CARDS = {"80 GB": 80e9, "16 GB": 16e9}
-"""Nominal capacities in bytes; the share that a CUDA context and fragmentation take is not subtracted."""
 
 ESTIMATORS: dict[str, tuple[int, AbstractGrad]] = {
     "S-JFB (0, 1)": (1, Unrolled()),
@@ -48,21 +45,6 @@ ESTIMATORS: dict[str, tuple[int, AbstractGrad]] = {
 BY_VALUES = {name: steps.ESTIMATORS[name] for name in ("IFT", "Reversible")}
 """The same for estimators that read values in the backward pass: IFT takes at most 12 products."""
 VALIDATED = "S-JFB (6, 6), near the expected draw"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One training step."""
-
-    network: str
-    batch: int
-    estimator: str = ""
-    checkpointed: bool = False
-    precision: str = "fp32"
-
-    @property
-    def row(self) -> tuple[str, str, str, str]:
-        return self.network, self.estimator, "checkpointed" if self.checkpointed else "", self.precision
 
 
 @dataclass(frozen=True)
@@ -191,42 +173,6 @@ def validated() -> Iterator[Case]:
     yield Case("DiT", 1, precision="bf16")
 
 
-def largest_batch(peaks: dict[int, int], capacity: float) -> int:
-    """The largest batch that fits, by the line through the peaks at the two largest batches.
-
-    At small batches the peak may be that of the optimizer's step, which does not depend on the batch.
-    """
-    (a, low), (b, high) = sorted(peaks.items())[-2:]
-    slope = (high - low) / (b - a)
-    return max(0, int((capacity - (low - slope * a)) // slope))
-
-
-def searched(peaks: dict[int, int], capacity: float, peak: Callable[[int], int]) -> tuple[int, dict[int, int]]:
-    """The largest batch that fits, and the peaks that show it: its own and that of one sample more.
-
-    The peak grows with the batch as a maximum of lines, so the chord between a batch that fits and one that does not
-    leads to one that fits, and the line through the two largest batches bounds the answer from above.
-
-    Args:
-        peaks: known peaks of at least two batches.
-        capacity: in bytes.
-        peak: the peak of another batch.
-    """
-    known = {0: 0, **peaks}
-    while True:
-        low = max(batch for batch, size in known.items() if size <= capacity)
-        above = [batch for batch, size in known.items() if size > capacity]
-        if not above:
-            guess = max(low, largest_batch(peaks, capacity)) + 1
-        elif min(above) == low + 1:
-            return low, {low: known[low], low + 1: known[low + 1]}
-        else:
-            high = min(above)
-            step = (capacity - known[low]) / (known[high] - known[low]) * (high - low)
-            guess = min(max(low + int(step), low + 1), high - 1)
-        known[guess] = peak(guess)
-
-
 def searched_cases() -> Iterator[Case]:
     """Rows whose largest batch is searched for, at any batch: those with checkpointing."""
     for precision in ("fp32", "bf16"):
@@ -243,67 +189,6 @@ def _searched(case: Case, peaks: dict[int, int]) -> dict[str, Any]:
         batch, shown = searched(peaks, capacity, lambda batch: fake_peak(replace(case, batch=batch)))
         found[card] = {"batch": batch, "peak bytes": shown[batch], "with one more": shown[batch + 1]}
     return {"largest": found}
-
-
-def fits(row: tuple[str, ...], peaks: dict[int, int], card: str, largest: list[dict[str, Any]]) -> str:
-    """The largest batch of a row on a card: of the search, or by the line through two batches. With checkpointing the
-    peak moves from the end of the backward pass to its beginning as the batch grows. A maximum of lines is convex, so
-    that the line then gives an upper bound beyond the two batches, and a lower one between them.
-    """
-    settled = [one["largest"][card]["batch"] for one in largest if Case(**one["case"]).row == row]
-    if settled:
-        return str(settled[0])
-    if len(peaks) < 2:
-        return "-"
-    found = largest_batch(peaks, CARDS[card])
-    bound = "at least " if found < max(peaks) else "at most "
-    return f"{bound if 'checkpointed' in row else ''}{found}"
-
-
-def by_row(measured: list[dict[str, Any]]) -> dict[tuple[str, str, str, str], dict[int, int]]:
-    """Row -> batch -> peak bytes."""
-    rows: dict[tuple[str, str, str, str], dict[int, int]] = {}
-    for found in measured:
-        case = Case(**found["case"])
-        rows.setdefault(case.row, {})[case.batch] = found["peak bytes"]
-    return rows
-
-
-def markdown(measured: list[dict[str, Any]], largest: list[dict[str, Any]]) -> str:
-    """Peaks in GiB by batch, share of the DiT's, and the largest batch on each card."""
-    rows = by_row(measured)
-    batches = sorted({batch for peaks in rows.values() for batch in peaks})
-    lines = []
-    for row, peaks in rows.items():
-        base = rows.get(("DiT", "", *row[2:]), {})
-        both = max(peaks.keys() & base.keys(), default=None)
-        share = "-" if both is None else f"{peaks[both] / base[both]:.2f} (batch {both})"
-        cards = [fits(row, peaks, card, largest) for card in CARDS]
-        sizes = [f"{peaks[b] / GIB:.2f}" if b in peaks else "-" for b in batches]
-        lines.append([", ".join(filter(None, row)), *sizes, share, *cards])
-    head = ["training step", *(f"batch {b}" for b in batches), "of the same DiT"]
-    return table([*head, *(f"largest batch, {card}" for card in CARDS)], lines)
-
-
-def extrapolated(counts: list[dict[str, Any]]) -> str:
-    """Peaks of real steps in GiB, and what follows from the line through those of forward and backward passes."""
-    rows: dict[str, dict[int, dict[str, int]]] = {}
-    for found in counts:
-        rows.setdefault(found["case"]["estimator"], {})[found["case"]["batch"]] = found
-    lines = []
-    for estimator, found in rows.items():
-        if len(found) < 2:
-            continue
-        passes = {batch: row["passes bytes"] for batch, row in found.items()}
-        (a, low), (b, high) = sorted(passes.items())[-2:]
-        at = {batch: low + (high - low) * (batch - a) / (b - a) for batch in (8, 64)}
-        least = min(row["peak bytes"] for row in found.values())  # of the optimizer's step
-        fits = [str(largest_batch(passes, size)) for size in CARDS.values()]
-        cells = [f"{row['peak bytes'] / GIB:.2f}" for _, row in sorted(found.items())]
-        lines.append([f"FPDM, {estimator}, fp32", *cells, *(f"{max(p, least) / GIB:.2f}" for p in at.values()), *fits])
-    batches = sorted({found["case"]["batch"] for found in counts})
-    head = ["training step", *(f"batch {b}, counted" for b in batches), "batch 8, by the line", "batch 64, by the line"]
-    return table([*head, *(f"largest batch, {card}" for card in CARDS)], lines)
 
 
 def measure(

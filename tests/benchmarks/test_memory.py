@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.diffusion import memory
+from benchmarks.diffusion import largest_batch, memory, memory_tables
 
 SMALL = memory.Size(hidden=64, heads=4, depth=3, side=8)
 
@@ -11,12 +11,12 @@ SMALL = memory.Size(hidden=64, heads=4, depth=3, side=8)
 @pytest.mark.parametrize(
     "case",
     [
-        memory.Case("DiT", 2),
-        memory.Case("DiT", 2, checkpointed=True),
-        memory.Case("FPDM", 2, "S-JFB (6, 6), near the expected draw"),
-        memory.Case("FPDM", 2, "S-JFB (0, 1)", precision="bf16"),
-        memory.Case("diffusers' DiT", 2),
-        memory.Case("diffusers' DiT", 2, checkpointed=True),
+        largest_batch.Case("DiT", 2),
+        largest_batch.Case("DiT", 2, checkpointed=True),
+        largest_batch.Case("FPDM", 2, "S-JFB (6, 6), near the expected draw"),
+        largest_batch.Case("FPDM", 2, "S-JFB (0, 1)", precision="bf16"),
+        largest_batch.Case("diffusers' DiT", 2),
+        largest_batch.Case("diffusers' DiT", 2, checkpointed=True),
     ],
     ids=lambda case: ", ".join(filter(None, case.row)),
 )
@@ -26,25 +26,25 @@ def test_fake_tensors_predict_the_peak_of_a_real_step(case):
 
 def test_more_tracked_iterations_take_more_memory_than_fewer():
     few, many = (
-        memory.fake_peak(memory.Case("FPDM", 16, name), memory.Size(hidden=64, heads=4, depth=3, side=16))
+        memory.fake_peak(largest_batch.Case("FPDM", 16, name), memory.Size(hidden=64, heads=4, depth=3, side=16))
         for name in ("S-JFB (0, 1)", "S-JFB (12, 12), the worst draw")
     )
     assert many > 1.5 * few
 
 
 def test_the_largest_batch_is_where_the_line_of_the_two_largest_batches_meets_the_capacity():
-    assert memory.largest_batch({1: 40, 8: 10 + 8 * 2, 64: 10 + 64 * 2}, 50) == 20
-    assert memory.largest_batch({8: 26, 64: 138}, 5) == 0
+    assert largest_batch.largest_batch({1: 40, 8: 10 + 8 * 2, 64: 10 + 64 * 2}, 50) == 20
+    assert largest_batch.largest_batch({8: 26, 64: 138}, 5) == 0
 
 
 def test_a_card_of_the_predicted_size_takes_the_largest_batch_and_no_larger():
     size = memory.Size(hidden=64, heads=4, depth=3, side=16)
 
     def peak(batch):
-        return memory.fake_peak(memory.Case("DiT", batch), size)
+        return memory.fake_peak(largest_batch.Case("DiT", batch), size)
 
     capacity = peak(24) + 1000
-    found = memory.largest_batch({8: peak(8), 16: peak(16)}, capacity)
+    found = largest_batch.largest_batch({8: peak(8), 16: peak(16)}, capacity)
     assert peak(found) <= capacity < peak(found + 1)
 
 
@@ -58,23 +58,23 @@ def test_the_search_finds_the_largest_batch_of_a_convex_peak():
     known = {8: peak(8), 64: peak(64)}
     for capacity in (90, 105, 120, 200, 232, 233, 400, 1000):
         calls.clear()
-        found, shown = memory.searched(known, capacity, peak)
+        found, shown = largest_batch.searched(known, capacity, peak)
         assert shown.keys() == {found, found + 1}
         assert (found == 0 or peak(found) <= capacity) and capacity < peak(found + 1)
         assert len(calls) < 12
     row = ("FPDM", "JFB", "checkpointed", "fp32")
     line = {8: 10, 64: 64 * 10**9}
-    assert memory.fits(row, line, "16 GB", []).startswith("at least")
-    assert memory.fits(row, line, "80 GB", []).startswith("at most")
+    assert memory_tables.fits(row, line, "16 GB", []).startswith("at least")
+    assert memory_tables.fits(row, line, "80 GB", []).startswith("at most")
     case = {"network": "FPDM", "batch": 0, "estimator": "JFB", "checkpointed": True, "precision": "fp32"}
-    assert memory.fits(row, line, "80 GB", [{"case": case, "largest": {"80 GB": {"batch": 70}}}]) == "70"
+    assert memory_tables.fits(row, line, "80 GB", [{"case": case, "largest": {"80 GB": {"batch": 70}}}]) == "70"
 
 
 def test_every_estimator_has_a_row_and_the_file_is_resumed(tmp_path):
     rows = {case.row for case in memory.cases((8,))}
     assert len(rows) == 4 * (2 + len(memory.ESTIMATORS))
     assert {case.estimator for case in memory.real_cases((1,))} == {"IFT", "Reversible", memory.VALIDATED}
-    calls: list[memory.Case] = []
+    calls: list[largest_batch.Case] = []
 
     def peak(case):
         calls.append(case)
@@ -92,15 +92,20 @@ def test_every_estimator_has_a_row_and_the_file_is_resumed(tmp_path):
 def test_the_passes_of_an_estimator_that_reads_values_are_affine_in_the_batch(estimator):
     size = memory.Size(hidden=32, heads=4, depth=3, side=8)
     # below batch 9 at this size the history of IFT's solve takes less than 1 MiB and is allocated at once
-    rows = [memory.real_peaks(memory.Case("FPDM", batch, estimator), size) for batch in (12, 16, 20)]
+    rows = [memory.real_peaks(largest_batch.Case("FPDM", batch, estimator), size) for batch in (12, 16, 20)]
     low, middle, high = (passes for _, passes in rows)
     assert low < middle < high and middle - low == pytest.approx(high - middle, rel=0.05)
     assert all(peak >= passes for peak, passes in rows)
 
 
 def test_counted_rows_are_continued_by_their_line():
+    gib = largest_batch.GIB
     rows = [
-        {"case": {"estimator": "IFT", "batch": batch}, "peak bytes": 3 * memory.GIB, "passes bytes": batch * memory.GIB}
+        {
+            "case": {"estimator": "IFT", "batch": batch},
+            "peak bytes": 3 * gib,
+            "passes bytes": batch * gib,
+        }
         for batch in (1, 2)
     ]
-    assert "| FPDM, IFT, fp32 | 3.00 | 3.00 | 8.00 | 64.00 | 74 | 14 |" in memory.extrapolated(rows)
+    assert "| FPDM, IFT, fp32 | 3.00 | 3.00 | 8.00 | 64.00 | 74 | 14 |" in memory_tables.extrapolated(rows)

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from benchmarks.diffusion.memory import CARDS, GIB, Case, by_row, extrapolated, fits, markdown
+from benchmarks.diffusion.largest_batch import CARDS, GIB, Case
+from benchmarks.diffusion.memory_tables import by_row, extrapolated, fits, markdown
 from benchmarks.harness import read_result
 from benchmarks.report.formatting import NOTHING, table
 
