@@ -15,7 +15,6 @@ or not at all, and never over something else.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ import tyro
 from apps.diffusion.checkpoint import pretrained, state_dicts, trained_run, training_state
 from apps.diffusion.checkpoint.readers import ReadOptions, read_network, refuse
 from apps.diffusion.cli import run_request
+from apps.diffusion.files import hashing
 from apps.diffusion.files.atomic import atomic_path
 from apps.diffusion.models import build
 from apps.diffusion.models.dit import DiT
@@ -122,11 +122,8 @@ def write_pipeline(request: Request) -> str:
 
 def _provenance(request: Request) -> dict[str, Any]:
     path = request.checkpoint
-    source: dict[str, Any] = {"name": path.name, "weights": request.options.weights}
-    if path.is_file():
-        with path.open("rb") as file:
-            source["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return source
+    source = {"name": path.name, "weights": request.options.weights}
+    return source | ({"sha256": hashing.of_file(path)} if path.is_file() else {})
 
 
 if __name__ == "__main__":

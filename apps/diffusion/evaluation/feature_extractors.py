@@ -17,8 +17,8 @@ from torch import Tensor
 from apps.diffusion.config.training import Backend
 from apps.diffusion.data import TensorDataset, digits
 from apps.diffusion.data.mnist import mnist
-from apps.diffusion.evaluation.digit_classifier import Classifier, train_classifier
-from apps.diffusion.evaluation.lenet import SMALLEST, LeNet, train_lenet
+from apps.diffusion.evaluation.digit_classifier import Classifier, FeatureClassifier, train_classifier
+from apps.diffusion.evaluation.lenet import SMALLEST, train_lenet
 from apps.diffusion.files.hashing import of_tensors
 
 SMALLEST_SET = 64  # images: one batch of the classifier
@@ -69,7 +69,7 @@ class ClassifierFeatures:
         resizes: images of any shape are resized; otherwise other shapes are refused, and RGB is averaged for gray.
     """
 
-    classifier: Classifier | LeNet
+    classifier: FeatureClassifier
     shape: tuple[int, int, int]
     name: str = "trained"
     classifies: bool = True
@@ -94,22 +94,22 @@ class ClassifierFeatures:
         return Extracted(self.classifier.features(x), spatial, logits)
 
 
-def digit_features(epochs: int = 12) -> ClassifierFeatures:
+def features_of(
+    images: TensorDataset, seed: int = 0, epochs: int | None = None, name: str = "trained"
+) -> ClassifierFeatures:
+    """Of a classifier of labeled images: LeNet from 12 x 12 pixels on, below that `Classifier`."""
+    train = train_lenet if min(images.shape[1:]) >= SMALLEST else train_classifier
+    return ClassifierFeatures(train(images, seed, epochs), images.shape, name)
+
+
+def digit_features(epochs: int | None = None) -> ClassifierFeatures:
     """Of a classifier of the 8 x 8 training digits."""
-    images = digits("train")
-    return ClassifierFeatures(train_classifier(images, epochs=epochs), images.shape, "digits")
+    return features_of(digits("train"), epochs=epochs, name="digits")
 
 
 def mnist_features(epochs: int | None = None) -> ClassifierFeatures:
-    """Of LeNet trained on MNIST's held-out digits, which no diffusion model has seen; see lenet.py."""
-    images = mnist("held-out")
-    return ClassifierFeatures(train_lenet(images, epochs=epochs), images.shape, "mnist")
-
-
-def features_of(images: TensorDataset, seed: int = 0) -> ClassifierFeatures:
-    """Of a classifier of labeled images: LeNet from 12 x 12 pixels on, below that `Classifier`."""
-    train = train_lenet if min(images.shape[1:]) >= SMALLEST else train_classifier
-    return ClassifierFeatures(train(images, seed), images.shape)
+    """Of LeNet trained on MNIST's held-out digits, which no diffusion model has seen."""
+    return features_of(mnist("held-out"), epochs=epochs, name="mnist")
 
 
 def reference_features(

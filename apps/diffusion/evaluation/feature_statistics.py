@@ -11,7 +11,6 @@ suite publishes (.npz with mu, sigma, mu_s, sigma_s) are read too; they have no 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -27,6 +26,7 @@ from torch import Tensor
 from apps.diffusion.evaluation.feature_extractors import Extractor
 from apps.diffusion.evaluation.image_sources import Source
 from apps.diffusion.evaluation.metrics import Gaussian
+from apps.diffusion.files import hashing
 from apps.diffusion.files.atomic import atomic_path
 
 FORMAT = 1
@@ -120,7 +120,7 @@ def cached(source: Source, extractor: Extractor, folder: Path | None = None) -> 
     """
     if folder is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "implicit" / "statistics"
-    key = hashlib.sha256(f"{FORMAT} {source.digest} {extractor.name} {extractor.digest}".encode()).hexdigest()
+    key = hashing.of_parts([f"{FORMAT} {source.digest} {extractor.name} {extractor.digest}"])
     file = folder / f"{key[:32]}.safetensors"
     try:
         return load(file, extractor)

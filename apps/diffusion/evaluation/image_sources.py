@@ -8,7 +8,6 @@ an .npz file                arr_0 (n, H, W, C) uint8, and arr_1 (n,) the classes
 
 from __future__ import annotations
 
-import hashlib
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,6 +23,8 @@ from apps.diffusion.data import digits
 from apps.diffusion.data.image_folder import listing
 from apps.diffusion.data.mnist import mnist
 from apps.diffusion.data.preprocessing import Unusable, header, minimal_side, read
+from apps.diffusion.files import hashing
+from apps.diffusion.files.images import to_bytes
 
 BATCH = 64
 NAMED = {"digits": digits, "mnist": mnist}
@@ -82,16 +83,14 @@ def of_named(name: str, split: str, count: int | None = None, batch: int = BATCH
     held = NAMED[name](split)
     count = min(len(held), count or len(held))
     chosen = torch.arange(count) * len(held) // count
-    x = ((held.x[chosen] + 1) * 127.5).round().to(torch.uint8)
-    found = hashlib.sha256(x.numpy().tobytes()).hexdigest()
-    return Source(f"{name} ({split})", count, held.y[chosen], found, lambda: iter(x.split(batch)))
+    return of_tensors(f"{name} ({split})", held.x[chosen], held.y[chosen], batch)
 
 
-def of_tensors(name: str, x: Tensor, labels: Tensor | None) -> Source:
+def of_tensors(name: str, x: Tensor, labels: Tensor | None, batch: int = BATCH) -> Source:
     """Images (n, C, H, W) in memory, with values about in [-1, 1], in 8 bits."""
-    eight = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-    digest = hashlib.sha256(eight.numpy().tobytes()).hexdigest()
-    return Source(name, len(eight), labels, digest, lambda: iter(eight.split(BATCH)))
+    eight = to_bytes(x)
+    digest = hashing.of_parts([eight.numpy().tobytes()])
+    return Source(name, len(eight), labels, digest, lambda: iter(eight.split(batch)))
 
 
 def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source:
@@ -113,12 +112,11 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
             listed = listing(root)
             labels = torch.tensor(listed.labels)
         files = [root / file for file in listed.files]
-    total = hashlib.sha256(f"size {size}".encode())
+    parts: list[str | bytes] = [f"size {size}"]
     for file in files:
         if not file.is_file():  # reading a named pipe would wait for a writer
             raise ValueError(f"{file} is a link to no file, or not a regular file; take it out of the folder.")
-        total.update(file.relative_to(root).as_posix().encode(errors="surrogateescape"))
-        total.update(hashlib.sha256(file.read_bytes()).digest())
+        parts += [file.relative_to(root).as_posix(), bytes.fromhex(hashing.of_file(file))]
 
     def batches() -> Iterator[Tensor]:
         shape, channels = None, _channels(files)
@@ -133,7 +131,7 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
                     )
             yield torch.from_numpy(np.stack(rows))
 
-    return Source(str(root), len(files), labels, total.hexdigest(), batches, others)
+    return Source(str(root), len(files), labels, hashing.of_parts(parts), batches, others)
 
 
 def _read(file: Path, size: int | None, channels: int) -> np.ndarray:
@@ -192,9 +190,7 @@ def of_npz(path: Path, batch: int = BATCH) -> Source:
                 held = bytearray(file.read(int(np.prod(rows))))
                 yield torch.frombuffer(held, dtype=torch.uint8).view(rows).permute(0, 3, 1, 2)
 
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    return Source(str(path), shape[0], labels, found, batches)
+    return Source(str(path), shape[0], labels, hashing.of_file(path), batches)
 
 
 def _header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:

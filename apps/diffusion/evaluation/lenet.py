@@ -11,12 +11,13 @@ about 98 % of the 4000 others.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from apps.diffusion.data import TensorDataset
-from apps.diffusion.rng import Stream, drawing_from, generator
+from apps.diffusion.evaluation.digit_classifier import FeatureClassifier, trained
 
 FEATURES = 84
 SMALLEST = 12  # pixels a side
@@ -26,7 +27,7 @@ ROTATION = math.radians(15)
 SCALE, SHEAR, SHIFT = 0.15, 0.2, 0.14  # largest relative scale, shear, and shift in half image widths
 
 
-class LeNet(nn.Module):
+class LeNet(FeatureClassifier):
     """Images (B, C, H, W) -> class logits (B, num_classes), through 84 features.
 
     Args:
@@ -36,9 +37,6 @@ class LeNet(nn.Module):
     Raises:
         ValueError: an image is smaller than 12 x 12.
     """
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, shape: tuple[int, int, int], num_classes: int) -> None:
         super().__init__()
@@ -56,26 +54,17 @@ class LeNet(nn.Module):
             nn.Flatten(),
         )
         self.body = nn.Sequential(nn.Linear(24 * cells, 120), nn.ReLU(), nn.Dropout(0.3), nn.Linear(120, FEATURES))
-        self.head = nn.Linear(FEATURES, num_classes)
-        self.register_buffer("mean", torch.zeros(FEATURES))
-        self.register_buffer("std", torch.ones(FEATURES))
+        self.add_head(FEATURES, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(self.maps(x)).relu())
+    def embed(self, x: Tensor) -> Tensor:
+        return self.body(self.maps(x))
 
-    @torch.no_grad()
-    def features(self, x: Tensor) -> Tensor:
-        """The 84 features (B, 84), each with mean 0 and variance 1 over its training images."""
-        return (self.body(self.maps(x)) - self.mean) / self.std
-
-    @torch.no_grad()
-    def accuracy(self, x: Tensor, y: Tensor) -> float:
-        """The fraction of images (B, C, H, W) that are given the label (B,) they should have."""
-        return (self(x).argmax(1) == y).double().mean().item()
+    def activation(self, features: Tensor) -> Tensor:
+        return features.relu()
 
 
 def train_lenet(images: TensorDataset, seed: int = 0, epochs: int | None = None) -> LeNet:
-    """LeNet trained on these real images: AdamW, one-cycle learning rate, a random affine map for each image.
+    """LeNet trained on these real images, each under a random affine map.
 
     Args:
         images: with classes.
@@ -83,25 +72,8 @@ def train_lenet(images: TensorDataset, seed: int = 0, epochs: int | None = None)
         epochs: passes over the images; None shows 60,000 images, 25 s of one core at 28 x 28 pixels.
     """
     epochs = epochs or max(1, SHOWN // len(images))
-    with drawing_from(generator(seed, Stream.CLASSIFIER)):
-        model = LeNet(images.shape, images.num_classes)
-    draws = generator(seed, Stream.CLASSIFIER, 1)
-    batches = -(-len(images) // BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * batches)
-    with drawing_from(generator(seed, Stream.CLASSIFIER, 2)):  # dropout draws from torch's global generator
-        for _ in range(epochs):
-            for chosen in torch.randperm(len(images), generator=draws).split(BATCH):
-                x, y = images.x[chosen], images.y[chosen]
-                loss = nn.functional.cross_entropy(model(affine(x, draws)), y)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-    model.eval().requires_grad_(False)
-    features = torch.cat([model.features(part) for part in images.x.split(256)])
-    model.mean, model.std = features.mean(0), features.std(0).clamp_min(1e-6)
-    return model
+    make = partial(LeNet, images.shape, images.num_classes)
+    return trained(make, images, seed, epochs=epochs, batch=BATCH, lr=4e-3, augment=affine)
 
 
 def affine(x: Tensor, draws: torch.Generator) -> Tensor:

@@ -14,9 +14,14 @@ ROWS = 8  # of a sample grid
 MAX_COLUMNS = 20  # with more classes than this a grid has no column for each class
 
 
+def to_bytes(x: Tensor) -> Tensor:
+    """Images with values in [-1, 1] as uint8, on the CPU; values outside are clipped."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
 def to_pil(x: Tensor) -> Image.Image:
     """The image (C, H, W), C = 1 or 3, with 8 bits a channel; values outside [-1, 1] are clipped."""
-    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    pixels = to_bytes(x).permute(1, 2, 0).numpy()
     if pixels.shape[2] not in (1, 3):
         raise ValueError(f"An image has 1 or 3 channels, but this tensor has {pixels.shape[2]}; decode latents first.")
     return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)

@@ -6,8 +6,6 @@ z = scaling (latent - latents_mean) / latents_std per channel where the VAE has 
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
+
+from apps.diffusion.files import hashing
 
 
 def open_vae(
@@ -93,12 +93,8 @@ def check_images(vae: AutoencoderKL, size: int) -> None:
 def digests(vae: AutoencoderKL) -> dict[str, str]:
     """SHA-256 of the VAE's configuration and of its weights, wherever it was read from."""
     config = {key: value for key, value in dict(vae.config).items() if not key.startswith("_")}
-    weights = hashlib.sha256()
-    for key, value in sorted(vae.state_dict().items()):
-        weights.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        weights.update(value.detach().cpu().float().contiguous().numpy())
-    text = json.dumps(config, sort_keys=True, default=str)
-    return {"config_sha256": hashlib.sha256(text.encode()).hexdigest(), "weights_sha256": weights.hexdigest()}
+    weights = hashing.of_tensors(vae.state_dict(), as_float=True)
+    return {"config_sha256": hashing.of_json(config), "weights_sha256": weights}
 
 
 def constants(vae: AutoencoderKL) -> tuple[float, float]:

