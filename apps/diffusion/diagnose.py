@@ -18,6 +18,7 @@ from apps.diffusion.checkpoint.open_network import open_network
 from apps.diffusion.checkpoint.pretrained import output_folder
 from apps.diffusion.cli import device_of, run_request
 from apps.diffusion.config.sampling import SamplingOptions
+from apps.diffusion.config.serialization import at_least
 from apps.diffusion.files.atomic import make_folder, write_text
 from apps.diffusion.files.plots import timestep_curves
 from apps.diffusion.sampling.diagnosis import TimestepDiagnosis, diagnose_timesteps, table
@@ -50,11 +51,8 @@ class Request:
     """Device, such as cpu or cuda; auto: the first one of cuda, mps, xpu and cpu that is available."""
 
     def __post_init__(self) -> None:
-        if self.num < 1 or self.seed < 0 or self.budget < 1:
-            raise ValueError(
-                f"--num and --budget must be at least 1 and --seed at least 0, got {self.num}, {self.budget} and "
-                f"{self.seed}."
-            )
+        at_least(self, 1, "num", "budget")
+        at_least(self, 0, "seed")
         if not 0 < self.tolerance < 1:
             raise ValueError(f"--tolerance must lie between 0 and 1, got {self.tolerance}.")
 

@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import tyro
 
 from apps.diffusion.cli import rank_and_world, run_request
+from apps.diffusion.config.serialization import at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +55,7 @@ class Request:
     """Device: auto (the first available one of cuda, mps, xpu and cpu), or its name."""
 
     def __post_init__(self) -> None:
-        for name in ("size", "least", "batch", "shard_size", "workers"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        at_least(self, 1, "size", "least", "batch", "shard_size", "workers")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,6 +20,7 @@ import torch
 import tyro
 
 from apps.diffusion.cli import device_of, run_request
+from apps.diffusion.config.serialization import at_least
 from apps.diffusion.config.training import Backend
 from apps.diffusion.evaluation import feature_extractors
 from apps.diffusion.evaluation.feature_statistics import cached, is_statistics, load, save
@@ -69,10 +70,7 @@ class Request:
     """Print JSON instead of a table."""
 
     def __post_init__(self) -> None:
-        if self.nearest < 1 or (self.size is not None and self.size < 1):
-            raise ValueError(f"--nearest and --size must be at least 1, got {self.nearest} and {self.size}.")
-        if self.batch < 1:
-            raise ValueError(f"--batch must be at least 1, got {self.batch}.")
+        at_least(self, 1, "nearest", "size", "batch")
         if self.compile != "no" and self.features != "inception":
             raise ValueError(f"--compile {self.compile} is for --features inception; leave it out.")
         if self.neighbors is not None and self.neighbors.suffix != ".png":

@@ -22,7 +22,7 @@ from apps.diffusion.checkpoint.open_network import OpenedNetwork, open_network
 from apps.diffusion.checkpoint.pretrained import output_folder
 from apps.diffusion.cli import device_of, rank_and_world, run_request
 from apps.diffusion.config.sampling import SamplingOptions
-from apps.diffusion.config.serialization import to_plain
+from apps.diffusion.config.serialization import at_least, to_plain
 from apps.diffusion.config.training import Backend
 from apps.diffusion.models.autoencoder import decode, digests
 from apps.diffusion.sampling.options import MeasuredPlan, plan
@@ -79,10 +79,8 @@ class Request:
     """Number of processes; default: WORLD_SIZE, or 1."""
 
     def __post_init__(self) -> None:
-        if self.num < 1 or self.seed < 0:
-            raise ValueError(f"--num must be at least 1 and --seed at least 0, got {self.num} and {self.seed}.")
-        if self.batch < 1 or self.chunk < 1:
-            raise ValueError(f"--batch and --chunk must be at least 1, got {self.batch} and {self.chunk}.")
+        at_least(self, 1, "num", "batch", "chunk")
+        at_least(self, 0, "seed")
 
     @property
     def network_batch(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from apps.diffusion.checkpoint import pretrained
 from apps.diffusion.checkpoint.readers import ReadOptions, read_network
-from apps.diffusion.checkpoint.trained_run import fit
+from apps.diffusion.models.build import load_weights
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 
@@ -41,7 +41,7 @@ def initialize(model: DiT | FPDM, path: Path) -> DiT | FPDM:
     own = {name: value for name, value in model.state_dict().items() if name.startswith("y_embedder")}
     if model.num_classes != source.num_classes:
         weights = {name: value for name, value in weights.items() if not name.startswith("y_embedder")} | own
-    fit(model, weights, path)
+    load_weights(model, weights, path)
     return source
 
 

@@ -21,7 +21,6 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from safetensors import SafetensorError
 
 from apps.diffusion.checkpoint import pretrained
 from apps.diffusion.checkpoint.readers import read_model_folder
@@ -38,7 +37,6 @@ from apps.diffusion.schedulers.noise_schedule import make_scheduler, scheduler_o
 
 Weights = Literal["ema", "model"]
 Prediction = Literal["v_prediction", "epsilon"]
-_NETWORKS = {"DiT": DiT, "FPDM": FPDM}
 _PIPELINE = ("steps", "iterations", "guidance", "reuse")  # options in a pipeline's index
 
 
@@ -125,7 +123,7 @@ def _of_run(folder: Path, weights: Weights) -> OpenedNetwork:
         scheduler=scheduler_of(trained.config),
         options=trained.config.sampling_options(),
         decoder=partial(decoder_of, trained),
-        classes=tuple(getattr(trained, "classes", ())),
+        classes=trained.classes,
         images=trained.images,
         threads=trained.config.threads,
         digest=trained.digest,
@@ -136,16 +134,17 @@ def _of_pipeline(folder: Path) -> OpenedNetwork:
     file = folder / "model_index.json"
     try:
         index = json.loads(file.read_text())
-        network, noise = _NETWORKS[index["model"][1]], getattr(diffusers, index["scheduler"][1])
+        noise = getattr(diffusers, index["scheduler"][1])
         own = {name: index[name] for name in _PIPELINE if name in index}
         options = pipeline_options(own | (index.get("sampling") or {}))
         vae = folder / "vae" if index["vae"][0] else None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not the index of a FixedPointPipeline ({error!r}).") from None
     try:
-        model, scheduler = network.from_pretrained(folder / "model"), noise.from_pretrained(folder / "scheduler")
-    except (OSError, SafetensorError) as error:
+        scheduler = noise.from_pretrained(folder / "scheduler")
+    except OSError as error:
         raise ValueError(f"The pipeline in {folder} cannot be read ({error}); save it again.") from None
+    model = read_model_folder(folder / "model").float()
     return OpenedNetwork(
         model=model.eval(),
         scheduler=scheduler,

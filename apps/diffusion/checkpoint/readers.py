@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apps.diffusion.checkpoint import state_dicts, training_state
+from apps.diffusion.config.serialization import at_least
 from apps.diffusion.models import build
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
@@ -47,8 +48,7 @@ class ReadOptions:
     """The explicit blocks of this FPDM were trained to see the time as well as the class."""
 
     def __post_init__(self) -> None:
-        if self.heads is not None and self.heads < 1:
-            raise ValueError(f"--heads must be at least 1, got {self.heads}.")
+        at_least(self, 1, "heads")
 
 
 def read_model_folder(path: Path) -> DiT | FPDM:
@@ -151,11 +151,7 @@ def _rebuilt(description: dict[str, Any], tensors: dict[str, Tensor], where: str
             model = build.rebuild(description)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{where} does not describe a network of this version ({error}); it cannot be read.") from None
-    state_dicts.check_names(tensors, model.state_dict())
-    try:
-        model.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"The weights in {where} do not fit its description: {error}.") from None
+    build.load_weights(model, tensors, where, assign=True)
     return model
 
 

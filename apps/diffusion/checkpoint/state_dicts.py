@@ -22,6 +22,7 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor
 
+from apps.diffusion.models.build import load_weights
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.models.layers import SIZES, position_embedding
@@ -68,7 +69,7 @@ def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
         if any(name.startswith(prefix) for name in tensors):
             return layout  # pyright: ignore[reportReturnType]
     raise ValueError(
-        f"These {len(tensors)} tensors ({_listed(sorted(tensors)[:5])}{', ...' if len(tensors) > 5 else ''}) are in "
+        f"These {len(tensors)} tensors ({', '.join(sorted(tensors)[:5])}{', ...' if len(tensors) > 5 else ''}) are in "
         "none of the layouts dit, fpdm and diffusers: there is no tensor named blocks.*, block_fixed_point.* or "
         "transformer_blocks.*. Give the checkpoint of a DiT or an FPDM."
     )
@@ -102,31 +103,8 @@ def network(
             model = FPDM(**arguments, pre=pre, post=post, condition_on_time=condition_on_time)
         else:
             model = DiT(**arguments, depth=_count(tensors, "blocks"))
-    expected = model.state_dict()
-    check_names(tensors, expected)
-    wrong = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in expected.items()
-        if tensors[name].shape != value.shape
-    ]
-    if wrong:
-        raise ValueError(f"The tensors do not fit each other: {_listed(wrong)}. Give an undamaged checkpoint.")
-    model.load_state_dict(dict(tensors), assign=True)
+    load_weights(model, tensors, "the checkpoint", assign=True)
     return model
-
-
-def check_names(tensors: Iterable[str], expected: Iterable[str], optional: Iterable[str] = ()) -> None:
-    """Raises ValueError that lists every unknown and every missing name."""
-    found, wanted = set(tensors), set(expected)
-    unknown, missing = found - wanted - set(optional), wanted - found
-    parts = [
-        f"{what} {_listed(sorted(names))}" for what, names in (("unknown:", unknown), ("missing:", missing)) if names
-    ]
-    if parts:
-        raise ValueError(
-            f"The tensors are not those of a DiT or FPDM ({'; '.join(parts)}). Give a checkpoint in one of the "
-            "published layouts, whole and with nothing added."
-        )
 
 
 def from_diffusers(tensors: Mapping[str, Tensor], input_size: tuple[int, int]) -> dict[str, Tensor]:
@@ -141,7 +119,11 @@ def from_diffusers(tensors: Mapping[str, Tensor], input_size: tuple[int, int]) -
         ValueError: unknown or missing tensors, all of them listed; copies of an embedder that differ.
     """
     depth = _count(tensors, "transformer_blocks")
-    check_names(tensors, _diffusers_names(depth), optional=[_POSITIONS])
+    wanted = set(_diffusers_names(depth))
+    unknown, missing = sorted(set(tensors) - wanted - {_POSITIONS}), sorted(wanted - set(tensors))
+    if unknown or missing:
+        listed = f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(missing) or 'none'}"
+        raise ValueError(f"The tensors are not those of diffusers' DiT ({listed}); give a whole checkpoint.")
     result = {ours: tensors[theirs] for theirs, ours in _renamed(depth)}
     result |= {ours: torch.cat([tensors[theirs] for theirs in parts]) for parts, ours in _joined(depth)}
     for theirs, ours in _copied().items():
@@ -257,12 +239,12 @@ def _sizes(
     missing = [name for name in needed if name not in tensors]
     if missing:
         raise ValueError(
-            f"The sizes of the network cannot be determined, missing: {_listed(missing)}. Give a whole checkpoint."
+            f"The sizes of the network cannot be determined, missing: {', '.join(missing)}. Give a whole checkpoint."
         )
     patches, positions, inner, last = (tensors[name] for name in needed)
     if patches.ndim != 4 or positions.ndim != 3 or inner.ndim != 2 or last.ndim != 2:
         shapes = [f"{name} {tuple(tensors[name].shape)}" for name in needed]
-        raise ValueError(f"The shapes {_listed(shapes)} are not those of a DiT or FPDM; give one of these.")
+        raise ValueError(f"The shapes {', '.join(shapes)} are not those of a DiT or FPDM; give one of these.")
     hidden, channels, patch, _ = patches.shape
     outputs, remainder = divmod(last.shape[0], patch * patch)
     if remainder or outputs not in (channels, 2 * channels):
@@ -331,7 +313,3 @@ def _count(names: Iterable[str], stem: str) -> int:
     """One more than the highest number of a block called `stem`.{number}."""
     found = (re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in names)
     return max((int(match[1]) + 1 for match in found if match), default=0)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from safetensors import SafetensorError
-from torch import Tensor
 
 from apps.diffusion.checkpoint import pretrained
 from apps.diffusion.checkpoint import training_state as checkpoint
+from apps.diffusion.checkpoint.readers import read_model_folder
 from apps.diffusion.checkpoint.training_state import Checkpoint
 from apps.diffusion.config.training import Config
 from apps.diffusion.data.latents import read_index
@@ -94,7 +92,7 @@ def open_run(run: Path, weights: Literal["ema", "model"] = "ema") -> Trained:
     except (LookupError, TypeError, ValueError) as error:
         raise ValueError(f"The checkpoint in {run} describes no network of this version ({error!r}).") from None
     chosen = state.ema if weights == "ema" else state.model
-    fit(model, chosen, run)
+    build.load_weights(model, chosen, run)
     return Trained(
         config=config,
         model=model.eval(),
@@ -111,11 +109,7 @@ def _open_pipeline(folder: Path, weights: str) -> Trained:
             f"weights={weights!r} are not in {folder}, which holds the averaged ones; leave weights at ema."
         )
     config, images = pretrained.read_record(folder)
-    network = DiT if config.model.kind == "dit" else FPDM
-    try:
-        model = network.from_pretrained(folder / "model")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"The network in {folder} cannot be read ({error}); fetch the folder again.") from None
+    model = read_model_folder(folder / "model").float()
     return Trained(config=config, model=model.eval(), images=images, digest=hashing.of_tensors(model.state_dict()))
 
 
@@ -150,31 +144,8 @@ def decoder_of(trained: Trained, name: str | None = None, device: str = "cpu") -
     return open_vae(name, device=device, channels=channels)[0]
 
 
-def fit(model: torch.nn.Module, weights: Mapping[str, Tensor], where: Path) -> None:
-    """Loads weights into a network.
-
-    Raises:
-        ValueError: they are those of another network; the sentence names the first tensors that differ.
-    """
-    own = model.state_dict()
-    wrong = [f"{name} is missing" for name in own if name not in weights]
-    wrong += [f"{name} is unknown" for name in weights if name not in own]
-    wrong += [
-        f"{name} is {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in own.items()
-        if name in weights and weights[name].shape != value.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"The weights in {where} are those of a network of another kind or size: {'; '.join(wrong[:3])}{more}. "
-            "Give the folder of a run whose checkpoints are its own."
-        )
-    model.load_state_dict(weights)
-
-
 def check_start(start: Checkpoint, model: torch.nn.Module, network: dict[str, Any], where: Path) -> None:
-    """Checks that a run can continue from a checkpoint, its weights apart (see `fit`).
+    """Checks that a run can continue from a checkpoint, its weights apart (see `models.build.load_weights`).
 
     Args:
         start: the checkpoint.

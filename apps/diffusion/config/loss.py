@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from apps.diffusion.config.serialization import positive, within
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
@@ -49,11 +51,7 @@ class LossConfig:
         ):
             if getattr(self, option) != value and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"--loss.{name} needs --loss.{option} {value}; give that too, or leave it out.")
-        for name in self.FIXED_POINT:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--loss.{name.replace('_', '-')} must be 0 or more, got {getattr(self, name)}.")
-        for name in ("scale", "gamma"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--loss.{name} must be positive and finite, got {getattr(self, name)}.")
+        within(self, 0, math.inf, *self.FIXED_POINT)
+        positive(self, "scale", "gamma")
         if not math.isfinite(self.location):
             raise ValueError(f"--loss.location must be finite, got {self.location}.")

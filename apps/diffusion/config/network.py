@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from apps.diffusion.config.serialization import at_least, flag
+from apps.diffusion.config.serialization import at_least, flag, positive
 
 Kind = Literal["fpdm", "dit"]
 Size = Literal["tiny", "S", "B", "L", "XL"]
+Prediction = Literal["v_prediction", "epsilon", "sample"]
+Betas = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,7 @@ class ModelConfig:
         at_least(self, 0, "pre", "post")
         if not 0 <= self.recurrent_init <= 1:
             raise ValueError(f"--model.recurrent-init must lie in [0, 1], got {self.recurrent_init}; 1 scales nothing.")
-        if not 0 < self.mlp_ratio < math.inf:
-            raise ValueError(f"--model.mlp-ratio must be positive and finite, got {self.mlp_ratio}.")
+        positive(self, "mlp_ratio")
         if self.kind == "fpdm" and self.depth is not None:
             raise ValueError("--model.depth is for DiT; give an FPDM its explicit blocks by --model.pre, --model.post.")
 
@@ -68,7 +68,7 @@ class NoiseSchedule:
     """
     shift: float = 1.0
     """Shift of the timesteps of rectified_flow toward the noise (arXiv 2403.03206, equation 23); 1: none."""
-    betas: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    betas: Betas = "linear"
     """Form of the schedule of betas."""
     beta_start: float = 1e-4
     """Variance of the noise added by the first timestep; ignored by squaredcos_cap_v2."""
@@ -78,15 +78,14 @@ class NoiseSchedule:
     """
     timesteps: int = 1000
     """Number of timesteps of the schedule."""
-    prediction: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
+    prediction: Prediction = "v_prediction"
     """Prediction target: velocity (v), noise (epsilon) or image (sample)."""
     zero_snr: bool = True
     """Rescale the betas to a signal-to-noise ratio of zero at the last timestep."""
 
     def __post_init__(self) -> None:
         at_least(self, 2, "timesteps")
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"--schedule.shift must be positive and finite, got {self.shift}; 1 is no shift.")
+        positive(self, "shift")
         diffusion = ("betas", "beta_start", "beta_end", "prediction", "zero_snr")
         unused = ("shift",) if self.kind == "diffusion" else diffusion
         for name in unused:
@@ -97,8 +96,18 @@ class NoiseSchedule:
                 "--schedule.beta-start and --schedule.beta-end must satisfy 0 < start <= end < 1, "
                 f"got {self.beta_start} and {self.beta_end}."
             )
-        if self.zero_snr and self.prediction == "epsilon":
-            raise ValueError(
-                "--schedule.prediction epsilon cannot be combined with zero terminal SNR, because x_0 is undefined "
-                "(0/0) at the last timestep; use --schedule.prediction v_prediction, or --schedule.no-zero-snr."
-            )
+        check_zero_snr(self.zero_snr, self.prediction)
+
+
+def check_zero_snr(zero_snr: bool, prediction: str, spacing: str | None = None) -> None:
+    """Raises ValueError where zero terminal SNR meets a prediction or a spacing that cannot work with it."""
+    if zero_snr and prediction == "epsilon":
+        raise ValueError(
+            "prediction epsilon cannot go with zero terminal SNR (zero_snr): at the last timestep x_t is pure noise, "
+            "and eps has no information about the image (0/0). Use v_prediction, or turn zero_snr off."
+        )
+    if zero_snr and spacing == "leading":
+        raise ValueError(
+            "spacing leading cannot go with zero terminal SNR (zero_snr): it never visits the last timestep, where "
+            "sampling has to start. Use trailing or linspace, or turn zero_snr off."
+        )

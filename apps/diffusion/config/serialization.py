@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import types
 import typing
 from pathlib import Path
@@ -129,6 +130,13 @@ def at_least(where: object, least: float, *names: str) -> None:
         value = getattr(where, name)
         if value is not None and not value >= least:
             raise ValueError(f"{flag(where, name)} must be at least {least}, got {value}.")
+
+
+def positive(where: object, *names: str) -> None:
+    """Raises ValueError unless these fields are positive and finite."""
+    for name in names:
+        if not 0 < getattr(where, name) < math.inf:
+            raise ValueError(f"{flag(where, name)} must be positive and finite, got {getattr(where, name)}.")
 
 
 def within(where: object, low: float, high: float, *names: str) -> None:

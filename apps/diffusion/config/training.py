@@ -8,7 +8,6 @@ that a run means the same on any number of processes.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import ClassVar, Literal
 import implicit
 from apps.diffusion.config.fixed_point import Grad, Solver, check_pair
 from apps.diffusion.config.loss import LossConfig as LossConfig
-from apps.diffusion.config.network import ModelConfig, NoiseSchedule
+from apps.diffusion.config.network import ModelConfig, NoiseSchedule, check_zero_snr
 from apps.diffusion.config.sampling import SamplingOptions
-from apps.diffusion.config.serialization import at_least, flag, from_plain, to_plain, upgraded, within
+from apps.diffusion.config.serialization import at_least, flag, from_plain, positive, to_plain, upgraded, within
 
 Backend = Literal["no", "inductor", "aot_eager", "eager"]
 
@@ -116,12 +115,7 @@ class OptimizerConfig:
         at_least(self, 1, "images", "batch", "accumulate")
         at_least(self, 0, "warmup", "weight_decay")
         within(self, 0, 1, "beta2", "label_dropout")
-        for name in ("lr", "clip"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{flag(self, name)} must be positive, got {value}.")
-        if self.lr == math.inf:
-            raise ValueError("--optimizer.lr must be finite; 1e-4 to 1e-3 is usual.")
+        positive(self, "lr", *(("clip",) if self.clip is not None else ()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,11 +200,7 @@ class Config:
         at_least(self, 2, "num_samples")
         sampling, guidance = self.sampling, self.sampling.value("guidance")
         self._check_flow()
-        if self.schedule.zero_snr and sampling.spacing == "leading":
-            raise ValueError(
-                "--sampling.spacing leading omits the last timestep, where sampling starts with zero terminal SNR; "
-                "use trailing or linspace, or --schedule.no-zero-snr."
-            )
+        check_zero_snr(self.schedule.zero_snr, self.schedule.prediction, sampling.spacing)
         if guidance != 1 and self.data.unconditional:
             raise ValueError(
                 f"--sampling.guidance {guidance:g} needs classes, which --data.unconditional ignores; leave it at 1."

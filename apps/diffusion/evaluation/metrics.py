@@ -23,6 +23,7 @@ points within the manifold of the real ones, recall the share of real points wit
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,9 +52,8 @@ class Gaussian:
         """The Gaussian with the mean and the unbiased covariance of features (n, D), n >= 2."""
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(
-                f"A covariance needs features (n, D) of at least 2 images, but their shape is "
-                f"{tuple(features.shape)}; "
-                "generate more images."
+                f"A covariance needs features (n, D) of at least 2 images, but their shape is {tuple(features.shape)}; "
+                "generate more."
             )
         features = features.double()
         return cls(features.mean(0), torch.cov(features.T))
@@ -77,7 +77,7 @@ def inception_score(logits: Tensor, splits: int = 10) -> Spread:
     scores = []
     for part in logits.double().chunk(splits if len(logits) >= splits else 1):
         log_p = part.log_softmax(1)
-        divergence = (log_p.exp() * (log_p - (log_p.logsumexp(0) - _log(len(part))))).sum(1)
+        divergence = (log_p.exp() * (log_p - (log_p.logsumexp(0) - math.log(len(part))))).sum(1)
         scores.append(divergence.mean().exp())
     return _spread(torch.stack(scores))
 
@@ -141,7 +141,3 @@ def _mmd(x: Tensor, y: Tensor) -> Tensor:
 
 def _spread(values: Tensor) -> Spread:
     return Spread(float(values.mean()), float(values.std(correction=0)))
-
-
-def _log(n: int) -> float:
-    return float(torch.tensor(float(n), dtype=torch.float64).log())

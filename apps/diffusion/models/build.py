@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import implicit
@@ -16,7 +18,7 @@ from apps.diffusion.models.layers import SIZES, Size
 from apps.diffusion.rng import Stream, drawing_from, generator
 
 _SIZES = {"tiny": Size(hidden_size=128, depth=6, num_heads=4), **SIZES}
-_NETWORKS = {"DiT": DiT, "FPDM": FPDM}
+NETWORKS = {"DiT": DiT, "FPDM": FPDM}
 
 
 def network(
@@ -59,7 +61,38 @@ def describe(model: DiT | FPDM) -> dict[str, Any]:
 
 def rebuild(description: dict[str, Any]) -> DiT | FPDM:
     """The network that `describe` described, with fresh weights."""
-    return _NETWORKS[description["class"]](**description["config"])
+    return NETWORKS[description["class"]](**description["config"])
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], where: object, *, assign: bool = False) -> None:
+    """Load weights into a network.
+
+    Args:
+        model: the network.
+        weights: tensors by name.
+        where: their origin, for messages.
+        assign: the network takes the tensors themselves, in their dtypes.
+
+    Raises:
+        ValueError: they are those of another network; every unknown, missing and misshapen tensor is listed.
+    """
+    own = model.state_dict()
+    differences = {
+        "unknown": [name for name in weights if name not in own],
+        "missing": [name for name in own if name not in weights],
+        "misshapen": [
+            f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
+            for name, value in own.items()
+            if name in weights and weights[name].shape != value.shape
+        ],
+    }
+    wrong = [f"{what}: {', '.join(names)}" for what, names in differences.items() if names]
+    if wrong:
+        raise ValueError(
+            f"The weights in {where} are not those of this {type(model).__name__} ({'; '.join(wrong)}); give a "
+            "checkpoint of the same kind and size, whole and with nothing added."
+        )
+    model.load_state_dict(dict(weights), assign=assign)
 
 
 def attention(config: c.Config) -> AbstractContextManager[Any]:

@@ -1,13 +1,14 @@
 """Cost of sampling: evaluations, residuals, block passes, multiply-accumulates, seconds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from apps.diffusion.models.cost import cost, explicit_blocks
 from implicit import Solution
 
 
@@ -43,14 +44,17 @@ class Effort:
     @classmethod
     def joined(cls, parts: "Sequence[Effort]") -> "Effort":
         """Of several calls over the same timesteps."""
-        rows = ("evaluations", "residuals", "block_passes", "macs")
-        rounds = [part.rounds for part in parts]
-        return cls(
-            **{name: torch.cat([getattr(part, name) for part in parts]) for name in rows},
-            rounds=None if any(r is None for r in rounds) else torch.cat(rounds),  # pyright: ignore[reportArgumentType]
-            seconds=sum(part.seconds for part in parts),
-            computed=sum(part.computed for part in parts),
-        )
+        rows: dict[str, Any] = {}
+        for name in _BY_SAMPLE:
+            found = [getattr(part, name) for part in parts]
+            rows[name] = None if any(value is None for value in found) else torch.cat(found)
+        seconds, computed = sum(part.seconds for part in parts), sum(part.computed for part in parts)
+        return cls(**rows, seconds=seconds, computed=computed)
+
+    def of(self, rows: Any) -> "Effort":
+        """Of these of the samples; `seconds` and `computed` stay those of the whole call."""
+        values = {name: getattr(self, name) for name in _BY_SAMPLE}
+        return replace(self, **{name: None if value is None else value[rows] for name, value in values.items()})
 
     def summary(self) -> dict[str, float]:
         """Means per sample, seconds too (residual: median over samples and timesteps), for a log or JSON.
@@ -64,6 +68,19 @@ class Effort:
         if self.rounds is not None:
             summary["rounds"] = float(self.rounds.double().mean())
         return {**summary, "seconds": self.seconds / len(self.macs)}
+
+
+_BY_SAMPLE = ("evaluations", "residuals", "block_passes", "macs", "rounds", "traces")
+
+
+def relative_residual(solution: Solution) -> Float[Tensor, " B"]:
+    """||f(z) - z|| / ||z|| of every sample, in float32."""
+    return solution.residual.detach().float() / _size(solution)
+
+
+def _size(solution: Solution) -> Float[Tensor, " B"]:
+    size = torch.linalg.vector_norm(solution.value.detach().float().flatten(1), dim=1)
+    return size.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 @dataclass
@@ -88,26 +105,32 @@ class EffortRecord:
         self.rounds += 1
         if solution is None:
             return
-        size = torch.linalg.vector_norm(solution.value.float().flatten(1), dim=1)
-        relative = solution.residual.float() / size.clamp_min(torch.finfo(torch.float32).tiny)
         evaluations = solution.evals.unflatten(0, (rows, self.batch, len(ks))).sum(0)
-        residuals = relative.unflatten(0, (rows, self.batch, len(ks))).amax(0)
+        residuals = relative_residual(solution).unflatten(0, (rows, self.batch, len(ks))).amax(0)
         for i, k in enumerate(ks):
             self.evaluations[k] = self.evaluations.get(k, 0) + evaluations[:, i]
             self.residuals[k] = residuals[:, i]
             if solution.trace is not None:
-                trace = (solution.trace / size.clamp_min(torch.finfo(torch.float32).tiny)).nan_to_num()
+                trace = (solution.trace / _size(solution)).nan_to_num()
                 self.traces[k] = trace.unflatten(1, (rows, self.batch, len(ks))).amax(1)[:, :, i]
         self.ran = self.ran + solution.evals.max() * len(solution.evals)
         if keep:
             self.solutions = [*self.solutions[-1:], solution]
 
-    def close(self) -> tuple[Any, ...]:
-        """Evaluations, relative residuals, rows, rounds and traces, on the CPU, and the evaluations of all rows."""
+    def close(self, model: Any) -> Effort:
+        """The effort of all rows of the batch, on the CPU, without the time."""
         none = torch.zeros(self.batch, dtype=torch.int64), torch.full((self.batch,), float("nan"))
-        evaluations = [self.evaluations.get(k, none[0]).cpu() for k in range(self.steps)]
-        residuals = [self.residuals.get(k, none[1]).cpu() for k in range(self.steps)]
-        counts = torch.full((self.batch,), self.calls), torch.full((self.batch,), self.rounds)
+        evaluations = torch.stack([self.evaluations.get(k, none[0]).cpu() for k in range(self.steps)], dim=1)
+        residuals = torch.stack([self.residuals.get(k, none[1]).cpu() for k in range(self.steps)], dim=1)
+        block_passes, macs = cost(model, evaluations, torch.full((self.batch,), self.calls))
         traces = [self.traces[k].mT.cpu() for k in sorted(self.traces)]
-        trace = torch.stack(traces, dim=1) if traces else torch.empty(self.batch, 0, 0)
-        return torch.stack(evaluations, dim=1), torch.stack(residuals, dim=1), *counts, trace, int(self.ran)
+        return Effort(
+            evaluations=evaluations,
+            residuals=residuals,
+            block_passes=block_passes,
+            macs=macs,
+            seconds=0.0,
+            computed=int(self.ran) + self.batch * self.calls * explicit_blocks(model),
+            rounds=torch.full((self.batch,), self.rounds),
+            traces=torch.stack(traces, dim=1) if traces else None,
+        )

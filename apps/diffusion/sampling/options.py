@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from apps.diffusion.config.network import check_zero_snr
 from apps.diffusion.config.sampling import OptionError, SamplingOptions
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
@@ -21,7 +22,7 @@ from apps.diffusion.sampling.residual_curves import ResidualCurves, measure
 from apps.diffusion.sampling.sampler import CHUNK, SamplingPlan, Solve
 from apps.diffusion.sampling.warm_start import Reuse, reuse_rule
 from apps.diffusion.schedulers.noise_levels import is_flow, starts_at_noise
-from apps.diffusion.schedulers.noise_schedule import check_pair, same_noise
+from apps.diffusion.schedulers.noise_schedule import same_noise
 from apps.diffusion.schedulers.reverse_step import Reverse
 from apps.diffusion.schedulers.timesteps import check_start, timesteps
 from implicit import Stop
@@ -72,7 +73,7 @@ def plan(
     visited = options.timesteps or _timesteps(model, scheduler, options, guidance, steps)
     noise, zero_snr = scheduler.config, starts_at_noise(scheduler)
     if not options.timesteps and not is_flow(scheduler):
-        check_pair(noise["prediction_type"], zero_snr, noise["timestep_spacing"])
+        check_zero_snr(zero_snr, noise["prediction_type"], noise["timestep_spacing"])
     check_start(visited, zero_snr, noise["num_train_timesteps"])
     reverse = Reverse(scheduler, visited, eta=options.value("eta"))  # raises where they do not fit
     solve = _solve(model, options, len(visited), guidance, stop, warm_start) if model.has_fixed_point else None

@@ -129,18 +129,17 @@ class OutputFolder:
 
     def add_effort(self, rank: int, result: SampleResult, wanted: Sequence[int]) -> None:
         """Append the effort of one part to the log of process `rank`; the samples `wanted` were missing."""
-        rows = [result.indices.index(i) for i in wanted]
-        effort = result.effort
-        residuals = effort.residuals[rows].double()
+        effort = result.effort.of([result.indices.index(i) for i in wanted])
+        residuals = effort.residuals.double()
         line = {
             "indices": list(wanted),
-            "block_passes": int(effort.block_passes[rows].sum()),
-            "macs": int(effort.macs[rows].sum()),
+            "block_passes": int(effort.block_passes.sum()),
+            "macs": int(effort.macs.sum()),
             "computed": effort.computed,
-            "evaluations": effort.evaluations[rows].sum(0).tolist(),
+            "evaluations": effort.evaluations.sum(0).tolist(),
             "residual_sum": residuals.sum(0).tolist() if residuals.isfinite().all() else None,
             "residual_max": residuals.amax(0).tolist() if residuals.isfinite().all() else None,
-            "rounds": int(effort.rounds[rows].sum()) if effort.rounds is not None else 0,
+            "rounds": int(effort.rounds.sum()) if effort.rounds is not None else 0,
             "seconds": effort.seconds,
         }
         with (self.folder / f".effort-{rank}.jsonl").open("a+b") as file:

@@ -14,7 +14,7 @@ otherwise than one of 3. Hence two modes:
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,7 +22,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from apps.diffusion.models.cost import cost, explicit_blocks
 from apps.diffusion.rng import Stream, generator
 from apps.diffusion.sampling.batches import batches
 from apps.diffusion.sampling.effort import Effort as Effort
@@ -213,18 +212,17 @@ def sample(
     )
     labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
     groups, steps = batches(indices, labels, chunk, reproducible), len(plan.timesteps)
-    total, parts, ran = steps * len(groups), [], 0
+    total, parts, efforts = steps * len(groups), [], []
     for number, batch in enumerate(groups):
         y = None if labels is None else batch.labels(labels)
         done = number * steps
         tick = (lambda k, done=done: progress(done + k, total)) if progress else None
-        *columns, evaluated = trajectory.run([generator(seed, Stream.SAMPLE, i) for i in batch.samples], y, tick)
-        parts.append([column[batch.rows] for column in columns])
-        ran += evaluated + len(batch.samples) * int(columns[3][0]) * explicit_blocks(model)
+        x, effort = trajectory.run([generator(seed, Stream.SAMPLE, i) for i in batch.samples], y, tick)
+        parts.append(x[batch.rows])
+        efforts.append(effort.of(batch.rows))
     order = torch.tensor([p for batch in groups for p in batch.positions]).argsort()
-    x, *columns = (torch.cat(column)[order] for column in zip(*parts, strict=True))
-    effort = _effort(model, columns, ran, traced=trajectory.solve.trace, seconds=time.perf_counter() - began)
-    return SampleResult(samples=x, indices=tuple(indices), labels=labels, effort=effort)
+    effort = replace(Effort.joined(efforts).of(order), seconds=time.perf_counter() - began)
+    return SampleResult(samples=torch.cat(parts)[order], indices=tuple(indices), labels=labels, effort=effort)
 
 
 def _solve_of(model: Any, plan: SamplingPlan) -> Solve:
@@ -238,22 +236,6 @@ def _solve_of(model: Any, plan: SamplingPlan) -> Solve:
     solve = plan.solve or Solve()
     solve.check(len(plan.timesteps))
     return solve if plan.parallel is None else solve.alike()
-
-
-def _effort(model: Any, columns: list[Tensor], computed: int, *, traced: bool, seconds: float) -> Effort:
-    """The effort from the columns of `EffortRecord.close`."""
-    evaluations, residuals, calls, rounds, traces = columns
-    block_passes, macs = cost(model, evaluations, calls)
-    return Effort(
-        evaluations=evaluations,
-        residuals=residuals,
-        block_passes=block_passes,
-        macs=macs,
-        seconds=seconds,
-        computed=computed,
-        rounds=rounds,
-        traces=traces if traced else None,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,10 +255,8 @@ class _Trajectory:
         generators: Sequence[torch.Generator],
         y: Int[Tensor, "B"] | None,
         tick: Callable[[int], None] | None,
-    ) -> tuple[Any, ...]:
-        """Samples (B, C, H, W), evaluations (B, K), relative residuals (B, K), rows that went through the network
-        (B,), rounds (B,) and traces (B, K, J) of one batch, on the CPU, and the evaluations made for all its rows.
-        """
+    ) -> tuple[Float[Tensor, "B C H W"], Effort]:
+        """The samples of one batch, on the CPU, and what they cost."""
         plan = self.plan
         # schedulers of several steps carry a state: each batch takes its own
         reverse = Reverse(plan.scheduler, plan.timesteps, eta=plan.eta)
@@ -296,7 +276,7 @@ class _Trajectory:
             x = plan.parallel.solve(predict, reverse, x, torch.stack(drawn, dim=1))
             if tick:
                 tick(record.steps)
-        return x.cpu(), *record.close()
+        return x.cpu(), record.close(self.model)
 
     def _predict(
         self, reverse: Reverse, ks: range, x: Float[Tensor, "B n C H W"], y: Tensor | None, record: EffortRecord

@@ -21,13 +21,12 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
+from apps.diffusion.config.network import Betas, Prediction, check_zero_snr
+from apps.diffusion.config.sampling import Spacing
 from apps.diffusion.config.training import Config
 from apps.diffusion.schedulers.noise_levels import is_flow
-from apps.diffusion.schedulers.timesteps import Spacing
 
 Kind = Literal["ddim", "ddpm", "dpm++", "flow"]
-Prediction = Literal["v_prediction", "epsilon", "sample"]
-Betas = Literal["linear", "scaled_linear", "squaredcos_cap_v2"]
 
 # samplers of a diffusion: diffusers schedulers with explicit timesteps, each tested on data with a known denoiser
 SAMPLERS = {
@@ -77,7 +76,7 @@ def make_scheduler(
     _check_words(
         kind=(kind, Kind), prediction=(prediction, Prediction), spacing=(spacing, Spacing), betas=(betas, Betas)
     )
-    check_pair(prediction, zero_snr, spacing)
+    check_zero_snr(zero_snr, prediction, spacing)
     if train_steps < 2 or not 0 < beta_start <= beta_end < 1:
         raise ValueError(
             f"train_steps={train_steps}, beta_start={beta_start}, beta_end={beta_end} make no noise "
@@ -178,17 +177,3 @@ def same_noise(scheduler: Any, name: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # numpy 2 on diffusers' own np.array(tensor)
         return kind(**options)
-
-
-def check_pair(prediction: str, zero_snr: bool, spacing: str) -> None:
-    """Raises ValueError where zero terminal SNR meets a prediction or a spacing that cannot work with it."""
-    if zero_snr and prediction == "epsilon":
-        raise ValueError(
-            "prediction='epsilon' cannot go with zero_snr=True: at the last timestep x_t is pure noise, and "
-            "eps has no information about the image (0/0). Use prediction='v_prediction', or zero_snr=False."
-        )
-    if zero_snr and spacing == "leading":
-        raise ValueError(
-            "spacing='leading' cannot go with zero_snr=True: it never visits the last timestep, where "
-            "sampling has to start. Use spacing='trailing' or 'linspace', or zero_snr=False."
-        )

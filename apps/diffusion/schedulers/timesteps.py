@@ -1,9 +1,9 @@
 """The timesteps that sampling visits, from the noisiest down."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
-Spacing = Literal["trailing", "linspace", "leading"]
+from apps.diffusion.config.sampling import Spacing
 
 
 def timesteps(n: int, spacing: Spacing = "trailing", train_steps: int = 1000) -> tuple[int, ...]:

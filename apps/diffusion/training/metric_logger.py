@@ -30,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from apps.diffusion.files.atomic import atomic_path
+from apps.diffusion.sampling.effort import relative_residual
 from implicit import Solution
 
 WAIT, WARMUP, ACTIVE = 5, 2, 5  # steps of a profile
@@ -53,9 +54,7 @@ class StepMetrics:
     def add_solve(self, solution: Solution | None) -> None:
         """Adds a fixed-point solve; None: an explicit network has none."""
         if solution is not None:
-            size = torch.linalg.vector_norm(solution.value.detach().float().flatten(1), dim=1)
-            tiny = torch.finfo(torch.float32).tiny
-            self.residuals.append(solution.residual.detach().float() / size.clamp_min(tiny))
+            self.residuals.append(relative_residual(solution))
             self.evals.append(solution.evals.float())
 
     def add_step(self, loss: Tensor, images: int) -> None:

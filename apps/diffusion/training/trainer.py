@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from apps.diffusion.checkpoint.initialization import initialize
-from apps.diffusion.checkpoint.trained_run import check_start, fit
+from apps.diffusion.checkpoint.trained_run import check_start
 from apps.diffusion.checkpoint.training_state import Checkpoint, Progress
 from apps.diffusion.config.training import Config
 from apps.diffusion.data import BatchSampler, ImageDataset
@@ -80,8 +80,8 @@ class Trainer:
         self.progress = Progress()
         if start is not None:
             check_start(start, model, self.network, config.out)
-            fit(model, start.model, config.out)
-            fit(self.ema.module, start.ema, config.out)
+            build.load_weights(model, start.model, config.out)
+            build.load_weights(self.ema.module, start.ema, config.out)
             self.progress = start.progress
         if config.optimizer.checkpointing:
             model.enable_gradient_checkpointing()

@@ -57,8 +57,8 @@ def test_both_train_under_the_same_settings(name):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--schedule.prediction", "epsilon"], "--schedule.prediction"),
-        (["--sampling.spacing", "leading"], "--sampling.spacing"),
+        (["--schedule.prediction", "epsilon"], "prediction epsilon"),
+        (["--sampling.spacing", "leading"], "spacing leading"),
         (["--schedule.beta-start", "0.5"], "--schedule.beta-start"),
         (["--schedule.timesteps", "10"], "--sampling.steps"),
         (["--model.depth", "3"], "--model.depth"),
