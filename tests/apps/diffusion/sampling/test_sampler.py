@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from apps.diffusion.models import FPDM, DiT, transformer
+from apps.diffusion.models.cost import cost
 from apps.diffusion.rng import Stream, generator
 from apps.diffusion.sampling.guidance import Guidance
 from apps.diffusion.sampling.parallel import Parallel
-from apps.diffusion.sampling.sampler import Solve, cost
+from apps.diffusion.sampling.sampler import Solve
 from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from apps.diffusion.schedulers.reverse_step import Reverse
