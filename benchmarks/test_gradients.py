@@ -16,6 +16,7 @@ from benchmarks.gradients.run import loss, target
 from implicit import AndersonGS
 from implicit.diagnostics.profiling import measure
 from implicit.diagnostics.reference_gradient import exact_gradient
+from implicit.options import Problem
 from implicit.pytree import Layout
 
 SMALL = {"tanh": lambda: Tanh(0.34), "convolutions": lambda: Convolutions(1.0, side=8), "adaLN": lambda: AdaLN(0.7, 32)}
@@ -28,7 +29,7 @@ def measured(name):
     layer = SMALL[name]()
     f, x = copy.deepcopy(layer).double(), layer.x.double()
     z0 = torch.zeros_like(x)
-    return layer, exact_gradient(f, z0, (x,), tuple(f.parameters()), target, AndersonGS(), Layout.of(z0))[0]
+    return layer, exact_gradient(Problem(f, z0, (x,)), tuple(f.parameters()), target, AndersonGS(), Layout.of(z0))[0]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

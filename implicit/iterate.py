@@ -28,7 +28,7 @@ from implicit.autodiff.recomputation import Segments
 from implicit.convergence import ConvergenceMonitor
 from implicit.evaluation import FlatMap, JointMap
 from implicit.loop.fixed_count import begin, fixed_count
-from implicit.loop.progress import progress_callback
+from implicit.loop.progress import progress_callback, recorded
 from implicit.loop.verification import COUPLED, enter_joint, image_of_best, is_noise, must_continue, spend_budget
 from implicit.options import SolveOptions
 from implicit.pytree import Flat, Layout, Map, State, leaves, map_tensors, to_device
@@ -195,19 +195,10 @@ def _solution(monitor: ConvergenceMonitor, value: Flat, options: SolveOptions, s
         residual=to_device(monitor.best.residual, device, dtype),
         result=to_device(monitor.code, device),
         evals=to_device(monitor.evals, device),
-        trace=_trace(monitor, options),
+        trace=recorded(monitor.fold, monitor.trace, layout, options),
         state=state if options.keep_state else None,
         scale=to_device(first, device, dtype) if isinstance(first, np.ndarray) else None,
     )
-
-
-def _trace(monitor: ConvergenceMonitor, options: SolveOptions) -> Any:
-    """The residuals of all evaluations, or what a function made of them."""
-    if monitor.fold is not None:
-        return monitor.fold.carry
-    if not options.trace:
-        return None
-    return to_device(np.stack(monitor.trace), monitor.layout.device, monitor.layout.dtype)
 
 
 def _safeguard(solver: AbstractSolver[Any], z: Flat, derivatives: bool) -> StagedSafeguard | None:

@@ -90,21 +90,21 @@ def _like(thing: Any, parts: Any) -> Any:
     return made
 
 
-def validate_warm_start(memory: Any, like: Any) -> Any:
-    """A detached copy of a solver's memory, if it could belong to the same solver and state as `like` does.
+def validate_warm_start(state: Any, like: Any) -> Any:
+    """A detached copy of a solver state, if it could belong to the same solver and problem as `like` does.
 
     Raises:
         ValueError: it could not.
     """
-    if type(memory) is not type(like):
-        raise ValueError(f"state must be Solution.state of an earlier solve by this solver, got {_name(memory)}.")
-    old, new = tensors(memory), tensors(like)
+    if type(state) is not type(like):
+        raise ValueError(f"state must be Solution.state of an earlier solve by this solver, got {_name(state)}.")
+    old, new = tensors(state), tensors(like)
     same = all(
         (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) for a, b in zip(old[:1], new[:1], strict=True)
     )
     if not same or any(t.shape[0] != new[0].shape[0] for t in old):
         raise ValueError("state must come from a solve with the same solver, batch size, shapes, dtype and device.")
-    return map_tensors(lambda t: t.detach().clone(), memory)
+    return map_tensors(lambda t: t.detach().clone(), state)
 
 
 def tensors(thing: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ For every sample, on the host, from the residuals that the loop reads anyway:
 
                    accelerated -> cautious -> plain steps z' = f(z) -> Newton-Krylov steps -> accelerated ...
 
-               A stage lasts as long as it gains. Plain steps are judged after 8: they go on if that rate, kept up for
+               A stage lasts as long as it gains. Plain steps are measured after 8: they go on if that rate, kept up for
                twice the patience, would reach `gain`. After a round of all stages the patience doubles.
     new start  the stages after the first accelerated one have not halved the smallest residual: the next round begins
                at the start of the solve, with plain steps, and the one after it at the best iterate of all

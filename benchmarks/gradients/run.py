@@ -27,6 +27,7 @@ from implicit.diagnostics import spectral_radius
 from implicit.diagnostics.gradient_bias import row
 from implicit.diagnostics.profiling import Measured, measure
 from implicit.diagnostics.reference_gradient import exact_gradient
+from implicit.options import Problem
 from implicit.pytree import Layout
 
 DRAWS = 16
@@ -48,7 +49,7 @@ def truth(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, str, float]:
     """The exact gradient in float64, how it was found, and the spectral radius."""
     f, x = copy.deepcopy(layer).double(), x.double()
     z0 = torch.zeros_like(x)
-    gradient, kind = exact_gradient(f, z0, (x,), tuple(f.parameters()), target, AndersonGS(), Layout.of(z0))
+    gradient, kind = exact_gradient(Problem(f, z0, (x,)), tuple(f.parameters()), target, AndersonGS(), Layout.of(z0))
     few = x[:8]
     with torch.no_grad():
         z = fixed_point(f, torch.zeros_like(few), few, stop=Stop(rtol=1e-12, atol=0, max_evals=1000)).value

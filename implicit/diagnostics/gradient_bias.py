@@ -18,6 +18,7 @@ from implicit.diagnostics.profiling import Measured, measure, paced
 from implicit.diagnostics.reference_gradient import Loss, exact_gradient
 from implicit.fixed_point import check_types
 from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, Reversible, StochasticJFB, Unrolled
+from implicit.options import Problem
 from implicit.pytree import Layout, Map, State, map_tensors
 from implicit.solvers import AbstractSolver, Multisecant
 from implicit.stopping import Stop
@@ -132,11 +133,11 @@ def gradient_bias(
         check_types(solver, grad, stop)
     z0 = map_tensors(Tensor.detach, z0)
     layout = Layout.of(z0, batch_dims)
-    problem = GradientProblem.of(f, z0, args, solver, stop, layout, loss, params)
+    problem = GradientProblem.of(Problem(f, z0, args), solver, stop, layout, loss, params)
     wanted = problem.wanted
     if not wanted or not all(p.requires_grad for p in wanted):
         raise ValueError("params must be tensors that require gradients and that f uses; there are none.")
-    truth, kind = exact_gradient(f, z0, args, wanted, problem.loss, solver, layout)
+    truth, kind = exact_gradient(problem.problem, wanted, problem.loss, solver, layout)
     if not truth.norm() > 0:
         raise ValueError("The gradient is 0: the loss must depend on params through the solution.")
     taken: dict[str, list[Measured]] = {}

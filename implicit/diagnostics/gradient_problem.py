@@ -13,6 +13,7 @@ from implicit.autodiff.closure_convert import ClosureTracer
 from implicit.diagnostics.reference_gradient import Loss
 from implicit.fixed_point import fixed_point
 from implicit.grads import IFT, AbstractGrad, StochasticJFB
+from implicit.options import Problem
 from implicit.pytree import Layout, Map, State, tensors
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
@@ -23,9 +24,7 @@ from implicit.stopping import Stop
 class GradientProblem:
     """What the gradients are of: the map, the loss of the solution's value, and the tensors to differentiate for."""
 
-    f: Map
-    z0: State
-    args: tuple[Any, ...]
+    problem: Problem
     solver: AbstractSolver[Any]
     stop: Stop
     layout: Layout
@@ -35,9 +34,7 @@ class GradientProblem:
     @classmethod
     def of(
         cls,
-        f: Map,
-        z0: State,
-        args: tuple[Any, ...],
+        problem: Problem,
         solver: AbstractSolver[Any],
         stop: Stop,
         layout: Layout,
@@ -45,8 +42,8 @@ class GradientProblem:
         params: Iterable[Tensor] | None,
     ) -> "GradientProblem":
         """Fill in the loss and the tensors that f uses, at the cost of one evaluation."""
-        wanted = differentiable_tensors(f, z0, args) if params is None else tuple(params)
-        return cls(f, z0, args, solver, stop, layout, loss or partial(random_projection, layout), wanted)
+        wanted = differentiable_tensors(problem) if params is None else tuple(params)
+        return cls(problem, solver, stop, layout, loss or partial(random_projection, layout), wanted)
 
     def forward(self, grad: AbstractGrad, f: Map) -> Tensor:
         """The loss, by one estimator."""
@@ -58,19 +55,19 @@ class GradientProblem:
     def solve(self) -> None:
         """The forward solve alone."""
         with torch.no_grad():
-            self._solved(self.f, IFT())
+            self._solved(self.problem.f, IFT())
 
     def gradient(self, grad: AbstractGrad) -> None:
         """Forward and backward pass once, to be timed."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings were recorded already
-            torch.autograd.grad(self.forward(grad, self.f), self.wanted, allow_unused=True)
+            torch.autograd.grad(self.forward(grad, self.problem.f), self.wanted, allow_unused=True)
 
     def _solved(self, f: Map, grad: AbstractGrad) -> Solution:
         return fixed_point(
             f,
-            self.z0,
-            *self.args,
+            self.problem.z0,
+            *self.problem.args,
             grad=grad,
             solver=self.solver,
             stop=self.stop,
@@ -87,11 +84,11 @@ def warn_how_it_ended(solution: Solution) -> None:
         warnings.warn(f"{short} of {len(codes)} samples ended with {', '.join(bad)}.", RuntimeWarning, stacklevel=2)
 
 
-def differentiable_tensors(f: Map, z0: State, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Every tensor that f uses and that requires gradients, found by watching it run."""
-    tracer = ClosureTracer(tensors(z0))
+def differentiable_tensors(problem: Problem) -> tuple[Tensor, ...]:
+    """Every tensor that f uses and that requires gradients, traced during one evaluation."""
+    tracer = ClosureTracer(tensors(problem.z0))
     with torch.enable_grad(), tracer:
-        f(z0, *args)
+        problem.f(problem.z0, *problem.args)
     return tuple(t for t in tracer.tensors if t.requires_grad)
 
 

@@ -21,7 +21,8 @@ from implicit.diagnostics.profiling import flat
 from implicit.evaluation import FlatMap
 from implicit.fixed_point import fixed_point
 from implicit.iterate import iterate
-from implicit.pytree import Flat, Layout, Map, State, norm
+from implicit.options import Problem
+from implicit.pytree import Flat, Layout, State, norm
 from implicit.solution import NotConverged
 from implicit.solvers import AbstractSolver, AndersonGS
 from implicit.stopping import Stop
@@ -32,9 +33,7 @@ _DENSE = 2**23  # numbers in all samples' Jacobians up to which they are formed
 
 
 def exact_gradient(
-    f: Map,
-    z0: State,
-    args: tuple[Any, ...],
+    problem: Problem,
     wanted: tuple[Tensor, ...],
     loss: Loss,
     solver: AbstractSolver[Any],
@@ -50,12 +49,13 @@ def exact_gradient(
     """
     tight = Stop(rtol=2 * layout.eps, atol=0, max_evals=2000)
     with torch.no_grad():
-        solved = fixed_point(f, z0, *args, solver=solver, stop=tight, batch_dims=layout.batch_dims)
+        start = problem.z0, *problem.args
+        solved = fixed_point(problem.f, *start, solver=solver, stop=tight, batch_dims=layout.batch_dims)
         z = layout.pack(solved.value)
         off = _accepted(solved.residual / norm(z).clamp_min(torch.finfo(z.dtype).tiny), layout, "solution")
     with torch.enable_grad():
         x = z.detach().requires_grad_()
-        y = FlatMap(f, args, layout)(x)
+        y = FlatMap(problem.f, problem.args, layout)(x)
         act = pullback(y, x)
         end = z.detach().requires_grad_()
         total = loss(layout.unpack(end))

@@ -19,7 +19,7 @@ from implicit.linear.gmres import GMRES
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Flat, Layout, Map, State
 from implicit.solution import Adjoint, Solution
-from implicit.solvers.base import AbstractSolver
+from implicit.solvers.base import AbstractSolver, check_one_of
 from implicit.stopping import Stop
 
 
@@ -71,8 +71,7 @@ class IFT(AbstractGrad):
     preconditioner: Callable[[State], State] | None = None
 
     def __post_init__(self) -> None:
-        if self.on_failure not in ("warn", "raise", "ignore"):
-            raise ValueError(f'IFT.on_failure must be "warn", "raise" or "ignore", got {self.on_failure!r}.')
+        check_one_of(self, "on_failure", "warn", "raise", "ignore")
 
     def __call__(
         self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()

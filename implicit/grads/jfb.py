@@ -8,7 +8,7 @@ from implicit.autodiff.tracked_steps import track
 from implicit.grads.base import AbstractGrad
 from implicit.options import Problem, SolveOptions
 from implicit.solution import Solution
-from implicit.solvers.base import AbstractSolver
+from implicit.solvers.base import AbstractSolver, check_at_least
 from implicit.stopping import Stop
 
 
@@ -33,8 +33,7 @@ class JFB(AbstractGrad):
     steps: int = 1
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"JFB.steps must be at least 1, got {self.steps}.")
+        check_at_least(self, 1, "steps")
 
     def __call__(
         self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()

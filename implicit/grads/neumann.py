@@ -14,7 +14,7 @@ from implicit.grads.base import AbstractGrad
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Flat, Layout
 from implicit.solution import Solution
-from implicit.solvers.base import AbstractSolver
+from implicit.solvers.base import AbstractSolver, check_at_least
 from implicit.stopping import Stop
 
 
@@ -39,8 +39,7 @@ class Neumann(AbstractGrad):
     terms: int = 5
 
     def __post_init__(self) -> None:
-        if self.terms < 1:
-            raise ValueError(f"Neumann.terms must be at least 1, got {self.terms}.")
+        check_at_least(self, 1, "terms")
 
     def __call__(
         self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()

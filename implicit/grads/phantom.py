@@ -8,7 +8,7 @@ from implicit.autodiff.tracked_steps import track
 from implicit.grads.base import AbstractGrad
 from implicit.options import Problem, SolveOptions
 from implicit.solution import Solution
-from implicit.solvers.base import AbstractSolver
+from implicit.solvers.base import AbstractSolver, check_at_least, check_share
 from implicit.stopping import Stop
 
 
@@ -37,10 +37,8 @@ class Phantom(AbstractGrad):
     damping: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"Phantom.steps must be at least 1, got {self.steps}.")
-        if not 0 <= self.damping < 1:
-            raise ValueError(f"Phantom.damping must lie in [0, 1), got {self.damping}.")
+        check_at_least(self, 1, "steps")
+        check_share(self, "damping")
 
     def __call__(
         self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()

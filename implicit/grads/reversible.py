@@ -14,7 +14,7 @@ from implicit.grads.base import AbstractGrad
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Layout
 from implicit.solution import Solution
-from implicit.solvers.base import AbstractSolver
+from implicit.solvers.base import AbstractSolver, check_one_of
 from implicit.stopping import Stop
 
 
@@ -66,8 +66,7 @@ class Reversible(AbstractGrad):
     def __post_init__(self) -> None:
         if not 0 < self.beta < 1:
             raise ValueError(f"Reversible.beta must lie in (0, 1), got {self.beta}.")
-        if self.on_drift not in ("warn", "raise", "ignore"):
-            raise ValueError(f'Reversible.on_drift must be "warn", "raise" or "ignore", got {self.on_drift!r}.')
+        check_one_of(self, "on_drift", "warn", "raise", "ignore")
         if not self.tolerance > 0:
             raise ValueError(f"Reversible.tolerance must be positive, got {self.tolerance}.")
         if self.anchor is not None and self.anchor < 1:

@@ -22,7 +22,7 @@ from implicit.grads.base import AbstractGrad
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Flat, Layout, map_tensors, norm
 from implicit.solution import Solution
-from implicit.solvers.base import AbstractSolver, Point
+from implicit.solvers.base import AbstractSolver, Point, check_at_least
 from implicit.stopping import Stop
 from implicit.torch_internals import is_abstract
 
@@ -60,8 +60,7 @@ class SHINE(AbstractGrad):
     fallback: float | None = 1.3
 
     def __post_init__(self) -> None:
-        if self.refine < 0:
-            raise ValueError(f"SHINE.refine must be at least 0, got {self.refine}.")
+        check_at_least(self, 0, "refine")
         if self.fallback is not None and not self.fallback > 0:
             raise ValueError(f"SHINE.fallback must be positive or None, got {self.fallback}.")
 

@@ -11,7 +11,7 @@ from implicit.grads.base import AbstractGrad
 from implicit.grads.jfb import JFB
 from implicit.options import Problem, SolveOptions
 from implicit.solution import Solution
-from implicit.solvers.base import AbstractSolver
+from implicit.solvers.base import AbstractSolver, check_at_least
 from implicit.stopping import Stop
 from implicit.torch_internals import inside_backward
 
@@ -41,10 +41,8 @@ class StochasticJFB(AbstractGrad):
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
-        if self.N < 0:
-            raise ValueError(f"StochasticJFB.N must be at least 0, got {self.N}.")
-        if self.M < 1:
-            raise ValueError(f"StochasticJFB.M must be at least 1, got {self.M}.")
+        check_at_least(self, 0, "N")
+        check_at_least(self, 1, "M")
 
     def settled(self) -> JFB:
         """The 1-step gradient, which leaves the budget to `Stop`."""

@@ -24,6 +24,7 @@ from implicit.linear.arnoldi import orthogonalize
 from implicit.linear.hessenberg import HessenbergSystem
 from implicit.pytree import Flat, PerSample, norm, to_device, to_host
 from implicit.solution import Result, Solution
+from implicit.solvers.base import check_at_least
 from implicit.solvers.history_buffer import HistoryBuffer
 from implicit.stopping import Stop, classify
 
@@ -56,9 +57,7 @@ class GMRES:
     rate: float = 0.7
 
     def __post_init__(self) -> None:
-        for name in ("memory", "short"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"GMRES.{name} must be at least 1, got {getattr(self, name)}.")
+        check_at_least(self, 1, "memory", "short")
         if not 0 <= self.rate <= 1:
             raise ValueError(f"GMRES.rate must lie in [0, 1], got {self.rate}.")
 

@@ -19,10 +19,10 @@ class FastPath:
         low = criterion.stop.atol + self.rtol * criterion.smallest * criterion.first + criterion.tiny
         self.low: list[float] | np.ndarray = low.tolist() if len(low) <= LISTS else low
 
-    def take(self, seen: Observation, best: BestIterates, quiet: bool, guarded: bool) -> bool:
+    def take(self, seen: Observation, best: BestIterates, quiet: bool, safeguarded: bool) -> bool:
         """Enter `seen` into `best`; False, and nothing done, where it needs the whole reading.
 
-        `quiet` tells that smallest residuals change nothing for the safeguard, `guarded` that there is one.
+        `quiet` tells that smallest residuals change nothing for the safeguard, `safeguarded` that there is one.
         """
         count = len(seen.rows)
         if count <= LISTS:
@@ -36,6 +36,6 @@ class FastPath:
         if not clear or not quiet or seen.calls <= best.begun_at.max(initial=0):
             return False
         if gained < count:
-            return not gained and not guarded and seen.calls - best.oldest < PATIENCE
+            return not gained and not safeguarded and seen.calls - best.oldest < PATIENCE
         best.advance(seen.point, r, s, seen.calls)
         return True

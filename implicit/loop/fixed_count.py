@@ -20,9 +20,9 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from implicit.autodiff.recomputation import SameValue, Segments
 from implicit.evaluation import FlatMap
-from implicit.loop.progress import Report, progress_callback
+from implicit.loop.progress import Report, progress_callback, recorded
 from implicit.options import Fold, SolveOptions
-from implicit.pytree import Flat, Layout, State, map_tensors, to_device, to_host, validate_warm_start
+from implicit.pytree import Flat, State, map_tensors, to_host, validate_warm_start
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, Point
 from implicit.stopping import Criterion, Stop, classify_count
@@ -101,16 +101,9 @@ def _solution(
         residual=residual,
         result=result,
         evals=torch.full_like(result, f.calls + f.repeats, dtype=torch.int64),
-        trace=_trace(observer, layout, options),
+        trace=recorded(observer.fold, observer.trace, layout, options),
         state=state,
     )
-
-
-def _trace(observer: "_Observer", layout: Layout, options: SolveOptions) -> Any:
-    """The residuals of all evaluations, or what a function made of them."""
-    if observer.fold is not None:
-        return observer.fold.carry
-    return to_device(np.stack(observer.trace), layout.device, layout.dtype) if options.trace else None
 
 
 def _next(f: FlatMap, z: Flat, tangent: Flat | None, at: _Position, retry: bool) -> _Position:

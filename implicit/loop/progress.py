@@ -1,13 +1,14 @@
-"""Residuals on their way to the user: callback and progress bar."""
+"""Residuals for the user: callback, progress bar and trace."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from implicit.options import SolveOptions
+from implicit.options import Fold, SolveOptions
+from implicit.pytree import Layout, to_device
 from implicit.stopping import Stop
 
 Report: TypeAlias = Callable[[int, np.ndarray], None]
@@ -36,3 +37,10 @@ def progress_callback(options: SolveOptions, stop: Stop) -> Iterator[Report | No
                 options.callback(calls, torch.from_numpy(residual.copy()))
 
         yield callback
+
+
+def recorded(fold: Fold | None, residuals: list[np.ndarray], layout: Layout, options: SolveOptions) -> Any:
+    """`Solution.trace`: the residuals of all evaluations, or what a function made of the evaluations."""
+    if fold is not None:
+        return fold.carry
+    return to_device(np.stack(residuals), layout.device, layout.dtype) if options.trace else None

@@ -109,32 +109,30 @@ class AbstractSolver(abc.ABC, Generic[S]):
 
 
 def check_history(state_size: int, size: int) -> None:
-    """Refuse a solver state whose history has another length.
-
-    Raises:
-        ValueError: it has.
-    """
+    """Raises ValueError where a solver state has a history of another length."""
     if state_size != size:
         raise ValueError(f"state must come from a solver with memory={size}, got {state_size}.")
 
 
-def check_at_least(solver: Any, least: int, *names: str) -> None:
-    """Refuse settings below `least`.
-
-    Raises:
-        ValueError: naming the first of them.
-    """
+def check_at_least(settings: Any, least: int, *names: str) -> None:
+    """Raises ValueError where one of these settings is below `least`."""
     for name in names:
-        if getattr(solver, name) < least:
-            kind = type(solver).__name__
-            raise ValueError(f"{kind}.{name} must be at least {least}, got {getattr(solver, name)}.")
+        if getattr(settings, name) < least:
+            raise ValueError(f"{_setting(settings, name)} must be at least {least}, got {getattr(settings, name)}.")
 
 
-def check_share(solver: Any, name: str) -> None:
-    """Refuse a setting outside [0, 1).
+def check_share(settings: Any, name: str) -> None:
+    """Raises ValueError where a setting lies outside of [0, 1)."""
+    if not 0 <= getattr(settings, name) < 1:
+        raise ValueError(f"{_setting(settings, name)} must lie in [0, 1), got {getattr(settings, name)}.")
 
-    Raises:
-        ValueError: naming it.
-    """
-    if not 0 <= getattr(solver, name) < 1:
-        raise ValueError(f"{type(solver).__name__}.{name} must lie in [0, 1), got {getattr(solver, name)}.")
+
+def check_one_of(settings: Any, name: str, *words: str) -> None:
+    """Raises ValueError where a setting is none of these words."""
+    if getattr(settings, name) not in words:
+        allowed = ", ".join(map(repr, words))
+        raise ValueError(f"{_setting(settings, name)} must be one of {allowed}, got {getattr(settings, name)!r}.")
+
+
+def _setting(settings: Any, name: str) -> str:
+    return f"{type(settings).__name__}.{name}"

@@ -12,6 +12,10 @@ if Re lambda < 1. So there are three kinds of fixed point:
 import enum
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
 
 class Condition(enum.Enum):
     """What a diagnosis can find; the value is the name in print."""
@@ -64,3 +68,8 @@ class Finding:
     evidence: str
     samples: tuple[int, ...]
     certain: bool = True
+
+    @classmethod
+    def of(cls, condition: Condition, evidence: str, mask: Bool[Tensor, " B"], certain: bool = True) -> "Finding":
+        """The finding of the samples in `mask`."""
+        return cls(condition, evidence, tuple(torch.nonzero(mask).flatten().tolist()), certain)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from implicit.diagnostics.diagnose.budget import Budget, BudgetSpent
@@ -55,11 +55,10 @@ def try_estimators(
         return EstimatorTable(missing="nothing that f uses requires gradients")
     if not estimators:
         return EstimatorTable(missing="no estimators were given")
-    f, layout = budget.watch(problem.f), problem.layout
+    f, layout = problem.problem.f, problem.layout
+    counted = replace(problem.problem, f=budget.watch(f), z0=answer)
     try:
-        truth, kind = exact_gradient(
-            f, answer, problem.args, problem.wanted, problem.loss, problem.solver, layout, dense=_DENSE
-        )
+        truth, kind = exact_gradient(counted, problem.wanted, problem.loss, problem.solver, layout, dense=_DENSE)
     except (NotConverged, BudgetSpent) as error:
         return EstimatorTable(missing=f"the exact gradient was not found ({error})")
     if not bool(truth.norm() > 0):
@@ -68,7 +67,7 @@ def try_estimators(
     for name, grad in labeled(estimators).items():
         if budget.remaining <= evals:
             break
-        taken[name] = measure(partial(problem.forward, grad), problem.f, problem.wanted, counter=budget)
+        taken[name] = measure(partial(problem.forward, grad), f, problem.wanted, counter=budget)
     times = _times(problem, labeled(estimators), taken, repeats, evals, budget)
     rows = [row(name, [one], truth, times.get(name, math.nan)) for name, one in taken.items()]
     left = [name for name in labeled(estimators) if name not in taken]

@@ -91,13 +91,13 @@ def kind(kinds: Kinds, spectrum: Spectrum, found: Tensor) -> list[Finding]:
         evidence = f"{what} of df/dz {_span(number[mask])}"
         if not bool(found[mask].all()):
             evidence += ", at the best iterate, which is no fixed point"
-        findings.append(Finding(condition, evidence, _samples(mask), bool(certain[mask].all())))
+        findings.append(Finding.of(condition, evidence, mask, bool(certain[mask].all())))
     strong = known & (kinds.transient >= _TRANSIENT)
     if bool(strong.any()):
         worst = kinds.transient[strong]
         evidence = f"powers of df/dz exceed their final rate {_span(worst)} times"
         certain = bool((worst >= _CLEAR).all() and found[strong].all())
-        findings.append(Finding(Condition.NON_NORMAL, evidence, _samples(strong), certain))
+        findings.append(Finding.of(Condition.NON_NORMAL, evidence, strong, certain))
     return findings
 
 
@@ -136,18 +136,10 @@ def kinks(f: FlatMap, z: Flat, found: Tensor) -> Finding | None:
     kinked = (shares[1] >= _KINK) & (differences[1] >= _FALL * differences[0])
     if not bool(kinked.any()):
         return None
-    return Finding(
-        Condition.KINKED,
-        f"one-sided slopes of f at the fixed point differ by {_span(shares[1][kinked])} of their sum",
-        _samples(kinked),
-        certain=bool(found[kinked].all()),
-    )
+    evidence = f"one-sided slopes of f at the fixed point differ by {_span(shares[1][kinked])} of their sum"
+    return Finding.of(Condition.KINKED, evidence, kinked, bool(found[kinked].all()))
 
 
 def _span(numbers: Tensor) -> str:
     low, high = float(numbers.min()), float(numbers.max())
     return f"{high:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
-
-
-def _samples(mask: Tensor) -> tuple[int, ...]:
-    return tuple(torch.nonzero(mask).flatten().tolist())

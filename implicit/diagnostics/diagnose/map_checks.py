@@ -86,8 +86,7 @@ def _difference(a: Flat, b: Flat) -> PerSample:
 def _finding(condition: Condition, evidence: str, off: PerSample, eps: float) -> Finding | None:
     """The condition of the samples whose difference is more than rounding; `evidence` takes the largest one."""
     threshold = REPEATABLE * eps
-    samples = tuple(torch.nonzero(off > threshold).flatten().tolist())
-    if not samples:
+    if not bool((off > threshold).any()):
         return None
     worst = float(off.nan_to_num(nan=-1).max())
-    return Finding(condition, evidence.format(f"{worst:.1e}"), samples, certain=worst > _CERTAIN * threshold)
+    return Finding.of(condition, evidence.format(f"{worst:.1e}"), off > threshold, worst > _CERTAIN * threshold)

@@ -15,7 +15,7 @@ from implicit.diagnostics.diagnose.jacobian import Kinds
 from implicit.diagnostics.diagnose.recommendation import recommend
 from implicit.diagnostics.diagnose.report import Diagnosis
 from implicit.diagnostics.diagnose.restore import restored
-from implicit.diagnostics.diagnose.solver_trials import Trial
+from implicit.diagnostics.diagnose.solver_trials import SolverTrials, Trial
 from implicit.diagnostics.gradient_problem import GradientProblem, differentiable_tensors
 from implicit.diagnostics.reference_gradient import Loss
 from implicit.diagnostics.spectral_radius import Spectrum, spectrum
@@ -23,6 +23,7 @@ from implicit.evaluation import FlatMap
 from implicit.fixed_point import check_types
 from implicit.grads import IFT
 from implicit.grads.base import AbstractGrad
+from implicit.options import Problem
 from implicit.pytree import Layout, Map, State, map_tensors
 from implicit.solution import Result
 from implicit.solvers import Picard
@@ -92,7 +93,7 @@ def diagnose(
         raise ValueError(f"budget must be at least 1 and repeats at least 0, got {budget} and {repeats}.")
     z0, stop = map_tensors(Tensor.detach, z0), replace(stop, when=None)
     with restored(f, args, solvers, estimators, loss):
-        run = _Run(f, z0, args, stop, Layout.of(z0, batch_dims), Budget(limit=budget))
+        run = _Run(Problem(f, z0, args), stop, Layout.of(z0, batch_dims), Budget(limit=budget))
         try:
             run.check_map()
             if not run.has(Condition.NONFINITE):
@@ -108,9 +109,7 @@ def diagnose(
 class _Run:
     """A diagnosis in progress."""
 
-    f: Map
-    z0: State
-    args: tuple[Any, ...]
+    problem: Problem
     stop: Stop
     layout: Layout
     budget: Budget
@@ -128,17 +127,20 @@ class _Run:
 
     def flat(self) -> FlatMap:
         """f on (B, N) matrices, within the budget."""
-        return FlatMap(self.budget.plain(self.f), self.args, self.layout)
+        return FlatMap(self.budget.plain(self.problem.f), self.problem.args, self.layout)
+
+    def solves(self) -> SolverTrials:
+        """Solves of the problem, within the budget."""
+        return SolverTrials(self.problem, self.layout, self.budget)
 
     @torch.no_grad()
     def check_map(self) -> None:
         """Is f finite at the start, a function of z, and of each sample by itself?"""
-        flat, start = self.flat(), self.layout.pack(self.z0)
+        flat, start = self.flat(), self.layout.pack(self.problem.z0)
         first = flat(start)
         lost = ~torch.isfinite(first).all(dim=1)
         if bool(lost.any()):
-            samples = tuple(torch.nonzero(lost).flatten().tolist())
-            self.findings.append(Finding(Condition.NONFINITE, "f(z0) is NaN or infinite", samples))
+            self.findings.append(Finding.of(Condition.NONFINITE, "f(z0) is NaN or infinite", lost))
             return
         point = map_checks.generic_point(flat, start, first)
         noisy = map_checks.noise(flat, point)
@@ -147,14 +149,13 @@ class _Run:
             self.missing.append("whether samples are coupled, eigenvalues, kinks and gradients, since f is noisy")
         elif (coupled := map_checks.coupling(flat, point)) is not None:
             self.findings.append(coupled)
-            self.layout = Layout.of(self.z0, 0)
+            self.layout = Layout.of(self.problem.z0, 0)
 
     def try_solvers(self, candidates: Sequence[AbstractSolver[Any]]) -> None:
         """Run the candidates, and the best of them down to rounding error."""
-        how = self.layout.batch_dims, self.budget
         if self.has(Condition.NOISY):  # no solver can converge; one shows how far it comes
             candidates = [s for s in candidates if not isinstance(s, Picard)][:1] or candidates[:1]
-        self.trials = solver_trials.try_solvers(self.f, self.z0, self.args, candidates, self.stop, *how)
+        self.trials = self.solves().candidates(candidates, self.stop)
         self.best = solver_trials.best(self.trials)
         if lost := [trial.row.name for trial in self.trials if trial.row.note == solver_trials.UNFINISHED]:
             self.missing.append(f"solves by {', '.join(lost)}, for lack of budget")
@@ -164,8 +165,7 @@ class _Run:
         if self.has(Condition.NOISY):
             self.deep = self.best
             return
-        solver = self.best.row.solver
-        deep = solver_trials.deepest(self.f, self.z0, self.args, solver, self.stop, *how)
+        deep = self.solves().deepest(self.best.row.solver, self.stop)
         better = deep.solution is not None and not deep.row.residual > self.best.row.residual
         self.deep = deep if better else self.best
         codes = self.best.solution.result.cpu()
@@ -177,10 +177,10 @@ class _Run:
         for trial in self.trials:
             if trial.solution is None or self.has(Condition.NOISY):
                 continue
-            samples = torch.nonzero(trial.solution.result == Result.NONDETERMINISTIC).flatten().tolist()
-            if samples:
+            noisy = trial.solution.result == Result.NONDETERMINISTIC
+            if bool(noisy.any()):
                 evidence = f"{trial.row.name} met two values of f at one state"
-                self.findings.append(Finding(Condition.NOISY, evidence, tuple(samples)))
+                self.findings.append(Finding.of(Condition.NOISY, evidence, noisy))
 
     def look_at_solution(self) -> None:
         """The Jacobian there, its neighborhood, other starts."""
@@ -192,15 +192,13 @@ class _Run:
         with torch.no_grad():
             kink = jacobian.kinks(self.flat(), z, found)
         self.findings += [] if kink is None else [kink]
-        start = solutions.at_start(self.z0, self.deep, self.layout)
+        start = solutions.at_start(self.problem.z0, self.deep, self.layout)
         self.findings += [] if start is None else [start]
         if bool(found.any()):
             tight = solutions.starting_stop(self.stop, self.layout)
-            solver = self.deep.row.solver
             if self.budget.remaining < solutions.COST:
                 self.missing.append("whether other starts give other answers, for lack of budget")
-            rest = solver, tight, self.deep, gap, self.layout, self.budget
-            more = solutions.several(self.f, self.z0, self.args, *rest)
+            more = solutions.several(self.solves(), self.deep.row.solver, tight, self.deep, gap)
             self.findings += [] if more is None else [more]
 
     def _eigenvalues(self, z: Tensor, found: Tensor) -> Tensor | None:
@@ -248,8 +246,8 @@ class _Run:
             return
         stop = replace(self.stop, max_evals=max(self.stop.max_evals, 2 * row.most))
         if params is None:
-            params = differentiable_tensors(self.budget.plain(self.f), self.z0, self.args)
-        problem = GradientProblem.of(self.f, self.z0, self.args, row.solver, stop, self.layout, loss, params)
+            params = differentiable_tensors(replace(self.problem, f=self.budget.plain(self.problem.f)))
+        problem = GradientProblem.of(self.problem, row.solver, stop, self.layout, loss, params)
         self.table = try_estimators(problem, self.deep.solution.value, estimators, repeats, row.most, self.budget)
 
     def report(self, estimators: Sequence[AbstractGrad], error: float) -> Diagnosis:
@@ -269,7 +267,7 @@ class _Run:
             self.layout.batch_dims,
             self.layout.eps,
         )
-        samples = self.layout.pack(self.z0).shape
+        samples = self.layout.pack(self.problem.z0).shape
         missing = [*self.missing, *([f"gradients: {self.table.missing}"] if self.table.missing else [])]
         solution = None if self.deep is None else self.deep.solution
         return Diagnosis(
@@ -279,7 +277,7 @@ class _Run:
             floor=floor,
             estimators=self.table,
             spectrum=self.spectrum,
-            value=self.z0 if solution is None else solution.value,
+            value=self.problem.z0 if solution is None else solution.value,
             found=row is not None and row.samples > 0 and row.converged == row.samples,
             recommendation=advice,
             evals=self.budget.evals,

@@ -5,11 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit.diagnostics.diagnose.budget import Budget
 from implicit.diagnostics.diagnose.condition import Condition, Finding
 from implicit.diagnostics.diagnose.map_checks import normal, root_mean_square
-from implicit.diagnostics.diagnose.solver_trials import SolverRow, Trial, relative, run
-from implicit.pytree import Layout, Map, PerSample, State, norm
+from implicit.diagnostics.diagnose.solver_trials import SolverRow, SolverTrials, Trial, relative
+from implicit.pytree import Layout, PerSample, State, norm
 from implicit.solution import Result
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
@@ -22,15 +21,7 @@ _NEAR, _CLOSE = 1e-3, 1e-2  # relative distance of answer and start: the same, a
 
 
 def several(
-    f: Map,
-    z0: State,
-    args: tuple[Any, ...],
-    solver: AbstractSolver[Any],
-    stop: Stop,
-    first: Trial,
-    gap: PerSample | None,
-    layout: Layout,
-    budget: Budget,
+    trials: SolverTrials, solver: AbstractSolver[Any], stop: Stop, first: Trial, gap: PerSample | None
 ) -> Finding | None:
     """Solve from other starts, in pairs on opposite sides of z0, and compare the answers.
 
@@ -38,7 +29,8 @@ def several(
     residuals allow, residual / min |1 - lambda|.
     """
     assert first.solution is not None
-    start, answer = layout.pack(z0), layout.pack(first.solution.value)
+    layout, budget = trials.layout, trials.budget
+    start, answer = layout.pack(trials.problem.z0), layout.pack(first.solution.value)
     scale = 2 * (root_mean_square(answer) + root_mean_square(answer - start))
     scale = torch.where(scale > 0, scale, 1.0).unsqueeze(1)
     gap = torch.ones_like(scale[:, 0]) if gap is None else gap.to(answer).clamp_min(layout.eps)
@@ -48,7 +40,7 @@ def several(
             if budget.remaining < _EACH + 5:
                 break
             other = start + sign * scale * normal(start, 10 + pair)
-            trial = run(f, layout.unpack(other), args, solver, stop, layout.batch_dims, budget)
+            trial = trials.run(solver, stop, layout.unpack(other))
             if trial.solution is None:
                 continue
             seen += 1
@@ -63,7 +55,7 @@ def several(
     if not bool(mask.any()):
         return None
     evidence = f"{seen} other starts gave answers {float(most.max()) * _APART:.2g} of their norm away"
-    return Finding(Condition.SEVERAL_FIXED_POINTS, evidence, _samples(mask), bool((most[mask] > 5).all()))
+    return Finding.of(Condition.SEVERAL_FIXED_POINTS, evidence, mask, bool((most[mask] > 5).all()))
 
 
 def starting_stop(stop: Stop, layout: Layout) -> Stop:
@@ -84,7 +76,7 @@ def at_start(z0: State, answer: Trial, layout: Layout) -> Finding | None:
         return None
     worst = float(moved[mask].max())
     evidence = f"the answer is within {worst:.1e} of its norm of z0"
-    return Finding(Condition.STARTS_AT_EQUILIBRIUM, evidence, _samples(mask), worst <= _NEAR)
+    return Finding.of(Condition.STARTS_AT_EQUILIBRIUM, evidence, mask, worst <= _NEAR)
 
 
 def below_rounding(
@@ -99,8 +91,4 @@ def below_rounding(
     if row is None or stalled is None or not bool(stalled.any()):
         return None
     evidence = f"rtol {stop.rtol:.1e}, and residuals end at {floor:.1e} of ||z||"
-    return Finding(Condition.BELOW_ROUNDING, evidence, _samples(stalled))
-
-
-def _samples(mask: Tensor) -> tuple[int, ...]:
-    return tuple(torch.nonzero(mask).flatten().tolist())
+    return Finding.of(Condition.BELOW_ROUNDING, evidence, stalled)

@@ -13,7 +13,8 @@ from torch import Tensor
 from implicit.diagnostics.diagnose.budget import Budget, BudgetSpent
 from implicit.diagnostics.gradient_bias import label
 from implicit.fixed_point import fixed_point
-from implicit.pytree import Layout, Map, PerSample, State, norm
+from implicit.options import Problem
+from implicit.pytree import Layout, PerSample, State, norm
 from implicit.solution import Result, Solution
 from implicit.solvers import Anderson, AndersonGS, Broyden, Multisecant, NewtonKrylov, Picard
 from implicit.solvers.base import AbstractSolver
@@ -81,52 +82,48 @@ class Trial:
     solution: Solution | None
 
 
-def try_solvers(
-    f: Map,
-    z0: State,
-    args: tuple[Any, ...],
-    solvers: Sequence[AbstractSolver[Any]],
-    stop: Stop,
-    batch_dims: int,
-    budget: Budget,
-) -> list[Trial]:
-    """Run every candidate from z0; a candidate for which the budget does not suffice is a row that says so."""
-    trials = []
-    for solver in solvers:
-        most = max(stop.max_evals, _PATIENT)
-        trials.append(run(f, z0, args, solver, replace(stop, max_evals=most), batch_dims, budget))
-    return trials
+@dataclass(frozen=True, eq=False)
+class SolverTrials:
+    """Solves of one problem by several solvers, within a budget."""
 
+    problem: Problem
+    layout: Layout
+    budget: Budget
 
-def run(
-    f: Map, z0: State, args: tuple[Any, ...], solver: AbstractSolver[Any], stop: Stop, batch_dims: int, budget: Budget
-) -> Trial:
-    """One solve with its trace, without gradients; a failure is a row with a note."""
-    layout = Layout.of(z0, batch_dims)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # coupling, which is a finding
-            solution = fixed_point(
-                budget.plain(f), z0, *args, solver=solver, stop=stop, batch_dims=batch_dims, trace=True
-            )
-    except BudgetSpent:
-        return Trial(_failed(solver, UNFINISHED), None)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        return Trial(_failed(solver, f"{type(error).__name__}: {error}"), None)
-    codes = [Result(code).name for code in solution.result.tolist()]
-    return Trial(
-        SolverRow(
+    def run(self, solver: AbstractSolver[Any], stop: Stop, z0: State = None) -> Trial:
+        """One solve with its trace, without gradients, from z0 if it is given; a failure is a row with a note."""
+        f, start = self.budget.plain(self.problem.f), self.problem.z0 if z0 is None else z0
+        options: dict[str, Any] = {"stop": stop, "batch_dims": self.layout.batch_dims, "trace": True}
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # coupling, which is a finding
+                solution = fixed_point(f, start, *self.problem.args, solver=solver, **options)
+        except BudgetSpent:
+            return Trial(_failed(solver, UNFINISHED), None)
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            return Trial(_failed(solver, f"{type(error).__name__}: {error}"), None)
+        codes = [Result(code).name for code in solution.result.tolist()]
+        row = SolverRow(
             solver=solver,
             converged=codes.count(Result.CONVERGED.name),
             samples=len(codes),
             evals=solution.evals.cpu(),
-            residual=float(relative(solution, layout).max()),
+            residual=float(relative(solution, self.layout).max()),
             ends=tuple((name, codes.count(name)) for name in dict.fromkeys(codes)),
             trace=None if solution.trace is None else solution.trace.cpu(),
-            tolerances=_tolerances(solution, layout),
-        ),
-        solution,
-    )
+            tolerances=_tolerances(solution, self.layout),
+        )
+        return Trial(row, solution)
+
+    def candidates(self, solvers: Sequence[AbstractSolver[Any]], stop: Stop) -> list[Trial]:
+        """Every candidate from z0; a candidate for which the budget does not suffice has a row with that note."""
+        patient = replace(stop, max_evals=max(stop.max_evals, _PATIENT))
+        return [self.run(solver, patient) for solver in solvers]
+
+    def deepest(self, solver: AbstractSolver[Any], stop: Stop) -> Trial:
+        """A solve down to the rounding error of the state's dtype."""
+        most = max(1, min(_DEEP, self.budget.remaining - 5))
+        return self.run(solver, replace(stop, rtol=1e-30, atol=0.0, max_evals=most))
 
 
 def _failed(solver: AbstractSolver[Any], note: str) -> SolverRow:
@@ -157,14 +154,6 @@ def best(trials: Sequence[Trial]) -> Trial | None:
     able = [t for t in done if t.row.converged == most]
     least = min(t.row.most for t in able)
     return next(t for t in able if t.row.most <= _WORTH * least + 1)
-
-
-def deepest(
-    f: Map, z0: State, args: tuple[Any, ...], solver: AbstractSolver[Any], stop: Stop, batch_dims: int, budget: Budget
-) -> Trial:
-    """A solve down to the rounding error of the state's dtype."""
-    deep = replace(stop, rtol=1e-30, atol=0.0, max_evals=max(1, min(_DEEP, budget.remaining - 5)))
-    return run(f, z0, args, solver, deep, batch_dims, budget)
 
 
 def _tolerances(solution: Solution, layout: Layout) -> tuple[tuple[float, int], ...]:
