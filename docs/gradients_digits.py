@@ -26,7 +26,7 @@ WIDTH, BATCH, STEPS, RATE = 32, 64, 200, 5e-3
 
 
 class Layer(nn.Module):
-    """z' = norm(u + mlp(z)), u the picture's projection."""
+    """z' = norm(u + mlp(z)), u the image's projection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,10 +50,10 @@ class Classifier(nn.Module):
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training pictures and labels, then 297 held out."""
-    pictures, labels = load_digits(return_X_y=True)
+    """Training images and labels, then 297 held out."""
+    pixels, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    x, y = torch.tensor(pictures / 16 - 0.5, dtype=torch.float32)[order], torch.tensor(labels)[order]
+    x, y = torch.tensor(pixels / 16 - 0.5, dtype=torch.float32)[order], torch.tensor(labels)[order]
     return x[:1500], y[:1500], x[1500:], y[1500:]
 
 
@@ -83,8 +83,8 @@ def train(grad: AbstractGrad, seed: int) -> tuple[Classifier, float, float]:
     return model, float(right), seconds
 
 
-def meter(model: Classifier) -> tuple[GradientBias, str]:
-    """The table on a batch of held-out pictures, and what kind of fixed point it is about."""
+def measured(model: Classifier) -> tuple[GradientBias, str]:
+    """The table on a batch of held-out images, and what kind of fixed point it is about."""
     model = copy.deepcopy(model)
     _, _, x, y = digits()
     u, y = model.inject(x[:BATCH]).detach(), y[:BATCH]
@@ -100,7 +100,7 @@ def meter(model: Classifier) -> tuple[GradientBias, str]:
         z = implicit.fixed_point(model.layer, z0, u, stop=Stop(rtol=1e-6, atol=0, max_evals=500)).value
     radius = diagnostics.spectral_radius(model.layer, z, u)
     alignment = diagnostics.path_independence(model.layer, z0, u).score.min()
-    text = f"spectral radius {radius.median():.2f} (median of {BATCH} pictures; largest {radius.max():.2f})"
+    text = f"spectral radius {radius.median():.2f} (median of {BATCH} images; largest {radius.max():.2f})"
     return table, f"{text}, alignment at least {alignment:.4f}"
 
 
@@ -109,16 +109,16 @@ def main() -> None:
     trained = {label(g): [train(g, seed) for seed in SEEDS] for g in every_estimator() if isinstance(g, TRAINED)}
     tables, kinds = {}, {}
     for name, model in {"untrained": fresh(0), "trained": trained["IFT"][0][0]}.items():
-        tables[name], kinds[name] = meter(model)
+        tables[name], kinds[name] = measured(model)
     body = []
     for before, after in zip(tables["untrained"].rows, tables["trained"].rows, strict=True):
-        told = ("", "")
+        accuracy = ("", "")
         if before.name in trained:
             rights, seconds = zip(*(run[1:] for run in trained[before.name]), strict=True)
-            told = (", ".join(f"{100 * right:.1f}" for right in rights), f"{statistics.median(seconds):.0f} s")
+            accuracy = (", ".join(f"{100 * right:.1f}" for right in rights), f"{statistics.median(seconds):.0f} s")
         bias = [f"{one.cosine:.3f}, {one.error:.1e}" for one in (before, after)]
         cost = [f"{after.evals:.3g}", f"{after.products:.3g}", size(after.saved), f"{after.time:.1f}"]
-        body.append((before.name, *bias, *cost, *told, after.note))
+        body.append((before.name, *bias, *cost, *accuracy, after.note))
     kind = "\n".join(f"{name.capitalize()}: {kind}.\n" for name, kind in kinds.items())
     write("digits", kind + "\n" + markdown(HEAD, body))
     draw(tables, kinds)

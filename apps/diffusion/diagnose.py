@@ -10,12 +10,13 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from apps.diffusion.checkpoint.open_network import open_network
 from apps.diffusion.checkpoint.pretrained import output_folder
+from apps.diffusion.checkpoint.readers import Weights
 from apps.diffusion.cli import device_of, run_request
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.serialization import at_least
@@ -43,7 +44,7 @@ class Request:
     """Most evaluations of the layer and products with its Jacobian at each timestep."""
     seed: int = 0
     """Random seed of the samples."""
-    weights: Literal["ema", "model"] = "ema"
+    weights: Weights = "ema"
     """Averaged weights of a run, or its last ones."""
     out: Path | None = None
     """Output folder; default: diagnosis, inside the run, or diagnosis/NAME for a network by name."""

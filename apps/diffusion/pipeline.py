@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Literal
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from apps.diffusion.checkpoint.open_network import open_network
+from apps.diffusion.checkpoint.readers import Weights
 from apps.diffusion.checkpoint.single_file import single_file
 from apps.diffusion.config.sampling import Sampler
 from apps.diffusion.models.fpdm import FPDM
@@ -66,7 +66,7 @@ class FixedPointPipeline(SamplingPipeline):
         run: Path,
         *,
         vae: AutoencoderKL | str | Path | None = None,
-        weights: Literal["ema", "model"] = "ema",
+        weights: Weights = "ema",
         sampler: Sampler | None = None,
     ) -> FixedPointPipeline:
         """The pipeline of a training run's newest checkpoint.
@@ -88,7 +88,7 @@ class FixedPointPipeline(SamplingPipeline):
         source: str | Path,
         *,
         vae: AutoencoderKL | str | Path | None = None,
-        weights: Literal["ema", "model"] = "ema",
+        weights: Weights = "ema",
         sampler: Sampler | None = None,
         scheduler: SchedulerMixin | None = None,
     ) -> FixedPointPipeline:

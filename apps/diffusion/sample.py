@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from apps.diffusion.checkpoint.open_network import OpenedNetwork, open_network
 from apps.diffusion.checkpoint.pretrained import output_folder
+from apps.diffusion.checkpoint.readers import Weights
 from apps.diffusion.cli import device_of, rank_and_world, run_request
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.serialization import at_least, to_plain
@@ -59,7 +60,7 @@ class Request:
     """bf16: call the network under autocast to bfloat16; weights and samples stay float32."""
     compile: Backend = "no"
     """Backend of torch.compile for the blocks and the iteration; inductor is the fast one."""
-    weights: Literal["ema", "model"] = "ema"
+    weights: Weights = "ema"
     """Averaged weights of a run, or its last ones."""
     vae: str | None = None
     """VAE that decodes latents, a folder or a hub name; default: the run's own."""

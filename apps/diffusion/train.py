@@ -1,7 +1,7 @@
 """Train a diffusion model: `python -m apps.diffusion.train [PRESET] [--flags]`; presets.py has the presets, `digits`
 is the default.
 
-A run writes one folder (`--out`): config.json, data.json, checkpoints/, logs/, sheets/, metrics.json, loss.png,
+A run writes one folder (`--out`): config.json, data.json, checkpoints/, logs/, grids/, metrics.json, loss.png,
 samples.png. `--resume` continues the run in that folder.
 """
 

@@ -59,4 +59,4 @@ def step(model: FPDM, x: Tensor, t: Tensor, y: Tensor, *, free: int, tracked: in
         z = iteration(model, z, inj, c)
     for block in model.blocks_post:
         z = apply(block, z, label)  # pyright: ignore[reportArgumentType]
-    return model.image(z, label)
+    return model.output(z, label)

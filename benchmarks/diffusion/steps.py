@@ -147,7 +147,7 @@ def solved_by(network: FPDM, batch: Inputs, solve: Callable[..., Tensor]) -> Cal
         z = solve(lambda z: iteration(z, *prepared), h)
         for block in network.blocks_post:
             z = block(z, y_emb)
-        return network.image(z, y_emb)
+        return network.output(z, y_emb)
 
     return predict
 

@@ -84,7 +84,7 @@ def _within(unit: str, budget: int, steps: int) -> Callable[[Any], Solve]:
     def solve(model: Any) -> Solve:
         if unit == "block passes":
             return Solve(iterations=within_block_passes(model, budget, steps))
-        spent = budget * model.block_macs() + steps * model.frame_macs()  # every step pays for embedding and output
+        spent = budget * model.block_macs() + steps * model.outer_macs()  # every step pays for embedding and output
         return Solve(iterations=within_macs(model, spent, steps))
 
     return solve

@@ -104,7 +104,7 @@ def _predict(model: FPDM, x: Tensor, t: Tensor, grad: IFT, adjoint: Adjoint | No
     h = solution.value
     for block in model.blocks_post:
         h = block(h, c)
-    return model.image(h, c), solution.adjoint
+    return model.output(h, c), solution.adjoint
 
 
 RUNS: dict[str, Callable[[int], dict[str, Any]]] = {

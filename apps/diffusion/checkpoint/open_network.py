@@ -23,7 +23,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from apps.diffusion.checkpoint import pretrained
-from apps.diffusion.checkpoint.readers import read_model_folder
+from apps.diffusion.checkpoint.readers import Weights, read_model_folder
 from apps.diffusion.checkpoint.trained_run import decoder_of, open_run
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.files import hashing
@@ -35,7 +35,6 @@ from apps.diffusion.sampling.options import class_numbers
 from apps.diffusion.schedulers.noise_levels import is_flow
 from apps.diffusion.schedulers.noise_schedule import make_scheduler, scheduler_of
 
-Weights = Literal["ema", "model"]
 Prediction = Literal["v_prediction", "epsilon"]
 _PIPELINE = ("steps", "iterations", "guidance", "reuse")  # options in a pipeline's index
 

@@ -29,6 +29,7 @@ from apps.diffusion.models import build
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 
+Weights = Literal["ema", "model"]
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 
 
@@ -36,7 +37,7 @@ _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.co
 class ReadOptions:
     """What a state dict does not determine; a folder with a configuration does."""
 
-    weights: Literal["ema", "model"] | None = None
+    weights: Weights | None = None
     """Which weights, where the checkpoint holds both; default: ema, the averaged ones."""
     heads: int | None = None
     """Attention heads, which no shape shows; default: those of the folder's config.json, or of the published size with

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from apps.diffusion.checkpoint import pretrained
 from apps.diffusion.checkpoint import training_state as checkpoint
-from apps.diffusion.checkpoint.readers import read_model_folder
+from apps.diffusion.checkpoint.readers import Weights, read_model_folder
 from apps.diffusion.checkpoint.training_state import Checkpoint
 from apps.diffusion.config.training import Config
 from apps.diffusion.data.latents import read_index
@@ -75,7 +75,7 @@ def located(path: Path, run: Path) -> Path:
     return next((above / path for above in run.absolute().parents if (above / path).exists()), path)
 
 
-def open_run(run: Path, weights: Literal["ema", "model"] = "ema") -> Trained:
+def open_run(run: Path, weights: Weights = "ema") -> Trained:
     """The newest checkpoint of a run: its averaged weights, or its last ones. A network that comes with the repository
     stands for its own run, by name or by folder (see pretrained.py); it has averaged weights alone.
 

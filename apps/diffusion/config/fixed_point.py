@@ -40,10 +40,10 @@ Grad = (
 
 
 # AndersonGS is anderson-gs, as in `solver:anderson-gs`
-_BY_NAME = {
+BY_NAME = {
     re.sub("(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower(): kind for kind, _ in map(get_args, get_args(Solver))
 }
-SOLVERS: tuple[implicit.AbstractSolver[Any], ...] = tuple(kind() for kind in _BY_NAME.values())
+SOLVERS: tuple[implicit.AbstractSolver[Any], ...] = tuple(kind() for kind in BY_NAME.values())
 """Every solver, with its default options."""
 REGISTRY = tyro.constructors.ConstructorRegistry()
 
@@ -55,11 +55,11 @@ def _any_solver(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="{" + ",".join(_BY_NAME) + "}",
-        instance_from_str=lambda words: _BY_NAME[words[0]](),
+        metavar="{" + ",".join(BY_NAME) + "}",
+        instance_from_str=lambda words: BY_NAME[words[0]](),
         is_instance=lambda value: isinstance(value, implicit.AbstractSolver),
-        str_from_instance=lambda value: [n for n, kind in _BY_NAME.items() if kind is type(value)],
-        choices=tuple(_BY_NAME),
+        str_from_instance=lambda value: [n for n, kind in BY_NAME.items() if kind is type(value)],
+        choices=tuple(BY_NAME),
     )
 
 

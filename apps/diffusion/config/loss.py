@@ -8,6 +8,8 @@ from typing import ClassVar, Literal
 
 from apps.diffusion.config.serialization import positive, within
 
+Distribution = Literal["uniform", "logit_normal"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
@@ -18,7 +20,7 @@ class LossConfig:
     SECTION: ClassVar[str] = "loss"
     FIXED_POINT: ClassVar[tuple[str, ...]] = ("residual", "jacobian", "early", "reuse", "start_noise")
 
-    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    timesteps: Distribution = "uniform"
     """Distribution of the timesteps; logit_normal (arXiv 2403.03206) draws the middle of the schedule more often."""
     location: float = 0.0
     """Mean of the normal distribution of logit_normal; above 0: more noise."""

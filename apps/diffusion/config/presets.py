@@ -35,15 +35,8 @@ def digits() -> Config:
 
 def digits_dit() -> Config:
     """The DiT baseline on the same data for the same time."""
-    return Config(
-        model=ModelConfig(kind="dit", patch=4),
-        optimizer=OptimizerConfig(images=3_000 * 64, batch=64, lr=2e-3, warmup=6_400),
-        ema=EMAConfig(decay=0.99),
-        sampling=SamplingOptions(sampler="ddpm", steps=20),
-        max_time=240.0,
-        threads=1,
-        out=Path("runs/digits-dit"),
-    )
+    sampling = SamplingOptions(sampler="ddpm", steps=20)
+    return replace(digits(), model=ModelConfig(kind="dit", patch=4), sampling=sampling, out=Path("runs/digits-dit"))
 
 
 def mnist() -> Config:

@@ -132,6 +132,12 @@ def at_least(where: object, least: float, *names: str) -> None:
             raise ValueError(f"{flag(where, name)} must be at least {least}, got {value}.")
 
 
+def check_word(name: str, value: object, kind: Any) -> None:
+    """Raises ValueError where the argument `name` is none of the words of the `Literal` type `kind`."""
+    if value not in typing.get_args(kind):
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(typing.get_args(kind))}.")
+
+
 def positive(where: object, *names: str) -> None:
     """Raises ValueError unless these fields are positive and finite."""
     for name in names:

@@ -9,7 +9,7 @@ and `dataset[i]` is `dataset[i, 0]`. `batch_sampler.BatchSampler` yields such pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from apps.diffusion.files import hashing
 from apps.diffusion.rng import Stream, generator
 
+Split = Literal["train", "held-out"]
 Key = int | tuple[int, int]
 """Number of an image, or (number, epoch)."""
 

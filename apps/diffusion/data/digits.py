@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import torch
 
-from apps.diffusion.data.dataset import TensorDataset
+from apps.diffusion.config.serialization import check_word
+from apps.diffusion.data.dataset import Split, TensorDataset
 
 HELD_OUT = 300
 
 
-def digits(split: str = "train") -> TensorDataset:
+def digits(split: Split = "train") -> TensorDataset:
     """The digits of one split, "train" (1497 images) or "held-out" (300), as float32 images (n, 1, 8, 8) in
     [-1, 1].
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    if split not in ("train", "held-out"):
-        raise ValueError(f'The digits have the splits "train" and "held-out", and {split!r} is neither.')
+    check_word("split", split, Split)
     pixels, labels = load_digits(return_X_y=True)
     train, held_out = train_test_split(
         range(len(labels)), test_size=HELD_OUT, random_state=0, stratify=labels, shuffle=True

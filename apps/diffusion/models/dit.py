@@ -12,10 +12,10 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from apps.diffusion.models import layers
-from apps.diffusion.models.transformer import Frame
+from apps.diffusion.models.transformer import LatentTransformer
 
 
-class DiT(Frame):
+class DiT(LatentTransformer):
     """The diffusion transformer: prediction = model(x, t, y).
 
     Args:
@@ -76,8 +76,8 @@ class DiT(Frame):
         h, t_emb, y_emb = self.embed(x, t, y)
         c = t_emb if y_emb is None else t_emb + y_emb
         for block in self.blocks:
-            h = self.call(block, h, c)
-        return self.image(h, c)
+            h = self.checkpointed(block, h, c)
+        return self.output(h, c)
 
     def block_passes(self) -> int:
         """Transformer blocks applied in one call."""
@@ -85,4 +85,4 @@ class DiT(Frame):
 
     def macs(self) -> int:
         """Multiply-accumulates of one call for one sample."""
-        return self.frame_macs() + len(self.blocks) * self.block_macs()
+        return self.outer_macs() + len(self.blocks) * self.block_macs()

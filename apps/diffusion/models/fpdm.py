@@ -22,14 +22,14 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from apps.diffusion.models import layers
-from apps.diffusion.models.transformer import Frame
+from apps.diffusion.models.transformer import LatentTransformer
 from implicit import AbstractGrad, AbstractSolver, Picard, Solution, Stop, Unrolled, fixed_point
 
 Start = Tensor | Callable[[Tensor], Tensor]
 Penalty = Callable[[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor, Tensor, Tensor], Tensor]
 
 
-class FPDM(Frame):
+class FPDM(LatentTransformer):
     """The fixed-point diffusion model: prediction = model(x, t, y).
 
     Args:
@@ -141,8 +141,8 @@ class FPDM(Frame):
 
         def decode(z: Tensor) -> Tensor:
             for block in self.blocks_post:
-                z = self.call(block, z, outer)
-            return self.image(z, outer)
+                z = self.checkpointed(block, z, outer)
+            return self.output(z, outer)
 
         solution = fixed_point(
             self._iterate,
@@ -186,7 +186,7 @@ class FPDM(Frame):
         """f(z), given what `prepare` made. Tensors in, a tensor out, in z's dtype also under autocast."""
         weight = self.block_fixed_point_projection_fc1.weight[:, : self.hidden_size]
         h = self.block_fixed_point_projection_fc2(layers.gelu(F.linear(z, weight) + injected)).to(z.dtype)
-        return self.block_fixed_point.steer(h, modulation)
+        return self.block_fixed_point.modulated(h, modulation)
 
     @torch.no_grad()
     def scale_recurrent_weights(self, factor: float) -> None:
@@ -221,7 +221,7 @@ class FPDM(Frame):
         invariant = 2 * td2 + 6 * d * d
         iteration = self.block_macs() + 6 * td2
         solve = k * (iteration - invariant) + invariant if hoisted else k * iteration
-        return self.frame_macs() + explicit + solve
+        return self.outer_macs() + explicit + solve
 
     def _before(self, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens behind the pre-blocks, the condition of the explicit blocks, and what `prepare` makes."""
@@ -229,11 +229,11 @@ class FPDM(Frame):
         c = t_emb if y_emb is None else t_emb + y_emb
         outer = c if y_emb is None or self.condition_on_time else y_emb
         for block in self.blocks_pre:
-            h = self.call(block, h, outer)
+            h = self.checkpointed(block, h, outer)
         return h, outer, *self.prepare(h, c)
 
     def _iterate(self, z: Tensor, injected: Tensor, modulation: Tensor) -> Tensor:
-        return self.call(self._compiled or self.iteration, z, injected, modulation)
+        return self.checkpointed(self._compiled or self.iteration, z, injected, modulation)
 
     def _stop(self, iterations: int | None, stop: Stop | None) -> Stop:
         if stop is None:

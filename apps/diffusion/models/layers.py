@@ -2,7 +2,7 @@
 
 A latent image x of shape (B, C, H, W) is cut into T = (H / p)(W / p) patches of p x p pixels, each embedded
 as one token of D features. Time t and class y become vectors of D features, and a condition c made of them
-steers every transformer block (adaLN-Zero, Peebles & Xie 2023, arXiv 2212.09748, section 3.2):
+modulates every transformer block (adaLN-Zero, Peebles & Xie 2023, arXiv 2212.09748, section 3.2):
 
     s1, a1, g1, s2, a2, g2 = W silu(c) + b                        six vectors of D features: "the modulation"
     x <- x + g1 * attention((1 + a1) * norm(x) + s1)
@@ -144,7 +144,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One adaLN-Zero transformer block (the equations at the top of this file).
 
-    `block(x, c)` is `block.steer(x, block.modulation(c))`; the two halves stand apart because a fixed-point
+    `block(x, c)` is `block.modulated(x, block.modulation(c))`; the two halves stand apart because a fixed-point
     layer applies the block many times with the same c.
     """
 
@@ -158,14 +158,14 @@ class Block(nn.Module):
         """The six vectors s1, a1, g1, s2, a2, g2, side by side."""
         return self.adaLN_modulation(c)
 
-    def steer(self, x: Float[Tensor, "B T D"], modulation: Float[Tensor, "B 6*D"]) -> Float[Tensor, "B T D"]:
+    def modulated(self, x: Float[Tensor, "B T D"], modulation: Float[Tensor, "B 6*D"]) -> Float[Tensor, "B T D"]:
         """The block under a modulation computed before."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         x = torch.addcmul(x, gate1[:, None], self.attn(modulate(x, shift1, scale1)))
         return torch.addcmul(x, gate2[:, None], self.mlp(modulate(x, shift2, scale2)))
 
     def forward(self, x: Float[Tensor, "B T D"], c: Float[Tensor, "B D"]) -> Float[Tensor, "B T D"]:
-        return self.steer(x, self.modulation(c))
+        return self.modulated(x, self.modulation(c))
 
 
 class FinalLayer(nn.Module):

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from apps.diffusion.models import layers
 
 
-class Frame(ModelMixin, ConfigMixin):
+class LatentTransformer(ModelMixin, ConfigMixin):
     """Abstract: a network on latent images, less the blocks in its middle.
 
     A subclass adds its blocks, calls `layers.initialize(self)` and gives `forward`, `block_passes`, `macs`.
@@ -101,12 +101,12 @@ class Frame(ModelMixin, ConfigMixin):
         h = self.x_embedder(x) + self.pos_embed
         return h, self.t_embedder(t), None if self.y_embedder is None else self.y_embedder(y)
 
-    def image(self, h: Float[Tensor, "B T D"], c: Float[Tensor, "B D"]) -> Float[Tensor, "B C_out H W"]:
+    def output(self, h: Float[Tensor, "B T D"], c: Float[Tensor, "B D"]) -> Float[Tensor, "B C_out H W"]:
         """The output layer, and the patches put together again."""
         _, height, width = self.latent
         return layers.unpatchify(self.final_layer(h, c), height, width, self.patch_size)
 
-    def call(self, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    def checkpointed(self, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
         """function(*args), its activations computed again in the backward pass if gradient checkpointing is enabled."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
@@ -123,7 +123,7 @@ class Frame(ModelMixin, ConfigMixin):
         d, inner, tokens = self.hidden_size, int(self.hidden_size * self.mlp_ratio), self.tokens
         return tokens * (4 * d * d + 2 * d * inner) + 2 * tokens * tokens * d + 6 * d * d
 
-    def frame_macs(self) -> int:
+    def outer_macs(self) -> int:
         """Multiply-accumulates for one sample of the embeddings and the output layer."""
         d, area = self.hidden_size, self.patch_size**2
         patches = self.tokens * area * (self.latent[0] + self.out_channels) * d

@@ -7,8 +7,9 @@ noisiest on.
 """
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
+from apps.diffusion.config.serialization import check_word
 from apps.diffusion.models.fpdm import FPDM
 
 Shape = Literal["constant", "increasing", "decreasing"]
@@ -24,8 +25,7 @@ def spread(total: int, steps: int, shape: Shape = "constant") -> tuple[int, ...]
     Raises:
         ValueError: fewer iterations than timesteps, or an unknown shape.
     """
-    if shape not in get_args(Shape):
-        raise ValueError(f"shape={shape!r} is unknown; choose one of {', '.join(get_args(Shape))}.")
+    check_word("shape", shape, Shape)
     if steps < 1 or total < steps:
         raise ValueError(
             f"{total} iterations cannot give each of {steps} timesteps one; raise the budget or take fewer steps."

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import Any, TypedDict, Unpack, get_args
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
 
 from apps.diffusion.config.sampling import Allocation, OptionError, ParallelSolver, Sampler, SamplingOptions, Start
-from apps.diffusion.config.serialization import from_plain
+from apps.diffusion.config.serialization import check_word, from_plain
 from apps.diffusion.sampling.options import as_integer, as_integers, as_number
 from apps.diffusion.sampling.warm_start import Reuse
 from implicit import AbstractSolver
@@ -102,8 +102,8 @@ def options_of(**keywords: Unpack[SamplingKeywords]) -> SamplingOptions:
         del given["reuse"]
     words_of = {"reuse": Start, "allocation": Allocation, "sampler": Sampler, "parallel": ParallelSolver}
     for name, words in words_of.items():
-        if name in given and given[name] not in get_args(words):
-            raise ValueError(f"{name}={given[name]!r} is unknown; choose one of {', '.join(get_args(words))}.")
+        if name in given:
+            check_word(name, given[name], words)
     try:
         return SamplingOptions(**given)
     except OptionError as error:

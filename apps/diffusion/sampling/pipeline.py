@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Literal, Unpack
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -25,7 +25,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from apps.diffusion.config.sampling import OptionError, SamplingOptions
-from apps.diffusion.config.serialization import to_plain
+from apps.diffusion.config.serialization import check_word, to_plain
 from apps.diffusion.files.images import to_pil
 from apps.diffusion.models.autoencoder import decode
 from apps.diffusion.sampling.effort import Effort
@@ -140,8 +140,7 @@ class SamplingPipeline(DiffusionPipeline):
                 options of a fixed point for a DiT, several generators.
             TypeError: an option that does not exist.
         """
-        if output_type not in get_args(Output):
-            raise ValueError(f"output_type={output_type!r} is unknown; choose one of {', '.join(get_args(Output))}.")
+        check_word("output_type", output_type, Output)
         reuse = options.get("reuse")
         chosen = self._plan(options_of(**options), stop, reuse if isinstance(reuse, Reuse) else None)
         model: Any = self.model

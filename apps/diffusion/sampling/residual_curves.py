@@ -14,11 +14,12 @@ Where the curves fall convexly this is the greedy rule that gives the next itera
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
+from apps.diffusion.config.serialization import from_plain
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.sampling.sampler import CHUNK, SamplingPlan, Solve, sample
 
@@ -44,15 +45,10 @@ class ResidualCurves:
         """The curves of the fields of a JSON object.
 
         Raises:
-            KeyError, TypeError, ValueError: it does not hold curves.
+            KeyError, ValueError: it does not hold curves.
         """
-        rest, each = plain["seconds"]
-        return cls(
-            timesteps=tuple(plain["timesteps"]),
-            residuals=tuple(tuple(map(float, curve)) for curve in plain["residuals"]),
-            seconds=(float(rest), float(each)),
-            images=int(plain["images"]),
-        )
+        values = {field.name: plain[field.name] for field in fields(cls)}
+        return from_plain(cls, {"type": cls.__name__, **values}, "curves")
 
     def allocate(self, total: int) -> tuple[int, ...]:
         """At most `total` iterations over the timesteps, by the rule above.

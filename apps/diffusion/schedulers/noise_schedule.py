@@ -13,7 +13,7 @@ does, and sampling has to start at T - 1.
 import inspect
 import math
 import warnings
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import diffusers
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -23,6 +23,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 
 from apps.diffusion.config.network import Betas, Prediction, check_zero_snr
 from apps.diffusion.config.sampling import Spacing
+from apps.diffusion.config.serialization import check_word
 from apps.diffusion.config.training import Config
 from apps.diffusion.schedulers.noise_levels import is_flow
 
@@ -73,9 +74,10 @@ def make_scheduler(
     Raises:
         ValueError: an argument out of range, or a pair that cannot work, with what to do.
     """
-    _check_words(
-        kind=(kind, Kind), prediction=(prediction, Prediction), spacing=(spacing, Spacing), betas=(betas, Betas)
-    )
+    check_word("kind", kind, Kind)
+    check_word("prediction", prediction, Prediction)
+    check_word("spacing", spacing, Spacing)
+    check_word("betas", betas, Betas)
     check_zero_snr(zero_snr, prediction, spacing)
     if train_steps < 2 or not 0 < beta_start <= beta_end < 1:
         raise ValueError(
@@ -108,13 +110,6 @@ def _check_fit(kind: Kind, clip: float | None, shift: float) -> None:
         raise ValueError(f"clip={clip} does not fit kind={kind!r}; give a positive bound to ddim or ddpm, or None.")
     if not 0 < shift < math.inf or (shift != 1 and kind != "flow"):
         raise ValueError(f"shift={shift} does not fit kind={kind!r}; give a positive number to flow, or leave it at 1.")
-
-
-def _check_words(**given: tuple[Any, Any]) -> None:
-    """Raises ValueError where a value is none of its kind; `given` holds value and kind by the name of the argument."""
-    for name, (value, kind) in given.items():
-        if value not in get_args(kind):
-            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(get_args(kind))}.")
 
 
 def scheduler_of(config: Config) -> Any:

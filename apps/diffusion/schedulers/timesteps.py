@@ -1,9 +1,9 @@
 """The timesteps that sampling visits, from the noisiest down."""
 
 from collections.abc import Sequence
-from typing import get_args
 
 from apps.diffusion.config.sampling import Spacing
+from apps.diffusion.config.serialization import check_word
 
 
 def timesteps(n: int, spacing: Spacing = "trailing", train_steps: int = 1000) -> tuple[int, ...]:
@@ -20,14 +20,13 @@ def timesteps(n: int, spacing: Spacing = "trailing", train_steps: int = 1000) ->
     """
     if not 1 <= n <= train_steps:
         raise ValueError(f"n={n} steps do not fit a schedule of {train_steps}; give 1 to {train_steps}.")
+    check_word("spacing", spacing, Spacing)
     last = train_steps - 1
     if spacing == "trailing":
         return tuple(round(train_steps * i / n) - 1 for i in range(n, 0, -1))
     if spacing == "linspace":
         return tuple(round(last * i / (n - 1)) for i in range(n - 1, -1, -1)) if n > 1 else (last,)
-    if spacing == "leading":
-        return tuple(i * (train_steps // n) for i in range(n - 1, -1, -1))
-    raise ValueError(f"spacing={spacing!r} is unknown; choose one of {', '.join(get_args(Spacing))}.")
+    return tuple(i * (train_steps // n) for i in range(n - 1, -1, -1))
 
 
 def check_start(timesteps: Sequence[int], zero_snr: bool, train_steps: int = 1000) -> None:

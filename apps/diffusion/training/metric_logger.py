@@ -108,14 +108,14 @@ class MetricLogger:
 
     Args:
         accelerator: with a tracker, or without.
-        folder: of the run; grids go to its subfolder sheets.
+        folder: of the run; grids go to its subfolder grids.
         seen: images seen before. TensorBoard's entries behind them are dropped: a run that was killed after its last
             checkpoint makes them again.
         config: for trackers that store one.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, seen: int = 0, config: str = "") -> None:
-        self.accelerator, self.folder = accelerator, folder / "sheets"
+        self.accelerator, self.folder = accelerator, folder / "grids"
         kept = {} if accelerator.log_with and "tensorboard" in map(str, accelerator.log_with) else {"config": config}
         options = {"tensorboard": {"purge_step": seen + 1}} if seen else {}
         self.accelerator.init_trackers(folder.name or "run", config=kept or None, init_kwargs=options)

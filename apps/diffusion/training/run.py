@@ -1,7 +1,7 @@
 """A training run from its configuration to its summary.
 
     OUT/config.json  data.json       configuration; number, shape, classes and checksum of the images
-    OUT/checkpoints/  logs/  sheets/ checkpoints, tracker, image grids of `sample_every`
+    OUT/checkpoints/  logs/  grids/  checkpoints, tracker, image grids of `sample_every`
     OUT/metrics.json  loss.png  samples.png      when training is complete
 
 The first process writes; a second process that trains into the same folder is refused.
@@ -76,7 +76,7 @@ def run(config: Config, start: Checkpoint | None) -> int:
         _open_folder(config, trainer, resumed=start is not None)
     logger = MetricLogger(trainer.accelerator, config.out, trainer.progress.images, config.to_json())
     try:
-        with _stop_on_signals(trainer) as caught:
+        with stop_on_signals(trainer) as caught:
             trainer.run(
                 lambda state: checkpoint.save(config.out, state, config.keep),
                 logger.log,
@@ -185,7 +185,7 @@ def decoder_of_grids(config: Config) -> AutoencoderKL | None:
 
 
 @contextmanager
-def _stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
+def stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
     """Within the block, SIGTERM and Ctrl-C stop the trainer after its step; a second signal ends the process.
 
     The list holds the signals that came.

@@ -18,13 +18,12 @@ quantity's error; u is the velocity of a rectified flow, and in diffusion b^2 = 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Distribution = Literal["uniform", "logit_normal"]
+from apps.diffusion.config.loss import Distribution
+from apps.diffusion.config.serialization import check_word
 
 
 def quantile(
@@ -35,13 +34,12 @@ def quantile(
     Raises:
         ValueError: an unknown distribution.
     """
+    check_word("timesteps", distribution, Distribution)
     if distribution == "uniform":
         return u
-    if distribution == "logit_normal":
-        # at u = 0 the normal quantile is -inf and q is 0; the largest double below 1 bounds q from above
-        below_one = 1 - torch.finfo(u.dtype).eps
-        return torch.sigmoid(location + scale * torch.special.ndtri(u)).clamp(max=below_one)
-    raise ValueError(f"timesteps={distribution!r} is unknown; choose uniform or logit_normal.")
+    # at u = 0 the normal quantile is -inf and q is 0; the largest number below 1 bounds q from above
+    below_one = 1 - torch.finfo(u.dtype).eps
+    return torch.sigmoid(location + scale * torch.special.ndtri(u)).clamp(max=below_one)
 
 
 def min_snr(a: Float[Tensor, " B"], b: Float[Tensor, " B"], prediction: str, gamma: float) -> Float[Tensor, " B"]:

@@ -186,7 +186,7 @@ def test_a_signal_takes_effect_at_the_agreed_step_alone():
     others = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module, "gather", lambda mine: torch.cat([mine, torch.tensor(others)]))
-        with run_module._stop_on_signals(trainer):
+        with run_module.stop_on_signals(trainer):
             signal.raise_signal(signal.SIGTERM)
         assert trainer.stop_requested and not trainer.stopping
         others[:] = [[3.0, 0.0]]

@@ -29,7 +29,7 @@ def by_hand(dit, blocks, x, t, y):
     h, t_emb, y_emb = dit.embed(x, t, y)
     for number in blocks:
         h = dit.blocks[number](h, t_emb + y_emb)
-    return dit.image(h, t_emb + y_emb)
+    return dit.output(h, t_emb + y_emb)
 
 
 @pytest.mark.parametrize(("pre", "post", "blocks"), [(1, 1, (0, 3, 5)), (2, 1, (0, 1, 3, 5)), (0, 2, (2, 4, 5))])

@@ -48,12 +48,12 @@ def test_a_linear_problem_takes_every_solver_by_the_name_that_the_forward_solve_
         linear: implicit.AbstractSolver = field(default_factory=implicit.Picard)
 
     options = (tyro.conf.CascadeSubcommandArgs,)
-    for name, kind in fixed_point._BY_NAME.items():
+    for name, kind in fixed_point.BY_NAME.items():
         argv = ["--linear", name, f"solver:{name}"]
         found = tyro.cli(Settings, args=argv, config=options, registry=fixed_point.REGISTRY)
         assert found == Settings(kind(), kind())
-    assert set(fixed_point._BY_NAME.values()) == {get_args(choice)[0] for choice in get_args(fixed_point.Solver)}
-    assert len(fixed_point._BY_NAME) == 7
+    assert set(fixed_point.BY_NAME.values()) == {get_args(choice)[0] for choice in get_args(fixed_point.Solver)}
+    assert len(fixed_point.BY_NAME) == 7
 
 
 def test_one_file_of_the_application_lists_solvers_and_estimators():

@@ -51,7 +51,7 @@ def plain_forward(model, x, t, y, *, free=0, tracked=1, start=None):
         z = plain_iteration(model, z, h, c)
     for block in model.blocks_post:
         z = block(z, outer)
-    return model.image(z, outer)
+    return model.output(z, outer)
 
 
 @pytest.mark.parametrize(

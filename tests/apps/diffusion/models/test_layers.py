@@ -66,7 +66,7 @@ def test_attention_is_softmax_attention_per_head():
     torch.testing.assert_close(attention(x), attention.proj(torch.cat(heads, dim=-1)))
 
 
-def test_block_is_the_equation_and_steer_is_its_second_half():
+def test_block_is_the_equation_and_modulated_is_its_second_half():
     block = layers.Block(12, 3, 2.0).double()
     x, c = torch.randn(2, 5, 12, dtype=torch.float64), torch.randn(2, 12, dtype=torch.float64)
     s1, a1, g1, s2, a2, g2 = (v[:, None] for v in block.adaLN_modulation[1](F.silu(c)).split(12, dim=1))
@@ -80,7 +80,7 @@ def test_block_is_the_equation_and_steer_is_its_second_half():
     h = x + g1 * block.attn((1 + a1) * norm(x) + s1)
     h = h + g2 * block.mlp.fc2(gelu(block.mlp.fc1((1 + a2) * norm(h) + s2)))
     torch.testing.assert_close(block(x, c), h)
-    assert torch.equal(block(x, c), block.steer(x, block.modulation(c)))
+    assert torch.equal(block(x, c), block.modulated(x, block.modulation(c)))
 
 
 def test_initialisation_makes_blocks_the_identity_and_the_output_zero():

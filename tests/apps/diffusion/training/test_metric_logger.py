@@ -76,7 +76,7 @@ TINY = (
 ).split()
 
 
-def test_tensorboard_has_entries_and_sheets(tmp_path):
+def test_tensorboard_has_entries_and_grids(tmp_path):
     out = tmp_path / "run"
     assert train.main([*TINY, "--out", str(out)]) == 0
     assert train.main(["--resume", "--out", str(out), "--optimizer.images", "96"]) == 0
@@ -86,10 +86,10 @@ def test_tensorboard_has_entries_and_sheets(tmp_path):
     for name in names:
         assert [event.step for event in events.Scalars(name)] == [32, 64, 96]
     assert [event.step for event in events.Images("samples")] == [32, 64, 96]
-    assert [p.name for p in sorted((out / "sheets").iterdir())] == [f"{n:012d}.png" for n in (32, 64, 96)]
+    assert [p.name for p in sorted((out / "grids").iterdir())] == [f"{n:012d}.png" for n in (32, 64, 96)]
 
 
-def test_sheets_on_the_way_change_nothing_and_take_no_training_time():
+def test_grids_on_the_way_change_nothing_and_take_no_training_time():
     config = dataclasses.replace(SMALL, sample_every=32)
     plain, shown = Trainer(SMALL, digits("train")), Trainer(config, digits("train"))
     plain.run(lambda state: None)

@@ -153,7 +153,7 @@ def test_an_epoch_is_drawn_by_index_and_number():
     assert all(sorted(i for e, i in seen if e == epoch) == list(range(5)) for epoch in range(4))
 
 
-def test_the_vae_of_sample_sheets(latents, tmp_path, capsys):
+def test_the_vae_of_image_grids(latents, tmp_path, capsys):
     moved = tmp_path / "moved"
     shutil.copytree(latents / "latents", moved)
     index = json.loads((moved / "index.json").read_text())
