@@ -156,7 +156,7 @@ def damaged(runs: Path, tmp_path: Path, what: str) -> list[str]:
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("foreign weights", "another kind or size: "),
+        ("foreign weights", "x_embedder"),
         ("truncated weights", "cannot be read"),
         ("no checkpoint", "holds no checkpoint"),
         ("another network", "describes no network"),

@@ -58,7 +58,7 @@ def test_a_damaged_config_is_refused_by_name(old, new, message):
         (lambda: c.ModelConfig(kind="fpdm", depth=3), "--model.depth"),
         (lambda: c.ModelConfig(patch=0), "--model.patch"),
         (lambda: c.ModelConfig(mlp_ratio=float("nan")), "--model.mlp-ratio"),
-        (lambda: c.NoiseSchedule(prediction="epsilon"), "--schedule.prediction"),
+        (lambda: c.NoiseSchedule(prediction="epsilon"), "prediction epsilon"),
         (lambda: c.ModelConfig(mlp_ratio=float("inf")), "--model.mlp-ratio"),
         (lambda: c.OptimizerConfig(lr=float("inf")), "--optimizer.lr"),
         (
