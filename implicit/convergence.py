@@ -52,6 +52,7 @@ class ConvergenceMonitor:
     fold: Fold | None = None  # of the evaluations
     inconsistent: bool = False  # f gave another value at the z of a sample: coupling or noise
     noisy: bool = False  # it was noise
+    product_keeps_bits: bool = False  # f(z) is the same with a Jacobian-vector product, as far as is known
 
     def __post_init__(self) -> None:
         size = self.z0.shape[0]
@@ -131,8 +132,8 @@ class ConvergenceMonitor:
         best = self.best_iterates()
         z, fz = torch.where(mask, best.z, point.z), torch.where(mask, best.fz, point.fz)
         point = Point(z, fz, point.product, point.remaining)
-        shares = self.safeguard.scale if self.safeguard.shortened else None
-        self.masks.scale = None if shares is None else self._mask(shares).to(self.layout.dtype)
+        shares = np.where(resets | self.safeguard.on(Stage.NEWTON), self.safeguard.scale, 1.0)
+        self.masks.scale = self._mask(shares).to(self.layout.dtype) if (shares < 1).any() else None
         return point, solver.retreat(point, failed, state, mask, self._mask(self.safeguard.on(Stage.CAUTIOUS)))
 
     def without_newton(self) -> None:
@@ -193,6 +194,7 @@ class ConvergenceMonitor:
         converged &= ~away
         stopped = live & ~converged & (False if seen.stopped is None else seen.stopped.cpu().numpy())
         counts = live & (seen.calls > best.begun_at[rows])
+        before = best.residual.copy()
         best.update_absolute(rows, counts, *whole)
         best.update(rows, (counts & (r < best.residual[rows])) | converged | stopped, seen.point, r, s, seen.calls)
 
@@ -203,7 +205,7 @@ class ConvergenceMonitor:
         if self.safeguard is not None:
             broken[fresh] &= ~self.safeguard.allow_retry(rows[fresh], broken[fresh], best.residual)
             still = live & ~converged & ~stopped & ~stalled & fresh
-            self.safeguard.update(rows[still], r[still], best.residual, seen.calls - self.begin, away[still])
+            self.safeguard.update(rows[still], r[still], best.residual, before, seen.calls - self.begin, away[still])
         if self.callback is not None:
             self.trace.append(of_every_sample(self.criterion, seen, np.where(running, r, np.nan), len(self.code)))
             self.callback(seen.calls, self.trace[-1])

@@ -218,14 +218,23 @@ def _safeguard(solver: AbstractSolver[Any], z: Flat, derivatives: bool) -> Stage
 
 
 def _evaluate(f: FlatMap | JointMap, z: Flat, tangent: Flat | None, monitor: ConvergenceMonitor) -> Point:
-    """f at z with the Newton-Krylov stage's product; without it where f cannot be differentiated."""
+    """f at z with the Newton-Krylov stage's product; without it where f cannot be differentiated.
+
+    Attention has other kernels with a product than without one. Samples in other stages must not see that, so that
+    f(z) is then evaluated by itself, outside of the budget.
+    """
     if monitor.masks.newton is None or tangent is None:
         return f.evaluate(z, tangent)
     try:
-        return f.evaluate(z, tangent)
+        point = f.evaluate(z, tangent)
     except (RuntimeError, NotImplementedError, TypeError):
         monitor.without_newton()
         return f.evaluate(z)
+    if monitor.product_keeps_bits:
+        return point
+    fz = f.repeat(z).fz
+    monitor.product_keeps_bits = bool(((fz == point.fz) | fz.isnan()).all())
+    return Point(point.z, fz, point.product, point.remaining)
 
 
 class _Compactor:

@@ -101,7 +101,6 @@ class StagedSafeguard:
         self.back = np.zeros(size, dtype=bool)  # and those that return from there to their best iterate
         self.turned = np.full(size, np.inf)  # the smallest residual when the accelerated stage of this round ended
         self.mark = np.full(size, np.inf)  # the smallest residual when the present stage began
-        self.least = np.full(size, np.inf)  # the smallest residual at the last call
         self.begun = False
         self.due = np.full(size, patience)
         self.next_due = patience
@@ -114,11 +113,6 @@ class StagedSafeguard:
     def use_picard(self) -> np.ndarray:
         """Which samples take plain steps."""
         return self.on(Stage.PLAIN)
-
-    @property
-    def shortened(self) -> bool:
-        """Whether a step is to be shortened."""
-        return bool((self.scale < 1).any())
 
     def on(self, stage: Stage) -> np.ndarray:
         """Which samples are in `stage`."""
@@ -176,21 +170,27 @@ class StagedSafeguard:
             self.due[ended] = self.next_due = 0
         self._schedule_reset(rows)
 
-    def update(self, rows: np.ndarray, r: np.ndarray, best: np.ndarray, calls: int, away: np.ndarray) -> None:
-        """Take in the finite residuals r of `rows`, the smallest ones of all samples, and which `rows` ran away."""
+    def update(
+        self, rows: np.ndarray, r: np.ndarray, best: np.ndarray, before: np.ndarray, calls: int, away: np.ndarray
+    ) -> None:
+        """Take in the finite residuals r of `rows`, the smallest ones of all samples, now and `before` this reading,
+        and which `rows` ran away.
+        """
         if not self.begun:
             self.mark, self.begun = best.copy(), True
         blown = (r > self.limits.blown * best[rows]) & (self.stage[rows] != Stage.NEWTON) | away
         self._fail(rows[blown])
         if self.failing:
-            better = rows[best[rows] < self.least[rows]]
+            better = rows[best[rows] < before[rows]]
             self._schedule_reset(better[(self.scale[better] < 1) & (self.stage[better] == Stage.NEWTON)])
             self.failures[better], self.scale[better] = 0, 1.0
             self.failing = bool(self.failures.any())
-        self.least[rows] = best[rows]
-        if calls >= self.next_due and len(rows):
-            self._turn(rows[calls >= self.due[rows]], best, calls)
-            self.next_due = int(self.due[rows].min(initial=np.iinfo(np.int64).max))
+        if calls >= self.next_due:
+            due = rows[calls >= self.due[rows]]
+            if len(due):
+                self._turn(due, best, calls)
+            # of all samples: those that are not finite now are due at a later call
+            self.next_due = int(self.due.min(initial=np.iinfo(np.int64).max))
 
     def _turn(self, due: np.ndarray, best: np.ndarray, calls: int) -> None:
         """The next stage for those of `due` that have not gained."""

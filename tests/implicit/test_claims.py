@@ -325,26 +325,3 @@ def test_hooks_and_statistics_in_f_act_once_an_evaluation(solver, stop):
     assert seen == ["forward"] * evals and int(norm.num_batches_tracked or 0) <= evals
     if not isinstance(solver, NewtonKrylov):  # forward mode, which a layer with statistics refuses, is tried once
         assert int(norm.num_batches_tracked or 0) == evals
-
-
-# ---- independence of samples
-
-
-@each_solver
-@pytest.mark.parametrize("dtype", [F64, torch.float32])
-def test_mates_change_no_bit_at_one_batch_size(solver, dtype):
-    rng = torch.Generator().manual_seed(1)
-    w = 0.9 * torch.linalg.qr(torch.randn(5, 5, generator=rng, dtype=F64))[0].to(dtype)
-    x = torch.randn(8, 5, generator=rng, dtype=F64).to(dtype)
-
-    def f(z, x):
-        return torch.tanh((z.unsqueeze(1) * w).sum(2)) + x  # no matrix product: its rounding may depend on the batch
-
-    stop = Stop(rtol=1e-5, max_evals=100)
-    plain = solve(f, torch.zeros_like(x), x, solver=solver, stop=stop)
-    for mates in (torch.nan, 0.0, 1e3):
-        y = x.clone()
-        y[::2] = mates
-        found = solve(f, torch.zeros_like(x), y, solver=solver, stop=stop)
-        assert torch.equal(found.value[1::2], plain.value[1::2]) and torch.equal(found.evals[1::2], plain.evals[1::2])
-        assert torch.equal(found.residual[1::2], plain.residual[1::2])

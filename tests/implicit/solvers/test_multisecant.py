@@ -138,7 +138,7 @@ def stages(numbers, best, evals=120, **gains):
     """The stage at every evaluation of a sample whose smallest residual is multiplied by `gains[stage]`."""
     guard, seen = StagedSafeguard(1, 10, numbers), []
     for calls in range(1, evals):
-        guard.update(np.array([0]), best, best, calls, np.array([False]))
+        guard.update(np.array([0]), best, best, best, calls, np.array([False]))
         seen.append(Stage(guard.stage[0]))
         best = best * gains.get(seen[-1].name, 1.0)
         guard.pop_starts()

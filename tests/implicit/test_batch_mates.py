@@ -1,0 +1,77 @@
+"""At one batch size the answer of a sample has the same bits whatever the other samples are."""
+
+import pytest
+import torch
+
+from implicit import Multisecant, Stop
+from tests.helpers import F64, each_solver, solve
+
+
+@each_solver
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_mates_change_no_bit_at_one_batch_size(solver, dtype):
+    rng = torch.Generator().manual_seed(1)
+    w = 0.9 * torch.linalg.qr(torch.randn(5, 5, generator=rng, dtype=F64))[0].to(dtype)
+    x = torch.randn(8, 5, generator=rng, dtype=F64).to(dtype)
+
+    def f(z, x):
+        return torch.tanh((z.unsqueeze(1) * w).sum(2)) + x  # no matrix product: its rounding may depend on the batch
+
+    stop = Stop(rtol=1e-5, max_evals=100)
+    plain = solve(f, torch.zeros_like(x), x, solver=solver, stop=stop)
+    for mates in (torch.nan, 0.0, 1e3):
+        y = x.clone()
+        y[::2] = mates
+        found = solve(f, torch.zeros_like(x), y, solver=solver, stop=stop)
+        assert torch.equal(found.value[1::2], plain.value[1::2]) and torch.equal(found.evals[1::2], plain.evals[1::2])
+        assert torch.equal(found.residual[1::2], plain.residual[1::2])
+
+
+MATES = {
+    "gain": lambda z: z + torch.exp(-z.clamp(min=-50)),  # in every evaluation, so that residuals are read the quick way
+    "stand still": lambda z: z + 1,
+    "fail": lambda z: z * torch.nan,
+    "end": lambda z: 0.5 * z + 1,
+}
+
+
+@each_solver
+@pytest.mark.parametrize("wall", [1e9, torch.nan])
+def test_mates_change_no_step_of_a_sample_that_is_reset(solver, wall):
+    """Samples run into a wall again and again: when they are reset, and how their steps are shortened, is their own."""
+    edges = torch.tensor([[2.0], [3.3], [4.0]], dtype=F64)
+
+    def path(mate):
+        def f(z):
+            inside = z[:3] + 1 / (1 + z[:3].square())
+            return torch.cat((torch.where(z[:3] > edges, wall, inside), MATES[mate](z[3:])))
+
+        z0 = torch.zeros(4, 1, dtype=F64)
+        with torch.no_grad():
+            return solve(
+                f, z0, solver=solver, stop=Stop(rtol=1e-9, max_evals=60), trace=lambda c, z, _: [*(c or []), z]
+            )
+
+    found = [path(mate) for mate in MATES]
+    for other in found[1:]:
+        assert torch.equal(other.value[:3], found[0].value[:3]) and torch.equal(other.result[:3], found[0].result[:3])
+        steps = zip(found[0].trace, other.trace, strict=False)
+        assert all(torch.equal(a[:3].nan_to_num(), b[:3].nan_to_num()) for a, b in steps)
+
+
+def test_newton_steps_of_mates_leave_attention_its_kernel():
+    """A Jacobian-vector product takes another kernel, which rounds otherwise."""
+
+    def path(mate):
+        def f(z):
+            attended = torch.nn.functional.scaled_dot_product_attention(z, z, z)
+            return torch.cat(((torch.sin(3 * z) + attended)[:1], mate(z[1:])))
+
+        with torch.no_grad():
+            z0 = torch.randn(2, 2, 8, 16, generator=torch.Generator().manual_seed(0))
+            stop = Stop(rtol=1e-9, max_evals=40)
+            return solve(f, z0, solver=Multisecant(), stop=stop, trace=lambda carry, z, _: [*(carry or []), z])
+
+    failing = path(lambda z: torch.where(z.abs().amax() > 2, 1e9 * z, z + 1 / (1 + z.square())))
+    ending = path(lambda z: 0.5 * z + 1)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(failing.trace, ending.trace, strict=False))
