@@ -67,10 +67,7 @@ def spectrum(found: Mapping[str, Spectrum], ax: "Axes | None" = None) -> "Axes":
     turn = [2 * math.pi * i / 200 for i in range(201)]
     ax.plot([math.cos(t) for t in turn], [math.sin(t) for t in turn], "k-", lw=0.8)
     ax.set_aspect("equal")
-    ax.set_xlabel("Re, eigenvalues of df/dz")
-    ax.set_ylabel("Im")
-    ax.legend()
-    return ax
+    return _labeled(ax, "Re, eigenvalues of df/dz", "Im", grid=False)
 
 
 def path_independence(found: Mapping[str, PathIndependence], ax: "Axes | None" = None) -> "Axes":
@@ -119,7 +116,7 @@ def gradient_bias(tables: Mapping[str, GradientBias], ax: "Axes | None" = None) 
         tables: label -> what `implicit.diagnostics.gradient_bias` returned; one color each.
         ax: where to draw; default a new figure.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    from matplotlib.ticker import LogLocator
 
     ax = _axes(ax)
     kept = {name: [r for r in table.rows if not math.isnan(r.error)] for name, table in tables.items()}
@@ -129,19 +126,14 @@ def gradient_bias(tables: Mapping[str, GradientBias], ax: "Axes | None" = None) 
         new = [(r.name, r.time if timed else r.products, max(r.error, 1e-16)) for r in rows]
         ax.plot([x for _, x, _ in new], [y for _, _, y in new], "o", label=name)
         dots += new
-    ax.set_xscale("log")
-    ax.set_yscale("log")
+    ax.set(xscale="log", yscale="log")
     ax.margins(x=0.2, y=0.1)
     ax.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    ax.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    for side in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        side("{x:g}")
     _name_dots(ax, dots)
-    ax.set_xlabel("time of forward and backward / forward" if timed else "vector-Jacobian products")
-    ax.set_ylabel("relative error of the gradient")
-    ax.grid(True, which="major", alpha=0.3)
-    if len(tables) > 1:
-        ax.legend()
-    return ax
+    cost = "time of forward and backward / forward" if timed else "vector-Jacobian products"
+    return _labeled(ax, cost, "relative error of the gradient", legend=len(tables) > 1)
 
 
 def _name_dots(ax: "Axes", dots: list[tuple[str, float, float]]) -> None:
@@ -162,12 +154,13 @@ def _name_dots(ax: "Axes", dots: list[tuple[str, float, float]]) -> None:
         ax.annotate(name, (x, y), xytext=shift, textcoords="offset points", fontsize=8, ha=side)
 
 
-def _labeled(ax: "Axes", x: str, y: str) -> "Axes":
+def _labeled(ax: "Axes", x: str, y: str, *, grid: bool = True, legend: bool = True) -> "Axes":
     """The axes with labels, a grid and a legend."""
-    ax.set_xlabel(x)
-    ax.set_ylabel(y)
-    ax.grid(True, which="major", alpha=0.3)
-    ax.legend()
+    ax.set(xlabel=x, ylabel=y)
+    if grid:
+        ax.grid(True, which="major", alpha=0.3)
+    if legend:
+        ax.legend()
     return ax
 
 

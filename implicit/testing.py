@@ -121,17 +121,13 @@ def _orthogonal(seed: int, n: int) -> Tensor:
     return torch.linalg.qr(_randn(seed, n, n))[0]
 
 
-def _like(t: Tensor, z: Tensor) -> Tensor:
-    return t.to(z.dtype)
-
-
 def _linear(matrix: Tensor, seed: int, batch: int = 4) -> Made:
     n = len(matrix)
     b = _randn(seed, batch, n)
     answer = torch.linalg.solve(torch.eye(n, dtype=F64) - matrix, b.T).T
 
     def f(z: Tensor, b: Tensor) -> Tensor:
-        return z @ _like(matrix, z).T + b
+        return z @ matrix.to(z).T + b
 
     return f, torch.zeros(batch, n, dtype=F64), answer, (b,)
 
@@ -153,14 +149,10 @@ def _tanh(gain: float = 1.0, n: int = 64, batch: int = 4) -> Made:
     x = _randn(6, batch, n)
 
     def f(z: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(torch.tanh(z @ _like(w1, z)) @ _like(w2, z) + x)
+        return torch.tanh(torch.tanh(z @ w1.to(z)) @ w2.to(z) + x)
 
-    return (
-        f,
-        torch.zeros(batch, n, dtype=F64),
-        _iterated(f, torch.zeros(batch, n, dtype=F64), (x,), 200),
-        (x,),
-    )
+    start = torch.zeros(batch, n, dtype=F64)
+    return f, start, _iterated(f, start, (x,), 200), (x,)
 
 
 def _repelling(n: int = 32, batch: int = 4) -> Made:
@@ -170,7 +162,7 @@ def _repelling(n: int = 32, batch: int = 4) -> Made:
     x = 0.3 * _randn(8, batch, n)
 
     def f(z: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(z) @ _like(w, z) + x
+        return torch.tanh(z) @ w.to(z) + x
 
     start = torch.zeros(batch, n, dtype=F64)
     return f, start, _iterated(lambda z, x: 0.7 * z + 0.3 * f(z, x), start, (x,), 400), (x,)
@@ -199,7 +191,7 @@ def _bratu(side: int = 15) -> Made:
     c = torch.tensor([[1.0], [3.0], [4.5]], dtype=F64)
 
     def f(u: Tensor, c: Tensor) -> Tensor:
-        return c * (torch.exp(u) @ _like(inverse, u))
+        return c * (torch.exp(u) @ inverse.to(u))
 
     start = torch.zeros(len(c), side * side, dtype=F64)
     return f, start, _iterated(f, start, (c,), 200), (c,)
@@ -211,7 +203,7 @@ def _chandrasekhar(c: float, n: int = 100) -> Made:
     kernel = c / (2 * n) * m[:, None] / (m[:, None] + m[None, :])
 
     def f(h: Tensor) -> Tensor:
-        return 1 / (1 - h @ _like(kernel, h).T)
+        return 1 / (1 - h @ kernel.to(h).T)
 
     start = torch.ones(1, n, dtype=F64)
     return f, start, _iterated(f, start, (), 20000), ()
@@ -225,7 +217,7 @@ def _adaln(tokens: int = 8, width: int = 16, batch: int = 2) -> Made:
     x, condition = _randn(30, batch, tokens * d), 0.4 * _randn(31, batch, 6, d)
 
     def f(z: Tensor, x: Tensor, condition: Tensor) -> Tensor:
-        p = {k: _like(t, z) for k, t in w.items()}
+        p = {k: t.to(z) for k, t in w.items()}
         z, x = z.unflatten(1, (tokens, d)), x.unflatten(1, (tokens, d))
         shift1, scale1, gate1, shift2, scale2, gate2 = condition.unsqueeze(2).unbind(1)
         h = torch.cat((0.5 * z, x), dim=2) @ p["inject"]

@@ -10,6 +10,7 @@ from implicit.diagnostics.diagnose.report import Recommendation
 from implicit.diagnostics.diagnose.solver_trials import SolverRow
 from implicit.diagnostics.gradient_bias import labeled
 from implicit.grads import IFT, AbstractGrad
+from implicit.pytree import Layout
 from implicit.solvers import Multisecant, Picard
 from implicit.stopping import Stop
 
@@ -19,28 +20,39 @@ _ABOVE = 10.0  # tolerance over the smallest residual
 
 def recommend(
     findings: Sequence[Finding],
-    row: SolverRow | None,
+    best: SolverRow | None,
     rows: Sequence[SolverRow],
     stop: Stop,
     floor: float,
     table: EstimatorTable,
     estimators: Sequence[AbstractGrad],
     error: float,
-    batch_dims: int,
-    eps: float,
+    layout: Layout,
 ) -> Recommendation:
-    """The solver with the fewest evaluations, a tolerance that can be met, and the estimator by bias and time."""
+    """The solver with the fewest evaluations, a tolerance that can be met, and the estimator by bias and time.
+
+    Args:
+        findings: what was found.
+        best: the row of the best solver.
+        rows: those of all solvers.
+        stop: the stopping criterion given.
+        floor: the smallest relative residual that was reached.
+        table: bias and time of the estimators.
+        estimators: the candidates.
+        error: relative error of a gradient that is good enough.
+        layout: of the state.
+    """
     conditions = {finding.condition for finding in findings}
     reasons = [f.condition.advice for f in findings if f.condition in _FIRST]
-    solver = Multisecant() if row is None else row.solver
-    reasons.append(_solver_reason(row, rows))
-    stop, why = _tolerance(stop, row, max(floor, eps), Condition.BELOW_ROUNDING in conditions)
+    solver = Multisecant() if best is None else best.solver
+    reasons.append(_solver_reason(best, rows))
+    stop, why = _tolerance(stop, best, max(floor, layout.eps), Condition.BELOW_ROUNDING in conditions)
     reasons += [why] if why else []
     name, why = choose(table, error)
     grad = labeled(estimators).get(name, IFT())
     reasons.append(why + ".")
     reasons += [f.condition.advice for f in findings if f.condition not in _FIRST]
-    return Recommendation(solver, stop, grad, batch_dims, tuple(dict.fromkeys(reasons)))
+    return Recommendation(solver, stop, grad, layout.batch_dims, tuple(dict.fromkeys(reasons)))
 
 
 # conditions of f to mend before any solver can be recommended

@@ -255,18 +255,8 @@ class _Run:
         row = None if self.best is None else self.best.row
         rows = tuple(trial.row for trial in self.trials)
         floor = _NOTHING if self.deep is None else self.deep.row.residual
-        advice = recommend(
-            self.findings,
-            row,
-            rows,
-            self.stop,
-            floor,
-            self.table,
-            estimators,
-            error,
-            self.layout.batch_dims,
-            self.layout.eps,
-        )
+        found = self.findings, row, rows, self.stop, floor
+        advice = recommend(*found, self.table, estimators, error, self.layout)
         samples = self.layout.pack(self.problem.z0).shape
         missing = [*self.missing, *([f"gradients: {self.table.missing}"] if self.table.missing else [])]
         solution = None if self.deep is None else self.deep.solution
