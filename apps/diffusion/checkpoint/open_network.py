@@ -22,12 +22,15 @@ import diffusers
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-from apps.diffusion.checkpoint import pretrained
+from apps.diffusion.checkpoint import pretrained, training_state
 from apps.diffusion.checkpoint.readers import Weights, read_model_folder
-from apps.diffusion.checkpoint.trained_run import decoder_of, open_run
+from apps.diffusion.checkpoint.trained_run import read_config
 from apps.diffusion.config.sampling import SamplingOptions
+from apps.diffusion.config.training import Config, DataConfig
+from apps.diffusion.data.latents import read_index
 from apps.diffusion.files import hashing
-from apps.diffusion.models.autoencoder import open_vae
+from apps.diffusion.models import build
+from apps.diffusion.models.autoencoder import open_decoder, open_vae
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.sampling.keywords import pipeline_options
@@ -53,6 +56,7 @@ class OpenedNetwork:
         images: images seen in training; None where unknown.
         threads: CPU threads of its run; None for PyTorch's choice.
         digest: SHA-256 of its weights.
+        config: the configuration of its run; None where there is none.
     """
 
     model: DiT | FPDM
@@ -63,6 +67,7 @@ class OpenedNetwork:
     images: int | None = None
     threads: int | None = None
     digest: str
+    config: Config | None = None
 
     def to(self, device: str) -> None:
         """Move the network, and take the number of CPU threads of its run."""
@@ -112,21 +117,65 @@ def open_network(
         return _of_pipeline(folder)
     if is_model and not (folder / "data.json").exists():
         return _of_model(folder, prediction, zero_snr)
-    return _of_run(folder, weights)
+    return open_run(folder, weights)
 
 
-def _of_run(folder: Path, weights: Weights) -> OpenedNetwork:
-    trained = open_run(folder, weights)
+def open_run(run: str | Path, weights: Weights = "ema") -> OpenedNetwork:
+    """The newest checkpoint of a run: its averaged weights, or its last ones. A network that comes with the repository
+    stands for its own run, by name or by folder (see pretrained.py); it has averaged weights alone.
+
+    Raises:
+        ValueError: no run in the folder, one that cannot be read, or weights of another network.
+    """
+    run = pretrained.locate(run)
+    if (run / pretrained.RECORD).is_file():
+        if weights != "ema":
+            raise ValueError(f"weights={weights!r} are not in {run}, which holds the averaged ones; leave it at ema.")
+        config, images = pretrained.read_record(run)
+        model, classes = read_model_folder(run / "model").float(), ()
+    else:
+        config, state = read_config(run), training_state.newest(run, tensors=(weights,))
+        try:
+            model = build.rebuild(state.network)
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"The checkpoint in {run} describes no network of this version ({error!r}).") from None
+        build.load_weights(model, state.ema if weights == "ema" else state.model, run)
+        images, classes = state.progress.images, state.classes
     return OpenedNetwork(
-        model=trained.model,
-        scheduler=scheduler_of(trained.config),
-        options=trained.config.sampling_options(),
-        decoder=partial(decoder_of, trained),
-        classes=trained.classes,
-        images=trained.images,
-        threads=trained.config.threads,
-        digest=trained.digest,
+        model=model.eval(),
+        scheduler=scheduler_of(config),
+        options=config.sampling_options(),
+        decoder=partial(_decoder_of_run, config.data, model.latent[0]),
+        classes=classes,
+        images=images,
+        threads=config.threads,
+        digest=hashing.of_tensors(model.state_dict()),
+        config=config,
     )
+
+
+def _decoder_of_run(data: DataConfig, channels: int, name: str | None, device: str) -> AutoencoderKL | None:
+    """The VAE of a run's latents, by default the one that encoded them; None for a run of pixels.
+
+    Where the latents lie within reach, a copy must have the same weights; elsewhere its latents must have the right
+    number of channels.
+
+    Raises:
+        ValueError: it cannot be read, its place is unknown, it is another one, or there is nothing to decode.
+    """
+    if data.source != "latents" and channels in (1, 3):
+        if name is not None:
+            raise ValueError(f"This run makes images, not latents, so there is nothing for the VAE {name} to decode.")
+        return None
+    name = name or data.vae
+    if data.path is not None and (data.path / "index.json").exists():
+        return open_decoder(read_index(data.path), name, device)
+    if name is None:
+        raise ValueError(
+            f"This run generates latents, and the folder of its training latents, {data.path}, which has their VAE, is "
+            "not here; name the VAE, a folder or one on the hub."
+        )
+    return open_vae(name, device=device, channels=channels)[0]
 
 
 def _of_pipeline(folder: Path) -> OpenedNetwork:

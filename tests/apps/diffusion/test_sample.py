@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apps.diffusion import sample
-from apps.diffusion.checkpoint.trained_run import open_run
+from apps.diffusion.checkpoint.open_network import open_run
 from apps.diffusion.files.images import columns_by_class, grid, read, to_pil
 from apps.diffusion.files.plots import loss_curve
 from tests.apps.diffusion.helpers.training_runs import barely_trained

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from apps.diffusion.checkpoint import pretrained, trained_run
+from apps.diffusion.checkpoint import pretrained
+from apps.diffusion.checkpoint.open_network import open_run
 from apps.diffusion.data.mnist import mnist
 from apps.diffusion.evaluation.lenet import train_lenet
 from apps.diffusion.evaluation.nearest import nearest
@@ -30,7 +31,7 @@ def test_each_folder_is_small_and_documented():
         folder = pretrained.SHIPPED / name
         assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 6e6
         card = (folder / "README.md").read_text()
-        trained = trained_run.open_run(pretrained.locate(name))
+        trained = open_run(pretrained.locate(name))
         record = f"{trained.images:,}"
         for needed in ("apps.diffusion.train", "seed", "CC BY-SA 3.0", "BSD-3-Clause", record, name):
             assert needed in card, f"{name}: the card lacks {needed}"
@@ -54,7 +55,7 @@ def test_samples_show_the_class_and_are_no_copies(name):
 
 def test_the_pipeline_and_the_run_hold_the_same_network():
     pipe = FixedPointPipeline.from_pretrained("mnist-fpdm")
-    trained = trained_run.open_run(pretrained.locate("mnist-fpdm"))
+    trained = open_run(pretrained.locate("mnist-fpdm"))
     weights = trained.model.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in pipe.model.state_dict().items())
     assert pipe.defaults["guidance"] == trained.config.sampling.guidance

@@ -10,7 +10,7 @@ import torch
 
 from apps.diffusion import sample, train
 from apps.diffusion.checkpoint import training_state as checkpoint
-from apps.diffusion.checkpoint.trained_run import open_run
+from apps.diffusion.checkpoint.open_network import open_run
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 

@@ -9,6 +9,7 @@ import pytest
 
 from apps.diffusion import convert, sample
 from apps.diffusion.checkpoint import pretrained, trained_run
+from apps.diffusion.checkpoint.open_network import open_run
 from apps.diffusion.files.images import read
 from apps.diffusion.pipeline import FixedPointPipeline
 
@@ -39,10 +40,10 @@ def test_the_record_is_that_of_the_run(shipped):
     assert config == trained_run.read_config(RUN) and images == 640
     record = json.loads((shipped / "training.json").read_text())
     assert record["steps"] == 10 and record["seconds"] > 0
-    named, own = trained_run.open_run(Path("small")), trained_run.open_run(RUN)
+    named, own = open_run(Path("small")), open_run(RUN)
     assert (named.config, named.images, named.digest) == (own.config, own.images, own.digest)
     with pytest.raises(ValueError, match="weights"):
-        trained_run.open_run(Path("small"), "model")
+        open_run(Path("small"), "model")
 
 
 def test_samples_by_name_are_those_of_the_run(shipped):
@@ -77,7 +78,7 @@ def test_what_cannot_be_found_or_read_is_refused(shipped, capsys):
     assert "small" in capsys.readouterr().err
     (shipped / "training.json").write_text("{")
     with pytest.raises(ValueError, match=r"training\.json"):
-        trained_run.open_run(Path("small"))
+        open_run(Path("small"))
     with pytest.raises(ValueError, match="checkpoints"):
         convert.write_pipeline(convert.Request(checkpoint=shipped, out=Path("out"), to="pipeline"))
     assert convert.main([str(RUN), "--out", "out", "--to", "pipeline", "--heads", "2"]) == 2
@@ -88,6 +89,6 @@ def test_a_damaged_network_is_refused(shipped):
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="model"):
-        trained_run.open_run(Path("small"))
+        open_run(Path("small"))
     shutil.rmtree(shipped)
     assert pretrained.names() == []

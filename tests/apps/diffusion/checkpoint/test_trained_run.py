@@ -11,7 +11,7 @@ import torch
 
 from apps.diffusion import sample
 from apps.diffusion.checkpoint import training_state as checkpoint
-from apps.diffusion.checkpoint.trained_run import decoder_of, open_run
+from apps.diffusion.checkpoint.open_network import open_run
 from apps.diffusion.config import training as c
 from apps.diffusion.files import hashing
 from apps.diffusion.files.images import read
@@ -89,10 +89,10 @@ def test_the_vae_of_latents_that_moved(runs, tmp_path, monkeypatch):
     moved = c.DataConfig(source="latents", path=Path("gone"))
     (alone / "config.json").write_text(config.to_json().replace(str(runs / "latents"), "gone"))
     trained = open_run(alone)
-    assert trained.config.data == moved
+    assert trained.config is not None and trained.config.data == moved
     with pytest.raises(ValueError, match="gone"):
-        decoder_of(trained)
-    found = decoder_of(trained, str(runs / "vae"))
+        trained.decoder(None, "cpu")
+    found = trained.decoder(str(runs / "vae"), "cpu")
     assert found is not None and digests(found) == digests(image_files.tiny_vae())
     with pytest.warns(UserWarning, match="latents only"):
         pipe: Any = FixedPointPipeline.from_pretrained(alone)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from apps.diffusion import distill
 from apps.diffusion.checkpoint import training_state as checkpoint
-from apps.diffusion.checkpoint.trained_run import open_run
+from apps.diffusion.checkpoint.open_network import open_run
 from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
 from apps.diffusion.models import FPDM, DiT
