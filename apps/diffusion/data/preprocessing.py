@@ -25,6 +25,7 @@ from PIL import Image, ImageCms, ImageOps
 Size = int | tuple[int, int]
 """Side of a square, or (height, width), in pixels."""
 BACKGROUND = 255  # white
+_LEVELS = {"L;2": 3, "L;4": 15}  # the largest level of PNG's gray in fewer bits, which Pillow scales to 255
 
 
 class Unusable(ValueError):
@@ -107,15 +108,17 @@ def header(path: Path, least: int) -> int:
 def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
     """The image with mode L (1 channel) or RGB (3 channels), as viewers show it (steps 1 to 5)."""
     profile, kind = image.info.get("icc_profile"), image.format
-    deep = image.mode == "RGB" and any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    raw = _raw_mode(image)
     # TIFF may store gray with 0 for white; Pillow inverts it in 1 and 8 bits, not in 16
     white_is_zero = kind == "TIFF" and image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0
     image = _eight_bits(_upright(image), kind)
     if white_is_zero:
         image = ImageOps.invert(image)
-    if deep and isinstance(transparent := image.info.get("transparency"), tuple):
+    if isinstance(transparent := image.info.get("transparency"), tuple) and "16" in raw:
         # PNG: one color in 16 bits is transparent, and Pillow keeps the upper 8 bits of each pixel
         image.info["transparency"] = tuple(level >> 8 for level in transparent)
+    if isinstance(transparent, int) and raw in _LEVELS:
+        image.info["transparency"] = transparent * 255 // _LEVELS[raw]
     image = _without_palette(image)
     image = _to_srgb(image, profile)
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
@@ -136,11 +139,18 @@ def _check_side(file: Image.Image, least: int) -> None:
         raise Unusable(f"too small: {file.width} x {file.height}, less than {least} on a side")
 
 
+def _raw_mode(image: Image.Image) -> str:
+    """How the file stores a pixel, as Pillow names it; empty where it does not tell."""
+    tiles = getattr(image, "tile", ())
+    return str(tiles[0][3]) if tiles else ""
+
+
 def _is_gray(image: Image.Image) -> bool:
     if image.mode in ("P", "PA"):
         colors = np.array(image.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)
         return bool((colors == colors[:, :1]).all())
-    return image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
+    gray = image.mode in ("1", "L", "LA", "La", "I", "F") or image.mode.startswith("I;16")
+    return gray or _raw_mode(image) == "LA;16B"
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,8 +1,6 @@
 """A folder of images: cropped as ADM does, classes by name, pairs by index, bad files named and left out."""
 
 import os
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -262,15 +260,3 @@ def test_a_palette_of_grays_is_gray(tmp_path, suffix):
     assert ImageFolderDataset(tmp_path, 8).shape[0] == 1
     Image.new("RGB", (8, 8), (200, 40, 60)).quantize(4).save(tmp_path / f"red.{suffix}")
     assert ImageFolderDataset(tmp_path, 8).shape[0] == 3
-
-
-def test_a_transparent_color_of_a_png_in_16_bits(tmp_path):
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    color, other = struct.pack(">HHH", 40000, 10000, 0), struct.pack(">HHH", 10000, 40000, 0)
-    head = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
-    parts = [(b"IHDR", head), (b"tRNS", color), (b"IDAT", zlib.compress(b"\0" + color + other)), (b"IEND", b"")]
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
-    found = preprocessing.read(tmp_path / "x.png", None)
-    assert found[:, 0].T.tolist() == [[255, 255, 255], [10000 >> 8, 40000 >> 8, 0]]

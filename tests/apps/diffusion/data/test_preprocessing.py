@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -236,3 +237,38 @@ def test_tiff_with_zero_for_white(tmp_path, bits, photometric):
     (tmp_path / "a.tif").write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
     rows = preprocessing.read(tmp_path / "a.tif", 8, channels=1)[0]
     assert rows[0].tolist() == ([0] * 4 + [255] * 4 if photometric == 0 else [255] * 4 + [0] * 4)
+
+
+def png(width, depth, kind, row, transparent=None):
+    """A PNG file of one row, with a transparent color, as written by hand: Pillow writes few of its kinds."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0))]
+    parts += [] if transparent is None else [(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))]
+    parts += [(b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+GRAY, RGB, GRAY_ALPHA = 0, 2, 4  # kinds of pixels in the PNG specification
+
+
+@pytest.mark.parametrize(
+    ("content", "shown"),
+    [
+        (png(4, 2, GRAY, bytes([0b00011011]), (2,)), [0, 85, 255, 255]),
+        (png(4, 4, GRAY, bytes([0x05, 0xAF]), (5,)), [0, 255, 170, 255]),
+        (png(4, 8, GRAY, bytes([0, 5, 160, 255]), (5,)), [0, 255, 160, 255]),
+        (png(8, 1, GRAY, bytes([0b01010101]), (0,)), [255] * 8),
+        (png(2, 16, GRAY_ALPHA, struct.pack(">4H", 32768, 65535, 32768, 0)), [128, 255]),
+    ],
+)
+def test_gray_of_every_depth_with_transparency(tmp_path, content, shown):
+    (tmp_path / "x.png").write_bytes(content)
+    assert preprocessing.header(tmp_path / "x.png", 1) == 1
+    assert preprocessing.read(tmp_path / "x.png", None, channels=1)[0, 0].tolist() == shown
+
+
+def test_a_transparent_color_in_16_bits(tmp_path):
+    row = struct.pack(">6H", 40000, 10000, 0, 10000, 40000, 0)
+    (tmp_path / "x.png").write_bytes(png(2, 16, RGB, row, (40000, 10000, 0)))
+    found = preprocessing.read(tmp_path / "x.png", None)
+    assert found[:, 0].T.tolist() == [[255, 255, 255], [10000 >> 8, 40000 >> 8, 0]]
