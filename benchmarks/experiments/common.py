@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from apps.diffusion.config.presets import mnist
 from apps.diffusion.config.training import Config, DataConfig, EMAConfig, Grad, ModelConfig, OptimizerConfig
 from apps.diffusion.data import TensorDataset
 from apps.diffusion.data import build as data
@@ -77,6 +78,18 @@ def fpdm(seconds: float, grad: Grad = StochasticJFB(N=6, M=3), **model: Any) -> 
 def dit(seconds: float) -> Config:
     """The explicit baseline: six blocks of the same width."""
     return _config(ModelConfig(kind="dit", hidden=64, patch=4), seconds, StochasticJFB())
+
+
+def on_mnist(base: Config) -> Config:
+    """The same network at the width, patch, data and optimizer of the preset `mnist`."""
+    preset = mnist()
+    return replace(
+        base,
+        model=replace(base.model, hidden=128, patch=7),
+        data=preset.data,
+        optimizer=replace(preset.optimizer, images=base.optimizer.images),
+        ema=preset.ema,
+    )
 
 
 def _config(model: ModelConfig, seconds: float, grad: Grad) -> Config:

@@ -12,11 +12,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from apps.diffusion.config.presets import mnist
-from apps.diffusion.config.training import Config, ModelConfig
+from apps.diffusion.config.training import Config
 from apps.diffusion.sampling.iteration_budget import within_block_passes, within_macs
 from apps.diffusion.sampling.sampler import Solve
-from benchmarks.experiments.common import SCALES, Cell, Way, dit, fixed, fpdm
+from benchmarks.experiments.common import SCALES, Cell, Way, dit, fixed, fpdm, on_mnist
 from implicit import StochasticJFB
 
 DEPTHS = (3, 6, 12, 28)
@@ -53,16 +52,8 @@ def _config(name: str, task: str, seconds: float) -> Config:
         free, tracked, factor = SETTINGS[name]
         base = fpdm(seconds, StochasticJFB(N=free, M=tracked), recurrent_init=factor)
         model = base.model
-    return replace(base, model=model) if digits else _on_mnist(base, model)
-
-
-def _on_mnist(base: Config, model: ModelConfig) -> Config:
-    """The same network at the width, patch, data and optimizer of the preset `mnist`."""
-    preset = mnist()
-    optimizer = replace(preset.optimizer, images=base.optimizer.images)
-    return replace(
-        base, model=replace(model, hidden=128, patch=7), data=preset.data, optimizer=optimizer, ema=preset.ema
-    )
+    config = replace(base, model=model)
+    return config if digits else on_mnist(config)
 
 
 def _ways(name: str) -> tuple[Way, ...]:
