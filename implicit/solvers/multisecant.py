@@ -31,7 +31,11 @@ Above mu = 1 the history is dropped, and where mu has decayed below 1e-13 the sa
 The first steps are plain, z' = f(z), as long as they gain more each time: rho_k = ||r_k|| / ||r_{k-1}|| falls, and does
 so faster. On a normal linear contraction rho_k never falls, so that one plain step is taken there, which spans the same
 Krylov space; on a map that converges faster than linearly (a step of Newton's method, say) the ratios fall to 0, and
-no extrapolation of the past differences would come close to plain iteration.
+no extrapolation of the past differences would come close to plain iteration. They are plain too as long as each step
+settles a number, r_i = 0 exactly, that the last one still changed: on a map whose numbers depend on one another along a
+graph without cycles (a triangular matrix, shortest paths, the value of a game on a tree) plain iteration is exact after
+as many steps as the graph is deep, which no mixture is. Numbers that settle at 0 do not count, for ReLU and thresholds
+put them there on any map.
 """
 
 from dataclasses import dataclass, replace
@@ -53,7 +57,8 @@ _STILL = 0.99  # unless it is below that share of the last one
 _LOW, _UP, _DOWN, _NONE = 1e-4, 100.0, 0.2, 1e-13  # the ridge's first value, its factors, and what counts as 0
 _AFTER, _RESET = 1e-2, 10.0  # the ridge after a reset to the best iterate: its least value, and its factor
 _STRICT = 0.1  # the filter of samples in the safeguard's cautious stage and after a failure of the model
-_PLAIN_STEPS = 15  # plain steps at the start, at most
+_PLAIN_STEPS = 15  # plain steps at the start, at most,
+_SETTLING = 256  # and as long as each of them settles a number
 _CONTRACTION, _FAST = 0.9, 0.65  # the largest ratio after which they begin, and go on
 _FALL, _QUICK, _QUICK_FALL = 1e-3, 0.3, 0.1  # the least relative fall of the ratio; that of ratios below _QUICK
 _KEPT = 0.4  # the share of the last relative fall that the next one must reach
@@ -84,6 +89,7 @@ class MultisecantState:
     fall: Float[Tensor, "B 1"]
     count: int = 0
     fresh: bool = True  # the last point is not from this solve: it makes no pair with the next one
+    retreated: bool = False  # the last point may be the next one: their difference says nothing
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,8 @@ class Multisecant(AbstractSolver[MultisecantState]):
             size=torch.where(mask, _norm(point.r), state.size),
             bound=state.bound.masked_fill(mask, torch.inf),
             mu=torch.where(mask, (_RESET * state.mu).clamp_min(_AFTER), state.mu),
-            plain=state.plain & ~mask,
+            plain=state.plain & (~mask | (_norm(failed.r) <= _norm(point.r))),
+            retreated=True,
         )
 
     def step(self, point: Point, state: MultisecantState) -> tuple[Flat, None, MultisecantState]:
@@ -219,11 +226,11 @@ class Multisecant(AbstractSolver[MultisecantState]):
         second = (state.size > before.size) | ((state.mu > _LOW) & ~state.strict) | far
         gamma = torch.where(second, y[:, 1], y[:, 0])
         bound = (_TRUST**2 * torch.where(second, two, one)).clamp_min(_STILL**2).sqrt()
-        if state.count <= _PLAIN_STEPS:
-            state = _superlinear(state, before.size)
+        if state.count <= max(_PLAIN_STEPS, min(_SETTLING, point.z.shape[1])):
+            state = state if before.retreated else _still_plain(point, state, before)
             gamma, bound = gamma.masked_fill(state.plain, 0), bound.masked_fill(state.plain, torch.inf)
         z = state.df.add(point.fz, (size * inverse * gamma).unsqueeze(1), -1)
-        return z, None, replace(state, bound=bound * size)
+        return z, None, replace(state, bound=bound * size, retreated=False)
 
     def _append(self, point: Point, state: MultisecantState) -> tuple[Float[Tensor, "B 2 K"], MultisecantState]:
         """The products of r with dZ and dR, and the state with the newest pair in the place of the oldest."""
@@ -298,13 +305,17 @@ def _norm(x: Flat) -> Float[Tensor, "B 1"]:
     return torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
 
 
-def _superlinear(state: MultisecantState, last: Float[Tensor, "B 1"]) -> MultisecantState:
-    """The state with the samples marked whose plain steps still gain more from step to step."""
-    ratio = state.size / last
+def _still_plain(point: Point, state: MultisecantState, before: MultisecantState) -> MultisecantState:
+    """The state with the samples marked whose steps remain plain."""
+    settles = ((point.r == 0) & (before.r * point.z != 0)).any(dim=1, keepdim=True)
+    settles = settles & (state.size <= before.size)
+    if state.count > _PLAIN_STEPS:
+        return replace(state, plain=state.plain & settles)
+    # the gain from step to step
+    ratio = state.size / before.size
     fall = 1 - ratio / state.ratio
     if state.count == 1:
-        plain = state.plain & (ratio <= _CONTRACTION)
-    else:
-        least = torch.where(ratio < _QUICK, _QUICK_FALL, _FALL)
-        plain = state.plain & (ratio <= _FAST) & (fall >= torch.maximum(_KEPT * state.fall, least))
-    return replace(state, plain=plain, ratio=ratio, fall=fall if state.count > 1 else state.fall)
+        return replace(state, plain=state.plain & (settles | (ratio <= _CONTRACTION)), ratio=ratio)
+    least = torch.where(ratio < _QUICK, _QUICK_FALL, _FALL)
+    superlinear = (ratio <= _FAST) & (fall >= torch.maximum(_KEPT * state.fall, least))
+    return replace(state, plain=state.plain & (settles | superlinear), ratio=ratio, fall=fall)

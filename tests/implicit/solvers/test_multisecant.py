@@ -225,6 +225,35 @@ def test_newton_s_iteration_is_not_disturbed(n):
         assert solved(f, start) <= 1.1 * solved(f, start, solver=Picard())
 
 
+def test_plain_steps_go_on_where_each_of_them_settles_a_number():
+    """Shortest paths along a line of 40 nodes and a shift: plain iteration is exact after as many steps as numbers.
+
+    The shift goes on so through the safeguard's stages, which begin after 25 steps.
+    """
+    edge = torch.linspace(0.5, 2, 40, dtype=F64)
+
+    def distances(z):
+        return torch.minimum(torch.nn.functional.pad(z[:, :-1], (1, 0)) + edge, torch.full_like(z, 100))
+
+    def shift(z):
+        return 0.97 * torch.nn.functional.pad(z[:, :-1], (1, 0)) + torch.eye(1, 80, dtype=F64)
+
+    for f, z0 in ((distances, torch.full((3, 40), 100.0, dtype=F64)), (shift, torch.linspace(1, 2, 80, dtype=F64)[None])):
+        assert solved(f, z0) == solved(f, z0, solver=Picard()) >= 40
+
+
+def test_numbers_that_settle_at_zero_keep_no_plain_steps():
+    """relu(0.99 z Q + b), where a part of the numbers is 0 at the fixed point."""
+    rng = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(60, 60, dtype=F64, generator=rng))[0]
+    b = torch.randn(2, 60, dtype=F64, generator=rng)
+
+    def f(z):
+        return torch.relu(0.99 * z @ q + b)
+
+    assert solved(f, torch.ones_like(b)) <= 0.7 * solved(f, torch.ones_like(b), solver=Picard())
+
+
 def test_the_value_does_not_depend_on_batch_mates():
     p = problem("one hard of 16")
     with torch.no_grad():
