@@ -238,7 +238,8 @@ def test_plain_steps_go_on_where_each_of_them_settles_a_number():
     def shift(z):
         return 0.97 * torch.nn.functional.pad(z[:, :-1], (1, 0)) + torch.eye(1, 80, dtype=F64)
 
-    for f, z0 in ((distances, torch.full((3, 40), 100.0, dtype=F64)), (shift, torch.linspace(1, 2, 80, dtype=F64)[None])):
+    starts = {distances: torch.full((3, 40), 100.0, dtype=F64), shift: torch.linspace(1, 2, 80, dtype=F64)[None]}
+    for f, z0 in starts.items():
         assert solved(f, z0) == solved(f, z0, solver=Picard()) >= 40
 
 
