@@ -18,7 +18,7 @@ from torch import Tensor
 
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history, check_share
-from implicit.solvers.history_buffer import dots, put, put_difference
+from implicit.solvers.history_buffer import dots, put, put_difference, put_dots
 
 # columns with a smaller squared norm are ignored, for their products underflow: diagonal 1 and coefficient 0
 _UNDERFLOW = {torch.float64: 1e-290, torch.float32: torch.finfo(torch.float32).tiny}
@@ -99,7 +99,7 @@ class Anderson(AbstractSolver[AndersonState]):
             slot = columns % k
             df = put_difference(df, slot, point.fz, state.fz)
             dr = put_difference(dr, slot, r, state.r)
-            gram = self._renew(gram, slot, dots(dr, dr[:, slot]))
+            gram = self._renew(put_dots(gram, slot, dr, dr[:, slot]), slot)
             columns += 1
         new = AndersonState(point.fz, r, df, dr, gram, steps, columns, False)
         if steps < self.start or not columns:
@@ -111,12 +111,12 @@ class Anderson(AbstractSolver[AndersonState]):
             z = self._damp(z, torch.baddbmm(r.unsqueeze(1), gamma, dr, alpha=-1).squeeze(1))
         return z, None, new
 
-    def _renew(self, gram: Float[Tensor, "B K K"], slot: int, row: Float[Tensor, "B 1 K"]) -> Float[Tensor, "B K K"]:
-        """The Gram matrix with a new row and column."""
-        ridge = self.ridge or (1e-14 if row.dtype == torch.float64 else 1e-6)
-        new = row.squeeze(1)
-        torch.threshold_(new[:, slot], _UNDERFLOW[row.dtype], 1).mul_(1 + ridge)
-        return put(put(gram, slot, new).mT, slot, new).mT
+    def _renew(self, gram: Float[Tensor, "B K K"], slot: int) -> Float[Tensor, "B K K"]:
+        """The Gram matrix with the ridge on its new row, and the column that belongs to it."""
+        ridge = self.ridge or (1e-14 if gram.dtype == torch.float64 else 1e-6)
+        new = gram[:, slot]
+        torch.threshold_(new[:, slot], _UNDERFLOW[gram.dtype], 1).mul_(1 + ridge)
+        return put(gram.mT, slot, new).mT
 
     def _damp(self, z: Flat, r: Flat) -> Flat:
         return z - self.damping * r if self.damping else z

@@ -50,6 +50,16 @@ def dots(rows: Float[Tensor, "B K M"], x: Float[Tensor, "B M"]) -> Float[Tensor,
     return torch.bmm(x.unsqueeze(1), rows.mT)
 
 
+def put_dots(
+    matrix: Float[Tensor, "B K K"], slot: int, rows: Float[Tensor, "B K M"], x: Float[Tensor, "B M"]
+) -> Float[Tensor, "B K K"]:
+    """`matrix` with row `slot` of every sample replaced by the products <row_i, x>."""
+    if torch.compiler.is_compiling() or not _in_place(matrix, rows, x):
+        return put(matrix, slot, dots(rows, x).squeeze(1))
+    torch.bmm(x.unsqueeze(1), rows.mT, out=matrix[:, slot : slot + 1])
+    return matrix
+
+
 @dataclass(frozen=True)
 class HistoryBuffer:
     """At most `capacity` rows of N numbers per sample; unused rows are zero."""
