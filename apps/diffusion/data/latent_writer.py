@@ -109,9 +109,11 @@ class LatentWriter:
         tensors, file = self._paths(k)
         try:
             found = json.loads(file.read_text())
+            if not hashing.fits_digest(found):
+                return None
             same = found["sources"] == self._sources(k) and tensors.stat().st_size == found["bytes"]
             return found if same and (not checksum or hashing.of_file(tensors) == found["sha256"]) else None
-        except (FileNotFoundError, ValueError, LookupError, TypeError):
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
             return None
 
     def write(self, k: int, pool: ThreadPoolExecutor, progress: Callable[[int, list[Skipped]], None]) -> None:
@@ -175,7 +177,7 @@ class LatentWriter:
             "skipped": [image._asdict() for image in skipped],
             "shards": [{key: found[key] for key in ("file", "images", "bytes", "sha256")} for found in records],
         }
-        write_text(self.out / "index.json", json.dumps(index, indent=2) + "\n")
+        write_text(self.out / "index.json", json.dumps(hashing.with_digest(index), indent=2) + "\n")
         summary = f"{index['images']} images in {len(self.listed.classes)} classes are in {self.out}."
         return f"{summary} {skipped_text(skipped, total)}".rstrip()
 
@@ -243,7 +245,7 @@ class LatentWriter:
             "bytes": file.stat().st_size,
             "sha256": hashing.of_file(file),
         }
-        write_text(record, json.dumps(found, indent=2) + "\n")
+        write_text(record, json.dumps(hashing.with_digest(found), indent=2) + "\n")
 
 
 def check_out(out: Path) -> None:

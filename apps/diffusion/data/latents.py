@@ -153,6 +153,8 @@ def read_index(root: Path) -> dict[str, Any]:
     try:
         index = json.loads((root / "index.json").read_text())
         version = index["format"]
+        if not hashing.fits_digest(index):
+            raise ValueError("its content does not fit its digest")
     except FileNotFoundError:
         started = (root / "settings.json").exists()
         raise ValueError(
@@ -161,7 +163,10 @@ def read_index(root: Path) -> dict[str, Any]:
             else f"{root} holds no latents (no index.json); make them with python -m apps.diffusion.encode."
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{root / 'index.json'} is not the index of latents ({error}); encode them again.") from None
+        raise ValueError(
+            f"{root / 'index.json'} is not the index of latents ({error}); give the same encode command again, which "
+            "writes a new one."
+        ) from None
     if version != FORMAT:
         raise ValueError(f"{root} has format {version}, and this version reads {FORMAT}; encode the images again.")
     return index

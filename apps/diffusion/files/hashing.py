@@ -31,6 +31,18 @@ def of_json(value: Any) -> str:
     return of_parts([json.dumps(value, sort_keys=True, default=str)])
 
 
+def with_digest(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as JSON holds it, with the SHA-256 of its content as "digest"."""
+    found = json.loads(json.dumps(record))
+    return {**found, "digest": of_json(found)}
+
+
+def fits_digest(record: Mapping[str, Any]) -> bool:
+    """Whether the content of a record fits its digest; records of earlier versions have none."""
+    content = {key: value for key, value in record.items() if key != "digest"}
+    return record.get("digest", "") in ("", of_json(content))
+
+
 def of_tensors(tensors: Mapping[str, Tensor], as_float: bool = False) -> str:
     """Of names, shapes, types and numbers; the order of the mapping does not count.
 

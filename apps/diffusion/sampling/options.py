@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -269,8 +270,11 @@ def class_numbers(
         ValueError: a class that does not exist.
     """
     numbers = []
+    composed = [unicodedata.normalize("NFC", known) for known in names]  # accents may be characters of their own
     for each in given:
         text = each if isinstance(each, str) else ""
+        if text not in names and (same := unicodedata.normalize("NFC", text)) in composed:
+            text = names[composed.index(same)]
         number = names.index(text) if text in names else int(text) if text.isdecimal() else each
         if isinstance(number, str) or not 0 <= as_integer(name, number) < num_classes + null:
             known = f"0 to {num_classes - 1}" + (f", or {', '.join(names)}" if names else "")

@@ -287,7 +287,11 @@ def test_a_shard_is_made_again_where_it_or_its_images_are_others(images, vae_fol
     damaged[-5] ^= 255
     shards[0].write_bytes(damaged)
     (out / "shards" / "00001.json").write_text("{")
-    (out / "shards" / "00002.json").write_text("{}")
+    record, index = out / "shards" / "00002.json", out / "index.json"
+    record.write_text(record.read_text().replace("skipped", "skIpped"))
+    index.write_text(index.read_text().replace('"scaling_factor": ', '"scaling_factor": 1'))
+    with pytest.raises(ValueError, match="digest"):
+        read_index(out)
     kept = shards[3].stat().st_mtime_ns
     assert call(images, vae_folder, out) == 0
     assert contents(out) == before and shards[3].stat().st_mtime_ns == kept

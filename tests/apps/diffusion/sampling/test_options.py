@@ -11,6 +11,7 @@ from apps.diffusion.config.sampling import OptionError, Sampler, SamplingOptions
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.sampling.guidance import Guidance
 from apps.diffusion.sampling.keywords import options_of
+from apps.diffusion.sampling.options import class_numbers
 from apps.diffusion.sampling.options import plan as translate
 from apps.diffusion.sampling.sampler import sample
 from apps.diffusion.sampling.warm_start import Reuse
@@ -214,3 +215,13 @@ def test_recipes_are_checked():
     for macs in (float("nan"), float("inf"), 0.0):
         with pytest.raises(ValueError, match="macs"):
             plan(fpdm(), config, SamplingOptions(macs=macs))
+
+
+def test_classes_by_number_and_by_name():
+    """A name comes before a number; accents may be written as characters of their own."""
+    names = ("10", "caf\u00e9", "re\u0301", "x")
+    given = ["10", "cafe\u0301", "r\u00e9", "x", "2", 3, 4]
+    assert class_numbers("--classes", given, 4, names) == [0, 1, 2, 3, 2, 3, 4]
+    for wrong in ("y", "5", -1):
+        with pytest.raises(ValueError, match="--classes"):
+            class_numbers("--classes", [wrong], 4, names)
