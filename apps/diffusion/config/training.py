@@ -193,6 +193,10 @@ class Config:
         elif used := [name for name in self.loss.FIXED_POINT if getattr(self.loss, name)]:
             flags = ", ".join(f"--loss.{name.replace('_', '-')}" for name in used)
             raise ValueError(f"{flags}: a DiT has no fixed point; leave it out, or train an FPDM.")
+        if self.teacher is not None and self.loss.weighting != "uniform":
+            raise ValueError(
+                "--loss.weighting is for the loss on data, which --teacher replaces; leave one of them out."
+            )
         if not 0 <= self.growth <= 1:
             raise ValueError(f"--growth must lie in [0, 1], got {self.growth}.")
         if self.growth and not (self.model.kind == "fpdm" and isinstance(self.grad, implicit.StochasticJFB)):

@@ -15,6 +15,10 @@ Dhariwal 2021, arXiv 2102.09672, equations 13 to 16):
 
 in bits per value, with btilde_1 for btilde_0 = 0, and the mean detached, so that its gradient reaches the variance
 only.
+
+Distillation learns the predictions of a trained network, the teacher, over all channels, a learned variance included:
+
+    L = mean ( model(x_t, t, y') - teacher(x_t, t, y') )^2
 """
 
 import math
@@ -104,6 +108,7 @@ def loss(
     null_class: int | None = None,
     gamma: float | None = None,
     solve: TrainingSolve | None = None,
+    teacher: Callable[..., Tensor] | None = None,
 ) -> Loss:
     """The training loss of `model` on clean latents `x0` with labels `y` (None: unconditional).
 
@@ -113,6 +118,7 @@ def loss(
         null_class: the label that replaces dropped ones; needed as soon as one is dropped.
         gamma: of the min-SNR weight; None gives all timesteps the weight 1. The variational bound is never weighted.
         solve: how an FPDM solves; None for any other model.
+        teacher: network to distill, instead of learning the data; its timesteps have the weight 1.
 
     Raises:
         ValueError: labels are to be dropped and there is no null class, or shapes do not fit.
@@ -124,9 +130,14 @@ def loss(
         y = torch.where(noise.dropped, null_class, y)
     elif y is not None and bool(noise.dropped.any()):
         raise ValueError("Labels are to be dropped, but null_class is None; give the model's null class.")
-    solve = with_earlier(model, x0, y, noise, scheduler, solve)
-    noisy = noisy_image(scheduler, x0, noise.noise, noise.t)
-    prediction, solution, penalty = predict(model, noisy, network_time(scheduler, noise.t), y, solve)
+    solve = _with_earlier(model, x0, y, noise, scheduler, solve)
+    noisy, time = noisy_image(scheduler, x0, noise.noise, noise.t), network_time(scheduler, noise.t)
+    prediction, solution, penalty = _predict(model, noisy, time, y, solve)
+    if teacher is not None:
+        with torch.no_grad():
+            learned = teacher(noisy, time, y)
+        error = (prediction.to(x0.dtype) - learned.to(x0.dtype)).square().flatten(1).mean(1)
+        return Loss(total=error.mean() + penalty, error=error.detach(), solution=solution)
     mean_part, variance_part = prediction[:, : x0.shape[1]], prediction[:, x0.shape[1] :]
     error = (mean_part.to(x0.dtype) - target(scheduler, x0, noise.noise, noise.t)).square().flatten(1).mean(1)
     weighted = error
@@ -139,7 +150,7 @@ def loss(
     return Loss(total=total + penalty, error=error.detach(), bound=bound, solution=solution)
 
 
-def with_earlier(
+def _with_earlier(
     model: Callable[..., Any],
     x0: Tensor,
     y: Tensor | None,
@@ -159,7 +170,7 @@ def with_earlier(
     return replace(solve, penalty=replace(solve.penalty, earlier=solution.value))
 
 
-def predict(
+def _predict(
     model: Callable[..., Any], noisy: Tensor, t: Tensor, y: Tensor | None, solve: TrainingSolve | None
 ) -> tuple[Tensor, Solution | None, Tensor | float]:
     """The prediction for noisy images, the fixed-point solve and the penalty; None and 0 without a solve."""

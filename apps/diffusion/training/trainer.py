@@ -34,7 +34,7 @@ from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.schedulers.noise_schedule import scheduler_of
 from apps.diffusion.training import distributed, loss
-from apps.diffusion.training.distillation import distillation_loss, open_teacher
+from apps.diffusion.training.distillation import open_teacher
 from apps.diffusion.training.loss import TrainingNoise
 from apps.diffusion.training.metric_logger import StepMetrics, profiler, tracker
 from apps.diffusion.training.noise import training_noise
@@ -199,16 +199,10 @@ class Trainer:
         return total, finite
 
     def _loss(self, x: Tensor, y: Tensor | None, noise: TrainingNoise) -> loss.Loss:
-        model, scheduler, null_class, solve = self.model, self.scheduler, self.null_class, self._solve(noise)
         gamma = self.config.loss.gamma if self.config.loss.weighting == "min_snr" else None
         with self.accelerator.autocast():
-            if self.teacher is None:
-                return loss.loss(
-                    model, x, y, noise, scheduler=scheduler, null_class=null_class, gamma=gamma, solve=solve
-                )
-            return distillation_loss(
-                model, self.teacher, x, y, noise, scheduler=scheduler, null_class=null_class, solve=solve
-            )
+            how = {"scheduler": self.scheduler, "null_class": self.null_class, "gamma": gamma, "teacher": self.teacher}
+            return loss.loss(self.model, x, y, noise, solve=self._solve(noise), **how)
 
     def _batch(self) -> tuple[Tensor, Tensor | None, TrainingNoise]:
         """This process's part of the step: images (b, C, H, W), labels (b,), and their randomness, on the device."""

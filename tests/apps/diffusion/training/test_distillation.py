@@ -14,8 +14,8 @@ from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
-from apps.diffusion.training.distillation import distillation_loss, open_teacher, student_config
-from apps.diffusion.training.loss import TrainingNoise, TrainingSolve
+from apps.diffusion.training.distillation import open_teacher, student_config
+from apps.diffusion.training.loss import TrainingNoise, TrainingSolve, loss
 from apps.diffusion.training.trainer import Trainer
 from implicit import Picard, Stop, Unrolled
 from tests.apps.diffusion.helpers.small_models import randomized
@@ -45,7 +45,7 @@ def test_the_loss_is_the_distance_of_the_predictions():
     drawn = noise(x.shape)
     common = {"scheduler": scheduler, "null_class": 4}
     solve = TrainingSolve(solver=Picard(), grad=Unrolled(), stop=Stop(rtol=0.0, atol=0.0, max_evals=3))
-    found = distillation_loss(student, teacher, x, y, drawn, **common, solve=solve)
+    found = loss(student, x, y, drawn, **common, solve=solve, teacher=teacher)
     abar = scheduler.alphas_cumprod[drawn.t].view(-1, 1, 1, 1)
     noisy, labels = abar.sqrt() * x + (1 - abar).sqrt() * drawn.noise, torch.tensor([0, 4, 2])
     difference = student(noisy, drawn.t, labels, iterations=3) - teacher(noisy, drawn.t, labels)
@@ -53,7 +53,7 @@ def test_the_loss_is_the_distance_of_the_predictions():
     found.total.backward()
     assert student.block_fixed_point.mlp.fc1.weight.grad.norm() > 0
     assert all(p.grad is None for p in teacher.parameters())
-    assert float(distillation_loss(teacher, teacher, x, y, drawn, **common).error.max()) < 1e-10
+    assert float(loss(teacher, x, y, drawn, **common, teacher=teacher).error.max()) < 1e-10
 
 
 def test_the_configuration_is_that_of_the_teacher(run, tmp_path):
@@ -71,6 +71,8 @@ def test_the_configuration_is_that_of_the_teacher(run, tmp_path):
     assert (published.schedule.prediction, published.schedule.zero_snr) == ("epsilon", False)
     with pytest.raises(ValueError, match="FPDM"):
         student_config(Path("mnist-fpdm"))
+    with pytest.raises(ValueError, match=r"--loss\.weighting"):
+        dataclasses.replace(config, loss=c.LossConfig(weighting="min_snr"))
     with pytest.raises(ValueError, match="--teacher"):
         open_teacher(run, (1, 28, 28), 10, torch.device("cpu"))
 
@@ -82,7 +84,7 @@ def test_the_command_learns_from_the_teacher(run, tmp_path, capsys):
     )
     assert distill.main([str(run), "--out", str(out), *flags, "--track", "none"]) == 0
     state = checkpoint.newest(out)
-    losses = [loss for _, loss in state.progress.history]
+    losses = [value for _, value in state.progress.history]
     assert losses[-1] < 0.7 * losses[0]
     assert isinstance(open_run(out).model, FPDM)
     assert distill.main([str(run), "--resume", "--out", str(out)]) == 2
