@@ -10,7 +10,7 @@ from torch import Tensor
 from apps.diffusion.data import TensorDataset
 from apps.diffusion.evaluation.digit_classifier import FeatureClassifier
 from apps.diffusion.evaluation.feature_extractors import features_of
-from apps.diffusion.evaluation.metrics import Gaussian, frechet_distance
+from apps.diffusion.evaluation.metrics import Gaussian, frechet_distance, label_accuracy
 
 
 @dataclass(frozen=True)
@@ -38,4 +38,4 @@ class ImageScorer:
     def score(self, x: Tensor, y: Tensor) -> Score:
         """The score of images (n, C, H, W) in [-1, 1] that should show the classes y (n,)."""
         distance = frechet_distance(Gaussian.of(self.classifier.features(x)), self.real)
-        return Score(len(x), self.classifier.accuracy(x, y), distance)
+        return Score(len(x), label_accuracy(self.classifier(x), y), distance)

@@ -242,7 +242,6 @@ class _Compactor:
 
     def __init__(self, f: FlatMap, monitor: ConvergenceMonitor, options: SolveOptions) -> None:
         self.f, self.monitor = f, monitor
-        self.guessed = options.compact is True
         self.which = options.compact if isinstance(options.compact, tuple) else (True,) * len(f.args)
         if options.keep_state:
             raise ValueError("compact and keep_state cannot go together: finished samples have no solver state left.")

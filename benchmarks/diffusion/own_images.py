@@ -30,6 +30,7 @@ from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.data import ImageFolderDataset, TensorDataset
 from apps.diffusion.data.dataset import all_images
 from apps.diffusion.evaluation.digit_classifier import train_classifier
+from apps.diffusion.evaluation.metrics import label_accuracy
 from apps.diffusion.sampling.options import plan
 from apps.diffusion.sampling.sampler import sample
 from benchmarks.harness import RESULTS, provenance, write_result
@@ -78,7 +79,7 @@ class Classifiers:
         """Shares of images (n, 3, 16, 16) that show their class."""
         x = x.clamp(-1, 1)
         return {
-            "network": self.network.accuracy(x, y),
+            "network": label_accuracy(self.network(x), y),
             "support vectors": float(self.machine.score(_brightest(x), y.numpy())),
         }
 

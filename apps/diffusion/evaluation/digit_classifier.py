@@ -50,11 +50,6 @@ class FeatureClassifier(nn.Module):
         """The features (B, F), each with mean 0 and variance 1 over the training images of the classifier."""
         return (self.embed(x) - self.mean) / self.std
 
-    @torch.no_grad()
-    def accuracy(self, x: Tensor, y: Tensor) -> float:
-        """The fraction of images (B, C, H, W) that are given the label (B,) they should have."""
-        return (self(x).argmax(1) == y).double().mean().item()
-
 
 class Classifier(FeatureClassifier):
     """A convolutional network with 32 features, for images of any size."""
