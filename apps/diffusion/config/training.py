@@ -148,7 +148,7 @@ class Config:
     stop: implicit.Stop = field(default_factory=partial(implicit.Stop, rtol=1e-3, atol=0.0, max_evals=20))
     """Stopping criterion of the fixed-point layer in training; S-JFB ignores it. FPDM only."""
     growth: float = 0.0
-    """Share of the training in which S-JFB's N and M grow to their values (training/growth.py); 0: from the first step
+    """Share of the training in which S-JFB's N and M grow to their values (training/solve.py); 0: from the first step
     on. FPDM with S-JFB only.
     """
     sampling: SamplingOptions = field(default_factory=SamplingOptions)

@@ -7,10 +7,9 @@ from typing import Any
 
 from apps.diffusion.config.training import Config
 from apps.diffusion.rng import Stream, generator
-from apps.diffusion.training.growth import grown
 from apps.diffusion.training.loss import TrainingNoise, TrainingSolve
 from apps.diffusion.training.penalties import NoisyStart, Penalties, earlier_timesteps
-from implicit import AbstractGrad
+from implicit import AbstractGrad, StochasticJFB
 
 
 def training_solve(config: Config, noise: TrainingNoise, images: int, done: float) -> TrainingSolve | None:
@@ -47,6 +46,24 @@ def training_solve(config: Config, noise: TrainingNoise, images: int, done: floa
         penalty=penalty,
         earlier=earlier,
     )
+
+
+def grown(grad: StochasticJFB, done: float, growth: float) -> StochasticJFB:
+    """S-JFB with iterations that grow with training: N and M rise while a share g of the training passes.
+
+        N_s = round(r N),   M_s = max(1, round(r M)),   r = min(1, s / g)    s the share of the training that is done
+
+    Early steps are then short and many; the fixed point is needed once the network is good. Bai et al. 2019 (DEQ,
+    arXiv 1909.01377) begin with a shallow unrolled network; McLeish et al. 2025 (arXiv 2511.07384) raise the
+    recurrences of a language model over training.
+
+    Args:
+        grad: with the final N and M.
+        done: s, in [0, 1].
+        growth: g; 0 is no growth.
+    """
+    ratio = min(1.0, done / growth) if growth else 1.0
+    return replace(grad, N=round(ratio * grad.N), M=max(1, round(ratio * grad.M)))
 
 
 def _estimator(config: Config, images: int, done: float) -> AbstractGrad:

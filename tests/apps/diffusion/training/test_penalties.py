@@ -9,9 +9,9 @@ import torch
 from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
 from apps.diffusion.models import FPDM
-from apps.diffusion.training.growth import grown
 from apps.diffusion.training.loss import loss
 from apps.diffusion.training.penalties import NoisyStart, Penalties
+from apps.diffusion.training.solve import grown
 from apps.diffusion.training.trainer import Trainer
 from implicit import JFB, StochasticJFB
 from tests.apps.diffusion.helpers.small_models import batch, randomized
