@@ -22,6 +22,7 @@ import tyro
 from apps.diffusion.cli import device_of, run_request
 from apps.diffusion.config.serialization import at_least
 from apps.diffusion.config.training import Backend
+from apps.diffusion.data.dataset import Split
 from apps.diffusion.evaluation import feature_extractors
 from apps.diffusion.evaluation.feature_statistics import cached, is_statistics, load, save
 from apps.diffusion.evaluation.image_sources import BATCH, Source, of_named, open_source
@@ -71,8 +72,12 @@ class Request:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "nearest", "size", "batch")
-        if self.compile != "no" and self.features != "inception":
-            raise ValueError(f"--compile {self.compile} is for --features inception; leave it out.")
+        given = {"weights": self.weights is not None, "device": self.device not in ("auto", "cpu")}
+        for name, meant in {**given, "compile": self.compile != "no"}.items():
+            if meant and self.features != "inception":
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} is for --features inception; other classifiers are trained here."
+                )
         if self.neighbors is not None and self.neighbors.suffix != ".png":
             raise ValueError(f"--neighbors {self.neighbors} must name a .png file.")
         if self.save is not None and (self.save.suffix != ".safetensors" or self.save.exists()):
@@ -122,7 +127,8 @@ def run(request: Request) -> dict[str, Any]:
         reference = cached(real, extractor, request.cache)
     report: dict[str, Any] = {"generated": evaluate(samples, reference, extractor, request.nearest)}
     # real images that the classifier has not seen, as many as there are samples: distances fall with the number
-    unseen = {"digits": ("digits", "held-out"), "mnist:held-out": ("mnist", "train")}.get(request.reference)
+    others: dict[str, tuple[str, Split]] = {"digits": ("digits", "held-out"), "mnist:held-out": ("mnist", "train")}
+    unseen = others.get(request.reference)
     if unseen is not None and real is not None and real.name.startswith(unseen[0]):
         other = of_named(*unseen, samples.count)
         scores = evaluate(other, reference, extractor, request.nearest)
@@ -136,18 +142,21 @@ def run(request: Request) -> dict[str, Any]:
 
 def _extractor(request: Request, real: Source | None) -> feature_extractors.Extractor:
     """The network of --features; `trained` is trained on the reference."""
-    device = request.device
+    device = "cpu"
     if request.features == "inception":
-        device = device_of(device)
-    elif device == "auto":
-        device = "cpu"
-    if request.features == "trained" and real is None:
-        raise ValueError(f"--features trained needs the images of the reference; {request.reference} holds statistics.")
-    if request.features == "trained":
-        assert real is not None
+        device = device_of(request.device)
+        found = feature_extractors.Inception(request.weights, device, request.compile)
+    elif request.features == "trained":
+        if real is None:
+            raise ValueError(
+                f"--features trained needs the images of the reference; {request.reference} holds statistics."
+            )
         found = feature_extractors.reference_features(torch.cat(list(real.batches())), real.labels)
     else:
-        found = feature_extractors.open_extractor(request.features, request.weights, device, request.compile)
+        trained = (
+            feature_extractors.digit_features if request.features == "digits" else feature_extractors.mnist_features
+        )
+        found = trained()
     return found if request.precision == "no" else feature_extractors.HalfPrecision(found, device)
 
 

@@ -1,4 +1,4 @@
-"""The networks and steps that `bench_diffusion` and `test_diffusion` measure: DiT, FPDM, and their peers."""
+"""The networks and steps that `run.py` measures and `test_diffusion.py` checks: DiT, FPDM, and their peers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Tables of `bench_diffusion`: training steps, sampling steps, the solver around the block, parameters.
+"""Tables of `benchmarks/diffusion/run.py`: training steps, sampling steps, the solver around the block, parameters.
 
 Every function takes the scale and the number of repeats and returns rows; the steps of a table are timed in turn.
 """

@@ -229,22 +229,3 @@ class HalfPrecision:
         with torch.autocast(torch.device(self.device).type, torch.bfloat16):
             found = self.extractor(images)
         return Extracted(*(None if value is None else value.float() for value in found))  # pyright: ignore[reportArgumentType]
-
-
-def open_extractor(name: str, weights: Path | None = None, device: str = "cpu", backend: Backend = "no") -> Extractor:
-    """The extractor "digits", "mnist" or "inception".
-
-    Raises:
-        ValueError: it is not installed, there is none by this name, or weights for one that takes none.
-    """
-    if name == "inception":
-        return Inception(weights, device, backend)
-    if name not in ("digits", "mnist"):
-        raise ValueError(f"There are no features {name!r}; choose digits, mnist or inception.")
-    if device != "cpu":
-        raise ValueError(
-            f"--device {device} is for --features inception; the classifier of {name} computes on the CPU."
-        )
-    if weights is not None:
-        raise ValueError(f"--weights are for --features inception; the classifier of {name} is trained here.")
-    return digit_features() if name == "digits" else mnist_features()

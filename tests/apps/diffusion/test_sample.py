@@ -35,8 +35,8 @@ def test_files_are_named_by_number_and_class_at_native_size(trained, tmp_path):
     names = sorted(contents(tmp_path / "a"))
     assert names == [f"{i:05d}-class-{i % 10}.png" for i in range(23)]
     assert all(read(tmp_path / "a" / n).size == (8, 8) for n in names)
-    sheet = read(tmp_path / "a" / "grid.png")
-    assert sheet.width >= 640
+    drawn = read(tmp_path / "a" / "grid.png")
+    assert drawn.width >= 640
     assert call(trained, tmp_path / "b", "--num", "5", "--classes", "7", "3") == 0
     assert [n[-5] for n in sorted(contents(tmp_path / "b"))] == ["7", "3", "7", "3", "7"]
 
@@ -239,9 +239,9 @@ def test_images_hold_their_pixels():
     x = torch.linspace(-1.2, 1.2, 16).view(1, 4, 4)
     image = to_pil(x)
     assert image.mode == "L" and image.getpixel((0, 0)) == 0 and image.getpixel((3, 3)) == 255
-    sheet = grid([image, to_pil(-x), image], columns=2, enlarge=3)
-    assert sheet.size == (33, 33)
-    pixels = np.asarray(sheet)
+    drawn = grid([image, to_pil(-x), image], columns=2, enlarge=3)
+    assert drawn.size == (33, 33)
+    pixels = np.asarray(drawn)
     np.testing.assert_array_equal(pixels[3:15:3, 3:15:3], np.asarray(image))
     np.testing.assert_array_equal(pixels[3:15:3, 18:30:3], np.asarray(to_pil(-x)))
     assert to_pil(torch.zeros(3, 2, 2)).mode == "RGB"

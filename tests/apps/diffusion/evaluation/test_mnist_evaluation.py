@@ -24,7 +24,7 @@ def extractor():
 @pytest.fixture
 def samples(tmp_path, monkeypatch, extractor):
     """Training digits, which the classifier has not seen, as if they were samples: every twentieth, labels right."""
-    monkeypatch.setattr(feature_extractors, "open_extractor", lambda *_: extractor)
+    monkeypatch.setattr(feature_extractors, "mnist_features", lambda: extractor)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     train = mnist("train")
     pixels = ((train.x[::20] + 1) * 127.5).round().numpy().astype(np.uint8).transpose(0, 2, 3, 1)

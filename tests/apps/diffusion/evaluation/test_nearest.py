@@ -32,9 +32,9 @@ def test_images_of_other_sizes_are_refused():
 
 def test_the_grid_has_each_image_above_its_nearest():
     real = images(30, 3)
-    sheet = np.asarray(neighbor_grid(real[[4, 9, 2]], real, columns=2))
+    drawn = np.asarray(neighbor_grid(real[[4, 9, 2]], real, columns=2))
     enlarge = round(64 / 5)
-    cell = sheet[::enlarge, ::enlarge]
+    cell = drawn[::enlarge, ::enlarge]
     assert cell.shape == (4 * 7 + 1, 2 * 6 + 1)
     for column in (0, 1):
         top, bottom = (cell[1 + 7 * row : 7 + 7 * row, 1 + 6 * column : 6 + 6 * column] for row in (0, 1))
