@@ -15,6 +15,8 @@ Training, encoding and scoring all read image files by `read`. Of an animation t
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -73,17 +75,8 @@ def read(path: Path, size: Size | None, least: int = 1, channels: int = 3) -> np
     Raises:
         Unusable: it cannot be decoded, it is too small, or its range of values is unknown.
     """
-    _check_regular(path)
-    try:
-        with Image.open(path) as file:
-            _check_side(file, least)
-            image = as_shown(file, channels)
-    except Unusable:
-        raise
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders of damaged files raise errors of many classes
-        raise Unusable(f"unreadable: {error or type(error).__name__}".replace(str(path), path.name)) from None
+    with _opened(path, least) as file:
+        image = as_shown(file, channels)
     rows = np.array(image if size is None else center_crop(image, size))
     return rows[None] if channels == 1 else rows.transpose(2, 0, 1)
 
@@ -94,15 +87,8 @@ def header(path: Path, least: int) -> int:
     Raises:
         Unusable: no decoder reads the file, or it is too small.
     """
-    _check_regular(path)
-    try:
-        with Image.open(path) as file:
-            _check_side(file, least)
-            return 1 if _is_gray(file) else 3
-    except Unusable:
-        raise
-    except Exception as error:
-        raise Unusable(f"unreadable: {error or type(error).__name__}".replace(str(path), path.name)) from None
+    with _opened(path, least) as file:
+        return 1 if _is_gray(file) else 3
 
 
 def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
@@ -128,15 +114,23 @@ def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def _check_regular(path: Path) -> None:
-    """Refuse anything but a regular file: opening a named pipe would wait for a writer."""
+@contextmanager
+def _opened(path: Path, least: int) -> Iterator[Image.Image]:
+    """The image in a file; whatever fails while it is read makes it `Unusable`.
+
+    Anything but a regular file is refused: opening a named pipe would wait for a writer.
+    """
     if not path.is_file():
         raise Unusable("unreadable: a link to no file, or not a regular file")
-
-
-def _check_side(file: Image.Image, least: int) -> None:
-    if min(file.size) < least:
-        raise Unusable(f"too small: {file.width} x {file.height}, less than {least} on a side")
+    try:
+        with Image.open(path) as file:
+            if min(file.size) < least:
+                raise Unusable(f"too small: {file.width} x {file.height}, less than {least} on a side")
+            yield file
+    except (Unusable, MemoryError):
+        raise
+    except Exception as error:  # decoders of damaged files raise errors of many classes
+        raise Unusable(f"unreadable: {error or type(error).__name__}".replace(str(path), path.name)) from None
 
 
 def _raw_mode(image: Image.Image) -> str:
