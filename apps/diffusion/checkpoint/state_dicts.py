@@ -40,19 +40,14 @@ _COPIED = {
     "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
     "transformer_blocks.{i}.norm1.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
 }
-_TABLE = (
-    "transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight",
-    "y_embedder.embedding_table.weight",
-)
+_TABLE = "transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight"
 _BLOCK = {
     "transformer_blocks.{i}.norm1.linear": "blocks.{i}.adaLN_modulation.1",
     "transformer_blocks.{i}.attn1.to_out.0": "blocks.{i}.attn.proj",
     "transformer_blocks.{i}.ff.net.0.proj": "blocks.{i}.mlp.fc1",
     "transformer_blocks.{i}.ff.net.2": "blocks.{i}.mlp.fc2",
 }
-_QKV = ("transformer_blocks.{i}.attn1.to_{part}", "blocks.{i}.attn.qkv")
 _POSITIONS = "pos_embed.pos_embed"  # a buffer that some conversions leave in
-_KINDS = ("weight", "bias")
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
@@ -118,23 +113,22 @@ def from_diffusers(tensors: Mapping[str, Tensor], input_size: tuple[int, int]) -
     Raises:
         ValueError: unknown or missing tensors, all of them listed; copies of an embedder that differ.
     """
-    depth = _count(tensors, "transformer_blocks")
-    wanted = set(_diffusers_names(depth))
+    names = _names(_count(tensors, "transformer_blocks"))
+    wanted = {name for theirs, _ in names.values() for name in theirs}
     unknown, missing = sorted(set(tensors) - wanted - {_POSITIONS}), sorted(wanted - set(tensors))
     if unknown or missing:
         listed = f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(missing) or 'none'}"
         raise ValueError(f"The tensors are not those of diffusers' DiT ({listed}); give a whole checkpoint.")
-    result = {ours: tensors[theirs] for theirs, ours in _renamed(depth)}
-    result |= {ours: torch.cat([tensors[theirs] for theirs in parts]) for parts, ours in _joined(depth)}
-    for theirs, ours in _copied().items():
-        copies = [tensors[theirs.format(i=i)] for i in range(depth)]
-        for i, copy in enumerate(copies):
-            if not torch.equal(copy, copies[0]):
+    result: dict[str, Tensor] = {}
+    for ours, (theirs, split) in names.items():
+        first, *others = theirs
+        for other in () if split else others:
+            if not torch.equal(tensors[other], tensors[first]):
                 raise ValueError(
-                    f"{theirs.format(i=i)} differs from {theirs.format(i=0)}, but a DiT has one such embedder for all "
-                    "blocks. These weights were trained apart inside diffusers and cannot be converted."
+                    f"{other} differs from {first}, but a DiT has one such embedder for all blocks. These weights "
+                    "were trained apart inside diffusers and cannot be converted."
                 )
-        result[ours] = copies[0]
+        result[ours] = torch.cat([tensors[name] for name in theirs]) if split else tensors[first]
     weight = result["x_embedder.proj.weight"]
     rows, columns = (side // weight.shape[-1] for side in input_size)
     computed = position_embedding(weight.shape[0], rows, columns).to(weight.dtype)
@@ -169,7 +163,10 @@ def to_diffusers(model: DiT | FPDM) -> DiTTransformer2DModel:
             "This network cannot be written for diffusers: its pos_embed is not the sine-cosine code, which is the "
             "only one that diffusers has. Write it with --to ours."
         )
-    depth = _count(weights, "blocks")
+    depth, held = _count(weights, "blocks"), {}
+    for ours, (theirs, split) in _names(depth).items():
+        values = weights[ours].chunk(3) if split else [weights[ours]] * len(theirs)
+        held |= {name: v.clone() if theirs[1:] else v for name, v in zip(theirs, values, strict=True)}
     with torch.device("meta"):
         twin = DiTTransformer2DModel(
             num_attention_heads=heads,
@@ -182,7 +179,7 @@ def to_diffusers(model: DiT | FPDM) -> DiTTransformer2DModel:
             num_embeds_ada_norm=model.num_classes,
             norm_eps=1e-6,
         )
-    twin.load_state_dict(_diffusers_tensors(weights, depth), assign=True)
+    twin.load_state_dict(held, assign=True)
     twin.pos_embed.pos_embed = computed  # pyright: ignore[reportAttributeAccessIssue]
     return twin.eval()
 
@@ -194,40 +191,20 @@ def use_dit_frequencies(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
     return model
 
 
-def _diffusers_tensors(weights: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
-    result = {theirs: weights[ours] for theirs, ours in _renamed(depth)}
-    for parts, ours in _joined(depth):
-        result |= {theirs: value.clone() for theirs, value in zip(parts, weights[ours].chunk(3), strict=True)}
-    for theirs, ours in _copied().items():
-        result |= {theirs.format(i=i): weights[ours].clone() for i in range(depth)}
-    return result
-
-
-def _renamed(depth: int) -> list[tuple[str, str]]:
-    """(name in diffusers, name here) of the tensors that are equal."""
-    blocks = [(theirs.format(i=i), ours.format(i=i)) for i in range(depth) for theirs, ours in _BLOCK.items()]
-    return [(f"{theirs}.{kind}", f"{ours}.{kind}") for theirs, ours in (*_OUTER.items(), *blocks) for kind in _KINDS]
-
-
-def _joined(depth: int) -> list[tuple[list[str], str]]:
-    """(names of query, key and value in diffusers, name of the three here)."""
-    numbers = [(i, kind) for i in range(depth) for kind in _KINDS]
-    return [
-        ([f"{_QKV[0].format(i=i, part=part)}.{kind}" for part in "qkv"], f"{_QKV[1].format(i=i)}.{kind}")
-        for i, kind in numbers
-    ]
-
-
-def _diffusers_names(depth: int) -> list[str]:
-    names = [theirs for theirs, _ in _renamed(depth)] + [theirs for parts, _ in _joined(depth) for theirs in parts]
-    return names + [theirs.format(i=i) for theirs in _copied() for i in range(depth)]
-
-
-def _copied() -> dict[str, str]:
-    """What diffusers has once in every block and DiT once for all."""
-    return {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in _COPIED.items() for kind in _KINDS} | dict(
-        [_TABLE]
-    )
+def _names(depth: int) -> dict[str, tuple[list[str], bool]]:
+    """By our name the names in diffusers, and whether our tensor is split among them (q, k, v) or is each of them."""
+    found: dict[str, tuple[list[str], bool]] = {}
+    blocks = range(depth)
+    for kind in ("weight", "bias"):
+        found |= {f"{ours}.{kind}": ([f"{theirs}.{kind}"], False) for theirs, ours in _OUTER.items()}
+        for theirs, ours in _COPIED.items():
+            found[f"{ours}.{kind}"] = [f"{theirs.format(i=i)}.{kind}" for i in blocks], False
+        for i in blocks:
+            for theirs, ours in _BLOCK.items():
+                found[f"{ours.format(i=i)}.{kind}"] = [f"{theirs.format(i=i)}.{kind}"], False
+            parts = [f"transformer_blocks.{i}.attn1.to_{part}.{kind}" for part in "qkv"]
+            found[f"blocks.{i}.attn.qkv.{kind}"] = parts, True
+    return found | {"y_embedder.embedding_table.weight": ([_TABLE.format(i=i) for i in blocks], False)}
 
 
 def _sizes(
