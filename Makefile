@@ -4,7 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/digits
 # tests that run with every declared shape and type checked, which takes three times as long
-TYPED := tests/implicit/linear $(addprefix tests/implicit/test_,api.py deq.py iterate.py problem_forms.py) \
+TYPED := tests/implicit/linear \
+	$(addprefix tests/implicit/test_,api.py deq.py iterate.py problem_forms.py solve_options.py starts.py) \
 	$(addprefix tests/implicit/solvers/test_,after_arrival.py anderson.py broyden.py newton_krylov.py)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 

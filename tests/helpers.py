@@ -53,6 +53,12 @@ each_solver = pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: type(s)._
 each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
 
 
+def solver_and(estimator: str) -> dict[str, Any]:
+    """The estimator of a name and a solver that it works with, as options of `fixed_point`."""
+    grad = Reversible(anchor=12) if estimator == "Reversible" else ESTIMATORS[estimator]()
+    return {"solver": Broyden() if estimator == "SHINE" else AndersonGS(), "grad": grad}
+
+
 def solve(f, z0, *args, **kwargs):
     """`fixed_point` without a graph."""
     with torch.no_grad():

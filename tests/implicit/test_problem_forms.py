@@ -1,5 +1,6 @@
-"""A second output of f, a user's stopping test, a fold over evaluations, and several starts, over all solvers and
-estimators: honored, or refused by name."""
+"""A second output of f, a user's stopping test and a fold over evaluations, over all solvers and estimators: honored,
+or refused by name.
+"""
 
 import pytest
 import torch
@@ -7,27 +8,16 @@ from torch import nn
 
 from implicit import (
     DEQ,
-    AndersonGS,
-    Broyden,
     NotConverged,
     Picard,
     Result,
-    Reversible,
     Stop,
     Unrolled,
     fixed_point,
 )
-from tests.helpers import ESTIMATORS, F64, FREE, each_estimator, each_solver, half, smooth, solve
+from tests.helpers import F64, FREE, each_estimator, each_solver, half, smooth, solve, solver_and
 
 TIGHT = Stop(rtol=1e-10, max_evals=200)
-
-
-def solver_for(name):
-    return Broyden() if name == "SHINE" else AndersonGS()
-
-
-def estimator_for(name):
-    return Reversible(anchor=12) if name == "Reversible" else ESTIMATORS[name]()
 
 
 def layer():
@@ -60,10 +50,10 @@ def test_aux_belongs_to_the_value_returned(solver):
 @each_estimator
 def test_aux_has_the_graph_of_the_estimator(estimator):
     f, z0, w = layer()
-    found = fixed_point(f, z0, solver=solver_for(estimator), grad=estimator_for(estimator), has_aux=True, stop=TIGHT)
+    found = fixed_point(f, z0, **solver_and(estimator), has_aux=True, stop=TIGHT)
     (through,) = torch.autograd.grad(found.aux["energy"].sum(), w, retain_graph=True)
     assert torch.isfinite(through).all()
-    plain = fixed_point(lambda z: f(z)[0], z0, solver=solver_for(estimator), grad=estimator_for(estimator), stop=TIGHT)
+    plain = fixed_point(lambda z: f(z)[0], z0, **solver_and(estimator), stop=TIGHT)
     (same,) = torch.autograd.grad(f(plain.value)[1]["energy"].sum(), w)
     torch.testing.assert_close(through, same)
 
@@ -138,7 +128,7 @@ def test_a_users_test_ends_a_sample_and_not_its_mates(solver):
 def test_a_users_test_with_every_estimator(estimator):
     f, z0, w = layer()
     stop = Stop(rtol=1e-10, max_evals=200, when=lambda z, fz: (z - fz).norm(dim=1) < 1e-2)
-    how = dict(solver=solver_for(estimator), grad=estimator_for(estimator), stop=stop)
+    how = dict(**solver_and(estimator), stop=stop)
     if estimator in ("Reversible", "StochasticJFB"):
         with pytest.raises(ValueError, match="when"):
             fixed_point(lambda z: f(z)[0], z0, **how)
@@ -209,6 +199,13 @@ def test_a_users_test_of_another_form_is_refused(bad):
         Stop(when=3)  # pyright: ignore[reportArgumentType]
 
 
+def test_a_sample_that_fails_beside_a_stopped_one_is_reported():
+    when = lambda z, fz: torch.arange(2) == 0  # noqa: E731
+    found = solve(lambda z: 3 * z + 1, torch.ones(2, 3), solver=Picard(), stop=Stop(max_evals=5, when=when))
+    with pytest.raises(NotConverged, match="1 of 2"):
+        found.check()
+
+
 # ---- trace=function
 
 
@@ -255,7 +252,7 @@ def test_a_loss_on_every_iterate_has_the_gradient_of_the_loop():
 @each_estimator
 def test_states_of_a_solve_without_a_graph_are_detached(estimator):
     f, z0, _ = layer()
-    how = dict(solver=solver_for(estimator), grad=estimator_for(estimator), stop=TIGHT, trace=every_state)
+    how = dict(**solver_and(estimator), stop=TIGHT, trace=every_state)
     if estimator == "Reversible":
         with pytest.raises(ValueError, match="trace"):
             fixed_point(lambda z: f(z)[0], z0, **how)
@@ -276,91 +273,3 @@ def test_a_fold_is_refused_where_it_cannot_be_right():
         torch.func.grad(lambda a: fixed_point(lambda z: a * z, torch.ones(2, 3), trace=every_state).value.sum())(
             torch.tensor(0.5)
         )
-
-
-# ---- starts
-
-
-def double_well(z):
-    """Fixed points at 0, 1 and -1; f overflows far out."""
-    return z + 0.5 * (z - z**3)
-
-
-@each_solver
-def test_of_several_starts_the_smallest_residual_wins(solver):
-    good = torch.full((2, 4), 0.8, dtype=F64)
-    bad = torch.full((2, 4), torch.nan, dtype=F64)
-    z0 = torch.stack([bad, good])
-    z0[:, 1] = z0[:, 1].flip(0)  # the second sample has its good start first
-    found = solve(double_well, z0, solver=solver, starts=2, stop=TIGHT)
-    assert found.converged.all()
-    torch.testing.assert_close(found.value, torch.ones(2, 4, dtype=F64))
-    alone = solve(double_well, good, solver=solver, stop=TIGHT)
-    assert torch.equal(found.value, alone.value)
-    assert bool((found.evals > alone.evals).all())
-
-
-@each_estimator
-def test_several_starts_with_every_estimator(estimator):
-    f, z0, w = layer()
-    how = dict(solver=solver_for(estimator), stop=TIGHT)
-    found = fixed_point(
-        lambda z: f(z)[0], torch.stack([z0, z0 + torch.nan]), starts=2, grad=estimator_for(estimator), **how
-    )
-    alone = fixed_point(lambda z: f(z)[0], z0, grad=estimator_for(estimator), **how)
-    assert torch.equal(found.value, alone.value)
-    grads = [torch.autograd.grad(s.value.sum(), w)[0] for s in (found, alone)]
-    torch.testing.assert_close(*grads)
-
-
-def test_starts_may_be_drawn():
-    shapes = []
-
-    def draw(generator):
-        z = torch.randn(3, 5, generator=generator, dtype=F64)
-        shapes.append(z)
-        return {"a": z}
-
-    f = lambda z: {"a": double_well(z["a"])}  # noqa: E731
-    how = dict(starts=4, stop=TIGHT)
-    one = solve(f, draw, generator=torch.Generator().manual_seed(0), **how)
-    two = solve(f, draw, generator=torch.Generator().manual_seed(0), **how)
-    assert len(shapes) == 8
-    assert torch.equal(one.value["a"], two.value["a"])
-    layer = DEQ(f)
-    assert layer(draw, starts=2, generator=torch.Generator()).value["a"].shape == (3, 5)
-
-
-def test_several_starts_of_one_system():
-    z0 = torch.stack([torch.full((5,), torch.nan), torch.full((5,), 0.7)])
-    found = solve(torch.cos, z0, starts=2, batch_dims=0)
-    assert found.converged.all() and found.value.shape == (5,)
-
-
-def test_several_starts_inside_torch_func():
-    z0 = torch.stack([torch.full((2, 3), torch.nan, dtype=F64), torch.ones(2, 3, dtype=F64)])
-
-    def total(a):
-        return fixed_point(lambda z: a * torch.cos(z), z0, starts=2, stop=TIGHT).value.sum()
-
-    a = torch.tensor(0.5, dtype=F64, requires_grad=True)
-    torch.testing.assert_close(torch.func.grad(total)(a.detach()), torch.autograd.grad(total(a), a)[0])
-    torch.testing.assert_close(torch.func.vmap(total)(a.detach().reshape(1))[0], total(a.detach()))
-
-
-def test_impossible_starts_are_refused():
-    z0 = torch.zeros(2, 3)
-    with pytest.raises(ValueError, match="starts"):
-        solve(half, z0, starts=0)
-    with pytest.raises(ValueError, match="starts"):
-        solve(half, z0.unsqueeze(0), starts=3)
-    state = solve(half, z0, keep_state=True).state
-    with pytest.raises(ValueError, match="state"):
-        solve(half, torch.stack([z0, z0]), starts=2, state=state)
-
-
-def test_a_sample_that_fails_beside_a_stopped_one_is_reported():
-    when = lambda z, fz: torch.arange(2) == 0  # noqa: E731
-    found = solve(lambda z: 3 * z + 1, torch.ones(2, 3), solver=Picard(), stop=Stop(max_evals=5, when=when))
-    with pytest.raises(NotConverged, match="1 of 2"):
-        found.check()
