@@ -192,33 +192,9 @@ def test_latents_made_otherwise_are_not_mixed(images, vae_folder, tmp_path, caps
     assert contents(tmp_path / "out") == before
 
 
-def _no_weights(folder):
-    (folder / "diffusion_pytorch_model.safetensors").unlink()
-
-
-def _lost_tensors(folder):
-    from safetensors.torch import save_file
-
-    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
-    save_file(
-        {k: v for k, v in weights.items() if "conv_in" not in k},
-        folder / "diffusion_pytorch_model.safetensors",
-    )
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        _no_weights,
-        _lost_tensors,
-        lambda folder: (folder / "config.json").write_text("{"),
-        lambda folder: (folder / "config.json").unlink(),
-        lambda folder: image_files.truncate(folder / "diffusion_pytorch_model.safetensors"),
-    ],
-)
-def test_an_unreadable_vae_is_refused(images, tmp_path, capsys, change):
+def test_an_unreadable_vae_is_refused(images, tmp_path, capsys):
     image_files.tiny_vae().save_pretrained(tmp_path / "vae")
-    change(tmp_path / "vae")
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     capsys.readouterr()
     assert call(images, tmp_path / "vae", tmp_path / "out") == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("encode: ")]
@@ -313,16 +289,6 @@ def test_a_device_or_a_folder_that_cannot_be_is_refused(images, vae_folder, tmp_
     (tmp_path / "file").write_text("mine")
     assert call(images, vae_folder, tmp_path / "file" / "sub") == 2
     assert "cannot be made" in capsys.readouterr().err
-
-
-def test_decoding_inverts_the_scaling():
-    model: Any = image_files.tiny_vae()
-    z = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = model.decode(z / 0.5 + 0.25).sample
-    torch.testing.assert_close(vae.decode(model, z), expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(vae.decode(model, z)[1:2], vae.decode(model, z[1:2]))
-    assert vae.constants(model) == (0.5, 0.25)
 
 
 def test_help_is_quick():

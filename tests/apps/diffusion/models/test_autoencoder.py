@@ -1,8 +1,12 @@
-"""The decoder inverts the scaling of latents that the encoder's constants define."""
+"""Opening a VAE, and decoding: it inverts the scaling of latents that the encoder's constants define."""
 
+from typing import Any
+
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from apps.diffusion.models.autoencoder import decode
+from apps.diffusion.models.autoencoder import constants, decode, open_vae
 from tests.apps.diffusion.helpers import image_files
 
 
@@ -15,3 +19,35 @@ def test_latents_mean_and_std_are_undone_before_decoding():
     vae.register_to_config(latents_mean=mean, latents_std=std)
     m, s = (torch.tensor(v).view(1, -1, 1, 1) for v in (mean, std))
     torch.testing.assert_close(decode(vae, (raw - m) / s * scaling), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_inverts_the_scaling():
+    model: Any = image_files.tiny_vae()
+    z = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model.decode(z / 0.5 + 0.25).sample
+    torch.testing.assert_close(decode(model, z), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(decode(model, z)[1:2], decode(model, z[1:2]))
+    assert constants(model) == (0.5, 0.25)
+
+
+def _lost_tensors(folder):
+    file = folder / "diffusion_pytorch_model.safetensors"
+    save_file({name: value for name, value in load_file(file).items() if "conv_in" not in name}, file)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda folder: (folder / "diffusion_pytorch_model.safetensors").unlink(),
+        _lost_tensors,
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: image_files.truncate(folder / "diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_an_unreadable_folder_is_refused(tmp_path, change):
+    image_files.tiny_vae().save_pretrained(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError, match="The VAE"):
+        open_vae(str(tmp_path))
