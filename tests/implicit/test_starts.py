@@ -31,9 +31,9 @@ def test_of_several_starts_the_smallest_residual_wins(solver):
 @each_estimator
 def test_several_starts_with_every_estimator(estimator):
     w, z0 = torch.tensor(0.5, dtype=F64, requires_grad=True), torch.zeros(3, 6, dtype=F64)
-    how = dict(**solver_and(estimator), stop=TIGHT)
-    found = fixed_point(lambda z: torch.tanh(w * z) + 0.3, torch.stack([z0, z0 + torch.nan]), starts=2, **how)
-    alone = fixed_point(lambda z: torch.tanh(w * z) + 0.3, z0, **how)
+    f, two = lambda z: torch.tanh(w * z) + 0.3, torch.stack([z0, z0 + torch.nan])
+    found = fixed_point(f, two, starts=2, stop=TIGHT, **solver_and(estimator))
+    alone = fixed_point(f, z0, stop=TIGHT, **solver_and(estimator))
     assert torch.equal(found.value, alone.value)
     grads = [torch.autograd.grad(s.value.sum(), w)[0] for s in (found, alone)]
     torch.testing.assert_close(*grads)
