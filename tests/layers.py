@@ -96,6 +96,11 @@ def dense_gradient(f: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     return flat(torch.autograd.grad(f(z, x), (*wanted, x), u.view_as(z)))
 
 
+def cotangent(x, seed=1):
+    """A random cotangent of x."""
+    return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(x.dtype)
+
+
 def flat(tensors) -> Tensor:
     """Gradients as one float64 vector."""
     return torch.cat([t.flatten().to(F64) for t in tensors])

@@ -22,7 +22,7 @@ HELD_BY = {
         "implicit/test_iterate.py::test_a_tolerance_out_of_reach_ends_early_with_advice",
         "implicit/test_claims.py::test_noise_in_f_is_named",
     ),
-    "`IFT` passes `gradcheck`": ("implicit/grads/test_ift.py::test_finite_differences",),
+    "`IFT` passes `gradcheck`": ("implicit/grads/test_ift_orders.py::test_finite_differences",),
     "Gradients pass through `torch.func`": (
         "implicit/autodiff/test_functorch.py::test_transform_equals_the_reference",
     ),

@@ -1,18 +1,14 @@
-"""FPDM: counts, names, cost, and the fixed-point layer against its equation written out without any hoisting."""
+"""FPDM: the fixed-point layer against its equation written out without any hoisting."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from apps.diffusion.models import FPDM, DiT
-from apps.diffusion.models.layers import SIZES
+from apps.diffusion.models import FPDM
 from implicit import IFT, JFB, Anderson, Broyden, StochasticJFB, Stop, Unrolled
 from tests.apps.diffusion.helpers.small_models import batch, randomized, saved_bytes
-from tests.apps.diffusion.models.published_tensors import BLOCK, FRAME
 
 TINY = {"input_size": 8, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
 
@@ -52,65 +48,6 @@ def plain_forward(model, x, t, y, *, free=0, tracked=1, start=None):
     for block in model.blocks_post:
         z = block(z, outer)
     return model.output(z, outer)
-
-
-@pytest.mark.parametrize(
-    ("size", "outer", "count"),
-    [
-        ("XL", 1, 86_500_256),
-        ("XL", 2, 134_310_560),
-        ("XL", 4, 229_931_168),
-        ("L", 1, 68_500_512),
-        ("B", 1, 38_792_480),
-        ("S", 1, 9_959_072),
-    ],
-)
-def test_parameter_counts(size, outer, count):
-    hidden, _, heads = SIZES[size]
-    with torch.device("meta"):
-        model = FPDM(input_size=32, learn_sigma=True, hidden_size=hidden, num_heads=heads, pre=outer, post=outer)
-    assert sum(p.numel() for p in model.parameters()) == count
-
-
-def test_names_and_shapes_are_the_published_ones():
-    with torch.device("meta"):
-        model, plain = FPDM(input_size=32, learn_sigma=True, pre=2, post=2), FPDM(input_size=32)
-    blocks = ["block_fixed_point"] + [f"blocks_{side}.{i}" for side in ("pre", "post") for i in range(2)]
-    expected = FRAME | {f"{block}.{name}": shape for block in blocks for name, shape in BLOCK.items()}
-    for name, shape in (("fc1", (2304, 2304)), ("fc2", (1152, 2304))):
-        expected[f"block_fixed_point_projection_{name}.weight"] = shape
-        expected[f"block_fixed_point_projection_{name}.bias"] = shape[:1]
-    expected |= {"block_pre_projection.weight": (1152, 1152), "block_pre_projection.bias": (1152,)}
-    assert {name: tuple(v.shape) for name, v in model.state_dict().items()} == expected
-    assert sum(v.numel() for v in model.state_dict().values()) == 134_605_472
-    assert sum(p.numel() for p in plain.parameters()) == 86_481_808
-
-
-def test_cost_at_xl_is_that_of_the_reference():
-    with torch.device("meta"):
-        model, dit = FPDM(input_size=32, learn_sigma=True), DiT(input_size=32, learn_sigma=True)
-    block = model.block_macs()
-    naive = model.macs(2, hoisted=False) - model.macs(1, hoisted=False)
-    hoisted = model.macs(2) - model.macs(1)
-    assert naive / 1e9 == pytest.approx(6.274, abs=5e-4) and naive / block == pytest.approx(1.481, abs=5e-4)
-    assert hoisted / 1e9 == pytest.approx(5.59, abs=5e-3) and hoisted / block == pytest.approx(1.319, abs=5e-4)
-    for k, ratio in ((1, 0.127), (3, 0.233), (10, 0.603), (26, 1.450)):
-        assert model.macs(k, hoisted=False) / dit.macs() == pytest.approx(ratio, abs=6e-4)
-    for k, ratio in ((10, 0.551), (26, 1.305)):
-        assert model.macs(k) / dit.macs() == pytest.approx(ratio, abs=6e-4)
-    assert model.macs(17, hoisted=False) < dit.macs() < model.macs(18, hoisted=False)
-    assert model.macs(19) < dit.macs() < model.macs(20)
-    assert (model.block_passes(26), model.block_passes(1), dit.block_passes()) == (28, 3, 28)
-
-
-def test_cost_is_what_torch_counts():
-    for model, cost in ((tiny(pre=2), 5), (randomized(DiT(**TINY, depth=3)), None)):
-        inputs = batch(model, n=1)
-        plain_attention = sdpa_kernel(SDPBackend.MATH)  # the counter does not know the fused one on a CPU
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), plain_attention:
-            model(*inputs, **({"iterations": cost} if cost else {}))
-        expected = model.macs(cost) if cost else model.macs()
-        assert counter.get_total_flops() == 2 * expected
 
 
 @pytest.mark.parametrize("condition_on_time", [False, True])
@@ -167,20 +104,21 @@ def test_the_time_reaches_the_outer_layers_only_if_configured():
     assert seen == [[False] * 3, [True] * 3, [True] * 3]
 
 
+def equal_gradients(model, *outputs, **tolerance):
+    """The gradients of the squares of the first output, a function, after a comparison with those of the second."""
+    found = []
+    for output in outputs:
+        model.zero_grad()
+        output().square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    torch.testing.assert_close(*found, **{"rtol": 1e-9, "atol": 1e-9, **tolerance})
+    return found[0]
+
+
 def test_gradients_without_an_estimator_are_those_of_the_iterations():
     model = tiny().double()
     inputs = batch(model, dtype=torch.float64)
-    model(*inputs, iterations=3).square().sum().backward()
-    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    plain_forward(model, *inputs, tracked=3).square().sum().backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(ours[name], p.grad, rtol=1e-9, atol=1e-9)
-
-
-def draws(seed, free_most, tracked_most):
-    """What a StochasticJFB with this seed will draw."""
-    return StochasticJFB(free_most, tracked_most, torch.Generator().manual_seed(seed)).draw()
+    equal_gradients(model, lambda: model(*inputs, iterations=3), lambda: plain_forward(model, *inputs, tracked=3))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -188,40 +126,35 @@ def test_s_jfb_is_the_algorithm_written_out_and_reaches_the_pre_layers(seed):
     model = tiny().double()
     inputs = batch(model, dtype=torch.float64)
     estimator = StochasticJFB(4, 3, torch.Generator().manual_seed(seed))
-    n, m = draws(seed, 4, 3)
-    model(*inputs, grad=estimator).square().sum().backward()
-    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
+    n, m = StochasticJFB(4, 3, torch.Generator().manual_seed(seed)).draw()
+    ours = equal_gradients(
+        model, lambda: model(*inputs, grad=estimator), lambda: plain_forward(model, *inputs, free=n, tracked=m)
+    )
     assert ours["blocks_pre.0.attn.qkv.weight"].abs().max() > 1e-3
-    model.zero_grad()
-    plain_forward(model, *inputs, free=n, tracked=m).square().sum().backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(ours[name], p.grad, rtol=1e-9, atol=1e-9)
 
 
 def test_jfb_reaches_the_pre_layers_through_the_injection_alone():
     model = tiny().double()
     inputs = batch(model, dtype=torch.float64)
-    model(*inputs, grad=JFB(), iterations=5).square().sum().backward()
-    ours = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.zero_grad()
-    plain_forward(model, *inputs, free=5, tracked=1).square().sum().backward()
-    for name, p in model.named_parameters():
-        torch.testing.assert_close(ours[name], p.grad, rtol=1e-9, atol=1e-9)
+    ours = equal_gradients(
+        model,
+        lambda: model(*inputs, grad=JFB(), iterations=5),
+        lambda: plain_forward(model, *inputs, free=5, tracked=1),
+    )
     assert ours["x_embedder.proj.weight"].abs().max() > 1e-3
 
 
 def test_ift_agrees_with_unrolling_to_convergence():
     model = contraction().double()
     inputs = batch(model, dtype=torch.float64)
-    gradients = []
-    for grad in (IFT(stop=Stop(rtol=1e-13, atol=0, max_evals=200)), Unrolled()):
-        model.zero_grad()
-        out, solution = model(*inputs, grad=grad, stop=Stop(rtol=1e-13, atol=0, max_evals=200), return_solution=True)
+    tight = Stop(rtol=1e-13, atol=0, max_evals=200)
+
+    def output(grad):
+        out, solution = model(*inputs, grad=grad, stop=tight, return_solution=True)
         assert solution.converged.all()
-        out.square().sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    for exact, unrolled in zip(*gradients, strict=True):
-        torch.testing.assert_close(exact, unrolled, rtol=1e-7, atol=1e-8)
+        return out
+
+    equal_gradients(model, lambda: output(IFT(stop=tight)), lambda: output(Unrolled()), rtol=1e-7, atol=1e-8)
 
 
 def test_free_iterations_store_nothing():
