@@ -18,8 +18,8 @@ from apps.diffusion.checkpoint.open_network import open_network
 from apps.diffusion.checkpoint.pretrained import output_folder
 from apps.diffusion.checkpoint.readers import Weights
 from apps.diffusion.cli import device_of, run_request
+from apps.diffusion.config.checks import at_least
 from apps.diffusion.config.sampling import SamplingOptions
-from apps.diffusion.config.serialization import at_least
 from apps.diffusion.files.atomic import make_folder, write_text
 from apps.diffusion.files.plots import timestep_curves
 from apps.diffusion.sampling.diagnosis import TimestepDiagnosis, diagnose_timesteps, table

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import tyro
 
 from apps.diffusion.cli import rank_and_world, run_request
-from apps.diffusion.config.serialization import at_least
+from apps.diffusion.config.checks import at_least
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import torch
 import tyro
 
 from apps.diffusion.cli import device_of, run_request
-from apps.diffusion.config.serialization import at_least
+from apps.diffusion.config.checks import at_least
 from apps.diffusion.config.training import Backend
 from apps.diffusion.data.dataset import Split
 from apps.diffusion.evaluation import feature_extractors

@@ -22,8 +22,9 @@ from apps.diffusion.checkpoint.open_network import OpenedNetwork, open_network
 from apps.diffusion.checkpoint.pretrained import output_folder
 from apps.diffusion.checkpoint.readers import Weights
 from apps.diffusion.cli import device_of, rank_and_world, run_request
+from apps.diffusion.config.checks import at_least
 from apps.diffusion.config.sampling import SamplingOptions
-from apps.diffusion.config.serialization import at_least, to_plain
+from apps.diffusion.config.serialization import to_plain
 from apps.diffusion.config.training import Backend
 from apps.diffusion.models.autoencoder import decode, digests
 from apps.diffusion.sampling.options import MeasuredPlan, plan

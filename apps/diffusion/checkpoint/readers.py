@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apps.diffusion.checkpoint import state_dicts, training_state
-from apps.diffusion.config.serialization import at_least
+from apps.diffusion.config.checks import at_least
 from apps.diffusion.models import build
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from apps.diffusion.config.serialization import positive, within
+from apps.diffusion.config.checks import positive, within
 
 Distribution = Literal["uniform", "logit_normal"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from apps.diffusion.config.serialization import at_least, flag, positive
+from apps.diffusion.config.checks import at_least, flag, positive
 
 Kind = Literal["fpdm", "dit"]
 Size = Literal["tiny", "S", "B", "L", "XL"]

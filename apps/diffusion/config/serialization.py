@@ -1,4 +1,4 @@
-"""Trees of frozen dataclasses as JSON, and back, with every type checked; range checks of numeric fields.
+"""Trees of frozen dataclasses as JSON, and back, with every type checked.
 
 A dataclass becomes a dict of its fields and of the name of its class under "type". `read` also translates the
 configurations of an earlier format: other names of classes and fields, one number of iterations, `IFT.rtol`.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import types
 import typing
 from pathlib import Path
@@ -122,38 +121,3 @@ def upgraded(plain: Any) -> Any:
         sampling["iterations"] = [sampling.get("iterations", 10)]
         sampling["reuse"] = "on" if sampling.get("reuse") else "off"
     return plain
-
-
-def at_least(where: object, least: float, *names: str) -> None:
-    """Raises ValueError where one of these fields is below `least`; None passes."""
-    for name in names:
-        value = getattr(where, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{flag(where, name)} must be at least {least}, got {value}.")
-
-
-def check_word(name: str, value: object, kind: Any) -> None:
-    """Raises ValueError where the argument `name` is none of the words of the `Literal` type `kind`."""
-    if value not in typing.get_args(kind):
-        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(typing.get_args(kind))}.")
-
-
-def positive(where: object, *names: str) -> None:
-    """Raises ValueError unless these fields are positive and finite."""
-    for name in names:
-        if not 0 < getattr(where, name) < math.inf:
-            raise ValueError(f"{flag(where, name)} must be positive and finite, got {getattr(where, name)}.")
-
-
-def within(where: object, low: float, high: float, *names: str) -> None:
-    """Raises ValueError unless low <= value < high for these fields."""
-    for name in names:
-        value = getattr(where, name)
-        if not low <= value < high:
-            raise ValueError(f"{flag(where, name)} must lie in [{low}, {high}), got {value}.")
-
-
-def flag(where: object, name: str) -> str:
-    """The flag of the training command for a field: the class has its section."""
-    section = getattr(where, "SECTION", "")
-    return "--" + (section + "." if section else "") + name.replace("_", "-")

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import implicit
+from apps.diffusion.config.checks import at_least, flag, positive, within
 from apps.diffusion.config.fixed_point import Grad, Solver, check_pair
 from apps.diffusion.config.loss import LossConfig as LossConfig
 from apps.diffusion.config.network import ModelConfig, NoiseSchedule, check_zero_snr
 from apps.diffusion.config.sampling import SamplingOptions
-from apps.diffusion.config.serialization import at_least, flag, from_plain, positive, to_plain, upgraded, within
+from apps.diffusion.config.serialization import from_plain, to_plain, upgraded
 
 Backend = Literal["no", "inductor", "aot_eager", "eager"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from apps.diffusion.config.serialization import check_word
+from apps.diffusion.config.checks import check_word
 from apps.diffusion.data.dataset import Split, TensorDataset
 
 HELD_OUT = 300

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from apps.diffusion.config.serialization import check_word
+from apps.diffusion.config.checks import check_word
 from apps.diffusion.data.dataset import Split, TensorDataset
 from apps.diffusion.files import hashing
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from apps.diffusion.config.serialization import check_word
+from apps.diffusion.config.checks import check_word
 from apps.diffusion.data.dataset import Split, TensorDataset
 from apps.diffusion.files import hashing
 

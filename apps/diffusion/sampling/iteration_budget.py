@@ -9,7 +9,7 @@ noisiest on.
 import math
 from typing import Literal
 
-from apps.diffusion.config.serialization import check_word
+from apps.diffusion.config.checks import check_word
 from apps.diffusion.models.fpdm import FPDM
 
 Shape = Literal["constant", "increasing", "decreasing"]

@@ -9,8 +9,9 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 import torch
 
+from apps.diffusion.config.checks import check_word
 from apps.diffusion.config.sampling import Allocation, OptionError, ParallelSolver, Sampler, SamplingOptions, Start
-from apps.diffusion.config.serialization import check_word, from_plain
+from apps.diffusion.config.serialization import from_plain
 from apps.diffusion.sampling.options import as_integer, as_integers, as_number
 from apps.diffusion.sampling.warm_start import Reuse
 from implicit import AbstractSolver

@@ -24,8 +24,9 @@ from diffusers.utils.outputs import BaseOutput
 from huggingface_hub import HfApi
 from torch import Tensor
 
+from apps.diffusion.config.checks import check_word
 from apps.diffusion.config.sampling import OptionError, SamplingOptions
-from apps.diffusion.config.serialization import check_word, to_plain
+from apps.diffusion.config.serialization import to_plain
 from apps.diffusion.files.images import to_pil
 from apps.diffusion.models.autoencoder import decode
 from apps.diffusion.sampling.effort import Effort

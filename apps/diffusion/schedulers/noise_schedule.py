@@ -21,9 +21,9 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
+from apps.diffusion.config.checks import check_word
 from apps.diffusion.config.network import Betas, Prediction, check_zero_snr
 from apps.diffusion.config.sampling import Spacing
-from apps.diffusion.config.serialization import check_word
 from apps.diffusion.config.training import Config
 from apps.diffusion.schedulers.noise_levels import is_flow
 

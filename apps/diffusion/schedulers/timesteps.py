@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from apps.diffusion.config.checks import check_word
 from apps.diffusion.config.sampling import Spacing
-from apps.diffusion.config.serialization import check_word
 
 
 def timesteps(n: int, spacing: Spacing = "trailing", train_steps: int = 1000) -> tuple[int, ...]:

@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from apps.diffusion.config.checks import check_word
 from apps.diffusion.config.loss import Distribution
-from apps.diffusion.config.serialization import check_word
 
 
 def quantile(

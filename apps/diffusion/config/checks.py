@@ -1,0 +1,42 @@
+"""Checks of fields and arguments, by the standard library alone, so that --help of a command is quick."""
+
+from __future__ import annotations
+
+import math
+import typing
+from typing import Any
+
+
+def at_least(where: object, least: float, *names: str) -> None:
+    """Raises ValueError where one of these fields is below `least`; None passes."""
+    for name in names:
+        value = getattr(where, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{flag(where, name)} must be at least {least}, got {value}.")
+
+
+def check_word(name: str, value: object, kind: Any) -> None:
+    """Raises ValueError where the argument `name` is none of the words of the `Literal` type `kind`."""
+    if value not in typing.get_args(kind):
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(typing.get_args(kind))}.")
+
+
+def positive(where: object, *names: str) -> None:
+    """Raises ValueError unless these fields are positive and finite."""
+    for name in names:
+        if not 0 < getattr(where, name) < math.inf:
+            raise ValueError(f"{flag(where, name)} must be positive and finite, got {getattr(where, name)}.")
+
+
+def within(where: object, low: float, high: float, *names: str) -> None:
+    """Raises ValueError unless low <= value < high for these fields."""
+    for name in names:
+        value = getattr(where, name)
+        if not low <= value < high:
+            raise ValueError(f"{flag(where, name)} must lie in [{low}, {high}), got {value}.")
+
+
+def flag(where: object, name: str) -> str:
+    """The flag of the training command for a field: the class has its section."""
+    section = getattr(where, "SECTION", "")
+    return "--" + (section + "." if section else "") + name.replace("_", "-")
