@@ -10,16 +10,37 @@ because gelu(a) - gelu(-a) = a.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from apps.diffusion.checkpoint import pretrained
+from apps.diffusion.checkpoint.open_network import open_network
 from apps.diffusion.checkpoint.readers import ReadOptions, read_network
 from apps.diffusion.models.build import load_weights
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
+from apps.diffusion.schedulers.noise_levels import prediction_kind
+
+
+def warn_of_another_target(path: Path, scheduler: Any) -> None:
+    """Warns where the weights at `path` come with a noise schedule whose target is not that of `scheduler`.
+
+    Checkpoint files and model folders have no schedule.
+    """
+    folder = pretrained.locate(path)
+    if not any((folder / name).exists() for name in ("checkpoints", pretrained.RECORD, "model_index.json")):
+        return
+    theirs, ours = (prediction_kind(each) for each in (open_network(folder).scheduler, scheduler))
+    if theirs != ours:
+        warnings.warn(
+            f"--init {path}: its weights predict {theirs}, and this run trains {ours}, so that the output layer begins "
+            "with another target. --schedule.prediction, or --schedule.kind, keeps theirs.",
+            stacklevel=3,
+        )
 
 
 def initialize(model: DiT | FPDM, path: Path) -> DiT | FPDM:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from apps.diffusion.config.fixed_point import REGISTRY
+from apps.diffusion.config.network import NoiseSchedule
 from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.config.training import Config
 
@@ -49,6 +51,10 @@ def parse_flags(name: str, argv: Sequence[str], default: Config) -> tuple[Config
     flags = (word.partition("=")[0] for word in argv if word.startswith("--sampling."))
     given = [flag.removeprefix("--sampling.").replace("-", "_") for flag in flags]
     default = dataclasses.replace(default, sampling=default.sampling.replaced_by(given))
+    # a rectified flow has one prediction target, and no betas
+    words = [part for word in argv for part in word.split("=", 1)]
+    if ("--schedule.kind", "rectified_flow") in pairwise(words):
+        default = dataclasses.replace(default, schedule=NoiseSchedule(timesteps=default.schedule.timesteps))
 
     def command(
         config: Annotated[Config, tyro.conf.arg(name="")] = default, resume: bool = False

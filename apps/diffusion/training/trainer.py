@@ -23,7 +23,7 @@ from accelerate.utils import gather
 from torch import Tensor
 from tqdm import tqdm
 
-from apps.diffusion.checkpoint.initialization import initialize
+from apps.diffusion.checkpoint.initialization import initialize, warn_of_another_target
 from apps.diffusion.checkpoint.trained_run import check_start
 from apps.diffusion.checkpoint.training_state import Checkpoint, Progress
 from apps.diffusion.config.training import Config
@@ -73,6 +73,7 @@ class Trainer:
         model = build.network(config.model, images.shape, images.num_classes, iterations, config.seed)
         if config.init is not None and start is None:
             initialize(model, config.init)
+            warn_of_another_target(config.init, self.scheduler)
         self.network = build.describe(model)
         self.null_class = model.null_class
         self.names = [name for name, _ in model.named_parameters()]

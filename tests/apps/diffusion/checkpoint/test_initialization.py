@@ -1,16 +1,19 @@
 """First weights from a trained network: the same one, or an FPDM from a DiT."""
 
 import dataclasses
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from apps.diffusion.checkpoint import training_state as checkpoint
-from apps.diffusion.checkpoint.initialization import initialize
+from apps.diffusion.checkpoint.initialization import initialize, warn_of_another_target
 from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
 from apps.diffusion.models import FPDM, DiT
+from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from apps.diffusion.training.trainer import Trainer
 from implicit import Stop
 from tests.apps.diffusion.helpers.small_models import randomized
@@ -87,3 +90,12 @@ def test_training_starts_from_the_weights_and_resumes_without_them(tmp_path):
     checkpoint.save(tmp_path / "run", states[-1])
     gone = dataclasses.replace(config, init=tmp_path / "gone")
     assert Trainer(gone, digits("train"), checkpoint.newest(tmp_path / "run")).progress.images == 32
+
+
+def test_weights_that_predict_something_else_are_named():
+    """mnist-dit predicts the velocity."""
+    with pytest.warns(UserWarning, match="--schedule.prediction"):
+        warn_of_another_target(Path("mnist-dit"), make_scheduler(prediction="sample"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_another_target(Path("mnist-dit"), make_scheduler())

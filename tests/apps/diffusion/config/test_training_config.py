@@ -112,6 +112,12 @@ def test_what_does_not_apply_to_a_dit_is_refused(argv, name):
         parse(argv.split())
 
 
+@pytest.mark.parametrize("argv", [["--schedule.kind", "rectified_flow"], ["--schedule.kind=rectified_flow"]])
+def test_a_rectified_flow_replaces_the_target_of_the_preset(argv):
+    config, _ = parse(["mnist", *argv, "--sampling.sampler", "flow"])
+    assert config.schedule == c.NoiseSchedule(kind="rectified_flow")
+
+
 def test_a_preset_of_another_kind_does_not_resume_a_run(tmp_path):
     (tmp_path / "config.json").write_text(PRESETS["digits"]().to_json())
     argv = ["--resume", "--out", str(tmp_path)]
