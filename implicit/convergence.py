@@ -128,6 +128,8 @@ class ConvergenceMonitor:
         # the others continue from their best iterate
         self.reset_at[resets] = self._made
         mask, failed = self._mask(resets), point
+        if point.fz.requires_grad:  # autograd keeps no value that is not finite, see `implicit.iterate`
+            failed = Point(point.z, torch.where(self._mask(self.safeguard.broken > 0), torch.nan, point.fz))
         self.masks.set_stages(self.safeguard, self._mask)
         best = self.best_iterates()
         z, fz = torch.where(mask, best.z, point.z), torch.where(mask, best.fz, point.fz)

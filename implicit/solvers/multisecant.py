@@ -89,7 +89,7 @@ class MultisecantState:
     fall: Float[Tensor, "B 1"]
     count: int = 0
     fresh: bool = True  # the last point is not from this solve: it makes no pair with the next one
-    retreated: bool = False  # the last point may be the next one: their difference says nothing
+    retreated: Bool[Tensor, "B 1"] | None = None  # the last point may be the next one: their difference says nothing
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
             bound=state.bound.masked_fill(mask, torch.inf),
             mu=torch.where(mask, (_RESET * state.mu).clamp_min(_AFTER), state.mu),
             plain=state.plain & (~mask | (_norm(failed.r) <= _norm(point.r))),
-            retreated=True,
+            retreated=mask,
         )
 
     def step(self, point: Point, state: MultisecantState) -> tuple[Flat, None, MultisecantState]:
@@ -227,10 +227,10 @@ class Multisecant(AbstractSolver[MultisecantState]):
         gamma = torch.where(second, y[:, 1], y[:, 0])
         bound = (_TRUST**2 * torch.where(second, two, one)).clamp_min(_STILL**2).sqrt()
         if state.count <= max(_PLAIN_STEPS, min(_SETTLING, point.z.shape[1])):
-            state = state if before.retreated else _still_plain(point, state, before)
+            state = _still_plain(point, state, before)
             gamma, bound = gamma.masked_fill(state.plain, 0), bound.masked_fill(state.plain, torch.inf)
         z = state.df.add(point.fz, (size * inverse * gamma).unsqueeze(1), -1)
-        return z, None, replace(state, bound=bound * size, retreated=False)
+        return z, None, replace(state, bound=bound * size, retreated=None)
 
     def _append(self, point: Point, state: MultisecantState) -> tuple[Float[Tensor, "B 2 K"], MultisecantState]:
         """The products of r with dZ and dR, and the state with the newest pair in the place of the oldest."""
@@ -309,13 +309,16 @@ def _still_plain(point: Point, state: MultisecantState, before: MultisecantState
     """The state with the samples marked whose steps remain plain."""
     settles = ((point.r == 0) & (before.r * point.z != 0)).any(dim=1, keepdim=True)
     settles = settles & (state.size <= before.size)
-    if state.count > _PLAIN_STEPS:
-        return replace(state, plain=state.plain & settles)
     # the gain from step to step
     ratio = state.size / before.size
     fall = 1 - ratio / state.ratio
-    if state.count == 1:
-        return replace(state, plain=state.plain & (settles | (ratio <= _CONTRACTION)), ratio=ratio)
-    least = torch.where(ratio < _QUICK, _QUICK_FALL, _FALL)
-    superlinear = (ratio <= _FAST) & (fall >= torch.maximum(_KEPT * state.fall, least))
-    return replace(state, plain=state.plain & (settles | superlinear), ratio=ratio, fall=fall)
+    if state.count > _PLAIN_STEPS:
+        stays = settles
+    elif state.count == 1:
+        stays, fall = settles | (ratio <= _CONTRACTION), state.fall
+    else:
+        least = torch.where(ratio < _QUICK, _QUICK_FALL, _FALL)
+        stays = settles | (ratio <= _FAST) & (fall >= torch.maximum(_KEPT * state.fall, least))
+    if (same := before.retreated) is not None:
+        stays, ratio, fall = stays | same, torch.where(same, state.ratio, ratio), torch.where(same, state.fall, fall)
+    return replace(state, plain=state.plain & stays, ratio=ratio, fall=fall)

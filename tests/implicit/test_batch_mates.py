@@ -75,3 +75,19 @@ def test_newton_steps_of_mates_leave_attention_its_kernel():
     failing = path(lambda z: torch.where(z.abs().amax() > 2, 1e9 * z, z + 1 / (1 + z.square())))
     ending = path(lambda z: 0.5 * z + 1)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(failing.trace, ending.trace, strict=False))
+
+
+def test_a_mate_that_is_reset_leaves_plain_steps_as_they_are():
+    """The default solver's first steps are plain as long as they gain more and more, which each sample shows alone."""
+
+    def path(mate):
+        def f(z):
+            return torch.cat((0.3 * z[:1] + 0.5 * torch.sin(z[:1]) + 1, mate(z[1:])))
+
+        with torch.no_grad():
+            z0, stop = torch.linspace(0, 1, 8, dtype=F64).reshape(2, 4), Stop(rtol=1e-10, max_evals=40)
+            return solve(f, z0, solver=Multisecant(), stop=stop).value[0]
+
+    plain = path(lambda z: z + 1)
+    for reset in range(2, 8):  # the evaluation at which the mate runs into a wall
+        assert torch.equal(plain, path(lambda z, edge=reset: torch.where(z > edge, 1e9 * z, z + 1)))

@@ -278,3 +278,20 @@ def test_a_value_on_the_way_that_is_not_finite_gives_one_answer_with_and_without
     quiet = solve(f, torch.zeros(3, 4, dtype=F64), solver=solver, grad=Unrolled(), stop=stop)
     assert torch.equal(recorded.value, quiet.value) and torch.equal(recorded.result, quiet.result)
     torch.testing.assert_close(recorded.residual, quiet.residual, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if s.differentiable], ids=repr)
+def test_many_samples_of_which_some_fail_have_one_answer_with_and_without_a_graph(solver):
+    """Values that are not finite end some samples, and others go on from where they were reset to."""
+    rng = torch.Generator().manual_seed(10)
+    w, x = (torch.randn(*shape, generator=rng, dtype=F64) for shape in ((4, 4), (66, 4)))
+
+    def f(z, x):
+        h = 0.4 * (z.unsqueeze(2) * w).sum(1) + x
+        return torch.where(h.abs() > 3, torch.nan, 3 * h / (1 + h.abs()))
+
+    z0, stop = torch.randn(66, 4, generator=rng, dtype=F64), Stop(rtol=1e-4, max_evals=40)
+    recorded = fixed_point(f, z0, x.clone().requires_grad_(), solver=solver, grad=Unrolled(), stop=stop)
+    quiet = solve(f, z0, x, solver=solver, grad=Unrolled(), stop=stop)
+    assert torch.equal(recorded.value, quiet.value) and torch.equal(recorded.result, quiet.result)
+    torch.testing.assert_close(recorded.residual, quiet.residual, rtol=0, atol=0)
