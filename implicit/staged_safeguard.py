@@ -19,7 +19,9 @@ For every sample, on the host, from the residuals that the loop reads anyway:
                twice the patience, would reach `gain`. After a round of all stages the patience doubles.
     new start  the stages after the first accelerated one have not halved the smallest residual: the next round begins
                at the start of the solve, with plain steps, and the one after it at the best iterate of all
-               (`implicit.loop.best_iterates`).
+               (`implicit.loop.best_iterates`). Those plain steps last 6 patiences before they are judged, in states of
+               at most 20 numbers from the fourth round on, for a residual may stay or rise long before it falls: what
+               plain iteration solves is solved, in a few times its evaluations at most.
 
 The Newton-Krylov stage lasts two patiences and 12 steps of a small state, 4 of a large one. States of more than 20
 numbers skip it in the first round; solvers with a cautious stage take it before that one after two blow-ups. Maps that
@@ -35,6 +37,8 @@ import numpy as np
 _SHORTER = 0.25
 _RUN_AWAY, _NEWTON_AWAY = 1e4, 1e8  # growth of ||f(z)|| that is no way to a fixed point: of a claim, of a Newton step
 _NO_GAIN = 0.5  # the share of the residual that the stages after the accelerated one must reach
+_LONG = 6  # length, in `patience`, of a plain stage from the start of the solve that is not judged by a trial
+_LATE = 3  # the round from which a small state has one
 _SMALL = 20  # numbers of a state whose Newton-Krylov steps cost little
 
 
@@ -99,6 +103,7 @@ class StagedSafeguard:
         self.rounds = np.zeros(size, dtype=np.int64)
         self.over = np.zeros(size, dtype=bool)  # samples that begin again at the start of the solve,
         self.back = np.zeros(size, dtype=bool)  # and those that return from there to their best iterate
+        self.long = np.zeros(size, dtype=bool)  # samples in such a plain stage
         self.turned = np.full(size, np.inf)  # the smallest residual when the accelerated stage of this round ended
         self.mark = np.full(size, np.inf)  # the smallest residual when the present stage began
         self.begun = False
@@ -197,18 +202,21 @@ class StagedSafeguard:
         # a plain trial has gained if its rate, kept up for the whole stage, would
         plain = self.limits.plain * self.patience[due]
         share = np.where((self.stage[due] == Stage.PLAIN) & (self.limits.trial > 0), self.limits.trial / plain, 1.0)
+        share = np.where(self.long[due], 1.0, share)
         stuck = due[~(best[due] <= self.limits.gain**share * self.mark[due])]
         first, before = stuck[self.stage[stuck] == Stage.ACCELERATED], self.rounds[stuck].copy()
         self.turned[first] = best[first]
+        self.long[stuck] = False
         self.stage[stuck] = self._following(stuck)
         self._start_over(stuck[self.rounds[stuck] > before], best)
         self.scale[stuck], self.failures[stuck] = 1.0, 0
         self._schedule_reset(stuck)
         self.mark[due] = best[due]
+        self.mark[due[self.over[due] & self.long[due]]] = np.inf
         patience = self.patience[due]
         trial = np.full(len(due), self.limits.trial) if self.limits.trial else self.limits.plain * patience
         lengths = [patience, patience, trial, 2 * patience + self.newton_length]
-        self.due[due] = calls + np.choose(self.stage[due], lengths)
+        self.due[due] = calls + np.where(self.long[due], _LONG * patience, np.choose(self.stage[due], lengths))
 
     def _start_over(self, wrapped: np.ndarray, best: np.ndarray) -> None:
         """Of samples that have completed a round, those that begin again at the start, and those that did so before."""
@@ -217,6 +225,7 @@ class StagedSafeguard:
         odd = self.rounds[wrapped] % 2 == 1
         over = wrapped[odd & (best[wrapped] > _NO_GAIN * self.turned[wrapped])]
         self.over[over], self.stage[over] = True, Stage.PLAIN
+        self.long[over] = self.rounds[over] >= (_LATE if self.small else 1)
         self.back[wrapped[~odd]] = True
 
     def _following(self, rows: np.ndarray) -> np.ndarray:

@@ -243,6 +243,17 @@ def test_plain_steps_go_on_where_each_of_them_settles_a_number():
         assert solved(f, z0) == solved(f, z0, solver=Picard()) >= 40
 
 
+def test_what_plain_iteration_solves_after_a_long_plateau_is_solved():
+    """The ancestry EM map: no accelerated step helps, and the residual of plain steps rises from the 80th to the 200th.
+
+    The first round takes 82 evaluations; the second begins with plain steps from the start, which last.
+    """
+    p = MAPS["Ancestry EM"]
+    stop = Stop(rtol=p.rtol, atol=0, max_evals=1000)
+    plain = solved(lambda z: p.f(z, *p.args), p.z0, stop, Picard())
+    assert 600 < plain < solved(lambda z: p.f(z, *p.args), p.z0, stop) <= plain + 100
+
+
 def test_numbers_that_settle_at_zero_keep_no_plain_steps():
     """relu(0.99 z Q + b), where a part of the numbers is 0 at the fixed point."""
     rng = torch.Generator().manual_seed(0)
