@@ -20,7 +20,7 @@ def digits() -> Config:
     layers see the time as well as the class: 98.7 against 95.7 % of the labels right (one seed, otherwise equal).
     The fixed-point layer starts as a contraction and is unrolled over at most two iterations: Fréchet distance 0.69
     after two CPU minutes, 1.01 without the contractive start (three seeds), 1.28 with (6, 3) (one seed), all with the
-    velocity as the network's target. It predicts the image: 0.25 in place of 0.63 (one seed).
+    velocity as the network's target. It predicts the image: 0.25 (three seeds).
     """
     return Config(
         model=ModelConfig(kind="fpdm", patch=4, condition_on_time=True, recurrent_init=0.0),
