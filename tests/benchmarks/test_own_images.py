@@ -1,11 +1,14 @@
 """The preset for own images on generated shapes: classifiers that are right, and a run of it, cut short."""
 
+import json
+
 import pytest
 
 from apps.diffusion import train
 from apps.diffusion.data import ImageFolderDataset
 from apps.diffusion.data.dataset import all_images
 from benchmarks.diffusion import own_images
+from benchmarks.harness import RESULTS
 
 
 @pytest.mark.slow
@@ -20,3 +23,12 @@ def test_a_short_run_of_the_preset_is_scored(tmp_path):
     found = own_images.scored(tmp_path / "run", images, classifiers, 6)
     assert found["images"] == 128 and found["samples"] == 6
     assert min(found["right class, training images"].values()) > 0.9
+
+
+def test_the_guide_quotes_the_result():
+    found = json.loads((RESULTS / "own_images.json").read_text())
+    guide = (RESULTS.parents[1] / "docs" / "diffusion.md").read_text()
+    right = {name: f"{100 * share:.0f}" for name, share in found["right class"].items()}
+    assert f"a support vector machine gave {right['support vectors']} % their class" in guide
+    assert f"convolutional network {right['network']} %" in guide
+    assert f"Of {found['samples']} samples" in guide and f"{found['cpu seconds of training']:.0f} s of CPU" in guide

@@ -29,7 +29,7 @@ BOUNDS = {
     ("R", "Simple vector"): 16,
     ("R", "Gas diffusion"): 22,
     ("R", "Equilibrium prices"): 9,
-    ("R", "Perpetual put"): 40,
+    ("R", "Perpetual put"): 47,
     ("SpeedMapping", "Hasselblad EM"): 41,
     ("SpeedMapping", "Exchange economy"): 7,
     ("SpeedMapping", "Three normals EM"): 34,
