@@ -19,9 +19,9 @@ For every sample, on the host, from the residuals that the loop reads anyway:
                twice the patience, would reach `gain`. After a round of all stages the patience doubles.
     new start  the stages after the first accelerated one have not halved the smallest residual: the next round begins
                at the start of the solve, with plain steps, and the one after it at the best iterate of all
-               (`implicit.loop.best_iterates`). Those plain steps last 6 patiences before they are judged, in states of
-               at most 20 numbers from the fourth round on, for a residual may stay or rise long before it falls: what
-               plain iteration solves is solved, in a few times its evaluations at most.
+               (`implicit.loop.best_iterates`). Those plain steps, in states of at most 20 numbers from the fourth
+               round on, last 12 patiences or more: the first 6 are not measured, for a residual may stay or rise long
+               before it falls, and every further 6 must reach `gain`.
 
 The Newton-Krylov stage lasts two patiences and 12 steps of a small state, 4 of a large one. States of more than 20
 numbers skip it in the first round; solvers with a cautious stage take it before that one after two blow-ups. Maps that
@@ -37,7 +37,7 @@ import numpy as np
 _SHORTER = 0.25
 _RUN_AWAY, _NEWTON_AWAY = 1e4, 1e8  # growth of ||f(z)|| that is no way to a fixed point: of a claim, of a Newton step
 _NO_GAIN = 0.5  # the share of the residual that the stages after the accelerated one must reach
-_LONG = 6  # length, in `patience`, of a plain stage from the start of the solve that is not judged by a trial
+_LONG = 6  # in `patience`, the length over which a plain stage from the start of the solve is measured, without a trial
 _LATE = 3  # the round from which a small state has one
 _SMALL = 20  # numbers of a state whose Newton-Krylov steps cost little
 

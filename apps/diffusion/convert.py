@@ -96,6 +96,8 @@ def write(model: DiT | FPDM, request: Request) -> str:
             "some percent until apps.diffusion.checkpoint.state_dicts.use_dit_frequencies(model) is called on the "
             "loaded model."
         )
+    if request.to == "ours" and (request.checkpoint / "checkpoints").is_dir():
+        text += " The noise schedule and the prediction target of the run are left out; --to pipeline keeps them."
     return text
 
 

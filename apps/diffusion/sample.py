@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from tqdm import tqdm
@@ -23,6 +23,7 @@ from apps.diffusion.checkpoint.pretrained import output_folder
 from apps.diffusion.checkpoint.readers import Weights
 from apps.diffusion.cli import device_of, rank_and_world, run_request
 from apps.diffusion.config.checks import at_least
+from apps.diffusion.config.network import Prediction
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.serialization import to_plain
 from apps.diffusion.config.training import Backend
@@ -65,7 +66,7 @@ class Request:
     """Averaged weights of a run, or its last ones."""
     vae: str | None = None
     """VAE that decodes latents, a folder or a hub name; default: the run's own."""
-    prediction: Literal["v_prediction", "epsilon"] | None = None
+    prediction: Prediction | None = None
     """Prediction target of a model folder, which has no noise schedule; default: epsilon for DiT, else v_prediction."""
     zero_snr: bool | None = None
     """Zero terminal SNR of a model folder; default: not for DiT, for FPDM."""

@@ -34,8 +34,8 @@ Krylov space; on a map that converges faster than linearly (a step of Newton's m
 no extrapolation of the past differences would come close to plain iteration. They are plain too as long as each step
 settles a number, r_i = 0 exactly, that the last one still changed: on a map whose numbers depend on one another along a
 graph without cycles (a triangular matrix, shortest paths, the value of a game on a tree) plain iteration is exact after
-as many steps as the graph is deep, which no mixture is. Numbers that settle at 0 do not count, for ReLU and thresholds
-put them there on any map.
+as many steps as the graph is deep, which no mixture is. These are at most `_SETTLING` steps, and numbers that settle at
+0 do not count, for ReLU and thresholds put them there on any map.
 """
 
 from dataclasses import dataclass, replace
@@ -46,7 +46,7 @@ from torch import Tensor
 
 from implicit.linear.secant_systems import mixtures, pairs_in_use, put_cross
 from implicit.pytree import Flat
-from implicit.solvers.base import AbstractSolver, Point, check_history
+from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history
 from implicit.solvers.history_buffer import HistoryBuffer, put
 
 _NOISE = 2  # a difference of residuals within that many eps of f(z) consists of rounding errors,
@@ -111,8 +111,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
     safeguard: bool = True
 
     def __post_init__(self) -> None:
-        if self.memory < 1:
-            raise ValueError(f"Multisecant.memory must be at least 1, got {self.memory}.")
+        check_at_least(self, 1, "memory")
         if self.filter is not None and not 0 < self.filter < 1:
             raise ValueError(f"Multisecant.filter must lie in (0, 1), got {self.filter}.")
 

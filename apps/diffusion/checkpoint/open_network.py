@@ -6,7 +6,7 @@
     a model folder                       what DiT.save_pretrained, FPDM.save_pretrained or the convert command wrote
 
 A model folder has no noise schedule. It is taken for a published network on latents: DiT predicts eps on a linear
-schedule, FPDM predicts v on the same schedule rescaled to zero terminal SNR.
+schedule, FPDM predicts v on the same schedule rescaled to zero terminal SNR; `prediction` and `zero_snr` override that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
@@ -25,6 +25,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from apps.diffusion.checkpoint import pretrained, training_state
 from apps.diffusion.checkpoint.readers import Weights, read_model_folder
 from apps.diffusion.checkpoint.trained_run import read_config
+from apps.diffusion.config.network import Prediction
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.training import Config, DataConfig
 from apps.diffusion.data.latents import read_index
@@ -38,7 +39,6 @@ from apps.diffusion.sampling.options import class_numbers
 from apps.diffusion.schedulers.noise_levels import is_flow
 from apps.diffusion.schedulers.noise_schedule import make_scheduler, scheduler_of
 
-Prediction = Literal["v_prediction", "epsilon"]
 _PIPELINE = ("steps", "iterations", "guidance", "reuse")  # options in a pipeline's index
 
 

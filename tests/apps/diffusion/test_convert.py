@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 from apps.diffusion import convert
 from apps.diffusion.checkpoint import state_dicts as layouts
 from apps.diffusion.checkpoint import training_state as checkpoint
+from apps.diffusion.checkpoint.open_network import open_network
+from apps.diffusion.config.network import NoiseSchedule
 from apps.diffusion.models import FPDM, DiT
+from apps.diffusion.schedulers.noise_levels import prediction_kind
 from tests.apps.diffusion.helpers import published as pub
 from tests.apps.diffusion.helpers.training_runs import barely_trained
 
@@ -278,6 +281,17 @@ def test_a_training_run_to_the_published_layout(tmp_path, kind):
         assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
     assert not torch.equal(state.ema["final_layer.linear.weight"], state.model["final_layer.linear.weight"])
     assert call(tmp_path / "out0" / "model.pt", tmp_path / "again", "--heads", "2") == 0
+
+
+def test_a_model_folder_of_a_run_that_predicts_the_image(tmp_path, capsys):
+    run = barely_trained(tmp_path / "run", images=16, schedule=NoiseSchedule(prediction="sample"))
+    for options, kinds in (([], ("v_prediction", "sample")), (["--to", "pipeline"], ("sample", "sample"))):
+        out = tmp_path / f"out{len(options)}"
+        assert call(run, out, *options) == 0
+        assert ("--to pipeline" in capsys.readouterr().out) == (not options)
+        found = open_network(out), open_network(out, prediction=None if options else "sample")
+        assert tuple(prediction_kind(opened.scheduler) for opened in found) == kinds
+        assert all(opened.scheduler.config["rescale_betas_zero_snr"] for opened in found)
 
 
 @pytest.mark.parametrize(("shapes", "layout"), [(pub.dit_shapes(), "dit"), (pub.fpdm_shapes(), "fpdm")])

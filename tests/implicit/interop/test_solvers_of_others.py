@@ -20,7 +20,7 @@ def test_scipy_finds_what_is_known(method, options):
     p = problem("H 0.99")
     found = from_scipy.root(p, p.z0, method=method, stop=STOP, **options)
     assert found.converged.all() and float(p.residual(found.value).max()) <= 1e-8
-    assert int(found.evals.sum()) == p.calls - 1  # the last call judges the answer
+    assert int(found.evals.sum()) == p.calls - 1  # the last call is at the answer
     torch.testing.assert_close(found.value, p.solution, rtol=1e-6, atol=1e-6)
 
 

@@ -147,7 +147,7 @@ def stages(numbers, best, evals=120, **gains):
 
 def test_stages_follow_one_another():
     """Each lasts its patience. The second round of a large state begins with twelve patiences of plain steps, the first
-    six of which are not judged, and has the first Newton-Krylov steps.
+    six of which are not measured, and has the first Newton-Krylov steps.
     """
     order = [Stage.CAUTIOUS, Stage.PLAIN, Stage.NEWTON]
     small, large = (stages(n, np.array([1.0]), evals=300) for n in (2, 100))
