@@ -67,13 +67,15 @@ def _conditional(config: c.DataConfig, images: TensorDataset) -> TensorDataset:
 def fingerprint(images: ImageDataset) -> dict[str, Any]:
     """The identity of a dataset, which a resumed run compares: number, shape, classes and checksum of the images.
 
-    A folder is identified by the names and classes of its files, latents by the checksums of their shards, images in
-    memory by their values.
+    A folder is identified by the names, classes and sizes of its files, latents by the checksums of their shards,
+    images in memory by their values.
     """
+    sizes = {"file_sizes_sha256": images.sizes_digest()} if isinstance(images, ImageFolderDataset) else {}
     return {
         "images": len(images),
         "shape": list(images.shape),
         "classes": images.num_classes,
         "sha256": images.fingerprint(),
         "class_names": list(images.classes),
+        **sizes,
     }

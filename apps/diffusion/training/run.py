@@ -119,7 +119,7 @@ def _open_folder(config: Config, trainer: Trainer, resumed: bool) -> None:
         ValueError: the run was started with other images.
     """
     images = trainer.images
-    write_data(config.out, data.fingerprint(images))
+    write_data(config.out, data.fingerprint(images), config.data.path)
     write_text(config.out / "config.json", config.to_json())
     count = sum(p.numel() for p in trainer.model.parameters())
     classes = f"in {images.num_classes} classes" if images.num_classes else "without classes"
@@ -130,16 +130,18 @@ def _open_folder(config: Config, trainer: Trainer, resumed: bool) -> None:
     )
 
 
-def write_data(out: Path, found: dict[str, Any]) -> None:
-    """Writes data.json, or compares it with the images that there are now. Runs of earlier versions have no class
-    names in it, and no checksum of images in memory.
+def write_data(out: Path, found: dict[str, Any], folder: Path | None = None) -> None:
+    """Writes data.json, or compares it with the images that there are now, those in `folder` where they are files.
+
+    Runs of earlier versions have no class names in it, no checksum of images in memory and none of file sizes.
 
     Raises:
         ValueError: the run was started with other images.
     """
     file = out / "data.json"
-    remedy = "give the folder of the run's images with --data.path, or another --out for another run."
-    write_or_compare(file, found, remedy, optional=("class_names", "sha256"))
+    where = f"the images in {folder} are not those of the run" if folder else "these images are not those of the run"
+    remedy = f"{where}: restore them, give their folder with --data.path, or another --out for another run."
+    write_or_compare(file, found, remedy, optional=("class_names", "sha256", "file_sizes_sha256"))
 
 
 def load_images(config: Config) -> tuple[ImageDataset, TensorDataset | None]:

@@ -232,6 +232,18 @@ def test_images_beyond_the_memory_are_read_on_access(tmp_path):
         read[4]
 
 
+def test_images_replaced_under_the_same_names_have_other_sizes(tmp_path):
+    image_files.tree(tmp_path)
+    before = ImageFolderDataset(tmp_path, 16)
+    names, sizes = before.fingerprint(), before.sizes_digest()
+    file = tmp_path / before.files[2]
+    os.utime(file, (0, 0))  # as copying does
+    assert ImageFolderDataset(tmp_path, 16).sizes_digest() == sizes
+    image_files.save(file, image_files.random_image(77, 40, 41))
+    after = ImageFolderDataset(tmp_path, 16)
+    assert after.fingerprint() == names and after.sizes_digest() != sizes
+
+
 def test_links_in_a_circle_and_named_pipes_are_left_out_by_name(tmp_path):
     (tmp_path / "a").mkdir()
     Image.new("L", (8, 8), 9).save(tmp_path / "a" / "good.png")

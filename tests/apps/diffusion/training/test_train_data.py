@@ -104,6 +104,36 @@ def test_resuming_on_other_images_is_refused(image_folder, tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
+def test_resuming_on_images_replaced_under_the_same_names_is_refused(image_folder, tmp_path, capsys):
+    out, images = tmp_path / "run", tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    assert call("folder", out, "--data.path", images, "--data.size", 16, "--optimizer.images", 4) == 0
+    # runs of earlier versions have no checksum of the sizes: it is added
+    record = json.loads((out / "data.json").read_text())
+    sizes = record.pop("file_sizes_sha256")
+    (out / "data.json").write_text(json.dumps(record))
+    again = ["--resume", "--out", str(out), "--optimizer.images"]
+    assert train.main([*again, "8"]) == 0
+    assert json.loads((out / "data.json").read_text())["file_sizes_sha256"] == sizes
+    # one image is replaced by another
+    image_files.save(next(images.rglob("*.png")), image_files.random_image(77, 40, 41))
+    capsys.readouterr()
+    assert train.main([*again, "12"]) == 2
+    said = capsys.readouterr().err
+    assert "file_sizes" in said and str(images) in said and "--data.path" in said
+
+
+def test_a_flipped_byte_in_a_shard_stops_training_at_its_start(latents, tmp_path, capsys):
+    copy = tmp_path / "latents"
+    shutil.copytree(latents / "latents", copy)
+    shard = sorted((copy / "shards").glob("*.safetensors"))[1]
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    assert call("latents", tmp_path / "run", "--data.path", copy, "--optimizer.images", 4) == 2
+    assert f"{shard} is damaged" in capsys.readouterr().err
+
+
 def test_latents_train_resume_and_decode(latents, tmp_path):
     data = ("--data.path", latents / "latents", "--optimizer.images")
     assert call("latents", tmp_path / "whole", *data, 24) == 0
