@@ -1,5 +1,7 @@
 """f on (B, N) matrices: evaluated, checked and counted, with Jacobian-vector products."""
 
+import weakref
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,16 +10,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from implicit.autodiff.jvp import double_backward_jvp, forward_jvp, lacks_forward_mode
-from implicit.pytree import Flat, Layout, Map, State, leaves, map_tensors
+from implicit.pytree import Flat, Layout, Map, State, leaves
 from implicit.solvers.base import Point
 from implicit.torch_internals import transforms_active, version
 
-_CHECKED = 2  # evaluations that are checked for writes into their input and into an earlier output
+_CHECKED = 3  # first evaluations, whose inputs and inference tensors are checked too
+_WATCHED = 32  # outputs that are checked for later writes
 
 
 @dataclass
 class FlatMap:
-    """f as a map of (B, N) matrices; every call is counted, and the first ones are checked for in-place writes.
+    """f as a map of (B, N) matrices; every call is counted and checked for in-place writes.
+
+    The versions of the last outputs that exist still are compared around every call: solvers and best iterates hold
+    them. That takes no operator.
 
     Attributes:
         budget: calls allowed.
@@ -32,7 +38,8 @@ class FlatMap:
     calls: int = 0
     repeats: int = 0
     forward: bool = True  # whether f has a forward mode, as far as is known
-    _output: tuple[State, Any] = field(default=(None, None), repr=False)  # of the last checked call, with its versions
+    _outputs: deque["weakref.ref[Tensor]"] = field(default_factory=lambda: deque(maxlen=_WATCHED), repr=False)
+    _copies: list[tuple[State, Any]] = field(default_factory=list, repr=False)  # inference tensors have no version
 
     @property
     def remaining(self) -> int:
@@ -47,24 +54,28 @@ class FlatMap:
         """
         self.calls += 1
         state = self.layout.unpack(z)
-        if self.calls > _CHECKED or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self.layout.pack(self.layout.check(self.f(state, *self.args), state))
-        # versions of the input, and of the previous output, before and after the call
-        before = _versions(state)
+        # versions of the input, and of earlier outputs, before and after the call
+        first = self.calls <= _CHECKED
+        before = _versions(state) if first else None
+        held = [(t, version(t)) for ref in self._outputs if (t := ref()) is not None]
         out = self.f(state, *self.args)
-        if _written(before, state) or _written(self._output[1], self._output[0]):
+        written = any(version(t) != then for t, then in held) or any(_written(then, t) for t, then in self._copies)
+        if written or _written(before, state):
             raise ValueError(
                 "f modifies its input in place, or writes its result into a tensor that it returned before; z and "
                 "f(z) would be one tensor and every residual 0: use out-of-place operations in f, or clone."
             )
-        out = self.layout.check(out, state)
-        last = map_tensors(lambda t: t.detach() if t.requires_grad else t, out)
-        self._output = (last, _versions(last)) if self.calls < _CHECKED else (None, None)
-        return self.layout.pack(out)
-
-    def forget(self) -> None:
-        """Drop the reference to the last checked output."""
-        self._output = None, None
+        flat = self.layout.pack(self.layout.check(out, state))
+        self._outputs = deque((weakref.ref(t) for t, _ in held), _WATCHED)
+        if not first:
+            self._copies = []
+        elif flat.is_inference():
+            self._copies.append((flat, _versions(flat)))
+        # a view has the version of its base, which lives as long as any view
+        self._outputs.append(weakref.ref(flat if flat._base is None else flat._base))
+        return flat
 
     def evaluate(self, z: Flat, tangent: Flat | None = None) -> Point:
         """f at z, rounded to what the state's dtype can hold, and J tangent there where a solver asks for it."""
@@ -87,13 +98,14 @@ class FlatMap:
                 "PyTorch's forward mode fixes its size: export one batch size, or use another solver."
             )
         if self.forward:
+            kept = self._outputs
             try:
                 return forward_jvp(self, z, tangent)
             except (NotImplementedError, RuntimeError) as error:
                 if not lacks_forward_mode(error):
                     raise
             finally:
-                self.forget()  # an output that belongs to the transform
+                self._outputs = kept  # without the output that belongs to the transform
             self.forward = False
         return double_backward_jvp(self, z, tangent)
 

@@ -90,7 +90,6 @@ class IFT(AbstractGrad):
         flat = FlatMap(problem.f, problem.args, layout)
         z = layout.pack(solved.value)
         value, _ = attach(flat, z, self._with_hints(self._linear_solve(problem.f, layout), layout, z, kept))
-        flat.forget()
         warn_learned_start(problem, value)
         return replace(solved, value=layout.unpack(value), evals=solved.evals + 1)
 

@@ -8,6 +8,7 @@ Claims: the value is f(z) of the last evaluation, where f is not evaluated any m
 has converged: beside other samples, which took their last step at the same time, f may couple them.
 """
 
+from collections import deque
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -115,7 +116,6 @@ def _next(f: FlatMap, z: Flat, tangent: Flat | None, at: _Position, retry: bool)
     if new.fz.requires_grad and host_readable(finite) and not finite.all():
         # a cotangent of 0 times NaN would reach the parameters that samples share
         new = f.repeat(torch.where(finite, new.z, point.z), tangent)
-    f.forget()  # what is kept is a copy
     fz, z, product = torch.where(finite, new.fz, point.fz), new.z, new.product
     del new  # one state less at a time
     point = Point(torch.where(finite, z, point.z), fz, product, f.remaining)
@@ -154,7 +154,7 @@ def _segment(
     state: Any,
 ) -> tuple[Flat, Flat, Flat | None, Bool[Tensor, "B 1"], Any, int, int]:
     """`evals` evaluations as a function that may be run twice, since it changes nothing; calls and repeats last."""
-    f = replace(f, calls=calls, _output=(None, None))
+    f = replace(f, calls=calls, _outputs=deque(), _copies=[])
     state = map_tensors(torch.clone, state)  # histories may be written in place
     at, end = _Position(Point(z, fz, product, f.remaining), failed), f.remaining - evals
     while f.remaining > end:

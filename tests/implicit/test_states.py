@@ -1,9 +1,11 @@
 """Forms of the state, the budget, and tensors of the caller, for every solver."""
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from implicit import (
     DEQ,
@@ -11,12 +13,15 @@ from implicit import (
     JFB,
     Anderson,
     Broyden,
+    NewtonKrylov,
     Picard,
     Reversible,
     Stop,
     Unrolled,
     fixed_point,
 )
+from implicit.evaluation import FlatMap
+from implicit.pytree import Layout
 from implicit.testing import problem
 from tests.helpers import each_solver as each
 from tests.helpers import half, solve
@@ -116,6 +121,57 @@ def test_a_map_that_writes_in_place_is_refused(solver):
                 (ValueError, RuntimeError), match=r"in place|out=\.\.\. arguments"
             ):  # torch's own, in a jvp
                 solve(f, torch.zeros(2, 3), solver=solver, stop=stop)
+
+
+@each
+@pytest.mark.parametrize(("count", "inference"), [(2, False), (3, False), (2, True)])
+def test_a_map_that_alternates_between_buffers_is_refused(solver, count, inference):
+    """The best iterate of a sample without a fixed point would be overwritten, and its residual be another one's."""
+    matrix = torch.tensor([[0.0, -1.2], [1.2, 0.0]])
+    for stop in (Stop(max_evals=25), Stop(rtol=0, atol=0, max_evals=25)):
+        with torch.inference_mode(inference):
+            buffers, calls = [torch.zeros(2, 2) for _ in range(count)], itertools.count()
+
+            def into_the_next_buffer(z, buffers=buffers, calls=calls):
+                return buffers[next(calls) % count].copy_(z.cos() @ matrix + 2 * z.abs().sqrt())
+
+            if inference and isinstance(solver, NewtonKrylov):
+                found = solve(into_the_next_buffer, torch.ones(2, 2), solver=solver, stop=Stop(max_evals=25))
+                z = found.value.clone()  # a jvp writes no inference tensor
+                torch.testing.assert_close(found.residual, (into_the_next_buffer(z) - z).norm(dim=1))
+                continue
+            with pytest.raises((ValueError, RuntimeError), match=r"in place|in-place"):  # torch's own, in a jvp
+                solve(into_the_next_buffer, torch.ones(2, 2), solver=solver, stop=stop)
+
+
+@each
+def test_tensors_that_a_map_keeps_and_does_not_write_are_no_error(solver):
+    c, kept = torch.ones(2, 3), []
+    calls = torch.zeros(())
+
+    def f(z):
+        calls.add_(1)  # of f's own
+        kept.append(half(z))
+        return kept[-1]
+
+    assert solve(f, torch.zeros(2, 3), solver=solver).converged.all() and len(kept) == int(calls)
+    assert solve(lambda z: c, torch.zeros(2, 3), solver=solver).converged.all()
+
+
+def test_checks_for_writes_take_no_operator():
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Count.calls += 1
+            return func(*args, **(kwargs or {}))
+
+    f = FlatMap(lambda z: 0.5 * z + 1, (), Layout.of(torch.ones(2, 3)), budget=9)
+    with Count():
+        z = torch.ones(2, 3)
+        for _ in range(9):
+            z = f(z)
+    assert Count.calls == 1 + 9 * 2
 
 
 @each
