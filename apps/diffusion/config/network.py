@@ -105,10 +105,11 @@ def check_zero_snr(zero_snr: bool, prediction: str, spacing: str | None = None) 
         raise ValueError(
             "prediction epsilon cannot go with zero terminal SNR (zero_snr): at the last timestep x_t is pure noise, "
             "and eps has no information about the image (0/0). Use v_prediction or sample, or turn zero_snr off "
-            "(--schedule.no-zero-snr)."
+            "(--schedule.no-zero-snr in training)."
         )
     if zero_snr and spacing == "leading":
         raise ValueError(
             "spacing leading cannot go with zero terminal SNR (zero_snr): it never visits the last timestep, where "
-            "sampling has to start. Use trailing or linspace, or turn zero_snr off (--schedule.no-zero-snr)."
+            "sampling has to start. Use trailing or linspace, or turn zero_snr off "
+            "(--schedule.no-zero-snr in training)."
         )

@@ -14,7 +14,7 @@ tags: [diffusion, {tag}]
 ---
 # {kind}
 
-A {kind} with {count:,} parameters, {classes}; {space} of shape {shape}. Scheduler: {scheduler}, prediction
+{article} {kind} with {count:,} parameters, {classes}; {space} of shape {shape}. Scheduler: {scheduler}, prediction
 `{prediction}`. By default {steps} timesteps, guidance {guidance:g}.
 
 The folder carries its code, `fixed_point_pipeline.py` and a file in `model/`; both need `pip install
@@ -60,6 +60,7 @@ def model_card(model: Any, scheduler: Any, options: SamplingOptions, *, latents:
     kind, (channels, height, width) = type(model).__name__, model.latent
     return _CARD.format(
         kind=kind,
+        article="An" if kind == "FPDM" else "A",
         tag=kind.lower(),
         count=sum(p.numel() for p in model.parameters()),
         classes=f"{model.num_classes} classes" if model.num_classes else "unconditional",
