@@ -73,8 +73,8 @@ class Request:
     def __post_init__(self) -> None:
         at_least(self, 1, "nearest", "size", "batch")
         given = {"weights": self.weights is not None, "device": self.device not in ("auto", "cpu")}
-        for name, meant in {**given, "compile": self.compile != "no"}.items():
-            if meant and self.features != "inception":
+        for name, is_set in {**given, "compile": self.compile != "no"}.items():
+            if is_set and self.features != "inception":
                 raise ValueError(
                     f"--{name} {getattr(self, name)} is for --features inception; other classifiers are trained here."
                 )

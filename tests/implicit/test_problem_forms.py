@@ -200,7 +200,9 @@ def test_a_users_test_of_another_form_is_refused(bad):
 
 
 def test_a_sample_that_fails_beside_a_stopped_one_is_reported():
-    when = lambda z, fz: torch.arange(2) == 0  # noqa: E731
+    def when(z, fz):
+        return torch.arange(2) == 0
+
     found = solve(lambda z: 3 * z + 1, torch.ones(2, 3), solver=Picard(), stop=Stop(max_evals=5, when=when))
     with pytest.raises(NotConverged, match="1 of 2"):
         found.check()

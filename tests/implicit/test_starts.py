@@ -47,7 +47,9 @@ def test_starts_may_be_drawn():
         shapes.append(z)
         return {"a": z}
 
-    f = lambda z: {"a": double_well(z["a"])}  # noqa: E731
+    def f(z):
+        return {"a": double_well(z["a"])}
+
     how = dict(starts=4, stop=TIGHT)
     one = solve(f, draw, generator=torch.Generator().manual_seed(0), **how)
     two = solve(f, draw, generator=torch.Generator().manual_seed(0), **how)

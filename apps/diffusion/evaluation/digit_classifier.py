@@ -6,6 +6,7 @@ training images: `Classifier` for small images, LeNet (lenet.py) from 12 x 12 pi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from apps.diffusion.rng import Stream, drawing_from, generator
 FEATURES = 32
 
 
-class FeatureClassifier(nn.Module):
+class FeatureClassifier(nn.Module, ABC):
     """Images (B, C, H, W) -> class logits (B, num_classes), through F features.
 
     A subclass gives `embed`, the features before they are standardized, and `activation`, between features and logits.
@@ -34,13 +35,13 @@ class FeatureClassifier(nn.Module):
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("std", torch.ones(features))
 
+    @abstractmethod
     def embed(self, x: Tensor) -> Tensor:
         """The features (B, F), not standardized."""
-        raise NotImplementedError
 
+    @abstractmethod
     def activation(self, features: Tensor) -> Tensor:
         """The nonlinearity between features and logits."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.activation(self.embed(x)))

@@ -93,14 +93,21 @@ class SolverTrials:
     def run(self, solver: AbstractSolver[Any], stop: Stop, z0: State = None) -> Trial:
         """One solve with its trace, without gradients, from z0 if it is given; a failure is a row with a note."""
         f, start = self.budget.plain(self.problem.f), self.problem.z0 if z0 is None else z0
-        options: dict[str, Any] = {"stop": stop, "batch_dims": self.layout.batch_dims, "trace": True}
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # coupling, which is a finding
-                solution = fixed_point(f, start, *self.problem.args, solver=solver, **options)
+                solution = fixed_point(
+                    f,
+                    start,
+                    *self.problem.args,
+                    solver=solver,
+                    stop=stop,
+                    batch_dims=self.layout.batch_dims,
+                    trace=True,
+                )
         except BudgetSpent:
             return Trial(_failed(solver, UNFINISHED), None)
-        except (RuntimeError, NotImplementedError, TypeError) as error:
+        except (RuntimeError, TypeError) as error:  # a solver that takes products of an f without derivatives, say
             return Trial(_failed(solver, f"{type(error).__name__}: {error}"), None)
         codes = [Result(code).name for code in solution.result.tolist()]
         row = SolverRow(

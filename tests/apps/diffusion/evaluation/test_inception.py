@@ -17,14 +17,13 @@ class Network(nn.Module):
     def __init__(self, name, wanted, weights):
         super().__init__()
         assert wanted == ["2048", "logits_unbiased"]
-        self.Mixed_6d = nn.Module()
-        self.Mixed_6d.branch1x1 = nn.Conv2d(3, 9, 3)
+        self.Mixed_6d = nn.ModuleDict({"branch1x1": nn.Conv2d(3, 9, 3)})
         self.fc = nn.Linear(9, 4, bias=False)
         self.load_state_dict(torch.load(weights))
 
     def forward(self, x):
         assert x.dtype == torch.uint8 and x.shape[1] == 3
-        pooled = self.Mixed_6d.branch1x1(x.float()).mean((2, 3))  # pyright: ignore
+        pooled = self.Mixed_6d["branch1x1"](x.float()).mean((2, 3))
         return pooled, self.fc(pooled)
 
 
@@ -33,7 +32,7 @@ def test_inception_by_torch_fidelity(tmp_path, monkeypatch):
         types.ModuleType("torch_fidelity"),
         types.ModuleType("torch_fidelity.feature_extractor_inceptionv3"),
     )
-    module.FeatureExtractorInceptionV3 = Network  # pyright: ignore
+    monkeypatch.setattr(module, "FeatureExtractorInceptionV3", Network, raising=False)
     monkeypatch.setitem(sys.modules, "torch_fidelity", package)
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", module)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))

@@ -104,7 +104,7 @@ def test_the_time_reaches_the_outer_layers_only_if_configured():
     assert seen == [[False] * 3, [True] * 3, [True] * 3]
 
 
-def equal_gradients(model, *outputs, **tolerance):
+def assert_equal_gradients(model, *outputs, **tolerance):
     """The gradients of the squares of the first output, a function, after a comparison with those of the second."""
     found = []
     for output in outputs:
@@ -118,7 +118,9 @@ def equal_gradients(model, *outputs, **tolerance):
 def test_gradients_without_an_estimator_are_those_of_the_iterations():
     model = tiny().double()
     inputs = batch(model, dtype=torch.float64)
-    equal_gradients(model, lambda: model(*inputs, iterations=3), lambda: plain_forward(model, *inputs, tracked=3))
+    assert_equal_gradients(
+        model, lambda: model(*inputs, iterations=3), lambda: plain_forward(model, *inputs, tracked=3)
+    )
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -127,7 +129,7 @@ def test_s_jfb_is_the_algorithm_written_out_and_reaches_the_pre_layers(seed):
     inputs = batch(model, dtype=torch.float64)
     estimator = StochasticJFB(4, 3, torch.Generator().manual_seed(seed))
     n, m = StochasticJFB(4, 3, torch.Generator().manual_seed(seed)).draw()
-    ours = equal_gradients(
+    ours = assert_equal_gradients(
         model, lambda: model(*inputs, grad=estimator), lambda: plain_forward(model, *inputs, free=n, tracked=m)
     )
     assert ours["blocks_pre.0.attn.qkv.weight"].abs().max() > 1e-3
@@ -136,7 +138,7 @@ def test_s_jfb_is_the_algorithm_written_out_and_reaches_the_pre_layers(seed):
 def test_jfb_reaches_the_pre_layers_through_the_injection_alone():
     model = tiny().double()
     inputs = batch(model, dtype=torch.float64)
-    ours = equal_gradients(
+    ours = assert_equal_gradients(
         model,
         lambda: model(*inputs, grad=JFB(), iterations=5),
         lambda: plain_forward(model, *inputs, free=5, tracked=1),
@@ -154,7 +156,7 @@ def test_ift_agrees_with_unrolling_to_convergence():
         assert solution.converged.all()
         return out
 
-    equal_gradients(model, lambda: output(IFT(stop=tight)), lambda: output(Unrolled()), rtol=1e-7, atol=1e-8)
+    assert_equal_gradients(model, lambda: output(IFT(stop=tight)), lambda: output(Unrolled()), rtol=1e-7, atol=1e-8)
 
 
 def test_free_iterations_store_nothing():
