@@ -1,7 +1,7 @@
 """Peak memory of a training step at XL/2 without a GPU, predicted on fake tensors or counted in real steps on the CPU.
 
     python -m benchmarks.diffusion.memory                writes benchmarks/results/memory_xl.json and prints the tables
-    python -m benchmarks.diffusion.memory --real 8 16    steps that fake tensors cannot run: IFT and Reversible
+    python -m benchmarks.diffusion.memory --real 4 8     steps that fake tensors cannot run: IFT and Reversible
     python -m benchmarks.diffusion.memory --validate     real steps beside their predictions (14 GiB of free memory)
     python -m benchmarks.diffusion.memory --largest      the largest batch on each card with checkpointing, by search
 
@@ -45,6 +45,8 @@ ESTIMATORS: dict[str, tuple[int, AbstractGrad]] = {
 BY_VALUES = {name: steps.ESTIMATORS[name] for name in ("IFT", "Reversible")}
 """The same for estimators that read values in the backward pass: IFT takes at most 12 products."""
 VALIDATED = "S-JFB (6, 6), near the expected draw"
+SETTINGS = ((False, "fp32"), (True, "fp32"), (False, "bf16"), (True, "bf16"))
+"""Checkpointing and precision of a row."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,7 @@ def real_peaks(case: Case, size: Size = XL) -> tuple[int, int]:
 
 def cases(batches: tuple[int, ...]) -> Iterator[Case]:
     """DiT, diffusers' DiT, and FPDM by each estimator with a fixed count."""
-    flags = ((False, "fp32"), (True, "fp32"), (False, "bf16"), (True, "bf16"))
-    for batch, (checkpointed, precision) in itertools.product(batches, flags):
+    for batch, (checkpointed, precision) in itertools.product(batches, SETTINGS):
         yield Case("DiT", batch, "", checkpointed, precision)
         yield Case("diffusers' DiT", batch, "", checkpointed, precision)
         for estimator in ESTIMATORS:
@@ -159,8 +160,8 @@ def cases(batches: tuple[int, ...]) -> Iterator[Case]:
 
 def real_cases(batches: tuple[int, ...]) -> Iterator[Case]:
     """FPDM by the estimators that fake tensors cannot run, and by one that they can, to compare."""
-    for estimator, batch in itertools.product((*BY_VALUES, VALIDATED), batches):
-        yield Case("FPDM", batch, estimator)
+    for setting, estimator, batch in itertools.product(SETTINGS, (*BY_VALUES, VALIDATED), batches):
+        yield Case("FPDM", batch, estimator, *setting)
 
 
 def validated() -> Iterator[Case]:
@@ -176,7 +177,7 @@ def validated() -> Iterator[Case]:
 def searched_cases() -> Iterator[Case]:
     """Rows whose largest batch is searched for, at any batch: those with checkpointing."""
     for precision in ("fp32", "bf16"):
-        for estimator in (VALIDATED, "S-JFB (12, 12), the worst draw"):
+        for estimator in ESTIMATORS:
             yield Case("FPDM", 0, estimator, True, precision)
         yield Case("DiT", 0, "", True, precision)
         yield Case("diffusers' DiT", 0, "", True, precision)
@@ -224,14 +225,14 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, default=RESULTS / "memory_xl.json", help="result file; resumed if it exists"
     )
     parser.add_argument("--batches", type=int, nargs="*", default=[64, 8, 1], help="batch sizes of the predictions")
-    parser.add_argument("--real", type=int, nargs="*", default=[], help="batch sizes of real steps, such as 8 16")
+    parser.add_argument("--real", type=int, nargs="*", default=[], help="batch sizes of real steps, such as 4 8")
     parser.add_argument("--validate", action="store_true", help="real steps at batch 1 and 2 beside their predictions")
     parser.add_argument("--largest", action="store_true", help="search for the largest batches with checkpointing")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     old = read_result(options.out)
     result = {
-        "command": "python -m benchmarks.diffusion.memory --real 8 16 --validate --largest",
+        "command": "python -m benchmarks.diffusion.memory --real 4 8 --validate --largest",
         "size": asdict(XL),
         "optimizer": "fused AdamW, float32",
         **provenance("cpu", "diffusers"),

@@ -47,21 +47,25 @@ def markdown(measured: list[dict[str, Any]], largest: list[dict[str, Any]]) -> s
 
 
 def extrapolated(counts: list[dict[str, Any]]) -> str:
-    """Peaks of real steps in GiB, and what follows from the line through those of forward and backward passes."""
-    rows: dict[str, dict[int, dict[str, int]]] = {}
+    """Peaks of real steps in GiB, and what follows from the line through those of forward and backward passes. The line
+    bounds the convex peak of a row with checkpointing: from below at larger batches, and the largest batch from above.
+    """
+    rows: dict[tuple[str, ...], dict[int, dict[str, int]]] = {}
     for found in counts:
-        rows.setdefault(found["case"]["estimator"], {})[found["case"]["batch"]] = found
+        case = Case(**found["case"])
+        rows.setdefault(case.row, {})[case.batch] = found
+    batches = sorted({batch for found in rows.values() for batch in found})
     lines = []
-    for estimator, found in rows.items():
+    for row, found in rows.items():
         if len(found) < 2:
             continue
-        passes = {batch: row["passes bytes"] for batch, row in found.items()}
+        passes = {batch: one["passes bytes"] for batch, one in found.items()}
         (a, low), (b, high) = sorted(passes.items())[-2:]
-        at = {batch: low + (high - low) * (batch - a) / (b - a) for batch in (8, 64)}
-        least = min(row["peak bytes"] for row in found.values())  # of the optimizer's step
-        fits = [str(largest_batch(passes, size)) for size in CARDS.values()]
-        cells = [f"{row['peak bytes'] / GIB:.2f}" for _, row in sorted(found.items())]
-        lines.append([f"FPDM, {estimator}, fp32", *cells, *(f"{max(p, least) / GIB:.2f}" for p in at.values()), *fits])
-    batches = sorted({found["case"]["batch"] for found in counts})
-    head = ["training step", *(f"batch {b}, counted" for b in batches), "batch 8, by the line", "batch 64, by the line"]
+        least = min(one["peak bytes"] for one in found.values())  # of the optimizer's step
+        beyond = max(low + (high - low) * (64 - a) / (b - a), least) / GIB
+        below, above = ("at least ", "at most ") if "checkpointed" in row else ("", "")
+        cells = [f"{found[batch]['peak bytes'] / GIB:.2f}" if batch in found else "-" for batch in batches]
+        fits = [f"{above}{largest_batch(passes, size)}" for size in CARDS.values()]
+        lines.append([", ".join(filter(None, row)), *cells, f"{below}{beyond:.2f}", *fits])
+    head = ["training step", *(f"batch {b}, counted" for b in batches), "batch 64, by the line"]
     return table([*head, *(f"largest batch, {card}" for card in CARDS)], lines)

@@ -11,6 +11,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 Seeds = Sequence[float]
+Curves = dict[str, dict[float, list[float]]]
+"""Name of a network -> training time -> a number for each seed."""
 FRECHET = "Fréchet distance (lower is better)"
 
 
@@ -129,21 +131,22 @@ def solvers(found: Mapping[str, Mapping[int, Sequence[Seeds]]], path: Path) -> N
     _save(figure, path)
 
 
-def depth(found: Mapping[str, Mapping[float, Seeds]], path: Path) -> None:
-    """Distance against training time, a line per network; DiTs dashed."""
-    figure, ax = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
-    for name, points in found.items():
-        style: dict[str, Any] = {}
-        if name.startswith("DiT"):
-            shade = {"3": 1.0, "6": 0.75, "12": 0.5}.get(name.split()[1], 0.3)
-            style = {"linestyle": "--", "color": "black", "alpha": shade}
-        _line(ax, points, name, **style)
-    _octaves(ax, sorted({int(x) for points in found.values() for x in points}))
-    if any(v for points in found.values() for v in points.values()):
-        _decimals(ax)
-    ax.set_xlabel("CPU minutes of training, one thread")
-    ax.set_ylabel(FRECHET)
-    ax.set_title("8 x 8 digits, 20 steps")
-    ax.legend(fontsize=8)
-    ax.grid(alpha=0.3)
+def depth(found: Mapping[str, Curves], path: Path) -> None:
+    """Distance against training time, a panel per data set and a line per network; DiTs dashed."""
+    figure, axes = plt.subplots(1, len(found), figsize=(9.6, 4.2), layout="constrained")
+    for ax, (task, curves) in zip(axes, found.items(), strict=True):
+        for name, points in curves.items():
+            style: dict[str, Any] = {}
+            if name.startswith("DiT"):
+                shade = {"3": 1.0, "6": 0.75, "12": 0.5}.get(name.split()[1], 0.3)
+                style = {"linestyle": "--", "color": "black", "alpha": shade}
+            _line(ax, points, name, **style)
+        _octaves(ax, sorted({int(x) for points in curves.values() for x in points}))
+        if any(v for points in curves.values() for v in points.values()):
+            _decimals(ax)
+        ax.set_xlabel("CPU minutes of training, one thread")
+        ax.set_title(f"{task}, 20 steps")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel(FRECHET)
+    axes[0].legend(fontsize=8)
     _save(figure, path)

@@ -83,7 +83,7 @@ def test_every_estimator_has_a_row_and_the_file_is_resumed(tmp_path):
     result = {"peaks": []}
     for _ in range(2):
         memory.measure(result, tmp_path / "m.json", "peaks", memory.real_cases((1, 2)), peak)
-    assert len(calls) == len(result["peaks"]) == 6
+    assert len(calls) == len(result["peaks"]) == 4 * 3 * 2
     assert memory.read_result(tmp_path / "m.json") == result
 
 
@@ -102,10 +102,13 @@ def test_counted_rows_are_continued_by_their_line():
     gib = largest_batch.GIB
     rows = [
         {
-            "case": {"estimator": "IFT", "batch": batch},
+            "case": {"network": "FPDM", "estimator": "IFT", "batch": batch, "checkpointed": checkpointed},
             "peak bytes": 3 * gib,
             "passes bytes": batch * gib,
         }
         for batch in (1, 2)
+        for checkpointed in (False, True)
     ]
-    assert "| FPDM, IFT, fp32 | 3.00 | 3.00 | 8.00 | 64.00 | 74 | 14 |" in memory_tables.extrapolated(rows)
+    table = memory_tables.extrapolated(rows)
+    assert "| FPDM, IFT, fp32 | 3.00 | 3.00 | 64.00 | 74 | 14 |" in table
+    assert "| FPDM, IFT, checkpointed, fp32 | 3.00 | 3.00 | at least 64.00 | at most 74 | at most 14 |" in table
