@@ -44,9 +44,7 @@ def section(results: Path, images: Path) -> str:
     for task in LENGTHS:
         found = [cell for cell in cells("full") if cell.name.startswith(f"{task}: ")]
         parts.append(f"**{task}, {(found[0].config.max_time or 0) / 60:g} CPU minutes**")
-        known = any(study.values(cell.name, "20 steps", "frechet") for cell in found)
-        missing = f"{', '.join(cell.name.split(': ')[1] for cell in found)}: {NOTHING}."
-        parts.append(table(HEAD, [_row(study, cell.name) for cell in found]) if known else missing)
+        parts.append(table(HEAD, [_row(study, cell.name) for cell in found]))
     parts.append(
         "**Who wins where.** FPDM against the DiT that is best there, chosen on these scores; against the DiT nearest "
         "in parameters; and against the largest DiT whose training step takes no more memory than FPDM's."
@@ -60,9 +58,11 @@ def section(results: Path, images: Path) -> str:
 def _row(study: Study, name: str) -> tuple[str, ...]:
     """The row of one network; `not measured` where its training did not finish."""
     parameters, peak = study.mean(name, "", "parameters"), study.mean(name, "", "step_peak_bytes")
+    if not parameters:
+        return name.split(": ")[1], NOTHING, *([""] * (len(HEAD) - 2))
     return (
         name.split(": ")[1],
-        f"{parameters:,.0f}" if parameters else NOTHING,
+        f"{parameters:,.0f}",
         f"{peak / 2**20:.1f}" if peak else NOTHING,
         mean_and_deviation(study.values(name, "", "steps"), 0),
         mean_and_deviation(study.values(name, "5 steps", "frechet")),
