@@ -193,7 +193,7 @@ def test_settings_are_frozen_and_misspelt_ones_refused():
         (lambda **options: DEQ(half)(torch.zeros(1, 2), **options), {"tol": 1e-3}),
     ]
     for make, misspelt in options:
-        with pytest.raises(TypeError, match="unexpected keyword"):
+        with pytest.raises(TypeError, match=next(iter(misspelt))):
             make(**misspelt)
     for thing, name in ((Stop(), "rtol"), (Anderson(), "memory"), (IFT(), "stop")):
         with pytest.raises(AttributeError):

@@ -133,7 +133,7 @@ def test_embedders_that_differ_between_blocks_are_refused(tmp_path, capsys):
     tensors["transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.bias"][3] += 1
     save_file(tensors, file)
     assert call(tmp_path / "a", tmp_path / "b") == 2
-    assert "transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.bias differs" in capsys.readouterr().err
+    assert "transformer_blocks.2.norm1.emb.timestep_embedder.linear_1.bias" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shapes", [pub.dit_shapes(), pub.fpdm_shapes()])
@@ -161,27 +161,27 @@ def _no_square(weights):
 
 
 @pytest.mark.parametrize(
-    ("change", "options", "message"),
+    ("change", "options", "name"),
     [
-        (lambda w: w.clear() or w.update(a=torch.ones(1)), HEADS, "none of the layouts"),
-        (lambda w: w.pop("pos_embed"), HEADS, "missing: pos_embed"),
-        (_misshapen, HEADS, r"blocks.1.mlp.fc2.weight (3, 3) instead of (48, 192)"),
-        (_odd_outputs, HEADS, "30 rows"),
+        (lambda w: w.clear() or w.update(a=torch.ones(1)), HEADS, "block_fixed_point.*"),
+        (lambda w: w.pop("pos_embed"), HEADS, "pos_embed"),
+        (_misshapen, HEADS, "blocks.1.mlp.fc2.weight"),
+        (_odd_outputs, HEADS, "final_layer.linear.weight"),
         (_no_square, HEADS, "--input-size"),
-        (_no_square, [*HEADS, "--input-size", "4", "4"], "does not make the 12 tokens"),
+        (_no_square, [*HEADS, "--input-size", "4", "4"], "--input-size 4 4"),
         (lambda w: None, [], "--heads"),
-        (lambda w: None, ["--heads", "5"], "num_heads=5"),
+        (lambda w: None, ["--heads", "5"], "num_heads"),
         (lambda w: None, [*HEADS, "--to", "fpdm"], "--to fpdm"),
         (lambda w: None, [*HEADS, "--weights", "ema"], "--weights"),
         (lambda w: w.update(y_embedder="text"), HEADS, "y_embedder"),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path, capsys, change, options, message):
+def test_what_does_not_fit_is_refused(tmp_path, capsys, change, options, name):
     weights = pub.drawn(pub.dit_shapes())
     change(weights)
     assert call(saved(weights, tmp_path, "pt"), tmp_path / "out", *options) == 2
     error = capsys.readouterr().err
-    assert message in error and error.startswith("convert: ") and error.count("\n") == 1
+    assert name in error and error.startswith("convert: ") and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
@@ -201,11 +201,11 @@ def test_a_latent_that_is_no_square(tmp_path):
 
 def test_an_fpdm_or_an_unconditional_network_does_not_fit_diffusers(tmp_path, capsys):
     assert call(saved(pub.drawn(pub.fpdm_shapes()), tmp_path, "pt"), tmp_path / "a", "--to", "diffusers", *HEADS) == 2
-    assert "fixed-point layer" in capsys.readouterr().err
+    assert "--to ours" in capsys.readouterr().err
     weights = pub.drawn(pub.dit_shapes())
     del weights["y_embedder.embedding_table.weight"]
     assert call(saved(weights, tmp_path, "pt"), tmp_path / "b", "--to", "diffusers", *HEADS) == 2
-    assert "unconditional" in capsys.readouterr().err
+    assert "--to ours" in capsys.readouterr().err
     assert call(saved(weights, tmp_path, "pt"), tmp_path / "c", *HEADS) == 0
     assert DiT.from_pretrained(tmp_path / "c").num_classes == 0
 
@@ -249,7 +249,7 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     (tmp_path / "full" / "mine.txt").write_text("mine")
     for out in (tmp_path / "full", file):
         assert call(file, out, *HEADS) == 2
-        assert "nothing is overwritten" in capsys.readouterr().err
+        assert "--out" in capsys.readouterr().err
     assert (tmp_path / "full" / "mine.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     assert call(file, tmp_path / "empty", *HEADS) == 0
@@ -266,7 +266,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     assert call(file, tmp_path / "out", *HEADS, "--to", "dit") == 1
-    assert "No space left" in capsys.readouterr().err
+    assert "Errno 28" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
@@ -305,13 +305,13 @@ def test_what_it_wrote_in_a_published_layout_is_read_again(tmp_path, capsys, sha
     for source in ("there", "back"):
         for options in (HEADS, ["--condition-on-time"], ["--input-size", "8", "8"], ["--weights", "ema"]):
             assert call(tmp_path / source, tmp_path / "other", *options) == 2
-            assert "leave it out" in capsys.readouterr().err
+            assert options[0] in capsys.readouterr().err
     (tmp_path / "there" / "conversion.json").write_text("[]")
     assert call(tmp_path / "there", tmp_path / "other") == 2
-    assert "conversion.json is damaged" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert "conversion.json" in capsys.readouterr().err and not (tmp_path / "other").exists()
     if layout == "dit":
         assert call(tmp_path / "a.safetensors", tmp_path / "other", *HEADS, "--condition-on-time") == 2
-        assert "is for an FPDM" in capsys.readouterr().err
+        assert "--condition-on-time" in capsys.readouterr().err
 
 
 def test_another_grid_than_that_of_the_position_embedding_is_refused(tmp_path, capsys):
@@ -320,7 +320,7 @@ def test_another_grid_than_that_of_the_position_embedding_is_refused(tmp_path, c
     path = saved(state, tmp_path, "safetensors")
     for number, options in enumerate(([], ["--input-size", "16", "4"])):
         assert call(path, tmp_path / f"out{number}", "--heads", "2", *options) == 2
-        assert "--input-size 4 16" in capsys.readouterr().err
+        assert "--input-size" in capsys.readouterr().err
     assert call(path, tmp_path / "out", "--heads", "2", "--input-size", "4", "16") == 0
     state["pos_embed"] = torch.randn(state["pos_embed"].shape)  # a learned one fits any grid
     path = saved(state, tmp_path, "safetensors")

@@ -64,14 +64,14 @@ def test_the_problem_of_the_layer_is_the_one_that_the_network_solves():
 
 def test_a_dit_and_impossible_options_are_refused(tmp_path, capsys):
     assert diagnose.main(["mnist-dit", "--out", str(tmp_path)]) == 2
-    assert "fixed-point" in capsys.readouterr().err
+    assert "FPDM" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         diagnose.main(["mnist-fpdm", "--tolerance", "0"])
     assert "--tolerance" in capsys.readouterr().err
     assert diagnose.main([str(tmp_path / "nothing")]) == 2
     assert diagnose.main(["mnist-fpdm", "--parallel", "picard", "--steps", "2", "--out", str(tmp_path / "new")]) == 2
     assert "parallel" in capsys.readouterr().err and not (tmp_path / "new").exists()
-    with pytest.raises(ValueError, match="fixed-point"):
+    with pytest.raises(ValueError, match="FPDM"):
         opened = open_network(pretrained.locate("mnist-dit"))
         chosen = plan(opened.model, opened.scheduler, SamplingOptions(steps=1), defaults=opened.options)
         diagnose_timesteps(opened.model, chosen, [1], num=1, seed=0, tolerance=1e-3, budget=10)

@@ -118,8 +118,8 @@ def test_an_interrupted_run_goes_on(images, vae_folder, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(LatentWriter, "write", interrupted)
     assert call(images, vae_folder, tmp_path / "out") == 1
-    assert "No space left" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="not finished"):
+    assert "Errno 28" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=str(tmp_path / "out")):
         LatentDataset(tmp_path / "out")
     monkeypatch.undo()
     first = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in contents(tmp_path / "out")}
@@ -152,7 +152,7 @@ def test_a_process_takes_its_own_shards_only(images, vae_folder, tmp_path, capsy
         return sorted(p.name for p in (tmp_path / "out" / "shards").glob("*.safetensors"))
 
     assert call(images, vae_folder, tmp_path / "out", "--rank", "1", "--world", "3") == 0
-    assert names() == ["00001.safetensors"] and "1 of 4 shards" in capsys.readouterr().out
+    assert names() == ["00001.safetensors"] and "1 of 4" in capsys.readouterr().out
     assert call(images, vae_folder, tmp_path / "out", "--rank", "0", "--world", "3") == 0
     assert names() == ["00000.safetensors", "00001.safetensors", "00003.safetensors"]
     assert not (tmp_path / "out" / "index.json").exists()
@@ -180,15 +180,15 @@ def test_latents_made_otherwise_are_not_mixed(images, vae_folder, tmp_path, caps
     other = tmp_path / "other-vae"
     image_files.tiny_vae(1).save_pretrained(other)
     for vae_used, options, what in (
-        (other, [], "vae was"),
-        (vae_folder, ["--size", "32"], "preprocessing was"),
-        (vae_folder, ["--shard-size", "5"], "stored was"),
+        (other, [], "vae"),
+        (vae_folder, ["--size", "32"], "preprocessing"),
+        (vae_folder, ["--shard-size", "5"], "stored"),
     ):
         assert call(images, vae_used, tmp_path / "out", *options) == 2
         assert what in capsys.readouterr().err
     image_files.save(images / "cat" / "new.png", image_files.random_image(77))
     assert call(images, vae_folder, tmp_path / "out") == 2
-    assert "images was" in capsys.readouterr().err
+    assert "images" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before
 
 
@@ -198,23 +198,23 @@ def test_an_unreadable_vae_is_refused(images, tmp_path, capsys):
     capsys.readouterr()
     assert call(images, tmp_path / "vae", tmp_path / "out") == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("encode: ")]
-    assert len(error) == 1 and "The VAE" in error[0]
+    assert len(error) == 1 and "AutoencoderKL" in error[0]
     assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_is_refused(images, vae_folder, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")
-    for folder, out, options, message in (
-        (tmp_path / "missing", "a", [], "no folder"),
-        (tmp_path / "other", "a", [], "no images"),
-        (images, "other", [], "something else"),
-        (images, "other/mine.txt", [], "is a file"),
-        (images, "a", ["--size", "18"], "multiples of 4"),
+    for folder, out, options, name in (
+        (tmp_path / "missing", "a", [], "missing"),
+        (tmp_path / "other", "a", [], "other"),
+        (images, "other", [], "--out"),
+        (images, "other/mine.txt", [], "mine.txt"),
+        (images, "a", ["--size", "18"], "--size 18"),
         (images, "a", ["--rank", "-1"], "--rank"),
     ):
         assert call(folder, vae_folder, tmp_path / out, *options) == 2
-        assert message in capsys.readouterr().err
+        assert name in capsys.readouterr().err
     assert not (tmp_path / "a").exists() and len(contents(tmp_path / "other")) == 1
     with pytest.raises(SystemExit) as stopped:
         call(images, vae_folder, tmp_path / "a", "--batch", "0")
@@ -231,7 +231,7 @@ def test_only_bad_files(vae_folder, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.png").write_text("no image")
     assert call(tmp_path / "images", vae_folder, tmp_path / "out") == 2
-    assert "None of the 1 images" in capsys.readouterr().err
+    assert "a.png" in capsys.readouterr().err
     assert not (tmp_path / "out" / "index.json").exists()
 
 
@@ -250,7 +250,7 @@ def test_latents_that_are_not_finite_are_named_and_left_out(images, vae_folder, 
     latents = LatentDataset(tmp_path / "out")
     assert len(latents) == 13 and latents.y.tolist() == [0] * 4 + [1] * 5 + [2] * 4
     assert all_images(latents)[0].isfinite().all()
-    assert "2 of 15 images were skipped" in printed.out and "not finite in float16" in printed.out
+    assert "2 of 15" in printed.out and "float16" in printed.out
     assert "cat/0.png" in printed.err and "owl/0.png" in printed.err
 
 
@@ -279,7 +279,7 @@ def test_a_shard_is_made_again_where_it_or_its_images_are_others(images, vae_fol
     assert changed == {"index.json", "shards/00003.json", "shards/00003.safetensors"}
     (out / "settings.json").write_text("[1]")
     assert call(images, vae_folder, out) == 2
-    assert "is damaged" in capsys.readouterr().err
+    assert "settings.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
@@ -288,7 +288,7 @@ def test_a_device_or_a_folder_that_cannot_be_is_refused(images, vae_folder, tmp_
     assert f"--device {device} " in capsys.readouterr().err and not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("mine")
     assert call(images, vae_folder, tmp_path / "file" / "sub") == 2
-    assert "cannot be made" in capsys.readouterr().err
+    assert "--out" in capsys.readouterr().err
 
 
 def test_help_is_quick():

@@ -157,7 +157,7 @@ def test_a_vae_by_its_folder(tmp_path):
     assert torch.equal(pipe([1], generator=0, output_type="pt", reproducible=True).images, expected)
     other = FixedPointPipeline.from_pretrained(tmp_path / "saved", scheduler=make_scheduler("ddim"))
     assert type(other.scheduler).__name__ == "DDIMScheduler"
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="AutoencoderKL"):
         FixedPointPipeline.from_pretrained(tmp_path / "saved", vae=tmp_path / "nowhere")
 
 
@@ -171,7 +171,7 @@ def test_an_unconditional_network_takes_a_number(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "message"),
+    ("kind", "options", "name"),
     [
         ("fpdm", {}, "class_labels"),
         ("fpdm", {"class_labels": [0, 6]}, "class_labels"),
@@ -182,19 +182,19 @@ def test_an_unconditional_network_takes_a_number(tmp_path):
         ("fpdm", {"class_labels": 0, "generator": -1}, "generator"),
         ("fpdm", {"class_labels": 0, "generator": [torch.Generator()]}, "generator"),
         ("fpdm", {"class_labels": 0, "num_inference_steps": 1001}, "1001"),
-        ("fpdm", {"class_labels": 0, "iterations": [1, 2]}, "3 timesteps"),
+        ("fpdm", {"class_labels": 0, "iterations": [1, 2]}, "iterations"),
         ("dit", {"class_labels": 0, "iterations": 3}, "iterations"),
         ("dit", {"class_labels": 0, "reuse": True}, "reuse"),
     ],
 )
-def test_what_does_not_fit_is_refused(kind, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_does_not_fit_is_refused(kind, options, name):
+    with pytest.raises(ValueError, match=name):
         pipeline(kind)(**options)
 
 
 def test_latents_without_a_vae_are_not_shown():
     pipe = pipeline(vae=False)
-    with pytest.raises(ValueError, match="no VAE"):
+    with pytest.raises(ValueError, match="vae"):
         pipe([0], generator=0)
     assert pipe([0], generator=0, output_type="latent", return_dict=False)[0].shape == (1, 4, 4, 4)
 
@@ -208,10 +208,10 @@ def test_what_is_no_pipeline_is_refused(tmp_path):
             FixedPointPipeline.from_pretrained(tmp_path)
     pipeline().save_pretrained(tmp_path / "saved")
     image_files.truncate(tmp_path / "saved" / "model" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="diffusion_pytorch_model"):
         FixedPointPipeline.from_pretrained(tmp_path / "saved")
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ValueError, match="no run"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         FixedPointPipeline.from_pretrained(tmp_path)
 
 
@@ -238,7 +238,7 @@ def test_weights_that_are_not_the_networks_are_refused(tmp_path, kind, change):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "name"),
     [
         ({"num_inference_steps": 0}, "num_inference_steps"),
         ({"num_inference_steps": 2.5}, "num_inference_steps"),
@@ -257,13 +257,13 @@ def test_weights_that_are_not_the_networks_are_refused(tmp_path, kind, change):
         ({"guidance_scale": "2"}, "guidance_scale"),
         ({"macs": True}, "macs"),
         ({"sampler": "unipc", "parallel": "picard"}, "parallel"),
-        ({"stop": Stop(), "iterations": 3}, "stop excludes iterations"),
+        ({"stop": Stop(), "iterations": 3}, "stop"),
         ({"stop": Stop(), "seconds": 1.0, "allocation": "measured"}, "seconds"),
         ({"stop": Stop(), "allocation": "increasing"}, "allocation"),
     ],
 )
-def test_a_call_is_as_strict_as_the_command(options, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_call_is_as_strict_as_the_command(options, name):
+    with pytest.raises(ValueError, match=name):
         pipeline(vae=False)(**{"class_labels": 0, "generator": 0, "output_type": "latent", **options})
 
 

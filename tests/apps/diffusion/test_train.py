@@ -160,7 +160,7 @@ def test_time_ends_a_run():
 
 def test_a_checkpoint_of_another_network_is_refused():
     _, saved = run(SMALL, until=16)
-    with pytest.raises(ValueError, match="another network"):
+    with pytest.raises(ValueError, match="FPDM"):
         Trainer(dataclasses.replace(SMALL, model=c.ModelConfig(hidden=32, heads=2)), digits("train"), saved[-1])
 
 
@@ -169,13 +169,13 @@ def test_weights_or_moments_of_another_network_are_refused():
     _, wider = run(dataclasses.replace(SMALL, model=c.ModelConfig(hidden=32, heads=2)), until=16)
     state, other = saved[-1], wider[-1]
     few = {k: v for k, v in state.model.items() if "x_embedder" not in k}
-    for foreign, message in (
+    for foreign, name in (
         ({"model": other.model}, "x_embedder"),
         ({"ema": few}, "x_embedder"),
-        ({"optimizer": other.optimizer}, "another network"),
+        ({"optimizer": other.optimizer}, "parameter 0"),
         ({"optimizer": {999: state.optimizer[0]}}, "parameter 999"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=name):
             Trainer(SMALL, digits("train"), dataclasses.replace(state, **foreign))
 
 
@@ -212,11 +212,11 @@ def test_a_signal_during_a_save_is_not_lost(number):
 def test_training_without_one_finite_step_fails(tmp_path, capsys, monkeypatch):
     images = digits("train")
     spoilt = TensorDataset(torch.full_like(images.x, float("nan")), images.y, 10)
-    with pytest.raises(Diverged, match="finite"):
+    with pytest.raises(Diverged, match=r"--optimizer\.lr"):
         run(SMALL, images=spoilt)
     monkeypatch.setattr(run_module, "load_images", lambda config: (spoilt, None))
     assert train.main([*TINY, "--out", str(tmp_path / "run")]) == 1
-    assert "Not one of the 6 steps" in capsys.readouterr().err
+    assert "--optimizer.lr" in capsys.readouterr().err
 
 
 def test_two_processes_do_not_train_into_one_folder(tmp_path, capsys):
@@ -228,7 +228,7 @@ def test_two_processes_do_not_train_into_one_folder(tmp_path, capsys):
             if options:
                 (out / "config.json").write_text(SMALL.to_json())
             assert train.main([*options, "--out", str(out)]) == 2
-            assert "Another process is training into" in capsys.readouterr().err
+            assert str(out) in capsys.readouterr().err
         other.kill()
     (out / "config.json").unlink()
     missing = ["--data.source", "folder", "--data.path", str(tmp_path / "none"), "--data.size", "16"]
@@ -277,7 +277,7 @@ def test_the_command_leaves_a_whole_run_and_never_overwrites_it(tmp_path, capsys
     assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in out.rglob("*")} == stamp
 
     assert train.main(["--resume", "--out", str(out), "--model.hidden", "32"]) == 2
-    assert "settings it was started with" in capsys.readouterr().err
+    assert "config.json" in capsys.readouterr().err
     assert train.main(["--resume", "--out", str(out), "--optimizer.images", "256"]) == 0
     assert json.loads((out / "metrics.json").read_text())["training"]["images"] == 256
     assert train.main(["--resume", "--out", str(tmp_path / "nothing")]) == 2

@@ -62,7 +62,6 @@ def test_only_the_samples_that_a_condition_holds_for_are_named():
 def test_close_to_the_border_a_kind_is_uncertain(slope):
     found = diagnose(lambda z: slope * (z - 1) + 1, torch.zeros(1, 4, dtype=F64), estimators=())
     assert not found.findings[0].certain
-    assert "uncertain" in str(found)
 
 
 def test_a_map_without_a_fixed_point_is_not_called_found():
@@ -70,7 +69,6 @@ def test_a_map_without_a_fixed_point_is_not_called_found():
     found = diagnose(f, torch.ones(2, 3, dtype=F64), estimators=(), solvers=QUICK)
     assert not found.found
     assert not found.findings[0].certain
-    assert "No solver" in str(found)
 
 
 def test_a_start_where_f_is_not_finite_is_named():

@@ -195,13 +195,13 @@ def test_what_requires_gradients_is_found_and_nothing_is_left_behind():
 
 def test_what_cannot_be_measured_is_refused():
     f, z0, w = affine()
-    with pytest.raises(ValueError, match="require gradients"):
+    with pytest.raises(ValueError, match="params"):
         gradient_bias(torch.cos, z0)
     with pytest.raises(ValueError, match="params"):
         gradient_bias(f, z0, w, loss=lambda z: 0 * z.sum(), repeats=0)
     with pytest.raises(NotConverged, match="solver"):
         gradient_bias(lambda z, w: w / (0 * z), z0, w, repeats=0)
-    with pytest.raises(KeyError, match="there are IFT"):
+    with pytest.raises(KeyError, match="IFT"):
         gradient_bias(f, z0, w, estimators=[IFT()], repeats=0)["JFB"]
 
 

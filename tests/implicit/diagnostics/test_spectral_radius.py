@@ -64,7 +64,7 @@ def test_it_is_cheap_on_a_large_map_and_states_its_error():
     assert calls == 1 and found.values.shape[1] <= 30
     torch.testing.assert_close(found.radius, torch.full((2,), 0.95, dtype=F64), rtol=1e-3, atol=0)
     assert (found.error <= 1e-3).all()
-    with pytest.warns(RuntimeWarning, match="raise products"):
+    with pytest.warns(RuntimeWarning, match="products"):
         spectral_radius(f, torch.ones(2, size), products=3)
 
 

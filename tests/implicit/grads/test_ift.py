@@ -97,9 +97,9 @@ def test_a_failed_backward_pass_warns_or_raises():
     f, x = layer("hard", torch.float32)
     g = cotangent(x)
     short = Stop(rtol=1e-6, atol=0, max_evals=3)
-    with pytest.warns(RuntimeWarning, match=r"IFT.*MAX_EVALS"):
+    with pytest.warns(RuntimeWarning, match="MAX_EVALS"):
         gradient(f, x, g, grad=IFT(stop=short), stop=Stop())
-    with pytest.raises(NotConverged, match="inexact"):
+    with pytest.raises(NotConverged, match="IFT"):
         gradient(f, x, g, grad=IFT(stop=short, on_failure="raise"), stop=Stop())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -262,7 +262,7 @@ def test_a_value_that_is_written_to_is_noticed():
     f, x = layer("easy")
     value = fixed_point(f, torch.zeros_like(x), x).value
     value.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="inplace"):
         value.sum().backward()
 
 

@@ -85,7 +85,7 @@ def test_free_steps_go_by_the_solver():
 
 @pytest.mark.parametrize(("N", "M", "name"), [(-1, 1, "N"), (1, 0, "M")])
 def test_impossible_budgets(N, M, name):
-    with pytest.raises(ValueError, match=rf"StochasticJFB\.{name} must be at least"):
+    with pytest.raises(ValueError, match=rf"StochasticJFB\.{name}"):
         StochasticJFB(N, M)
 
 

@@ -108,15 +108,15 @@ def test_an_exhausted_space_ends_the_solve():
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "name"),
     [
-        ({"memory": 0}, r"GMRES\.memory must be at least 1"),
-        ({"short": 0}, r"GMRES\.short must be at least 1"),
-        ({"rate": 1.5}, r"GMRES\.rate must lie in \[0, 1\]"),
+        ({"memory": 0}, r"GMRES\.memory"),
+        ({"short": 0}, r"GMRES\.short"),
+        ({"rate": 1.5}, r"GMRES\.rate"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
+def test_settings_that_make_no_sense_are_refused(settings, name):
+    with pytest.raises(ValueError, match=name):
         GMRES(**settings)
 
 

@@ -94,7 +94,7 @@ def test_the_vae_of_latents_that_moved(runs, tmp_path, monkeypatch):
         trained.decoder(None, "cpu")
     found = trained.decoder(str(runs / "vae"), "cpu")
     assert found is not None and digests(found) == digests(image_files.tiny_vae())
-    with pytest.warns(UserWarning, match="latents only"):
+    with pytest.warns(UserWarning, match="VAE"):
         pipe: Any = FixedPointPipeline.from_pretrained(alone)
     assert pipe.vae is None
     assert FixedPointPipeline.from_pretrained(alone, vae=runs / "vae").vae is not None
@@ -154,30 +154,28 @@ def damaged(runs: Path, tmp_path: Path, what: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("what", "words"),
+    ("what", "name"),
     [
         ("foreign weights", "x_embedder"),
-        ("truncated weights", "cannot be read"),
-        ("no checkpoint", "holds no checkpoint"),
-        ("another network", "describes no network"),
-        ("unreadable vae", "cannot be read"),
+        ("truncated weights", "ema.safetensors"),
+        ("no checkpoint", "apps.diffusion.train"),
+        ("another network", "UNet"),
+        ("unreadable vae", "AutoencoderKL"),
         ("another vae", "has other weights"),
-        ("wrong latent shape", "latents of 8 channels"),
-        ("no vae", "name the VAE"),
+        ("wrong latent shape", "8"),
+        ("no vae", "gone"),
         ("class out of range", "--classes"),
-        ("guidance without classes", "leave it at 1"),
+        ("guidance without classes", "--guidance"),
         ("classes without classes", "--classes"),
         ("fixed point of a dit", "--iterations"),
-        ("no config", "train one"),
+        ("no config", "config.json"),
     ],
 )
-def test_what_cannot_be_sampled_is_refused_and_nothing_is_written(runs, tmp_path, capsys, what, words):
+def test_what_cannot_be_sampled_is_refused_and_nothing_is_written(runs, tmp_path, capsys, what, name):
     out = tmp_path / "out"
     assert sample.main([*damaged(runs, tmp_path, what), "--num", "2", "--out", str(out)]) == 2
     printed = capsys.readouterr().err
-    assert (
-        printed.startswith("sample: ") and words in printed and printed.rstrip().endswith(".")
-    ) or "--out" in printed
+    assert printed.startswith("sample: ") and name in printed
     assert not out.exists()
 
 

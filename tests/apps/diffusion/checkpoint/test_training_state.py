@@ -76,7 +76,7 @@ def test_a_failed_write_leaves_the_one_before(tmp_path, monkeypatch, fails_at):
     target = "safetensors.torch.save_file" if fails_at == "save_file" else f"apps.diffusion.files.atomic.os.{fails_at}"
     with monkeypatch.context() as patch:
         patch.setattr(target, full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match="Errno 28"):
             checkpoint.save(tmp_path, _state(128))
     _equal(checkpoint.newest(tmp_path), _state(64))
     checkpoint.save(tmp_path, _state(128))
@@ -93,13 +93,13 @@ def test_damage_is_named_and_the_one_before_is_offered(tmp_path, file, damage):
         (path / file).unlink()
     else:
         (path / file).write_bytes({"truncated": content[:-3], "foreign": b'{"x": 1}', "empty": b""}[damage])
-    with pytest.raises(Unreadable, match="cannot be read") as caught:
+    with pytest.raises(Unreadable) as caught:
         checkpoint.newest(tmp_path)
     assert str(path) in str(caught.value) and str(older) in str(caught.value)
 
 
 def test_another_format_and_an_empty_folder_are_refused(tmp_path):
-    with pytest.raises(Unreadable, match="no checkpoint"):
+    with pytest.raises(Unreadable, match=tmp_path.name):
         checkpoint.newest(tmp_path)
     path = checkpoint.save(tmp_path, _state(64))
     state = json.loads((path / "state.json").read_text())

@@ -55,22 +55,22 @@ def test_both_train_under_the_same_settings(name):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "name"),
     [
-        (["--schedule.prediction", "epsilon"], "prediction epsilon"),
-        (["--sampling.spacing", "leading"], "spacing leading"),
+        (["--schedule.prediction", "epsilon"], "epsilon"),
+        (["--sampling.spacing", "leading"], "leading"),
         (["--schedule.beta-start", "0.5"], "--schedule.beta-start"),
         (["--schedule.timesteps", "10"], "--sampling.steps"),
         (["--model.depth", "3"], "--model.depth"),
     ],
 )
-def test_impossible_changes_end_with_code_2(options, message, tmp_path, capsys, monkeypatch):
+def test_impossible_changes_end_with_code_2(options, name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
         assert train.main(["imagenet", *options]) == 2
     except SystemExit as end:
         assert end.code == 2
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert name in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert not list(tmp_path.iterdir())
 
 

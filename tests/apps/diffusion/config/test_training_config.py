@@ -36,13 +36,13 @@ def test_unions_survive_the_round_trip(grad, solver):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"seed": 0', '"sed": 0', "no field sed"),
-        ('"seed": 0', '"seed": "x"', "config.seed should be one of"),
-        ('"seed": 0', '"seed": true', "config.seed should be one of"),
+        ('"seed": 0', '"sed": 0', r"\bsed\b"),
+        ('"seed": 0', '"seed": "x"', "config.seed"),
+        ('"seed": 0', '"seed": true', "config.seed"),
         ('"kind": "fpdm"', '"kind": "unet"', "config.model.kind"),
-        ('"type": "StochasticJFB"', '"type": "Magic"', "StochasticJFB, JFB, IFT, Phantom"),
+        ('"type": "StochasticJFB"', '"type": "Magic"', "Magic"),
         ('"seed": 0', '"seed": -1', "--seed"),
-        ("{", "", "not JSON"),
+        ("{", "", "JSON"),
     ],
 )
 def test_a_damaged_config_is_refused_by_name(old, new, message):
@@ -58,7 +58,7 @@ def test_a_damaged_config_is_refused_by_name(old, new, message):
         (lambda: c.ModelConfig(kind="fpdm", depth=3), "--model.depth"),
         (lambda: c.ModelConfig(patch=0), "--model.patch"),
         (lambda: c.ModelConfig(mlp_ratio=float("nan")), "--model.mlp-ratio"),
-        (lambda: c.NoiseSchedule(prediction="epsilon"), "prediction epsilon"),
+        (lambda: c.NoiseSchedule(prediction="epsilon"), "epsilon"),
         (lambda: c.ModelConfig(mlp_ratio=float("inf")), "--model.mlp-ratio"),
         (lambda: c.OptimizerConfig(lr=float("inf")), "--optimizer.lr"),
         (
@@ -123,7 +123,7 @@ def test_a_preset_of_another_kind_does_not_resume_a_run(tmp_path):
     argv = ["--resume", "--out", str(tmp_path)]
     assert parse(["digits", *argv])[0] == parse(argv)[0]
     for other in ("digits-dit", "folder"):
-        with pytest.raises(ValueError, match=f"the preset {other} is"):
+        with pytest.raises(ValueError, match=other):
             parse([other, *argv])
 
 
@@ -135,7 +135,7 @@ def test_help_names_all_presets(capsys):
 
 
 def test_an_mlp_without_width_is_refused():
-    with pytest.raises(ValueError, match="no width"):
+    with pytest.raises(ValueError, match="mlp_ratio"):
         build.network(c.ModelConfig(mlp_ratio=0.001), (1, 8, 8), 10, iterations=1, seed=0)
 
 

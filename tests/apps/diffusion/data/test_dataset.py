@@ -32,10 +32,10 @@ def test_an_unknown_split_is_refused():
 @pytest.mark.parametrize(
     ("x", "y", "classes", "message"),
     [
-        (torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long), 2, "n > 0"),
-        (torch.zeros(3, 8, 8), torch.zeros(3, dtype=torch.long), 2, r"\(n, C, H, W\)"),
-        (torch.zeros(3, 1, 8, 8), torch.zeros(2, dtype=torch.long), 2, "2 labels for 3 images"),
-        (torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]), 2, "0..1"),
+        (torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.long), 2, r"\(0, 1, 8, 8\)"),
+        (torch.zeros(3, 8, 8), torch.zeros(3, dtype=torch.long), 2, r"\(3, 8, 8\)"),
+        (torch.zeros(3, 1, 8, 8), torch.zeros(2, dtype=torch.long), 2, r"^y\b"),
+        (torch.zeros(3, 1, 8, 8), torch.tensor([0, 1, 2]), 2, "num_classes"),
     ],
 )
 def test_images_that_do_not_fit_their_labels_are_refused(x, y, classes, message):

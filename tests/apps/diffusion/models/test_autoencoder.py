@@ -49,5 +49,5 @@ def _lost_tensors(folder):
 def test_an_unreadable_folder_is_refused(tmp_path, change):
     image_files.tiny_vae().save_pretrained(tmp_path)
     change(tmp_path)
-    with pytest.raises(ValueError, match="The VAE"):
+    with pytest.raises(ValueError, match=tmp_path.name):
         open_vae(str(tmp_path))

@@ -131,7 +131,7 @@ def test_a_new_model_predicts_zero():
         ({"input_size": (8, 7)}, "input_size"),
         ({"patch_size": 0}, "patch_size"),
         ({"hidden_size": 30}, "num_heads"),
-        ({"hidden_size": 6, "num_heads": 3}, "multiple"),
+        ({"hidden_size": 6, "num_heads": 3}, "hidden_size"),
         ({"depth": 0}, "depth"),
         ({"num_classes": -1}, "num_classes"),
         ({"in_channels": 0}, "in_channels"),
@@ -147,16 +147,16 @@ def test_calls_that_do_not_fit_are_refused():
     model, unconditional = DiT(**TINY), DiT(**TINY | {"num_classes": 0})
     x, t, y = batch(model)
     for bad in (x[0], x[:, :3], x[..., :6], torch.cat([x, x], dim=2)):
-        with pytest.raises(ValueError, match="built for"):
+        with pytest.raises(ValueError, match="in_channels"):
             model(bad, t, y)
     with pytest.raises(ValueError, match=r"^t\b"):
         model(x, t[:2], y)
-    with pytest.raises(ValueError, match="missing"):
+    with pytest.raises(ValueError, match=r"^y\b"):
         model(x, t)
-    with pytest.raises(ValueError, match="unconditional"):
+    with pytest.raises(ValueError, match=r"^y\b"):
         unconditional(x, t, y)
     for label in (-1, 11):
-        with pytest.raises(ValueError, match="class ids"):
+        with pytest.raises(ValueError, match=r"^y\b"):
             model(x, t, torch.full_like(y, label))
     with pytest.raises(ValueError, match=r"^y\b"):
         model(x, t, y[:2])

@@ -60,7 +60,7 @@ def test_impossible_budgets_are_refused_with_what_is_needed():
     with pytest.raises(ValueError, match="MACs"):
         within_macs(model, 20 * model.macs(1) - 1, 20)
     assert within_macs(model, 20 * model.macs(1), 20) == (1,) * 20
-    with pytest.raises(ValueError, match="each of 5"):
+    with pytest.raises(ValueError, match="5"):
         spread(4, 5)
-    with pytest.raises(ValueError, match="unknown"):
+    with pytest.raises(ValueError, match="shape"):
         spread(10, 5, "bumpy")

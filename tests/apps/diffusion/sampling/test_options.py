@@ -190,14 +190,14 @@ def test_every_sampler_has_the_networks_noise():
         other = same_noise(bare, name)
         assert torch.allclose(other.alphas_cumprod.double(), bare.alphas_cumprod.double(), rtol=1e-6), name
         assert (other.config["prediction_type"], other.config["num_train_timesteps"]) == ("epsilon", 500)
-    with pytest.raises(ValueError, match="no sampler"):
+    with pytest.raises(ValueError, match="heun"):
         same_noise(base, "heun")
 
 
 def test_recipes_are_checked():
     config = replace(CONFIG, schedule=c.NoiseSchedule(zero_snr=False))
     assert plan(fpdm(), config, SamplingOptions(spacing="leading")).timesteps == (750, 500, 250, 0)
-    with pytest.raises(ValueError, match="cannot follow"):
+    with pytest.raises(ValueError, match="UniPC"):
         plan(fpdm(), config, SamplingOptions(sampler="unipc", spacing="linspace"))
     bad: dict[str, Any]
     for bad in ({"eta": 2.0}, {"share": -1.0}, {"extrapolation": 1.5}, {"iterations": (0,)}, {"max_evals": 0}):

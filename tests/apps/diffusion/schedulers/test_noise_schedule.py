@@ -1,5 +1,6 @@
 """Noise schedules and timesteps, against numbers and formulas worked out apart."""
 
+import re
 from itertools import pairwise
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_kinds_are_diffusers_schedulers_with_the_settings():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "name"),
     [
         ({"prediction": "epsilon"}, "v_prediction"),
         ({"spacing": "leading"}, "trailing"),
@@ -64,8 +65,8 @@ def test_kinds_are_diffusers_schedulers_with_the_settings():
         ({"kind": "dpm++", "clip": 1.0}, "clip"),
     ],
 )
-def test_impossible_schedules_are_refused_with_a_remedy(change, words):
-    with pytest.raises(ValueError, match=words.replace("+", r"\+")):
+def test_impossible_schedules_are_refused_with_a_remedy(change, name):
+    with pytest.raises(ValueError, match=re.escape(name)):
         make_scheduler(**change)
 
 
@@ -96,9 +97,9 @@ def test_timesteps_are_those_of_diffusers_where_it_has_them(n, spacing):
 
 def test_timesteps_refuse_impossible_counts():
     for n in (0, -1, 1001):
-        with pytest.raises(ValueError, match="1 to 1000"):
+        with pytest.raises(ValueError, match="1000"):
             timesteps(n)
-    with pytest.raises(ValueError, match="unknown"):
+    with pytest.raises(ValueError, match="spacing"):
         timesteps(5, "even")
 
 

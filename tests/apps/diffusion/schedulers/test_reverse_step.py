@@ -132,7 +132,7 @@ def test_noise_of_a_sample_is_its_generators_alone():
 
 @pytest.mark.parametrize("array", [(), (5, 5), (3, 10), (1000, 1), (5, -1)])
 def test_impossible_arrays_are_refused(array):
-    with pytest.raises(ValueError, match="fall strictly"):
+    with pytest.raises(ValueError, match="timesteps"):
         Reverse(make_scheduler("ddim"), array)
 
 
@@ -143,8 +143,8 @@ def test_impossible_pairs_are_refused():
     with pytest.raises(ValueError, match="eta"):
         Reverse(make_scheduler("ddim"), timesteps(5), eta=1.5)
     for scheduler in (PNDMScheduler(), HeunDiscreteScheduler()):
-        with pytest.raises(ValueError, match="cannot follow"):
+        with pytest.raises(ValueError, match=type(scheduler).__name__):
             Reverse(scheduler, timesteps(5))
     x, out = image_and_noise()
-    with pytest.raises(ValueError, match="learned variance"):
+    with pytest.raises(ValueError, match="learn_sigma"):
         Reverse(make_scheduler("ddpm", learn_sigma=True), timesteps(5)).step(1, out, x, generators(3))

@@ -88,7 +88,7 @@ def test_the_command_learns_from_the_teacher(run, tmp_path, capsys):
     assert losses[-1] < 0.7 * losses[0]
     assert isinstance(open_run(out).model, FPDM)
     assert distill.main([str(run), "--resume", "--out", str(out)]) == 2
-    assert "train --resume" in capsys.readouterr().err
+    assert "--resume" in capsys.readouterr().err
     assert distill.main(["--out", str(tmp_path / "other")]) == 2
 
 

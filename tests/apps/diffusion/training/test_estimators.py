@@ -86,21 +86,21 @@ def test_none_of_the_library_is_left_out():
 
 
 @pytest.mark.parametrize(
-    ("grad", "solver", "message"),
+    ("grad", "solver", "name"),
     [
         (implicit.SHINE(), implicit.Picard(), "solver:broyden"),
         (implicit.Reversible(), implicit.Anderson(), "solver:picard"),
-        (implicit.SHINE(), implicit.NewtonKrylov(), "NewtonKrylov has none"),
-        (implicit.Unrolled(), implicit.NewtonKrylov(), "Unrolled .* NewtonKrylov"),
+        (implicit.SHINE(), implicit.NewtonKrylov(), "NewtonKrylov"),
+        (implicit.Unrolled(), implicit.NewtonKrylov(), "Unrolled"),
     ],
 )
-def test_pairs_that_cannot_work_are_refused(grad, solver, message):
-    with pytest.raises(ValueError, match=message):
+def test_pairs_that_cannot_work_are_refused(grad, solver, name):
+    with pytest.raises(ValueError, match=name):
         c.Config(grad=grad, solver=solver)
 
 
 @pytest.mark.parametrize(
-    ("build", "message"),
+    ("build", "name"),
     [
         (lambda: implicit.Phantom(damping=1.0), "Phantom.damping"),
         (lambda: implicit.Neumann(terms=0), "Neumann.terms"),
@@ -110,6 +110,6 @@ def test_pairs_that_cannot_work_are_refused(grad, solver, message):
         (lambda: implicit.AndersonGS(memory=0), "AndersonGS.memory"),
     ],
 )
-def test_impossible_values_are_refused(build, message):
-    with pytest.raises(ValueError, match=message):
+def test_impossible_values_are_refused(build, name):
+    with pytest.raises(ValueError, match=name):
         build()

@@ -59,7 +59,7 @@ def test_dropped_labels_become_the_null_class_and_no_others():
     loss(lambda x, t, y: seen.append(y) or x, x0, y, draw, scheduler=make_scheduler(), null_class=10)
     assert seen[0].tolist() == [10, 1, 2, 10, 4, 5]
     assert y.tolist() == [0, 1, 2, 3, 4, 5]
-    with pytest.raises(ValueError, match="null class"):
+    with pytest.raises(ValueError, match="null_class"):
         loss(lambda x, t, y: x, x0, y, draw, scheduler=make_scheduler())
 
 

