@@ -46,7 +46,8 @@ def fixed_point(
         f: keeps the structure, shapes and dtypes of z. Parameters it closes over and tensors in `args` both get their
             gradient. It is called once an evaluation, so that forward hooks and the running statistics of BatchNorm in
             it act ``Solution.evals`` times. Backward hooks in it act once a product of the estimator, on vectors of its
-            linear solve with `IFT`: one that changes them changes the gradient.
+            linear solve with `IFT`: one that changes them changes the gradient. PyTorch calls a tensor's hook with None
+            where second derivatives make the gradient by another graph.
         z0: where to start: a tensor ``(B, *)`` or any nested tuple, list or dict of such tensors with one batch size.
             Each sample is its own system, with its own tolerance, failure and answer. Or a function of `generator`
             that draws such a state.

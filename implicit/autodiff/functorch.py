@@ -166,7 +166,7 @@ def _purify(problem: Problem, layout: Layout, attached: bool) -> tuple[Pure, tup
         return closure_convert(flat, closed)(z, *theta[len(given) :])
 
     uncompiled: Any = not_compiled(pure)
-    return Pure(uncompiled), (*given, *closed)
+    return Pure(uncompiled, layout.widths), (*given, *closed)
 
 
 def _filled(args: tuple[Any, ...], others: tuple[Tensor, ...], taken: list[bool]) -> tuple[Any, ...]:

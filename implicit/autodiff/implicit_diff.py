@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from implicit.autodiff.batched import each_cotangent
+from implicit.autodiff.batched import each_cotangent, is_batched
 from implicit.autodiff.closure_convert import (
     UNTRACED,
     ClosureTracer,
@@ -37,8 +37,9 @@ from implicit.autodiff.closure_convert import (
     has_untraced_leaf,
     own_view,
 )
-from implicit.autodiff.recomputation import CHANGED, record, require_same_image
-from implicit.autodiff.vjp import Barrier, edge, pullback, vjp
+from implicit.autodiff.recomputation import CHANGED, record, require_same_image, summary
+from implicit.autodiff.vjp import edge, pullback, vjp
+from implicit.evaluation import FlatMap
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.options import Problem
 from implicit.pytree import Flat, State, tensors
@@ -53,7 +54,7 @@ _NEAR = 8  # nodes between a learned start and its parameter
 
 
 @not_compiled  # dynamo does not trace the modes of closure conversion
-def attach(phi: Callable[[Flat], Flat], z: Flat, solve: LinearSolve) -> tuple[Flat, Flat]:
+def attach(phi: FlatMap, z: Flat, solve: LinearSolve) -> tuple[Flat, Flat]:
     """(z, phi(z)): z, a fixed point of phi, as a differentiable function of all that phi closes over."""
     with torch.enable_grad():
         x = Barrier.apply(z.detach().requires_grad_())
@@ -63,21 +64,47 @@ def attach(phi: Callable[[Flat], Flat], z: Flat, solve: LinearSolve) -> tuple[Fl
         image, theta, reads = y.detach(), tracer.tensors, tracer.reads()
         if not theta and not has_untraced_leaf(y, (x,)):
             return z.detach(), image
-        first = First(_uncompiled(closure_convert(phi, theta)), record(image), reads, solve.eps)
+        widths = phi.layout.widths
+        first = First(_uncompiled(closure_convert(phi, theta)), record(image, widths), reads, solve.eps, widths)
         views = map(own_view, theta)
         return _FixedPoint.apply(y, x, z.detach(), first, solve, saved_tensor_hooks_active(), *views), image
 
 
-def attach_approximately(phi: Callable[[Flat], Flat], z: Flat, rule: Rule, eps: float) -> tuple[Flat, Flat]:
+def attach_approximately(phi: FlatMap, z: Flat, rule: Rule, eps: float) -> tuple[Flat, Flat]:
     """(z, phi(z)): z, a fixed point of phi, whose gradient reaches all that phi closes over by way of `rule`."""
     with torch.enable_grad():
         x = Barrier.apply(z.detach().requires_grad_())
         y = phi(x)
-    image = y.detach()
+    image, widths, first = y.detach(), phi.layout.widths, None
     if not y.requires_grad or not has_untraced_leaf(y, (x,)):
         return z.detach(), image
-    first = First(_uncompiled(phi), record(image), None, eps) if saved_tensor_hooks_active() else None
+    if saved_tensor_hooks_active():
+        first = First(_uncompiled(phi), record(image, widths), None, eps, widths)
     return _Approximate.apply(y, x, z.detach(), first, rule), image
+
+
+class Barrier(torch.autograd.Function):
+    """Identity at which the engine stops: products with J are taken on demand, not accumulated in a leaf."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.expected = None
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        expected, ctx.expected = ctx.expected, None
+        if expected is not None and grads[0] is not None and not is_batched(grads[0]):
+            require_same_image(grads[0], *expected)
+
+
+def _expect(x: Any, product: Flat | None, eps: float) -> None:
+    """Compare with `product`, of a second evaluation at x, the one that the engine takes next in the first graph.
+
+    The engine comes to x in `backward()`; in `torch.autograd.grad` it takes the gradients that were asked for alone.
+    """
+    if x is not None:
+        x.node.expected = None if product is None else (summary(product), eps)
 
 
 @dataclass(frozen=True)
@@ -88,6 +115,7 @@ class First:
     image: Tensor | None  # its summary
     reads: Reads | None
     eps: float
+    widths: tuple[int, ...] = ()  # columns of the tensors of the state
 
     def __call__(self, x: Flat, *theta: Tensor) -> Flat:
         """phi(x, *theta) of a second evaluation.
@@ -98,7 +126,7 @@ class First:
         with ClosureTracer((x, *theta)) as tracer:
             again = self.function(x, *theta)
         if self.image is not None:
-            require_same_image(again, self.image, self.eps)
+            require_same_image(again, self.image, self.eps, self.widths)
         if self.reads is not None and tracer.contradicts(self.reads):
             raise RuntimeError(CHANGED)
         return again
@@ -131,13 +159,16 @@ class _FixedPoint(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
         value, *theta = ctx.saved_tensors
+        recorded = torch.is_grad_enabled()
         # u = g + J^T u, with products out of the graph of y
         product = pullback(ctx.y, ctx.x)
         if ctx.hooked:
             # theta keeps requires_grad: a checkpoint inside f counts the tensors that its two evaluations save
             product = _evaluated_again(ctx.phi, value, *theta)
         u = ctx.solve(product, g)
-        if not torch.is_grad_enabled():
+        if ctx.hooked and not recorded:
+            _expect(ctx.x, product(u), ctx.solve.eps)
+        if not recorded:
             return (u, *[None] * (5 + len(theta)))
 
         # The gradient will be differentiated: it becomes a function of g, z* and theta.
@@ -151,7 +182,10 @@ class _FixedPoint(torch.autograd.Function):
         again = ctx.phi(point, *stands)
         if has_untraced_leaf(again, (point, *stands)):
             raise RuntimeError(UNTRACED)
-        return (*[None] * 6, *vjp(again, stands, u, create_graph=True))
+        turned, *found = vjp(again, (point, *stands), u, create_graph=True)
+        # one value at z* may belong to two maps (of another damping): J^T u has to be the same too
+        require_same_image(torch.zeros_like(u) if turned is None else turned, summary(product(u)), ctx.solve.eps)
+        return (*[None] * 6, *found)
 
 
 def _attach_explicit(phi: Callable[..., Flat], z: Flat, solve: LinearSolve, theta: tuple[Tensor, ...]) -> Flat:
@@ -183,9 +217,13 @@ class _Approximate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         recorded = torch.is_grad_enabled()
         product = pullback(ctx.y, ctx.x, create_graph=recorded)
-        if ctx.phi is not None and not recorded:
-            product = _evaluated_again(ctx.phi, *ctx.saved_tensors)
-        return (ctx.rule(product, grads[0]), *[None] * 4)
+        phi: First | None = ctx.phi
+        if phi is not None and not recorded:
+            product = _evaluated_again(phi, *ctx.saved_tensors)
+        u = ctx.rule(product, grads[0])
+        if phi is not None:
+            _expect(ctx.x, None if recorded else product(u), phi.eps)
+        return (u, *[None] * 4)
 
 
 def warn_learned_start(problem: Problem, value: State) -> None:

@@ -2,7 +2,8 @@
 
 Setting: a checkpoint runs a function a second time. Of the first run every tensor x of the result is recorded by two
 numbers, ||x|| and w^T x with w_i = cos(i^2), in each row; the second run has to give the same ones up to rounding. The
-norm alone does not tell rows apart that a normalization layer has made.
+norm alone does not tell rows apart that a normalization layer has made. A row that holds several tensors of a state
+is recorded tensor by tensor, since a small one would be lost beside a large one.
 """
 
 from collections.abc import Callable, Iterator
@@ -37,12 +38,12 @@ def repeated_inexactly() -> Iterator[None]:
         _INEXACT.reset(token)
 
 
-def record(image: Tensor) -> Tensor | None:
+def record(image: Tensor, widths: tuple[int, ...] = ()) -> Tensor | None:
     """The `summary` of a value that a second evaluation has to give; None within `repeated_inexactly`."""
-    return None if _INEXACT.get() else summary(image)
+    return None if _INEXACT.get() else summary(image, widths)
 
 
-def require_same_image(again: Tensor, recorded: Tensor, eps: float) -> None:
+def require_same_image(again: Tensor, recorded: Tensor, eps: float, widths: tuple[int, ...] = ()) -> None:
     """Compare a second value of a function, whose relative rounding error is eps, with the `summary` of the first.
 
     Raises:
@@ -51,8 +52,8 @@ def require_same_image(again: Tensor, recorded: Tensor, eps: float) -> None:
     if is_abstract(again):
         return
     with torch.no_grad():
-        now = summary(again)
-        allowed = rounding_of_repetition(max(eps, torch.finfo(recorded.dtype).eps)) * recorded[:, :1]
+        now = summary(again, widths)
+        allowed = rounding_of_repetition(max(eps, torch.finfo(recorded.dtype).eps)) * recorded[..., :1]
         if bool(((now - recorded).abs() > allowed).any()):
             raise RuntimeError(CHANGED)
 
@@ -102,12 +103,17 @@ class SameValue:
         return out
 
 
-def summary(t: Tensor) -> Tensor:
-    """(rows, 2), ||x|| and w^T x of every row x; zeros for what is no floating-point number."""
+def summary(t: Tensor, widths: tuple[int, ...] = ()) -> Tensor:
+    """(rows, 2), ||x|| and w^T x of every row x; (rows, parts, 2) of parts of rows that have so many columns.
+
+    Zeros for what is no floating-point number.
+    """
     t = t.detach()
     if not (t.is_floating_point() or t.is_complex()):
         return torch.zeros(1, 2, device=t.device)
     t = torch.view_as_real(t) if t.is_complex() else t
     rows = t.reshape(len(t), -1) if t.ndim > 1 else t.reshape(1, -1)
+    if len(widths) > 1:
+        return torch.stack([summary(part) for part in rows.split(list(widths), dim=1)], dim=1)
     w = torch.arange(rows.shape[1], dtype=torch.float32, device=t.device).square().cos().to(t.dtype)
     return torch.stack((torch.linalg.vector_norm(rows, dim=1), rows @ w), dim=1)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.batched import is_batched
 from implicit.autodiff.closure_convert import SameReads
-from implicit.autodiff.recomputation import CHANGED, repeated_inexactly, rounding_of_repetition
+from implicit.autodiff.recomputation import repeated_inexactly, require_same_image, summary
 from implicit.evaluation import FlatMap
 from implicit.pytree import Flat, norm, to_device, to_host
 from implicit.solution import Result
@@ -133,8 +133,8 @@ class ReversibleIteration:
         with torch.no_grad():
             code = self._codes(self.flat(value), value)
         self.residual = torch.where(torch.isfinite(self.residual), self.residual, before)
-        lost = (self.result == int(Result.CONVERGED)) & (code != int(Result.CONVERGED))
-        self.result = torch.where(lost, int(Result.MAX_EVALS), self.result)
+        code = torch.where(code == int(Result.CONVERGED), code, int(Result.MAX_EVALS))
+        self.result = torch.where(self.result == int(Result.NONFINITE), self.result, code)
         self.verified = 1
 
     def _evaluate(self, index: int, at: Float[Tensor, "B N"]) -> Flat:
@@ -196,11 +196,8 @@ class ReversibleIteration:
     def evaluated(self, index: int, image: Flat) -> None:
         """Store f of a repeated evaluation."""
         if index == self.last:
-            # rows that are not finite compare as equal
-            with torch.no_grad():
-                eps = rounding(self.flat.f, self.flat.layout)
-                if bool((norm(image - self.value) > rounding_of_repetition(eps) * norm(self.value)).any()):
-                    raise RuntimeError(CHANGED)
+            layout = self.flat.layout
+            require_same_image(image, summary(self.value, layout.widths), rounding(self.flat.f, layout), layout.widths)
         self.image = image
         if index == 0 and self.last:
             # the start is known: y_0 = z_0
@@ -225,6 +222,11 @@ class _Evaluation:
         if at is not None:
             with repeated_inexactly():
                 return self.flat(at)
+        if not hasattr(self.run, "at"):
+            raise NotImplementedError(
+                "f takes a derivative of its own (torch.autograd.grad), and Reversible keeps no graph while it runs "
+                "forward: use IFT, or Unrolled."
+            )
         at = self.run.rewind(self.index).to(self.run.narrow)
         image = self.flat(at.detach().clone().requires_grad_(self.differentiated))
         self.run.evaluated(self.index, image.detach())

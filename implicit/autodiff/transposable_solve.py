@@ -31,6 +31,7 @@ class Pure:
     """F(z, *theta), a function of all tensors with a derivative that it depends on."""
 
     function: Callable[..., Tensor]
+    widths: tuple[int, ...]  # columns of the tensors of the state
     record: Record = field(default_factory=Record)
 
     def __call__(self, z: Tensor, *theta: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ class Pure:
         if tracer.tensors:
             raise RuntimeError(UNTRACED)
         self.record.reads = tracer.reads()
-        return summary(image)
+        return summary(image, self.widths)
 
     def again(self, z: Tensor, *theta: Tensor) -> Tensor:
         """F at the solution, evaluated again.
@@ -147,7 +148,7 @@ class TransposableSolve(torch.autograd.Function):
     @staticmethod
     def forward(act: Any, config: LinearSolve, b: Tensor, image: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
         again, product = act.linearize(z, theta)
-        require_same_image(again, image, config.eps)
+        require_same_image(again, image, config.eps, act.pure.widths)
         return config(product, b)
 
     @staticmethod

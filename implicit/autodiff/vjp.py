@@ -14,18 +14,6 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from implicit.pytree import Flat
 
 
-class Barrier(torch.autograd.Function):
-    """Identity at which the engine stops: products with J are taken on demand, not accumulated in a leaf."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        return None
-
-
 def edge(t: Tensor) -> GradientEdge | None:
     """The gradient edge of t in the graph, which does not keep t itself alive."""
     return get_gradient_edge(t) if t.requires_grad else None

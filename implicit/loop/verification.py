@@ -65,10 +65,11 @@ def image_of_best(f: FlatMap, monitor: ConvergenceMonitor) -> Flat:
     """f(z) of the best iterates with its own residual, or z for a sample of which only z meets the tolerance."""
     with torch.no_grad():
         point = f.evaluate(monitor.best.fz.detach())
-    before = monitor.best.residual.copy()
+    before, code = monitor.best.residual.copy(), monitor.code.copy()
     worse = _worse(before, *measure_claims(monitor, point))
     if not worse.any():
         return monitor.best.fz
+    monitor.code = code.copy()
     monitor.best.residual[worse] = before[worse]
     mask = to_device(worse, f.layout.device).unsqueeze(1)
     value = torch.where(mask, monitor.best.z, monitor.best.fz)
@@ -77,7 +78,7 @@ def image_of_best(f: FlatMap, monitor: ConvergenceMonitor) -> Flat:
         point = f.evaluate(value.detach())
     if not _worse(before, *measure_claims(monitor, point)).any():
         return value
-    monitor.best.residual = before
+    monitor.best.residual, monitor.code = before, code
     return monitor.best.z
 
 
@@ -108,11 +109,17 @@ def _spent(f: FlatMap, monitor: ConvergenceMonitor) -> bool:
 
 
 def measure_claims(monitor: ConvergenceMonitor, point: Point) -> tuple[np.ndarray, np.ndarray]:
-    """Enter the residuals at `point`; which samples have lost their claim there, and which residuals are finite."""
+    """Enter the residuals at `point`, and CONVERGED where they meet the tolerance of a sample that had not.
+
+    Returns:
+        Which samples have lost their claim there, and which residuals are finite.
+    """
     rows = np.arange(len(monitor.code))
     r, _, tolerance = compare(monitor.criterion, point, fetch(monitor.criterion, point)[0], rows)
     finite = np.isfinite(r)
-    lost = (monitor.code == Result.CONVERGED) & (classify(r, tolerance) != Result.CONVERGED)
+    met, code = classify(r, tolerance) == Result.CONVERGED, monitor.code
+    lost = (code == Result.CONVERGED) & ~met
+    code[met & ((code == Result.MAX_EVALS) | (code == Result.STALLED))] = Result.CONVERGED
     monitor.best.residual[finite] = r[finite]
     monitor.evals += 1
     return lost, finite

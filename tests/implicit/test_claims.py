@@ -132,6 +132,18 @@ def test_unrolled_returns_what_it_claims():
         torch.testing.assert_close(found.residual, (f(found.value) - found.value).norm(dim=1))
 
 
+@pytest.mark.parametrize("grad", [IFT(), JFB(), Unrolled(), Unrolled(checkpoint=True), Reversible()], ids=repr)
+@pytest.mark.parametrize("max_evals", range(1, 7))
+def test_a_sample_has_converged_if_and_only_if_its_value_meets_the_tolerance(grad, max_evals):
+    rate = torch.linspace(0.01, 0.5, 12)[:, None].requires_grad_()
+    stop = Stop(rtol=1e-2, max_evals=max_evals)
+    found = fixed_point(lambda z: rate * z + 1, torch.zeros(12, 1), solver=Picard(), grad=grad, stop=stop)
+    with torch.no_grad():
+        image = rate * found.value + 1
+        met = ((image - found.value).abs() <= 1e-2 * image.abs())[:, 0]
+    assert torch.equal(found.converged, met)
+
+
 def test_a_vector_is_refused_by_name():
     with pytest.raises(ValueError, match="batch_dims=0"):
         solve(torch.cos, torch.zeros(5))

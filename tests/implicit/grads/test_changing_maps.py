@@ -1,5 +1,6 @@
 """Maps that change between the solve and the backward pass, or with every evaluation."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -80,6 +81,64 @@ def test_a_map_that_changes_does_no_harm_where_it_is_not_evaluated_again(grad):
         return torch.autograd.grad(value.sum(), f.w)[0]
 
     assert torch.equal(slope(0.0), slope(1.0))
+
+
+class Damped(nn.Module):
+    """(1 - damping) z + damping tanh(z w + x): one fixed point for every damping, and one value there."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.damping = nn.Parameter(weight().detach().double()), 1.0
+
+    def forward(self, z):
+        return (1 - self.damping) * z + self.damping * torch.tanh(z @ self.w.T + X.double())
+
+
+def test_a_damping_that_changes_before_a_second_derivative_is_refused():
+    f = Damped()
+    value = fixed_point(f, ZERO.double(), stop=Stop(rtol=1e-13, max_evals=200)).value
+    f.damping = 0.5
+    with pytest.raises(RuntimeError, match="args"):
+        torch.autograd.grad(value.sum(), f.w, create_graph=True)
+
+
+@pytest.mark.parametrize("grad", [IFT(), Neumann(9), SHINE(refine=3)], ids=repr)
+@pytest.mark.parametrize("damping", [1.0, 0.5])
+def test_a_damping_that_changes_under_hooks_on_saved_tensors_is_refused(grad, damping):
+    f = Damped()
+    stop = Stop(rtol=1e-13, max_evals=200)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+        value = fixed_point(f, ZERO.double(), grad=grad, solver=Broyden(), stop=stop).value
+    f.damping = damping
+    for cotangent in torch.randn(2, *value.shape, dtype=value.dtype):
+        torch.autograd.grad(value, f.w, cotangent, retain_graph=True)
+    with nullcontext() if damping == 1 else pytest.raises(RuntimeError, match="args"):
+        value.sum().backward()
+
+
+@pytest.mark.parametrize("way", ["create_graph", "hooks", "transform", "Reversible"])
+def test_a_change_of_a_small_tensor_is_seen_beside_a_large_one(way):
+    share = 0.5
+    b = torch.ones(2, 3)
+
+    def loss(b):
+        def f(z):
+            return {"large": 0.5 * z["large"] + 1e7, "small": share * torch.tanh(z["small"] + b)}
+
+        z0 = {"large": torch.zeros(2, 3), "small": torch.zeros(2, 3)}
+        grad = Reversible() if way == "Reversible" else IFT()
+        hooks = torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t)
+        with hooks if way == "hooks" else nullcontext():
+            return fixed_point(f, z0, grad=grad, stop=Stop(rtol=1e-5, norm="leaf")).value["small"].sum()
+
+    if way == "transform":
+        pull = torch.func.vjp(loss, b)[1]
+    else:
+        out = loss(b.requires_grad_())
+        pull = lambda g: torch.autograd.grad(out, b, g, create_graph=way == "create_graph")  # noqa: E731
+    share = 0.25
+    with pytest.raises(RuntimeError, match="args"):
+        pull(torch.tensor(1.0))
 
 
 def test_a_map_that_changes_inside_a_transform_is_refused():

@@ -205,3 +205,15 @@ def test_a_map_that_branches_at_its_start_is_repeated_on_the_same_branch():
         z = 0.5 * z + 0.5 * f(y)
     (true,) = torch.autograd.grad(f(z).sum(), w)
     torch.testing.assert_close(got, true, rtol=1e-6, atol=0)
+
+
+def test_an_f_that_takes_derivatives_itself_is_refused_by_name():
+    w = torch.tensor(0.5, requires_grad=True)
+
+    def f(z):
+        with torch.enable_grad():
+            x = z if z.requires_grad else z.detach().requires_grad_()
+            return torch.autograd.grad((w * x.square() / 2).sum(), x, create_graph=True)[0] + 1
+
+    with pytest.raises(NotImplementedError, match="Reversible"):
+        fixed_point(f, torch.zeros(1, 2), grad=Reversible())
