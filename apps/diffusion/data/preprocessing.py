@@ -28,6 +28,7 @@ Size = int | tuple[int, int]
 """Side of a square, or (height, width), in pixels."""
 BACKGROUND = 255  # white
 _LEVELS = {"L;2": 3, "L;4": 15}  # the largest level of PNG's gray in fewer bits, which Pillow scales to 255
+_DEEP_LEVELS = {"I;12": 2**12 - 1}  # the same of TIFF's gray in 12 bits, which Pillow does not scale
 
 
 class Unusable(ValueError):
@@ -97,7 +98,7 @@ def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
     raw = _raw_mode(image)
     # TIFF may store gray with 0 for white; Pillow inverts it in 1 and 8 bits, not in 16
     white_is_zero = kind == "TIFF" and image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0
-    image = _eight_bits(_upright(image), kind)
+    image = _eight_bits(_upright(image), kind, _DEEP_LEVELS.get(raw, 2**16 - 1))
     if white_is_zero:
         image = ImageOps.invert(image)
     if isinstance(transparent := image.info.get("transparency"), tuple) and "16" in raw:
@@ -136,7 +137,8 @@ def _opened(path: Path, least: int) -> Iterator[Image.Image]:
 def _raw_mode(image: Image.Image) -> str:
     """How the file stores a pixel, as Pillow names it; empty where it does not tell."""
     tiles = getattr(image, "tile", ())
-    return str(tiles[0][3]) if tiles else ""
+    args = tiles[0][3] if tiles else ""
+    return str(args[0]) if isinstance(args, tuple) and args else str(args)
 
 
 def _is_gray(image: Image.Image) -> bool:
@@ -173,11 +175,14 @@ def _upright(image: Image.Image) -> Image.Image:
         )
 
 
-def _eight_bits(image: Image.Image, kind: str | None) -> Image.Image:
-    """Step 2 for an image of the format `kind`. Pillow's own conversion clips 16-bit gray to white."""
+def _eight_bits(image: Image.Image, kind: str | None, white: int) -> Image.Image:
+    """Step 2 for an image of the format `kind`, in which `white` is the largest level of gray in more than 8 bits.
+
+    Pillow's own conversion clips 16-bit gray to white.
+    """
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
         levels = np.asarray(image).astype(np.int64)
-        gray = Image.fromarray((levels / 257).round().astype(np.uint8))
+        gray = Image.fromarray((levels * (255 / white)).round().astype(np.uint8))
         if isinstance(transparent := image.info.get("transparency"), int):  # PNG: one gray level is transparent
             gray.putalpha(Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)))
         return gray

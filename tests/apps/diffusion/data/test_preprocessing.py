@@ -223,13 +223,14 @@ def test_exif_agrees_with_pillow(tmp_path):
     assert np.array_equal(read(tmp_path / "a.png", None).transpose(1, 2, 0), shown)
 
 
-@pytest.mark.parametrize("bits", [1, 8, 16])
-@pytest.mark.parametrize("photometric", [0, 1])
-def test_tiff_with_zero_for_white(tmp_path, bits, photometric):
+@pytest.mark.parametrize(("bits", "photometric"), [(1, 0), (1, 1), (8, 0), (8, 1), (12, 1), (16, 0), (16, 1)])
+def test_tiff_of_every_depth_with_zero_for_white_or_black(tmp_path, bits, photometric):
     """Written byte by byte: Pillow writes no such file."""
     left = np.zeros((8, 8), dtype=np.uint16 if bits == 16 else np.uint8)
-    left[:, :4] = 2**bits - 1
+    left[:, :4] = 1 if bits == 12 else 2**bits - 1
     data = np.packbits(left, axis=1).tobytes() if bits == 1 else left.tobytes()
+    if bits == 12:
+        data = np.packbits(np.repeat(left, 12, axis=1), axis=1).tobytes()
     tags = [(256, 8), (257, 8), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 8)]
     tags = [(tag, 4, 1, value) for tag, value in [*tags, (279, len(data))]]
     entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
