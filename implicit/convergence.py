@@ -106,6 +106,8 @@ class ConvergenceMonitor:
         In the last evaluation of the budget a sample without recent progress is evaluated at its best iterate again:
         that costs it little, and shows whether f gives one value there.
         """
+        if z is point.fz and z.requires_grad:  # a node of its own, where gradients are summed as beside frozen samples
+            z = z.view_as(z)
         z = self.masks.apply(z, point, self.best, self.rows)
         self._held = self.code != RUNNING
         if last and not self.noisy and self._made - self.best.oldest >= _AGED:
