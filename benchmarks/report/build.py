@@ -6,6 +6,7 @@ The sections are in `benchmarks/report/sections/`, one file each.
 import argparse
 from pathlib import Path
 
+from benchmarks.diffusion import shipped_sampling
 from benchmarks.harness import read_result
 from benchmarks.report.claims import claims
 from benchmarks.report.formatting import NOTHING
@@ -97,11 +98,18 @@ def guide(result: Path, page: Path) -> None:
 
 
 def sampling(result: Path, page: Path) -> None:
-    """Put precision and the cost of equal bits into the page on sampling that stands beside the report."""
+    """Put the tables of the networks in the repository into the page on sampling that stands beside the report."""
     found = read_result(result)
     if found and page.exists():
         text = mark(page.read_text(), "precision", f"{_QUALITY}\n\n{shipped.quality(found)}")
-        page.write_text(mark(text, "reproducible", f"{_COST}\n\n{shipped.reproducible(found)}"))
+        text = mark(text, "reproducible", f"{_COST}\n\n{shipped.reproducible(found)}")
+        page.write_text(text)
+    ways = read_result(result.with_name("shipped_sampling.json"))
+    if ways and page.exists():
+        text = page.read_text()
+        for marker, rows in shipped_sampling.tables(ways).items():
+            text = mark(text, marker, rows)
+        page.write_text(text)
 
 
 def recipe(result: Path, page: Path) -> None:

@@ -103,7 +103,15 @@ def test_a_deleted_file_leaves_its_rows_not_measured(tmp_path):
 
     peers_jax.json is merged into solvers.json; the others left out stand in guides.
     """
-    elsewhere = ("peers_jax", "published", "public_problems", "warm_adjoint", "contractions", "own_images")
+    elsewhere = (
+        "peers_jax",
+        "published",
+        "public_problems",
+        "warm_adjoint",
+        "contractions",
+        "own_images",
+        "shipped_sampling",
+    )
     full = {part: part.section(RESULTS, tmp_path) for part in report.SECTIONS}
     empty = {part: part.section(tmp_path, tmp_path) for part in report.SECTIONS}
     for name in (path.name for path in RESULTS.glob("*.json") if path.stem not in elsewhere):

@@ -16,7 +16,7 @@ def section(results: Path, images: Path) -> str:
     return "\n\n".join(
         (
             HEAD,
-            "The networks in the repository by their own settings (20 timesteps of DDPM, guidance 2), on one CPU "
+            "The networks in the repository by their own settings (20 timesteps of DDPM, guidance 1.5), on one CPU "
             "thread. Right labels and Fréchet distance by a LeNet of the held-out digits; pixels in 0..1.",
             quality(found),
             "CPU time of `--reproducible` (chunks of 16) and without it, in pairs; other processes were at work on the "

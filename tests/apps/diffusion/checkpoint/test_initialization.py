@@ -93,9 +93,9 @@ def test_training_starts_from_the_weights_and_resumes_without_them(tmp_path):
 
 
 def test_weights_that_predict_something_else_are_named():
-    """mnist-dit predicts the velocity."""
+    """mnist-dit predicts the image."""
     with pytest.warns(UserWarning, match="--schedule.prediction"):
-        warn_of_another_target(Path("mnist-dit"), make_scheduler(prediction="sample"))
+        warn_of_another_target(Path("mnist-dit"), make_scheduler())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_another_target(Path("mnist-dit"), make_scheduler())
+        warn_of_another_target(Path("mnist-dit"), make_scheduler(prediction="sample"))
