@@ -74,11 +74,6 @@ class ConvergenceMonitor:
         self.calls = 0  # evaluations made at the last reading,
         self._looks = self._made = 0  # points taken in, and evaluations made
 
-    @property
-    def has_finished_rows(self) -> bool:
-        """Whether samples are evaluated that have finished."""
-        return bool((self.code[self.rows] != RUNNING).any())
-
     # ---- the loop's calls
 
     def observe(self, point: Point, calls: int, last: bool) -> None:
@@ -232,8 +227,9 @@ class ConvergenceMonitor:
             return False
         if len(seen.rows) < len(self.code) or seen.held.any():
             return False
-        quiet = self.safeguard is None or self.safeguard.is_quiet(seen.calls - self.begin)
-        return self._fast.take(seen, self.best, quiet, self.safeguard is not None)
+        guard = self.safeguard
+        quiet = guard is None or (guard.begun and seen.calls - self.begin < guard.next_due and not guard.failing)
+        return self._fast.take(seen, self.best, quiet, guard is not None)
 
     def _check_repeats(self, seen: Observation, measured: tuple[np.ndarray, ...]) -> None:
         """Whether samples that were evaluated where they were before have another residual now."""
@@ -253,5 +249,5 @@ class ConvergenceMonitor:
         """Let samples run again that had finished."""
         if len(rows):
             self.code[rows] = RUNNING
-            self.best.discard(rows, self.calls)
+            self.best.residual[rows], self.best.since[rows] = np.inf, self.calls  # the next point counts as the first
             self.masks.running, self.done = self._mask(self.code == RUNNING), False

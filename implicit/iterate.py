@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from implicit.autodiff.recomputation import Segments
-from implicit.convergence import ConvergenceMonitor
+from implicit.convergence import RUNNING, ConvergenceMonitor
 from implicit.evaluation import FlatMap, JointMap
 from implicit.loop.fixed_count import begin, fixed_count
 from implicit.loop.progress import progress_callback, recorded
@@ -123,7 +123,7 @@ def _run(f: FlatMap | JointMap, monitor: ConvergenceMonitor, solver: AbstractSol
         monitor.without_newton()
     while f.remaining > 0 and not monitor.done:
         # samples to leave out, and samples to reset
-        if compactor is not None and monitor.has_finished_rows:
+        if compactor is not None and (monitor.code[monitor.rows] != RUNNING).any():
             point, (state, newton) = compactor(point, (state, newton))
         point, state = monitor.apply_resets(point, state, solver)
         # the next iterate, and f there

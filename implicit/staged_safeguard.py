@@ -110,15 +110,6 @@ class StagedSafeguard:
         self.due = np.full(size, patience)
         self.next_due = patience
 
-    def is_quiet(self, calls: int) -> bool:
-        """Whether residuals that are all the smallest so far change nothing here."""
-        return self.begun and calls < self.next_due and not self.failing
-
-    @property
-    def use_picard(self) -> np.ndarray:
-        """Which samples take plain steps."""
-        return self.on(Stage.PLAIN)
-
     def on(self, stage: Stage) -> np.ndarray:
         """Which samples are in `stage`."""
         return self.stage == stage

@@ -44,6 +44,13 @@ class FunctionMode(TorchFunctionMode):
         raise NotImplementedError
 
 
+class _Modes(threading.local):
+    """The active modes of each thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[FunctionMode] = []
+
+
 class _FunctionHook:
     """Routes calls of `autograd.Function.apply` through the modes of the calling thread: torch passes them to no mode.
 
@@ -52,14 +59,8 @@ class _FunctionHook:
 
     lock = threading.Lock()
     active = 0
-    modes = threading.local()
+    local = _Modes()
     original: tuple[Any, ...] = ()  # in a tuple, since a classmethod that is a class attribute would be bound
-
-    @classmethod
-    def stack(cls) -> list[FunctionMode]:
-        if not hasattr(cls.modes, "stack"):
-            cls.modes.stack = []
-        return cls.modes.stack
 
     @classmethod
     def add(cls, mode: FunctionMode) -> None:
@@ -68,11 +69,11 @@ class _FunctionHook:
                 cls.original = (torch.autograd.Function.__dict__["apply"],)
                 setattr(torch.autograd.Function, "apply", classmethod(_apply))  # noqa: B010
             cls.active += 1
-        cls.stack().append(mode)
+        cls.local.stack.append(mode)
 
     @classmethod
     def remove(cls, mode: FunctionMode) -> None:
-        cls.stack().remove(mode)
+        cls.local.stack.remove(mode)
         with cls.lock:
             cls.active -= 1
             if not cls.active:
@@ -81,7 +82,7 @@ class _FunctionHook:
 
 def _apply(function: Any, *args: Any, **kwargs: Any) -> Any:
     """`autograd.Function.apply`, by way of the calling thread's modes, innermost first."""
-    modes = [mode for mode in _FunctionHook.stack() if not mode.paused]
+    modes = [mode for mode in _FunctionHook.local.stack if not mode.paused]
     call: Callable[..., Any] = _FunctionHook.original[0].__get__(None, function)
 
     def run(*args: Any, **kwargs: Any) -> Any:

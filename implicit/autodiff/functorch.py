@@ -18,7 +18,7 @@ from torch import Tensor
 
 from implicit.autodiff.closure_convert import THREAD, UNTRACED, ClosureTracer, closure_convert, own_view
 from implicit.autodiff.jvp import functional_jvp
-from implicit.autodiff.transposable_solve import Adjoint, Direct, Pure, TransposableSolve, mapped
+from implicit.autodiff.transposable_solve import Jacobian, Pure, TransposableSolve, mapped
 from implicit.autodiff.vjp import functional_vjp
 from implicit.evaluation import FlatMap
 from implicit.iterate import iterate
@@ -101,7 +101,11 @@ def solve(
         RuntimeError: f uses a tensor that another thread has made; or, `attached`, one with a derivative that closure
             conversion does not see.
     """
-    _refuse_forward_over_forward()
+    if forward_levels() > 1:  # PyTorch runs the jvp of an autograd.Function without the outer level: zeros
+        raise NotImplementedError(
+            "Forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) is not possible through a fixed point: "
+            "use reverse mode for one of the two, for example torch.func.hessian or jacrev(jacfwd(...))."
+        )
     _refuse_options(options)
     layout = Layout.of(problem.z0, options.batch_dims)
     pure, theta = _purify(problem, layout, attached)
@@ -132,15 +136,6 @@ def _refuse_options(options: SolveOptions) -> None:
             )
 
 
-def _refuse_forward_over_forward() -> None:
-    """PyTorch runs the jvp of an autograd.Function without the outer forward level, and would return zeros."""
-    if forward_levels() > 1:
-        raise NotImplementedError(
-            "Forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) is not possible through a fixed point: "
-            "use reverse mode for one of the two, for example torch.func.hessian or jacrev(jacfwd(...))."
-        )
-
-
 @not_compiled  # dynamo does not trace the modes of closure conversion
 def _purify(problem: Problem, layout: Layout, attached: bool) -> tuple[Pure, tuple[Tensor, ...]]:
     """f as F(z, *theta): theta are the tensors in args and, by closure conversion, those that f closes over.
@@ -165,8 +160,7 @@ def _purify(problem: Problem, layout: Layout, attached: bool) -> tuple[Pure, tup
         flat = FlatMap(f, _filled(args, theta[: len(given)], taken), layout)
         return closure_convert(flat, closed)(z, *theta[len(given) :])
 
-    uncompiled: Any = not_compiled(pure)
-    return Pure(uncompiled, layout.widths), (*given, *closed)
+    return Pure(not_compiled(pure), layout.widths), (*given, *closed)
 
 
 def _filled(args: tuple[Any, ...], others: tuple[Tensor, ...], taken: list[bool]) -> tuple[Any, ...]:
@@ -253,14 +247,14 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         z, image, *theta = ctx.saved_tensors
-        u = TransposableSolve.apply(Adjoint(ctx.pure), ctx.config, grads[0], image, z, *theta)
+        u = TransposableSolve.apply(Jacobian(ctx.pure, True), ctx.config, grads[0], image, z, *theta)
         return None, None, None, None, *functional_vjp(lambda *t: ctx.pure(z, *t), tuple(theta), u)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         z, image, *theta = ctx.saved_tensors
         moved = functional_jvp(lambda *t: ctx.pure(z, *t), tuple(theta), tangents[4:])
-        return TransposableSolve.apply(Direct(ctx.pure), ctx.config, moved, image, z, *theta)
+        return TransposableSolve.apply(Jacobian(ctx.pure, False), ctx.config, moved, image, z, *theta)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:

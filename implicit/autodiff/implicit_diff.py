@@ -65,7 +65,7 @@ def attach(phi: FlatMap, z: Flat, solve: LinearSolve) -> tuple[Flat, Flat]:
         if not theta and not has_untraced_leaf(y, (x,)):
             return z.detach(), image
         widths = phi.layout.widths
-        first = First(_uncompiled(closure_convert(phi, theta)), record(image, widths), reads, solve.eps, widths)
+        first = First(not_compiled(closure_convert(phi, theta)), record(image, widths), reads, solve.eps, widths)
         views = map(own_view, theta)
         return _FixedPoint.apply(y, x, z.detach(), first, solve, saved_tensor_hooks_active(), *views), image
 
@@ -79,7 +79,7 @@ def attach_approximately(phi: FlatMap, z: Flat, rule: Rule, eps: float) -> tuple
     if not y.requires_grad or not has_untraced_leaf(y, (x,)):
         return z.detach(), image
     if saved_tensor_hooks_active():
-        first = First(_uncompiled(phi), record(image, widths), None, eps, widths)
+        first = First(not_compiled(phi), record(image, widths), None, eps, widths)
     return _Approximate.apply(y, x, z.detach(), first, rule), image
 
 
@@ -101,7 +101,7 @@ class Barrier(torch.autograd.Function):
 def _expect(x: Any, product: Flat | None, eps: float) -> None:
     """Compare with `product`, of a second evaluation at x, the one that the engine takes next in the first graph.
 
-    The engine comes to x in `backward()`; in `torch.autograd.grad` it takes the gradients that were asked for alone.
+    The engine comes to x in `backward()`; in `torch.autograd.grad` it takes the requested gradients alone.
     """
     if x is not None:
         x.node.expected = None if product is None else (summary(product), eps)
@@ -109,7 +109,10 @@ def _expect(x: Any, product: Flat | None, eps: float) -> None:
 
 @dataclass(frozen=True)
 class First:
-    """phi(x, *theta), and the record of its first evaluation at the solution."""
+    """phi(x, *theta), and the record of its first evaluation at the solution.
+
+    It is `not_compiled`: a block of it that is would be compiled again for every substitution mode.
+    """
 
     function: Callable[..., Flat]
     image: Tensor | None  # its summary
@@ -267,9 +270,3 @@ def _evaluated_again(phi: First, z: Flat, *theta: Tensor) -> Product:
         x = z.detach().requires_grad_()
         y = phi(x, *theta)
     return pullback(y, x)
-
-
-def _uncompiled(phi: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """phi without torch.compile inside: a compiled block would be compiled again for every substitution mode."""
-    uncompiled: Any = not_compiled(phi)
-    return uncompiled

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from implicit.pytree import Map, State
 from implicit.torch_internals import (
+    Hooks,
     parametrize_cache,
     put_saved_tensor_hooks,
     set_parametrize_cache,
@@ -58,6 +59,14 @@ def weights_once(f: Map) -> Map:
     return WeightsOnce(f, torch.is_grad_enabled())
 
 
+class _Solves(threading.local):
+    """Of each thread: its solves, innermost last, and the modes of autograd to be restored."""
+
+    def __init__(self) -> None:
+        self.solves: list[WeightsOnce] = []
+        self.modes: list[tuple[bool, Hooks]] = []
+
+
 class _Cache(dict[Any, Tensor]):
     """Stands in for the dictionary of `parametrize.cached()` while some thread evaluates a `WeightsOnce`.
 
@@ -65,20 +74,14 @@ class _Cache(dict[Any, Tensor]):
     """
 
     lock = threading.Lock()
-    local = threading.local()
+    local = _Solves()
     active = 0
     users: ClassVar[dict[Any, Any]] = {}
     enabled = 0  # how many `cached()` of the user were active
 
     @classmethod
-    def solves(cls) -> list[WeightsOnce]:
-        if not hasattr(cls.local, "solves"):
-            cls.local.solves, cls.local.modes = [], []
-        return cls.local.solves
-
-    @classmethod
     def enter(cls, solve: WeightsOnce) -> None:
-        cls.solves().append(solve)
+        cls.local.solves.append(solve)
         with cls.lock:
             if not cls.active:
                 cls.users, cls.enabled = parametrize_cache()
@@ -88,14 +91,14 @@ class _Cache(dict[Any, Tensor]):
 
     @classmethod
     def leave(cls) -> None:
-        cls.solves().pop()
+        cls.local.solves.pop()
         with cls.lock:
             cls.active -= 1
             cache, enabled = parametrize_cache()
             set_parametrize_cache(cache if cls.active else cls.users, enabled - 1)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        solves = self.solves()
+        solves = self.local.solves
         if not solves:
             return self.users.get(key) if self.enabled else None
         solve = solves[-1]
@@ -112,7 +115,7 @@ class _Cache(dict[Any, Tensor]):
         return found
 
     def __setitem__(self, key: Any, weight: Tensor) -> None:
-        solves = self.solves()
+        solves = self.local.solves
         if solves:
             mode, hooks = self.local.modes.pop()
             torch.set_grad_enabled(mode)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit.pytree import map_tensors
+from implicit.pytree import tensors
 from implicit.torch_internals import is_abstract
 
 CHANGED = (
@@ -95,8 +95,7 @@ class SameValue:
             RuntimeError: it is not the value of the first run.
         """
         out = self.function(*args)
-        now: list[Tensor] = []
-        map_tensors(lambda t: (now.append(t), t)[1], out if self.parts is None else out[: self.parts])
+        now = tensors(out if self.parts is None else out[: self.parts])
         for t, recorded in zip(now, self.recorded, strict=False):
             require_same_image(t, recorded, 0.0)
         self.recorded = self.recorded or [summary(t) for t in now]

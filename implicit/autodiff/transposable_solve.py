@@ -93,60 +93,47 @@ def mapped(
 
 
 @dataclass(frozen=True)
-class Adjoint:
-    """v -> J^T v, J = dF/dz."""
+class Jacobian:
+    """v -> J v, or v -> J^T v where `transposed`; J = dF/dz."""
 
     pure: Pure
+    transposed: bool
 
     def __call__(self, v: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
-        return functional_vjp(lambda x: self.pure(x, *theta), (z,), v)[0]
+        def at(x: Tensor) -> Tensor:
+            return self.pure(x, *theta)
+
+        return functional_vjp(at, (z,), v)[0] if self.transposed else functional_jvp(at, (z,), (v,))
 
     def linearize(self, z: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, Product]:
-        """F(z, theta), evaluated once, and v -> J^T v there, for plain tensors."""
-        return linearize(lambda x: self.pure.again(x, *(t.detach() for t in theta)), z)
-
-    def adjoint(self) -> "Direct":
-        return Direct(self.pure)
-
-    def fold(self, size: int, dims: tuple[int | None, ...]) -> "Adjoint":
-        return Adjoint(self.pure.fold(size, dims))
-
-
-@dataclass(frozen=True)
-class Direct:
-    """v -> J v."""
-
-    pure: Pure
-
-    def __call__(self, v: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
-        return functional_jvp(lambda x: self.pure(x, *theta), (z,), (v,))
-
-    def linearize(self, z: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, Product]:
-        """F(z, theta) and v -> J v there, for plain tensors.
+        """F(z, theta), evaluated once, and the product there, for plain tensors.
 
         J v is the vjp of v -> J^T v, or where F has no second derivative, a jvp that evaluates F again.
         """
+        fixed = [t.detach() for t in theta]
+        if self.transposed:
+            return linearize(lambda x: self.pure.again(x, *fixed), z)
         with torch.inference_mode(False), torch.enable_grad():
             x = z.detach().clone().requires_grad_()
-            image = self.pure.again(x, *(t.detach() for t in theta))
+            image = self.pure.again(x, *fixed)
             try:
                 product = pushforward(image, x)
             except (NotImplementedError, RuntimeError):
                 return image.detach(), lambda v: self(v, z, *theta)
         return image.detach(), product
 
-    def adjoint(self) -> Adjoint:
-        return Adjoint(self.pure)
+    def adjoint(self) -> "Jacobian":
+        return replace(self, transposed=not self.transposed)
 
-    def fold(self, size: int, dims: tuple[int | None, ...]) -> "Direct":
-        return Direct(self.pure.fold(size, dims))
+    def fold(self, size: int, dims: tuple[int | None, ...]) -> "Jacobian":
+        return replace(self, pure=self.pure.fold(size, dims))
 
 
 class TransposableSolve(torch.autograd.Function):
     """u = b + A u, for A = J or J^T at (z, theta); `image` is the summary of F(z, theta) in the forward pass."""
 
     @staticmethod
-    def forward(act: Any, config: LinearSolve, b: Tensor, image: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
+    def forward(act: Jacobian, config: LinearSolve, b: Tensor, image: Tensor, z: Tensor, *theta: Tensor) -> Tensor:
         again, product = act.linearize(z, theta)
         require_same_image(again, image, config.eps, act.pure.widths)
         return config(product, b)

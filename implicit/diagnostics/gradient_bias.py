@@ -162,21 +162,9 @@ def row(label: str, taken: Sequence[Measured], truth: Float[Tensor, " n"], time:
         mean = torch.stack(gradients).mean(dim=0)
         cosine = float(torch.nn.functional.cosine_similarity(mean, truth, dim=0))
         error = float((mean - truth).norm() / truth.norm())
-
-    def average(name: str) -> float:
-        return sum(getattr(one, name) for one in taken) / len(taken)
-
-    return BiasRow(
-        name=label,
-        cosine=cosine,
-        error=error,
-        saved=average("saved"),
-        peak=average("peak"),
-        evals=average("evals"),
-        products=average("products"),
-        time=time,
-        note=" ".join(dict.fromkeys(one.note for one in taken if one.note)),
-    )
+    costs = (sum(getattr(one, cost) for one in taken) / len(taken) for cost in ("saved", "peak", "evals", "products"))
+    note = " ".join(dict.fromkeys(one.note for one in taken if one.note))
+    return BiasRow(label, cosine, error, *costs, time=time, note=note)
 
 
 def labeled(estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad]) -> dict[str, AbstractGrad]:

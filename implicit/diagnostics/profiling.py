@@ -26,19 +26,15 @@ class Counter:
     evals: int = 0
     products: int = 0
 
-    def evaluation(self) -> None:
-        """Count an evaluation of f."""
-        self.evals += 1
-
-    def product(self) -> None:
-        """Count a vector-Jacobian product."""
-        self.products += 1
+    def count(self, evals: int = 0, products: int = 0) -> None:
+        """Count evaluations of f and vector-Jacobian products."""
+        self.evals, self.products = self.evals + evals, self.products + products
 
     def watch(self, f: Map) -> Map:
         """f, counted."""
 
         def watched(z: State, *args: Any) -> State:
-            self.evaluation()
+            self.count(evals=1)
             out = f(z, *args)
             return rebuild(out, iter(_Tap.apply(self, *leaves(out))))
 
@@ -56,7 +52,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.counter.product()
+        ctx.counter.count(products=1)
         return (None, *grads)
 
 

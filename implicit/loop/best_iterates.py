@@ -94,10 +94,6 @@ class BestIterates:
         for kept, new in zip(self.absolute, (r, s), strict=True):
             kept[rows[least]] = new[least]
 
-    def discard(self, rows: np.ndarray, calls: int) -> None:
-        """Forget the residuals of `rows`: the next point read counts as the first."""
-        self.residual[rows], self.since[rows] = np.inf, calls
-
     def at_rounding(self, rows: np.ndarray, calls: int, eps: float) -> np.ndarray:
         """Which of `rows` have come to rounding error, and not improved for some of `calls` evaluations."""
         floor, age, least = _ROUNDING * eps * self.size[rows], calls - self.since[rows], self.residual[rows]

@@ -35,7 +35,7 @@ class StepMasks:
 
     def set_stages(self, safeguard: StagedSafeguard, to_mask: Callable[[np.ndarray], Mask]) -> None:
         """Bring the stages of the safeguard to the device."""
-        plain, newton = safeguard.use_picard, safeguard.on(Stage.NEWTON)
+        plain, newton = safeguard.on(Stage.PLAIN), safeguard.on(Stage.NEWTON)
         self.plain = to_mask(plain) if self.plain is not None or plain.any() else None
         self.newton = to_mask(newton) if newton.any() else None
 

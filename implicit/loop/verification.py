@@ -43,7 +43,9 @@ def must_continue(f: FlatMap, monitor: ConvergenceMonitor, compact: bool, image:
     if coupled and f.remaining > 0:
         return True
     spend_budget(monitor)
-    if not coupled and (_verified(monitor, image) or _spent(f, monitor)):
+    # without budget and claims, f is not called once more for residuals of coupled samples
+    claimed = (monitor.code == Result.CONVERGED).any()
+    if not coupled and (_verified(monitor, image) or (f.remaining <= 0 and not claimed)):
         return False
     with torch.no_grad():
         point = f.evaluate(monitor.best.z)
@@ -101,11 +103,6 @@ def _verified(monitor: ConvergenceMonitor, image: bool) -> bool:
     tested = np.zeros(len(monitor.code), dtype=bool)
     tested[rows[held]] = True
     return bool((tested | (since == calls)).all())
-
-
-def _spent(f: FlatMap, monitor: ConvergenceMonitor) -> bool:
-    """Whether the budget is, and nothing is claimed: f is not called once more for residuals of coupled samples."""
-    return f.remaining <= 0 and not (monitor.code == Result.CONVERGED).any()
 
 
 def measure_claims(monitor: ConvergenceMonitor, point: Point) -> tuple[np.ndarray, np.ndarray]:

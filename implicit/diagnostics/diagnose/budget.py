@@ -23,30 +23,21 @@ class Budget(Counter):
         """Evaluations and products left."""
         return self.limit - self.evals - self.products
 
-    def evaluation(self) -> None:
-        """Count an evaluation of f."""
-        self._require(1)
-        super().evaluation()
+    def count(self, evals: int = 0, products: int = 0) -> None:
+        """Count evaluations of f and products, made here or elsewhere.
 
-    def product(self) -> None:
-        """Count a vector-Jacobian product."""
-        self._require(1)
-        super().product()
-
-    def charge(self, products: int) -> None:
-        """Count products that were made outside of this counter."""
-        self._require(products)
-        self.products += products
-
-    def _require(self, count: int) -> None:
-        if count > self.remaining:
+        Raises:
+            BudgetSpent: there are not as many left.
+        """
+        if evals + products > self.remaining:
             raise BudgetSpent(f"the budget of {self.limit} evaluations and products is spent")
+        super().count(evals, products)
 
     def plain(self, f: Map) -> Map:
         """f with its evaluations counted, and nothing put into its graph, so that every kind of derivative works."""
 
         def counted(z: State, *args: Any) -> State:
-            self.evaluation()
+            self.count(evals=1)
             return f(z, *args)
 
         return counted

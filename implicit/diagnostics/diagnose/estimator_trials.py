@@ -89,7 +89,7 @@ def _times(
     repeats = min(repeats, budget.remaining // each - 1)
     if repeats < 1 or not good:
         return {}
-    budget.charge(each * (repeats + 1))
+    budget.count(products=each * (repeats + 1))
     runs: dict[str, Callable[[], object]] = {"": problem.solve}
     for name in good:
         runs[name] = partial(problem.gradient, estimators[name])

@@ -101,20 +101,20 @@ def kind(kinds: Kinds, spectrum: Spectrum, found: Tensor) -> list[Finding]:
     return findings
 
 
-def kind_from_iterations(rows: Sequence[SolverRow]) -> Finding | None:
+def kind_from_iterations(rows: Sequence[SolverRow]) -> list[Finding]:
     """The kind of fixed point by which iterations converged, plain and damped, where f has no derivative."""
     able = {row.solver: row for row in rows if row.samples and row.converged == row.samples}
     if not able:
-        return None
+        return []
     samples = tuple(range(next(iter(able.values())).samples))
     for solver, condition in ((Picard(), Condition.CONTRACTIVE), (Picard(0.5), Condition.OSCILLATING)):
         if solver in able:
             evidence = f"{able[solver].name} converged in {able[solver].most} evaluations"
-            return Finding(condition, evidence, samples, certain=False)
-    return Finding(Condition.EXPANDING, f"only {', '.join(r.name for r in able.values())} converged", samples, False)
+            return [Finding(condition, evidence, samples, certain=False)]
+    return [Finding(Condition.EXPANDING, f"only {', '.join(r.name for r in able.values())} converged", samples, False)]
 
 
-def kinks(f: FlatMap, z: Flat, found: Tensor) -> Finding | None:
+def kinks(f: FlatMap, z: Flat, found: Tensor) -> list[Finding]:
     """Whether f has a kink at z: D(h) of two directions at two distances, nine evaluations."""
     fz = f(z)
     scale = root_mean_square(z)
@@ -135,9 +135,9 @@ def kinks(f: FlatMap, z: Flat, found: Tensor) -> Finding | None:
         shares.append(share)
     kinked = (shares[1] >= _KINK) & (differences[1] >= _FALL * differences[0])
     if not bool(kinked.any()):
-        return None
+        return []
     evidence = f"one-sided slopes of f at the fixed point differ by {_span(shares[1][kinked])} of their sum"
-    return Finding.of(Condition.KINKED, evidence, kinked, bool(found[kinked].all()))
+    return [Finding.of(Condition.KINKED, evidence, kinked, bool(found[kinked].all()))]
 
 
 def _span(numbers: Tensor) -> str:

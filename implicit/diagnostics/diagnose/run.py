@@ -32,6 +32,7 @@ from implicit.stopping import Stop
 
 _PRODUCTS = 40  # most Ritz values
 _TOL = 1e-6  # of the leading one
+_DEEP = 200  # most evaluations of the solve to the rounding error
 _NOTHING = float("nan")
 
 
@@ -165,12 +166,13 @@ class _Run:
         if self.has(Condition.NOISY):
             self.deep = self.best
             return
-        deep = self.solves().deepest(self.best.row.solver, self.stop)
+        # down to the rounding error of the state's dtype
+        most = max(1, min(_DEEP, self.budget.remaining - 5))
+        stop = replace(self.stop, rtol=1e-30, atol=0.0, max_evals=most)
+        deep = self.solves().run(self.best.row.solver, stop)
         better = deep.solution is not None and not deep.row.residual > self.best.row.residual
         self.deep = deep if better else self.best
-        codes = self.best.solution.result.cpu()
-        below = solutions.below_rounding(self.stop, self.best.row, codes, self.deep, self.layout)
-        self.findings += [] if below is None else [below]
+        self.findings += solutions.below_rounding(self.stop, self.best.solution.result, self.deep, self.layout)
 
     def _note_noise(self) -> None:
         """Noise that was found during a solve only."""
@@ -190,16 +192,12 @@ class _Run:
         found = solver_trials.relative(self.deep.solution, self.layout) <= max(self.stop.rtol, 100 * self.layout.eps)
         gap = self._eigenvalues(z, found)
         with torch.no_grad():
-            kink = jacobian.kinks(self.flat(), z, found)
-        self.findings += [] if kink is None else [kink]
-        start = solutions.at_start(self.problem.z0, self.deep, self.layout)
-        self.findings += [] if start is None else [start]
+            self.findings += jacobian.kinks(self.flat(), z, found)
+        self.findings += solutions.at_start(self.problem.z0, self.deep, self.layout)
         if bool(found.any()):
-            tight = solutions.starting_stop(self.stop, self.layout)
             if self.budget.remaining < solutions.COST:
                 self.missing.append("whether other starts give other answers, for lack of budget")
-            more = solutions.several(self.solves(), self.deep.row.solver, tight, self.deep, gap)
-            self.findings += [] if more is None else [more]
+            self.findings += solutions.several(self.solves(), self.stop, self.deep, gap)
 
     def _eigenvalues(self, z: Tensor, found: Tensor) -> Tensor | None:
         """Findings from the spectrum of df/dz at z; min |1 - lambda| of each sample."""
@@ -221,10 +219,9 @@ class _Run:
             self.missing.append(f"why f has no derivative ({str(error).splitlines()[0][:80]})")
         if found_values is None or not all(recorded):
             self.missing.append("eigenvalues, since autograd records no derivative of f")
-            kind = jacobian.kind_from_iterations([trial.row for trial in self.trials])
-            self.findings = ([] if kind is None else [kind]) + self.findings
+            self.findings = jacobian.kind_from_iterations([trial.row for trial in self.trials]) + self.findings
             return None
-        self.budget.charge(found_values.values.shape[1])
+        self.budget.count(products=found_values.values.shape[1])
         self.spectrum = found_values
         kinds = Kinds.of(found_values)
         self.findings = jacobian.kind(kinds, found_values, found) + self.findings

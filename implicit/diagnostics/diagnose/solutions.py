@@ -1,16 +1,13 @@
 """Questions about the fixed point that was found: several of them? the start itself? a tolerance below rounding?"""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from implicit.diagnostics.diagnose.condition import Condition, Finding
 from implicit.diagnostics.diagnose.map_checks import normal, root_mean_square
-from implicit.diagnostics.diagnose.solver_trials import SolverRow, SolverTrials, Trial, relative
+from implicit.diagnostics.diagnose.solver_trials import SolverTrials, Trial, relative
 from implicit.pytree import Layout, PerSample, State, norm
 from implicit.solution import Result
-from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
 
 _PAIRS = 2  # pairs of opposite starts
@@ -20,16 +17,17 @@ _APART = 1e-2  # relative distance of two answers that counts, beside their erro
 _NEAR, _CLOSE = 1e-3, 1e-2  # relative distance of answer and start: the same, and nearly so
 
 
-def several(
-    trials: SolverTrials, solver: AbstractSolver[Any], stop: Stop, first: Trial, gap: PerSample | None
-) -> Finding | None:
+def several(trials: SolverTrials, stop: Stop, first: Trial, gap: PerSample | None) -> list[Finding]:
     """Solve from other starts, in pairs on opposite sides of z0, and compare the answers.
 
-    Two answers differ if they are further apart than `_APART` of their norm plus ten times the error that their
-    residuals allow, residual / min |1 - lambda|.
+    Each is solved for to a hundredth of the tolerance, as far as rounding permits. Two answers differ if they are
+    further apart than `_APART` of their norm plus ten times the error that their residuals allow, residual / min
+    |1 - lambda|.
     """
     assert first.solution is not None
-    layout, budget = trials.layout, trials.budget
+    layout, budget, solver = trials.layout, trials.budget, first.row.solver
+    rtol = max(0.01 * stop.rtol, 100 * layout.eps)
+    stop = Stop(rtol=rtol, atol=0.01 * stop.atol, norm=stop.norm, max_evals=_EACH)
     start, answer = layout.pack(trials.problem.z0), layout.pack(first.solution.value)
     scale = 2 * (root_mean_square(answer) + root_mean_square(answer - start))
     scale = torch.where(scale > 0, scale, 1.0).unsqueeze(1)
@@ -53,18 +51,12 @@ def several(
             most = torch.maximum(most, apart.nan_to_num(nan=0.0))
     mask = most > 1
     if not bool(mask.any()):
-        return None
+        return []
     evidence = f"{seen} other starts gave answers {float(most.max()) * _APART:.2g} of their norm away"
-    return Finding.of(Condition.SEVERAL_FIXED_POINTS, evidence, mask, bool((most[mask] > 5).all()))
+    return [Finding.of(Condition.SEVERAL_FIXED_POINTS, evidence, mask, bool((most[mask] > 5).all()))]
 
 
-def starting_stop(stop: Stop, layout: Layout) -> Stop:
-    """The stopping criterion of the other starts: a hundredth of the tolerance, as far as rounding permits."""
-    rtol = max(0.01 * stop.rtol, 100 * layout.eps)
-    return Stop(rtol=rtol, atol=0.01 * stop.atol, norm=stop.norm, max_evals=_EACH)
-
-
-def at_start(z0: State, answer: Trial, layout: Layout) -> Finding | None:
+def at_start(z0: State, answer: Trial, layout: Layout) -> list[Finding]:
     """Whether the answer is the start."""
     assert answer.solution is not None
     start, z = layout.pack(z0), layout.pack(answer.solution.value)
@@ -73,22 +65,19 @@ def at_start(z0: State, answer: Trial, layout: Layout) -> Finding | None:
     ended = answer.solution.result.to(moved.device) != Result.NONFINITE
     mask = (moved <= _CLOSE) & ended & (relative(answer.solution, layout) <= _CLOSE)
     if not bool(mask.any()):
-        return None
+        return []
     worst = float(moved[mask].max())
     evidence = f"the answer is within {worst:.1e} of its norm of z0"
-    return Finding.of(Condition.STARTS_AT_EQUILIBRIUM, evidence, mask, worst <= _NEAR)
+    return [Finding.of(Condition.STARTS_AT_EQUILIBRIUM, evidence, mask, worst <= _NEAR)]
 
 
-def below_rounding(
-    stop: Stop, row: SolverRow | None, codes: Tensor | None, deep: Trial, layout: Layout
-) -> Finding | None:
-    """Whether the tolerance asks for less than the rounding error of f(z) - z."""
-    floor = deep.row.residual
+def below_rounding(stop: Stop, codes: Tensor, deep: Trial, layout: Layout) -> list[Finding]:
+    """Whether the tolerance is below the rounding error of f(z) - z."""
     if stop.atol == 0 and stop.rtol < layout.eps:
         evidence = f"rtol {stop.rtol:.1e} is below the rounding error {layout.eps:.1e} of the state's dtype"
-        return Finding(Condition.BELOW_ROUNDING, evidence, tuple(range(len(deep.row.evals) or 1)))
-    stalled = None if codes is None else codes == Result.STALLED
-    if row is None or stalled is None or not bool(stalled.any()):
-        return None
-    evidence = f"rtol {stop.rtol:.1e}, and residuals end at {floor:.1e} of ||z||"
-    return Finding.of(Condition.BELOW_ROUNDING, evidence, stalled)
+        return [Finding(Condition.BELOW_ROUNDING, evidence, tuple(range(len(deep.row.evals) or 1)))]
+    stalled = codes.cpu() == Result.STALLED
+    if not bool(stalled.any()):
+        return []
+    evidence = f"rtol {stop.rtol:.1e}, and residuals end at {deep.row.residual:.1e} of ||z||"
+    return [Finding.of(Condition.BELOW_ROUNDING, evidence, stalled)]

@@ -34,7 +34,6 @@ CANDIDATES: tuple[AbstractSolver[Any], ...] = (
 _WORTH = 1.1
 _PATIENT = 100  # least budget of a candidate
 UNFINISHED = "not finished: the budget is spent"
-_DEEP = 200  # most evaluations of the solve to the rounding error
 TOLERANCES = tuple(10.0**-k for k in range(1, 14))
 
 
@@ -126,11 +125,6 @@ class SolverTrials:
         """Every candidate from z0; a candidate for which the budget does not suffice has a row with that note."""
         patient = replace(stop, max_evals=max(stop.max_evals, _PATIENT))
         return [self.run(solver, patient) for solver in solvers]
-
-    def deepest(self, solver: AbstractSolver[Any], stop: Stop) -> Trial:
-        """A solve down to the rounding error of the state's dtype."""
-        most = max(1, min(_DEEP, self.budget.remaining - 5))
-        return self.run(solver, replace(stop, rtol=1e-30, atol=0.0, max_evals=most))
 
 
 def _failed(solver: AbstractSolver[Any], note: str) -> SolverRow:
