@@ -74,7 +74,7 @@ def write(model: DiT | FPDM, request: Request) -> str:
     Raises:
         ValueError: a network that the layout has no place for, or something stands in the way.
     """
-    layout = {"DiT": "dit", "FPDM": "fpdm"}[type(model).__name__]
+    layout = type(model).__name__.lower()
     if request.to in ("dit", "fpdm") and request.to != layout:
         raise ValueError(
             f"A network of the class {type(model).__name__} cannot be written as --to {request.to}; take {layout}."

@@ -153,10 +153,8 @@ def _extractor(request: Request, real: Source | None) -> feature_extractors.Extr
             )
         found = feature_extractors.reference_features(torch.cat(list(real.batches())), real.labels)
     else:
-        trained = (
-            feature_extractors.digit_features if request.features == "digits" else feature_extractors.mnist_features
-        )
-        found = trained()
+        digits = request.features == "digits"
+        found = feature_extractors.digit_features() if digits else feature_extractors.mnist_features()
     return found if request.precision == "no" else feature_extractors.HalfPrecision(found, device)
 
 

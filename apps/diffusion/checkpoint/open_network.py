@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,6 @@ class OpenedNetwork:
         classes: names of its classes; empty where they have none.
         images: images seen in training; None where unknown.
         threads: CPU threads of its run; None for PyTorch's choice.
-        digest: SHA-256 of its weights.
         config: the configuration of its run; None where there is none.
     """
 
@@ -66,8 +65,12 @@ class OpenedNetwork:
     classes: tuple[str, ...] = ()
     images: int | None = None
     threads: int | None = None
-    digest: str
     config: Config | None = None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of its weights."""
+        return hashing.of_tensors(self.model.state_dict())
 
     def to(self, device: str) -> None:
         """Move the network, and take the number of CPU threads of its run."""
@@ -149,7 +152,6 @@ def open_run(run: str | Path, weights: Weights = "ema") -> OpenedNetwork:
         classes=classes,
         images=images,
         threads=config.threads,
-        digest=hashing.of_tensors(model.state_dict()),
         config=config,
     )
 
@@ -199,7 +201,6 @@ def _of_pipeline(folder: Path) -> OpenedNetwork:
         options=replace(options, sampler="flow") if is_flow(scheduler) else options,
         decoder=partial(_decoder, model, vae),
         classes=tuple(index.get("classes") or ()),
-        digest=hashing.of_tensors(model.state_dict()),
     )
 
 
@@ -218,7 +219,6 @@ def _of_model(folder: Path, prediction: Prediction | None, zero_snr: bool | None
         scheduler=scheduler,
         options=SamplingOptions(),
         decoder=partial(_decoder, model, None),
-        digest=hashing.of_tensors(model.state_dict()),
     )
 
 

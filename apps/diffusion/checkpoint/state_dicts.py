@@ -56,13 +56,10 @@ def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     Raises:
         ValueError: none that is known.
     """
-    for prefix, layout in (
-        ("block_fixed_point.", "fpdm"),
-        ("blocks.", "dit"),
-        ("transformer_blocks.", "diffusers"),
-    ):
+    prefixes: dict[str, Layout] = {"block_fixed_point.": "fpdm", "blocks.": "dit", "transformer_blocks.": "diffusers"}
+    for prefix, layout in prefixes.items():
         if any(name.startswith(prefix) for name in tensors):
-            return layout  # pyright: ignore[reportReturnType]
+            return layout
     raise ValueError(
         f"These {len(tensors)} tensors ({', '.join(sorted(tensors)[:5])}{', ...' if len(tensors) > 5 else ''}) are in "
         "none of the layouts dit, fpdm and diffusers: there is no tensor named blocks.*, block_fixed_point.* or "

@@ -114,12 +114,11 @@ def all_of(run: Path) -> list[Path]:
     return sorted(p for p in (run / "checkpoints").glob(12 * "[0-9]") if p.is_dir())
 
 
-def load(path: Path, device: str = "cpu", tensors: Sequence[str] = TENSORS) -> Checkpoint:
-    """Reads the checkpoint in the folder `path`, and compares the files with their checksums.
+def load(path: Path, tensors: Sequence[str] = TENSORS) -> Checkpoint:
+    """Reads the checkpoint in the folder `path` to the CPU, and compares the files with their checksums.
 
     Args:
         path: the folder.
-        device: of the tensors.
         tensors: the files to read, of "model", "ema", "optimizer"; the others are left empty.
 
     Raises:
@@ -137,7 +136,7 @@ def load(path: Path, device: str = "cpu", tensors: Sequence[str] = TENSORS) -> C
             expected = state["files"].get(file.name) if "files" in state else None
             if "files" in state and hashing.of_file(file) != expected:
                 raise ValueError("its SHA-256 is not the one in state.json")
-            found[name] = load_file(file, device=device)
+            found[name] = load_file(file)
         optimizer: dict[int, dict[str, Tensor]] = {}
         for key, value in found["optimizer"].items():
             number, name = key.split(".", 1)
@@ -194,8 +193,8 @@ def _progress(plain: dict[str, Any]) -> Progress:
     return Progress(**plain)
 
 
-def newest(run: Path, device: str = "cpu", tensors: Sequence[str] = TENSORS) -> Checkpoint:
-    """The newest checkpoint of a run; arguments as those of `load`.
+def newest(run: Path, tensors: Sequence[str] = TENSORS) -> Checkpoint:
+    """The newest checkpoint of a run; `tensors` as in `load`.
 
     Raises:
         Unreadable: there is none, or it is damaged.
@@ -205,4 +204,4 @@ def newest(run: Path, device: str = "cpu", tensors: Sequence[str] = TENSORS) -> 
         raise Unreadable(
             f"{run} holds no checkpoint; give the folder of a run, as printed by `python -m apps.diffusion.train`."
         )
-    return load(found[-1], device, tensors)
+    return load(found[-1], tensors)

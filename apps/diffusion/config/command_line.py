@@ -72,8 +72,7 @@ def parse_flags(name: str, argv: Sequence[str], default: Config) -> tuple[Config
     unused = [name for name in _FPDM_ONLY if attrgetter(name)(config) != attrgetter(name)(default)]
     if config.model.kind == "dit" and unused:
         raise ValueError(
-            f"{', '.join(unused)} do not apply to a DiT, which has no fixed point; leave them out, or give "
-            "--model.kind fpdm."
+            f"A DiT has no fixed point for {', '.join(unused)}; leave these out, or give --model.kind fpdm."
         )
     return config, resume
 

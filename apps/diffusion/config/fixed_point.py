@@ -65,9 +65,8 @@ def _any_solver(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.
 
 def check_pair(grad: implicit.AbstractGrad, solver: implicit.AbstractSolver[Any]) -> None:
     """Raises ValueError where an estimator cannot work with a solver, or would ignore it."""
-    own, base = type(solver), implicit.AbstractSolver
-    inverses = ("inverse_transpose", "transposed")
-    if isinstance(grad, implicit.SHINE) and all(getattr(own, i, None) is getattr(base, i, None) for i in inverses):
+    own = type(solver)
+    if isinstance(grad, implicit.SHINE) and own.inverse_transpose is implicit.AbstractSolver.inverse_transpose:
         raise ValueError(
             f"SHINE needs a solver with an approximate inverse, and {own.__name__} has none; use solver:broyden, "
             "solver:anderson, solver:anderson-gs, solver:multisecant or solver:bad-broyden."

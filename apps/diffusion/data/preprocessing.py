@@ -27,6 +27,7 @@ from PIL import Image, ImageCms, ImageOps
 Size = int | tuple[int, int]
 """Side of a square, or (height, width), in pixels."""
 BACKGROUND = 255  # white
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()  # EXIF 2 to 8
 _LEVELS = {"L;2": 3, "L;4": 15}  # the largest level of PNG's gray in fewer bits, which Pillow scales to 255
 _DEEP_LEVELS = {"I;12": 2**12 - 1}  # the same of TIFF's gray in 12 bits, which Pillow does not scale
 
@@ -155,24 +156,13 @@ def _upright(image: Image.Image) -> Image.Image:
         orientation = image.getexif().get(0x0112, 1)
     except Exception:  # Pillow parses EXIF data with code of many formats
         orientation = 1
-    if orientation not in (2, 3, 4, 5, 6, 7, 8):
+    if orientation not in range(2, 9):
         return image
     image.load()
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # other damaged entries, which exif_transpose writes again
-        turn = Image.Transpose
-        return image.transpose(
-            {
-                2: turn.FLIP_LEFT_RIGHT,
-                3: turn.ROTATE_180,
-                4: turn.FLIP_TOP_BOTTOM,
-                5: turn.TRANSPOSE,
-                6: turn.ROTATE_270,
-                7: turn.TRANSVERSE,
-                8: turn.ROTATE_90,
-            }[orientation]
-        )
+        return image.transpose(Image.Transpose[_TURNS[orientation - 2]])
 
 
 def _eight_bits(image: Image.Image, kind: str | None, white: int) -> Image.Image:

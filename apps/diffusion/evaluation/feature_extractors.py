@@ -112,9 +112,7 @@ def mnist_features(epochs: int | None = None) -> ClassifierFeatures:
     return features_of(mnist("held-out"), epochs=epochs, name="mnist")
 
 
-def reference_features(
-    images: Tensor, labels: Tensor | None = None, seed: int = 0, epochs: int = 12
-) -> ClassifierFeatures:
+def reference_features(images: Tensor, labels: Tensor | None = None, epochs: int = 12) -> ClassifierFeatures:
     """Of a classifier of the reference, for images of any kind: no weights are fetched.
 
     Images are resized to at most 32 x 32 pixels. Without classes the network learns by which multiple of 90 degrees an
@@ -123,7 +121,6 @@ def reference_features(
     Args:
         images: (n, C, H, W), uint8.
         labels: (n,) their classes; None without.
-        seed: of the training.
         epochs: of the training.
 
     Raises:
@@ -138,7 +135,7 @@ def reference_features(
         x = torch.cat([x.rot90(k, (2, 3)) for k in range(4)])
     y = torch.arange(4).repeat_interleave(len(images)) if labels is None else labels
     known = TensorDataset(x, y, num_classes=int(y.max()) + 1)
-    return ClassifierFeatures(train_classifier(known, seed, epochs), shape, classifies=labels is not None, resizes=True)
+    return ClassifierFeatures(train_classifier(known, 0, epochs), shape, classifies=labels is not None, resizes=True)
 
 
 def _resized(images: Tensor, shape: tuple[int, int, int]) -> Tensor:

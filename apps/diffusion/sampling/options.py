@@ -78,15 +78,13 @@ def plan(
     check_start(visited, zero_snr, noise["num_train_timesteps"])
     reverse = Reverse(scheduler, visited, eta=options.value("eta"))  # raises where they do not fit
     solve = _solve(model, options, len(visited), guidance, stop, warm_start) if model.has_fixed_point else None
-    if options.parallel is not None:
-        _check_parallel(reverse, solve)
     found = SamplingPlan(
         scheduler=scheduler,
         timesteps=visited,
         eta=options.value("eta"),
         guidance=guidance,
         solve=solve,
-        parallel=_parallel(options),
+        parallel=_parallel(options, reverse, solve),
     )
     if solve is None or stop is not None or options.value("allocation") != "measured":
         return found
@@ -119,16 +117,14 @@ def _scheduler(scheduler: Any, options: SamplingOptions) -> Any:
     return scheduler if options.sampler is None else same_noise(scheduler, options.sampler)
 
 
-def _parallel(options: SamplingOptions) -> Parallel | None:
-    """How all timesteps are solved for at once; None: one after another."""
+def _parallel(options: SamplingOptions, reverse: Reverse, solve: Solve | None) -> Parallel | None:
+    """How all timesteps are solved for at once; None: one after another.
+
+    Raises:
+        ValueError: timesteps depend on one another beyond x.
+    """
     if options.parallel is None:
         return None
-    rtol = Parallel.rtol if options.parallel_rtol is None else options.parallel_rtol
-    return Parallel(solver=options.parallel, rtol=rtol, window=options.window)
-
-
-def _check_parallel(reverse: Reverse, solve: Solve | None) -> None:
-    """Raises OptionError or ValueError where timesteps depend on one another beyond x."""
     if not reverse.closed_form:
         raise OptionError(
             f"{{0}} is for ddim, ddpm and flow; {type(reverse.scheduler).__name__} carries a state from timestep to "
@@ -138,6 +134,8 @@ def _check_parallel(reverse: Reverse, solve: Solve | None) -> None:
         )
     if solve is not None:
         solve.alike()
+    rtol = Parallel.rtol if options.parallel_rtol is None else options.parallel_rtol
+    return Parallel(solver=options.parallel, rtol=rtol, window=options.window)
 
 
 def _measured(

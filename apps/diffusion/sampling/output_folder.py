@@ -59,7 +59,7 @@ class OutputFolder:
         if self.folder.exists() and (
             not self.folder.is_dir() or any(not p.name.startswith(".settings.json.") for p in self.folder.iterdir())
         ):
-            if not note.exists():  # asked last: another process may write the settings at this time
+            if not note.exists():  # checked last: another process may write the settings at this time
                 raise ValueError(f"{self.folder} holds something else than samples; {remedy}")
         make_folder(self.folder)
         write_or_compare(note, settings, remedy)

@@ -97,10 +97,9 @@ def measure(
     *,
     iterations: int,
     images: int = 8,
-    seed: int = 0,
     chunk: int = CHUNK,
 ) -> ResidualCurves:
-    """The residual curves of J = `iterations` iterations, by sampling images 0 ... `images` - 1 of the stream `seed`.
+    """The residual curves of J = `iterations` iterations, by sampling images 0 ... `images` - 1 of seed 0.
 
     Classes are cycled through; all but the number of iterations is that of `plan`.
     """
@@ -114,7 +113,7 @@ def measure(
             range(images),
             labels,
             plan=replace(plan, solve=solve),
-            seed=seed,
+            seed=0,
             chunk=chunk,
             reproducible=False,
             device=model.device,

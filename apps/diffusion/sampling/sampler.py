@@ -201,10 +201,14 @@ def sample(
             plan with a scheduler or a solve that carries a state from step to step.
     """
     began = time.perf_counter()
+    if plan.solve is not None and not hasattr(model, "has_fixed_point"):
+        raise ValueError(f"solve is for an FPDM, not for {type(model).__name__}; leave it out, or unwrap the model.")
+    solve = plan.solve or Solve()
+    solve.check(len(plan.timesteps))
     trajectory = _Trajectory(
         model=model,
         plan=plan,
-        solve=_solve_of(model, plan),
+        solve=solve if plan.parallel is None else solve.alike(),
         shape=shape or model.latent,  # pyright: ignore[reportFunctionMemberAccess]
         device=torch.device(device),
         dtype=dtype,
@@ -223,19 +227,6 @@ def sample(
     order = torch.tensor([p for batch in groups for p in batch.positions]).argsort()
     effort = replace(Effort.joined(efforts).of(order), seconds=time.perf_counter() - began)
     return SampleResult(samples=torch.cat(parts)[order], indices=tuple(indices), labels=labels, effort=effort)
-
-
-def _solve_of(model: Any, plan: SamplingPlan) -> Solve:
-    """The solve of a plan.
-
-    Raises:
-        ValueError: it does not fit the model, the timesteps, or sampling in parallel.
-    """
-    if plan.solve is not None and not hasattr(model, "has_fixed_point"):
-        raise ValueError(f"solve is for an FPDM, not for {type(model).__name__}; leave it out, or unwrap the model.")
-    solve = plan.solve or Solve()
-    solve.check(len(plan.timesteps))
-    return solve if plan.parallel is None else solve.alike()
 
 
 @dataclass(frozen=True, kw_only=True)

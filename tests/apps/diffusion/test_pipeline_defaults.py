@@ -45,9 +45,7 @@ OPTIONS: dict[str, dict[str, Any] | None] = {
 
 def opened(options, model=None) -> OpenedNetwork:
     model = model or randomized(FPDM(**SMALL)).eval()
-    return OpenedNetwork(
-        model=model, scheduler=make_scheduler("ddim"), options=options, decoder=lambda *_: None, digest=""
-    )
+    return OpenedNetwork(model=model, scheduler=make_scheduler("ddim"), options=options, decoder=lambda *_: None)
 
 
 def described(found) -> dict[str, Any]:

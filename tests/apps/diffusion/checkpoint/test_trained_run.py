@@ -161,7 +161,7 @@ def damaged(runs: Path, tmp_path: Path, what: str) -> list[str]:
         ("no checkpoint", "apps.diffusion.train"),
         ("another network", "UNet"),
         ("unreadable vae", "AutoencoderKL"),
-        ("another vae", "has other weights"),
+        ("another vae", "--vae"),
         ("wrong latent shape", "8"),
         ("no vae", "gone"),
         ("class out of range", "--classes"),
