@@ -197,7 +197,7 @@ class ConvergenceMonitor:
         best.update_absolute(rows, counts, *whole)
         best.update(rows, (counts & (r < best.residual[rows])) | converged | stopped, seen.point, r, s, seen.calls)
 
-        # which have come to rounding error, or have failed; a point made before a reset says nothing about the retry
+        # which have come to rounding error, or have failed; a point made before a reset is not part of the retry
         stalled = live & ~converged & ~stopped & best.at_rounding(rows, seen.calls, self.layout.eps)
         fresh = seen.calls > self.reset_at[rows]
         broken = running & ~finite & fresh

@@ -78,7 +78,7 @@ class FlatMap:
         return flat
 
     def evaluate(self, z: Flat, tangent: Flat | None = None) -> Point:
-        """f at z, rounded to what the state's dtype can hold, and J tangent there where a solver asks for it."""
+        """f at z, rounded to what the state's dtype can hold, and J tangent there if a tangent is given."""
         z = self.layout.round(z) if self.layout.lossy else z
         if tangent is None:
             return Point(z, self(z), remaining=self.remaining)

@@ -202,7 +202,7 @@ def _solution(monitor: ConvergenceMonitor, value: Flat, options: SolveOptions, s
 
 
 def _safeguard(solver: AbstractSolver[Any], z: Flat, derivatives: bool) -> StagedSafeguard | None:
-    """The safeguard that the solver asks for; its Newton-Krylov stage needs `derivatives`, that no transform takes.
+    """The safeguard of a solver that has `patience`; its Newton-Krylov stage needs `derivatives` outside of transforms.
 
     `Unrolled` cannot record those, and leaves the stage out without a graph too: the value is one.
     """

@@ -84,7 +84,8 @@ class Solution:
             with the smallest residual, the best finite iterate. Without tolerance (``rtol = atol = 0``) it is f(z) of
             the last evaluation. Estimators that take further steps with a graph return where those end.
         residual: (B,) norm of f(z) - z at z = `value`; without tolerance, of the last step, which led to `value`. Where
-            f couples samples and the budget ends before one converges, each was measured where its mates were then.
+            f couples samples and the budget ends before one converges, each was measured beside the others as they
+            were then.
         result: (B,) a `Result` code for every sample (int8). Without tolerance no sample of several is CONVERGED: f is
             not evaluated at the value any more.
         evals: (B,) how often f was evaluated for this sample (int64), at most `Stop.max_evals` times by the solve; an

@@ -115,12 +115,12 @@ class StagedSafeguard:
         return self.stage == stage
 
     def pop_resets(self) -> np.ndarray:
-        """Which samples must be reset; asked once."""
+        """Which samples must be reset; cleared by the call."""
         resets, self.resets, self.pending = self.resets, np.zeros_like(self.resets), False
         return resets
 
     def pop_starts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which samples begin again at the start of the solve, and which return from there; asked once."""
+        """Which samples begin again at the start of the solve, and which return from there; cleared by the call."""
         over, back = self.over, self.back
         self.over, self.back = np.zeros_like(over), np.zeros_like(back)
         return over, back

@@ -38,7 +38,7 @@ class ReversibleIteration:
     the number of steps each sample took.
 
     Evaluation 2k is f(z_k) and evaluation 2k - 1 is f(y_k). The graph of each is built without its saved tensors, as
-    `torch.utils.checkpoint` does, and without its input too: when the engine asks for the saved tensors of evaluation
+    `torch.utils.checkpoint` does, and without its input too: when the engine unpacks the saved tensors of evaluation
     j, the run goes back from where it is to the input of evaluation j, and evaluates f there again.
 
     Args:

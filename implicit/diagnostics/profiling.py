@@ -85,9 +85,9 @@ class Bytes(TorchDispatchMode):
         if key not in self._sizes:
             self._sizes[key] = store.nbytes() if made else 0
             self.alive += self._sizes[key]
-            weakref.finalize(store, self._forget, key)
+            weakref.finalize(store, self._freed, key)
 
-    def _forget(self, key: int) -> None:
+    def _freed(self, key: int) -> None:
         self.alive -= self._sizes.pop(key)
 
 

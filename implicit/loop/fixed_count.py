@@ -164,7 +164,7 @@ def _segment(
 
 
 class _Observer:
-    """Reads residuals for the trace and the callback, if there is one, and folds what the trace asks for."""
+    """Reads residuals for the trace and the callback, if there is one, and folds the evaluations into the trace."""
 
     def __init__(self, criterion: Criterion, callback: Report | None, fold: Fold | None = None) -> None:
         self.criterion, self.callback, self.fold = criterion, callback, fold

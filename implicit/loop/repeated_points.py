@@ -22,7 +22,7 @@ class Repeats:
 
     Attributes:
         kept: had converged, and meet the tolerance still.
-        rounded: had converged, and miss it by rounding, or by mates that move as little.
+        rounded: had converged, and miss it by rounding, or because other samples moved as little.
         lost: had converged, and have another residual now, above the tolerance.
         moved: had not converged, and have another residual now.
     """

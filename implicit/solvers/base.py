@@ -98,8 +98,8 @@ class AbstractSolver(abc.ABC, Generic[S]):
     def step(self, point: Point, state: S) -> tuple[Flat, Flat | None, S]:
         """(next iterate, tangent, solver state).
 
-        The loop evaluates f at the next iterate. A tangent v (B, N) asks for J v along with that evaluation, which
-        then costs one evaluation and one Jacobian-vector product; None asks for f alone. Tensors of `point` may be
+        The loop evaluates f at the next iterate. With a tangent v (B, N) that evaluation gives J v too, and
+        then costs one evaluation and one Jacobian-vector product; None: f alone. Tensors of `point` may be
         kept but never written to.
         """
 

@@ -31,7 +31,7 @@ _PLAIN = -2  # instead of a slot: the next step is plain
 
 @dataclass(frozen=True)
 class NewtonKrylovState:
-    """GMRES of every sample at its z: `slot` products asked for, none (0) where a new Newton step begins."""
+    """GMRES of every sample at its z: `slot` products requested, none (0) where a new Newton step begins."""
 
     z: Flat
     basis: HistoryBuffer

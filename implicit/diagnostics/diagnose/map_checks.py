@@ -30,7 +30,7 @@ class GenericPoint:
 
 
 def normal(like: Flat, seed: int) -> Flat:
-    """Standard normal numbers, the same for every batch-mate, device and dtype."""
+    """Standard normal numbers, the same for every sample, device and dtype."""
     rng = torch.Generator().manual_seed(seed)
     return torch.randn(like.shape[1], generator=rng, dtype=torch.float64).to(like).expand_as(like)
 
