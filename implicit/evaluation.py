@@ -56,6 +56,8 @@ class FlatMap:
         state = self.layout.unpack(z)
         if torch.compiler.is_compiling():
             return self.layout.pack(self.layout.check(self.f(state, *self.args), state))
+        if state is z and z.requires_grad:  # a node of its own, where f's gradients are summed before any others
+            state = z.view_as(z)
         # versions of the input, and of earlier outputs, before and after the call
         first = self.calls <= _CHECKED
         before = _versions(state) if first else None
