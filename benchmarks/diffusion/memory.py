@@ -1,16 +1,14 @@
-"""Peak memory of a training step at XL/2 without a GPU, predicted on fake tensors or counted in real steps on the CPU.
+"""Peak memory of a training step at XL/2 without a GPU, predicted on fake tensors.
 
     python -m benchmarks.diffusion.memory                writes benchmarks/results/memory_xl.json and prints the tables
-    python -m benchmarks.diffusion.memory --real 4 8     steps that fake tensors cannot run: IFT and Reversible
     python -m benchmarks.diffusion.memory --validate     real steps beside their predictions (14 GiB of free memory)
     python -m benchmarks.diffusion.memory --largest      the largest batch on each card with checkpointing, by search
 
 A step is forward, mean squared error, backward and fused AdamW, as in training; learned sigma, 4 x 32 x 32 latents.
 `FakeTensorMode` carries shapes and storages through the very code that trains; `MemTracker` adds the storages alive:
 parameters, gradients, optimizer state, activations and temporaries. Workspaces inside kernels and fragmentation of an
-allocator are not in it. Real steps count the same quantity with `harness.MemoryTracker`, which shares no code with it.
-IFT and Reversible decide by values in their backward passes, so that their rows are counted in real steps at small
-batches.
+allocator are not in it. IFT takes one product in its backward pass there. Real steps on the CPU count the same quantity
+with `harness.MemoryTracker`, which shares no code with it.
 """
 
 import argparse
@@ -31,7 +29,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from apps.diffusion.models import FPDM, DiT
 from benchmarks.diffusion import steps
 from benchmarks.diffusion.largest_batch import CARDS, Case, searched
-from benchmarks.diffusion.memory_tables import by_row, extrapolated, markdown
+from benchmarks.diffusion.memory_tables import by_row, markdown
 from benchmarks.harness import RESULTS, MemoryTracker, provenance, read_result, write_result
 from implicit import JFB, AbstractGrad, Unrolled
 
@@ -40,10 +38,9 @@ ESTIMATORS: dict[str, tuple[int, AbstractGrad]] = {
     "S-JFB (6, 6), near the expected draw": (6, JFB(6)),
     "S-JFB (12, 12), the worst draw": (12, JFB(12)),
     "JFB": (12, JFB()),
+    **{name: steps.ESTIMATORS[name] for name in ("IFT", "Reversible")},
 }
 """Evaluations before the estimator's own, and the estimator. Counts are fixed, as fake tensors have no values."""
-BY_VALUES = {name: steps.ESTIMATORS[name] for name in ("IFT", "Reversible")}
-"""The same for estimators that read values in the backward pass: IFT takes at most 12 products."""
 VALIDATED = "S-JFB (6, 6), near the expected draw"
 SETTINGS = ((False, "fp32"), (True, "fp32"), (False, "bf16"), (True, "bf16"))
 """Checkpointing and precision of a row."""
@@ -90,7 +87,7 @@ def training_step(case: Case, size: Size) -> tuple[nn.Module, torch.optim.Optimi
     t, y = torch.randint(1000, (case.batch,)), torch.randint(1000, (case.batch,))
     options: dict[str, Any] = {}
     if case.network == "FPDM":
-        free, grad = (ESTIMATORS | BY_VALUES)[case.estimator]
+        free, grad = ESTIMATORS[case.estimator]
         options = {"iterations": free, "grad": grad}
 
     def step() -> None:
@@ -132,21 +129,16 @@ def fake_peak(case: Case, size: Size = XL) -> int:
     return max(int(device["Total"]) for device in snapshot.values())
 
 
-def real_peaks(case: Case, size: Size = XL) -> tuple[int, int]:
-    """The same on real tensors on the CPU: bytes of storages alive at the peak of the whole second step, and at that of
-    its forward and backward pass. That is affine in the batch size where the activations take more than the gradients,
-    from about batch 8 on at XL/2; at batch 1 and 2 it is the sum of weights, gradients and moments.
-    """
+def real_peak(case: Case, size: Size = XL) -> int:
+    """The same on real tensors on the CPU: bytes of storages alive at the peak of the second step."""
     gc.collect()
-    passes: list[int] = []
     with MemoryTracker() as memory:
-        network, optimizer, step = training_step(case, size)
+        network, _, step = training_step(case, size)
         steps.draw_weights(network)  # new weights make every block the identity, and the gradient zero
         step()
         memory.peak = memory.alive
-        optimizer.register_step_pre_hook(lambda *_: passes.append(memory.peak))
         step()
-    return memory.peak, passes[0]
+    return memory.peak
 
 
 def cases(batches: tuple[int, ...]) -> Iterator[Case]:
@@ -158,20 +150,17 @@ def cases(batches: tuple[int, ...]) -> Iterator[Case]:
             yield Case("FPDM", batch, estimator, checkpointed, precision)
 
 
-def real_cases(batches: tuple[int, ...]) -> Iterator[Case]:
-    """FPDM by the estimators that fake tensors cannot run, and by one that they can, to compare."""
-    for setting, estimator, batch in itertools.product(SETTINGS, (*BY_VALUES, VALIDATED), batches):
-        yield Case("FPDM", batch, estimator, *setting)
-
-
 def validated() -> Iterator[Case]:
-    """Steps of which prediction and count stand side by side; bf16, slow on most CPUs, at batch 1."""
+    """Steps of which prediction and count stand side by side; bf16, slow on most CPUs, once."""
     for batch in (1, 2):
         yield Case("DiT", batch)
         yield Case("FPDM", batch, VALIDATED)
     yield Case("FPDM", 2, VALIDATED, checkpointed=True)
-    yield Case("FPDM", 1, VALIDATED, precision="bf16")
-    yield Case("DiT", 1, precision="bf16")
+    for estimator in (VALIDATED, "IFT", "Reversible"):
+        for batch in (4, 8):
+            yield Case("FPDM", batch, estimator)
+        yield Case("FPDM", 4, estimator, checkpointed=True)
+    yield Case("FPDM", 4, "IFT", precision="bf16")
 
 
 def searched_cases() -> Iterator[Case]:
@@ -210,13 +199,8 @@ def _predicted(case: Case) -> dict[str, int]:
     return {"peak bytes": fake_peak(case)}
 
 
-def _counted(case: Case) -> dict[str, int]:
-    peak, passes = real_peaks(case)
-    return {"peak bytes": peak, "passes bytes": passes}
-
-
 def _compared(case: Case) -> dict[str, int]:
-    return {"fake": fake_peak(case), "real": real_peaks(case)[0]}
+    return {"fake": fake_peak(case), "real": real_peak(case)}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -225,26 +209,24 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, default=RESULTS / "memory_xl.json", help="result file; resumed if it exists"
     )
     parser.add_argument("--batches", type=int, nargs="*", default=[64, 8, 1], help="batch sizes of the predictions")
-    parser.add_argument("--real", type=int, nargs="*", default=[], help="batch sizes of real steps, such as 4 8")
-    parser.add_argument("--validate", action="store_true", help="real steps at batch 1 and 2 beside their predictions")
+    parser.add_argument("--validate", action="store_true", help="real steps beside their predictions")
     parser.add_argument("--largest", action="store_true", help="search for the largest batches with checkpointing")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     old = read_result(options.out)
     result = {
-        "command": "python -m benchmarks.diffusion.memory --real 4 8 --validate --largest",
+        "command": "python -m benchmarks.diffusion.memory --validate --largest",
         "size": asdict(XL),
         "optimizer": "fused AdamW, float32",
         **provenance("cpu", "diffusers"),
-        **{entry: old.get(entry, []) for entry in ("peaks", "real", "validation", "largest")},
+        **{entry: old.get(entry, []) for entry in ("peaks", "validation", "largest")},
     }
     measure(result, options.out, "peaks", cases(tuple(options.batches)), _predicted)
-    measure(result, options.out, "real", real_cases(tuple(options.real)), _counted)
     measure(result, options.out, "validation", validated() if options.validate else (), _compared)
     peaks = by_row(result["peaks"])
     searches = searched_cases() if options.largest else ()
     measure(result, options.out, "largest", searches, lambda case: _searched(case, peaks[case.row]))
-    print(markdown(result["peaks"], result["largest"]), extrapolated(result["real"]), sep="\n\n")
+    print(markdown(result["peaks"], result["largest"]))
 
 
 if __name__ == "__main__":

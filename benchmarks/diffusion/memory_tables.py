@@ -44,28 +44,3 @@ def markdown(measured: list[dict[str, Any]], largest: list[dict[str, Any]]) -> s
         lines.append([", ".join(filter(None, row)), *sizes, share, *cards])
     head = ["training step", *(f"batch {b}" for b in batches), "of the same DiT"]
     return table([*head, *(f"largest batch, {card}" for card in CARDS)], lines)
-
-
-def extrapolated(counts: list[dict[str, Any]]) -> str:
-    """Peaks of real steps in GiB, and what follows from the line through those of forward and backward passes. The line
-    bounds the convex peak of a row with checkpointing: from below at larger batches, and the largest batch from above.
-    """
-    rows: dict[tuple[str, ...], dict[int, dict[str, int]]] = {}
-    for found in counts:
-        case = Case(**found["case"])
-        rows.setdefault(case.row, {})[case.batch] = found
-    batches = sorted({batch for found in rows.values() for batch in found})
-    lines = []
-    for row, found in rows.items():
-        if len(found) < 2:
-            continue
-        passes = {batch: one["passes bytes"] for batch, one in found.items()}
-        (a, low), (b, high) = sorted(passes.items())[-2:]
-        least = min(one["peak bytes"] for one in found.values())  # of the optimizer's step
-        beyond = max(low + (high - low) * (64 - a) / (b - a), least) / GIB
-        below, above = ("at least ", "at most ") if "checkpointed" in row else ("", "")
-        cells = [f"{found[batch]['peak bytes'] / GIB:.2f}" if batch in found else "-" for batch in batches]
-        fits = [f"{above}{largest_batch(passes, size)}" for size in CARDS.values()]
-        lines.append([", ".join(filter(None, row)), *cells, f"{below}{beyond:.2f}", *fits])
-    head = ["training step", *(f"batch {b}, counted" for b in batches), "batch 64, by the line"]
-    return table([*head, *(f"largest batch, {card}" for card in CARDS)], lines)

@@ -26,6 +26,7 @@ from implicit.evaluation import FlatMap
 from implicit.pytree import Flat, norm, to_device, to_host
 from implicit.solution import Result
 from implicit.stopping import Criterion, Stop, classify, classify_count
+from implicit.torch_internals import is_abstract
 
 _RUNNING = -1
 _FAR = 1e4  # relative error above which the step where the backward run diverged is unknown
@@ -150,9 +151,15 @@ class ReversibleIteration:
     def begin_backward(self, saved: Sequence[Tensor]) -> None:
         """Reset to the end of the run, before a backward pass."""
         self.value, self.y, self.z, self.first, *self.kept = saved
-        self.last = self.at = 2 * (int(self.steps.max()) if len(self.steps) else 0)
+        self.last = self.at = 2 * self._most_steps()
         self.image: Tensor | None = None  # of the evaluation that the run stands at
         self.drift = _Drift(self.steps, self.beta)
+
+    def _most_steps(self) -> int:
+        """Of any sample; of states without numbers, which fail nowhere, the budget's."""
+        if is_abstract(self.steps):
+            return (self.stop.max_evals - 1) // 2
+        return int(self.steps.max()) if len(self.steps) else 0
 
     def rewind(self, index: int) -> Float[Tensor, "B N"]:
         """The input of an evaluation, found by running backwards; that of the first one is known."""

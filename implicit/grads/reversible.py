@@ -16,6 +16,7 @@ from implicit.pytree import Layout
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, check_one_of
 from implicit.stopping import Stop
+from implicit.torch_internals import is_abstract
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Reversible(AbstractGrad):
 
     def _report(self, error: Tensor) -> None:
         """Warn or raise if the estimated error of a sample's gradient exceeds `tolerance`."""
-        if self.on_drift == "ignore" or not len(error) or not float(error.max()) > self.tolerance:
+        if self.on_drift == "ignore" or is_abstract(error) or not len(error) or not float(error.max()) > self.tolerance:
             return
         # one text, so that the default filter of warnings shows it once
         text = (

@@ -1,10 +1,10 @@
-"""Peak training memory at XL/2: predicted on fake tensors, counted in real steps on the CPU."""
+"""Peak training memory at XL/2: predicted on fake tensors, some rows counted in real steps."""
 
 from pathlib import Path
 from typing import Any
 
 from benchmarks.diffusion.largest_batch import CARDS, GIB, Case
-from benchmarks.diffusion.memory_tables import by_row, extrapolated, fits, markdown
+from benchmarks.diffusion.memory_tables import by_row, fits, markdown
 from benchmarks.harness import read_result
 from benchmarks.report.formatting import NOTHING, table
 
@@ -35,10 +35,7 @@ def section(results: Path, images: Path) -> str:
             _less(peaks),
             fitting(found),
             markdown(found.get("peaks", []), found.get("largest", [])),
-            "IFT and Reversible decide by values, so that their rows are counted in real steps on the CPU, continued "
-            "by the line through their forward and backward passes (IFT: at most 12 products in the backward pass); "
-            "S-JFB in the same way, beside its prediction above:",
-            extrapolated(found["real"]) if found.get("real") else NOTHING,
+            "IFT takes one product of its linear solve here; the counts below are of whole solves.",
             f"Predicted peak over the count of a real step on the CPU{_of(found)}: {'; '.join(checks) or NOTHING}.",
             f"On a GPU: {NOTHING}. `{path.name}`: {_source(found)}.",
         )
