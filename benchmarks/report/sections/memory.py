@@ -35,8 +35,8 @@ def section(results: Path, images: Path) -> str:
             _less(peaks),
             fitting(found),
             markdown(found.get("peaks", []), found.get("largest", [])),
-            "IFT takes one product of its linear solve here; the counts below are of whole solves. Reversible is predicted "
-            "low, the more the larger the batch: at 64 the line through its two counts has 6.46 GiB.",
+            "IFT takes one product of its linear solve here; the counts below are of whole solves. Reversible is "
+            "predicted low, the more the larger the batch.",
             f"Predicted peak over the count of a real step on the CPU{_of(found)}: {'; '.join(checks) or NOTHING}.",
             f"On a GPU: {NOTHING}. `{path.name}`: {_source(found)}.",
         )
