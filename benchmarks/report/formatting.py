@@ -5,6 +5,12 @@ from collections.abc import Iterable
 from typing import Any
 
 NOTHING = "not measured"
+DIGITS_ALONE = (
+    "On digits alone: a study counts where its networks end within 1.5 times the distance of the network in the "
+    "repository. On mnist, without guidance, that is 2.85 (500 samples, DDIM, 20 steps), and ten CPU minutes lead to "
+    "5.2 (*Depth*)."
+)
+"""Why a study is not repeated on mnist."""
 
 
 def mean_and_deviation(values: list[float], digits: int = 2, factor: float = 1.0) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from apps.diffusion.config.training import Config
 from benchmarks.experiments.estimators import GRADS
 from benchmarks.report import figures
-from benchmarks.report.formatting import mean_and_deviation, table
+from benchmarks.report.formatting import DIGITS_ALONE, mean_and_deviation, table
 from benchmarks.report.results import Study
 from benchmarks.report.significance import verdict
 
@@ -35,6 +35,7 @@ def section(results: Path, images: Path) -> str:
             "## Gradient estimators at equal training time",
             "![Fréchet distance by estimator](images/report_estimators.png)",
             solve,
+            DIGITS_ALONE,
             table(("estimator", "Fréchet distance", "right label, %", "steps", "last loss"), rows),
             "The paper: " + verdict("S-JFB beats JFB", distances["S-JFB(6, 3)"], distances["JFB"]),
             verdict("The exact gradient beats S-JFB", distances["IFT"], distances["S-JFB(6, 3)"]),

@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 from benchmarks.experiments.iteration_split import FREE, TRACKED
-from benchmarks.report.formatting import NOTHING, mean_and_deviation, table
+from benchmarks.report.formatting import DIGITS_ALONE, NOTHING, mean_and_deviation, table
 from benchmarks.report.results import Study
 from benchmarks.report.significance import verdict
 
@@ -21,6 +21,7 @@ def section(results: Path, images: Path) -> str:
             "## Iterations without and with a graph: N and M of S-JFB",
             table(("Fréchet distance", *(f"M = {m}" for m in TRACKED)), rows),
             line,
+            DIGITS_ALONE,
             "The paper: " + verdict("N = M = 12 beats N = M = 3", cell[12, 12], cell[3, 3]),
             study.source(),
         )

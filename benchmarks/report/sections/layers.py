@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.experiments.outer_blocks import PAIRS
-from benchmarks.report.formatting import NOTHING, mean_and_deviation, table
+from benchmarks.report.formatting import DIGITS_ALONE, NOTHING, mean_and_deviation, table
 from benchmarks.report.results import Study
 from benchmarks.report.significance import verdict
 
@@ -26,6 +26,7 @@ def section(results: Path, images: Path) -> str:
         (
             "## Explicit blocks around the fixed point",
             table(("blocks", "Fréchet distance", "right label, %", "parameters", "steps"), rows),
+            DIGITS_ALONE,
             verdict("Three and three beat one and one", more, one),
             study.source(),
         )
