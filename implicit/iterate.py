@@ -72,14 +72,23 @@ def iterate(
     """
     layout = Layout.of(z0, options.batch_dims)
     counted = FlatMap(f, args, layout, stop.max_evals)
+    require_numbers(z0, stop)
     if stop.has_tolerance:
-        if is_abstract(leaves(z0)[0]):
-            raise ValueError(
-                "A state on the meta device, or a fake one, has no residual to compare with a tolerance: pass "
-                "stop=Stop(rtol=0, atol=0, max_evals=n)."
-            )
         return _until(counted, z0, solver, stop, options, image)
     return fixed_count(counted, z0, solver, stop, options, segments)
+
+
+def require_numbers(z0: State, stop: Stop) -> None:
+    """Refuse a tolerance for a state on the meta device or a fake one.
+
+    Raises:
+        ValueError: naming the criterion to pass.
+    """
+    if stop.has_tolerance and is_abstract(leaves(z0)[0]):
+        raise ValueError(
+            "A state on the meta device, or a fake one, has no residual to compare with a tolerance: pass "
+            "stop=Stop(rtol=0, atol=0, max_evals=n)."
+        )
 
 
 @not_compiled

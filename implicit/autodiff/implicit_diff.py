@@ -99,7 +99,7 @@ class Barrier(torch.autograd.Function):
 
 
 def _expect(x: Any, product: Flat | None, eps: float) -> None:
-    """Compare with `product`, of a second evaluation at x, the one that the engine takes next in the first graph.
+    """Have the product that the engine takes next in the first graph compared with `product` of a second evaluation.
 
     The engine comes to x in `backward()`; in `torch.autograd.grad` it takes the requested gradients alone.
     """
@@ -111,7 +111,7 @@ def _expect(x: Any, product: Flat | None, eps: float) -> None:
 class First:
     """phi(x, *theta), and the record of its first evaluation at the solution.
 
-    It is `not_compiled`: a block of it that is would be compiled again for every substitution mode.
+    `function` is `not_compiled`: a compiled block in it would be compiled again for every substitution mode.
     """
 
     function: Callable[..., Flat]

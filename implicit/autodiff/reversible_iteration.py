@@ -156,7 +156,7 @@ class ReversibleIteration:
         self.drift = _Drift(self.steps, self.beta)
 
     def _most_steps(self) -> int:
-        """Of any sample; of states without numbers, which fail nowhere, the budget's."""
+        """The most steps of any sample: for abstract tensors, of which no sample fails, all of the budget."""
         if is_abstract(self.steps):
             return (self.stop.max_evals - 1) // 2
         return int(self.steps.max()) if len(self.steps) else 0

@@ -11,6 +11,7 @@ from implicit.autodiff.functorch import refuse_transforms
 from implicit.autodiff.reversible_iteration import ReversibleIteration
 from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
+from implicit.iterate import require_numbers
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Layout
 from implicit.solution import Solution
@@ -83,6 +84,7 @@ class Reversible(AbstractGrad):
             )
         refuse_transforms(self)
         layout = Layout.of(problem.z0, options.batch_dims)
+        require_numbers(problem.z0, stop)
         flat = FlatMap(problem.f, problem.args, layout)
         _require_float64(layout.device)
         run = ReversibleIteration(flat, layout.pack(problem.z0), stop, self.beta, self.anchor, self._report)

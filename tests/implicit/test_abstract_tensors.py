@@ -59,9 +59,10 @@ def test_a_fixed_count_and_its_backward_pass_need_no_numbers(solver, grad):
         assert layer.linear.weight.grad is not None and layer.linear.weight.grad.shape == (6, 6)
 
 
-def test_a_tolerance_without_numbers_is_refused_by_name():
+@pytest.mark.parametrize("grad", [IFT(), Reversible()], ids=repr)
+def test_a_tolerance_without_numbers_is_refused_by_name(grad):
     with pytest.raises(ValueError, match="max_evals"):
-        fixed_point(torch.cos, torch.zeros(2, 3, device="meta"))
+        fixed_point(torch.cos, torch.zeros(2, 3, device="meta"), grad=grad)
 
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson(), AndersonGS(), Broyden(), Multisecant()], ids=repr)

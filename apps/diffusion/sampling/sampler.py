@@ -205,14 +205,10 @@ def sample(
         raise ValueError(f"solve is for an FPDM, not for {type(model).__name__}; leave it out, or unwrap the model.")
     solve = plan.solve or Solve()
     solve.check(len(plan.timesteps))
+    solve = solve if plan.parallel is None else solve.alike()
+    size = shape or model.latent  # pyright: ignore[reportFunctionMemberAccess]
     trajectory = _Trajectory(
-        model=model,
-        plan=plan,
-        solve=solve if plan.parallel is None else solve.alike(),
-        shape=shape or model.latent,  # pyright: ignore[reportFunctionMemberAccess]
-        device=torch.device(device),
-        dtype=dtype,
-        precision=precision,
+        model=model, plan=plan, solve=solve, shape=size, device=torch.device(device), dtype=dtype, precision=precision
     )
     labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
     groups, steps = batches(indices, labels, chunk, reproducible), len(plan.timesteps)
