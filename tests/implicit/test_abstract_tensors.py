@@ -25,7 +25,6 @@ from implicit.diagnostics.profiling import Bytes
 from tests.helpers import SOLVERS
 
 COUNT = Stop(rtol=0, max_evals=4)
-every_solver = pytest.mark.parametrize("solver", SOLVERS[1:], ids=repr)
 
 
 class Layer(torch.nn.Module):
