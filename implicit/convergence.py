@@ -227,9 +227,9 @@ class ConvergenceMonitor:
             return False
         if len(seen.rows) < len(self.code) or seen.held.any():
             return False
-        guard = self.safeguard
-        quiet = guard is None or (guard.begun and seen.calls - self.begin < guard.next_due and not guard.failing)
-        return self._fast.take(seen, self.best, quiet, guard is not None)
+        safeguard, calls = self.safeguard, seen.calls - self.begin
+        quiet = safeguard is None or (safeguard.begun and calls < safeguard.next_due and not safeguard.failing)
+        return self._fast.take(seen, self.best, quiet, safeguard is not None)
 
     def _check_repeats(self, seen: Observation, measured: tuple[np.ndarray, ...]) -> None:
         """Whether samples that were evaluated where they were before have another residual now."""

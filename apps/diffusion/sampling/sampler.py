@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -206,7 +206,7 @@ def sample(
     solve = plan.solve or Solve()
     solve.check(len(plan.timesteps))
     solve = solve if plan.parallel is None else solve.alike()
-    size = shape or model.latent  # pyright: ignore[reportFunctionMemberAccess]
+    size = shape or cast(Any, model).latent
     trajectory = _Trajectory(
         model=model, plan=plan, solve=solve, shape=size, device=torch.device(device), dtype=dtype, precision=precision
     )
