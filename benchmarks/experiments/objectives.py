@@ -3,7 +3,8 @@
 digits     8 x 8 pixels, 2 CPU minutes each; mnist: 28 x 28 pixels, 10 CPU minutes, the objectives of `ON_MNIST`
 
 The base is the velocity of a diffusion with zero terminal SNR, uniform over its timesteps; every other cell changes one
-thing. FPDM: one block before and one behind the fixed-point layer, S-JFB (2, 2), contractive start.
+thing, or one beside the target. FPDM: one block before and one behind the fixed-point layer, S-JFB (2, 2), contractive
+start.
 """
 
 from dataclasses import replace
@@ -38,6 +39,8 @@ FIXED_POINT = {
     "noisy start": {"loss": LossConfig(start_noise=0.3)},
 }
 """Changes of the base that are for an FPDM alone."""
+ON_IMAGE = {f"x0, {name}": SHARED["x0"] | changes for name, changes in FIXED_POINT.items()}
+"""Changes of FPDM with the image as target."""
 ITERATIONS = (2, 5, 12)
 ON_MNIST = (BASE, "x0", "rectified flow, logit-normal")
 
@@ -47,7 +50,7 @@ def cells(scale: str) -> list[Cell]:
     digits, large = _networks(seconds), _networks(5 * seconds)
     return [
         Cell(f"{network}: {name}", replace(base, **changes), _ways(base))
-        for name, changes in (SHARED | FIXED_POINT).items()
+        for name, changes in (SHARED | FIXED_POINT | ON_IMAGE).items()
         for network, base in digits.items()
         if network == "FPDM" or name in SHARED
     ] + [
