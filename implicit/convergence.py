@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from implicit.loop.best_iterates import BestIterates
-from implicit.loop.fast_path import FastPath
 from implicit.loop.observation import Observation, absolute, compare, fetch, of_every_sample, set_first
+from implicit.loop.quick_reading import QuickReading
 from implicit.loop.repeated_points import compare_repeats
 from implicit.loop.step_masks import StepMasks
 from implicit.options import Fold
@@ -69,7 +69,7 @@ class ConvergenceMonitor:
         self._held = np.zeros(size, dtype=bool)  # evaluated at their best iterate
         self._lost = np.zeros(0, dtype=np.int64)  # samples that had converged and meet the tolerance no longer
         self._pending: Observation | None = None
-        self._fast: FastPath | None = None
+        self._quick: QuickReading | None = None
         self._new = True  # nothing was read yet
         self.calls = 0  # evaluations made at the last reading,
         self._looks = self._made = 0  # points taken in, and evaluations made
@@ -170,7 +170,7 @@ class ConvergenceMonitor:
             seen.ready.synchronize()
         if self._new:
             set_first(self.criterion, seen)
-            self._fast = None if self.criterion.grouped or self.callback is not None else FastPath(self.criterion)
+            self._quick = None if self.criterion.grouped or self.callback is not None else QuickReading(self.criterion)
             self._new = False
         if self._read_quickly(seen):
             return
@@ -223,13 +223,13 @@ class ConvergenceMonitor:
 
     def _read_quickly(self, seen: Observation) -> bool:
         """Whether the quick reading suffices."""
-        if self._fast is None or self.masks.running is not None or seen.stopped is not None:
+        if self._quick is None or self.masks.running is not None or seen.stopped is not None:
             return False
         if len(seen.rows) < len(self.code) or seen.held.any():
             return False
         safeguard, calls = self.safeguard, seen.calls - self.begin
         quiet = safeguard is None or (safeguard.begun and calls < safeguard.next_due and not safeguard.failing)
-        return self._fast.take(seen, self.best, quiet, safeguard is not None)
+        return self._quick.take(seen, self.best, quiet, safeguard is not None)
 
     def _check_repeats(self, seen: Observation, measured: tuple[np.ndarray, ...]) -> None:
         """Whether samples that were evaluated where they were before have another residual now."""

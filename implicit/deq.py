@@ -68,7 +68,7 @@ class DEQ(nn.Module):
         """Solve z = f(z, *args) from z0; see `fixed_point`."""
         grad, stop = self.grad, self.stop
         if not self.training:
-            grad, stop = grad.settled(), self.eval_stop or stop
+            grad, stop = grad.for_evaluation(), self.eval_stop or stop
         solution = fixed_point(
             self.f,
             z0,

@@ -19,14 +19,15 @@ For every sample, on the host, from the residuals that the loop reads anyway:
                twice the patience, would reach `gain`. After a round of all stages the patience doubles.
     new start  the stages after the first accelerated one have not halved the smallest residual: the next round begins
                at the start of the solve, with plain steps, and the one after it at the best iterate of all
-               (`implicit.loop.best_iterates`). Those plain steps, in states of at most 20 numbers from the fourth
-               round on, last 12 patiences or more: the first 6 are not measured, for a residual may stay or rise long
-               before it falls, and every further 6 must reach `gain`.
+               (`implicit.loop.best_iterates`). Those plain steps (for states of at most 20 numbers, those from the
+               fourth round on) are measured every 6 patiences. The first measurement always passes, because a residual
+               may stay or rise long before it falls; every later one must reach `gain`.
 
 The Newton-Krylov stage lasts two patiences and 12 steps of a small state, 4 of a large one. States of more than 20
-numbers skip it in the first round; solvers with a cautious stage take it before that one after two blow-ups. Maps that
-cannot be differentiated skip it always. Solvers without a cautious stage lose their history with every reset, and have
-other `Limits`, and no new start. In a solve without a tolerance no residual is read, and the safeguard is off.
+numbers skip it in the first round. With a solver that has a cautious stage, a sample that has blown up twice takes it
+next, before the cautious and the plain stage. Maps that cannot be differentiated have no such stage. Solvers without a
+cautious stage lose their history with every reset, and have other `Limits`, and no new start. In a solve without a
+tolerance no residual is read, and the safeguard is off.
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,10 @@ Setting: z is an iterate of one sample, r = f(z) - z. The sample has converged w
 
 z_0 is the start and eps the rounding error of the state's dtype. The second term in the maximum ends the solve of a
 sample whose fixed point is zero; the tolerance of any larger state depends on its own size alone.
+
+`Criterion.compare` holds this formula; loop/quick_reading.py has it with the constant terms added once. Three parts of
+the loop may refuse CONVERGED to a sample that meets it: loop/verification.py (coupled samples, noise in f),
+loop/fixed_count.py (no tolerance), and the safeguard (an iterate that runs away, staged_safeguard.py).
 """
 
 from collections.abc import Callable
@@ -85,7 +89,9 @@ class Stop:
 
 
 class Criterion:
-    """The test of `Stop` for the rows of a (B, N) matrix; `joint` rows of the state may stand side by side in one row.
+    """The test of `Stop` for the rows of a (B, N) matrix.
+
+    A row is the state of one sample, or with `joint` > 1 the states of so many samples, one after another.
 
     Norms are taken on the device in the state's dtype, one per group: the row, or with ``norm="leaf"`` every tensor in
     it, or with `joint` > 1 every sample in it. Comparisons are made on the host.

@@ -20,7 +20,7 @@ CORE = (
         "staged_safeguard",
         "loop.observation",
         "loop.best_iterates",
-        "loop.fast_path",
+        "loop.quick_reading",
         "loop.repeated_points",
         "loop.step_masks",
         "convergence",
@@ -49,8 +49,6 @@ APP = (
 COMMANDS = APP[-1]
 # modules with a level of their own, below or above the rest of their package
 OWN_LEVEL = {name for names in CORE for name in names if "." in name}
-# Moves in progress; each entry leaves with the rewrite of its file.
-PENDING: set[str] = set()
 USE_IMPLICIT = {"config", "models", "sampling", "training", "pipeline"}
 
 
@@ -69,8 +67,7 @@ def imported(path: Path) -> set[str]:
 
 
 def files(*parts: str) -> list[Path]:
-    found = sorted((ROOT / Path(*parts)).rglob("*.py"))
-    return [p for p in found if str(p.relative_to(ROOT)) not in PENDING]
+    return sorted((ROOT / Path(*parts)).rglob("*.py"))
 
 
 def below(name: str, package: str) -> str | None:

@@ -23,7 +23,7 @@ from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.files.atomic import make_folder, write_text
 from apps.diffusion.files.plots import timestep_curves
 from apps.diffusion.sampling.diagnosis import TimestepDiagnosis, diagnose_timesteps, table
-from apps.diffusion.sampling.options import plan
+from apps.diffusion.sampling.plan import plan
 
 
 @dataclass(frozen=True, kw_only=True)

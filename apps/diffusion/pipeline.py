@@ -26,8 +26,8 @@ from apps.diffusion.checkpoint.single_file import single_file
 from apps.diffusion.config.sampling import Sampler
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.sampling.model_card import PipelineCode
-from apps.diffusion.sampling.pipeline import FixedPointOutput as FixedPointOutput
-from apps.diffusion.sampling.pipeline import SamplingPipeline
+from apps.diffusion.sampling.standalone_pipeline import FixedPointOutput as FixedPointOutput
+from apps.diffusion.sampling.standalone_pipeline import SamplingPipeline
 from apps.diffusion.schedulers.noise_schedule import same_noise
 
 

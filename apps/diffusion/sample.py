@@ -28,8 +28,8 @@ from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.serialization import to_plain
 from apps.diffusion.config.training import Backend
 from apps.diffusion.models.autoencoder import decode, digests
-from apps.diffusion.sampling.options import MeasuredPlan, plan
 from apps.diffusion.sampling.output_folder import OutputFolder
+from apps.diffusion.sampling.plan import MeasuredPlan, plan
 from apps.diffusion.sampling.sampler import Precision, SamplingPlan, sample
 
 

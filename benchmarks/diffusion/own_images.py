@@ -31,7 +31,7 @@ from apps.diffusion.data import ImageFolderDataset, TensorDataset
 from apps.diffusion.data.dataset import all_images
 from apps.diffusion.evaluation.digit_classifier import train_classifier
 from apps.diffusion.evaluation.metrics import label_accuracy
-from apps.diffusion.sampling.options import plan
+from apps.diffusion.sampling.plan import plan
 from apps.diffusion.sampling.sampler import sample
 from benchmarks.harness import RESULTS, provenance, write_result
 

@@ -23,7 +23,7 @@ from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.config.training import Backend
 from apps.diffusion.data.mnist import mnist
 from apps.diffusion.models import FPDM
-from apps.diffusion.sampling.options import SamplingPlan, plan
+from apps.diffusion.sampling.plan import SamplingPlan, plan
 from apps.diffusion.sampling.sampler import SampleResult, sample
 from benchmarks.diffusion import steps
 from benchmarks.harness import RESULTS, OperatorCounter, paired, provenance, ratio, read_result, write_result

@@ -16,7 +16,7 @@ from torch import Tensor
 from apps.diffusion.checkpoint.open_network import OpenedNetwork, open_network
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.models import FPDM
-from apps.diffusion.sampling.options import plan
+from apps.diffusion.sampling.plan import plan
 from apps.diffusion.sampling.sampler import SampleResult, sample
 from benchmarks.harness import RESULTS, provenance, write_result
 from benchmarks.report.formatting import table

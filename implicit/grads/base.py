@@ -28,6 +28,9 @@ class AbstractGrad(abc.ABC):
     ) -> Solution:
         """Solve the problem and attach the value to the graph as this estimator does."""
 
-    def settled(self) -> "AbstractGrad":
-        """The estimator for evaluation mode, where `Stop` decides: itself, unless it draws a budget of its own."""
+    def for_evaluation(self) -> "AbstractGrad":
+        """The estimator that `DEQ` uses in evaluation mode, where `Stop` ends the solve.
+
+        This one, but for an estimator that sets the number of iterations itself, as `StochasticJFB` does.
+        """
         return self

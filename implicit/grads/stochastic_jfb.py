@@ -44,7 +44,7 @@ class StochasticJFB(AbstractGrad):
         check_at_least(self, 0, "N")
         check_at_least(self, 1, "M")
 
-    def settled(self) -> JFB:
+    def for_evaluation(self) -> JFB:
         """The 1-step gradient, which leaves the budget to `Stop`."""
         return JFB()
 

@@ -79,8 +79,9 @@ class GMRES:
     ) -> tuple[Solution, bool | None]:
         """The solution, and whether the samples are systems of their own, where that is known without extra products.
 
-        A sample that has converged is multiplied as zero, and a product of it that is not zero comes from the others:
-        False, and the solution is invalid. None: all converged at once.
+        A sample that has converged is multiplied as a zero vector. If its product is not zero, `act` couples the
+        samples: the result is False and the solution invalid. It is None where all samples converged at once, since
+        nothing was tested then.
 
         Where g is the residual of a first guess, u is the correction; `guess` is the norm of the guess and `right` that
         of the right-hand side, to which the tolerance refers.
@@ -236,9 +237,12 @@ class _Status:
     def begin(self, size: np.ndarray, right: np.ndarray) -> None:
         """Take in the norms of a first guess and of the right-hand side."""
         self.guess, self.size, self.most = size, size, self.stop.rtol**0.5 * right
-        within = self.residual <= self.stop.atol + np.minimum(self.stop.rtol * size, self.most)
+        within = self.residual <= self._tolerance(size)
         self.code[self.running & within] = Result.CONVERGED
         self.running = self.code == Result.MAX_EVALS
+
+    def _tolerance(self, size: np.ndarray) -> np.ndarray:
+        return self.stop.atol + np.minimum(self.stop.rtol * size, self.most)
 
     @property
     def solved(self) -> np.ndarray:
@@ -262,7 +266,7 @@ class _Status:
         size = np.where(self.size > 0, self.size, step)
         floor = self.eps * np.maximum(size, step)  # a step can be far longer than u was, where I - A is singular
         residual = np.maximum(np.abs(cycles.rho), floor)
-        code = classify(residual, self.stop.atol + np.minimum(self.stop.rtol * size, self.most))
+        code = classify(residual, self._tolerance(size))
         code[(code == Result.MAX_EVALS) & (residual <= floor)] = Result.STALLED
         self.residual, self.code = (np.where(self.running, *x) for x in ((residual, self.residual), (code, self.code)))
         self.evals[self.running] = self.products

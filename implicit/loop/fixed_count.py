@@ -4,8 +4,9 @@ A device never waits, and one graph compiles. A sample whose f(z) is not finite 
 takes plain steps z' = f(z) from there until f is finite again, as the safeguard of a solve with a tolerance does; with
 a solver that has no safeguard it stays there.
 
-Claims: the value is f(z) of the last evaluation, where f is not evaluated any more. Only a lone sample with f(z) = z
-has converged: beside other samples, which took their last step at the same time, f may couple them.
+The value is f(z) of the last evaluation, at which f is not evaluated, so no residual of it is known. CONVERGED is
+therefore given only to a batch of one sample with f(z) = z: in a larger batch f may couple that sample to others, which
+moved in the same step.
 """
 
 from collections import deque

@@ -18,13 +18,13 @@ Rows = Bool[np.ndarray, " rows"]
 
 @dataclass(frozen=True)
 class Repeats:
-    """What the samples of an evaluated point that stood where they were before show.
+    """Samples that were evaluated at the z of their best iterate again, by what the second residual shows.
 
     Attributes:
-        kept: had converged, and meet the tolerance still.
-        rounded: had converged, and miss it by rounding, or because other samples moved as little.
-        lost: had converged, and have another residual now, above the tolerance.
-        moved: had not converged, and have another residual now.
+        kept: converged samples that meet the tolerance again.
+        rounded: converged samples that miss the tolerance with the same residual up to rounding.
+        lost: converged samples whose residual has changed and exceeds the tolerance.
+        moved: samples that had not converged and whose residual has changed.
     """
 
     kept: Rows

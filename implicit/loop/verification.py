@@ -1,7 +1,8 @@
 """Verification: CONVERGED and `residual` are true of the value that a solve with a tolerance returns.
 
-A batch that no evaluation has seen as it is returned is evaluated once more. Where a claim does not hold there, f is
-evaluated again at the same z: two values are noise in f, one value is coupling of the samples.
+If no evaluation has measured all returned values in one batch, that batch is evaluated once more. Where a sample misses
+its tolerance there, f is evaluated again at the same z: two different values mean noise in f, equal values mean that f
+couples the samples.
 """
 
 import warnings
@@ -92,7 +93,8 @@ def _worse(before: np.ndarray, lost: np.ndarray, finite: np.ndarray) -> np.ndarr
 def _verified(monitor: ConvergenceMonitor, image: bool) -> bool:
     """Whether an evaluation was at the best iterates of all samples, so that it has measured all of them.
 
-    A sample stands for every other one: where it stood elsewhere, the residual of another one may be due to that.
+    All samples must have been there at once, since f may couple them: a residual measured beside other values of the
+    other samples says nothing about the batch that is returned.
     """
     since = monitor.best.since
     if (image or (since == since[:1]).all()) and not (monitor.code == Result.CONVERGED).any():

@@ -64,7 +64,7 @@ class AbstractSolver(abc.ABC, Generic[S]):
         return 0
 
     def stall_after(self, numbers: int) -> int:
-        """`patience` on a state of so many numbers per sample."""
+        """The patience for states of so many numbers per sample: `patience` unless a solver overrides this."""
         return self.patience
 
     def restart(self, point: Point, state: S, mask: Bool[Tensor, "B 1"]) -> S:

@@ -34,8 +34,8 @@ from apps.diffusion.models import build
 from apps.diffusion.models.autoencoder import open_decoder, open_vae
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
-from apps.diffusion.sampling.keywords import pipeline_options
-from apps.diffusion.sampling.options import class_numbers
+from apps.diffusion.sampling.pipeline_keywords import pipeline_options
+from apps.diffusion.sampling.plan import class_numbers
 from apps.diffusion.schedulers.noise_levels import is_flow
 from apps.diffusion.schedulers.noise_schedule import make_scheduler, scheduler_of
 

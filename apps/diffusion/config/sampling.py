@@ -1,7 +1,7 @@
 """Sampling options, one class for the training configuration, the sampling command and the pipeline's keywords.
 
 An option that is None is left open: `over` fills it from other options (those of the run, of the pipeline), and
-`DEFAULTS` applies otherwise. `sampling/options.py` translates them into what the sampling loop takes.
+`DEFAULTS` applies otherwise. `sampling/plan.py` translates them into what the sampling loop takes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
 _COUNTS = ("iterations", "block_passes", "macs", "seconds", "rtol")
 _FIXED_POINT = {"iterations", "macs", "seconds", "allocation", "rtol", "max_evals", "solver"}
 _FIXED_POINT |= {"reuse", "share", "extrapolation"}
-# what one option replaces when other options fill the rest: its own group, never half of it
+# (options given, defaults dropped): an option that is given drops the defaults of its whole group
 _GROUPS = (
     (("sampler",), ("sampler", "eta")),
     (("timesteps",), ("timesteps", "steps", "spacing")),

@@ -1,6 +1,6 @@
 """Trees of frozen dataclasses as JSON, and back, with every type checked.
 
-A dataclass becomes a dict of its fields and of the name of its class under "type". `read` also translates the
+A dataclass becomes a dict of its fields and of the name of its class under "type". `upgraded` translates the
 configurations of an earlier format: other names of classes and fields, one number of iterations, `IFT.rtol`.
 """
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from apps.diffusion.models import layers
-from apps.diffusion.models.transformer import LatentTransformer
+from apps.diffusion.models.latent_transformer import LatentTransformer
 
 
 class DiT(LatentTransformer):

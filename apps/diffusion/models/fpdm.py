@@ -22,7 +22,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from apps.diffusion.models import layers
-from apps.diffusion.models.transformer import LatentTransformer
+from apps.diffusion.models.latent_transformer import LatentTransformer
 from implicit import AbstractGrad, AbstractSolver, Picard, Solution, Stop, Unrolled, fixed_point
 
 Start = Tensor | Callable[[Tensor], Tensor]

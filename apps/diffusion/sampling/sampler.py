@@ -132,15 +132,17 @@ class Solve:
 
 
 def _with_rows(value: Tensor, rows: int) -> Tensor:
-    """Solutions of an earlier timestep for a batch of `rows`, which has half as many or twice as many where guidance
-    ends or begins: the labeled half, or the labeled samples for both halves.
+    """The solutions of an earlier timestep for a batch of `rows`.
+
+    Guidance doubles the batch: labeled rows first, then unlabeled ones. At the timestep where it ends, the labeled half
+    is kept; where it begins, the labeled solutions serve both halves.
     """
     return value[:rows] if len(value) >= rows else torch.cat([value, value])
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
-    """How one network samples (made from options by `options.plan`).
+    """How one network samples (made from options by `plan.plan`).
 
     Args:
         scheduler: from `noise_schedule.make_scheduler`, or a diffusers scheduler that takes explicit timesteps.

@@ -60,8 +60,8 @@ def make_scheduler(
     FlowMatchEulerDiscreteScheduler for a rectified flow.
 
     Args:
-        kind: how sampling steps; for training those of diffusion are alike, take "ddpm". "flow" takes `train_steps`
-            and `shift` alone.
+        kind: the sampler. Training uses the noise levels only, which all samplers of a diffusion share: pass "ddpm".
+            "flow" takes `train_steps` and `shift` alone.
         prediction: of the network: v, eps or x_0 ("sample").
         zero_snr: rescale the betas to abar = 0 at the last timestep.
         spacing: which timesteps sampling visits; see `timesteps`.

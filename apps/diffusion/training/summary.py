@@ -35,7 +35,7 @@ from apps.diffusion.files.plots import loss_curve
 from apps.diffusion.models.autoencoder import decode
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
-from apps.diffusion.sampling.options import plan
+from apps.diffusion.sampling.plan import plan
 from apps.diffusion.sampling.sampler import CHUNK, SampleResult, sample
 from apps.diffusion.schedulers.noise_schedule import scheduler_of
 from apps.diffusion.training.trainer import Trainer

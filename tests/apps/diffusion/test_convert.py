@@ -17,7 +17,7 @@ from apps.diffusion.checkpoint.open_network import open_network
 from apps.diffusion.config.network import NoiseSchedule
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.schedulers.noise_levels import prediction_kind
-from tests.apps.diffusion.helpers import published as pub
+from tests.apps.diffusion.helpers import reference_networks as pub
 from tests.apps.diffusion.helpers.training_runs import barely_trained
 
 HEADS = ["--heads", str(pub.HEADS)]

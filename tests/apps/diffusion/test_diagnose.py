@@ -11,7 +11,7 @@ from apps.diffusion.checkpoint.open_network import open_network
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.sampling.diagnosis import diagnose_timesteps
-from apps.diffusion.sampling.options import plan
+from apps.diffusion.sampling.plan import plan
 from apps.diffusion.sampling.sampler import sample
 from implicit import Picard, Stop, fixed_point
 from implicit.diagnostics import spectral_radius

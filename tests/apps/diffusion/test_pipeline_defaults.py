@@ -10,7 +10,7 @@ from apps.diffusion.checkpoint.open_network import OpenedNetwork, open_network
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.pipeline import FixedPointPipeline
-from apps.diffusion.sampling.options import plan
+from apps.diffusion.sampling.plan import plan
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
 from implicit import Broyden
 from tests.apps.diffusion.helpers.small_models import randomized

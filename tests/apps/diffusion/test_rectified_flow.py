@@ -15,7 +15,7 @@ from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.data import digits
 from apps.diffusion.pipeline import FixedPointPipeline
-from apps.diffusion.sampling.options import plan
+from apps.diffusion.sampling.plan import plan
 from apps.diffusion.sampling.sampler import sample
 from apps.diffusion.schedulers.noise_levels import is_flow
 from apps.diffusion.training.distillation import student_config

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.models.layers import SIZES
 from tests.apps.diffusion.helpers.small_models import batch, randomized
-from tests.apps.diffusion.models.published_tensors import BLOCK, FRAME
+from tests.apps.diffusion.models.published_shapes import BLOCK, FRAME
 
 TINY = {"input_size": 8, "hidden_size": 32, "num_heads": 4, "num_classes": 10}
 

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from apps.diffusion.models import DiT
 from apps.diffusion.models.layers import SIZES
 from tests.apps.diffusion.helpers.small_models import batch, randomized, saved_bytes
-from tests.apps.diffusion.models.published_tensors import BLOCK, FRAME
+from tests.apps.diffusion.models.published_shapes import BLOCK, FRAME
 
 TINY = {"input_size": 8, "hidden_size": 32, "depth": 3, "num_heads": 4, "num_classes": 10}
 

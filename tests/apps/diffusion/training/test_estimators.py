@@ -34,6 +34,7 @@ SOLVERS = [
     ("solver:anderson-gs --solver.memory 7", implicit.AndersonGS(memory=7)),
     ("solver:bad-broyden --solver.memory 8", implicit.BadBroyden(memory=8)),
     ("solver:broyden --solver.memory 9 --solver.search 3", implicit.Broyden(memory=9, search=3)),
+    ("solver:multisecant --solver.memory 6 --solver.filter 0.1", implicit.Multisecant(memory=6, filter=0.1)),
     ("solver:newton-krylov --solver.inner 5", implicit.NewtonKrylov(inner=5)),
 ]
 
@@ -81,8 +82,11 @@ def test_none_of_the_library_is_left_out():
     def choices(union):
         return {get_args(member)[0].__name__ for member in get_args(union)}
 
-    assert choices(c.Grad) == concrete(implicit.AbstractGrad)
-    assert choices(c.Solver) == concrete(implicit.AbstractSolver)
+    def tried(rows):
+        return {type(row[-1]).__name__ for row in rows}
+
+    assert choices(c.Grad) == concrete(implicit.AbstractGrad) == tried(GRADS)
+    assert choices(c.Solver) == concrete(implicit.AbstractSolver) == tried(SOLVERS)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 import implicit
 from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
-from apps.diffusion.models import transformer
+from apps.diffusion.models import latent_transformer
 from apps.diffusion.training import distributed as sharding
 from apps.diffusion.training import trainer as t
 from apps.diffusion.training.noise import training_noise
@@ -186,7 +186,7 @@ def test_a_step_never_waits_for_the_device(options, monkeypatch):
     The loader, which computes on the host, has done its part before. Two checks of values are made on a CPU alone, by
     `device.type`, which is a CPU's here.
     """
-    monkeypatch.setattr(transformer, "check_inputs", lambda *args, **kwargs: None)
+    monkeypatch.setattr(latent_transformer, "check_inputs", lambda *args, **kwargs: None)
     monkeypatch.setattr(tracked_steps, "failed", lambda lost, stop: False)
     trainer, _ = trained(steps=2, **options)
     mode, batch = Waits(), trainer._batch()

@@ -30,9 +30,9 @@ from apps.diffusion.config.serialization import to_plain
 from apps.diffusion.files.images import to_pil
 from apps.diffusion.models.autoencoder import decode
 from apps.diffusion.sampling.effort import Effort
-from apps.diffusion.sampling.keywords import SamplingKeywords, keyword, options_of, pipeline_options, seed_of
 from apps.diffusion.sampling.model_card import PipelineCode, model_card
-from apps.diffusion.sampling.options import as_integer, labels_for, plan
+from apps.diffusion.sampling.pipeline_keywords import SamplingKeywords, keyword, options_of, pipeline_options, seed_of
+from apps.diffusion.sampling.plan import as_integer, labels_for, plan
 from apps.diffusion.sampling.sampler import CHUNK, SampleResult, SamplingPlan, sample
 from apps.diffusion.sampling.warm_start import Reuse
 from implicit import Stop
@@ -133,7 +133,7 @@ class SamplingPipeline(DiffusionPipeline):
                 costs a whole one.
             output_type: "pil", "np", "pt" or "latent"; see FixedPointOutput.
             return_dict: False gives (images,).
-            options: `SamplingKeywords` (sampling/keywords.py), such as num_inference_steps, guidance_scale, iterations;
+            options: `SamplingKeywords` (sampling/pipeline_keywords.py), such as num_inference_steps and iterations;
                 an option left out, or None, is the pipeline's own.
 
         Raises:

@@ -10,9 +10,9 @@ from apps.diffusion.config import training as c
 from apps.diffusion.config.sampling import OptionError, Sampler, SamplingOptions
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.sampling.guidance import Guidance
-from apps.diffusion.sampling.keywords import options_of
-from apps.diffusion.sampling.options import class_numbers
-from apps.diffusion.sampling.options import plan as translate
+from apps.diffusion.sampling.pipeline_keywords import options_of
+from apps.diffusion.sampling.plan import class_numbers
+from apps.diffusion.sampling.plan import plan as translate
 from apps.diffusion.sampling.sampler import sample
 from apps.diffusion.sampling.warm_start import Reuse
 from apps.diffusion.schedulers.noise_schedule import SAMPLERS, make_scheduler, same_noise, scheduler_of

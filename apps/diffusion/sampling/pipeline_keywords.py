@@ -12,7 +12,7 @@ import torch
 from apps.diffusion.config.checks import check_word
 from apps.diffusion.config.sampling import Allocation, OptionError, ParallelSolver, Sampler, SamplingOptions, Start
 from apps.diffusion.config.serialization import from_plain
-from apps.diffusion.sampling.options import as_integer, as_integers, as_number
+from apps.diffusion.sampling.plan import as_integer, as_integers, as_number
 from apps.diffusion.sampling.warm_start import Reuse
 from implicit import AbstractSolver
 

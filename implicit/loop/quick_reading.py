@@ -10,7 +10,7 @@ from implicit.loop.observation import Observation, as_array
 from implicit.stopping import Criterion
 
 
-class FastPath:
+class QuickReading:
     """The quick reading for one criterion."""
 
     def __init__(self, criterion: Criterion) -> None:
@@ -22,7 +22,11 @@ class FastPath:
     def take(self, seen: Observation, best: BestIterates, quiet: bool, safeguarded: bool) -> bool:
         """Enter `seen` into `best`; False, and nothing done, where it needs the whole reading.
 
-        `quiet` tells that smallest residuals change nothing for the safeguard, `safeguarded` that there is one.
+        Args:
+            seen: the norms of this evaluation.
+            best: the best iterates of all samples.
+            quiet: no smallest residual of this evaluation can change a decision of the safeguard.
+            safeguarded: the solve has a safeguard.
         """
         count = len(seen.rows)
         if count <= LISTS:
