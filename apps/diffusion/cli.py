@@ -10,6 +10,7 @@ An interruption or a missing package is reported in one line from the first impo
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +39,9 @@ def run_command(
         argv: arguments; None: those of the process.
         after: what an interruption or a failed disk leaves, as a sentence.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may have bytes that are no text
     try:
         return command(list(sys.argv[1:] if argv is None else argv)) or 0
     except KeyboardInterrupt:

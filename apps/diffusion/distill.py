@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 from apps.diffusion.cli import AFTER_TRAINING, run_command, run_training
 from apps.diffusion.config.command_line import parse_flags, with_absolute_paths
@@ -37,7 +38,9 @@ def parse(argv: Sequence[str]) -> tuple[Config, bool]:
 
     config, resume = parse_flags("distill", argv[1:], student_config(Path(argv[0])))
     if resume:
-        raise ValueError(f"--resume is for train: python -m apps.diffusion.train --resume --out {config.out}")
+        raise ValueError(
+            f"--resume is for train: python -m apps.diffusion.train --resume --out {quote(str(config.out))}"
+        )
     return with_absolute_paths(config), resume
 
 

@@ -78,6 +78,7 @@ def run(request: Request) -> None:
     from apps.diffusion.data.image_folder import Skipped, listing
     from apps.diffusion.data.latent_writer import LatentWriter, check_out
     from apps.diffusion.data.preprocessing import minimal_side
+    from apps.diffusion.files.names import printable
     from apps.diffusion.models.autoencoder import check_images, open_vae
 
     listed = listing(request.images, request.classes)
@@ -111,7 +112,7 @@ def run(request: Request) -> None:
 
         def progress(count: int, skipped: list[Skipped]) -> None:
             for image in skipped:
-                bar.write(f"skipped {image.file}: {image.reason}", file=sys.stderr)
+                bar.write(f"skipped {printable(image.file)}: {image.reason}", file=sys.stderr)
             bar.update(count)
 
         for k in todo:

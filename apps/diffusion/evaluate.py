@@ -28,6 +28,7 @@ from apps.diffusion.evaluation.feature_statistics import cached, is_statistics, 
 from apps.diffusion.evaluation.image_sources import BATCH, Source, of_named, open_source
 from apps.diffusion.evaluation.nearest import nearest, neighbor_grid
 from apps.diffusion.evaluation.scores import evaluate, table
+from apps.diffusion.files.names import first_names
 from apps.diffusion.sampling.sampler import Precision
 
 
@@ -114,7 +115,7 @@ def run(request: Request) -> dict[str, Any]:
     real = None if known else open_source(request.reference, request.size, request.batch)
     for source in (samples, real):
         if source is not None and source.left_out:
-            some = ", ".join(source.left_out[:3])
+            some = first_names(source.left_out, 3)
             print(
                 f"evaluate: {source.count} numbered images of {source.name} are taken, and {len(source.left_out)} "
                 f"others, such as {some}, are left out; move those that count to a folder of their own.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ def read_config(run: Path) -> Config:
     if not file.is_file():
         shipped = ", ".join(pretrained.names()) or "none are here: a wheel leaves them out, the repository has them"
         raise ValueError(
-            f"{run} holds no run (it has no config.json); train one: python -m apps.diffusion.train --out {run}, or "
-            f"take a trained network by its name ({shipped})."
+            f"{run} holds no run (it has no config.json); train one: "
+            f"python -m apps.diffusion.train --out {quote(str(run))}, or take a trained network by its name "
+            f"({shipped})."
         )
     config = Config.from_json(file.read_text(), str(file))
     path, vae = config.data.path, config.data.vae

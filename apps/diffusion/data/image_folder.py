@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from apps.diffusion.data import preprocessing
 from apps.diffusion.data.dataset import Key, augmentation_generator, index_and_epoch
 from apps.diffusion.data.preprocessing import Size, Unusable, height_width, minimal_side
 from apps.diffusion.files import hashing
+from apps.diffusion.files.names import first_names, printable
 
 Classes = Literal["folders", "none"]
 T = TypeVar("T")
@@ -41,7 +42,8 @@ class Skipped(NamedTuple):
 def suffixes() -> frozenset[str]:
     """The suffixes of all formats that Pillow reads here, in lower case."""
     Image.init()
-    return frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN)
+    read = {*Image.OPEN, "MPO"}  # MPO is opened as JPEG
+    return frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind in read)
 
 
 @dataclass(frozen=True)
@@ -78,17 +80,19 @@ class Listing:
             kinds = Counter(Path(file).suffix.lower() or "no suffix" for file in self.others)
             counts = ", ".join(f"{count} with {kind}" for kind, count in kinds.most_common(8))
             more = f" and {len(kinds) - 8} more suffixes" if len(kinds) > 8 else ""
-            lines.append(f"{len(self.others)} files are of no image format: {counts}{more}, such as {self.others[0]}.")
+            lines.append(
+                f"{len(self.others)} files are of no image format: {counts}{more}, such as {printable(self.others[0])}."
+            )
         if self.loops:
-            lines.append(f"{len(self.loops)} links to a folder above them are not followed: {_first(self.loops)}.")
+            lines.append(f"{len(self.loops)} links to a folder above them are not followed: {first_names(self.loops)}.")
         empty = [name for i, name in enumerate(self.classes) if i not in set(self.labels)]
         if empty:
-            lines.append(f"{len(empty)} classes have no image and keep their numbers: {_first(empty)}.")
+            lines.append(f"{len(empty)} classes have no image and keep their numbers: {first_names(empty)}.")
         if self.classes and {name.lower() for name in self.classes} <= SPLITS:
-            inner = self.root / self.classes[0]
+            inner = printable(self.root / self.classes[0])
             lines.append(
-                f"The classes are {', '.join(self.classes)}, which are names of splits; give {inner} if its subfolders "
-                "are the classes."
+                f"The classes are {first_names(self.classes, 9)}, which are names of splits; give {inner} if its "
+                "subfolders are the classes."
             )
         return lines
 
@@ -125,8 +129,9 @@ def listing(root: Path, classes: Classes = "folders") -> Listing:
     if len(inside) < len(files):
         loose = next(file for file in files if "/" not in file)
         raise ValueError(
-            f"{root} holds images in subfolders, which are classes, and images of no class, such as {loose}; move "
-            "them into subfolders, or leave the classes out (--data.unconditional in train, --classes none in encode)."
+            f"{root} holds images in subfolders, which are classes, and images of no class, such as "
+            f"{printable(loose)}; move them into subfolders, or leave the classes out (--data.unconditional in train, "
+            "--classes none in encode)."
         )
     in_loops = {loop for loop in loops if "/" not in loop}
     names = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in in_loops)
@@ -282,7 +287,7 @@ class ImageFolderDataset:
             left = set(self.listed.labels) - set(self.y.tolist())
             lost = [name for i, name in enumerate(self.classes) if i in left]
             if lost:
-                lines.append(f"{len(lost)} classes have no usable image and keep their numbers: {_first(lost)}.")
+                lines.append(f"{len(lost)} classes have no usable image and keep their numbers: {first_names(lost)}.")
         return lines
 
     def _read(self, i: int) -> np.ndarray:
@@ -293,7 +298,8 @@ class ImageFolderDataset:
             return preprocessing.read(file, self.size, self.least, self._channels)
         except Unusable as reason:
             raise ValueError(
-                f"{file} could be read at the start, and now it is {reason}; delete or restore it, and start again."
+                f"{printable(file)} could be read at the start, and now it is {reason}; delete or restore it, and start "
+                "again."
             ) from None
 
     def _header(self, i: int) -> int | Skipped:
@@ -338,11 +344,6 @@ def skipped_text(skipped: Sequence[Skipped], total: int) -> str:
     """A sentence that counts and names what is left out; empty for nothing."""
     if not skipped:
         return ""
-    named = "; ".join(f"{file} ({reason})" for file, reason in skipped[:20])
+    named = "; ".join(f"{printable(file)} ({reason})" for file, reason in skipped[:20])
     more = f"; and {len(skipped) - 20} more" if len(skipped) > 20 else ""
     return f"{len(skipped)} of {total} images were skipped: {named}{more}."
-
-
-def _first(names: Sequence[Any], count: int = 5) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(map(str, names[:count])) + more

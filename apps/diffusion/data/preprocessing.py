@@ -3,7 +3,7 @@ arXiv 2105.05233).
 
     1. turn or mirror it by its EXIF orientation
     2. 8 bits a channel; 16-bit gray is scaled, 32-bit gray is refused, since its range is unknown
-    3. colors to sRGB, by the ICC profile in the file
+    3. colors to sRGB, by the ICC profile in the file (Pillow gives none of JPEG 2000)
     4. transparent pixels are composed on a white background
     5. gray (1 channel) or RGB (3 channels)
     6. while both sides are at least twice the size: halve them (box filter)
@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from apps.diffusion.files.names import printable
 
 Size = int | tuple[int, int]
 """Side of a square, or (height, width), in pixels."""
@@ -75,7 +77,7 @@ def read(path: Path, size: Size | None, least: int = 1, channels: int = 3) -> np
         channels: 1 or 3.
 
     Raises:
-        Unusable: it cannot be decoded, it is too small, or its range of values is unknown.
+        Unusable: it cannot be decoded, or not rightly, it is too small, or its range of values is unknown.
     """
     with _opened(path, least) as file:
         image = as_shown(file, channels)
@@ -109,7 +111,7 @@ def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
         image.info["transparency"] = transparent * 255 // _LEVELS[raw]
     image = _without_palette(image)
     image = _to_srgb(image, profile)
-    if image.mode in ("LA", "La", "RGBA", "RGBa", "PA"):
+    if image.mode in ("LA", "RGBA"):
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, (BACKGROUND, BACKGROUND, BACKGROUND, 255))
         image = Image.alpha_composite(ground, image)
@@ -125,14 +127,33 @@ def _opened(path: Path, least: int) -> Iterator[Image.Image]:
     if not path.is_file():
         raise Unusable("unreadable: a link to no file, or not a regular file")
     try:
-        with Image.open(path) as file:
+        # opened by its path, uncompressed TIFF is mapped into memory, and Pillow garbles what is turned by 90 degrees
+        with path.open("rb") as stream, Image.open(stream) as file:
             if min(file.size) < least:
                 raise Unusable(f"too small: {file.width} x {file.height}, less than {least} on a side")
+            if misread := _misread(file):
+                raise Unusable(misread)
             yield file
     except (Unusable, MemoryError):
         raise
+    except UnidentifiedImageError:
+        raise Unusable(f"unreadable: {printable(path.name)} is damaged, or in no format that Pillow reads") from None
     except Exception as error:  # decoders of damaged files raise errors of many classes
-        raise Unusable(f"unreadable: {error or type(error).__name__}".replace(str(path), path.name)) from None
+        raise Unusable(f"unreadable: {printable(error) or type(error).__name__}") from None
+
+
+def _misread(image: Image.Image) -> str:
+    """Why Pillow would read other numbers than the file holds, without an error; empty where it reads them."""
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    deep, tiles = max(tags.get(258, (1,))) > 8, getattr(image, "tile", ())
+    if 2 in tags.get(339, ()) and not deep:
+        return "TIFF of signed numbers, which Pillow reads as unsigned"
+    uncompressed = bool(tiles) and tiles[0][0] == "raw"
+    if tags.get(284) == 2 and (image.mode == "LAB" or (deep and uncompressed)):
+        return f"TIFF with the channels of {image.mode} in separate planes, which Pillow garbles"
+    if image.mode in ("P", "PA") and image.palette is None:
+        return "without its palette"
+    return ""
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -183,10 +204,11 @@ def _eight_bits(image: Image.Image, kind: str | None, white: int) -> Image.Image
 
 def _without_palette(image: Image.Image) -> Image.Image:
     """Colors in place of a palette's numbers, and an alpha channel in place of a transparent color."""
-    if "transparency" in image.info and image.mode in ("1", "L", "RGB", "P"):
-        return image.convert("RGBA")
-    if image.mode in ("P", "PA"):
-        return image.convert("RGBA" if image.mode == "PA" else "RGB")
+    transparent = "transparency" in image.info
+    if image.mode in ("P", "PA", "RGBa") or (transparent and image.mode == "RGB"):
+        return image.convert("RGBA")  # a palette itself may hold an alpha channel
+    if image.mode == "La" or (transparent and image.mode in ("1", "L")):
+        return image.convert("LA")
     return image.convert("L") if image.mode == "1" else image
 
 
@@ -199,7 +221,6 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     try:
         transform = _transform(profile, colors.mode)
         if transform is None:
-            # A gray profile on colors that a palette or a transparent gray level has made of gray, or the reverse.
             return image
         colors = ImageCms.applyTransform(colors, transform)
     except (ImageCms.PyCMSError, ValueError, OSError):

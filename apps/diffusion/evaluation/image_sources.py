@@ -26,6 +26,7 @@ from apps.diffusion.data.mnist import mnist
 from apps.diffusion.data.preprocessing import Unusable, header, minimal_side, read
 from apps.diffusion.files import hashing
 from apps.diffusion.files.images import to_bytes
+from apps.diffusion.files.names import printable
 
 BATCH = 64
 NAMED = {"digits": digits, "mnist": mnist}
@@ -116,7 +117,9 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
     parts: list[str | bytes] = [f"size {size}"]
     for file in files:
         if not file.is_file():  # reading a named pipe would wait for a writer
-            raise ValueError(f"{file} is a link to no file, or not a regular file; take it out of the folder.")
+            raise ValueError(
+                f"{printable(file)} is a link to no file, or not a regular file; take it out of the folder."
+            )
         parts += [file.relative_to(root).as_posix(), bytes.fromhex(hashing.of_file(file))]
 
     def batches() -> Iterator[Tensor]:
@@ -126,8 +129,9 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
             shape = shape or rows[0].shape
             for file, row in zip(files[first:], rows, strict=False):
                 if row.shape != shape:
+                    one, other = printable(file.name), printable(files[0].name)
                     raise ValueError(
-                        f"The images in {root} have several sizes ({file.name} is another than {files[0].name}); "
+                        f"The images in {root} have several sizes ({one} is another than {other}); "
                         "crop them all with --size."
                     )
             yield torch.from_numpy(np.stack(rows))
@@ -140,7 +144,9 @@ def _read(file: Path, size: int | None, channels: int) -> np.ndarray:
     try:
         return read(file, size, 1 if size is None else minimal_side(size), channels)
     except Unusable as error:
-        raise ValueError(f"{file} cannot be read ({error}); take it out of the folder, or make it again.") from None
+        raise ValueError(
+            f"{printable(file)} cannot be read ({error}); take it out of the folder, or make it again."
+        ) from None
 
 
 def _channels(files: list[Path]) -> int:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from apps.diffusion.config.network import check_zero_snr
 from apps.diffusion.config.sampling import OptionError, SamplingOptions
+from apps.diffusion.files.names import first_names
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.sampling import iteration_budget
@@ -275,7 +276,7 @@ def class_numbers(
             text = names[composed.index(same)]
         number = names.index(text) if text in names else int(text) if text.isdecimal() else each
         if isinstance(number, str) or not 0 <= as_integer(name, number) < num_classes + null:
-            known = f"0 to {num_classes - 1}" + (f", or {', '.join(names)}" if names else "")
+            known = f"0 to {num_classes - 1}" + (f", or {first_names(names, len(names))}" if names else "")
             raise ValueError(f"{name} {each!r} does not exist; the classes are {known}.")
         numbers.append(as_integer(name, number))
     return numbers

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def run(config: Config, start: Checkpoint | None) -> int:
         if main_process:
             print(
                 f"Stopped at {trainer.progress.images} images; the checkpoint is in {config.out}.\n"
-                f"Continue:      python -m apps.diffusion.train --resume --out {config.out}"
+                f"Continue:      python -m apps.diffusion.train --resume --out {quote(str(config.out))}"
             )
         return 128 + (caught[0] if caught else signal.SIGTERM)  # the signal may have come to another process
     network = trainer.averaged()

@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -240,5 +241,5 @@ def _print(config: Config, metrics: dict[str, Any], scores: dict[str, Scores]) -
     print(f"\nImages:        {'  '.join(drawn)}")
     print(f"Numbers:       {out / 'metrics.json'}")
     print(f"Weights:       {out / 'checkpoints'}")
-    print(f"More samples:  python -m apps.diffusion.sample {out} --num 100")
+    print(f"More samples:  python -m apps.diffusion.sample {quote(str(out))} --num 100")
     print(f"In all {metrics['seconds_in_all']:.0f} s.")

@@ -147,7 +147,7 @@ def colors(root, *names, mode="RGB"):
         image_files.save(root / name, image_files.random_image(i, mode=mode))
 
 
-@pytest.mark.parametrize("suffix", ["jfif", "avif", "jp2", "tga", "PNG", "JPEG", "qoi", "pcx"])
+@pytest.mark.parametrize("suffix", ["jfif", "avif", "jp2", "tga", "PNG", "JPEG", "qoi", "pcx", "mpo"])
 def test_every_suffix_that_pillow_reads_is_an_image(tmp_path, suffix):
     colors(tmp_path, "0.png", f"1.{suffix}")
     assert ImageFolderDataset(tmp_path, 16).files == ("0.png", f"1.{suffix}")
@@ -272,3 +272,15 @@ def test_a_palette_of_grays_is_gray(tmp_path, suffix):
     assert ImageFolderDataset(tmp_path, 8).shape[0] == 1
     Image.new("RGB", (8, 8), (200, 40, 60)).quantize(4).save(tmp_path / f"red.{suffix}")
     assert ImageFolderDataset(tmp_path, 8).shape[0] == 3
+
+
+def test_names_are_printed_on_one_line_without_terminal_codes(tmp_path):
+    name = os.fsdecode(b"a\n\x1b[31m\xff")
+    colors(tmp_path, f"{name}/0.png", f"{name}/1.txt.png")
+    (tmp_path / name / "1.txt.png").write_bytes(b"no image")
+    (tmp_path / name / "2.txt").touch()
+    (tmp_path / (name + "empty")).mkdir()
+    said = ImageFolderDataset(tmp_path, 16).remarks()
+    assert len(said) == 3
+    assert all(line.isprintable() for line in said)
+    assert r"a\n\x1b[31m\udcff" in said[0]

@@ -24,6 +24,21 @@ ORIENTATIONS = {
 }
 
 
+def icc(space, tags):
+    """An ICC profile of these colors with these tags, a name and the white of D50."""
+    name = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"wide\0" + b"\0" * 78
+    white = b"".join(struct.pack(">i", round(value * 65536)) for value in (0.9642, 1, 0.8249))
+    tags = {b"desc": name + b"\0" * (-len(name) % 4), b"wtpt": b"XYZ \0\0\0\0" + white, **tags}
+    start, table, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
+    for tag, data in tags.items():
+        table += tag + struct.pack(">II", start + len(body), len(data))
+        body += data
+    head = struct.pack(">I4sI4s4s4s", 128 + len(table) + len(body), b"none", 0x02100000, b"mntr", space, b"XYZ ")
+    head += b"\x07\xe6\0\1\0\1\0\0\0\0\0\0acsp"
+    head += b"\0" * (68 - len(head)) + white
+    return head + b"\0" * (128 - len(head)) + table + body
+
+
 def wide_gamut_profile():
     """A matrix profile with Adobe RGB's primaries and gamma 563/256, written from the ICC specification."""
 
@@ -34,11 +49,8 @@ def wide_gamut_profile():
         return b"XYZ \0\0\0\0" + b"".join(map(number, values))
 
     curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, 563) + b"\0\0"
-    name = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"wide\0" + b"\0" * 78
     tags = {
-        b"desc": name + b"\0" * (-len(name) % 4),
         b"cprt": b"text\0\0\0\0none\0\0\0\0",
-        b"wtpt": xyz(0.9642, 1, 0.8249),
         b"rXYZ": xyz(0.60974, 0.31111, 0.01947),
         b"gXYZ": xyz(0.20528, 0.62567, 0.06087),
         b"bXYZ": xyz(0.14919, 0.06322, 0.74457),
@@ -46,14 +58,7 @@ def wide_gamut_profile():
         b"gTRC": curve,
         b"bTRC": curve,
     }
-    start, table, body = 132 + 12 * len(tags), struct.pack(">I", len(tags)), b""
-    for tag, data in tags.items():
-        table += tag + struct.pack(">II", start + len(body), len(data))
-        body += data
-    head = struct.pack(">I4sI4s4s4s", 128 + len(table) + len(body), b"none", 0x02100000, b"mntr", b"RGB ", b"XYZ ")
-    head += b"\x07\xe6\0\1\0\1\0\0\0\0\0\0acsp"
-    head += b"\0" * (68 - len(head)) + number(0.9642) + number(1) + number(0.8249)
-    return head + b"\0" * (128 - len(head)) + table + body
+    return icc(b"RGB ", tags)
 
 
 def srgb(color):
@@ -223,23 +228,6 @@ def test_exif_agrees_with_pillow(tmp_path):
     assert np.array_equal(read(tmp_path / "a.png", None).transpose(1, 2, 0), shown)
 
 
-@pytest.mark.parametrize(("bits", "photometric"), [(1, 0), (1, 1), (8, 0), (8, 1), (12, 1), (16, 0), (16, 1)])
-def test_tiff_of_every_depth_with_zero_for_white_or_black(tmp_path, bits, photometric):
-    """Written byte by byte: Pillow writes no such file."""
-    left = np.zeros((8, 8), dtype=np.uint16 if bits == 16 else np.uint8)
-    left[:, :4] = 1 if bits == 12 else 2**bits - 1
-    data = np.packbits(left, axis=1).tobytes() if bits == 1 else left.tobytes()
-    if bits == 12:
-        data = np.packbits(np.repeat(left, 12, axis=1), axis=1).tobytes()
-    tags = [(256, 8), (257, 8), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 8)]
-    tags = [(tag, 4, 1, value) for tag, value in [*tags, (279, len(data))]]
-    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
-    head = b"II*\0" + struct.pack("<I", 8 + len(data))
-    (tmp_path / "a.tif").write_bytes(head + data + struct.pack("<H", len(tags)) + entries + bytes(4))
-    rows = preprocessing.read(tmp_path / "a.tif", 8, channels=1)[0]
-    assert rows[0].tolist() == ([0] * 4 + [255] * 4 if photometric == 0 else [255] * 4 + [0] * 4)
-
-
 def png(width, depth, kind, row, transparent=None):
     """A PNG file of one row, with a transparent color, as written by hand: Pillow writes few of its kinds."""
     parts = [(b"IHDR", struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0))]
@@ -273,3 +261,26 @@ def test_a_transparent_color_in_16_bits(tmp_path):
     (tmp_path / "x.png").write_bytes(png(2, 16, RGB, row, (40000, 10000, 0)))
     found = preprocessing.read(tmp_path / "x.png", None)
     assert found[:, 0].T.tolist() == [[255, 255, 255], [10000 >> 8, 40000 >> 8, 0]]
+
+
+def test_a_palette_with_an_alpha_channel_of_its_own(tmp_path):
+    """TGA with a color map in 32 bits: blue, green, red, alpha."""
+    head = struct.pack("<BBBHHBHHHHBB", 0, 1, 1, 0, 2, 32, 0, 0, 2, 1, 8, 0x28)
+    (tmp_path / "a.tga").write_bytes(head + bytes([30, 20, 10, 0, 60, 50, 40, 255, 0, 1]) + bytes(30))
+    assert read(tmp_path / "a.tga", None)[:, 0].T.tolist() == [[255, 255, 255], [40, 50, 60]]
+
+
+def test_a_palette_image_without_its_palette_is_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(2, 8, 3, b"\0\1"))
+    with pytest.raises(Unusable, match="palette"):
+        read(tmp_path / "a.png", None)
+
+
+def test_a_gray_profile_beside_a_transparent_level(tmp_path):
+    """ICC's kTRC of gamma 1: a level is linear light."""
+    tags = {b"kTRC": b"curv\0\0\0\0" + struct.pack(">IH", 1, 256) + b"\0\0", b"cprt": b"text\0\0\0\0none\0\0\0\0"}
+    profile = icc(b"GRAY", tags)
+    row = Image.fromarray(np.array([[120, 7]], dtype=np.uint8))
+    row.save(tmp_path / "a.png", icc_profile=profile, transparency=7)
+    expected = 255 * (1.055 * (120 / 255) ** (1 / 2.4) - 0.055)
+    assert np.abs(read(tmp_path / "a.png", None, channels=1)[0, 0] - [expected, 255]).max() <= 2

@@ -1,0 +1,17 @@
+"""Names of files and classes in messages, on one line whatever characters they have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def printable(name: object) -> str:
+    """The name with escapes in place of line breaks, terminal codes and bytes that are no UTF-8."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(name))
+
+
+def first_names(names: Iterable[object], count: int = 5) -> str:
+    """The first `count` names, and how many more there are."""
+    known = list(names)
+    more = f" and {len(known) - count} more" if len(known) > count else ""
+    return ", ".join(map(printable, known[:count])) + more
