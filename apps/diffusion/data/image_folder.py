@@ -298,8 +298,8 @@ class ImageFolderDataset:
             return preprocessing.read(file, self.size, self.least, self._channels)
         except Unusable as reason:
             raise ValueError(
-                f"{printable(file)} could be read at the start, and now it is {reason}; delete or restore it, and start "
-                "again."
+                f"{printable(file)} could be read at the start, and now it is {reason}; delete or restore it, and "
+                "start again."
             ) from None
 
     def _header(self, i: int) -> int | Skipped:
