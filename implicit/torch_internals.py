@@ -8,11 +8,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrize
 from torch.utils import _pytree
@@ -176,6 +178,32 @@ def put_saved_tensor_hooks(hooks: Hooks) -> None:
     """Switch the hooks on again (`_push_saved_tensors_default_hooks`, 2.13.0)."""
     for pack, unpack in reversed(hooks):
         _autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+@dataclass
+class _Saved:
+    raw: Tensor | None
+    packed: Any
+
+
+@contextmanager
+def saved_tensors_at_hand() -> Iterator[None]:
+    """Backward passes within the block find saved tensors as they are; later ones, as the active hooks pack them."""
+    hooks, kept = _autograd._top_saved_tensors_default_hooks(True), []
+    if hooks is None:
+        yield
+        return
+
+    def pack(t: Tensor) -> _Saved:
+        kept.append(_Saved(t, hooks[0](t)))
+        return kept[-1]
+
+    with saved_tensors_hooks(pack, lambda saved: hooks[1](saved.packed) if saved.raw is None else saved.raw):
+        try:
+            yield
+        finally:
+            while kept:
+                kept.pop().raw = None
 
 
 class Allocations(TorchDispatchMode):

@@ -21,6 +21,7 @@ difference raises.
 
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from implicit.autodiff.batched import each_cotangent, is_batched
+from implicit.autodiff.batched import each_cotangent
 from implicit.autodiff.closure_convert import (
     UNTRACED,
     ClosureTracer,
@@ -37,13 +38,13 @@ from implicit.autodiff.closure_convert import (
     has_untraced_leaf,
     own_view,
 )
-from implicit.autodiff.recomputation import CHANGED, record, require_same_image, summary
+from implicit.autodiff.recomputation import CHANGED, record, require_same_image, require_same_summary, summary
 from implicit.autodiff.vjp import edge, pullback, vjp
 from implicit.evaluation import FlatMap
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.options import Problem
 from implicit.pytree import Flat, State, tensors
-from implicit.torch_internals import not_compiled, saved_tensor_hooks_active
+from implicit.torch_internals import not_compiled, saved_tensor_hooks_active, saved_tensors_at_hand
 
 Product: TypeAlias = Callable[[Flat], Flat]
 """v -> J^T v."""
@@ -58,28 +59,28 @@ def attach(phi: FlatMap, z: Flat, solve: LinearSolve) -> tuple[Flat, Flat]:
     """(z, phi(z)): z, a fixed point of phi, as a differentiable function of all that phi closes over."""
     with torch.enable_grad():
         x = Barrier.apply(z.detach().requires_grad_())
-        tracer = ClosureTracer((x,))
-        with tracer:
-            y = phi(x)
+        tracer, hooked = ClosureTracer((x,)), saved_tensor_hooks_active()
+        y, probe = _evaluate(phi, x, tracer)
         image, theta, reads = y.detach(), tracer.tensors, tracer.reads()
         if not theta and not has_untraced_leaf(y, (x,)):
             return z.detach(), image
         widths = phi.layout.widths
-        first = First(not_compiled(closure_convert(phi, theta)), record(image, widths), reads, solve.eps, widths)
-        views = map(own_view, theta)
-        return _FixedPoint.apply(y, x, z.detach(), first, solve, saved_tensor_hooks_active(), *views), image
+        explicit = not_compiled(closure_convert(phi, theta))
+        first = First(explicit, record(image, widths), reads, solve.eps, widths, probe)
+        return _FixedPoint.apply(y, x, z.detach(), first, solve, hooked, *map(own_view, theta)), image
 
 
 def attach_approximately(phi: FlatMap, z: Flat, rule: Rule, eps: float) -> tuple[Flat, Flat]:
     """(z, phi(z)): z, a fixed point of phi, whose gradient reaches all that phi closes over by way of `rule`."""
+    hooked, first = saved_tensor_hooks_active(), None
     with torch.enable_grad():
         x = Barrier.apply(z.detach().requires_grad_())
-        y = phi(x)
-    image, widths, first = y.detach(), phi.layout.widths, None
+        y, probe = _evaluate(phi, x, nullcontext())
+    image, widths = y.detach(), phi.layout.widths
     if not y.requires_grad or not has_untraced_leaf(y, (x,)):
         return z.detach(), image
-    if saved_tensor_hooks_active():
-        first = First(not_compiled(phi), record(image, widths), None, eps, widths)
+    if hooked:
+        first = First(not_compiled(phi), record(image, widths), None, eps, widths, probe)
     return _Approximate.apply(y, x, z.detach(), first, rule), image
 
 
@@ -88,23 +89,28 @@ class Barrier(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.expected = None
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
-        expected, ctx.expected = ctx.expected, None
-        if expected is not None and grads[0] is not None and not is_batched(grads[0]):
-            require_same_image(grads[0], *expected)
+        return None
 
 
-def _expect(x: Any, product: Flat | None, eps: float) -> None:
-    """Have the product that the engine takes next in the first graph compared with `product` of a second evaluation.
+def _evaluate(phi: FlatMap, x: Flat, mode: AbstractContextManager[Any]) -> tuple[Flat, Tensor | None]:
+    """phi(x) under a mode and, where hooks pack what its graph saves, the `_probe` of its Jacobian."""
+    if not saved_tensor_hooks_active():
+        with mode:
+            return phi(x), None
+    with saved_tensors_at_hand():
+        with mode:
+            y = phi(x)
+        return y, _probe(pullback(y, x), x)
 
-    The engine comes to x in `backward()`; in `torch.autograd.grad` it takes the requested gradients alone.
-    """
-    if x is not None:
-        x.node.expected = None if product is None else (summary(product), eps)
+
+def _probe(product: Product, z: Flat) -> Tensor | None:
+    """The record of (I - J^T) w at one w: two maps of one value at z, such as two dampings, differ in it."""
+    w = torch.arange(z.shape[1], dtype=torch.float32, device=z.device).square().cos().to(z.dtype).expand_as(z)
+    return record(w - product(w))
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ class First:
     reads: Reads | None
     eps: float
     widths: tuple[int, ...] = ()  # columns of the tensors of the state
+    probe: Tensor | None = None  # of its Jacobian, where products come from a second evaluation
 
     def __call__(self, x: Flat, *theta: Tensor) -> Flat:
         """phi(x, *theta) of a second evaluation.
@@ -169,8 +176,6 @@ class _FixedPoint(torch.autograd.Function):
             # theta keeps requires_grad: a checkpoint inside f counts the tensors that its two evaluations save
             product = _evaluated_again(ctx.phi, value, *theta)
         u = ctx.solve(product, g)
-        if ctx.hooked and not recorded:
-            _expect(ctx.x, product(u), ctx.solve.eps)
         if not recorded:
             return (u, *[None] * (5 + len(theta)))
 
@@ -223,10 +228,7 @@ class _Approximate(torch.autograd.Function):
         phi: First | None = ctx.phi
         if phi is not None and not recorded:
             product = _evaluated_again(phi, *ctx.saved_tensors)
-        u = ctx.rule(product, grads[0])
-        if phi is not None:
-            _expect(ctx.x, None if recorded else product(u), phi.eps)
-        return (u, *[None] * 4)
+        return (ctx.rule(product, grads[0]), *[None] * 4)
 
 
 def warn_learned_start(problem: Problem, value: State) -> None:
@@ -269,4 +271,8 @@ def _evaluated_again(phi: First, z: Flat, *theta: Tensor) -> Product:
     with torch.enable_grad():
         x = z.detach().requires_grad_()
         y = phi(x, *theta)
-    return pullback(y, x)
+    product = pullback(y, x)
+    again = _probe(product, z)
+    if phi.probe is not None and again is not None:
+        require_same_summary(again, phi.probe, phi.eps)
+    return product
