@@ -7,9 +7,13 @@ RUN ?= runs/digits
 TYPED := tests/implicit/linear \
 	$(addprefix tests/implicit/test_,api.py deq.py iterate.py problem_forms.py solve_options.py starts.py) \
 	$(addprefix tests/implicit/solvers/test_,after_arrival.py anderson.py broyden.py newton_krylov.py)
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
+# Python compiles what is imported, when it is: pip would compile all of it, which takes a minute and a half
+PIP = $(BIN)/python -m pip install -q --no-compile -c constraints.txt
+# what runs side by side prints one recipe line at a time
+GROUPED := $(if $(filter output-sync,$(.FEATURES)),--output-sync=line)
 
-.PHONY: help train test slow lint docs wheel bench clean
+.PHONY: help train test fast slow lint docs wheel bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -17,7 +21,10 @@ help: ## list the targets
 train: $(VENV)/.installed-train ## environment, installation, and an FPDM trained on handwritten digits (6 minutes)
 	$(BIN)/python -m apps.diffusion.train --out $(RUN)
 
-test: $(VENV)/.installed-test lint ## environment, installation, linters, types and tests on all cores
+test: $(VENV)/.installed-test ## environment, installation, linters, types and tests on all cores
+	$(MAKE) -j 2 $(GROUPED) lint fast
+
+fast: $(VENV)/.installed-test ## the tests of `make test`
 	$(PYTEST) -m "not slow" $(TYPED)
 	CHECK_TYPES=0 $(PYTEST) -m "not slow" $(addprefix --ignore=,$(TYPED))
 
@@ -41,11 +48,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-train: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[diffusion]'
+	$(PIP) -e '.[diffusion]'
 	touch $@
 
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[diffusion,bench,dev,docs]'
+	$(PIP) -e '.[diffusion,bench,dev,docs]'
 	touch $@ $(VENV)/.installed-train
 
 clean: ## remove the environment, caches and build outputs

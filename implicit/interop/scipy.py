@@ -3,7 +3,8 @@
 Every sample is solved alone, as g(z) = f(z) - z = 0 in float64 numbers.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from implicit.evaluation import FlatMap
 from implicit.pytree import Layout, Map, State, norm, to_device, to_host
 from implicit.solution import Solution
 from implicit.stopping import Stop, classify
+
+# scipy declares no types; without the cast, pyright infers that of the result from all solvers, for half a minute
+_root = cast(Callable[..., Any], optimize.root)
 
 
 def root(f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(), **options: Any) -> Solution:
@@ -78,7 +82,7 @@ def _one(f: FlatMap, z0: torch.Tensor, method: str, options: dict[str, Any]) -> 
         return r
 
     try:
-        optimize.root(g, z0.cpu().double().numpy().ravel(), method=method, options=options)
+        _root(g, z0.cpu().double().numpy().ravel(), method=method, options=options)
     except _Spent:
         pass
     return best, f.calls
