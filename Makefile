@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/digits
-# tests that run with every declared shape and type checked, which takes three times as long
-TYPED := tests/implicit/linear \
-	$(addprefix tests/implicit/test_,api.py deq.py iterate.py problem_forms.py solve_options.py starts.py) \
-	$(addprefix tests/implicit/solvers/test_,after_arrival.py anderson.py broyden.py newton_krylov.py)
+# tests that run with every declared shape and type checked, which takes three times as long: each function once
+TYPED := $(addprefix tests/implicit/,diagnostics/test_small_matrices.py interop \
+	$(addprefix grads/test_,shine.py stochastic_jfb.py) $(addprefix linear/test_,adjoint_solve.py gmres.py) \
+	$(addprefix solvers/test_,anderson.py broyden.py) \
+	$(addprefix test_,api.py best_iterates.py deq.py iterate.py plotting.py problem_forms.py starts.py states.py))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 # Python compiles what is imported, when it is: pip would compile all of it, which takes a minute and a half
 PIP = $(BIN)/python -m pip install -q --no-compile -c constraints.txt

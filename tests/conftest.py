@@ -1,7 +1,7 @@
 """The tests check every shape and type that `implicit` declares, at run time; benchmarks and users do not.
 
-The checks take three times as long as the tests themselves, so that `make test` leaves them out (CHECK_TYPES=0) but for
-those of single solvers, of linear systems, of the loop and of its interface.
+The checks take three times as long as the tests themselves, so that `make test` leaves them out (CHECK_TYPES=0) but in
+the files that its Makefile lists, which call every solver, estimator and diagnostic.
 
 All tests run on one thread, and so do the processes they start: sums are then the same to the last bit everywhere.
 """

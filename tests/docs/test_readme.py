@@ -11,7 +11,7 @@ PROMISES = re.findall(r"^\* (.*)$", README.split("## What you can rely on")[1].s
 HELD_BY = {
     "`CONVERGED` and `residual` are true": (
         "implicit/test_claims.py::test_residual_is_that_of_the_value_whether_or_not_it_converged",
-        "implicit/test_iterate.py::test_no_false_claim_on_any_problem",
+        "implicit/test_problem_set.py::test_no_false_claim_on_any_problem",
         "implicit/grads/test_contracts.py::test_a_claim_is_true_of_the_value_after_tracked_steps",
     ),
     "Rows that f couples": ("implicit/test_claims.py::test_rows_that_reach_each_other_are_solved_as_one_system",),
@@ -19,7 +19,7 @@ HELD_BY = {
         "implicit/test_batch_mates.py::test_mates_change_no_bit_at_one_batch_size",
         "implicit/test_batch_mates.py::test_mates_change_no_step_of_a_sample_that_is_reset",
     ),
-    "At another batch size": ("implicit/test_iterate.py::test_an_answer_does_not_depend_on_batch_mates",),
+    "At another batch size": ("implicit/test_problem_set.py::test_an_answer_does_not_depend_on_batch_mates",),
     "Failure is a value": (
         "implicit/test_iterate.py::test_nan_later_in_one_sample_ends_that_sample_alone",
         "implicit/test_iterate.py::test_a_tolerance_out_of_reach_ends_early_with_advice",

@@ -91,17 +91,6 @@ def test_bad_arguments_are_named():
             make()
 
 
-@pytest.mark.parametrize("memory", [3, 5, 10])
-def test_the_safeguard_ends_a_stall_on_the_non_normal_map(memory):
-    p = problem("non-normal")
-    stop = Stop(rtol=1e-10, atol=0, max_evals=300)
-    with torch.no_grad():
-        free = fixed_point(p, p.z0, *p.args, solver=Anderson(memory, safeguard=False), stop=stop)
-        safe = fixed_point(p, p.z0, *p.args, solver=Anderson(memory), stop=stop)
-    assert not free.converged.any() and safe.converged.all()
-    assert float(p.residual(free.value).max()) > 1e-2 and float(p.residual(safe.value).max()) < 1e-9
-
-
 def test_columns_that_repeat_each_other():
     x = torch.ones(2, 3, dtype=F64)
     stop = Stop(rtol=1e-12)
