@@ -49,7 +49,7 @@ def _every_budget(study: Study) -> list[str]:
         ratios = {start: [f"{a / b:.2f}" for a, b in zip(values, many, strict=True)] for start, values in few.items()}
         found = [f"from {start} {', '.join(values) or NOTHING}" for start, values in ratios.items()]
         lines.append(
-            f"One model for every budget ({task}, {BEST}): the distance at 2 iterations over that at 12, for each seed, "
+            f"One model for every budget ({task}, {BEST}): the distance at 2 iterations over that at 12, by seed, "
             f"is {'; '.join(found)}. The aim is 1.1 at most."
         )
     return lines
