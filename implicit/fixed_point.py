@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicit import grads, solvers
 from implicit.autodiff.autocast import as_now
 from implicit.autodiff.parametrizations import weights_once
 from implicit.grads.base import AbstractGrad
@@ -16,8 +17,7 @@ from implicit.options import Problem, SolveOptions
 from implicit.problem_forms import Main, all_starts, best_start
 from implicit.pytree import Map, State, leaves
 from implicit.solution import Adjoint, Solution
-from implicit.solvers import Anderson, AndersonGS, BadBroyden, Broyden, Multisecant, NewtonKrylov, Picard
-from implicit.solvers.base import AbstractSolver
+from implicit.solvers import AbstractSolver, Multisecant
 from implicit.stopping import Stop
 
 
@@ -129,16 +129,14 @@ def _solve(
     return main.with_aux(solution, args) if isinstance(main, Main) else solution
 
 
-_SOLVERS = (Anderson, AndersonGS, BadBroyden, Broyden, Multisecant, NewtonKrylov, Picard)
-
-
 def check_types(solver: object, grad: object, stop: object) -> None:
     """Refuse a class, a name or anything else in place of an instance.
 
     Raises:
         TypeError: naming the argument and what fits.
     """
-    known = {kind.__name__.lower(): kind.__name__ for kind in (*_SOLVERS, *AbstractGrad.__subclasses__())}
+    members = (vars(solvers) | vars(grads)).items()
+    known = {member.lower(): member for member, kind in members if isinstance(kind, type)}
     for name, given, kind, example in (
         ("solver", solver, AbstractSolver, "Multisecant()"),
         ("grad", grad, AbstractGrad, "IFT()"),

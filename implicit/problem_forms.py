@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit.autodiff.functorch import search
+from implicit.autodiff.detached_solve import solve_detached
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Layout, Map, State, leaves, map_tensors, rebuild
 from implicit.solution import Solution
@@ -91,7 +91,7 @@ def best_start(
     if options.state is not None:
         raise ValueError("state continues from one start: leave it unset with starts.")
     plain = SolveOptions(batch_dims=options.batch_dims, compact=options.compact)
-    solved = [search(Problem(f, z0, args), solver, stop, plain) for z0 in z0s]
+    solved = [solve_detached(Problem(f, z0, args), solver, stop, plain) for z0 in z0s]
     residual = torch.stack([s.residual.detach().nan_to_num(nan=torch.inf, posinf=torch.inf) for s in solved])
     best = residual.argmin(dim=0)
     evals = torch.stack([s.evals for s in solved]).sum(dim=0)

@@ -24,7 +24,7 @@ from implicit.evaluation import FlatMap
 from implicit.iterate import iterate
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.options import Problem, SolveOptions
-from implicit.pytree import Layout, State, map_tensors, tensors
+from implicit.pytree import Layout, map_tensors, tensors
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
@@ -33,7 +33,6 @@ from implicit.torch_internals import (
     forward_levels,
     forward_mode_active,
     has_derivative,
-    memory,
     not_compiled,
     transforms_active,
 )
@@ -56,23 +55,6 @@ def refuse_transforms(estimator: object) -> None:
             f"{name} works with ordinary backward passes, not inside torch.func transforms or forward mode: use IFT, "
             "JFB or Phantom there."
         )
-
-
-def search(problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions) -> Solution:
-    """The solution without derivatives, inside or outside of a transform, in memory of its own."""
-    if active():
-        return solve(problem, solver, stop, options).solution
-    with torch.no_grad():
-        solved = iterate(problem.f, problem.z0, solver, stop, args=problem.args, options=options)
-        return replace(solved, value=_own_memory(solved.value, problem.z0))
-
-
-def _own_memory(value: State, z0: State) -> State:
-    """The value, copied where it is z0 itself: a solve that begins at its answer."""
-    if torch.compiler.is_compiling():
-        return value
-    starts = {memory(t) for t in tensors(z0)}
-    return map_tensors(lambda t: t.clone() if memory(t) in starts else t, value)
 
 
 @dataclass(frozen=True)

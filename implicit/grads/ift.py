@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 
 from implicit.autodiff.autocast import rounding
-from implicit.autodiff.functorch import active, search, solve
+from implicit.autodiff.detached_solve import solve_detached
+from implicit.autodiff.functorch import active, solve
 from implicit.autodiff.implicit_diff import attach, warn_learned_start
 from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
@@ -81,7 +82,7 @@ class IFT(AbstractGrad):
             inside = solve(problem, solver, stop, options, attached=True)
             value = inside.attach(self._linear_solve(problem.f, inside.layout))
             return replace(inside.solution, value=inside.layout.unpack(value))
-        solved = search(problem, solver, stop, options)
+        solved = solve_detached(problem, solver, stop, options)
         kept = None if options.adjoint is None else Adjoint(options.adjoint.value)
         solved = replace(solved, adjoint=kept)
         if not torch.is_grad_enabled():

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from implicit.autodiff.functorch import search
+from implicit.autodiff.detached_solve import solve_detached
 from implicit.autodiff.tracked_steps import track
 from implicit.grads.base import AbstractGrad
 from implicit.options import Problem, SolveOptions
@@ -38,5 +38,5 @@ class JFB(AbstractGrad):
     def __call__(
         self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()
     ) -> Solution:
-        solved = search(problem, solver, stop, options)
+        solved = solve_detached(problem, solver, stop, options)
         return track(problem, solved, stop, options, steps=self.steps)

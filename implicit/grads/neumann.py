@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from implicit.autodiff.autocast import rounding
-from implicit.autodiff.functorch import refuse_transforms, search
+from implicit.autodiff.detached_solve import solve_detached
+from implicit.autodiff.functorch import refuse_transforms
 from implicit.autodiff.implicit_diff import attach_approximately, warn_learned_start
 from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
@@ -45,7 +46,7 @@ class Neumann(AbstractGrad):
         self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()
     ) -> Solution:
         refuse_transforms(self)
-        solved = search(problem, solver, stop, options)
+        solved = solve_detached(problem, solver, stop, options)
         if not torch.is_grad_enabled():
             return solved
         layout = Layout.of(solved.value, options.batch_dims)

@@ -15,7 +15,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from implicit.autodiff.autocast import rounding
-from implicit.autodiff.functorch import refuse_transforms, search
+from implicit.autodiff.detached_solve import solve_detached
+from implicit.autodiff.functorch import refuse_transforms
 from implicit.autodiff.implicit_diff import attach_approximately, warn_learned_start
 from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
@@ -74,12 +75,12 @@ class SHINE(AbstractGrad):
             )
         refuse_transforms(self)
         if not torch.is_grad_enabled():
-            return search(problem, solver, stop, options)
+            return solve_detached(problem, solver, stop, options)
         # The solve, without a graph; the state of a sample is kept as it was when the sample finished
         layout = Layout.of(problem.z0, options.batch_dims)
         frozen = _Frozen(solver)
         warm = None if options.state is None else frozen.wrap(options.state, layout.pack(problem.z0))
-        solved = search(problem, frozen, stop, replace(options, keep_state=True, compact=False, state=warm))
+        solved = solve_detached(problem, frozen, stop, replace(options, keep_state=True, compact=False, state=warm))
         # y = f(z*) with a graph; `state` is bound below, before the backward pass reads it
         flat, z = FlatMap(problem.f, problem.args, layout), layout.pack(solved.value)
         value, image = attach_approximately(

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from implicit.autodiff.functorch import search
+from implicit.autodiff.detached_solve import solve_detached
 from implicit.autodiff.tracked_steps import track, unsolved
 from implicit.grads.base import AbstractGrad
 from implicit.grads.jfb import JFB
@@ -71,5 +71,5 @@ class StochasticJFB(AbstractGrad):
             raise ValueError("StochasticJFB draws the number of iterations: leave Stop.when unset, or use JFB.")
         n, m = self.draw()
         free = replace(stop, rtol=0, atol=0, max_evals=max(n, 1))
-        solved = search(problem, solver, free, options) if n else unsolved(problem, options)
+        solved = solve_detached(problem, solver, free, options) if n else unsolved(problem, options)
         return track(problem, solved, free, options, steps=m)
