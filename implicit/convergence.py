@@ -8,8 +8,8 @@ The loop (`implicit.iterate`) hands every evaluated point to a `ConvergenceMonit
     stopped      `Stop.when` held; the sample is frozen at this z
     stalled      the smallest residual is rounding error and has not improved for some evaluations
 
-Frozen samples are evaluated along with the running ones, so that their residual is known at every point. One that no
-longer meets the tolerance has lost it to the other samples (f couples them) or to noise in f (two values at one z).
+Frozen samples are evaluated along with the running ones, so that their residual is known at every point. A frozen
+sample that misses the tolerance later shows that f couples the samples, or that f gives two values at one z (noise).
 """
 
 from collections.abc import Callable
@@ -33,26 +33,26 @@ from implicit.staged_safeguard import Stage, StagedSafeguard
 from implicit.stopping import Criterion, classify
 
 RUNNING = np.int8(-1)
-_AGED = 3  # evaluations without a new smallest residual after which the last of the budget is spent on the best iterate
+_AGED = 3  # a sample without a new smallest residual for so many evaluations spends its last one at its best iterate
 
 
 @dataclass
 class ConvergenceMonitor:
     """Status of B samples from z0 on: which still run, the best iterate of each, and how each one ended.
 
-    `rows` are the samples that the loop evaluates at present: all of them, or with compaction those still running.
+    `rows` are the samples that the loop evaluates at present: all samples, or with compaction the running ones.
     """
 
     criterion: Criterion
     z0: Flat
     callback: Callable[[int, np.ndarray], Any] | None = None
     safeguard: StagedSafeguard | None = None
-    begin: int = 0  # evaluations made before
+    begin: int = 0  # evaluations of f before the first one that this monitor observes
     trace: list[np.ndarray] = field(default_factory=list)
-    fold: Fold | None = None  # of the evaluations
-    inconsistent: bool = False  # f gave another value at the z of a sample: coupling or noise
-    noisy: bool = False  # it was noise
-    product_keeps_bits: bool = False  # f(z) is the same with a Jacobian-vector product, as far as is known
+    fold: Fold | None = None  # a function `SolveOptions.trace`, folded over the evaluations
+    inconsistent: bool = False  # f gave two values at one z of a sample: coupling or noise
+    noisy: bool = False  # noise was the cause
+    product_keeps_bits: bool = False  # f(z) had the same bits with a Jacobian-vector product as without one
 
     def __post_init__(self) -> None:
         size = self.z0.shape[0]
@@ -64,20 +64,20 @@ class ConvergenceMonitor:
         self.evals = np.zeros(size, dtype=np.int64)
         self.reset_at = np.zeros(size, dtype=np.int64)  # evaluations made when the sample was last reset
         self.done = size == 0
-        self.last: tuple[np.ndarray, np.ndarray, int] | None = None  # rows, held, calls of the reading before
-        self.observed: Point | None = None  # where f gave another value than before
-        self._held = np.zeros(size, dtype=bool)  # evaluated at their best iterate
-        self._lost = np.zeros(0, dtype=np.int64)  # samples that had converged and meet the tolerance no longer
+        self.last: tuple[np.ndarray, np.ndarray, int] | None = None  # rows, held, calls of the last whole reading
+        self.observed: Point | None = None  # the point at which f gave another value than before
+        self._held = np.zeros(size, dtype=bool)  # samples whose present z is their best iterate
+        self._lost = np.zeros(0, dtype=np.int64)  # converged samples that miss the tolerance in a later evaluation
         self._pending: Observation | None = None
         self._quick: QuickReading | None = None
-        self._new = True  # nothing was read yet
-        self.calls = 0  # evaluations made at the last reading,
-        self._looks = self._made = 0  # points taken in, and evaluations made
+        self._new = True  # no norms were read yet
+        self.calls = 0  # evaluations made at the last reading
+        self._looks = self._made = 0  # calls of `observe`, and evaluations made
 
     # ---- the loop's calls
 
     def observe(self, point: Point, calls: int, last: bool) -> None:
-        """Take in the point of call number `calls`; its norms are read now or, with `Stop.late`, at the next call."""
+        """Enter the point of evaluation number `calls`; norms are read now or, with `Stop.late`, at the next call."""
         self._looks += 1
         self._made = calls
         if self.fold is not None:
@@ -96,12 +96,13 @@ class ConvergenceMonitor:
             self._pending = None
 
     def next_iterate(self, z: Flat, point: Point, last: bool) -> Flat:
-        """z with the safeguard's steps where it is on, and finished samples frozen where they ended.
+        """The z to evaluate next: the solver's z, or a step of the safeguard; finished samples keep their final z.
 
-        In the last evaluation of the budget a sample without recent progress is evaluated at its best iterate again:
-        that costs it little, and shows whether f gives one value there.
+        The `last` evaluation of the budget is made at the best iterate for every sample without recent progress, which
+        shows whether f gives the same value there again.
         """
-        if z is point.fz and z.requires_grad:  # a node of its own, where gradients are summed as beside frozen samples
+        # a graph node apart from f(z), as `torch.where` makes beside frozen samples: gradients are summed in one order
+        if z is point.fz and z.requires_grad:
             z = z.view_as(z)
         z = self.masks.apply(z, point, self.best, self.rows)
         self._held = self.code != RUNNING
@@ -113,10 +114,10 @@ class ConvergenceMonitor:
         return z
 
     def apply_resets(self, point: Point, state: Any, solver: AbstractSolver[Any]) -> tuple[Point, Any]:
-        """The samples that the safeguard resets, at their best iterate and without a history."""
+        """The point and the solver state after the safeguard's resets, which put samples at their best iterate."""
         if self.safeguard is None or not self.safeguard.pending:
             return point, state
-        # a second attempt begins, or ends
+        # second attempts that begin (`over`), and that end (`back`)
         resets, (over, back) = self.safeguard.pop_resets(), self.safeguard.pop_starts()
         self.best.take_back(back)
         if over.any():
@@ -125,7 +126,7 @@ class ConvergenceMonitor:
         # the others continue from their best iterate
         self.reset_at[resets] = self._made
         mask, failed = self._mask(resets), point
-        if point.fz.requires_grad:  # autograd keeps no value that is not finite, see `implicit.iterate`
+        if point.fz.requires_grad:  # `point` holds another f(z) in place of one that is not finite, see `_without_nan`
             failed = Point(point.z, torch.where(self._mask(self.safeguard.broken > 0), torch.nan, point.fz))
         self.masks.set_stages(self.safeguard, self._mask)
         best = self.best_iterates()
@@ -136,13 +137,13 @@ class ConvergenceMonitor:
         return point, solver.retreat(point, failed, state, mask, self._mask(self.safeguard.on(Stage.CAUTIOUS)))
 
     def without_newton(self) -> None:
-        """f cannot be differentiated: the safeguard's Newton-Krylov stage is left out."""
+        """Leave out the safeguard's Newton-Krylov stage, since f cannot be differentiated."""
         if self.safeguard is not None:
             self.safeguard.leave_out(Stage.NEWTON)
             self.masks.set_stages(self.safeguard, self._mask)
 
     def compact(self) -> Tensor:
-        """Turn to the running samples alone; returns their positions among the rows evaluated so far."""
+        """Restrict `rows` to the running samples; returns their positions among the `rows` before."""
         keep = np.flatnonzero(self.code[self.rows] == RUNNING)
         self.rows = self.rows[keep]
         self.masks.running = None
@@ -153,7 +154,7 @@ class ConvergenceMonitor:
         return positions
 
     def accept_noise(self) -> None:
-        """f gives two values at one z: continue with the samples that this has cost their convergence."""
+        """Record that f gives two values at one z; samples that miss their tolerance because of it run again."""
         self.inconsistent, self.noisy, self.observed = False, True, None
         self._release(self._lost)
 
@@ -197,7 +198,7 @@ class ConvergenceMonitor:
         best.update_absolute(rows, counts, *whole)
         best.update(rows, (counts & (r < best.residual[rows])) | converged | stopped, seen.point, r, s, seen.calls)
 
-        # which have come to rounding error, or have failed; a point made before a reset is not part of the retry
+        # which samples stall at rounding error or have failed; a point made before a reset is not part of the retry
         stalled = live & ~converged & ~stopped & best.at_rounding(rows, seen.calls, self.layout.eps)
         fresh = seen.calls > self.reset_at[rows]
         broken = running & ~finite & fresh
@@ -222,7 +223,7 @@ class ConvergenceMonitor:
         best.refresh(seen.calls)
 
     def _read_quickly(self, seen: Observation) -> bool:
-        """Whether the quick reading suffices."""
+        """Read by the quick reading if that suffices; returns whether it did."""
         if self._quick is None or self.masks.running is not None or seen.stopped is not None:
             return False
         if len(seen.rows) < len(self.code) or seen.held.any():
@@ -232,7 +233,7 @@ class ConvergenceMonitor:
         return self._quick.take(seen, self.best, quiet, safeguard is not None)
 
     def _check_repeats(self, seen: Observation, measured: tuple[np.ndarray, ...]) -> None:
-        """Whether samples that were evaluated where they were before have another residual now."""
+        """Compare the residuals of samples evaluated at their best iterate again with the residuals found there."""
         if not seen.held.any():
             return
         rows = seen.rows
@@ -246,7 +247,7 @@ class ConvergenceMonitor:
             self.inconsistent, self.observed = True, seen.point
 
     def _release(self, rows: np.ndarray) -> None:
-        """Let samples run again that had finished."""
+        """Let finished samples run again."""
         if len(rows):
             self.code[rows] = RUNNING
             self.best.residual[rows], self.best.since[rows] = np.inf, self.calls  # the next point counts as the first

@@ -14,21 +14,21 @@ from implicit.pytree import Flat, Layout, Map, State, leaves
 from implicit.solvers.base import Point
 from implicit.torch_internals import transforms_active, version
 
-_CHECKED = 3  # first evaluations, whose inputs and inference tensors are checked too
-_WATCHED = 32  # outputs that are checked for later writes
+_CHECKED = 3  # so many evaluations at the start are checked for writes into f's input and into inference tensors too
+_WATCHED = 32  # so many of the latest outputs of f are checked for later writes
 
 
 @dataclass
 class FlatMap:
     """f as a map of (B, N) matrices; every call is counted and checked for in-place writes.
 
-    The versions of the last outputs that exist still are compared around every call: solvers and best iterates hold
-    them. That takes no operator.
+    Solvers and best iterates hold earlier outputs of f. The version counters of the outputs that still exist are
+    compared before and after every call, which runs no operator.
 
     Attributes:
         budget: calls allowed.
         calls: calls made.
-        repeats: calls made in addition, with a graph that is free of NaN.
+        repeats: calls made by `repeat`, outside of the budget.
     """
 
     f: Map
@@ -37,9 +37,9 @@ class FlatMap:
     budget: int = 0
     calls: int = 0
     repeats: int = 0
-    forward: bool = True  # whether f has a forward mode, as far as is known
+    forward: bool = True  # False once an operator of f has proved to lack a forward mode
     _outputs: deque["weakref.ref[Tensor]"] = field(default_factory=lambda: deque(maxlen=_WATCHED), repr=False)
-    _copies: list[tuple[State, Any]] = field(default_factory=list, repr=False)  # inference tensors have no version
+    _copies: list[tuple[State, Any]] = field(default_factory=list, repr=False)  # of inference tensors: no versions
 
     @property
     def remaining(self) -> int:
@@ -56,7 +56,7 @@ class FlatMap:
         state = self.layout.unpack(z)
         if torch.compiler.is_compiling():
             return self.layout.pack(self.layout.check(self.f(state, *self.args), state))
-        if state is z and z.requires_grad:  # a node of its own, where f's gradients are summed before any others
+        if state is z and z.requires_grad:  # a graph node apart from z, where the gradients of f alone are summed first
             state = z.view_as(z)
         # versions of the input, and of earlier outputs, before and after the call
         first = self.calls <= _CHECKED
@@ -66,8 +66,8 @@ class FlatMap:
         written = any(version(t) != then for t, then in held) or any(_written(then, t) for t, then in self._copies)
         if written or _written(before, state):
             raise ValueError(
-                "f modifies its input in place, or writes its result into a tensor that it returned before; z and "
-                "f(z) would be one tensor and every residual 0: use out-of-place operations in f, or clone."
+                "f modifies its input in place, or writes its result into a tensor that it returned before, so z and "
+                "f(z) would be one tensor and every residual 0: use out-of-place operations in f, or clone its result."
             )
         flat = self.layout.pack(self.layout.check(out, state))
         self._outputs = deque((weakref.ref(t) for t, _ in held), _WATCHED)
@@ -75,7 +75,7 @@ class FlatMap:
             self._copies = []
         elif flat.is_inference():
             self._copies.append((flat, _versions(flat)))
-        # a view has the version of its base, which lives as long as any view
+        # a view shares the version counter of its base, which exists as long as any view
         self._outputs.append(weakref.ref(flat if flat._base is None else flat._base))
         return flat
 
@@ -88,7 +88,7 @@ class FlatMap:
         return Point(z, fz, product, self.remaining)
 
     def repeat(self, z: Flat, tangent: Flat | None = None) -> Point:
-        """`evaluate` outside of the budget: in place of an evaluation that autograd must not keep."""
+        """`evaluate` outside of the budget, to replace or to verify an evaluation."""
         point = self.evaluate(z, tangent)
         self.calls, self.repeats = self.calls - 1, self.repeats + 1
         return Point(point.z, point.fz, point.product, self.remaining)
@@ -107,7 +107,7 @@ class FlatMap:
                 if not lacks_forward_mode(error):
                     raise
             finally:
-                self._outputs = kept  # without the output that belongs to the transform
+                self._outputs = kept  # without f's output in the transform
             self.forward = False
         return double_backward_jvp(self, z, tangent)
 

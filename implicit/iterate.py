@@ -4,14 +4,14 @@ Setting: f maps a state to a state of the same shape; sample b is a system of it
 r = f(z) - z its residual; `implicit.stopping` has the criterion. A finished sample is frozen at its z while the others
 go on.
 
-CONVERGED and `residual` are true of the value that is returned. Frozen samples are evaluated along, so a claim is
-tested in every evaluation; where none was at the batch that is returned (after compaction, with `Stop.late`, beside
-samples that did not converge), one more evaluation measures it. A claim that does not hold has one of two causes,
-distinguished by evaluating f again at the same z:
+CONVERGED and `residual` are true of the value that is returned. Frozen samples are evaluated along with the running
+ones, so every evaluation measures them again. If no evaluation was at the batch that is returned (after compaction,
+with `Stop.late`, beside samples that did not converge), one more evaluation measures that batch. A converged sample
+that misses the tolerance there has one of two causes, distinguished by evaluating f again at the same z:
 
     noise      f gives two values at one z (a fresh dropout mask, spectral_norm in training mode): the sample goes on,
                and ends as NONDETERMINISTIC if the budget does not suffice
-    coupling   f takes one sample into another: the whole batch is solved on as one system, with a warning
+    coupling   f takes one sample into another: the solve goes on with the whole batch as one system, and a warning
 """
 
 import warnings
@@ -55,20 +55,21 @@ def iterate(
 ) -> Solution:
     """Solve z = f(z, *args) with `solver` until every sample meets the tolerance of `stop`.
 
-    Operations are recorded by autograd if it is on: estimators decide that.
+    Autograd records the operations if gradients are enabled, which the estimators decide.
 
     Args:
         f: the map; keeps structure, shapes and dtypes of the state.
         z0: the starting state, ``(B, *)`` tensors.
         args: passed on to f.
         options: batch dimensions, warm start, compaction and what to record.
-        image: return f(z) in place of z, wherever f(z) is no worse by the tolerance.
-        segments: without a tolerance, keep for autograd what there was at the end of each segment alone, and run the
-            segments again in the backward pass; None keeps all.
+        image: return f(z) in place of z, except for a sample of which only z meets the tolerance or has a finite
+            residual.
+        segments: for a solve without a tolerance: autograd keeps only the point and the solver state at the end of
+            each segment, and the backward pass runs the segments again; None: autograd keeps every evaluation.
 
     Raises:
         ValueError: f changes the shape, dtype, device or structure of the state or writes into it, or the state is
-            not one that can be solved for, or `options.state` is not the state of such a solve.
+            empty or not of floating point or complex tensors, or `options.state` belongs to another kind of solve.
     """
     layout = Layout.of(z0, options.batch_dims)
     counted = FlatMap(f, args, layout, stop.max_evals)
@@ -79,14 +80,14 @@ def iterate(
 
 
 def require_numbers(z0: State, stop: Stop) -> None:
-    """Refuse a tolerance for a state on the meta device or a fake one.
+    """Refuse a tolerance for a state on the meta device or a state of fake tensors.
 
     Raises:
         ValueError: naming the criterion to pass.
     """
     if stop.has_tolerance and is_abstract(leaves(z0)[0]):
         raise ValueError(
-            "A state on the meta device, or a fake one, has no residual to compare with a tolerance: pass "
+            "A state on the meta device, or of fake tensors, has no residual to compare with a tolerance: pass "
             "stop=Stop(rtol=0, atol=0, max_evals=n)."
         )
 
@@ -99,7 +100,7 @@ def _until(
     with progress_callback(options, stop) as callback:
         start = f.layout.pack(z0)
         criterion, fold = Criterion(stop, f.layout), options.fold()
-        # a recorded solve takes no Newton-Krylov steps
+        # `Unrolled`, which sets `image`, cannot record Newton-Krylov steps
         make_safeguard = partial(_safeguard, solver, derivatives=not image)
         monitor = ConvergenceMonitor(criterion, start, callback, make_safeguard(start), f.calls, fold=fold)
         args = f.args
@@ -123,7 +124,7 @@ def _until(
 
 
 def _run(f: FlatMap | JointMap, monitor: ConvergenceMonitor, solver: AbstractSolver[Any], options: SolveOptions) -> Any:
-    """Evaluations until every sample has finished, the budget is spent or samples prove coupled; the solver state."""
+    """Evaluate until all samples have finished, the budget is spent or f proves coupled; returns the solver state."""
     compactor = _Compactor(f, monitor, options) if isinstance(f, FlatMap) and options.compact else None
     point = f.evaluate(monitor.best.z)
     monitor.observe(point, f.calls, f.remaining <= 0)
@@ -156,10 +157,11 @@ def _run(f: FlatMap | JointMap, monitor: ConvergenceMonitor, solver: AbstractSol
 def _without_nan(
     f: FlatMap | JointMap, point: Point, monitor: ConvergenceMonitor, tangent: Flat | None
 ) -> tuple[Point, Point]:
-    """The point to observe and the point to step from, which are one unless autograd records an f(z) that is NaN.
+    """The point to observe and the point to step from; they differ only if autograd records an f(z) that is NaN.
 
-    A cotangent of 0 times NaN would reach the parameters that samples share. So f is evaluated again, with the best
-    iterates of those samples, and NaN stands for their values as a constant.
+    In the backward pass a cotangent of 0 times NaN is NaN and would reach the parameters that samples share. Therefore
+    f is evaluated again with the best iterates of the samples whose f(z) is not finite, and the monitor observes the
+    constant NaN as their f(z).
     """
     if not point.fz.requires_grad:
         return point, point
@@ -180,8 +182,8 @@ def _solve_jointly(
 ) -> Any:
     """Solve the whole batch as one system from the best iterates; enters the outcome into `monitor`.
 
-    Every sample has to meet the tolerance in the same evaluation. The solver state that is returned has no history: one
-    of the joint system does not fit the samples.
+    Every sample has to meet the tolerance in the same evaluation. The solver state that is returned has no history,
+    since the history of the joint system has one row for the whole batch.
     """
     warnings.warn(COUPLED, RuntimeWarning, stacklevel=2)
     rows, first = len(monitor.best.z), monitor.criterion.first
@@ -211,9 +213,10 @@ def _solution(monitor: ConvergenceMonitor, value: Flat, options: SolveOptions, s
 
 
 def _safeguard(solver: AbstractSolver[Any], z: Flat, derivatives: bool) -> StagedSafeguard | None:
-    """The safeguard of a solver that has `patience`; its Newton-Krylov stage needs `derivatives` outside of transforms.
+    """The safeguard of a solver that has `patience`; without `derivatives` it has no Newton-Krylov stage.
 
-    `Unrolled` cannot record those, and leaves the stage out without a graph too: the value is one.
+    `Unrolled` cannot record Newton-Krylov steps. It leaves the stage out without a graph too, so that the value does
+    not depend on whether gradients are enabled.
     """
     if not solver.patience:
         return None
@@ -227,10 +230,11 @@ def _safeguard(solver: AbstractSolver[Any], z: Flat, derivatives: bool) -> Stage
 
 
 def _evaluate(f: FlatMap | JointMap, z: Flat, tangent: Flat | None, monitor: ConvergenceMonitor) -> Point:
-    """f at z with the Newton-Krylov stage's product; without it where f cannot be differentiated.
+    """f at z, with the Jacobian-vector product of samples in the Newton-Krylov stage if f can be differentiated.
 
-    Attention has other kernels with a product than without one. Samples in other stages must not see that, so that
-    f(z) is then evaluated by itself, outside of the budget.
+    PyTorch may choose another kernel for f(z), of attention for example, when the product is computed along with it.
+    The samples in other stages must get the same bits as without the product, so f(z) is evaluated once more without
+    it, outside of the budget, until the bits have agreed once.
     """
     if monitor.masks.newton is None or tangent is None:
         return f.evaluate(z, tangent)

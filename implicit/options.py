@@ -32,18 +32,18 @@ class SolveOptions:
     Args:
         batch_dims: 1, each row of the state is a system of its own; 0, the whole state is one.
         trace: record the residual at every evaluation; or a function ``(carry, z, f(z)) -> carry``, folded over the
-            evaluations of the solve from carry None on, whose last carry becomes ``Solution.trace``. Its states have a
-            graph where the solve has one (`Unrolled`); with the other estimators they are detached.
+            evaluations of the solve. The first carry is None, the last one becomes ``Solution.trace``. With `Unrolled`
+            the states z and f(z) have a graph; with the other estimators they are detached.
         state: solver state from an earlier ``Solution.state``, to continue with. It is copied, never written to.
         keep_state: put the solver state into ``Solution.state``.
-        compact: evaluate f on the samples still running only: finished ones are cut out of the state, of the solver
+        compact: evaluate f on the running samples only: finished samples are cut out of the state, of the solver
             state and of the tensors in `args` that have one row per sample. A tuple holds one True or False for each
             of `args`. True cuts every tensor in `args` whose first dimension is the batch size, a weight or bias of
-            that length included; the answer is verified with the whole `args` either way, for one evaluation more,
-            and solved without compaction where it does not hold. What f closes over is not cut, so batched inputs
-            must come through `args`.
-        adjoint: first guess of u in the backward pass of `IFT`, from an earlier ``Solution.adjoint``; an empty
-            ``Adjoint()`` begins.
+            that length included. One more evaluation verifies the answer with the whole `args`; if a sample misses its
+            tolerance there, the solve goes on without compaction. Tensors that f closes over are not cut, so batched
+            inputs must come through `args`.
+        adjoint: first guess of u in the backward pass of `IFT`: an earlier ``Solution.adjoint``, or ``Adjoint()`` if
+            there is no earlier solve.
         callback: called with (number of evaluations, (B,) float64 host tensor of residuals, NaN where finished) each
             time residuals are read: at every evaluation, or every `Stop.check_every`-th.
         progress: show a tqdm bar.
@@ -72,7 +72,7 @@ class SolveOptions:
         if not callable(self.trace):
             return None
         if self.compact:
-            raise ValueError("trace as a function sees all samples: leave compact unset, or pass trace=True.")
+            raise ValueError("trace as a function needs the states of all samples: leave compact unset, or trace=True.")
         return Fold(self.trace)
 
 
@@ -84,6 +84,6 @@ class Fold:
     carry: Any = None
 
     def add(self, layout: Layout, z: Flat, fz: Flat, joint: int = 1) -> None:
-        """Take in an evaluation; `joint` samples may stand side by side in a row."""
+        """Fold in an evaluation; a row of z and f(z) holds the states of `joint` samples."""
         states = [layout.unpack(t.reshape(t.shape[0] * joint, -1) if joint > 1 else t) for t in (z, fz)]
         self.carry = self.step(self.carry, *states)

@@ -37,8 +37,8 @@ _MESSAGES = {
         "into another, pass batch_dims=0."
     ),
     Result.NONFINITE: (
-        "f returned NaN or infinity, or its norm overflowed; the value is the best finite iterate: check f at the "
-        "starting point, damp the solver, or use a wider dtype."
+        "f returned NaN or infinity, or the norm of f(z) overflowed; the value is the best finite iterate: check f at "
+        "the starting point, damp the solver, or use a wider dtype."
     ),
     Result.STALLED: (
         "The residual has reached the rounding error of the state's dtype and no longer improves: loosen Stop.rtol "
@@ -59,13 +59,12 @@ class NotConverged(RuntimeError):
 class Adjoint:
     """u of the backward pass of `IFT`, a first guess of u for the next solve of a related problem.
 
-    u = g + J^T u, with g = dL/dz* and J = df/dz at z*. Handed to `fixed_point` as ``adjoint=``, it is read; the
-    solution has an object of its own, ``solution.adjoint``, which holds the same value until its backward pass puts u
-    there.
-    Samples that are drawn in another order take theirs along: ``Adjoint(u[index])``.
+    u = g + J^T u, with g = dL/dz* and J = df/dz at z*. `fixed_point` reads the object given as ``adjoint=`` and leaves
+    it as it is. ``solution.adjoint`` is a new object: it holds the same value until the backward pass of that solution
+    stores its own u. If the next batch holds other samples, select their rows: ``Adjoint(u[index])``.
 
     Attributes:
-        value: u, with the structure, shapes and dtypes of the state; None: no guess.
+        value: u, with the structure, shapes and dtypes of the state; None if there is no guess.
     """
 
     def __init__(self, value: Any = None) -> None:
@@ -82,20 +81,20 @@ class Solution:
     Attributes:
         value: the answer, with the structure, shapes and dtypes of the starting state. With a tolerance it is the z
             with the smallest residual, the best finite iterate. Without tolerance (``rtol = atol = 0``) it is f(z) of
-            the last evaluation. Estimators that take further steps with a graph return where those end.
-        residual: (B,) norm of f(z) - z at z = `value`; without tolerance, of the last step, which led to `value`. Where
-            f couples samples and the budget ends before one converges, each was measured beside the others as they
-            were then.
-        result: (B,) a `Result` code for every sample (int8). Without tolerance no sample of several is CONVERGED: f is
-            not evaluated at the value any more.
-        evals: (B,) how often f was evaluated for this sample (int64), at most `Stop.max_evals` times by the solve; an
-            evaluation that verifies the answer, and those of the estimator, come on top.
-        trace: (evaluations, B) residual at each evaluation, NaN once a sample has finished, or what the function given
-            as `trace` made of the evaluations; None unless requested.
+            the last evaluation. Estimators that take further steps with a graph return the end of these steps.
+        residual: (B,) norm of f(z) - z at z = `value`; without tolerance, of the last step, which led to `value`. If f
+            couples samples and the budget ends before one converges, the residual of each sample was measured beside
+            the iterates of the others in that evaluation, not beside their returned values.
+        result: (B,) a `Result` code for every sample (int8). Without tolerance no sample of a batch of several is
+            CONVERGED, since f is not evaluated at the value.
+        evals: (B,) how often f was evaluated for this sample (int64): at most `Stop.max_evals` times by the solve, plus
+            the evaluations that verify the answer and those of the estimator.
+        trace: (evaluations, B) residual at each evaluation, NaN once a sample has finished; the last carry if `trace`
+            was a function; None unless requested.
         state: the solver state at the end, for a warm start of a related problem; None unless requested.
         adjoint: u of the backward pass once it has run; None unless ``adjoint=`` was given.
         scale: (B,) norm of f at the start, to which the tolerance of a fixed point of zero refers.
-        aux: what f returned beside f(z) at `value`; None without `has_aux`.
+        aux: the second output of f at `value`; None without `has_aux`.
 
     With a whole-state system (``batch_dims=0``) B is 1.
     """
@@ -111,7 +110,7 @@ class Solution:
     adjoint: Adjoint | None = None
 
     def __repr__(self) -> str:
-        """One line: how many samples ended how, the largest residual and the evaluations."""
+        """One line: the number of samples of each `Result`, the largest residual and the evaluations."""
         ends = Counter(Result(code).name for code in self.result.tolist())
         how = ", ".join(f"{count} {name}" for name, count in ends.items()) or "no samples"
         worst = float(self.residual.max()) if len(self.residual) else 0.0
@@ -120,13 +119,13 @@ class Solution:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse PyTorch's functions and modules, with the argument to pass instead.
+        """Refuse to be an argument of PyTorch's functions and modules; the error names `solution.value`.
 
         Raises:
             TypeError: always.
         """
         name = getattr(func, "__name__", str(func))
-        raise TypeError(f"{name} got a Solution, which is no tensor: pass its answer, solution.value.")
+        raise TypeError(f"{name} got a Solution, which is not a tensor: pass its answer, solution.value.")
 
     @property
     def converged(self) -> Bool[Tensor, " B"]:
@@ -160,11 +159,11 @@ def _flatten(solution: Solution) -> tuple[list[Any], list[str]]:
 
 
 def _unflatten(parts: Iterable[Any], names: list[str]) -> Solution:
-    solution = object.__new__(Solution)  # the parts may be placeholders, which __init__ need not accept
+    solution = object.__new__(Solution)  # without __init__, since the parts may be placeholders of a transform
     given = dict(zip(names, parts, strict=True))
     for f in fields(Solution):
         object.__setattr__(solution, f.name, given.get(f.name))
     return solution
 
 
-register_pytree(Solution, _flatten, _unflatten)  # so that torch.vmap returns one
+register_pytree(Solution, _flatten, _unflatten)  # so that torch.vmap returns a Solution

@@ -1,33 +1,34 @@
 """The safeguard in stages: resets to the best iterate, and other steps where acceleration gains nothing.
 
-For every sample, on the host, from the residuals that the loop reads anyway:
+For each sample the host decides from the residuals that the loop reads for the stopping criterion:
 
-    blow-up    ||r|| > `blown` times the smallest so far, or not finite: reset to the best iterate. The solver may use
-               the pair of the two points. After a second blow-up without a smaller residual in between, a quarter of
-               the next step is taken, then a sixteenth, and so on; a sample that is not finite `tries` times in a row
-               has failed. In the Newton-Krylov stage residuals may grow; a value that is not finite ends it, as a
-               blow-up ends a plain stage.
-    run-away   ||r|| exceeds the smallest so far, at ||f(z)|| 1e4 times that of the best iterate, 1e8 times in the
-               Newton-Krylov stage: as a blow-up, and no convergence where it meets the tolerance, for a relative one
-               admits any ||r|| of a state that is large enough.
-    stall      the smallest residual has not fallen to `gain` of what it was within `patience` evaluations: the next
-               stage, from the best iterate,
+    blow-up    ||r|| > `blown` times the smallest so far, or not finite: the sample is reset to its best iterate. The
+               solver may keep the difference of the two points as a pair of its history. After a second blow-up
+               without a smaller residual in between, a quarter of the next step is taken, then a sixteenth, and so on.
+               A sample whose f(z) is not finite `tries` times in a row has failed. In the Newton-Krylov stage residuals
+               may grow, and only a value that is not finite ends the stage; any blow-up ends a plain stage.
+    run-away   ||r|| exceeds the smallest so far but meets the tolerance, and ||f(z)|| is above 1e4 times that of the
+               best iterate: handled as a blow-up instead of CONVERGED, since a relative tolerance admits any ||r|| once
+               the state is large enough. In the Newton-Krylov stage 1e8 times is a run-away at any larger ||r||.
+    stall      within `patience` evaluations the smallest residual has not fallen to the share `gain` of its value: the
+               sample enters the next stage from its best iterate,
 
                    accelerated -> cautious -> plain steps z' = f(z) -> Newton-Krylov steps -> accelerated ...
 
-               A stage lasts as long as it gains. Plain steps are measured after 8: they go on if that rate, kept up for
-               twice the patience, would reach `gain`. After a round of all stages the patience doubles.
+               A stage lasts as long as it gains. The gain of plain steps is measured after 8 steps: the stage goes on
+               if the same rate over twice the patience would reach `gain`. After a round of all stages the patience
+               doubles.
     new start  the stages after the first accelerated one have not halved the smallest residual: the next round begins
-               at the start of the solve, with plain steps, and the one after it at the best iterate of all
-               (`implicit.loop.best_iterates`). Those plain steps (for states of at most 20 numbers, those from the
-               fourth round on) are measured every 6 patiences. The first measurement always passes, because a residual
-               may stay or rise long before it falls; every later one must reach `gain`.
+               at the start of the solve, with plain steps, and the round after that at the best iterate of both
+               attempts (`implicit.loop.best_iterates`). The gain of these plain steps (for states of at most 20
+               numbers, from the fourth round on) is measured every 6 patiences. The first measurement always passes,
+               because a residual may stay or rise long before it falls; every later one must reach `gain`.
 
-The Newton-Krylov stage lasts two patiences and 12 steps of a small state, 4 of a large one. States of more than 20
-numbers skip it in the first round. With a solver that has a cautious stage, a sample that has blown up twice takes it
-next, before the cautious and the plain stage. Maps that cannot be differentiated have no such stage. Solvers without a
-cautious stage lose their history with every reset, and have other `Limits`, and no new start. In a solve without a
-tolerance no residual is read, and the safeguard is off.
+The Newton-Krylov stage lasts two patiences plus the evaluations of 12 Newton steps of a small state, 4 of a large one.
+States of more than 20 numbers skip this stage in the first round. If the solver has a cautious stage, a sample that has
+blown up twice enters the Newton-Krylov stage next, before the cautious and the plain stage. Maps that cannot be
+differentiated have no Newton-Krylov stage. Solvers without a cautious stage lose their history with every reset: they
+have other `Limits` and no new start. A solve without a tolerance reads no residual and has no safeguard.
 """
 
 from dataclasses import dataclass
@@ -35,16 +36,17 @@ from enum import IntEnum
 
 import numpy as np
 
-_SHORTER = 0.25
-_RUN_AWAY, _NEWTON_AWAY = 1e4, 1e8  # growth of ||f(z)|| that is no way to a fixed point: of a claim, of a Newton step
-_NO_GAIN = 0.5  # the share of the residual that the stages after the accelerated one must reach
-_LONG = 6  # in `patience`, the length over which a plain stage from the start of the solve is measured, without a trial
-_LATE = 3  # the round from which a small state has one
-_SMALL = 20  # numbers of a state whose Newton-Krylov steps cost little
+_SHORTER = 0.25  # factor on the length of the next step, for each blow-up in a row after the first
+_RUN_AWAY = 1e4  # ||f(z)|| above this multiple of that of the best iterate, with r within the tolerance, is a run-away
+_NEWTON_AWAY = 1e8  # likewise in the Newton-Krylov stage, with r above the tolerance
+_NO_GAIN = 0.5  # stages after the accelerated one that leave more than this share of the residual cause a new start
+_LONG = 6  # evaluations between two measurements of the plain steps from a new start, in units of `patience`
+_LATE = 3  # completed rounds before a small state's new start has such a long plain stage; large states: 1
+_SMALL = 20  # largest number of entries N of a small state
 
 
 class Stage(IntEnum):
-    """Which steps a sample takes."""
+    """The kind of steps that a sample takes."""
 
     ACCELERATED = 0
     CAUTIOUS = 1
@@ -57,12 +59,12 @@ class Limits:
     """When a stage ends.
 
     Attributes:
-        gain: the share of the residual that a stage must reach.
-        blown: a residual of that many times the smallest is a blow-up.
-        tries: values in a row that are not finite, after which a sample has failed.
-        plain: length of the plain stage, in `patience`.
-        trial: plain steps after which their gain is projected to the whole stage; 0, not before its end.
-        new_start: whether a round that gained nothing is followed by one from the start of the solve.
+        gain: a stage has gained if the smallest residual falls to this share of its value when the stage began.
+        blown: a residual above this multiple of the smallest one is a blow-up.
+        tries: a sample has failed after so many evaluations in a row whose f(z) is not finite.
+        plain: length of the plain stage, in units of `patience`.
+        trial: plain steps after which their gain is projected to the whole stage; 0: the whole stage is measured.
+        new_start: whether a round that gained nothing is followed by a round from the start of the solve.
     """
 
     gain: float
@@ -82,7 +84,7 @@ class StagedSafeguard:
 
     Args:
         size: number of samples.
-        patience: evaluations that an accelerated stage may take to gain.
+        patience: evaluations within which an accelerated stage must gain.
         numbers: N, the size of a sample's state.
         limits: `CAUTIOUS` for solvers with a cautious stage, `HISTORY_LOST` for others.
     """
@@ -96,20 +98,20 @@ class StagedSafeguard:
         self.stage = np.zeros(size, dtype=np.int8)
         self.scale = np.ones(size)  # share of the next step to take
         self.resets = np.zeros(size, dtype=bool)
-        self.pending = False  # whether `resets` holds a sample
-        self.failures = np.zeros(size, dtype=np.int64)  # blow-ups in a row, and
-        self.broken = np.zeros(size, dtype=np.int64)  # of these, how many were not finite
-        self.failing = False
-        self.blown = np.zeros(size, dtype=np.int64)  # blow-ups in all
-        self.rounds = np.zeros(size, dtype=np.int64)
-        self.over = np.zeros(size, dtype=bool)  # samples that begin again at the start of the solve,
-        self.back = np.zeros(size, dtype=bool)  # and those that return from there to their best iterate
-        self.long = np.zeros(size, dtype=bool)  # samples in such a plain stage
+        self.pending = False  # whether a sample in `resets` is True
+        self.failures = np.zeros(size, dtype=np.int64)  # blow-ups without a smaller residual in between
+        self.broken = np.zeros(size, dtype=np.int64)  # evaluations in a row whose f(z) was not finite
+        self.failing = False  # whether a sample in `failures` is above 0
+        self.blown = np.zeros(size, dtype=np.int64)  # blow-ups of the whole solve
+        self.rounds = np.zeros(size, dtype=np.int64)  # completed rounds
+        self.over = np.zeros(size, dtype=bool)  # samples that begin again at the start of the solve
+        self.back = np.zeros(size, dtype=bool)  # samples that end such an attempt and return to their best iterate
+        self.long = np.zeros(size, dtype=bool)  # samples in a plain stage that is measured every `_LONG` patiences
         self.turned = np.full(size, np.inf)  # the smallest residual when the accelerated stage of this round ended
         self.mark = np.full(size, np.inf)  # the smallest residual when the present stage began
-        self.begun = False
-        self.due = np.full(size, patience)
-        self.next_due = patience
+        self.begun = False  # whether `mark` is set
+        self.due = np.full(size, patience)  # number of the evaluation at which the stage is measured
+        self.next_due = patience  # the smallest entry of `due`
 
     def on(self, stage: Stage) -> np.ndarray:
         """Which samples are in `stage`."""
@@ -121,7 +123,7 @@ class StagedSafeguard:
         return resets
 
     def pop_starts(self) -> tuple[np.ndarray, np.ndarray]:
-        """Which samples begin again at the start of the solve, and which return from there; cleared by the call."""
+        """Which samples begin again at the start of the solve, and which end such an attempt; cleared by the call."""
         over, back = self.over, self.back
         self.over, self.back = np.zeros_like(over), np.zeros_like(back)
         return over, back
@@ -139,22 +141,23 @@ class StagedSafeguard:
     def ran_away(
         self, rows: np.ndarray, r: np.ndarray, s: np.ndarray, best: np.ndarray, size: np.ndarray, met: np.ndarray
     ) -> np.ndarray:
-        """Which of `rows` are far off, at the norm s of f(z) where their best iterates have `size`.
+        """Which of `rows` have run away.
 
-        `met` are those whose residual r meets the tolerance.
+        r and s are the norms of f(z) - z and f(z); `best` and `size` are the same norms at the best iterates; `met`
+        marks the samples whose r meets the tolerance.
         """
         newton = self.stage[rows] == Stage.NEWTON
         return (r > best) & (met | newton) & (s > np.where(met, _RUN_AWAY, _NEWTON_AWAY) * size)
 
     def allow_retry(self, rows: np.ndarray, broken: np.ndarray, best: np.ndarray) -> np.ndarray:
-        """Of the samples whose f(z) is not finite, those that may go back and try again."""
+        """Which of the samples `broken`, whose f(z) is not finite, are reset to their best iterate; the rest failed."""
         self.broken[rows] = np.where(broken, self.broken[rows] + 1, 0)
         again = broken & (self.broken[rows] < self.limits.tries) & np.isfinite(best[rows])
         self._fail(rows[again])
         return again
 
     def _fail(self, rows: np.ndarray) -> None:
-        """Reset `rows`, and shorten their next step if they failed before it."""
+        """Reset `rows` after a blow-up, with a shorter next step if it was not the first in a row."""
         if not len(rows):
             return
         self.failures[rows] += 1
@@ -170,8 +173,10 @@ class StagedSafeguard:
     def update(
         self, rows: np.ndarray, r: np.ndarray, best: np.ndarray, before: np.ndarray, calls: int, away: np.ndarray
     ) -> None:
-        """Take in the finite residuals r of `rows`, the smallest ones of all samples, now and `before` this reading,
-        and which `rows` ran away.
+        """Resets and stages after a reading at evaluation number `calls`.
+
+        r are the finite residuals of `rows`; `best` and `before` are the smallest residuals of all samples with and
+        without this reading; `away` marks the `rows` that ran away.
         """
         if not self.begun:
             self.mark, self.begun = best.copy(), True
@@ -186,12 +191,12 @@ class StagedSafeguard:
             due = rows[calls >= self.due[rows]]
             if len(due):
                 self._turn(due, best, calls)
-            # of all samples: those that are not finite now are due at a later call
+            # over all samples, since samples whose f(z) is not finite now are not in `rows`
             self.next_due = int(self.due.min(initial=np.iinfo(np.int64).max))
 
     def _turn(self, due: np.ndarray, best: np.ndarray, calls: int) -> None:
-        """The next stage for those of `due` that have not gained."""
-        # a plain trial has gained if its rate, kept up for the whole stage, would
+        """Move the samples of `due` that have not gained to their next stage."""
+        # a plain trial must reach the share of `gain` that belongs to its part of the whole stage
         plain = self.limits.plain * self.patience[due]
         share = np.where((self.stage[due] == Stage.PLAIN) & (self.limits.trial > 0), self.limits.trial / plain, 1.0)
         share = np.where(self.long[due], 1.0, share)
@@ -211,7 +216,7 @@ class StagedSafeguard:
         self.due[due] = calls + np.where(self.long[due], _LONG * patience, np.choose(self.stage[due], lengths))
 
     def _start_over(self, wrapped: np.ndarray, best: np.ndarray) -> None:
-        """Of samples that have completed a round, those that begin again at the start, and those that did so before."""
+        """Of samples that have completed a round, mark those that begin at the start, and those that return from it."""
         if not self.limits.new_start or not len(wrapped):
             return
         odd = self.rounds[wrapped] % 2 == 1
@@ -226,7 +231,7 @@ class StagedSafeguard:
         place, blown = np.searchsorted(order, self.stage[rows]) + 1, self.blown[rows] >= 2
         if Stage.NEWTON in self.stages:
             newton = len(order) - 1
-            # next after blow-ups; else a large state waits for the second round
+            # after two blow-ups the Newton stage is next; without them a large state skips it in the first round
             if Stage.CAUTIOUS in self.stages:
                 place = np.where(blown & (place < newton), newton, place)
             place = place + ((place == newton) & ~blown & (self.rounds[rows] == 0) & (not self.small))

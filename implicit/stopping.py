@@ -5,10 +5,10 @@ Setting: z is an iterate of one sample, r = f(z) - z. The sample has converged w
     ||r||  <=  atol + rtol max(||f(z)||, sqrt(eps) ||f(z_0)||)
 
 z_0 is the start and eps the rounding error of the state's dtype. The second term in the maximum ends the solve of a
-sample whose fixed point is zero; the tolerance of any larger state depends on its own size alone.
+sample whose fixed point is zero; the tolerance of any larger state depends on ||f(z)|| alone.
 
 `Criterion.compare` holds this formula; loop/quick_reading.py has it with the constant terms added once. Three parts of
-the loop may refuse CONVERGED to a sample that meets it: loop/verification.py (coupled samples, noise in f),
+the loop may refuse CONVERGED to a sample that meets this criterion: loop/verification.py (coupled samples, noise in f),
 loop/fixed_count.py (no tolerance), and the safeguard (an iterate that runs away, staged_safeguard.py).
 """
 
@@ -25,7 +25,7 @@ from implicit.pytree import Flat, Layout, PerSample, scaled_norm
 from implicit.solution import Result
 
 Norm = Literal["euclidean", "rms", "max", "leaf"]
-_SAFE = {torch.float32: 1e-15, torch.float64: 1e-150}  # below, or above the inverse, the square of a norm is lost
+_SAFE = {torch.float32: 1e-15, torch.float64: 1e-150}  # squares in a norm below x or above 1 / x may leave the range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +51,15 @@ class Stop:
         rtol: relative tolerance, >= 0.
         atol: absolute tolerance, >= 0, in the unit of the norm.
         max_evals: budget of evaluations of f, >= 1.
-        check_every: read the residual at every k-th evaluation only (and at the last): one device synchronization per
-            reading. A sample may then run up to k - 1 evaluations past its tolerance, and the safeguard acts at
-            readings alone: where f is NaN in a whole region, a sample may fail that every reading would have saved.
-        late: read each residual one evaluation after it was computed, when the device has it ready, so that the host
-            does not wait; a finished sample costs one evaluation more.
+        check_every: k, to read the residual at every k-th evaluation and the last one only, since each reading makes
+            the host wait for the device. A sample may run up to k - 1 evaluations past its tolerance. The safeguard
+            acts at readings alone: a sample that enters a region where f is NaN may fail, though k = 1 would reset it.
+        late: read each residual one evaluation after it was computed, when the device has finished it, so that the
+            host does not wait; a finished sample costs one evaluation more.
         norm: the norm of residuals and of f(z), see the table.
         when: a test of the caller beside the residual, such as a halting head or the divergence of two outputs: called
-            with (z, f(z)), detached states, at every reading; returns (B,) booleans. A sample for which it is True
-            ends with `Result.STOPPED` at that z, unless its residual meets the tolerance, which is CONVERGED.
+            with (z, f(z)), detached states, at every reading; returns (B,) booleans. A sample for which it returns True
+            ends at that z with `Result.STOPPED`, or with CONVERGED if its residual meets the tolerance.
     """
 
     rtol: float = 1e-4
@@ -84,17 +84,17 @@ class Stop:
 
     @property
     def has_tolerance(self) -> bool:
-        """False when only the budget ends the solve."""
+        """Whether a sample can finish before the budget is spent: by a tolerance or by `when`."""
         return self.rtol > 0 or self.atol > 0 or self.when is not None
 
 
 class Criterion:
     """The test of `Stop` for the rows of a (B, N) matrix.
 
-    A row is the state of one sample, or with `joint` > 1 the states of so many samples, one after another.
+    A row is the state of one sample, or with `joint` > 1 the states of `joint` samples, one after another.
 
-    Norms are taken on the device in the state's dtype, one per group: the row, or with ``norm="leaf"`` every tensor in
-    it, or with `joint` > 1 every sample in it. Comparisons are made on the host.
+    Norms are taken on the device in the state's dtype, one per group. A group is the row, with ``norm="leaf"`` every
+    tensor in the row, and with `joint` > 1 every sample in the row. Comparisons are made on the host.
 
     Attributes:
         first: (B, groups) norm of the first f(z), zeros until it is set.
@@ -108,10 +108,10 @@ class Criterion:
         self.tiny = _SAFE[layout.dtype]
 
     def measure(self, flat: Flat, *, scaled: bool = False, overwrite: bool = False) -> Tensor:
-        """Norms of the groups of every row, (B,) for one group a row or (B, groups).
+        """Norms of the groups of every row: (B,) if a row is one group, else (B, groups).
 
-        `scaled` divides by the largest entry first, which keeps squares in the range of the dtype; `overwrite` does
-        so in place.
+        `scaled` divides by the largest entry first, which keeps squares in the range of the dtype; `overwrite` divides
+        `flat` in place.
         """
         x = flat.reshape(flat.shape[0] * self.joint, -1) if self.joint > 1 else flat
         if self.widths is None:
@@ -134,10 +134,10 @@ class Criterion:
             return relative.max(axis=1, initial=0), np.ones(len(r)), np.full(len(r), rtol)
 
     def stopped(self, z: Flat, fz: Flat) -> Tensor | None:
-        """(rows,) booleans of `Stop.when`, of all samples in a row; None without it.
+        """(rows,) whether `Stop.when` is True for all samples of a row; None if no `when` is given.
 
         Raises:
-            ValueError: it does not return one boolean a sample.
+            ValueError: `when` does not return one boolean a sample.
         """
         if self.stop.when is None:
             return None
@@ -147,11 +147,13 @@ class Criterion:
         rows = z.shape[0] * self.joint
         if not isinstance(stopped, Tensor) or stopped.dtype != torch.bool or stopped.shape != (rows,):
             given = f"{stopped.dtype} of shape {tuple(stopped.shape)}" if isinstance(stopped, Tensor) else repr(stopped)
-            raise ValueError(f"Stop.when must return a bool tensor of shape ({rows},), one a sample, got {given}.")
+            raise ValueError(
+                f"Stop.when must return a bool tensor of shape ({rows},), a value per sample, got {given}."
+            )
         return stopped.reshape(z.shape[0], self.joint).all(dim=1)
 
     def samples(self, numbers: np.ndarray) -> np.ndarray:
-        """(B joint,) or (B joint, leaves): the same numbers with a row for every sample."""
+        """`numbers` of (B, groups) as (B joint,), or (B joint, leaves) with ``norm="leaf"``: a row for every sample."""
         return numbers.reshape(-1, len(self.widths)) if self.widths is not None else numbers.reshape(-1)
 
     def apart(self) -> "Criterion":
@@ -160,7 +162,7 @@ class Criterion:
         return Criterion(self.stop, self.layout, 1, first)
 
     def unsafe(self, r: np.ndarray, s: np.ndarray) -> np.ndarray:
-        """Where a plain norm may have lost its squares to the range of the dtype."""
+        """Where squares in the plain norms r and s may have left the range of the dtype."""
         low, high = np.minimum(r, s), np.maximum(r, s)
         return ~((low >= self.tiny) & (high <= 1 / self.tiny)) & (self.stop.norm != "max")
 
@@ -174,8 +176,8 @@ def classify(residual: np.ndarray, tolerance: np.ndarray) -> np.ndarray:
 def classify_count(fixed: Bool[Tensor, " B"], failed: Bool[Tensor, " B"]) -> Tensor:
     """(B,) `Result` codes of a solve without a tolerance, whose value is f(z) of the last evaluation.
 
-    `fixed` tells where f(z) = z. Only a lone sample has converged there: that z is its value. Other samples have moved
-    since, and f may couple them.
+    `fixed` marks samples with f(z) = z. In a batch of one sample its value is that z, so it has converged. In a larger
+    batch the other samples have moved in the same step, and f may couple them.
     """
     alone = fixed.shape[0] == 1  # len() would fix the size of a batch that torch.export keeps open
     ended = torch.where(fixed, int(Result.CONVERGED if alone else Result.MAX_EVALS), int(Result.MAX_EVALS))

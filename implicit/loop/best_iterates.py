@@ -1,8 +1,9 @@
 """Best iterates: the evaluated z of smallest ||f(z) - z|| of every sample, and a second attempt from its start.
 
 A point of small residual need not lie near a fixed point: f may be undefined beside it, or ||f(z) - z|| may have a
-minimum there that is not zero. Such a sample begins again at z0 with other steps (`implicit.staged_safeguard`). The
-best iterate of the first attempt is set aside, and returned if the second one does not find a better one.
+minimum there that is not zero. A sample at such a point begins again at z0 with other steps
+(`implicit.staged_safeguard`). The best iterate of the first attempt is set aside, and returned if the second attempt
+does not find a better one.
 """
 
 import numpy as np
@@ -14,27 +15,27 @@ from implicit.solvers.base import Point
 
 LISTS = 64  # samples up to which Python lists are quicker than arrays
 PATIENCE = 10  # evaluations without a new smallest residual before rounding error is assumed
-_ROUNDING = 25.0  # residuals below this many eps ||f(z)|| count as rounding, below 4 times it after 3 times PATIENCE
+_ROUNDING = 25.0  # residuals up to this many eps ||f(z)|| are rounding error; up to 4 times as many after 3 PATIENCE
 
 
 class BestIterates:
     """The best iterate of every sample, f there, and the norms measured there.
 
-    Where all samples improve at once, `advance` keeps what was read as it is; `flush` writes it into the arrays.
+    If all samples improve at once, `advance` keeps the norms as they were read; `flush` writes them into the arrays.
 
     Args:
-        z0: where the samples begin.
-        relative: whether `residual` and `size` are relative, so that `absolute` needs arrays of its own.
+        z0: (B, N) the starting states.
+        relative: whether the criterion's residuals are relative ones, so that `absolute` needs arrays of its own.
 
     Attributes:
         z: (B, N) the best iterates.
-        fz: (B, N) f there.
-        residual: (B,) the smallest ||f(z) - z||, as the criterion measures it.
-        size: (B,) ||f(z)|| with it.
-        since: (B,) number of the evaluation that gave it.
-        absolute: the smallest absolute ||f(z) - z|| of the whole row, and ||f(z)|| with it.
-        least: `residual`, or what `advance` has read since.
-        oldest: the smallest of `since` likewise.
+        fz: (B, N) f at the best iterates.
+        residual: (B,) the smallest ||f(z) - z||, as the criterion measures it; behind `least` until `flush`.
+        size: (B,) ||f(z)|| at the best iterates.
+        since: (B,) numbers of the evaluations at the best iterates.
+        absolute: (B,) the smallest absolute ||f(z) - z|| of the whole row, and (B,) ||f(z)|| at the same z.
+        least: (B,) the smallest residuals, those that `flush` has yet to write included.
+        oldest: the smallest number in `since`, likewise up to date before `flush`.
     """
 
     def __init__(self, z0: Flat, relative: bool = False) -> None:
@@ -46,9 +47,9 @@ class BestIterates:
         self.least: list[float] | np.ndarray = [np.inf] * size
         self.oldest = 0
         self.begun_at = np.zeros(size, dtype=np.int64)  # evaluations made when the second attempt began
-        self._sizes: list[float] | np.ndarray | None = None  # ||f(z)|| with `least`, if not yet in `size`
-        self._first: Point | None = None  # the best iterates of first attempts, and the arrays that belong to them
-        self._record: tuple[np.ndarray, ...] = ()
+        self._sizes: list[float] | np.ndarray | None = None  # ||f(z)|| that `flush` will write into `size`
+        self._first: Point | None = None  # the best iterates of first attempts
+        self._record: tuple[np.ndarray, ...] = ()  # `_arrays` of first attempts
 
     # ---- points read
 
@@ -58,7 +59,7 @@ class BestIterates:
         self.least, self._sizes, self.oldest = r, s, calls
 
     def flush(self) -> None:
-        """Write what `advance` has kept into the arrays."""
+        """Write the norms that `advance` has kept into the arrays."""
         if self._sizes is not None:
             self.residual[:], self.size[:], self._sizes = self.least, self._sizes, None
             self.since.fill(self.oldest)
@@ -71,7 +72,7 @@ class BestIterates:
     def update(
         self, rows: np.ndarray, better: np.ndarray, point: Point, r: np.ndarray, s: np.ndarray, calls: int
     ) -> None:
-        """Take `point`, which holds the samples `rows`, as the best iterate of those in `better`."""
+        """Take `point`, which holds the samples `rows`, as the best iterate of the samples marked in `better`."""
         if not better.any():
             return
         device = self.z.device
@@ -87,7 +88,7 @@ class BestIterates:
         self.residual[kept], self.size[kept], self.since[kept] = r[better], s[better], calls
 
     def update_absolute(self, rows: np.ndarray, live: np.ndarray, r: np.ndarray, s: np.ndarray) -> None:
-        """Take in the absolute norms of the samples `rows`, of which those in `live` count."""
+        """Enter smaller absolute norms of the samples `rows`, for those marked in `live`."""
         if self.absolute[0] is self.residual:
             return
         least = live & (r < self.absolute[0][rows])
@@ -95,7 +96,7 @@ class BestIterates:
             kept[rows[least]] = new[least]
 
     def at_rounding(self, rows: np.ndarray, calls: int, eps: float) -> np.ndarray:
-        """Which of `rows` have come to rounding error, and not improved for some of `calls` evaluations."""
+        """Which of `rows` have a residual of rounding error that did not improve lately, after `calls` evaluations."""
         floor, age, least = _ROUNDING * eps * self.size[rows], calls - self.since[rows], self.residual[rows]
         return ((age >= PATIENCE) & (least <= floor)) | ((age >= 3 * PATIENCE) & (least <= 4 * floor))
 
@@ -110,9 +111,9 @@ class BestIterates:
     # ---- the second attempt
 
     def set_aside(self, which: np.ndarray, calls: int) -> None:
-        """Keep the best iterates of the samples in `which` as those of a first attempt, and begin the second one.
+        """Set the best iterates of the samples in `which` aside as those of a first attempt, and begin the second one.
 
-        `calls` evaluations were made so far; a point of them that is read later belongs to the first attempt.
+        A point of the first `calls` evaluations that is read later (`Stop.late`) belongs to the first attempt.
         """
         self.flush()
         if self._first is None:
@@ -127,7 +128,7 @@ class BestIterates:
         self.begun_at[which] = calls
 
     def take_back(self, which: np.ndarray) -> None:
-        """End the second attempt of the samples in `which`: of both best iterates the one of smaller residual."""
+        """End the second attempt of the samples in `which`: the best iterate of smaller residual of both is kept."""
         if self._first is None:
             return
         back = which & (self._record[0] < self.residual)
@@ -139,7 +140,7 @@ class BestIterates:
 
     @property
     def _arrays(self) -> tuple[np.ndarray, ...]:
-        """What belongs to the best iterates."""
+        """The host arrays that describe the best iterates."""
         own = () if self.absolute[0] is self.residual else self.absolute
         return (self.residual, self.size, self.since, *own)
 

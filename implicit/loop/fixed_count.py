@@ -1,10 +1,10 @@
 """The loop without a tolerance: a fixed number of evaluations, with no decision on the host.
 
-A device never waits, and one graph compiles. A sample whose f(z) is not finite is reset to the point before it, and
-takes plain steps z' = f(z) from there until f is finite again, as the safeguard of a solve with a tolerance does; with
-a solver that has no safeguard it stays there.
+The host reads no number of the device, so the device never waits, and the loop compiles to one graph. A sample whose
+f(z) is not finite is reset to the point before it, and takes plain steps z' = f(z) from there until f is finite again,
+as the safeguard of a solve with a tolerance does; with a solver that has no safeguard the sample stays at that point.
 
-The value is f(z) of the last evaluation, at which f is not evaluated, so no residual of it is known. CONVERGED is
+The value is f(z) of the last evaluation. f is not evaluated at the value, so its residual is not known. CONVERGED is
 therefore given only to a batch of one sample with f(z) = z: in a larger batch f may couple that sample to others, which
 moved in the same step.
 """
@@ -33,7 +33,7 @@ from implicit.torch_internals import has_derivative, host_readable, not_compiled
 
 @dataclass(frozen=True)
 class _Position:
-    """The last point of every sample with a finite f(z), and which samples `failed`: f was not finite after it."""
+    """The last point with a finite f(z) of every sample; `failed` where the evaluation after it was not finite."""
 
     point: Point
     failed: Bool[Tensor, "B 1"]
@@ -43,11 +43,11 @@ def begin(solver: AbstractSolver[Any], point: Point, options: SolveOptions) -> A
     """The solver state before the first step.
 
     Raises:
-        ValueError: f(z) has a derivative that the solver's steps would lose.
+        ValueError: f(z) has a derivative, and autograd cannot record the solver's steps.
     """
     if not solver.differentiable and has_derivative(point.fz):
         raise ValueError(
-            f"The steps of {type(solver).__name__} cannot be recorded, so that the gradient would be that of the last "
+            f"Autograd cannot record the steps of {type(solver).__name__}, so the gradient would be that of the last "
             "evaluation alone: use grad=IFT() in place of Unrolled, or another solver."
         )
     if options.state is None:
@@ -58,7 +58,7 @@ def begin(solver: AbstractSolver[Any], point: Point, options: SolveOptions) -> A
 def fixed_count(
     f: FlatMap, z0: State, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions, segments: Segments | None
 ) -> Solution:
-    """`stop.max_evals` evaluations; with `segments`, autograd keeps what there was at the end of each alone."""
+    """`stop.max_evals` evaluations; with `segments`, autograd keeps only the point and state at the end of each."""
     criterion, fold = Criterion(stop, f.layout), options.fold()
     if not options.observed:
         return _evaluations(f, z0, solver, options, segments, _Observer(criterion, None, fold))
@@ -78,8 +78,8 @@ def _evaluations(
     began = _finite(point)
     at, state = _Position(point, ~began), begin(solver, point, options)
     observer(at, f)
-    del point  # one state less
-    while f.remaining > 0 and segments is None:  # not a function: its caller would hold the first point and state
+    del point  # frees a state
+    while f.remaining > 0 and segments is None:  # inline: a function's caller would hold the first point and state
         z, tangent, state = solver.step(at.point, state)
         at = _next(f, z, tangent, at, bool(solver.patience))
         observer(at, f)
@@ -96,7 +96,7 @@ def _solution(
     with torch.no_grad():
         residual = observer.criterion.measure(point.fz - point.z, scaled=True, overwrite=True)
         residual = residual if residual.ndim == 1 else residual.amax(dim=1)
-        # equal numbers, since a norm may underflow to 0
+        # f(z) = z is tested number by number, since a norm may underflow to 0
         result = classify_count((point.fz == point.z).all(dim=1), at.failed[:, 0])
     return Solution(
         value=layout.unpack(torch.where(began, point.fz, point.z)),
@@ -109,34 +109,34 @@ def _solution(
 
 
 def _next(f: FlatMap, z: Flat, tangent: Flat | None, at: _Position, retry: bool) -> _Position:
-    """The point at z, or for samples whose f(z) is not finite the one before; with `retry` they take plain steps."""
+    """The point at z, or the point before for samples whose f(z) is not finite: with `retry` they step plainly next."""
     point = at.point
     z = torch.where(at.failed, point.fz if retry else point.z, z)
     new = f.evaluate(z, tangent)
     finite = _finite(new)
     if new.fz.requires_grad and host_readable(finite) and not finite.all():
-        # a cotangent of 0 times NaN would reach the parameters that samples share
+        # no NaN in the graph: 0 times NaN in the backward pass would reach the parameters that samples share
         new = f.repeat(torch.where(finite, new.z, point.z), tangent)
     fz, z, product = torch.where(finite, new.fz, point.fz), new.z, new.product
-    del new  # one state less at a time
+    del new  # frees a state
     point = Point(torch.where(finite, z, point.z), fz, product, f.remaining)
     return _Position(point, ~finite if retry else at.failed | ~finite)
 
 
 def _finite(point: Point) -> Bool[Tensor, "B 1"]:
-    """Whether f(z) is finite."""
-    low, high = torch.aminmax(point.fz.detach(), dim=1, keepdim=True)  # without a copy of f(z)
+    """Whether f(z) of each sample is finite."""
+    low, high = torch.aminmax(point.fz.detach(), dim=1, keepdim=True)  # unlike isfinite, allocates no copy of f(z)
     return (low > -torch.inf) & (high < torch.inf)
 
 
 def _checkpointed(
     f: FlatMap, solver: AbstractSolver[Any], segments: Segments, at: _Position, state: Any
 ) -> tuple[_Position, Any]:
-    """A segment, of which autograd keeps the input alone; the values of a second run are compared."""
+    """A segment of which autograd keeps only the input; the backward pass compares the values of its second run."""
     part = partial(_segment, f, solver, min(f.remaining, segments.length), f.calls)
     run = SameValue(segments.compare(part) if f.calls == 1 else part, parts=2)
     point = at.point
-    with set_checkpoint_early_stop(False):  # the values are compared
+    with set_checkpoint_early_stop(False):  # the second run must reach the values that are compared
         z, fz, product, failed, state, f.calls, f.repeats = checkpoint(
             run, point.z, point.fz, point.product, at.failed, state, use_reentrant=False
         )
@@ -154,7 +154,7 @@ def _segment(
     failed: Bool[Tensor, "B 1"],
     state: Any,
 ) -> tuple[Flat, Flat, Flat | None, Bool[Tensor, "B 1"], Any, int, int]:
-    """`evals` evaluations as a function that may be run twice, since it changes nothing; calls and repeats last."""
+    """`evals` evaluations that change no argument, so that they may run twice; the last results are calls, repeats."""
     f = replace(f, calls=calls, _outputs=deque(), _copies=[])
     state = map_tensors(torch.clone, state)  # histories may be written in place
     at, end = _Position(Point(z, fz, product, f.remaining), failed), f.remaining - evals
@@ -165,7 +165,7 @@ def _segment(
 
 
 class _Observer:
-    """Reads residuals for the trace and the callback, if there is one, and folds the evaluations into the trace."""
+    """Reads the residuals if there is a callback, and folds the evaluations if the trace is a function."""
 
     def __init__(self, criterion: Criterion, callback: Report | None, fold: Fold | None = None) -> None:
         self.criterion, self.callback, self.fold = criterion, callback, fold

@@ -1,4 +1,4 @@
-"""The norms of an evaluated point: on their way from the device to the host, and compared with the tolerance there."""
+"""The norms of an evaluated point: copied from the device to the host, and compared with the tolerance there."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,19 @@ from implicit.stopping import Criterion
 
 @dataclass
 class Observation:
-    """A point whose norms are on their way to the host."""
+    """A point whose norms are being copied to the host."""
 
     point: Point
-    rows: np.ndarray  # the samples it holds
-    held: np.ndarray  # (rows,) those of them that were evaluated at their best iterate, finished ones among them
-    calls: int
+    rows: np.ndarray  # numbers of the samples in `point`
+    held: np.ndarray  # (rows,) whether the sample was evaluated at its best iterate, as finished samples are
+    calls: int  # number of the evaluation
     sizes: tuple[Tensor, Tensor]  # norms of f(z) - z and f(z), on the host
-    ready: "torch.cuda.Event | None"  # when they are there
-    stopped: Tensor | None = None  # (rows,) where `Stop.when` holds
+    ready: "torch.cuda.Event | None"  # marks the arrival of `sizes`; None: they have arrived
+    stopped: Tensor | None = None  # (rows,) where `Stop.when` is True; None without `when`
 
 
 def fetch(criterion: Criterion, point: Point) -> tuple[tuple[Tensor, Tensor], "torch.cuda.Event | None"]:
-    """The norms of f(z) - z and f(z) on their way to the host, and the event that marks their arrival."""
+    """The norms of f(z) - z and f(z), being copied to the host, and the event that marks their arrival."""
     r, fz = point.r, point.fz
     if r.requires_grad or fz.requires_grad:
         r, fz = r.detach(), fz.detach()
@@ -52,9 +52,9 @@ def compare(
     rows: np.ndarray,
     solved: np.ndarray | None = None,
 ) -> tuple[np.ndarray, ...]:
-    """(residual, size, tolerance) of the samples `rows`; norms whose squares may be out of range are taken again.
+    """(residual, size, tolerance) of the samples `rows`; norms whose squares may be out of range are measured again.
 
-    `solved` marks samples whose residual is known to be 0.
+    `solved` marks samples whose residual was 0 before: a norm of 0 is not measured again there.
     """
     r, s = as_array(sizes[0]), as_array(sizes[1])
     unsafe = criterion.unsafe(r, s)
@@ -71,7 +71,7 @@ def compare(
 def absolute(
     criterion: Criterion, sizes: tuple[Tensor, Tensor], r: np.ndarray, s: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """||f(z) - z|| and ||f(z)|| of whole rows: r and s, or from `sizes` where those are relative to groups."""
+    """||f(z) - z|| and ||f(z)|| of whole rows: r and s, or computed from `sizes` if r and s are relative to groups."""
     if criterion.grouped:
         with np.errstate(all="ignore"):
             r, s = (np.linalg.norm(as_array(x), axis=1) for x in sizes)
@@ -79,7 +79,7 @@ def absolute(
 
 
 def set_first(criterion: Criterion, seen: Observation) -> None:
-    """Give `criterion` the norm of the first f(z), if it has none yet."""
+    """Set `criterion.first`, the norm of the first f(z), if it is not set yet."""
     if isinstance(criterion.first, np.ndarray):
         return
     s = as_array(seen.sizes[1])
@@ -90,7 +90,7 @@ def set_first(criterion: Criterion, seen: Observation) -> None:
 
 
 def of_every_sample(criterion: Criterion, seen: Observation, r: np.ndarray, size: int) -> np.ndarray:
-    """The residuals r of the rows of `seen` as (size,) numbers, NaN for rows it lacks; joined samples apart."""
+    """(size,) residuals of all samples: r for the rows of `seen`, NaN for others; a joint row gives one per sample."""
     if criterion.joint > 1:
         apart, raw = criterion.apart(), [criterion.samples(as_array(t)) for t in seen.sizes]
         return apart.compare(raw[0], raw[1], apart.first)[0]

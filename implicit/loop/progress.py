@@ -17,7 +17,7 @@ Report: TypeAlias = Callable[[int, np.ndarray], None]
 
 @contextmanager
 def progress_callback(options: SolveOptions, stop: Stop) -> Iterator[Report | None]:
-    """The function to call with the residuals as they are read; None without trace, callback and progress bar."""
+    """The function that is called with residuals when they are read; None without trace, callback and progress bar."""
     if not options.observed:
         yield None
         return
@@ -40,7 +40,7 @@ def progress_callback(options: SolveOptions, stop: Stop) -> Iterator[Report | No
 
 
 def recorded(fold: Fold | None, residuals: list[np.ndarray], layout: Layout, options: SolveOptions) -> Any:
-    """`Solution.trace`: the residuals of all evaluations, or what a function made of the evaluations."""
+    """`Solution.trace`: the residuals of all evaluations, the last carry of a fold, or None."""
     if fold is not None:
         return fold.carry
     return to_device(np.stack(residuals), layout.device, layout.dtype) if options.trace else None

@@ -1,6 +1,6 @@
-"""The quick reading of residuals: no sample finishes, none needs the safeguard, and all or none have improved.
+"""The quick reading of residuals: no sample finishes or needs the safeguard, and all samples or no sample improved.
 
-Nothing but the record of smallest residuals has to be updated then, which costs a tenth of a whole reading.
+Only the record of smallest residuals has to be updated then, which costs a tenth of a whole reading.
 """
 
 import numpy as np
@@ -20,13 +20,13 @@ class QuickReading:
         self.low: list[float] | np.ndarray = low.tolist() if len(low) <= LISTS else low
 
     def take(self, seen: Observation, best: BestIterates, quiet: bool, safeguarded: bool) -> bool:
-        """Enter `seen` into `best`; False, and nothing done, where it needs the whole reading.
+        """Enter `seen` into `best` and return True; or return False, without a change, if the whole reading is needed.
 
         Args:
             seen: the norms of this evaluation.
             best: the best iterates of all samples.
-            quiet: no smallest residual of this evaluation can change a decision of the safeguard.
-            safeguarded: the solve has a safeguard.
+            quiet: whether no new smallest residual in this evaluation can change a decision of the safeguard.
+            safeguarded: whether the solve has a safeguard.
         """
         count = len(seen.rows)
         if count <= LISTS:

@@ -18,7 +18,7 @@ Rows = Bool[np.ndarray, " rows"]
 
 @dataclass(frozen=True)
 class Repeats:
-    """Samples that were evaluated at the z of their best iterate again, by what the second residual shows.
+    """Samples that were evaluated at their best iterate again, sorted by the second residual.
 
     Attributes:
         kept: converged samples that meet the tolerance again.
@@ -38,7 +38,7 @@ def compare_repeats(
 ) -> Repeats:
     """Compare the `measured` (residual, size, tolerance) of `seen` with those of the best iterates.
 
-    `code` holds the `Result` of its samples, negative for running ones.
+    `code` holds the `Result` of the samples of `seen`, -1 for running ones.
     """
     (r, s, tolerance), rows, stop = measured, seen.rows, criterion.stop
     converged, residual = code == Result.CONVERGED, best.residual[rows]

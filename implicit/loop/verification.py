@@ -21,13 +21,13 @@ from implicit.stopping import classify
 
 COUPLED = (
     "f takes one sample of the batch into another (nodes of a graph as rows, batch normalization in training mode, a "
-    "mean over the batch), so that samples which had converged lost it again. The whole batch was solved on as one "
-    "system, which takes more evaluations: pass batch_dims=0."
+    "mean over the batch), so samples that had converged missed the tolerance when others moved. The solve went on "
+    "with the whole batch as one system, which takes more evaluations: pass batch_dims=0."
 )
 
 
 def is_noise(f: FlatMap | JointMap, monitor: ConvergenceMonitor, point: Point) -> bool:
-    """Whether f gives another value at the z of `point` than before; one sample alone can have no other cause."""
+    """Whether f gives another value at the z of `point` than before; a batch of one sample has no other cause."""
     if len(monitor.code) == 1:
         return True
     with torch.no_grad():
@@ -35,16 +35,16 @@ def is_noise(f: FlatMap | JointMap, monitor: ConvergenceMonitor, point: Point) -
 
 
 def must_continue(f: FlatMap, monitor: ConvergenceMonitor, compact: bool, image: bool = False) -> bool:
-    """Measure the batch as it is returned; whether claims of convergence do not hold and budget is left.
+    """Measure the batch that is returned; True if a converged sample misses the tolerance there and budget is left.
 
     The cause is coupling of the samples or, after a solve with compaction, an argument that was cut by mistake. With
-    `image` f(z) is returned, and measured in any case.
+    `image` f(z) is returned, which `image_of_best` measures in any case.
     """
     coupled = monitor.inconsistent
     if coupled and f.remaining > 0:
         return True
     spend_budget(monitor)
-    # without budget and claims, f is not called once more for residuals of coupled samples
+    # with no budget left and no converged sample, f is not called once more for the residuals of coupled samples
     claimed = (monitor.code == Result.CONVERGED).any()
     if not coupled and (_verified(monitor, image) or (f.remaining <= 0 and not claimed)):
         return False
@@ -76,7 +76,7 @@ def image_of_best(f: FlatMap, monitor: ConvergenceMonitor) -> Flat:
     monitor.best.residual[worse] = before[worse]
     mask = to_device(worse, f.layout.device).unsqueeze(1)
     value = torch.where(mask, monitor.best.z, monitor.best.fz)
-    # f may take one sample into another, so that z beside f(z) is a value of its own
+    # f may couple samples, so a batch of z for some samples and f(z) for others has to be measured too
     with torch.no_grad():
         point = f.evaluate(value.detach())
     if not _worse(before, *measure_claims(monitor, point)).any():
@@ -86,7 +86,7 @@ def image_of_best(f: FlatMap, monitor: ConvergenceMonitor) -> Flat:
 
 
 def _worse(before: np.ndarray, lost: np.ndarray, finite: np.ndarray) -> np.ndarray:
-    """Which samples have lost their claim, or a residual that was finite `before`."""
+    """Which samples are no longer converged, or had a finite residual `before` and have none now."""
     return lost | (~finite & np.isfinite(before))
 
 
@@ -108,10 +108,10 @@ def _verified(monitor: ConvergenceMonitor, image: bool) -> bool:
 
 
 def measure_claims(monitor: ConvergenceMonitor, point: Point) -> tuple[np.ndarray, np.ndarray]:
-    """Enter the residuals at `point`, and CONVERGED where they meet the tolerance of a sample that had not.
+    """Enter the residuals at `point`, and CONVERGED for samples that meet the tolerance there only.
 
     Returns:
-        Which samples have lost their claim there, and which residuals are finite.
+        Which converged samples miss the tolerance at `point`, and which residuals are finite.
     """
     rows = np.arange(len(monitor.code))
     r, _, tolerance = compare(monitor.criterion, point, fetch(monitor.criterion, point)[0], rows)
@@ -135,12 +135,12 @@ def enter_joint(monitor: ConvergenceMonitor, joint: ConvergenceMonitor, calls: i
 
 
 def spend_budget(monitor: ConvergenceMonitor) -> None:
-    """No more evaluations: enter how the samples end that still run, and take the better of two attempts."""
+    """End the solve: running samples get their `Result`, and the better of two attempts is kept."""
     code, best = monitor.code, monitor.best
     best.flush()
     before = best.residual.copy()
     best.take_back((code != Result.CONVERGED) & (code != Result.STOPPED))
-    if monitor.last is not None:  # the best iterate of a first attempt is not where the last evaluation was
+    if monitor.last is not None:  # the last evaluation was not made at the best iterate of a first attempt
         rows, held, calls = monitor.last
         monitor.last = rows, held & (best.residual[rows] == before[rows]), calls
     left = code == RUNNING
