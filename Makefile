@@ -9,7 +9,8 @@ TYPED := $(addprefix tests/implicit/,diagnostics/test_small_matrices.py interop 
 	$(addprefix solvers/test_,anderson.py broyden.py) \
 	$(addprefix test_,api.py best_iterates.py deq.py iterate.py plotting.py problem_forms.py starts.py states.py))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
-# Python compiles what is imported, when it is: pip would compile all of it, which takes a minute and a half
+# pip would compile every module, which takes a minute and a half: Python compiles and keeps those that are imported
+export PYTHONDONTWRITEBYTECODE :=
 PIP = $(BIN)/python -m pip install -q --no-compile -c constraints.txt
 # what runs side by side prints one recipe line at a time
 GROUPED := $(if $(filter output-sync,$(.FEATURES)),--output-sync=line)
