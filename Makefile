@@ -12,8 +12,6 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 # pip would compile every module, which takes a minute and a half: Python compiles and keeps those that are imported
 export PYTHONDONTWRITEBYTECODE :=
 PIP = $(BIN)/python -m pip install -q --no-compile -c constraints.txt
-# what runs side by side prints one recipe line at a time
-GROUPED := $(if $(filter output-sync,$(.FEATURES)),--output-sync=line)
 
 .PHONY: help train test fast slow lint docs wheel bench clean
 
@@ -24,7 +22,7 @@ train: $(VENV)/.installed-train ## environment, installation, and an FPDM traine
 	$(BIN)/python -m apps.diffusion.train --out $(RUN)
 
 test: $(VENV)/.installed-test ## environment, installation, linters, types and tests on all cores
-	$(MAKE) -j 2 $(GROUPED) lint fast
+	$(MAKE) -j 2 lint fast
 
 fast: $(VENV)/.installed-test ## the tests of `make test`
 	$(PYTEST) -m "not slow" $(TYPED)
