@@ -20,17 +20,17 @@ from implicit.stopping import Stop
 class DEQ(nn.Module):
     """``deq(z0, *args)`` is ``fixed_point(f, z0, *args, ...)``; f may be a module, whose parameters become the layer's.
 
-    Nothing else is kept on the module but the state of `StochasticJFB.generator`, where there is one: it is in the
-    `state_dict` as ``generator``, so that a resumed run draws what it would have drawn. Gradients flow in training and
-    in evaluation mode alike.
+    The module keeps no other state than that of `StochasticJFB.generator`, if there is one: the `state_dict` holds it
+    as ``generator``, so that a resumed run draws the same numbers as an uninterrupted one. The value has a graph in
+    training and in evaluation mode alike.
 
     Args:
         f: the map f(z, *args).
         solver, grad, stop: as in `fixed_point`.
-        eval_stop: used instead of `stop` in evaluation mode; default `stop`. In evaluation mode the tolerance and the
-            budget decide even if `grad` draws a budget of its own: StochasticJFB then gives way to JFB.
+        eval_stop: used instead of `stop` in evaluation mode; default `stop`. In evaluation mode the solve ends by this
+            tolerance and budget even if `grad` draws a budget of its own: JFB takes the place of StochasticJFB.
         return_value: return ``solution.value`` alone, as `nn.Sequential`, `torch.vmap` and
-            ``checkpoint(use_reentrant=True)`` need it; with `has_aux` (value, aux).
+            ``checkpoint(use_reentrant=True)`` need it; with `has_aux` the tuple (value, aux).
         has_aux: f returns (f(z), aux).
     """
 

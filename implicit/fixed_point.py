@@ -43,36 +43,36 @@ def fixed_point(
     """Solve z = f(z, *args), differentiably.
 
     Args:
-        f: keeps the structure, shapes and dtypes of z. Parameters it closes over and tensors in `args` both get their
-            gradient. It is called once an evaluation, so that forward hooks and the running statistics of BatchNorm in
-            it act ``Solution.evals`` times. Backward hooks in it act once a product of the estimator, on vectors of its
-            linear solve with `IFT`: one that changes them changes the gradient. PyTorch calls a tensor's hook with None
-            where second derivatives make the gradient by another graph.
-        z0: where to start: a tensor ``(B, *)`` or any nested tuple, list or dict of such tensors with one batch size.
-            Each sample is its own system, with its own tolerance, failure and answer. Or a function of `generator`
-            that draws such a state.
+        f: the map; f(z, *args) has the structure, shapes and dtypes of z. Parameters that f closes over and tensors in
+            `args` get gradients. Every evaluation is one call of f, so forward hooks and the running statistics of
+            BatchNorm in f act ``Solution.evals`` times. Backward hooks in f act once per vector-Jacobian product of
+            the estimator; with `IFT` on the vectors of its linear solve, so a hook that changes them changes the
+            gradient. In second derivatives PyTorch may call a tensor's hook with None.
+        z0: the starting state: a tensor ``(B, *)`` or any nested tuple, list or dict of such tensors with one batch
+            size. Each sample is its own system, with its own tolerance, failure and answer. Or a function of
+            `generator` that draws such a state.
         args: passed on to f.
         solver: how the next iterate is made.
-        grad: what autograd sees of the solve; `IFT` is the exact gradient.
+        grad: the gradient estimator, which defines the derivatives of the solution; `IFT` is the exact gradient.
         stop: tolerance, norm and budget.
         batch_dims: 1, each row of the state is a system of its own; 0, the whole state is one system. A state without a
-            batch dimension, such as a vector, needs 0. Rows that f takes into each other (nodes of a graph) are
-            detected, and the solve continues with the whole batch as one system, with a warning; 0 takes fewer
+            batch dimension, such as a vector, needs 0. If f takes rows into each other (nodes of a graph), the solve
+            detects this and continues with the whole batch as one system, with a warning; with 0 it takes fewer
             evaluations.
-        has_aux: f returns (f(z), aux); ``Solution.aux`` is what it returns at the value, with the graph that the value
-            and f's parameters have, for one evaluation more.
-        starts: starts a sample: z0 has a leading axis of this length, or is drawn that many times. Every start is
-            solved from without a graph, then the one with the smallest residual once more, with `grad`; ``evals`` are
-            of all.
-        generator: passed to z0 where that is a function.
+        has_aux: f returns (f(z), aux). One more evaluation at the value gives ``Solution.aux``, with the graph that
+            the value and f's parameters have.
+        starts: number of starts per sample: z0 has a leading axis of this length, or is drawn that many times. The
+            problem is solved from every start without a graph, then once more with `grad` from the start of smallest
+            residual; ``Solution.evals`` counts all of these solves.
+        generator: passed to z0 if z0 is a function.
         trace: record the residual at every evaluation; or a function ``(carry, z, f(z)) -> carry``, folded over the
-            evaluations of the solve from None on, for states on the way and a loss on each: their graph is that of the
-            solve, so `Unrolled` has one and other estimators give detached states.
+            evaluations of the solve from the carry None on, for example to collect states or to add a loss on each.
+            With `Unrolled` these states have a graph; with the other estimators they are detached.
         state: solver state to continue with, from ``Solution.state`` of an earlier, related solve.
         keep_state: put the solver state into ``Solution.state``.
-        compact: evaluate f on the samples still running only; see `SolveOptions` for how `args` are cut.
+        compact: evaluate f on the running samples only; see `SolveOptions` for how `args` are cut.
         adjoint: first guess of u in the backward pass of `IFT`: ``Solution.adjoint`` of an earlier, related solve, or
-            ``Adjoint()`` to begin with; see `Adjoint`.
+            ``Adjoint()`` if there is no earlier solve; see `Adjoint`.
         callback: called with (number of evaluations, (B,) residuals on the host) whenever residuals are read.
         progress: show a tqdm bar.
 
@@ -80,9 +80,9 @@ def fixed_point(
         A `Solution`: ``.value`` is attached to the graph, ``.check()`` raises if a sample failed.
 
     Raises:
-        TypeError: an argument has the wrong type; the message names what fits.
-        ValueError: f changes the shape, dtype, device or structure of the state or writes into it, or z0 is not a
-            state that can be solved for.
+        TypeError: an argument has the wrong type; the message names the right one.
+        ValueError: f changes the shape, dtype, device or structure of the state or writes into it, or z0 is empty or
+            not of floating point or complex tensors.
 
     Example:
         >>> import torch, implicit
@@ -113,7 +113,7 @@ def _solve(
     options: SolveOptions,
     has_aux: bool,
 ) -> Solution:
-    """The solution from the best of several starts, with f as it is now: its autocast state and its weights."""
+    """The solution from the best of several starts; autocast and parametrized weights of f are as at this call."""
     if options.adjoint is not None and not isinstance(grad, IFT):
         raise ValueError(f"adjoint is a guess for the linear solve of IFT, and {grad!r} has none: leave it unset.")
     devices = (t.device.type for t in leaves(z0s[0]) if t.device.type != "meta")  # autocast has no meta device
@@ -133,7 +133,7 @@ def check_types(solver: object, grad: object, stop: object) -> None:
     """Refuse a class, a name or anything else in place of an instance.
 
     Raises:
-        TypeError: naming the argument and what fits.
+        TypeError: naming the argument and an instance to pass.
     """
     members = (vars(solvers) | vars(grads)).items()
     known = {member.lower(): member for member, kind in members if isinstance(kind, type)}

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def convergence(solutions: Mapping[str, Solution], ax: "Axes | None" = None, *, relative: bool = False) -> "Axes":
-    """Residual against evaluations, one line per solver: the worst sample still running.
+    """Residual against evaluations, one line per label: the largest residual of the samples that still run.
 
     Args:
         solutions: label -> solution of a solve with ``trace=True``.
-        ax: where to draw; default a new figure.
+        ax: axes to draw into; None: a new figure.
         relative: divide by the first residual.
 
     Raises:
@@ -36,11 +36,11 @@ def convergence(solutions: Mapping[str, Solution], ax: "Axes | None" = None, *, 
 
 
 def residuals(traces: Mapping[str, Tensor], ax: "Axes | None" = None, *, relative: bool = False) -> "Axes":
-    """Residual against evaluations, one line per label: the worst sample still running.
+    """Residual against evaluations, one line per label: the largest residual of the samples that still run.
 
     Args:
         traces: label -> (evaluations, B) residuals, NaN where a sample had finished.
-        ax: where to draw; default a new figure.
+        ax: axes to draw into; None: a new figure.
         relative: divide by the first residual.
     """
     ax = _axes(ax)
@@ -53,11 +53,11 @@ def residuals(traces: Mapping[str, Tensor], ax: "Axes | None" = None, *, relativ
 
 
 def spectrum(found: Mapping[str, Spectrum], ax: "Axes | None" = None) -> "Axes":
-    """Ritz values of all samples in the complex plane, with the unit circle: Picard converges inside.
+    """Ritz values of all samples in the complex plane, with the unit circle: Picard converges if all lie inside.
 
     Args:
-        found: label -> what `implicit.diagnostics.spectrum` returned.
-        ax: where to draw; default a new figure.
+        found: label -> result of `implicit.diagnostics.spectrum`.
+        ax: axes to draw into; None: a new figure.
     """
     ax = _axes(ax)
     for label, one in found.items():
@@ -71,13 +71,13 @@ def spectrum(found: Mapping[str, Spectrum], ax: "Axes | None" = None) -> "Axes":
 
 
 def path_independence(found: Mapping[str, PathIndependence], ax: "Axes | None" = None) -> "Axes":
-    """The scores in rising order, one line per label: flat at 1 where no sample depends on its start.
+    """The scores in rising order, one line per label: the line is flat at 1 if no sample depends on its start.
 
     Samples that did not converge in both solves are marked with a cross.
 
     Args:
-        found: label -> what `implicit.diagnostics.path_independence` returned.
-        ax: where to draw; default a new figure.
+        found: label -> result of `implicit.diagnostics.path_independence`.
+        ax: axes to draw into; None: a new figure.
     """
     ax = _axes(ax)
     for label, one in found.items():
@@ -95,7 +95,7 @@ def penalty(history: Mapping[str, Sequence[Tensor]], ax: "Axes | None" = None) -
 
     Args:
         history: label -> one (B,) tensor of `implicit.diagnostics.jacobian_penalty` per training step.
-        ax: where to draw; default a new figure.
+        ax: axes to draw into; None: a new figure.
     """
     ax = _axes(ax)
     for label, steps in history.items():
@@ -108,13 +108,14 @@ def penalty(history: Mapping[str, Sequence[Tensor]], ax: "Axes | None" = None) -
 
 
 def gradient_bias(tables: Mapping[str, GradientBias], ax: "Axes | None" = None) -> "Axes":
-    """Relative error of each estimator against its time: further down is better, further left is cheaper.
+    """Relative error of each estimator against its time: lower is more accurate, further left is cheaper.
 
-    Rows without a gradient are left out. Without times (``repeats=0``) the vector-Jacobian products stand for them.
+    Rows without a gradient are left out. Without times (``repeats=0``) the axis is the number of vector-Jacobian
+    products.
 
     Args:
-        tables: label -> what `implicit.diagnostics.gradient_bias` returned; one color each.
-        ax: where to draw; default a new figure.
+        tables: label -> result of `implicit.diagnostics.gradient_bias`; each label has a color.
+        ax: axes to draw into; None: a new figure.
     """
     from matplotlib.ticker import LogLocator
 
@@ -137,7 +138,7 @@ def gradient_bias(tables: Mapping[str, GradientBias], ax: "Axes | None" = None) 
 
 
 def _name_dots(ax: "Axes", dots: list[tuple[str, float, float]]) -> None:
-    """Write each dot's name beside it: lower where it would cover another's, to its left where it would stick out."""
+    """Write the name of each dot to its right, or to its left near the edge, and lower if names would overlap."""
     per_point = ax.get_figure(root=True).dpi / 72  # pyright: ignore[reportOptionalMemberAccess]: drawn axes have one
     edge = ax.get_window_extent().x1 / per_point
     taken: list[tuple[float, float, float]] = []  # left, right and height of the names so far, in points

@@ -1,9 +1,9 @@
 """Forms in which a problem may be given: f with a second output, and several starts a sample.
 
-`has_aux`   f returns (f(z), aux). The solve sees f(z) alone; f is evaluated once more at the value returned, so that
-            aux belongs to exactly that value and has whatever graph the value and f's parameters have.
-`starts`    z0 has S starts for every sample. Each is solved from without a graph; the start whose answer has the
-            smallest residual is the one that the problem is then solved from, as if no other had been given.
+`has_aux`   f returns (f(z), aux). The solve uses f(z) alone. f is evaluated once more at the value returned, so that
+            aux belongs to exactly that value and has the graph of the value and of f's parameters.
+`starts`    z0 has S starts for every sample. The problem is solved from each start without a graph, and then with the
+            gradient estimator from the start whose answer has the smallest residual.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class Main:
         """(f(z), aux).
 
         Raises:
-            ValueError: f does not return two things.
+            ValueError: f does not return a tuple of two.
         """
         out = self.f(z, *args)
         if not isinstance(out, tuple) or len(out) != 2:
@@ -43,14 +43,14 @@ class Main:
         return out
 
     def with_aux(self, solution: Solution, args: tuple[Any, ...]) -> Solution:
-        """The solution with the second output at its value, for one evaluation more."""
+        """The solution with the second output of f at its value, which takes one more evaluation."""
         return replace(solution, aux=self.both(solution.value, *args)[1], evals=solution.evals + 1)
 
 
 def all_starts(
     z0: State | Callable[[torch.Generator | None], State], starts: int, generator: torch.Generator | None
 ) -> list[State]:
-    """The starts: slices of a state with a leading axis, or what a function draws.
+    """The starting states: slices of a state with a leading axis, or results of a function of `generator`.
 
     Raises:
         TypeError: z0 is a `Solution`.
@@ -81,10 +81,10 @@ def best_start(
     stop: Stop,
     options: SolveOptions,
 ) -> tuple[State, Tensor | int]:
-    """(the start of the smallest residual, sample by sample; (B,) evaluations that it took to find it).
+    """(the start with the smallest residual of every sample; (B,) evaluations of the solves from all starts).
 
     Raises:
-        ValueError: a solver state to continue with was given, which belongs to one start.
+        ValueError: several starts with a solver state to continue with, which belongs to one start.
     """
     if len(z0s) == 1:
         return z0s[0], 0

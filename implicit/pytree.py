@@ -59,9 +59,9 @@ def real(dtype: torch.dtype) -> torch.dtype:
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], thing: Any) -> Any:
-    """`thing`, a nest of dataclasses, tuples, lists and dicts, with every tensor changed.
+    """`thing`, a nest of dataclasses, tuples, lists and dicts, with `change` applied to every tensor.
 
-    A part without a changed tensor is the very same object, so that types which cannot be rebuilt may occur.
+    A part in which no tensor changes is returned as the same object, so it may be of a type that cannot be rebuilt.
     """
     if isinstance(thing, Tensor):
         return change(thing)
@@ -84,17 +84,17 @@ def _like(thing: Any, parts: Any) -> Any:
         return type(thing)(*parts)
     if type(thing) in (list, dict) or isinstance(thing, tuple):
         return type(thing)(parts)
-    made = copy.copy(thing)  # a subclass, with whatever else it holds
+    made = copy.copy(thing)  # keeps the other attributes of a subclass
     made.clear()
     made.update(parts) if isinstance(made, dict) else made.extend(parts)
     return made
 
 
 def validate_warm_start(state: Any, like: Any) -> Any:
-    """A detached copy of a solver state, if it could belong to the same solver and problem as `like` does.
+    """A detached copy of a solver state, if its type, batch size, shapes, dtype and device fit the solver state `like`.
 
     Raises:
-        ValueError: it could not.
+        ValueError: the state does not fit.
     """
     if type(state) is not type(like):
         raise ValueError(f"state must be Solution.state of an earlier solve by this solver, got {_name(state)}.")
@@ -122,8 +122,8 @@ def _name(thing: object) -> str:
 class Layout:
     """How a nested state lies in one (B, N) matrix.
 
-    Complex numbers count as two reals. The matrix's dtype is the widest of the leaves', at least float32, so that
-    histories and norms of half-precision states do not overflow.
+    Complex numbers count as two reals. The matrix has the widest dtype of the state's tensors, at least float32, so
+    that histories and norms of half-precision states do not overflow.
     """
 
     like: State
@@ -135,15 +135,20 @@ class Layout:
     lossy: bool
     """Whether the state is narrower than the matrix, so that the matrix must be rounded before f sees it."""
     eps: float
-    """Relative rounding error of the coarsest leaf."""
+    """Relative rounding error of the tensor with the coarsest dtype."""
     plain: bool
-    """Whether the state is the matrix."""
+    """Whether the state is itself a (B, N) tensor of the matrix's dtype."""
     widths: tuple[int, ...] = ()
     """Columns of the matrix that each tensor of the state takes."""
 
     @classmethod
     def of(cls, state: State, batch_dims: int = 1) -> "Layout":
-        """Read the layout off a starting state; refuses what no solver could handle."""
+        """The layout of a starting state.
+
+        Raises:
+            ValueError: the state has no numbers, one that is not floating point or complex, or several devices or batch
+                sizes, or does not fit `batch_dims`.
+        """
         if batch_dims not in (0, 1):
             raise ValueError(f"batch_dims must be 1 (a system per row) or 0 (one system), got {batch_dims}.")
         tensors = leaves(state)
@@ -186,7 +191,7 @@ class Layout:
         )
 
     def pack(self, state: State) -> Flat:
-        """(B, N) matrix of a state; a view where it can be one."""
+        """(B, N) matrix of a state; a view if the state is one tensor whose dtype and strides allow it."""
         if self.plain and state.dtype == self.dtype:
             return state
         if isinstance(state, Tensor) and isinstance(self.like, Tensor):
@@ -216,11 +221,11 @@ class Layout:
         return rows.reshape((*lead, *shape))
 
     def round(self, flat: Flat) -> Flat:
-        """`flat` as f will see it."""
+        """`flat` rounded to the dtypes of the state."""
         return self.pack(self.unpack(flat)) if self.lossy else flat
 
     def check(self, out: State, state: State) -> State:
-        """`out` = f(state), if f kept structure, shapes, dtypes and device; under autocast the dtype may differ.
+        """Return `out` = f(state) if f kept structure, shapes, dtypes and device; under autocast the dtype may differ.
 
         Raises:
             ValueError: naming the first difference.
@@ -243,9 +248,9 @@ class Layout:
 
 
 def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A host array on `device`, in `dtype` before it gets there, without waiting for the device.
+    """A host array on `device`, converted to `dtype` before the copy, without waiting for the device.
 
-    CUDA stages pageable memory before it returns, so the array may change afterwards.
+    CUDA copies pageable memory to a buffer before the call returns, so the array may change afterwards.
     """
     if dtype is not None:
         array = array.astype(np.float64 if dtype == torch.float64 else np.float32)
@@ -258,7 +263,7 @@ def to_host(t: Tensor) -> np.ndarray:
 
 
 def scaled_norm(flat: Flat, ord: float = 2, *, overwrite: bool = False) -> PerSample:
-    """Norm of every row, (B,), free of under- and overflow of squares; `overwrite` spares a copy of `flat`."""
+    """Norm of every row, (B,), without under- or overflow of squares; `overwrite` scales `flat` in place."""
     unit = torch.linalg.vector_norm(flat, ord=torch.inf, dim=1, keepdim=True)
     unit = torch.where((unit > 0) & torch.isfinite(unit), unit, 1)
     scaled = flat.div_(unit) if overwrite else flat / unit

@@ -1,8 +1,8 @@
 """Fourteen problems z = f(z) with a known answer, for tests of solvers.
 
 Every map is per sample: z is (B, N) and sample b depends on row b alone. The answer is found in float64 by Newton's
-method on the dense Jacobian (linear maps: one solve), to a relative residual below 1e-13; the Jacobian's spectrum at
-the answer comes with it. Nothing here depends on the solvers.
+method on the dense Jacobian (linear maps: one solve), to a relative residual below 1e-13. Each problem also has the
+spectrum of the Jacobian at the answer. No solver of the package is used.
 """
 
 import math
@@ -25,9 +25,9 @@ class Problem:
     Call it as f: ``fixed_point(problem, problem.z0, *problem.args)``.
 
     Attributes:
-        name: in tables.
+        name: the name of the problem, as in `problem(name)`.
         map: f(z, *args), z ``(B, N)``.
-        z0: where to start.
+        z0: ``(B, N)`` the starting state.
         args: tensors with one row per sample, for maps that differ between samples.
         solution: ``(B, N)`` the fixed point, in float64, exact to 1e-12.
         spectrum: ``(B, N)`` eigenvalues of df/dz at the solution.
@@ -68,12 +68,12 @@ class Problem:
 
 
 def problems(dtype: torch.dtype = F64) -> list[Problem]:
-    """All fourteen, fresh."""
+    """All fourteen problems, with their counters at 0."""
     return [problem(name, dtype) for name in _MAKERS]
 
 
 def problem(name: str, dtype: torch.dtype = F64) -> Problem:
-    """One of them by name.
+    """The problem of this name.
 
     Raises:
         ValueError: there is no problem of that name.
@@ -243,7 +243,7 @@ def _cosine() -> Made:
 
 
 def _iterated(f: Callable[..., Tensor], z: Tensor, args: tuple[Any, ...], times: int) -> Tensor:
-    """A guess for Newton's method."""
+    """f applied `times` times, a first guess for Newton's method."""
     for _ in range(times):
         z = f(z, *args)
     return z

@@ -1,6 +1,6 @@
 """Every private call into PyTorch that the package makes, with the version that it was checked with.
 
-Checked with torch 2.13.0. A name that a later version drops fails here and nowhere else.
+Checked with torch 2.13.0. If a later version drops a name, this file is the only one to change.
 """
 
 import functools
@@ -43,7 +43,7 @@ def forward_mode_active() -> bool:
 
 
 def host_readable(t: Tensor) -> bool:
-    """Whether numbers of `t` can be read without waiting for a device, and are known: no transform, no traced graph.
+    """Whether the numbers of `t` are known and on the CPU: no torch.func transform, no traced graph, no device.
 
     `torch._C._get_tracing_state`, 2.13.0.
     """
@@ -90,7 +90,7 @@ def has_derivative(t: Tensor) -> bool:
 
 
 def _has_tangent(t: Tensor) -> bool:
-    """Whether t has a tangent in forward mode, as far as that is visible: vmap has no rule for `unpack_dual`."""
+    """Whether t has a tangent in forward mode; False for a t of vmap, which has no rule for `unpack_dual`."""
     try:
         return forward_mode_active() and forward_ad.unpack_dual(t).tangent is not None
     except RuntimeError:
@@ -98,9 +98,9 @@ def _has_tangent(t: Tensor) -> bool:
 
 
 def unwrap(t: Tensor, level: int, differentiated: bool = False) -> tuple[Tensor, Layers]:
-    """What t wraps at the levels above `level` and how.
+    """The tensor that t wraps at `level` and the levels inside it, and the wrappers.
 
-    It is t itself where a derivative is taken with respect to it there, unless `differentiated`.
+    If one of these levels differentiates with respect to t, the result is t itself, unless `differentiated`.
 
     (`torch._C._functorch.maybe_get_level`, `get_unwrapped`, `maybe_get_bdim`, 2.13.0.)
     """
@@ -122,7 +122,7 @@ def wrap(t: Tensor, layers: Layers) -> Tensor:
 
 
 def split_batched(g: Tensor) -> tuple[list[Tensor], Callable[[Tensor], Tensor]] | None:
-    """The tensors that a batched g of the innermost vmap holds and how to batch a stack again; None: g is not batched.
+    """(the tensors in a g batched by the innermost vmap, a function that batches a stack again); None: not batched.
 
     (`torch._C._functorch`; the vmap of autograd: `torch._C._vmapmode_increment_nesting`, `torch._remove_batch_dim`,
     `torch._add_batch_dim`; 2.13.0.)
@@ -136,7 +136,7 @@ def split_batched(g: Tensor) -> tuple[list[Tensor], Callable[[Tensor], Tensor]] 
     if level < 1:
         return None
     legacy: Any = torch
-    rows = legacy._remove_batch_dim(g, level, 0, 0)  # without a batch at this level: expanded to none
+    rows = legacy._remove_batch_dim(g, level, 0, 0)  # a g that is not batched at this level is expanded to 0 rows
     if rows.shape[0] == 0:
         return None
     return list(rows.unbind()), lambda t: legacy._add_batch_dim(t, 0, level)
@@ -146,12 +146,12 @@ def split_batched(g: Tensor) -> tuple[list[Tensor], Callable[[Tensor], Tensor]] 
 
 
 def version(t: Tensor) -> int:
-    """How often a tensor was written to in place (`Tensor._version`, 2.13.0); 0 for one made in inference mode."""
+    """How often t was written to in place (`Tensor._version`, 2.13.0); 0 for tensors made in inference mode."""
     return 0 if t.is_inference() else t._version
 
 
 def memory(t: Tensor) -> int:
-    """The identity of the memory that a tensor lies in (`UntypedStorage._cdata`, 2.13.0)."""
+    """The address of the storage that holds a tensor's numbers (`UntypedStorage._cdata`, 2.13.0)."""
     return t.untyped_storage()._cdata
 
 
@@ -188,7 +188,7 @@ class _Saved:
 
 @contextmanager
 def saved_tensors_at_hand() -> Iterator[None]:
-    """Backward passes within the block find saved tensors as they are; later ones, as the active hooks pack them."""
+    """Backward passes within the block use saved tensors directly; later ones unpack what the active hooks packed."""
     hooks, kept = _autograd._top_saved_tensors_default_hooks(True), []
     if hooks is None:
         yield
@@ -207,7 +207,7 @@ def saved_tensors_at_hand() -> Iterator[None]:
 
 
 class Allocations(TorchDispatchMode):
-    """Records the memory that operators allocate in this thread, without keeping it (`StorageWeakRef`, 2.13.0)."""
+    """Records the storages that operators allocate in this thread, by weak references (`StorageWeakRef`, 2.13.0)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class Allocations(TorchDispatchMode):
         return out
 
     def excludes(self, t: Tensor) -> bool:
-        """Whether PyTorch has allocated the memory of a plain tensor t elsewhere: earlier, or in another thread."""
+        """Whether PyTorch allocated the storage of a plain tensor t before the mode was on, or in another thread."""
         if type(t) is not Tensor or t.layout != torch.strided or _functorch.is_functorch_wrapped_tensor(t):
             return False
         storage = t.untyped_storage()
@@ -241,12 +241,12 @@ def parametrize_cache() -> tuple[Any, int]:
 
 
 def set_parametrize_cache(cache: Any, enabled: int) -> None:
-    """Exchange both (`parametrize._cache`, `parametrize._cache_enabled`, 2.13.0)."""
+    """Set the cached weights and the number of contexts (`parametrize._cache`, `_cache_enabled`, 2.13.0)."""
     parametrize._cache, parametrize._cache_enabled = cache, enabled
 
 
 def register_pytree(kind: type, flatten: Callable[[Any], Any], unflatten: Callable[[Any, Any], Any]) -> None:
-    """Let PyTorch's transforms take objects of a class apart (`torch.utils._pytree`, 2.13.0)."""
+    """Make PyTorch's transforms flatten objects of a class (`torch.utils._pytree`, 2.13.0)."""
     _pytree.register_pytree_node(kind, flatten, unflatten, serialized_type_name=f"implicit.{kind.__name__}")
 
 
@@ -256,7 +256,7 @@ def traced() -> bool:
 
 
 class _Eager:
-    """The stance of the compiler, which is one for all threads: eager while any of them has requested it."""
+    """The stance of the compiler, which all threads share: eager while at least one thread is in `eager()`."""
 
     lock = threading.Lock()
     active = 0
@@ -265,7 +265,7 @@ class _Eager:
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Run blocks made by `torch.compile` without compilation: a function mode would have each compiled again.
+    """Run functions made by `torch.compile` without compilation: under a function mode each would be compiled again.
 
     torch._dynamo, which takes longer to import than torch itself, is not imported if nothing was compiled.
     """
@@ -287,10 +287,10 @@ def eager() -> Iterator[None]:
 
 
 def not_compiled(function: Callable[..., R]) -> Callable[..., R]:
-    """`function` outside of compiled graphs, with all that it calls.
+    """`function`, which runs outside of compiled graphs together with all functions that it calls.
 
-    `torch.compiler.disable` imports torch._dynamo, so it is called when something was compiled, and not when this
-    package is imported.
+    `torch.compiler.disable` imports torch._dynamo, so it is called at the first call after a compilation, and not when
+    this package is imported.
     """
 
     disabled: list[Callable[..., R]] = []

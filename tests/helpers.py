@@ -54,7 +54,7 @@ each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
 
 
 def solver_and(estimator: str) -> dict[str, Any]:
-    """The estimator of a name and a solver that it works with, as options of `fixed_point`."""
+    """The estimator called `estimator` and a solver that works with it, as keywords of `fixed_point`."""
     grad = Reversible(anchor=12) if estimator == "Reversible" else ESTIMATORS[estimator]()
     return {"solver": Broyden() if estimator == "SHINE" else AndersonGS(), "grad": grad}
 
@@ -86,7 +86,7 @@ def smooth(n=12, batch=3, gain=0.8):
 
 
 def visited(f, z0, solver, evals):
-    """The points at which f is evaluated."""
+    """The list of points z at which a solve of `evals` evaluations evaluates f."""
     seen = []
 
     def watched(z):
@@ -101,18 +101,25 @@ def visited(f, z0, solver, evals):
 READS = {"item", "tolist", "numpy", "cpu", "nonzero", "masked_select", "unique", "equal", "allclose", "argwhere"}
 READS |= {"__bool__", "__float__", "__int__", "__index__", "__array__", "__contains__"}
 VIEWS = {"detach", "view", "reshape", "squeeze", "unsqueeze", "select", "__getitem__", "to"}
-IS_CPU: Any = torch.Tensor.is_cpu  # which says no here: what a device would do is counted
+IS_CPU: Any = torch.Tensor.is_cpu  # False under `Waits`, so that the code takes the branches for a device
 
 
 class Waits(TorchFunctionMode):
-    """Counts, by evaluation of f, the calls that would wait; `late` holds those for what was made just before."""
+    """Counts the calls that would make the host wait for a device, if the tensors on the CPU were on one.
+
+    Attributes:
+        evals: evaluations of f so far, which f has to count itself.
+        counts: evals -> number of waits after so many evaluations.
+        fresh: number of waits for a tensor that was computed since the latest evaluation.
+        busy: whether the device was given work since the host last waited for it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.evals = 0
         self.counts: Counter[int] = Counter()
-        self.fresh = 0  # reads of what the newest evaluation gave
-        self.busy = False  # whether the device was given work since it was last waited for
+        self.fresh = 0
+        self.busy = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -135,12 +142,12 @@ class Waits(TorchFunctionMode):
             tensors: list[Any] = [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
             marked: Any = out
             if name in ("to", "cpu"):
-                marked = out.view_as(out)  # where there is no device to move to, it is the very same tensor
+                marked = out.view_as(out)  # a new object, since without a device these calls return the same tensor
             if name == "cpu":
                 marked._host = True
             elif name != "to" and tensors and all(hasattr(t, "_host") for t in tensors):
                 marked._host = True
-            elif not tensors and kwargs.get("generator") is not None:  # generators here are the host's
+            elif not tensors and kwargs.get("generator") is not None:  # the generators in the tests are on the host
                 marked._host = True
             else:
                 self.busy = self.busy or name not in VIEWS
@@ -159,7 +166,7 @@ class Waits(TorchFunctionMode):
 
 @contextmanager
 def watching(mode):
-    """`mode` switched on, and arrays from numpy, which torch does not tell it about, marked."""
+    """`mode` switched on; tensors from `torch.from_numpy`, which no function mode intercepts, are marked as host's."""
     from_numpy = torch.from_numpy
 
     def on_the_host(array):

@@ -19,7 +19,7 @@ from implicit.torch_internals import is_abstract
 Act: TypeAlias = Callable[[Flat], Flat]
 """v -> A v, for a linear map A."""
 
-_SLACK = 10  # a residual of that many tolerances contradicts the solver
+_SLACK = 10  # a measured residual above this multiple of the tolerance shows that the solver's own residual is wrong
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,23 @@ class LinearSolve:
 
     g is divided by a power of two per sample, so that rounding, tolerance and iterates are the same at every scale.
 
-    The samples of a batch are solved side by side, each as a system of its own, and where A takes one sample into
-    another, all over again as one. GMRES detects that as soon as one sample has converged before another; otherwise one
-    more product gives ||g + A u - u||, which is compared with the residual of the solver. On tensors without numbers
-    (meta, fake) one product stands for the solve.
+    The samples of a batch are solved as systems of their own. If A takes one sample into another, the whole batch is
+    solved again as one system. GMRES detects this as soon as one sample has converged before another; otherwise one
+    more product gives ||g + A u - u||, which is compared with the tolerance. On tensors without numbers (meta, fake)
+    one product replaces the solve.
     """
 
     solver: AbstractSolver[Any] | GMRES
     stop: Stop
     on_failure: Literal["warn", "raise", "ignore"]
-    report: Callable[[Solution], None] | None
+    report: Callable[[Solution], None] | None  # called with the solution of every solve
     eps: float = 0.0  # relative rounding error of a product
-    preconditioner: Act | None = None  # P, about (I - A)^-1
-    guess: Flat | None = None  # of u
-    keep: Callable[[Flat], None] | None = None  # takes u
+    preconditioner: Act | None = None  # v -> P v, where P approximates (I - A)^-1
+    guess: Flat | None = None  # first guess of u
+    keep: Callable[[Flat], None] | None = None  # called with u
 
     def plain(self) -> "LinearSolve":
-        """The same for another system: without what belongs to this one."""
+        """The same settings for another system: without preconditioner, guess and `keep`."""
         return replace(self, preconditioner=None, guess=None, keep=None)
 
     def __call__(self, act: Act, g: Flat) -> Flat:
@@ -69,13 +69,13 @@ class LinearSolve:
             return u
 
     def _start(self, act: Act, g: Flat, u: Flat) -> tuple[Flat, Flat]:
-        """The guess u and its residual, by one product; zero and g for a sample that the guess does not help."""
+        """The guess u and its residual, by one product; zero and g for samples whose residual is not below ||g||."""
         rest = g + act(u) - u
         helps = (norm(rest) < norm(g)).unsqueeze(1)
         return torch.where(helps, u, 0), torch.where(helps, rest, g)
 
     def _solve(self, act: Act, g: Flat, start: tuple[Flat, Flat] | None = None) -> tuple[Solution, bool | None]:
-        """The solution of every sample, and whether they are systems of their own if that is known.
+        """The solution, and whether the samples are systems of their own (None: not known).
 
         With a preconditioner P, u = u_0 + P w and (I - A) P w = r_0, which is w = r_0 + (w - P w + A P w).
         """
@@ -92,7 +92,7 @@ class LinearSolve:
             found, apart = self.solver.apart(act_on_w, rest, self.stop, self.eps, size, norm(g))
         elif precondition is None:
             found = iterate(lambda v: g + act(v), g if u is None else u, self.solver, self.stop)
-            u = None  # the iteration has begun with it
+            u = None  # the value of the iteration, which began at u, is not a correction
         else:
             found = iterate(lambda w: rest + act_on_w(w), rest, self.solver, self.stop)
         w = found.value if precondition is None else precondition(found.value)
@@ -100,7 +100,7 @@ class LinearSolve:
         return replace(found, value=w if u is None else u + w, evals=products), apart
 
     def _check(self, act: Act, g: Flat, scale: Tensor, found: Solution) -> tuple[Solution, bool]:
-        """The solution with its error corrected, and whether the samples are systems of their own."""
+        """The solution, solved on where a measured residual is too large, and whether the samples are separate."""
         u, found = found.value, replace(found, evals=found.evals + 1)
         rest = (g + act(u * scale)) / scale - u
         rtol = max(self.stop.rtol, self.eps, torch.finfo(g.dtype).eps)
@@ -140,8 +140,8 @@ class LinearSolve:
 _INEXACT = "The linear solve of the IFT backward pass failed for some samples, so their gradient is inexact."
 _COUPLED = (
     "f takes one sample of the batch into another (batch normalization in training mode, a mean over the batch). The "
-    "backward pass solved for the whole batch as one, which is exact but slower; the forward pass took each sample for "
-    "a system of its own: pass batch_dims=0."
+    "backward pass solved the whole batch as one system, which is exact but slower; the forward pass took each sample "
+    "for a system of its own: pass batch_dims=0."
 )
 
 
@@ -151,7 +151,7 @@ def _power_of_two(g: Flat) -> Tensor:
 
 
 def _couples(act: Act, g: Flat, wrong: Tensor) -> bool:
-    """Whether the other samples reach one that is wrong: by a product with unstructured numbers."""
+    """Whether A takes other samples into a wrong one: its product with numbers in the rows of the others alone."""
     sample = int(wrong.to(torch.uint8).argmax())
     others = torch.arange(g.numel(), device=g.device, dtype=g.dtype).cos().view_as(g)
     others[sample] = 0

@@ -5,7 +5,7 @@ Setting: V has orthonormal rows v_1 .. v_k for every sample. For w = A v_k,
     h_i = <v_i, w>,     h_{k+1} v_{k+1} = w - sum_i h_i v_i
 
 (Arnoldi, "The principle of minimized iterations in the solution of the matrix eigenvalue problem", Quart. Appl.
-Math. 9, 1951.) Twice, the result is orthogonal to rounding error, which a long basis needs.
+Math. 9, 1951.) After a second pass the result is orthogonal up to rounding error, which a long basis needs.
 """
 
 from jaxtyping import Bool, Float

@@ -7,8 +7,8 @@ of span{r, A r, ...}, one product a column, with
 
 H is (k+1) x k, upper Hessenberg (`implicit.linear.hessenberg`).
 
-Where every product reduces the residual by a good factor, the older columns are worth next to nothing, and short cycles
-are as good as one long cycle. So every cycle begins short, and a slow one goes on to be a long one, without a restart.
+If every product reduces the residual by a good factor, older columns contribute next to nothing, and short cycles are
+as good as a long one. Therefore a cycle ends after a few products if they were that fast, and else goes on.
 
 (Saad and Schultz, "GMRES", SIAM J. Sci. Stat. Comput. 7(3), 1986.)
 """
@@ -28,28 +28,28 @@ from implicit.solvers.base import check_at_least
 from implicit.solvers.history_buffer import HistoryBuffer
 from implicit.stopping import Stop, classify
 
-_SMALL = 1024  # numbers of a sample whose basis is not worth saving
-_ONCE = 3  # columns that stay orthogonal enough without a second pass
+_SMALL = 1024  # samples of fewer numbers have long cycles only, since their basis takes little memory
+_ONCE = 3  # a basis of fewer columns stays orthogonal enough with one pass of Gram-Schmidt
 
 
 @dataclass(frozen=True)
 class GMRES:
     """GMRES for u = g + A u; every sample is a system of its own and keeps the answer with which it converged.
 
-    A sample has converged when ||g - (I - A) u|| <= atol + min(rtol ||u||, sqrt(rtol) ||g||): the second, since where
-    I - A is singular, u grows until any residual is small beside it. The residual is the recurrence's, which costs no
-    product, and is never called smaller than rounding, `eps` ||u||: a tolerance below that ends as `STALLED`. Products
-    are taken for all samples until the last has converged; the host looks at each (`Stop.check_every` and `Stop.late`
-    play no part).
+    A sample has converged when ||g - (I - A) u|| <= atol + min(rtol ||u||, sqrt(rtol) ||g||). The bound by ||g|| is for
+    a singular I - A, where u grows until rtol ||u|| exceeds the residual. The residual is that of the recurrence, which
+    costs no product, but at least `eps` ||u||, the rounding error: a sample whose tolerance is smaller ends as
+    `STALLED`. Products are taken for all samples until the last one has converged, and the host reads the residuals
+    after each (`Stop.check_every` and `Stop.late` have no effect).
 
-    A sample of at least 1024 numbers starts over from its residual after `short` products if they made that smaller by
-    `rate` each, and after `memory` products otherwise; a smaller one always does so after `memory`. Memory: `short`
-    states and three while all samples are fast; else as many states as the longest cycle has products.
+    A sample of at least 1024 numbers ends its cycle, and starts over from its residual, after `short` products if each
+    reduced the residual by `rate`, and after `memory` products otherwise. A smaller sample always starts over after
+    `memory`. Memory: `short` + 3 states while all samples are fast; else one state per product of the longest cycle.
 
     Args:
-        memory: products before a sample starts over from its residual, >= 1.
-        short: the same for a sample that is fast, >= 1; `memory` or more: no sample is.
-        rate: factor a product that is fast, in [0, 1].
+        memory: products of a cycle, >= 1.
+        short: products of a fast cycle, >= 1; with `memory` or more, all cycles are of `memory` products.
+        rate: largest factor between residuals, on average per product, at which a cycle is fast, in [0, 1].
     """
 
     memory: int = 60
@@ -62,9 +62,9 @@ class GMRES:
             raise ValueError(f"GMRES.rate must lie in [0, 1], got {self.rate}.")
 
     def __call__(self, act: Callable[[Flat], Flat], g: Flat, stop: Stop, eps: float = 0.0) -> Solution:
-        """Solve u = g + act(u) for a linear `act` with rounding errors of `eps`, relative.
+        """Solve u = g + act(u) for a linear `act` with a relative rounding error of `eps`.
 
-        A sample whose products are not finite has its g for a value.
+        The value of a sample whose products are not finite is its g.
         """
         return self.apart(act, g, stop, eps)[0]
 
@@ -77,13 +77,13 @@ class GMRES:
         guess: PerSample | None = None,
         right: PerSample | None = None,
     ) -> tuple[Solution, bool | None]:
-        """The solution, and whether the samples are systems of their own, where that is known without extra products.
+        """The solution, and whether the samples are systems of their own (None: not known).
 
-        A sample that has converged is multiplied as a zero vector. If its product is not zero, `act` couples the
-        samples: the result is False and the solution invalid. It is None where all samples converged at once, since
-        nothing was tested then.
+        The vector of a converged sample is zero in the products for the others. If its product is not zero, `act`
+        couples the samples: the second result is False and the solution invalid. The second result is None if all
+        samples converged at the same product, since then no zero vector was multiplied.
 
-        Where g is the residual of a first guess, u is the correction; `guess` is the norm of the guess and `right` that
+        If g is the residual of a first guess, u is the correction; `guess` is the norm of the guess and `right` that
         of the right-hand side, to which the tolerance refers.
         """
         length, u = norm(g), torch.zeros_like(g)
@@ -95,16 +95,16 @@ class GMRES:
         basis, v, size = HistoryBuffer(self.memory, first=short if short < self.memory else 0), _unit(g, length), ()
         apart: bool | None = None
         while status.open:
-            # the newest basis vector; zero for samples that have an answer
+            # the newest basis vector; zero for samples that have converged or stalled
             idle = status.solved
             if idle.any():
                 v = v.masked_fill(_mask(idle, v), 0)
             basis, v = _append(basis, cycles.place, v)
-            # its product, orthogonal to the basis: the next one, and the newest column of H
+            # the part of its product orthogonal to the basis is the next vector; h is the newest column of H
             h, v, length = orthogonalize(act(v), basis, passes=1 if cycles.columns < _ONCE else 2)
             found = to_host(torch.cat((h, torch.stack((length, *size), dim=1)), dim=1))
             v, k = _unit(v, length), h.shape[1]
-            # a product of zero that is not zero came from other samples
+            # if the product of a zero vector is not zero, the vectors of other samples have contributed to it
             if idle.any():
                 apart = not (np.abs(found[idle, : k + 1]) > 0).any()
                 if not apart:
@@ -114,7 +114,7 @@ class GMRES:
             if spent.any():
                 v = v.masked_fill(_mask(spent, v), 0)
             status.update(cycles, found[:, k + 1 :])
-            # where a cycle ends: u moves to its solution, and the next one begins with the residual there
+            # where a cycle ends, u moves to its solution, and the next cycle begins with the residual of this u
             over, size = cycles.over(short, self.memory, self.rate, status), ()
             if over.any():
                 u = basis.add(u, _upload(cycles.y * over[:, None], basis.rows, u))
@@ -125,7 +125,7 @@ class GMRES:
 
 
 def _append(basis: HistoryBuffer, place: np.ndarray, v: Flat) -> tuple[HistoryBuffer, Flat]:
-    """The basis with v in row `place` of every sample, and v as it lies there where that is one row."""
+    """The basis with v in row `place` of every sample; and v, as a view of the basis if all rows are the same."""
     last = int(place.max(initial=0))
     basis = basis.reserve(last, v)
     if not len(place) or np.ptp(place) == 0:
@@ -154,7 +154,7 @@ def _unit(w: Flat, length: Tensor) -> Flat:
 
 
 def _upload(c: np.ndarray, width: int, like: Flat) -> Tensor:
-    """Coefficients on the device, (B, 1, width): filled up with zeros."""
+    """Coefficients on the device, (B, 1, width), padded with zeros."""
     full = np.zeros((len(c), 1, width))
     full[:, 0, : c.shape[1]] = c[:, :width]
     return to_device(full, like.device, like.dtype)
@@ -165,20 +165,20 @@ def _mask(which: np.ndarray, like: Flat) -> Tensor:
 
 
 class _Cycles:
-    """min || beta e_1 - (I - H) y || for every sample, as H grows by columns; each at its own place in its cycle.
+    """min || beta e_1 - (I - H) y || for every sample, as H grows by columns; on the host, in float64.
 
-    On the host, in float64.
+    Samples may be at different places in their cycles.
     """
 
     def __init__(self, beta: np.ndarray, rounding: float) -> None:
         self.rounding = rounding
-        self.place = np.zeros(len(beta), dtype=np.int64)  # columns so far
+        self.place = np.zeros(len(beta), dtype=np.int64)  # number of columns of H in the present cycle
         self.beta = beta.copy()
         self.system = HessenbergSystem.empty(1, torch.from_numpy(beta.copy()))
 
     @property
     def columns(self) -> int:
-        """The most that a sample has."""
+        """The largest number of columns of a sample."""
         return int(self.place.max(initial=0))
 
     @property
@@ -192,9 +192,9 @@ class _Cycles:
         return self.system.rho.numpy()
 
     def add(self, h: np.ndarray, length: np.ndarray, running: np.ndarray) -> np.ndarray:
-        """Take in the newest column of H; whether it is in the span of the others, up to rounding.
+        """Append the newest column of H; returns where A v is in the span of the basis, up to rounding.
 
-        Samples that do not run any more keep their y.
+        Samples that have finished keep their y.
         """
         self.system = self.system.widen(self.columns + 1)
         width = min(h.shape[1], self.y.shape[1])
@@ -209,7 +209,7 @@ class _Cycles:
         return spent
 
     def over(self, short: int, memory: int, rate: float, status: "_Status") -> np.ndarray:
-        """Whose cycle ends here; those that do not run any more are fast."""
+        """Which samples end their cycle here; finished samples count as fast."""
         if not status.open:
             return np.ones_like(status.running)
         fast = ~status.running | (np.abs(self.rho) <= rate**short * self.beta)
@@ -235,7 +235,7 @@ class _Status:
         self.running = self.code == Result.MAX_EVALS
 
     def begin(self, size: np.ndarray, right: np.ndarray) -> None:
-        """Take in the norms of a first guess and of the right-hand side."""
+        """Enter the norms of a first guess and of the right-hand side."""
         self.guess, self.size, self.most = size, size, self.stop.rtol**0.5 * right
         within = self.residual <= self._tolerance(size)
         self.code[self.running & within] = Result.CONVERGED
@@ -246,7 +246,7 @@ class _Status:
 
     @property
     def solved(self) -> np.ndarray:
-        """Which samples have an answer."""
+        """Which samples have converged or stalled."""
         return (self.code == Result.CONVERGED) | (self.code == Result.STALLED)
 
     @property
@@ -255,16 +255,16 @@ class _Status:
         return bool(self.running.any()) and self.products < self.stop.max_evals
 
     def update(self, cycles: _Cycles, size: np.ndarray) -> None:
-        """The codes after one more product; `size` is ||u|| (B, 1) where samples have started over, or empty.
+        """The codes after one more product; `size` is (B, 1) ||u|| if samples have started over, else empty.
 
-        ||u|| within a cycle is that of its beginning.
+        Within a cycle, ||u|| is that at its beginning.
         """
         self.products += 1
         if size.size:
             self.size = np.maximum(size[:, 0], self.guess)
         step = np.sqrt((cycles.y * cycles.y).sum(axis=1))
         size = np.where(self.size > 0, self.size, step)
-        floor = self.eps * np.maximum(size, step)  # a step can be far longer than u was, where I - A is singular
+        floor = self.eps * np.maximum(size, step)  # the correction can be far longer than u if I - A is singular
         residual = np.maximum(np.abs(cycles.rho), floor)
         code = classify(residual, self._tolerance(size))
         code[(code == Result.MAX_EVALS) & (residual <= floor)] = Result.STALLED

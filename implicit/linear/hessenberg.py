@@ -46,7 +46,7 @@ class HessenbergSystem:
         )
 
     def widen(self, columns: int) -> "HessenbergSystem":
-        """With room for at least `columns`, twice the room where that does not suffice."""
+        """The system with room for at least `columns` columns; the room at least doubles if it has to grow."""
         room = self.y.shape[1] - 1
         if columns <= room:
             return self
@@ -70,13 +70,13 @@ class HessenbergSystem:
         mask: Bool[Tensor, " B"],
         rounding: float,
     ) -> "HessenbergSystem":
-        """With one more column for the samples in `mask`: number k, `column` down to the diagonal and `below` under it.
+        """Append column number k for the samples in `mask`: `column` down to the diagonal and `below` under it.
 
         A column that is zero to rounding gets the coefficient 0 and leaves the residual as it is.
         """
         number = torch.ones_like(column).cumsum(dim=1) - 1  # 0, 1, 2 ..
         here, next_row = number == k.unsqueeze(1), number == k.unsqueeze(1) + 1
-        # the column after the earlier rotations, and the rotation that takes `below` out
+        # the column after the earlier rotations, and the rotation that makes `below` zero
         turned = torch.bmm(self.q, column.unsqueeze(2)).squeeze(2)
         a = turned.masked_fill(~here, 0).sum(dim=1)
         pivot = torch.hypot(a, below)

@@ -36,7 +36,7 @@ def pairs_in_use(
 def mixtures(
     systems: Systems, products: Float[Tensor, "B 2 K"], used: Bool[Tensor, "B K"], mu: Float[Tensor, "B 1"]
 ) -> tuple[Float[Tensor, "B 2 K"], Float[Tensor, "B 2"]]:
-    """y of both types, 0 for pairs left out and where a system is singular, and the squares of both promises."""
+    """(y of types I and II, 0 for pairs left out and in a singular system; the squared residuals that they promise)."""
     left_out = ~used
     none = left_out.unsqueeze(1)
     systems = systems.masked_fill((none | left_out.unsqueeze(2)).unsqueeze(1), 0)
@@ -59,8 +59,8 @@ def put_cross(systems: Systems, slot: int, row: Float[Tensor, "B 2 J"], column: 
 
 
 def _solution(matrix: Systems, right: Float[Tensor, "B 2 K"]) -> Float[Tensor, "B 2 K"]:
-    """The solutions, 0 for a system that is singular, whose derivative would be NaN."""
-    # rows in one unit, for pivots are chosen between rows
+    """The solutions; 0 with a derivative of 0 for a singular system, whose derivative would be NaN."""
+    # rows are scaled to a largest entry of 1, since pivots are chosen by comparing rows
     rows = torch.linalg.vector_norm(matrix.detach(), torch.inf, dim=3).clamp_min(torch.finfo(matrix.dtype).tiny)
     matrix, right = matrix / rows.unsqueeze(3), right / rows
     if torch.is_grad_enabled() and (matrix.requires_grad or right.requires_grad):

@@ -20,13 +20,13 @@ from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history, check_share
 from implicit.solvers.history_buffer import dots, put, put_difference, put_dots
 
-# columns with a smaller squared norm are ignored, for their products underflow: diagonal 1 and coefficient 0
+# a column whose squared norm is smaller gets diagonal 1, and so coefficient 0, since its products underflow
 _UNDERFLOW = {torch.float64: 1e-290, torch.float32: torch.finfo(torch.float32).tiny}
 
 
 @dataclass(frozen=True)
 class AndersonState:
-    """The last point, K = memory - 1 differences in turn, and the Gram matrix of dR with the ridge."""
+    """The last point, K = memory - 1 differences in a ring buffer, and the Gram matrix of dR with the ridge."""
 
     fz: Flat
     r: Flat
@@ -35,19 +35,19 @@ class AndersonState:
     gram: Float[Tensor, "B K K"]
     steps: int = 0
     columns: int = 0
-    fresh: bool = True  # until two points are known, so that no difference can be formed yet
+    fresh: bool = True  # before the first step of a solve, when no difference can be formed yet
 
 
 @dataclass(frozen=True)
 class Anderson(AbstractSolver[AndersonState]):
     """Anderson acceleration, type II, of `memory` points per sample.
 
-    The least-squares problem is solved through its Gram matrix, of which every step renews one row. The ridge is
-    relative to the differences, so the unit of z changes nothing. States held: 2 memory.
+    The least-squares problem is solved through its Gram matrix, of which every step replaces one row and column. The
+    ridge is relative to the differences, so the unit of z changes nothing. States held: 2 memory.
 
     Args:
         memory: number of points mixed, >= 1; 1 is the Picard iteration.
-        damping: share of the mixed old iterate kept, in [0, 1).
+        damping: share of the mixture of old iterates z in the next one, in [0, 1); the rest is the mixture of f(z).
         ridge: relative ridge, > 0; None takes 1e-14 for float64 histories and 1e-6 for float32.
         start: number of plain steps before the first mixture, >= 1. Differences are collected from the beginning.
         safeguard: reset to the best iterate after a blow-up; where the residual stalls, plain steps, then Newton-Krylov
@@ -135,6 +135,6 @@ def _empty_gram(like: Float[Tensor, "B K K"]) -> Float[Tensor, "B K K"]:
 
 
 def _weights(gram: Float[Tensor, "B K K"], rhs: Float[Tensor, "B 1 K"]) -> Float[Tensor, "B 1 K"]:
-    """The solution of the small systems. Rows are taken in one unit, for pivots are chosen between rows."""
+    """The solution of the small systems; rows are divided by ||dR_i||, since pivots are chosen by comparing rows."""
     rows = gram.diagonal(dim1=1, dim2=2).rsqrt().unsqueeze(2)
     return torch.linalg.solve_ex(gram * rows, rhs.mT * rows)[0].mT

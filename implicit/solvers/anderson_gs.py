@@ -13,9 +13,9 @@ With all pairs kept this is Anderson acceleration of type II, GMRES on a linear 
 pairs give the same as all (Tang, Xu, He, Saad and Xi, "Anderson acceleration with truncated Gram-Schmidt", SIAM J.
 Matrix Anal. Appl. 45(4), 2024). The oldest pair makes room for the newest.
 
-A new q that lies almost in the span of the old ones, ||q after|| <= drop ||q before||, means that the old ones are
-out of date (f is not linear) or that only rounding error is left: that sample drops them and keeps the
-newest, as a secant method would.
+A new q that lies almost in the span of the old ones, ||q after|| <= drop ||q before||, shows that the old pairs are out
+of date (f is not linear) or that only rounding error is left. The sample then drops its old pairs and keeps the newest
+one, as a secant method would.
 """
 
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history
 from implicit.solvers.history_buffer import HistoryBuffer, dots
 
-_NOISE = 2  # a difference of residuals within that many eps of f(z) is made of rounding errors
+_NOISE = 2  # a difference of residuals of at most this many eps ||f(z)|| consists of rounding errors
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,20 @@ class AndersonGSState:
     d: HistoryBuffer
     inverse: Float[Tensor, "B 1 K"]
     pairs: int = 0
-    fresh: bool = True  # until two points of this solve are known, so that no pair can be formed yet
+    fresh: bool = True  # before the first step of a solve, when no pair can be formed yet
 
 
 @dataclass(frozen=True)
 class AndersonGS(AbstractSolver[AndersonGSState]):
     """Anderson acceleration by Gram-Schmidt, at most `memory` pairs per sample.
 
-    Free of the unit of z, as long as squared norms stay in the dtype's range (norms of 1e-18 to 1e18 in float32).
-    States held: a growing number, at most 2 memory + 2.
+    The unit of z changes nothing, as long as squared norms stay in the dtype's range (norms of 1e-18 to 1e18 in
+    float32). States held: a growing number, at most 2 memory + 2.
 
     Args:
         memory: number of pairs kept, >= 1.
-        drop: how nearly dependent a new pair must be to end the old ones, in [0, 1); None takes eps^(1/4): 1e-4 for
-            float64 histories, 2e-2 for float32.
+        drop: a new q with at most this share of its norm outside the span of the old ones makes the sample drop its
+            old pairs, in [0, 1); None takes eps^(1/4): 1e-4 for float64 histories, 2e-2 for float32.
         safeguard: reset to the best iterate after a blow-up; where the residual stalls, plain steps, then Newton-Krylov
             steps (`implicit.staged_safeguard`).
     """
@@ -85,7 +85,7 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
             state,
             fz=torch.where(mask, point.fz, state.fz),
             r=torch.where(mask, point.r, state.r),
-            q=state.q.clear(mask),  # NaN in an old pair would come through its weight of 0
+            q=state.q.clear(mask),  # a weight of 0 would not do, since 0 times NaN is NaN
             d=state.d.clear(mask),
             inverse=state.inverse.masked_fill(mask.unsqueeze(2), 0),
         )
@@ -108,16 +108,16 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
         inverse = state.inverse.clone()
         inverse[:, :, slot] = 0  # the oldest pair leaves
         new, new_fz = point.r - state.r, point.fz - state.fz
-        # the part of the new q in the span of the others; where that is nearly all of it, the others leave
+        # the part of the new q in the span of the old ones; if that is nearly all of q, the old pairs are dropped
         square = dots(new.unsqueeze(1), new)  # a norm has no second derivative at zero
         along = q.dot(new)
         h = along * inverse[:, :, : q.rows]
         inside = torch.bmm(h, along.mT)  # its squared length
         stale = inside >= (1 - self._drop(point.r.dtype) ** 2) * square
         h, inverse = h.masked_fill(stale, 0), inverse.masked_fill(stale, 0)
-        # the new pair without it
+        # the new pair without this part
         new, new_fz = q.add(new, h, -1), d.add(new_fz, h, -1)
-        # its weight; none where the pair is made of rounding errors
+        # the weight of the pair; 0 if the pair consists of rounding errors
         square = dots(new.unsqueeze(1), new).squeeze(2)
         noise = (_NOISE * torch.finfo(square.dtype).eps) ** 2 * dots(point.fz.unsqueeze(1), point.fz).squeeze(2)
         none = square <= noise.clamp_min(torch.finfo(square.dtype).tiny)

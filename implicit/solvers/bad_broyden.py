@@ -27,7 +27,7 @@ class BadBroydenState:
     u: HistoryBuffer
     v: HistoryBuffer
     updates: int = 0
-    fresh: bool = True  # until two points are known, so that no secant can be formed yet
+    fresh: bool = True  # before the first step of a solve, when no secant can be formed yet
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Solver protocol: a rule that proposes the next iterate from the points evaluated so far.
 
-A solver does not evaluate f or the stopping criterion, does not count, and does not treat samples that have finished:
-that is the loop's work (`implicit.iterate`), one for all solvers. All vectors are (B, N): row b belongs to sample b,
-and no operation of a solver may mix rows.
+The loop (`implicit.iterate`), which is one for all solvers, evaluates f and the stopping criterion, counts evaluations
+and freezes finished samples; a solver does none of this. All vectors are (B, N): row b belongs to sample b, and no
+operation of a solver may mix rows.
 """
 
 import abc
@@ -22,7 +22,7 @@ class Point:
     Attributes:
         z: (B, N) the iterate.
         fz: (B, N) f(z).
-        product: (B, N) J v at z, J = df/dz, for the tangent v that the last step returned; None if that was None.
+        product: (B, N) J v at z, J = df/dz, for the tangent v of the last step; None if that step had no tangent.
         remaining: evaluations left in the budget after this one.
     """
 
@@ -54,7 +54,7 @@ class AbstractSolver(abc.ABC, Generic[S]):
     def resume(self, point: Point, state: S) -> S:
         """The solver state after the first evaluation of a solve that continues with the state of an earlier one.
 
-        `state` is a private copy. By default nothing carries over.
+        `state` is a private copy. By default the solve begins with a new state.
         """
         return self.init(point)
 
@@ -87,10 +87,9 @@ class AbstractSolver(abc.ABC, Generic[S]):
     def retreat(
         self, point: Point, failed: Point, state: S, mask: Bool[Tensor, "B 1"], cautious: Bool[Tensor, "B 1"]
     ) -> S:
-        """The state once the samples in `mask` have been reset from `failed` to `point`, their best.
+        """The solver state after the samples in `mask` were reset from `failed` to `point`, their best iterate.
 
-        `cautious` marks the samples in the safeguard's cautious stage. By default the history is lost, as it is for
-        `restart`.
+        `cautious` marks the samples in the safeguard's cautious stage. By default `restart` clears the history.
         """
         return self.restart(point, state, mask)
 
@@ -104,12 +103,12 @@ class AbstractSolver(abc.ABC, Generic[S]):
         """
 
     def inverse_transpose(self, state: S, g: Flat) -> Flat | None:
-        """H^T g, where the solver state holds an approximate inverse H of I - df/dz; None where it holds none."""
+        """H^T g for the approximate inverse H of I - df/dz in the solver state; None if the solver has no such H."""
         return None
 
 
 def check_history(state_size: int, size: int) -> None:
-    """Raises ValueError where a solver state has a history of another length."""
+    """Raises ValueError if the history of a solver state has another length than `size`."""
     if state_size != size:
         raise ValueError(f"state must come from a solver with memory={size}, got {state_size}.")
 

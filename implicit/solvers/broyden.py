@@ -31,7 +31,7 @@ from implicit.pytree import Flat, norm
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history
 from implicit.solvers.history_buffer import HistoryBuffer, put
 
-_NOISE = 0.75  # a share of a direction below this power of eps is made of rounding errors, and dividing by it a blow-up
+_NOISE = 0.75  # a factor 1 - c up to eps to this power consists of rounding errors; division by it would blow them up
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,25 @@ class BroydenState:
     system: Float[Tensor, "B K K+1"]
     count: int = 0
     short: Float[Tensor, "B 1 K"] | None = None  # t - 1 of every step; None: full steps
-    fresh: bool = False  # the last step was not taken: the newest residual is not its result
+    fresh: bool = False  # after `resume`: the newest residual is not the result of the last step, which was not taken
 
 
 @dataclass(frozen=True)
 class Broyden(AbstractSolver[BroydenState]):
     """Broyden with at most `memory` secant pairs per sample.
 
-    When the history is full it restarts from the newest pair, so the newest secant equation always holds. (Later
-    pairs mislead without the earlier ones that they were made with: dropping one at a time diverges on slow linear
-    maps. scipy's truncated SVD takes about as many evaluations, for a factorization a step.) A sample whose direction
-    is lost to rounding (s^T H y = 0) leaves that pair out. States held: a growing number, at most
-    memory + 3.
+    When the history is full it restarts from the newest pair, so the newest secant equation always holds. (Later pairs
+    are wrong without the earlier ones that they were computed with: dropping one pair at a time diverges on slow linear
+    maps. scipy's truncated SVD takes about as many evaluations, and a factorization per step.) A pair whose direction
+    is lost to rounding (s^T H y = 0) is left out for that sample. States held: a growing number, at most memory + 3.
 
     Args:
         memory: number of secant pairs kept, >= 1.
         safeguard: reset to the best iterate after a blow-up; where the residual stalls, plain steps, then Newton-Krylov
             steps (`implicit.staged_safeguard`).
-        search: how often a step that makes the residual grow may be halved, >= 0, for each sample by itself; every
-            trial is an evaluation and takes a place in the state. For maps whose full steps overshoot; a residual
-            that grows a thousandfold is the safeguard's, unless that is off.
+        search: number of times that a step which makes the residual grow may be halved, >= 0, for each sample by
+            itself; every trial costs an evaluation and a row of the history. For maps whose full steps overshoot. A
+            residual that grows a thousandfold is a blow-up, which the safeguard resets if it is on.
     """
 
     memory: int = 20
@@ -85,7 +84,7 @@ class Broyden(AbstractSolver[BroydenState]):
         return BroydenState(point.r, HistoryBuffer(self._rows), self._blank(point.r), short=short)
 
     def _blank(self, r: Flat) -> Float[Tensor, "B K K+1"]:
-        """T - D of steps that are all zero, whose c is 0."""
+        """T - D for steps that are all zero, which makes every c zero."""
         eye = pad(torch.eye(self._rows, dtype=r.dtype, device=r.device), (1, 0))
         return (-torch.finfo(r.dtype).tiny * eye).repeat(r.shape[0], 1, 1)
 
@@ -135,7 +134,7 @@ class Broyden(AbstractSolver[BroydenState]):
     def _search(
         self, point: Point, state: BroydenState, short: Float[Tensor, "B 1 K"], s: Flat
     ) -> tuple[Flat, BroydenState]:
-        """The step s, or where the residual has grown half of the last one, which becomes the newest once more."""
+        """The z after the step s; after half of the last step, as the newest one again, if the residual has grown."""
         last = state.count - 1
         d, part = state.steps.row(last), 1 + short[:, :, last]
         grown = ~(norm(point.r) <= norm(state.r)).unsqueeze(1) & (part > 0.5**self.search)
@@ -145,7 +144,7 @@ class Broyden(AbstractSolver[BroydenState]):
         return z, replace(_append(_drop_pair(state, grown, r), s, r), short=now)
 
     def _keep_newest_pair(self, r: Flat, state: BroydenState) -> BroydenState:
-        """The newest secant pair alone, with H_{k-1} = I; its u is stored in a row, for it is not the next step."""
+        """The state with the newest secant pair alone, H_{k-1} = I; u takes a row, since it is not the next step."""
         slot = state.count - 1
         s, y = state.steps.row(slot).clone(), r - state.r  # clearing writes into the row
         if state.short is not None:
@@ -159,7 +158,7 @@ class Broyden(AbstractSolver[BroydenState]):
         return _drop_pair(_append(_append(blank, s, r), u, r), torch.ones_like(lost), r)
 
     def inverse_transpose(self, state: BroydenState, g: Flat) -> Flat:
-        """H^T g, without the pair of the last step, whose end is not known."""
+        """H^T g, without the pair of the last step, after which f was not evaluated yet."""
         pairs = state.steps.rows - 1  # those not in use hold zeros; samples may have used different numbers of them
         if not state.count:
             return g

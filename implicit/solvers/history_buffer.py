@@ -1,9 +1,9 @@
 """Growing history of vectors per sample, for quasi-Newton solvers and Krylov bases.
 
 Rows are stored in blocks of 8, 8, 16, 32, ... rows that are allocated when first needed and never copied, so k rows
-take k to 2k states and at most `capacity`. A history of less than a mebibyte is one block from the start, or has a
-second one for all rows but the `first`, if that is given. Writing is in place, or into a copy where autograd records it
-or a torch.func transform maps it.
+take k to 2k states and at most `capacity`. A history of less than a mebibyte is one block from the start, or with
+`first` two blocks: `first` rows and the rest. Rows are written in place, or into a copy if autograd records the rows or
+a torch.func transform maps them.
 """
 
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from implicit.pytree import Flat
 from implicit.torch_internals import depends_on_transform, transforms_active
 
 _FIRST = 8  # rows of the first block
-_SMALL = 2**20  # bytes of a history that is one block
+_SMALL = 2**20  # a history of fewer bytes is one block
 Coefficients = Float[Tensor, "B 1 K"]
 
 
@@ -32,21 +32,21 @@ def put_difference(
     rows: Float[Tensor, "B K M"], slot: int, a: Float[Tensor, "B M"], b: Float[Tensor, "B M"]
 ) -> Float[Tensor, "B K M"]:
     """`rows` with row `slot` of every sample replaced by a - b."""
-    if torch.compiler.is_compiling() or not _in_place(rows, a, b):  # dynamo has no out= that is a view
+    if torch.compiler.is_compiling() or not _in_place(rows, a, b):  # dynamo does not allow a view as out=
         return put(rows, slot, a - b)
     torch.sub(a, b, out=rows[:, slot])
     return rows
 
 
 def _in_place(*given: Tensor) -> bool:
-    """Whether rows may be written in place: neither autograd nor a transform holds one of `given`."""
+    """Whether rows may be written in place: autograd records none of `given`, and no transform maps one of them."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return False
     return torch.compiler.is_compiling() or not (transforms_active() and any(map(depends_on_transform, given)))
 
 
 def dots(rows: Float[Tensor, "B K M"], x: Float[Tensor, "B M"]) -> Float[Tensor, "B 1 K"]:
-    """<row_i, x> for every row (a row times a matrix: the other way round is an order of magnitude slower on a CPU)."""
+    """<row_i, x> for every row, as x^T rows^T: rows x is an order of magnitude slower on a CPU."""
     return torch.bmm(x.unsqueeze(1), rows.mT)
 
 
@@ -67,11 +67,11 @@ class HistoryBuffer:
     capacity: int
     blocks: tuple[Float[Tensor, "B _ N"], ...] = ()
     first: int = 0
-    """Rows of the first block where few usually suffice; 0: no such number is known."""
+    """Rows of the first block, if so few usually suffice; 0: a first block as in any history."""
 
     @property
     def rows(self) -> int:
-        """How many rows there is room for at present."""
+        """Number of rows in the blocks allocated so far."""
         return sum(block.shape[1] for block in self.blocks)
 
     def __getitem__(self, sample: int) -> Float[Tensor, "K N"]:
@@ -84,7 +84,7 @@ class HistoryBuffer:
         return self.blocks[i][:, slot]
 
     def _place(self, slot: int) -> tuple[int, int]:
-        """The block that row `slot` is in, and its number there."""
+        """(number of the block that holds row `slot`, number of the row in this block)."""
         for i, block in enumerate(self.blocks):
             if slot < block.shape[1]:
                 return i, slot
@@ -141,7 +141,7 @@ class HistoryBuffer:
         cleared = mask.unsqueeze(2)
         if torch.is_grad_enabled() and any(block.requires_grad for block in self.blocks):
             return replace(self, blocks=tuple(block.masked_fill(cleared, 0) for block in self.blocks))
-        for block in self.blocks:  # a copy would hold the history twice
+        for block in self.blocks:  # in place, since a copy would double the memory of the history
             block.masked_fill_(cleared, 0)
         return self
 

@@ -26,16 +26,16 @@ with the mixture of type II and a relative ridge mu, as in a Levenberg-Marquardt
 
     gamma = argmin ||r_k - dR gamma||^2 + mu sum_i (||dR_i|| gamma_i)^2,    mu <- max(100 mu, 1e-4), else mu <- mu / 5
 
-Above mu = 1 the history is dropped, and where mu has decayed below 1e-13 the sample is as before.
+Above mu = 1 the history is dropped; below 1e-13 mu becomes 0, which ends the strict filter.
 
-The first steps are plain, z' = f(z), as long as they gain more each time: rho_k = ||r_k|| / ||r_{k-1}|| falls, and does
-so faster. On a normal linear contraction rho_k never falls, so that one plain step is taken there, which spans the same
-Krylov space; on a map that converges faster than linearly (a step of Newton's method, say) the ratios fall to 0, and
-no extrapolation of the past differences would come close to plain iteration. They are plain too as long as each step
-settles a number, r_i = 0 exactly, that the last one still changed: on a map whose numbers depend on one another along a
-graph without cycles (a triangular matrix, shortest paths, the value of a game on a tree) plain iteration is exact after
-as many steps as the graph is deep, which no mixture is. These are at most `_SETTLING` steps, and numbers that settle at
-0 do not count, for ReLU and thresholds put them there on any map.
+The first steps are plain, z' = f(z), as long as they gain more each time: rho_k = ||r_k|| / ||r_{k-1}|| falls, and the
+falls do not get small. On a normal linear contraction rho_k never falls: one plain step is taken, which spans the same
+Krylov space. On a map that converges faster than linearly (a step of Newton's method, say) the ratios fall to 0, and no
+extrapolation of the past differences would come close to plain iteration. The steps stay plain too as long as each step
+settles a number: r_i = 0 exactly for an entry z_i that the step before still changed. On a map whose numbers depend on
+one another along a graph without cycles (a triangular matrix, shortest paths, the value of a game on a tree) plain
+iteration is exact after as many steps as the graph is deep, and no mixture is. At most `_SETTLING` plain steps are
+taken for this reason, and numbers that settle at 0 do not count, since ReLU and thresholds set numbers to 0 on any map.
 """
 
 from dataclasses import dataclass, replace
@@ -49,19 +49,19 @@ from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history
 from implicit.solvers.history_buffer import HistoryBuffer, put
 
-_NOISE = 2  # a difference of residuals within that many eps of f(z) consists of rounding errors,
-_FLAT = 0.75  # and so does one below this power of eps of the difference of f: along it f is a translation
-_FAR = 1.05  # a residual of type I of that many times the smallest is not taken
-_TRUST = 2.0  # a residual of that many times the promised one is a failure of the model,
-_STILL = 0.99  # unless it is below that share of the last one
-_LOW, _UP, _DOWN, _NONE = 1e-4, 100.0, 0.2, 1e-13  # the ridge's first value, its factors, and what counts as 0
-_AFTER, _RESET = 1e-2, 10.0  # the ridge after a reset to the best iterate: its least value, and its factor
-_STRICT = 0.1  # the filter of samples in the safeguard's cautious stage and after a failure of the model
-_PLAIN_STEPS = 15  # plain steps at the start, at most,
-_SETTLING = 256  # and as long as each of them settles a number
-_CONTRACTION, _FAST = 0.9, 0.65  # the largest ratio after which they begin, and go on
-_FALL, _QUICK, _QUICK_FALL = 1e-3, 0.3, 0.1  # the least relative fall of the ratio; that of ratios below _QUICK
-_KEPT = 0.4  # the share of the last relative fall that the next one must reach
+_NOISE = 2  # a difference of residuals of at most this many eps ||f(z)|| consists of rounding errors
+_FLAT = 0.75  # as does one of at most eps to this power times the difference of f(z): f is a translation along it
+_FAR = 1.05  # the step is of type II if the residual of type I exceeds this multiple of the smallest one
+_TRUST = 2.0  # the model has failed if ||r|| exceeds this multiple of the promised residual
+_STILL = 0.99  # and this share of the last ||r||
+_LOW, _UP, _DOWN, _NONE = 1e-4, 100.0, 0.2, 1e-13  # mu: first value, growth and decay factor, value that becomes 0
+_AFTER, _RESET = 1e-2, 10.0  # mu after a reset to the best iterate: least value, growth factor
+_STRICT = 0.1  # the filter in the safeguard's cautious stage and after a failure of the model
+_PLAIN_STEPS = 15  # largest number of plain steps at the start that gain more each time
+_SETTLING = 256  # largest number of plain steps at the start that each settle a number
+_CONTRACTION, _FAST = 0.9, 0.65  # largest rho for a second plain step, and for the steps after the second
+_FALL, _QUICK, _QUICK_FALL = 1e-3, 0.3, 0.1  # least fall 1 - rho_k / rho_{k-1}; for a rho below _QUICK, _QUICK_FALL
+_KEPT = 0.4  # share of the last fall that the next one must reach
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class MultisecantState:
     ratio: Float[Tensor, "B 1"]
     fall: Float[Tensor, "B 1"]
     count: int = 0
-    fresh: bool = True  # the last point is not from this solve: it makes no pair with the next one
-    retreated: Bool[Tensor, "B 1"] | None = None  # the last point may be the next one: their difference says nothing
+    fresh: bool = True  # before the first step of a solve, when no pair can be formed yet
+    retreated: Bool[Tensor, "B 1"] | None = None  # samples reset just before, whose ||r|| gives no rho_k
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
         return 25 if self.safeguard else 0
 
     def stall_after(self, numbers: int) -> int:
-        # a linear map of no more numbers than the window gains nothing for sure before the last of them
+        # on a linear map with N up to the window a gain is certain only after all N + 1 evaluations
         return (
             max(self.patience, numbers + 5)
             if self.safeguard and 20 <= numbers <= min(45, self.memory)
@@ -181,7 +181,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
     ) -> MultisecantState:
         """The history is kept; the next pair is the difference of the best point and the one that failed.
 
-        Where residuals are read late, pairs of a point that is not finite may be in it: it is lost then.
+        With `Stop.late` the history may hold pairs of a point that is not finite: then it is cleared.
         """
         if state.count:
             state = self.restart(point, state, mask & ~(state.df.is_finite() & state.dr.is_finite()))
@@ -208,13 +208,13 @@ class Multisecant(AbstractSolver[MultisecantState]):
             state = replace(state, fz=point.fz, r=point.r, size=_norm(point.r), fresh=False)
         else:
             products, state = self._append(point, state)
-        # the ridge, by how well the last mixture kept its promise
+        # the ridge grows if the residual is above the bound that the last mixture promised, else it decays
         mu = torch.where(state.size > before.bound, (_UP * state.mu).clamp_min(_LOW), _DOWN * state.mu)
         systems = state.systems.masked_fill((mu > 1)[:, :, None, None], 0)
         state = replace(state, systems=systems, mu=torch.threshold(mu.clamp_max(1), _NONE, 0))
         # the mixture; r and the columns have norm 1 here
         used = products.shape[2]
-        # (a residual of 0 keeps its own unit, for the derivative of a division by it would be NaN)
+        # (a residual of 0 is divided by 1, since the derivative of a division by 0 would be NaN)
         size = state.size.masked_fill(state.size <= torch.finfo(mu.dtype).tiny ** 0.5, 1)
         inverse = state.inverse[:, :used]
         cosines = products * (inverse / size).unsqueeze(1)
@@ -236,13 +236,13 @@ class Multisecant(AbstractSolver[MultisecantState]):
         slot = state.count % state.dr.capacity
         df = state.df.reserve(slot, point.r).set_difference(slot, point.fz, state.fz)
         dr = state.dr.reserve(slot, point.r).set_difference(slot, point.r, state.r)
-        # a pair of rounding errors alone is none
+        # a pair that consists of rounding errors is not used
         vectors = torch.stack((point.r, df.row(slot), dr.row(slot)), dim=1)
         size, far, own = torch.linalg.vector_norm(vectors.detach(), dim=2, keepdim=True).unbind(dim=1)
         eps = torch.finfo(own.dtype).eps
         noise = own <= torch.maximum(_NOISE * eps * _norm(point.fz), eps**_FLAT * far)
         if torch.is_grad_enabled() and vectors.requires_grad:
-            # the same number, with a derivative
+            # the same norm, with a derivative
             length = vectors[:, 2].square().sum(dim=1, keepdim=True).masked_fill(noise, 1)
             length = length.clamp_min(torch.finfo(own.dtype).tiny).sqrt()
             own = own * (length / length.detach())
@@ -305,10 +305,10 @@ def _norm(x: Flat) -> Float[Tensor, "B 1"]:
 
 
 def _still_plain(point: Point, state: MultisecantState, before: MultisecantState) -> MultisecantState:
-    """The state with the samples marked whose steps remain plain."""
+    """The state with `plain`, which marks the samples whose steps remain plain, `ratio` and `fall`."""
     settles = ((point.r == 0) & (before.r * point.z != 0)).any(dim=1, keepdim=True)
     settles = settles & (state.size <= before.size)
-    # the gain from step to step
+    # rho_k and its fall
     ratio = state.size / before.size
     fall = 1 - ratio / state.ratio
     if state.count > _PLAIN_STEPS:

@@ -8,8 +8,8 @@ to ||(I - J) d - r|| <= forcing ||r||, by GMRES from d = 0: Arnoldi's method bui
 space with (I - J) V_k = V_{k+1} H, and d = V y, y = argmin || ||r|| e_1 - H y ||  (Saad and Schultz, SIAM J. Sci. Stat.
 Comput. 7(3), 1986; Dembo, Eisenstat and Steihaug, SIAM J. Numer. Anal. 19(2), 1982).
 
-One evaluation a step: a sample in the midst of GMRES proposes the z where it is, with its newest basis vector as the
-tangent, so that J v comes with f(z). Every sample has a GMRES of its own, whatever the others do.
+The loop makes one evaluation per step: while GMRES runs, a sample proposes its present z, with its newest basis vector
+v as the tangent, so that J v comes with f(z). The GMRES of each sample is independent of the others.
 """
 
 import functools
@@ -26,18 +26,18 @@ from implicit.pytree import Flat, norm, scaled_norm
 from implicit.solvers.base import AbstractSolver, Point, check_at_least
 from implicit.solvers.history_buffer import HistoryBuffer
 
-_PLAIN = -2  # instead of a slot: the next step is plain
+_PLAIN = -2  # `slot` of a sample whose next step is plain
 
 
 @dataclass(frozen=True)
 class NewtonKrylovState:
-    """GMRES of every sample at its z: `slot` products requested, none (0) where a new Newton step begins."""
+    """GMRES of every sample at its z; `slot` is the number of products requested, 0 where a Newton step begins."""
 
     z: Flat
     basis: HistoryBuffer
     system: HessenbergSystem
     slot: Int[Tensor, " B"]
-    passes: int = 0  # evaluations with a tangent: no sample has more basis vectors
+    passes: int = 0  # evaluations with a tangent so far, at least the number of basis vectors of any sample
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class NewtonKrylov(AbstractSolver[NewtonKrylovState]):
     """Newton-GMRES: each step costs one evaluation and as many Jacobian-vector products as GMRES takes.
 
     Products are taken by forward mode or, where an operator of f has none, by differentiating backward mode twice;
-    each counts as one evaluation. `Unrolled` refuses it, for its steps have no graph. States held: a growing number,
-    at most min(inner, N) + 6 for a sample of N numbers.
+    each counts as one evaluation. `Unrolled` refuses this solver, since its steps have no graph. States held: a growing
+    number, at most min(inner, N) + 6 for a sample of N numbers.
 
     Args:
-        inner: largest number of Krylov vectors a step, >= 1; N of them always suffice.
+        inner: largest number of Krylov vectors per Newton step, >= 1; N of them always suffice.
         forcing: relative accuracy of the linear solves, in (0, 1).
         safeguard: reset to the best iterate after a blow-up; where the residual stalls, plain steps.
     """
@@ -125,7 +125,7 @@ class NewtonKrylov(AbstractSolver[NewtonKrylovState]):
 def _extend(
     basis: HistoryBuffer, system: HessenbergSystem, slot: Int[Tensor, " B"], product: Flat
 ) -> tuple[Flat, HessenbergSystem, Bool[Tensor, " B"]]:
-    """(next basis vector, H with its column number slot - 1, whether the space is exhausted), where slot > 0."""
+    """(next basis vector, H with column number slot - 1, whether the Krylov space is exhausted), where slot > 0."""
     w = _read(basis, slot - 1) - product
     before = norm(w)
     used = torch.arange(basis.rows, device=w.device) < slot.unsqueeze(1)
@@ -141,7 +141,7 @@ def _extend(
 def _places(
     basis: HistoryBuffer, slot: Int[Tensor, " B"]
 ) -> Iterator[tuple[Tensor, Int[Tensor, "B 1 N"], Bool[Tensor, "B 1"]]]:
-    """Every block, the index of row `slot` of every sample in it, and which samples have that row there."""
+    """(block, index of row slot[b] of every sample b in it, which samples have that row in it) for every block."""
     for block in basis.blocks:
         at = slot.clamp(0, block.shape[1] - 1)
         yield block, at.view(-1, 1, 1).expand(-1, 1, block.shape[2]), (at == slot).unsqueeze(1)
@@ -149,13 +149,13 @@ def _places(
 
 
 def _read(basis: HistoryBuffer, slot: Int[Tensor, " B"]) -> Flat:
-    """Row `slot` of every sample, another of each; 0 where there is none."""
+    """Row slot[b] of every sample b; 0 where the basis has no such row."""
     parts = [torch.where(here, block.gather(1, at)[:, 0], 0) for block, at, here in _places(basis, slot)]
     return functools.reduce(torch.add, parts)
 
 
 def _write(basis: HistoryBuffer, slot: Int[Tensor, " B"], v: Flat) -> HistoryBuffer:
-    """The basis with row `slot` of every sample, another of each, set to v; unchanged where there is none."""
+    """The basis with row slot[b] of every sample b set to v; unchanged where the basis has no such row."""
     for block, at, here in _places(basis, slot):
         block.scatter_(1, at, torch.where(here, v, block.gather(1, at)[:, 0]).unsqueeze(1))
     return basis
