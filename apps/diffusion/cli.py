@@ -70,7 +70,7 @@ def run_request(
     return run_command(name, lambda args: command(parse_request(kind, name, args)), argv, after=after)
 
 
-AFTER_TRAINING = "Saved checkpoints are intact; --resume continues from the last."
+AFTER_TRAINING = "Saved checkpoints are intact; --resume continues a run whose config.json was written."
 
 
 def run_training(config: Config, resume: bool) -> int:

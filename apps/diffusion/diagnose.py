@@ -20,7 +20,7 @@ from apps.diffusion.checkpoint.readers import Weights
 from apps.diffusion.cli import device_of, run_request
 from apps.diffusion.config.checks import at_least
 from apps.diffusion.config.sampling import SamplingOptions
-from apps.diffusion.files.atomic import make_folder, write_text
+from apps.diffusion.files.atomic import atomic_path, make_folder, write_text
 from apps.diffusion.files.plots import timestep_curves
 from apps.diffusion.sampling.diagnosis import TimestepDiagnosis, diagnose_timesteps, table
 from apps.diffusion.sampling.plan import plan
@@ -109,7 +109,8 @@ def _write(out: Path, request: Request, rows: list[TimestepDiagnosis]) -> None:
         "spectral radius of df/dz": radius,
         f"evaluations to a relative residual of {request.tolerance:g}": evaluations,
     }
-    timestep_curves([row.t for row in rows], panels, out / "diagnosis.png")
+    with atomic_path(out / "diagnosis.png") as partial:
+        timestep_curves([row.t for row in rows], panels, partial)
 
 
 if __name__ == "__main__":

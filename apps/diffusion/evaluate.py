@@ -28,6 +28,7 @@ from apps.diffusion.evaluation.feature_statistics import cached, is_statistics, 
 from apps.diffusion.evaluation.image_sources import BATCH, Source, of_named, open_source
 from apps.diffusion.evaluation.nearest import nearest, neighbor_grid
 from apps.diffusion.evaluation.scores import evaluate, table
+from apps.diffusion.files.atomic import atomic_path
 from apps.diffusion.files.names import first_names
 from apps.diffusion.sampling.sampler import Precision
 
@@ -165,7 +166,8 @@ def _neighbors(samples: Source, real: Source | None, request: Request) -> dict[s
         raise ValueError(f"--neighbors needs the images of the reference, and {request.reference} holds statistics.")
     assert request.neighbors is not None
     x, others = (torch.cat(list(source.batches())) for source in (samples, real))
-    neighbor_grid(x[:20], others).save(request.neighbors)
+    with atomic_path(request.neighbors) as partial:
+        neighbor_grid(x[:20], others).save(partial, format="PNG")
     distance = nearest(x, others)[1]
     return {"median": float(distance.median()), "least": float(distance.min())}
 

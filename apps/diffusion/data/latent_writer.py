@@ -91,13 +91,14 @@ class LatentWriter:
         }
 
     def begin(self) -> None:
-        """Makes the folder and writes settings.json.
+        """Makes the folder and writes settings.json first, by which an interrupted command knows the folder as its own.
 
         Raises:
             ValueError: the folder holds latents of other settings, or cannot be made.
         """
-        make_folder(self.out / "shards")
+        make_folder(self.out)
         write_or_compare(self.out / "settings.json", self.settings(), "give another folder with --out.")
+        make_folder(self.out / "shards")
 
     def record(self, k: int, *, checksum: bool = False) -> dict[str, Any] | None:
         """The record of shard k; None if the shard is incomplete, or its image files have changed.

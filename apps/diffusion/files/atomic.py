@@ -98,7 +98,9 @@ def _raise_as_os_error(error: Exception, path: Path) -> None:
     """Raises OSError in place of the error by which safetensors or torch.save report a failed write."""
     from safetensors import SafetensorError
 
-    of_torch = isinstance(error, RuntimeError) and any(w in str(error) for w in ("StreamWriter", "inline_container"))
+    of_torch = isinstance(error, RuntimeError) and any(
+        w in str(error) for w in ("StreamWriter", "inline_container", "iostream")
+    )
     if isinstance(error, SafetensorError) or of_torch:
         raise OSError(f"{path} could not be written ({str(error).splitlines()[0]})") from None
 

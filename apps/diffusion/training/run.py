@@ -30,7 +30,7 @@ from apps.diffusion.config.training import Config
 from apps.diffusion.data import ImageDataset, ImageFolderDataset, TensorDataset
 from apps.diffusion.data import build as data
 from apps.diffusion.data.latents import read_index
-from apps.diffusion.files.atomic import LOCK, write_text
+from apps.diffusion.files.atomic import LOCK, PARTIAL, write_text
 from apps.diffusion.files.settings_file import write_or_compare
 from apps.diffusion.models.autoencoder import open_decoder
 from apps.diffusion.training.metric_logger import MetricLogger
@@ -47,11 +47,12 @@ def start_of(config: Config, resume: bool) -> Checkpoint | None:
     out = config.out
     if resume:
         return checkpoint.newest(out) if checkpoint.all_of(out) else None
-    if int(os.environ.get("RANK", 0)) == 0 and out.exists() and {p.name for p in out.iterdir()} - {LOCK}:
-        what = "a run" if (out / "config.json").exists() else "files"
+    found = [p.name for p in out.iterdir() if p.suffix != PARTIAL] if out.exists() else []
+    if int(os.environ.get("RANK", 0)) == 0 and set(found) - {LOCK}:
+        what, remedy = ("a run", "continue it with --resume, ") if "config.json" in found else ("files", "")
         raise ValueError(
-            f"{out} holds {what} already, and nothing is overwritten: continue it with --resume, give another folder "
-            f"with --out, or delete {out}."
+            f"{out} holds {what} already, and nothing is overwritten: {remedy}give another folder with --out, or "
+            f"delete {out}."
         )
     return None
 
@@ -120,8 +121,12 @@ def _open_folder(config: Config, trainer: Trainer, resumed: bool) -> None:
         ValueError: the run was started with other images.
     """
     images = trainer.images
-    write_data(config.out, data.fingerprint(images), config.data.path)
-    write_text(config.out / "config.json", config.to_json())
+    file, begun = config.out / "config.json", (config.out / "config.json").exists()
+    if begun:  # images that are not the run's leave it as it is
+        write_data(config.out, data.fingerprint(images), config.data.path)
+    write_text(file, config.to_json())
+    if not begun:  # --resume needs config.json, and writes the rest
+        write_data(config.out, data.fingerprint(images), config.data.path)
     count = sum(p.numel() for p in trainer.model.parameters())
     classes = f"in {images.num_classes} classes" if images.num_classes else "without classes"
     print(
