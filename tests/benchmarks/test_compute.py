@@ -11,9 +11,8 @@ from benchmarks.diffusion.steps import Scale
 SMALL = Scale(hidden=64, heads=4, side=8, depth=3, batch=2)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_counted_multiply_accumulates_are_those_of_the_models_formulas(batch):
-    rows = compute.counted(replace(SMALL, batch=batch))
+def test_counted_multiply_accumulates_are_those_of_the_models_formulas():
+    rows = compute.counted(replace(SMALL, batch=3))
     assert len(rows) == 12
     for row in rows:
         assert row["MACs"] == pytest.approx(row["MACs by formula"], rel=0.02), row["work"]

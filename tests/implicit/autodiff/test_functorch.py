@@ -90,8 +90,11 @@ def _reference(name, solve):
     return _flat(TRANSFORMS[name](solve)).detach()
 
 
-@pytest.mark.parametrize("route", [through_args, through_closure])
-@pytest.mark.parametrize(("estimator", "reference"), [(EXACT, unrolled), (JFB(), one_step)], ids=["IFT", "JFB"])
+@pytest.mark.parametrize(
+    ("route", "estimator", "reference"),
+    [(through_args, EXACT, unrolled), (through_closure, EXACT, unrolled), (through_closure, JFB(), one_step)],
+    ids=["args-IFT", "closure-IFT", "closure-JFB"],
+)
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transform_equals_the_reference(name, estimator, reference, route):
     mine, truth = _flat(TRANSFORMS[name](route(estimator))), _reference(name, reference)

@@ -57,17 +57,20 @@ def test_a_failed_sample_does_not_reach_the_weights_of_the_others(grad):
 
 
 @pytest.mark.parametrize(
-    ("solver", "grad"),
+    ("name", "solver", "grad"),
     [
-        (solver, grad)
+        (name, solver, grad)
+        for name, grads in (
+            ("one hard of 16", (IFT(), JFB(), JFB(5), Phantom(), Neumann(), SHINE())),
+            ("non-normal", (IFT(), JFB(5))),  # without and with evaluations after the solve
+        )
         for solver in SOLVERS
-        for grad in (IFT(), JFB(), JFB(5), Phantom(), Neumann(), SHINE())
+        for grad in grads
         if not (isinstance(grad, SHINE) and isinstance(solver, Picard | NewtonKrylov))  # these have no inverse estimate
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["one hard of 16", "non-normal"])
-def test_one_value_and_result_with_and_without_a_graph(grad, solver, name):
+def test_one_value_and_result_with_and_without_a_graph(name, solver, grad):
     p = problem(name)
     stop = Stop(rtol=1e-8, atol=0, max_evals=80)
     w = torch.ones((), dtype=F64, requires_grad=True)
