@@ -1,7 +1,7 @@
-"""Mixed precision: f under the autocast state of the forward pass whenever it is evaluated, all else without.
+"""Mixed precision: every evaluation of f is under the autocast state of the forward pass, the solver under none.
 
-A solver's own sums and products would lose to bfloat16 what they gain, and a backward pass evaluates f again where
-autocast is usually off.
+In bfloat16 the rounding errors of the solver's own sums and products would exceed the gain of its steps. A backward
+pass evaluates f again when autocast is usually off, and must get the same values.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Autocast:
     """f under autocast to `dtype`; its results in the dtypes of the state."""
 
     f: Map
-    kind: str  # of device
+    kind: str  # type of the device, such as "cuda"
     dtype: torch.dtype
 
     def __call__(self, z: State, *args: object) -> State:
@@ -41,5 +41,5 @@ def rounding(f: Map, layout: Layout) -> float:
 
 
 def as_now(f: Map, kind: str) -> Map:
-    """f, to be evaluated at any time as if under the autocast state of now."""
+    """f, which at any later time is evaluated under the autocast state of this call."""
     return Autocast(f, kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else f

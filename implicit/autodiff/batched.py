@@ -1,8 +1,8 @@
 """Backward passes of several cotangents at once, one after another.
 
 `torch.autograd.grad(..., is_grads_batched=True)`, hence `torch.autograd.functional.jacobian(..., vectorize=True)`, and
-`torch.func.vmap` over `torch.autograd.grad` call the backward pass of an autograd function with a batched tensor, of
-which nothing can be read on the host. A linear solve reads residuals, so that it takes the cotangents one by one.
+`torch.func.vmap` over `torch.autograd.grad` call the backward pass of an autograd function with a batched tensor, whose
+numbers the host cannot read. A linear solve reads residuals, so it takes the cotangents one by one.
 """
 
 import functools
@@ -18,7 +18,7 @@ Grads = tuple[Tensor | None, ...]
 
 
 def each_cotangent(backward: Callable[..., Grads]) -> Callable[..., Grads]:
-    """`backward(ctx, g)` for a batched g too: for each of its cotangents, and the results batched again."""
+    """`backward(ctx, g)`, which for a batched g runs once per cotangent and batches the results again."""
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: Tensor) -> Grads:

@@ -4,11 +4,12 @@ Setting: phi(x) uses tensors theta that are not among its arguments. `ClosureTra
 `closure_convert` gives phi(x, *theta), which may be evaluated at other values of theta.
 
 A tensor is closed over if phi uses it and did not make it: every result of a torch function, and of an
-`autograd.Function`, is recorded as made by phi. No sequence number of autograd takes part, since those count per
-thread. Inside a transform that phi starts itself (vmap, grad) the tensor that a wrapper holds counts as used.
+`autograd.Function`, is recorded as made by phi. Autograd's sequence numbers are not used, since each thread counts its
+own. Inside a transform that phi starts itself (vmap, grad) the tensor that a wrapper holds counts as used.
 
-What no mode sees (TorchScript, custom operators in C++, other threads) is found afterwards: `has_untraced_leaf` walks
-the graph that phi has built, and `ClosureTracer(constant=True)` finds derivatives where none should be left.
+Uses that no function mode receives (TorchScript, custom operators in C++, other threads) are found afterwards:
+`has_untraced_leaf` walks the graph that phi has built, and `ClosureTracer(constant=True)` leaves a derivative in the
+result only if a tensor was not traced.
 """
 
 import weakref
@@ -34,18 +35,18 @@ from implicit.torch_internals import (
 )
 
 UNTRACED = (
-    "Inside a torch.func transform, and for second derivatives, IFT needs every tensor that f closes over, and one is "
-    "used where it is not visible (in TorchScript, in another thread, or in a custom operator), or at the solution but "
-    "not at the start: pass it to fixed_point through `args`, or use JFB or Phantom."
+    "Inside a torch.func transform, and for second derivatives, IFT needs every tensor that f closes over. It cannot "
+    "find a tensor that f uses in TorchScript, in another thread or in a custom operator, or at the solution but not "
+    "at the start: pass this tensor to fixed_point through `args`, or use JFB or Phantom."
 )
 THREAD = (
-    "Inside a torch.func transform f uses a tensor that another thread has made (or torch.Tensor(...), which no "
-    "transform sees), so that a derivative would be lost: make it in the thread of the solve, or before the solve if "
-    "it is constant."
+    "Inside a torch.func transform f uses a tensor that was made in another thread (or by torch.Tensor(...), which no "
+    "transform sees), so a derivative would be lost: make it in the thread of the solve, or before the solve if it is "
+    "constant."
 )
 INNER = (
-    "Inside a torch.func transform f gives a tensor that it closes over, and that the transform differentiates "
-    "or maps, to a transform of its own (vmap, grad): pass it to fixed_point through `args`."
+    "Inside a torch.func transform, f closes over a tensor that the transform differentiates or maps, and passes it to "
+    "a transform that f starts (vmap, grad): pass this tensor to fixed_point through `args`."
 )
 Kind: TypeAlias = tuple[torch.Size, torch.dtype]
 
@@ -57,9 +58,9 @@ class ClosureTracer(FunctionMode):
 
     Args:
         arguments: tensors that are arguments of the function, and therefore not closed over.
-        constant: use every tensor that is recorded as a constant, so that a derivative of what the function makes
-            comes from a tensor that the mode has not seen.
-        allocations: of this thread, to tell which tensors another thread has made.
+        constant: replace every recorded tensor by a constant, so that the function's result has a derivative only if
+            it uses a tensor that was not recorded.
+        allocations: the allocations of this thread, to find tensors that another thread made; None: not looked for.
     """
 
     def __init__(
@@ -67,9 +68,9 @@ class ClosureTracer(FunctionMode):
     ) -> None:
         super().__init__()
         self.constant, self.level, self.allocations = constant, current_level(), allocations
-        self._foreign: list[weakref.ref[Tensor]] = []  # constants that were allocated before, or in another thread
-        self._found: dict[int, tuple[weakref.ref[Tensor], bool]] = {}
-        self._reads: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # tensors not made, and their versions then
+        self._foreign: list[weakref.ref[Tensor]] = []  # constants that were allocated earlier or in another thread
+        self._found: dict[int, tuple[weakref.ref[Tensor], bool]] = {}  # closed over; has an autograd derivative
+        self._reads: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # used but not made; version at the first use
         self._made: dict[int, weakref.ref[Tensor]] = {id(t): weakref.ref(t) for t in arguments}
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -84,11 +85,11 @@ class ClosureTracer(FunctionMode):
         return out
 
     def _read(self, t: Tensor) -> Tensor:
-        """Record what t is made from, if it is closed over; t as the function shall use it."""
+        """Record t if it is closed over; returns the tensor to use: t, or with `constant` a constant of its value."""
         if self.made(t):
             return t
         base, layers = unwrap(t, self.level)
-        held = unwrap(t, self.level, differentiated=True)[0]  # of a transform's own variable: what it was made from
+        held = unwrap(t, self.level, differentiated=True)[0]  # the tensor in t, if t is a variable of an inner grad
         if self.made(base) or self.made(held):
             return t
         if self.constant and layers and depends_on_transform(base):
@@ -113,17 +114,18 @@ class ClosureTracer(FunctionMode):
         return tuple(t for ref, _ in self._found.values() if (t := ref()) is not None)
 
     def reads(self) -> "Reads":
-        """What the function has read, after it has run."""
+        """The tensors that the function has read; to be called after the function has run."""
         found = {key: (t, then) for key, (ref, then) in self._reads.items() if (t := ref()) is not None}
         own = {key for key, (t, then) in found.items() if version(t) != then}
         versions = {key: (weakref.ref(t), -1 if key in own else version(t)) for key, (t, _) in found.items()}
         return Reads(versions, {key: _kind(t) for key, (t, _) in found.items() if _is_data(t)})
 
     def contradicts(self, earlier: "Reads", gone: Iterable[Kind] = ()) -> bool:
-        """Whether the function is not the one of `earlier`, which was evaluated at the same argument.
+        """Whether the function has changed since `earlier`, an evaluation at the same argument.
 
-        It is not if a tensor has been written to since, other than by the function, or a constant stands in place of
-        another. A tensor that no longer exists was made by the function itself, untraced, unless its kind is in `gone`.
+        The function has changed if a tensor was written to in between by anything but the function, or if it reads a
+        constant that is new and has the shape and dtype of an earlier one that it no longer reads. An earlier constant
+        that no longer exists was made by the function itself, untraced, unless its shape and dtype are in `gone`.
         """
         new: list[Kind] = []
         for key, (ref, then) in self._reads.items():
@@ -138,34 +140,34 @@ class ClosureTracer(FunctionMode):
 
     @property
     def lost(self) -> bool:
-        """Whether a tensor with a derivative was recorded and is gone: made by what the mode does not see."""
+        """Whether a recorded tensor with a derivative no longer exists: the function made it, untraced."""
         return any(ref() is None and derivative for ref, derivative in self._found.values())
 
     @property
     def from_other_threads(self) -> bool:
-        """Whether a constant that this thread has not allocated is gone: it existed during the run alone."""
+        """Whether a constant that this thread did not allocate no longer exists: it existed during the run alone."""
         return any(ref() is None for ref in self._foreign)
 
 
 @dataclass(frozen=True)
 class Reads:
-    """The tensors that a function has read, with their versions after it; -1 for one that it writes itself.
+    """The tensors that a function has read.
 
     Attributes:
-        versions: the tensors by their identities.
-        kinds: shapes and dtypes of those without a derivative.
+        versions: id -> (tensor, version after the run; -1 for a tensor that the function writes into).
+        kinds: id -> (shape, dtype) of the tensors without a derivative.
     """
 
     versions: dict[int, tuple[weakref.ref[Tensor], int]]
     kinds: dict[int, Kind]
 
     def gone(self) -> list[Kind]:
-        """The kinds of the constants that exist no more."""
+        """The shapes and dtypes of the constants that no longer exist."""
         return [kind for key, kind in self.kinds.items() if self.versions[key][0]() is None]
 
 
 class SameReads:
-    """A function that may be run twice with the same arguments, and refuses to read other tensors the second time."""
+    """A function that is run twice with the same arguments; the second run raises if it reads other tensors."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -175,7 +177,7 @@ class SameReads:
         """The value of the function.
 
         Raises:
-            RuntimeError: a tensor that it reads has been exchanged or written to since the first run.
+            RuntimeError: a tensor that the function reads was replaced or written to since the first run.
         """
         gone = [] if self.first is None else self.first.gone()
         with ClosureTracer(tensors(args)) as tracer:
@@ -196,7 +198,7 @@ def _is_data(t: Tensor | None) -> TypeGuard[Tensor]:
 
 
 class _Substitution(FunctionMode):
-    """Uses `stands` wherever a function would use `originals`."""
+    """Replaces `originals` by `stands` in the arguments of every torch function."""
 
     def __init__(self, originals: Iterable[Tensor], stands: Iterable[Tensor]) -> None:
         super().__init__()
@@ -222,7 +224,7 @@ def closure_convert(phi: Callable[..., Tensor], theta: tuple[Tensor, ...]) -> Ca
 
 
 def own_view(t: Tensor) -> Tensor:
-    """t as a node of its own in the graph: derivatives with respect to it are partial."""
+    """t as a new node of the graph, so that derivatives with respect to it are partial derivatives."""
     return t.view_as(t) if t.layout == torch.strided else t.clone()  # a sparse tensor has no views
 
 
@@ -240,7 +242,7 @@ def has_untraced_leaf(y: Tensor, traced: Iterable[Tensor]) -> bool:
             if edge[0] is None or edge in stops:
                 continue
             if edge[0].name() == "BarrierBackward":
-                continue  # the evaluation of a solve within f: its leaf is its own, its closure is traced by itself
+                continue  # an evaluation in a solve within f: that solve traces its own closure
             if hasattr(edge[0], "variable"):
                 return True
             todo.append(edge[0])
@@ -248,5 +250,5 @@ def has_untraced_leaf(y: Tensor, traced: Iterable[Tensor]) -> bool:
 
 
 def is_untraced(t: Tensor, traced: Iterable[Tensor]) -> bool:
-    """Whether t, met in an evaluation of plain tensors, has a derivative that does not come from `traced`."""
+    """Whether t, used in an evaluation of plain tensors, has a derivative that does not come from `traced`."""
     return t.grad_fn is None or has_untraced_leaf(t, traced)

@@ -16,7 +16,7 @@ from implicit.torch_internals import memory
 
 
 def solve_detached(problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions) -> Solution:
-    """The solution without derivatives, inside or outside of a transform, in memory of its own."""
+    """The solution without derivatives, inside or outside of a transform, in memory that it does not share with z0."""
     if functorch.active():
         return functorch.solve(problem, solver, stop, options).solution
     with torch.no_grad():
@@ -25,7 +25,7 @@ def solve_detached(problem: Problem, solver: AbstractSolver[Any], stop: Stop, op
 
 
 def _own_memory(value: State, z0: State) -> State:
-    """The value, copied where it is z0 itself: a solve that begins at its answer."""
+    """The value; a tensor of it that is z0 itself, as in a solve that begins at its answer, is copied."""
     if torch.compiler.is_compiling():
         return value
     starts = {memory(t) for t in tensors(z0)}

@@ -1,13 +1,13 @@
-"""Samples that failed, kept out of the gradients that samples share.
+"""Keep failed samples out of the gradients of parameters that all samples share.
 
-Setting: sample b has a state where f or its derivative is not finite. Left out of the loss, it has the cotangent 0; but
-0 times an infinite derivative is NaN, which a weight that all samples share would sum up. Such samples are therefore
-known before the graph is kept: the evaluations are recorded once more with
+Setting: sample b has a state where f or its derivative is not finite. If the loss leaves b out, the cotangent of b is
+0, but 0 times an infinite derivative is NaN, and the gradient of a shared weight is a sum over the samples. Therefore
+the failed samples are determined first, and then the evaluations are recorded once more with
 
     f_b(z)  ->  z0_b, a constant, while f is evaluated at z0_b
 
-for the failed samples b. Their state gets no gradient, and the other samples are evaluated as before. A sample whose f
-is not finite at z0 either (NaN in its input) keeps its NaN: leave it out of `args`.
+for the failed samples b. The state of b gets no gradient, and the other samples are evaluated as before. A sample whose
+f is not finite at z0 either (NaN in its input) keeps its NaN: leave this sample out of the batch.
 """
 
 from dataclasses import replace
@@ -24,10 +24,10 @@ from implicit.stopping import Stop
 
 
 def failed(samples: Bool[Tensor, " B"], stop: Stop) -> bool:
-    """Whether a sample has failed, where the host may read that.
+    """Whether a sample has failed; False if the host must not or cannot read `samples`.
 
-    With a tolerance the host reads residuals anyway, and on a CPU reading costs nothing. A fixed number of evaluations
-    on another device never waits; a transform, a compiled graph and a fake tensor have no value to read.
+    With a tolerance the host reads residuals anyway, and on a CPU reading costs nothing. A solve of a fixed number of
+    evaluations must not wait for another device; transforms, compiled graphs and fake tensors have no value to read.
     """
     if active() or torch.compiler.is_compiling() or type(samples) is not Tensor:
         return False
@@ -37,7 +37,7 @@ def failed(samples: Bool[Tensor, " B"], stop: Stop) -> bool:
 
 
 def without(problem: Problem, samples: Bool[Tensor, " B"], batch_dims: int) -> Problem:
-    """The problem with f constant for some samples."""
+    """The problem with a constant f for the samples marked in `samples`."""
     layout = Layout.of(problem.z0, batch_dims)
     rows, start = samples.unsqueeze(1), layout.pack(problem.z0)
     safe = start.detach()

@@ -1,7 +1,8 @@
 """A mode that receives every torch function and every `autograd.Function` that its thread calls.
 
-PyTorch passes calls of `autograd.Function.apply` to no `TorchFunctionMode`, and a compiled block would be compiled
-again for every mode: within such a mode `apply` is routed through it, and compiled blocks run without compilation.
+PyTorch does not pass calls of `autograd.Function.apply` to a `TorchFunctionMode`. While a mode of this file is active,
+`apply` is replaced by a function that calls the mode. A function made by `torch.compile`, which would be compiled again
+for every mode, runs without compilation.
 """
 
 import threading
@@ -17,7 +18,7 @@ from implicit.torch_internals import eager
 class FunctionMode(TorchFunctionMode):
     """Receives every torch function and every `autograd.Function` that its thread calls while it is active."""
 
-    paused = False  # within an autograd.Function, which counts as one call
+    paused = False  # True while an autograd.Function runs, which counts as one call
 
     def __enter__(self) -> Any:
         self._eager = eager()
@@ -52,9 +53,9 @@ class _Modes(threading.local):
 
 
 class _FunctionHook:
-    """Routes calls of `autograd.Function.apply` through the modes of the calling thread: torch passes them to no mode.
+    """Routes calls of `autograd.Function.apply` through the modes of the calling thread.
 
-    The class attribute is exchanged while a mode is active in some thread, and restored afterwards.
+    The attribute `apply` is replaced while a mode is active in any thread, and restored afterwards.
     """
 
     lock = threading.Lock()

@@ -6,8 +6,9 @@ Setting: z* = F(z*, theta), J = dF/dz at z*. Derivatives of the solve are linear
     u   = (I - J^T)^-1 g,   dtheta = u^T dF/dtheta  backward
 
 so three `autograd.Function`s close the algebra: `_Search` finds z* and has no derivative, `_Attach` is the identity at
-z* with the derivatives above, `TransposableSolve` solves with J or J^T and differentiates into itself. Under vmap
-each turns the mapped axis into more batch. The innermost call of each has plain tensors, which the host may read.
+z* with the derivatives above, `TransposableSolve` solves with J or J^T, and its derivatives are solves by itself. Under
+vmap each function folds the mapped axis into the batch. The innermost call of each function has plain tensors, whose
+numbers the host may read.
 """
 
 from dataclasses import dataclass, replace
@@ -65,7 +66,7 @@ class Solved:
     layout: Layout
     pure: Pure
     theta: tuple[Tensor, ...]
-    image: Tensor  # summary of F at the value
+    image: Tensor  # `recomputation.summary` of F at the value, to compare a second evaluation with
 
     def attach(self, linear_solve: LinearSolve) -> Tensor:
         """The value, a (B, N) matrix, with the derivatives of the fixed point."""
@@ -76,14 +77,14 @@ class Solved:
 def solve(
     problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions, *, attached: bool = False
 ) -> Solved:
-    """Solve inside a transform; `attached`: the value will be given the derivatives of the fixed point.
+    """Solve inside a transform; with `attached` the caller will call `Solved.attach`.
 
     Raises:
-        NotImplementedError: forward mode over forward mode, or an option that a transform cannot give.
-        RuntimeError: f uses a tensor that another thread has made; or, `attached`, one with a derivative that closure
-            conversion does not see.
+        NotImplementedError: forward mode over forward mode, or an option that does not work inside transforms.
+        RuntimeError: f uses a tensor that another thread has made; or, with `attached`, f closes over a tensor with a
+            derivative that closure conversion cannot find.
     """
-    if forward_levels() > 1:  # PyTorch runs the jvp of an autograd.Function without the outer level: zeros
+    if forward_levels() > 1:  # PyTorch runs the jvp of an autograd.Function without the outer level, which gives 0
         raise NotImplementedError(
             "Forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) is not possible through a fixed point: "
             "use reverse mode for one of the two, for example torch.func.hessian or jacrev(jacfwd(...))."
@@ -98,7 +99,7 @@ def solve(
 
 
 def refuse_threads(problem: Problem, layout: Layout) -> None:
-    """Evaluate f once, and refuse one that computes in other threads, before it is differentiated by a transform.
+    """Evaluate f once and refuse an f that computes in other threads, before a transform differentiates f.
 
     Raises:
         RuntimeError: f uses a tensor that another thread has made.
@@ -108,7 +109,7 @@ def refuse_threads(problem: Problem, layout: Layout) -> None:
 
 
 def _refuse_options(options: SolveOptions) -> None:
-    """A transform returns tensors of a fixed shape, and sees the tensors in args at its own level."""
+    """Refuse options whose results have no fixed shape, and `compact`, which cuts the tensors in args."""
     given = {"trace": options.trace, "state": options.state is not None, "keep_state": options.keep_state}
     given["compact"] = bool(options.compact)
     for name, on in given.items():
@@ -122,8 +123,8 @@ def _refuse_options(options: SolveOptions) -> None:
 def _purify(problem: Problem, layout: Layout, attached: bool) -> tuple[Pure, tuple[Tensor, ...]]:
     """f as F(z, *theta): theta are the tensors in args and, by closure conversion, those that f closes over.
 
-    f runs on views: a tensor that it closes over may be z0 or stand in args too, and is another argument then. All
-    that is traced is a constant in this run, so that a derivative of its result comes from what is not.
+    f runs on views of z0 and args: if f also closes over one of these tensors, that use is a separate argument. The
+    traced tensors are constants in this run, so the result has a derivative only if f uses a tensor untraced.
     """
     f, args = problem.f, problem.args
     taken = [t.is_floating_point() or t.is_complex() for t in tensors(args)]
@@ -131,7 +132,7 @@ def _purify(problem: Problem, layout: Layout, attached: bool) -> tuple[Pure, tup
     views = tuple(own_view(t.detach()) for t in given)
     z = own_view(layout.pack(problem.z0).detach())
     with Allocations() as allocations, ClosureTracer((z, *views), constant=True, allocations=allocations) as tracer:
-        y = FlatMap(f, _filled(args, views, taken), layout)(z).clone()  # the clone reads what f returns
+        y = FlatMap(f, _filled(args, views, taken), layout)(z).clone()  # cloned, so that the tracer records f's result
     if tracer.from_other_threads:
         raise RuntimeError(THREAD)
     if attached and (tracer.lost or has_derivative(y)):
@@ -146,14 +147,14 @@ def _purify(problem: Problem, layout: Layout, attached: bool) -> tuple[Pure, tup
 
 
 def _filled(args: tuple[Any, ...], others: tuple[Tensor, ...], taken: list[bool]) -> tuple[Any, ...]:
-    """args with others in place of the tensors that are taken out; calls no tensor method, which a mode would see."""
+    """args with `others` in place of the tensors marked in `taken`; calls no tensor method, which would be traced."""
     rest, where = iter(others), iter(taken)
     return map_tensors(lambda t: next(rest) if next(where) else t, args)
 
 
 @dataclass(frozen=True)
 class _Task:
-    """A solve of z = pure(z, *theta), in the dtypes of the state, so that tolerance and rounding are its own."""
+    """A solve of z = pure(z, *theta), in the state's dtypes, so that tolerance and rounding are those of the state."""
 
     pure: Pure
     layout: Layout
@@ -178,7 +179,7 @@ class _Task:
         return value, found.residual, found.result, found.evals + 1, self.pure.first(value, *theta)
 
     def fold(self, size: int, dims: tuple[int | None, ...]) -> "_Task":
-        """`size` such solves at once; a whole state that is one system becomes a row."""
+        """`size` such solves in one batch; with ``batch_dims=0`` each whole state becomes a row."""
         layout = replace(self.layout, batch_dims=1, plain=self.layout.plain and self.layout.batch_dims == 1)
         return replace(
             self, pure=self.pure.fold(size, dims), layout=layout, options=replace(self.options, batch_dims=1)
@@ -186,7 +187,7 @@ class _Task:
 
 
 class _Search(torch.autograd.Function):
-    """z*, its residual, result and evaluations; constants to every derivative."""
+    """(z*, residual, result, evaluations, summary of F at z*), without derivatives."""
 
     @staticmethod
     def forward(task: _Task, z0: Tensor, *theta: Tensor) -> tuple[Tensor, ...]:

@@ -1,8 +1,8 @@
 """A fixed point as a differentiable function of what its map closes over, outside of `torch.func`.
 
 Setting: z* = phi(z*), where phi closes over tensors theta, and J = dphi/dz at z*. y = phi(z*) is evaluated once with a
-graph. An autograd function returns z* itself, and its backward pass sends a vector u into y, from where autograd finds
-every theta by itself:
+graph. An autograd function returns z* itself, and its backward pass sends a vector u into the graph of y, along which
+autograd reaches every theta:
 
     `attach`                 u = g + J^T u, the implicit function theorem; differentiable to any order
     `attach_approximately`   u = rule(v -> J^T v, g), an estimate of it
@@ -14,8 +14,8 @@ contain that. When the gradient is to be differentiated, phi is evaluated again 
 (by closure conversion) at the attached z*, and the products are taken there. u itself is the fixed point of
 psi(u) = g + J^T u and is attached by the same function, which gives every order.
 
-A map that is evaluated again has to be the map that was solved: f may read an attribute or a loop variable that has
-changed since. Its value at z* and the tensors that it reads are compared with those of the forward pass, and a
+If phi is evaluated again, it has to be the map that was solved: f may read an attribute or a loop variable that has
+changed since. The value of phi at z* and the tensors that phi reads are compared with those of the forward pass, and a
 difference raises.
 """
 
@@ -51,12 +51,12 @@ Product: TypeAlias = Callable[[Flat], Flat]
 Rule: TypeAlias = Callable[[Product, Flat], Flat]
 """(v -> J^T v, g) -> u, an estimate of (I - J^T)^-1 g."""
 
-_NEAR = 8  # nodes between a learned start and its parameter
+_NEAR = 8  # largest number of graph nodes that are searched for the parameter of a learned start
 
 
 @not_compiled  # dynamo does not trace the modes of closure conversion
 def attach(phi: FlatMap, z: Flat, solve: LinearSolve) -> tuple[Flat, Flat]:
-    """(z, phi(z)): z, a fixed point of phi, as a differentiable function of all that phi closes over."""
+    """(z, phi(z)), with the fixed point z as a differentiable function of all tensors that phi closes over."""
     with torch.enable_grad():
         x = Barrier.apply(z.detach().requires_grad_())
         tracer, hooked = ClosureTracer((x,)), saved_tensor_hooks_active()
@@ -71,7 +71,7 @@ def attach(phi: FlatMap, z: Flat, solve: LinearSolve) -> tuple[Flat, Flat]:
 
 
 def attach_approximately(phi: FlatMap, z: Flat, rule: Rule, eps: float) -> tuple[Flat, Flat]:
-    """(z, phi(z)): z, a fixed point of phi, whose gradient reaches all that phi closes over by way of `rule`."""
+    """(z, phi(z)), with the fixed point z whose gradient reaches all tensors that phi closes over through `rule`."""
     hooked, first = saved_tensor_hooks_active(), None
     with torch.enable_grad():
         x = Barrier.apply(z.detach().requires_grad_())
@@ -85,7 +85,10 @@ def attach_approximately(phi: FlatMap, z: Flat, rule: Rule, eps: float) -> tuple
 
 
 class Barrier(torch.autograd.Function):
-    """Identity at which the engine stops: products with J are taken on demand, not accumulated in a leaf."""
+    """Identity without a gradient, at which the engine ends a backward pass.
+
+    The engine neither accumulates a gradient in the leaf nor goes on behind it; products v^T J are taken separately.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ class Barrier(torch.autograd.Function):
 
 
 def _evaluate(phi: FlatMap, x: Flat, mode: AbstractContextManager[Any]) -> tuple[Flat, Tensor | None]:
-    """phi(x) under a mode and, where hooks pack what its graph saves, the `_probe` of its Jacobian."""
+    """(phi(x) under `mode`, the `_probe` of its Jacobian if hooks pack saved tensors, else None)."""
     if not saved_tensor_hooks_active():
         with mode:
             return phi(x), None
@@ -108,7 +111,7 @@ def _evaluate(phi: FlatMap, x: Flat, mode: AbstractContextManager[Any]) -> tuple
 
 
 def _probe(product: Product, z: Flat) -> Tensor | None:
-    """The record of (I - J^T) w at one w: two maps of one value at z, such as two dampings, differ in it."""
+    """The record of (I - J^T) w for a fixed w; it distinguishes maps of one value at z, such as two dampings."""
     w = torch.arange(z.shape[1], dtype=torch.float32, device=z.device).square().cos().to(z.dtype).expand_as(z)
     return record(w - product(w))
 
@@ -117,15 +120,16 @@ def _probe(product: Product, z: Flat) -> Tensor | None:
 class First:
     """phi(x, *theta), and the record of its first evaluation at the solution.
 
-    `function` is `not_compiled`: a compiled block in it would be compiled again for every substitution mode.
+    `function` must run outside of torch.compile (`not_compiled`), since every substitution of theta, a function mode,
+    would cause another compilation.
     """
 
     function: Callable[..., Flat]
-    image: Tensor | None  # its summary
-    reads: Reads | None
-    eps: float
+    image: Tensor | None  # `summary` of phi(z); None: not compared
+    reads: Reads | None  # the tensors that phi read; None: not compared
+    eps: float  # relative rounding error of phi
     widths: tuple[int, ...] = ()  # columns of the tensors of the state
-    probe: Tensor | None = None  # of its Jacobian, where products come from a second evaluation
+    probe: Tensor | None = None  # `_probe` of the Jacobian if the backward pass evaluates phi again
 
     def __call__(self, x: Flat, *theta: Tensor) -> Flat:
         """phi(x, *theta) of a second evaluation.
@@ -156,11 +160,11 @@ class _FixedPoint(torch.autograd.Function):
         hooked: bool,
         *theta: Tensor,
     ) -> Tensor:
-        # The memory of z with a version counter of its own: the graph of f may have saved z, and a write into the
-        # value has to be noticed. It is, since the value is saved.
+        # z.data shares the memory of z, but has its own version counter. The graph of f may have saved z, so an
+        # in-place write into the value must raise in the backward pass: it does, since the value itself is saved.
         value = z.data
         ctx.phi, ctx.solve, ctx.hooked = phi, solve, hooked
-        ctx.y, ctx.x = edge(y), edge(x)  # not the tensors: memory that nothing else needs is freed
+        ctx.y, ctx.x = edge(y), edge(x)  # edges do not keep the tensors y and x alive
         ctx.save_for_backward(value, *theta)
         return value
 
@@ -173,13 +177,13 @@ class _FixedPoint(torch.autograd.Function):
         # u = g + J^T u, with products out of the graph of y
         product = pullback(ctx.y, ctx.x)
         if ctx.hooked:
-            # theta keeps requires_grad: a checkpoint inside f counts the tensors that its two evaluations save
+            # theta keeps requires_grad, since a checkpoint inside f compares how many tensors both evaluations save
             product = _evaluated_again(ctx.phi, value, *theta)
         u = ctx.solve(product, g)
         if not recorded:
             return (u, *[None] * (5 + len(theta)))
 
-        # The gradient will be differentiated: it becomes a function of g, z* and theta.
+        # The gradient will be differentiated, so it is computed as a function of g, z* and theta.
         def psi(v: Flat, g: Flat, value: Flat, *theta: Tensor) -> Flat:
             point = value.view_as(value)
             return g + pullback(edge(ctx.phi.function(point, *theta)), edge(point), create_graph=True)(v)
@@ -191,13 +195,13 @@ class _FixedPoint(torch.autograd.Function):
         if has_untraced_leaf(again, (point, *stands)):
             raise RuntimeError(UNTRACED)
         turned, *found = vjp(again, (point, *stands), u, create_graph=True)
-        # one value at z* may belong to two maps (of another damping): J^T u has to be the same too
+        # two maps, such as two dampings, may have the same value at z*, so J^T u is compared too
         require_same_image(torch.zeros_like(u) if turned is None else turned, summary(product(u)), ctx.solve.eps)
         return (*[None] * 6, *found)
 
 
 def _attach_explicit(phi: Callable[..., Flat], z: Flat, solve: LinearSolve, theta: tuple[Tensor, ...]) -> Flat:
-    """The fixed point z of phi(z, *theta), which closes over nothing, as a differentiable function of theta."""
+    """The fixed point z of phi(z, *theta) as a differentiable function of theta; phi closes over no tensor."""
     x = Barrier.apply(z.detach().requires_grad_())
     y = phi(x, *theta)
     return _FixedPoint.apply(y, x, z.detach(), First(phi, record(y), None, solve.eps), solve, False, *theta)
@@ -232,9 +236,9 @@ class _Approximate(torch.autograd.Function):
 
 
 def warn_learned_start(problem: Problem, value: State) -> None:
-    """Warn where the starting state is made from a parameter that `value` gives no gradient.
+    """Warn if the starting state is made from a parameter to which `value` passes no gradient.
 
-    The graph of the starting state is searched to a small depth: a start that is learned is near its parameter.
+    Only the first nodes of the graph of the starting state are searched for a parameter.
     """
     learned = _parameters(tensors(problem.z0), most=_NEAR)
     if learned and not learned <= _parameters(tensors(value)):
@@ -248,7 +252,7 @@ def warn_learned_start(problem: Problem, value: State) -> None:
 
 
 def _parameters(roots: Iterable[Tensor], most: int | None = None) -> set[int]:
-    """The identities of the parameters in the graph of some tensors, from at most so many nodes."""
+    """The ids of the parameters in the graph of `roots`; at most `most` nodes are searched."""
     found: set[int] = set()
     todo: list[Any] = []
     for t in roots:
@@ -267,7 +271,7 @@ def _parameters(roots: Iterable[Tensor], most: int | None = None) -> set[int]:
 
 
 def _evaluated_again(phi: First, z: Flat, *theta: Tensor) -> Product:
-    """v -> J^T v from a second evaluation of phi at z, whose graph is packed by no hook."""
+    """v -> J^T v from a second evaluation of phi at z, made where no hook packs its saved tensors."""
     with torch.enable_grad():
         x = z.detach().requires_grad_()
         y = phi(x, *theta)

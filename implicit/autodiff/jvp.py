@@ -1,7 +1,7 @@
 """Products J v with the Jacobian of y = f(x): by forward mode, or as the transpose of v -> J^T v (`vjp.py`).
 
-w -> J^T w is linear in w, so that its vector-Jacobian product with v is J v. That takes a second derivative of f in
-place of a derivative in forward mode.
+w -> J^T w is linear in w, so its vector-Jacobian product with v is J v. This route needs a second derivative of f
+instead of a derivative in forward mode.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from implicit.pytree import Flat
 
 
 def lacks_forward_mode(error: Exception) -> bool:
-    """Whether PyTorch's error means that forward mode cannot take f: an operator without a derivative of this kind, or
-    a write into a buffer (the statistics of BatchNorm).
+    """Whether PyTorch's error means that forward mode cannot differentiate f: an operator lacks this derivative, or f
+    writes into a buffer (the statistics of BatchNorm).
     """
     return isinstance(error, NotImplementedError) or any(
         word in str(error) for word in ("orward", "setup_context", "captured Tensor")
@@ -26,7 +26,7 @@ def lacks_forward_mode(error: Exception) -> bool:
 def forward_jvp(f: Callable[[Any], Flat], z: Any, tangent: Any) -> tuple[Flat, Flat]:
     """(f(z), J tangent) by forward mode, for a tensor z or a tuple of tensors.
 
-    Attention takes its math kernel, the only one that has derivatives of this kind.
+    Attention runs its math kernel, the only kernel with forward-mode derivatives.
 
     Raises:
         RuntimeError: an operator of f has no forward mode.
@@ -36,7 +36,7 @@ def forward_jvp(f: Callable[[Any], Flat], z: Any, tangent: Any) -> tuple[Flat, F
 
 
 def pushforward(y: Flat, x: Flat) -> Callable[[Flat], Flat]:
-    """v -> (dy/dx) v, out of the graph of y, which must be twice differentiable; zero where y does not depend on x."""
+    """v -> (dy/dx) v from the graph of y, which must be twice differentiable; zero if y does not depend on x."""
     w = torch.zeros_like(y, requires_grad=True)
     return pullback(pullback(y, x, create_graph=True)(w), w)
 
@@ -51,8 +51,9 @@ def double_backward_jvp(f: Callable[[Flat], Flat], z: Flat, tangent: Flat) -> tu
 
 
 def functional_jvp(f: Callable[..., Tensor], at: tuple[Tensor, ...], moves: tuple[Tensor | None, ...]) -> Tensor:
-    """df(at) moves inside a transform, None for no move: by forward mode or, where an operator of f has none, by two
-    vector-Jacobian products.
+    """df(at) applied to the tangents `moves` inside a transform; a tangent of None is zero.
+
+    The product is taken in forward mode or, if an operator of f lacks it, by two vector-Jacobian products.
     """
     if not at:
         return torch.zeros_like(f())

@@ -1,10 +1,10 @@
-"""Weights under a parametrization: computed once a solve, with their graph.
+"""Weights under a parametrization: computed once per solve, with their graph.
 
 `torch.nn.utils.parametrize` computes a weight at every access, and some parametrizations change as they are computed:
 `spectral_norm` in training mode takes a step of its power iteration each time. A map that changes from evaluation to
 evaluation has no fixed point. Within a solve, its backward pass included, each such weight is therefore computed at
-its first access and kept, as `parametrize.cached()` would. It is computed with a graph even where the solve itself
-records none, so that its parameters get their gradient.
+its first access and kept, as by `parametrize.cached()`. The weight is computed with a graph even if the solve itself
+records none, so that the parameters of the weight get their gradient.
 """
 
 import threading
@@ -30,7 +30,7 @@ from implicit.torch_internals import (
 class WeightsOnce:
     """f with every parametrized weight computed at its first access and kept.
 
-    Weights that `parametrize.cached()` holds are used, and new ones are entered there, while it is active.
+    Within a `parametrize.cached()` of the user, its weights are used and new weights are entered there.
     """
 
     f: Map
@@ -38,7 +38,7 @@ class WeightsOnce:
     kept: dict[Any, Tensor] = field(default_factory=dict)
 
     def __call__(self, z: State, *args: object) -> State:
-        if traced():  # the compiler and torch.jit see no such cache
+        if traced():  # the compiler and torch.jit do not support this cache
             return self.f(z, *args)
         mode = torch.is_grad_enabled()
         _Cache.enter(self)
@@ -52,7 +52,7 @@ class WeightsOnce:
 def weights_once(f: Map) -> Map:
     """f, to be evaluated many times with the same parametrized weights.
 
-    Inside a torch.func transform it is f itself: a weight kept at one level of a transform has no meaning at another.
+    Inside a torch.func transform f itself is returned: a weight kept at one level of a transform is invalid at another.
     """
     if transforms_active() or traced():
         return f
@@ -60,7 +60,7 @@ def weights_once(f: Map) -> Map:
 
 
 class _Solves(threading.local):
-    """Of each thread: its solves, innermost last, and the modes of autograd to be restored."""
+    """For each thread: its solves, innermost last, and the (grad mode, hooks) to restore after computing a weight."""
 
     def __init__(self) -> None:
         self.solves: list[WeightsOnce] = []
@@ -68,9 +68,9 @@ class _Solves(threading.local):
 
 
 class _Cache(dict[Any, Tensor]):
-    """Stands in for the dictionary of `parametrize.cached()` while some thread evaluates a `WeightsOnce`.
+    """Takes the place of the dictionary of `parametrize.cached()` while any thread evaluates a `WeightsOnce`.
 
-    Each thread sees the weights of its own innermost solve, then those of the user's `cached()`.
+    A look-up finds the weights of the thread's own innermost solve first, then those of the user's `cached()`.
     """
 
     lock = threading.Lock()
@@ -106,8 +106,8 @@ class _Cache(dict[Any, Tensor]):
         if found is None and self.enabled:
             found = self.users.get(key)
         if found is None:
-            # torch computes the weight next and enters it below: with a graph, if the solve is to be differentiated,
-            # and outside of every checkpoint, whose second run will find the weight here
+            # torch computes the weight next and enters it by __setitem__: with a graph, if the solve is differentiated,
+            # and without a checkpoint's hooks, since the second run of a checkpoint finds the weight here
             self.local.modes.append((torch.is_grad_enabled(), take_saved_tensor_hooks()))
             torch.set_grad_enabled(solve.recorded or torch.is_grad_enabled())
         else:

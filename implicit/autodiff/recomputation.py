@@ -1,9 +1,9 @@
 """Evaluation of a function again in the backward pass, with a test that it is the same function as before.
 
-Setting: a checkpoint runs a function a second time. Of the first run every tensor x of the result is recorded by two
-numbers, ||x|| and w^T x with w_i = cos(i^2), in each row; the second run has to give the same ones up to rounding. The
-norm alone does not tell rows apart that a normalization layer has made. A row that holds several tensors of a state
-is recorded tensor by tensor, since a small one would be lost beside a large one.
+Setting: a checkpoint runs a function a second time. For each row x of every tensor in the first result two numbers are
+recorded, ||x|| and w^T x with w_i = cos(i^2); the second run has to give the same numbers up to rounding. The norm
+alone does not distinguish the outputs of a normalization layer. If a row holds several tensors of a state, each tensor
+has its own two numbers, since a change of a small tensor would be lost beside a large one.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,18 +19,19 @@ from implicit.pytree import tensors
 from implicit.torch_internals import is_abstract
 
 CHANGED = (
-    "f is another map in the backward pass than in the forward pass: evaluated again at the solution, it gives another "
-    "value. Something that f reads has changed since the solve: a loop variable of a lambda, an attribute of a module, "
-    "a buffer, or a weight that was written in place. Pass it to fixed_point through `args`, or bind it when f is made "
-    "(lambda z, x=x: ...)."
+    "f is another map in the backward pass than in the forward pass: a second evaluation at the solution differs from "
+    "the first. Something that f reads has changed since the solve: a loop variable of a lambda, an attribute of a "
+    "module, a buffer, or a weight that was written in place. Pass it to fixed_point through `args`, or bind it when f "
+    "is made (lambda z, x=x: ...)."
 )
-_ROUNDING, _COARSE = 1e3, 8.0  # eps ||x|| by which two values of one function may differ; the same below float32
+_ROUNDING = 1e3  # two values of one function may differ by this many eps ||x|| in float32 and float64
+_COARSE = 8.0  # likewise in narrower dtypes
 _INEXACT = ContextVar("inexact", default=False)
 
 
 @contextmanager
 def repeated_inexactly() -> Iterator[None]:
-    """Record no values of solves within a function: it will be run again at an argument that differs by rounding."""
+    """Solves in the block record no value to compare: a second run will have an argument that differs by rounding."""
     token = _INEXACT.set(True)
     try:
         yield
@@ -39,7 +40,7 @@ def repeated_inexactly() -> Iterator[None]:
 
 
 def record(image: Tensor, widths: tuple[int, ...] = ()) -> Tensor | None:
-    """The `summary` of a value that a second evaluation has to give; None within `repeated_inexactly`."""
+    """The `summary` of a value, with which a second evaluation is compared; None within `repeated_inexactly`."""
     return None if _INEXACT.get() else summary(image, widths)
 
 
@@ -47,16 +48,16 @@ def require_same_image(again: Tensor, recorded: Tensor, eps: float, widths: tupl
     """Compare a second value of a function, whose relative rounding error is eps, with the `summary` of the first.
 
     Raises:
-        RuntimeError: it is another function than it was.
+        RuntimeError: the values differ, so the function has changed.
     """
     require_same_summary(summary(again, widths), recorded, eps)
 
 
 def require_same_summary(now: Tensor, recorded: Tensor, eps: float) -> None:
-    """Compare two summaries.
+    """Compare the summaries of two values of a function.
 
     Raises:
-        RuntimeError: they are not of one value.
+        RuntimeError: the values differ, so the function has changed.
     """
     if is_abstract(now):
         return
@@ -66,17 +67,17 @@ def require_same_summary(now: Tensor, recorded: Tensor, eps: float) -> None:
 
 
 def rounding_of_repetition(eps: float) -> float:
-    """Share of its norm by which two values of one function may differ, whose relative rounding error is eps."""
+    """Largest relative difference between two values of a function whose relative rounding error is eps."""
     return (_ROUNDING if eps < 1e-6 else _COARSE) * eps
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Runs of evaluations of which autograd keeps the input alone.
+    """Segments of a solve; autograd keeps only the input of each segment.
 
     Attributes:
-        length: evaluations of a segment.
-        compare: from the first segment, a function that compares what a second run of it reads with the first run.
+        length: number of evaluations in a segment.
+        compare: wraps the first segment, so that its second run raises if it reads other tensors than the first run.
     """
 
     length: int
@@ -84,11 +85,11 @@ class Segments:
 
 
 class SameValue:
-    """A function that may be run twice and refuses to give another value the second time.
+    """A function that is run twice; the second run raises if it gives another value.
 
     Args:
-        function: gives a tensor or a nest of tensors.
-        parts: compare the first so many parts of a tuple; None: everything.
+        function: returns a tensor or a nest of tensors.
+        parts: number of entries of a returned tuple that are compared, from the first; None: all.
     """
 
     def __init__(self, function: Callable[..., Any], parts: int | None = None) -> None:
@@ -99,7 +100,7 @@ class SameValue:
         """The value of the function.
 
         Raises:
-            RuntimeError: it is not the value of the first run.
+            RuntimeError: the value differs from that of the first run.
         """
         out = self.function(*args)
         now = tensors(out if self.parts is None else out[: self.parts])
@@ -110,9 +111,9 @@ class SameValue:
 
 
 def summary(t: Tensor, widths: tuple[int, ...] = ()) -> Tensor:
-    """(rows, 2), ||x|| and w^T x of every row x; (rows, parts, 2) of parts of rows that have so many columns.
+    """(rows, 2), ||x|| and w^T x of every row x; with several `widths` (rows, parts, 2), of parts of so many columns.
 
-    Zeros for what is no floating-point number.
+    Zeros for a tensor of integers or booleans.
     """
     t = t.detach()
     if not (t.is_floating_point() or t.is_complex()):

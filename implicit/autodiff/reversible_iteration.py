@@ -29,25 +29,25 @@ from implicit.stopping import Criterion, Stop, classify, classify_count
 from implicit.torch_internals import is_abstract
 
 _RUNNING = -1
-_FAR = 1e4  # relative error above which the step where the backward run diverged is unknown
+_FAR = 1e4  # a larger relative error does not tell at which step the backward run has diverged
 
 
 class ReversibleIteration:
-    """The iteration, every sample until it has converged, failed or spent the budget; then it is held.
+    """The iteration; each sample runs until it has converged, failed or spent the budget, and is then frozen.
 
-    The loop of `implicit.iterate` returns the best iterate; a run that will be reversed needs its very last pair and
-    the number of steps each sample took.
+    The loop of `implicit.iterate` returns the best iterate, but the backward run needs the last pair (y, z) and the
+    number of steps of each sample.
 
-    Evaluation 2k is f(z_k) and evaluation 2k - 1 is f(y_k). The graph of each is built without its saved tensors, as
-    `torch.utils.checkpoint` does, and without its input too: when the engine unpacks the saved tensors of evaluation
-    j, the run goes back from where it is to the input of evaluation j, and evaluates f there again.
+    Evaluation 2k is f(z_k) and evaluation 2k - 1 is f(y_k). The graph of an evaluation keeps no saved tensors, as in
+    `torch.utils.checkpoint`, and not even its input: when the engine unpacks the saved tensors of evaluation j, the
+    iteration runs backwards from its present evaluation to the input of evaluation j, and f is evaluated there again.
 
     Args:
         flat: f on (B, N) matrices.
         start: z_0.
         stop: tolerance and budget.
         beta: b.
-        anchor: keep the pair after every so many steps; None: never.
+        anchor: keep the pair (y, z) after every so many steps; None: keep none.
         report: called at the end of a backward pass with the (B,) estimated relative errors of the gradient.
     """
 
@@ -71,7 +71,7 @@ class ReversibleIteration:
 
     def forward(self, trace: bool) -> Flat:
         """f(z_n), attached to the graph of all evaluations if autograd is on."""
-        # values and, with the suffix _node, their places in the graph: samples that fail have other values there
+        # values and, with the suffix _node, their graph nodes, whose values differ in samples that fail
         y = z = self.start.detach().double()
         y_node = z_node = self.start.double()
         f_node = self._evaluate(0, z_node)
@@ -103,7 +103,7 @@ class ReversibleIteration:
         self._verify(value)
         if f_node.requires_grad:
             value = _End.apply(f_node, value, y, z, self.start.detach(), self, *self.anchors)
-        del self.start, self.anchors  # saved for the backward pass, if there is one
+        del self.start, self.anchors  # `_End` has saved them if there is a graph
         return value
 
     def _classify(self, fz: Flat, z: Flat, trace: bool) -> None:
@@ -127,7 +127,7 @@ class ReversibleIteration:
         return to_device(classify(residual, tolerance), fz.device)
 
     def _verify(self, value: Flat) -> None:
-        """Residual and claims of convergence at f(z_n), which is returned, by one evaluation more."""
+        """Measure the residual and the `Result` at f(z_n), which is returned, by one more evaluation."""
         if not self.stop.has_tolerance:
             return
         before = self.residual
@@ -141,7 +141,7 @@ class ReversibleIteration:
     def _evaluate(self, index: int, at: Float[Tensor, "B N"]) -> Flat:
         if not torch.is_grad_enabled():
             return self.flat(at.to(self.narrow))
-        with set_checkpoint_early_stop(False):  # the value is needed too
+        with set_checkpoint_early_stop(False):  # the second run must reach the value, which is used
             return checkpoint(
                 _Evaluation(self, index, at.to(self.narrow)), use_reentrant=False, preserve_rng_state=False
             )
@@ -152,17 +152,17 @@ class ReversibleIteration:
         """Reset to the end of the run, before a backward pass."""
         self.value, self.y, self.z, self.first, *self.kept = saved
         self.last = self.at = 2 * self._most_steps()
-        self.image: Tensor | None = None  # of the evaluation that the run stands at
+        self.image: Tensor | None = None  # value of evaluation `at`; None: not computed yet
         self.drift = _Drift(self.steps, self.beta)
 
     def _most_steps(self) -> int:
-        """The most steps of any sample: for abstract tensors, of which no sample fails, all of the budget."""
+        """The largest number of steps of a sample; for abstract tensors, which never fail, the whole budget."""
         if is_abstract(self.steps):
             return (self.stop.max_evals - 1) // 2
         return int(self.steps.max()) if len(self.steps) else 0
 
     def rewind(self, index: int) -> Float[Tensor, "B N"]:
-        """The input of an evaluation, found by running backwards; that of the first one is known."""
+        """The input of evaluation `index`, found by running backwards; the input of evaluation 0 is known."""
         while self.at > index:
             self._back()
         if index == 0:
@@ -170,7 +170,7 @@ class ReversibleIteration:
         return self.y if self.at % 2 else self.z
 
     def _back(self) -> None:
-        """From evaluation `at` to the one before."""
+        """Run backwards from evaluation `at` to the evaluation before."""
         k, beta = (self.at + 1) // 2, self.beta
         if self.at == self.last:
             self._restore_anchor(self.at // 2)
@@ -193,7 +193,7 @@ class ReversibleIteration:
         return self.image.double()
 
     def _restore_anchor(self, k: int) -> None:
-        """Replace the pair after k steps by the one that was kept, if one was."""
+        """Replace the pair after k steps by its anchor, the pair kept in the forward run, if there is one."""
         every = self.anchor
         if every and k and k % every == 0 and 2 * k <= every * len(self.kept):
             pair = self.kept[2 * (k // every) - 2 : 2 * (k // every)]
@@ -201,7 +201,7 @@ class ReversibleIteration:
             self.y, self.z = pair
 
     def evaluated(self, index: int, image: Flat) -> None:
-        """Store f of a repeated evaluation."""
+        """Store the value of a repeated evaluation; the last one is checked, the first one ends the drift estimate."""
         if index == self.last:
             layout = self.flat.layout
             require_same_image(image, summary(self.value, layout.widths), rounding(self.flat.f, layout), layout.widths)
@@ -215,11 +215,11 @@ class ReversibleIteration:
 
 
 class _Evaluation:
-    """One evaluation of f: first with the input it is given, in the backward pass with the one that the run finds."""
+    """One evaluation of f: first at the input `at`, and in the backward pass at the input that running back gives."""
 
     def __init__(self, run: ReversibleIteration, index: int, at: Flat) -> None:
         self.run, self.index = run, index
-        # the first evaluation is compared with its repetition by the tensors that it reads too
+        # evaluation 0 has the same input both times, so the tensors that it reads are compared too
         self.flat = SameReads(run.flat) if index == 0 and not torch.compiler.is_compiling() else run.flat
         self.at: Flat | None = at
         self.differentiated = at.requires_grad
@@ -300,16 +300,16 @@ class _End(torch.autograd.Function):
 class _Drift:
     """The gradient's error, estimated from the distance between states found by running backwards and the true ones.
 
-    Between two true states an error is assumed to grow from rounding to the measured one by a constant factor a step;
-    by (1 - beta)^-2, the worst, where the measured one is above `_FAR`. Each step's share of the gradient, of the size
-    of the adjoint there, has the relative error of the state there.
+    Between two true states the error is assumed to grow by a constant factor per step, from rounding to the measured
+    error; by the largest factor (1 - beta)^-2 if the measured error is above `_FAR`. The share of a step in the
+    gradient has the size of the adjoint at this step, and the relative error of the state at this step.
     """
 
     def __init__(self, steps: Tensor, beta: float) -> None:
         self.worst = (1 - beta) ** -2
         self.wrong = torch.zeros(len(steps), dtype=torch.float64, device=steps.device)
         self.total = torch.zeros_like(self.wrong)
-        self.shares: list[Tensor] = []  # since the last true state
+        self.shares: list[Tensor] = []  # norms of the adjoints of the steps since the last true state
         self.k = -1
 
     def step(self, k: int, share: Tensor, go: Tensor) -> None:
@@ -322,7 +322,7 @@ class _Drift:
         self.k = k
 
     def measure(self, true: Sequence[Tensor], found: tuple[Tensor, Tensor]) -> None:
-        """Compare the states with the true ones."""
+        """Add the error of the steps between the last true states and these, from the distance to the `found` ones."""
         if not self.shares:
             return
         eps = torch.finfo(torch.float64).eps

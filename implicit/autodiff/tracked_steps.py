@@ -2,7 +2,7 @@
 
 Setting: the solve ended at z. z_0 = z and z_{i+1} = d z_i + (1 - d) f(z_i), with damping d; the gradient is that of
 z_k. With a tolerance the value remains z, to which residual and result refer, and only the gradient is that of z_k.
-Without one the steps are part of the requested number of iterations, and the value is z_k.
+Without a tolerance the steps are part of the requested number of iterations, and the value is z_k.
 """
 
 from dataclasses import replace
@@ -24,9 +24,9 @@ from implicit.stopping import Stop, classify_count
 def track(
     problem: Problem, solved: Solution, stop: Stop, options: SolveOptions, *, steps: int, damping: float = 0.0
 ) -> Solution:
-    """Take `steps` more steps from the value of `solved`, recorded by autograd if it is on.
+    """Take `steps` more steps from the value of `solved`, which autograd records if gradients are enabled.
 
-    A sample whose steps are not finite keeps the value it had, without a gradient.
+    A sample whose steps are not finite keeps its value of `solved`, without a gradient.
     """
     if stop.has_tolerance and not torch.is_grad_enabled() and not active():
         return solved
@@ -48,7 +48,7 @@ def track(
 
 
 def _steps(problem: Problem, layout: Layout, z: Flat, steps: int, damping: float) -> tuple[Flat, PerSample]:
-    """z after the steps, and the residual that the last of them started from."""
+    """(z after the steps, residual at the z before the last step)."""
     flat = FlatMap(problem.f, problem.args, layout)
     residual = torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
     for _ in range(steps):
@@ -60,7 +60,7 @@ def _steps(problem: Problem, layout: Layout, z: Flat, steps: int, damping: float
 
 
 def unsolved(problem: Problem, options: SolveOptions) -> Solution:
-    """The solution of a solve of no iterations: z0 itself, still in the graph."""
+    """The solution of a solve of no iterations: a copy of z0 that keeps its graph."""
     layout, traced = Layout.of(problem.z0, options.batch_dims), active()
     if traced:
         refuse_threads(problem, layout)

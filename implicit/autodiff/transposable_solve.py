@@ -1,7 +1,7 @@
-"""The linear solves of a fixed point's derivatives as an autograd function that differentiates into itself.
+"""The linear solves of a fixed point's derivatives, as an autograd function whose derivatives are such solves again.
 
 Setting: J = dF/dz at (z, theta), and A = J or J^T. `TransposableSolve` gives u = b + A u. Its derivatives are solves
-with A (forward) and A^T (backward); under vmap the mapped axis becomes more batch.
+with A (forward) and A^T (backward); under vmap the mapped axis is folded into the batch.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Product: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class Record:
-    """The tensors that the first evaluation at the solution has read."""
+    """The tensors that F read in its first evaluation at the solution; None before this evaluation."""
 
     reads: Reads | None = None
 
@@ -38,7 +38,7 @@ class Pure:
         return self.function(z, *theta)
 
     def first(self, z: Tensor, *theta: Tensor) -> Tensor:
-        """The summary of F at the solution, by which a second evaluation is compared; recorded by no graph.
+        """The summary of F at the solution, with which a second evaluation is compared; without a graph.
 
         Raises:
             RuntimeError: F uses tensors with a derivative that it did not use at the start.
@@ -57,7 +57,7 @@ class Pure:
             RuntimeError: F has changed since the first evaluation.
         """
         first = self.record.reads
-        gone = [] if first is None else first.gone()  # nothing but f's own closure has kept them until now
+        gone = [] if first is None else first.gone()  # constants that f's closure no longer holds
         with ClosureTracer((z, *theta)) as tracer:
             image = self.function(z, *theta)
         if first is not None and tracer.contradicts(first, gone):
@@ -67,7 +67,7 @@ class Pure:
         return image
 
     def fold(self, size: int, dims: tuple[int | None, ...]) -> "Pure":
-        """F over `size` problems at once, their batches laid end to end."""
+        """F over `size` problems at once, whose batches are concatenated."""
 
         def folded(z: Tensor, *theta: Tensor) -> Tensor:
             many = torch.func.vmap(self.function, in_dims=(0, *dims), out_dims=0, randomness="different")
@@ -79,14 +79,16 @@ class Pure:
 def mapped(
     size: int, tensors: tuple[Tensor, ...], dims: tuple[int | None, ...], *, batched: int
 ) -> tuple[tuple[int | None, ...], list[Tensor]]:
-    """The mapped dimension of each theta, and the tensors: of the first `batched`, (size B, ...), the mapped dimension
-    is more batch; of theta, the others, it comes first.
+    """(mapped dimension of each theta, 0 or None; the tensors).
+
+    The mapped dimension of the first `batched` tensors is folded into their batch, (size B, ...); in the others, theta,
+    it becomes the first dimension.
     """
     moved = []
     for i, (t, dim) in enumerate(zip(tensors, dims, strict=True)):
         if i < batched:
             full = t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-            moved.append(full.flatten(0, 1).clone())  # expanded tensors alias their memory
+            moved.append(full.flatten(0, 1).clone())  # cloned, since the rows of an expanded tensor share memory
         else:
             moved.append(t if dim is None else t.movedim(dim, 0))
     return tuple(None if dim is None else 0 for dim in dims[batched:]), moved
@@ -106,9 +108,9 @@ class Jacobian:
         return functional_vjp(at, (z,), v)[0] if self.transposed else functional_jvp(at, (z,), (v,))
 
     def linearize(self, z: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, Product]:
-        """F(z, theta), evaluated once, and the product there, for plain tensors.
+        """(F(z, theta), v -> J v or v -> J^T v) from one evaluation on plain tensors.
 
-        J v is the vjp of v -> J^T v, or where F has no second derivative, a jvp that evaluates F again.
+        J v is the vjp of v -> J^T v or, if F has no second derivative, a jvp that evaluates F again.
         """
         fixed = [t.detach() for t in theta]
         if self.transposed:

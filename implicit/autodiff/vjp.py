@@ -1,7 +1,6 @@
-"""Products with the Jacobian of one evaluation y = f(x), taken out of its graph.
+"""Products v^T J with the Jacobian J = dy/dx of one evaluation y = f(x), taken from the graph of y.
 
-Setting: J = dy/dx. `vjp` is v^T J; it is the one place where `torch.autograd.grad` is called for such a product.
-Products J v are in `jvp.py`.
+`vjp` is the only function that calls `torch.autograd.grad` for such a product. Products J v are in `jvp.py`.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ def vjp(
     *,
     create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """v^T dy/dinput for every input; None where y does not depend on it. The graph of y is kept."""
+    """v^T dy/dinput for every input, None for an input that y does not depend on. The graph of y is kept."""
     wanted: list[Any] = [t for t in inputs if isinstance(t, GradientEdge) or (t is not None and t.requires_grad)]
     if y is None or (isinstance(y, Tensor) and not y.requires_grad) or not wanted:
         return (None,) * len(inputs)
@@ -39,7 +38,7 @@ def vjp(
 def pullback(
     y: Tensor | GradientEdge | None, x: Tensor | GradientEdge | None, *, create_graph: bool = False
 ) -> Callable[[Flat], Flat]:
-    """v -> v^T dy/dx, zero where y does not depend on x."""
+    """v -> v^T dy/dx, zero if y does not depend on x."""
 
     def act(v: Flat) -> Flat:
         (product,) = vjp(y, (x,), v, create_graph=create_graph)
@@ -49,16 +48,16 @@ def pullback(
 
 
 def functional_vjp(f: Callable[..., Tensor], at: tuple[Tensor, ...], v: Tensor) -> tuple[Tensor, ...]:
-    """v^T df(at) inside a transform, while its level is alive: a solve within f starts transforms of its own."""
+    """v^T df(at) inside a transform, taken before `torch.func.grad` ends its level, as a solve within f requires."""
     if not at:
         return ()
     return torch.func.grad(lambda *t: (f(*t) * v).sum(), argnums=tuple(range(len(at))))(*at)
 
 
 def linearize(f: Callable[[Flat], Flat], z: Flat) -> tuple[Flat, Callable[[Flat], Flat]]:
-    """(f(z), v -> v^T df/dz): one evaluation of f, then one product a call.
+    """(f(z), v -> v^T df/dz): one evaluation of f, then one product per call.
 
-    The graph is built on a private copy of z, whatever mode the caller is in, and no gradient is accumulated anywhere.
+    The graph is built on a private copy of z, also under no_grad and in inference mode, and no gradient is accumulated.
     """
     with torch.inference_mode(False), torch.enable_grad():
         x = z.detach().clone().requires_grad_()

@@ -4,7 +4,7 @@ Setting: z* = f(z*, theta), J = df/dz and df/dtheta both at z*. With g = dL/dz*,
 
     dL/dtheta = u^T df/dtheta,     u = g + J^T u                 (implicit function theorem)
 
-and every estimator is a way to find, shorten or avoid the solve for u.
+and every estimator solves for u, approximates u or replaces u by a cheaper vector.
 """
 
 import abc
@@ -31,6 +31,6 @@ class AbstractGrad(abc.ABC):
     def for_evaluation(self) -> "AbstractGrad":
         """The estimator that `DEQ` uses in evaluation mode, where `Stop` ends the solve.
 
-        This one, but for an estimator that sets the number of iterations itself, as `StochasticJFB` does.
+        The same estimator, unless it sets the number of iterations itself, as `StochasticJFB` does.
         """
         return self

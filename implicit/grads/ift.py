@@ -28,32 +28,33 @@ from implicit.stopping import Stop
 class IFT(AbstractGrad):
     """Exact gradient of the fixed point: one linear solve in the backward pass, by vector-Jacobian products.
 
-    Drops nothing; the error is that of the two solves: about their relative residual times ||(I - J)^-1||. Scale-free:
-    the solve works on g divided by a power of two per sample, so a loss times 1e-8 gives that gradient times 1e-8. The
-    starting state gets no gradient. Differentiable to any order, and by `torch.func`.
+    No term is dropped: the error of the gradient is that of the two solves, about their relative residual times
+    ||(I - J)^-1||. The linear solve divides g by a power of two per sample, so a loss times 1e-8 gives the same
+    gradient times 1e-8. The starting state gets no gradient. Differentiable to any order, and by `torch.func`.
 
-    Each sample is a system of its own. Where f couples them all (batch normalization in training mode, a mean
-    over the batch) that is detected, and the whole batch is solved as one, with a warning: pass ``batch_dims=0``.
+    Each sample is a system of its own. If f couples the samples (batch normalization in training mode, a mean over the
+    batch), the linear solve detects this and solves the whole batch as one system, with a warning: pass
+    ``batch_dims=0``.
 
-    Memory: one evaluation of f; in the backward pass a handful of states where the layer contracts well, a state for
-    every product where it does not, or has fewer than 1024 numbers (`GMRES`). Cost: one evaluation, k products v^T J
-    and one v^T df/dtheta. The equation is linear, so that GMRES needs the fewest products of all methods for a
-    residual; k was 12 at spectral radius 0.32, 20 at 0.55 and 44 at 0.94, for a residual of 1e-6.
+    Memory: one evaluation of f; in the backward pass a handful of states if the layer contracts well, one state per
+    product if not, or if a sample has fewer than 1024 numbers (`GMRES`). Cost: one evaluation, k products v^T J and one
+    v^T df/dtheta. The equation is linear, and GMRES needs the fewest products of all methods for a given residual: k
+    was 12 at spectral radius 0.32, 20 at 0.55 and 44 at 0.94, for a residual of 1e-6.
 
-    When to use: by default. Where k products are too expensive, `implicit.diagnostics.gradient_bias` measures the
-    error of the cheaper estimators.
+    When to use: by default. If k products are too expensive, `implicit.diagnostics.gradient_bias` measures the error of
+    the cheaper estimators.
 
     Source: Bai et al., "Deep Equilibrium Models", NeurIPS 2019, arXiv 1909.01377.
 
     Args:
-        solver: of the linear problem; None takes ``GMRES()``, any solver of fixed points does.
-        stop: of the linear problem; None takes a relative residual of 1e-6 in float32, 1e-10 in float64 and four
-            rounding errors in narrower dtypes (autocast included), at most 200 products.
-        on_failure: what to do when the linear solve does not converge: "warn", "raise" `NotConverged` or "ignore".
+        solver: solver of the linear system; None takes ``GMRES()``. Any solver of fixed points works too.
+        stop: stopping criterion of the linear solve; None takes a relative residual of 1e-6 in float32, 1e-10 in
+            float64 and four rounding errors in narrower dtypes (autocast included), at most 200 products.
+        on_failure: action if the linear solve does not converge: "warn", "raise" `NotConverged` or "ignore".
         report: called with the `Solution` of every linear solve.
-        preconditioner: g -> about (I - J^T)^-1 g, linear, of states in the structure of the starting state, each
-            sample by itself: the solve is for w with u = P w, and its residual is the true one. It takes fewer
-            products where P is good, and gives the same gradient where it is not.
+        preconditioner: linear function P with P g ~ (I - J^T)^-1 g, on states in the structure of the starting state,
+            each sample by itself. The solve is for w with u = P w, and its residual is that of u. With a good P it
+            takes fewer products; with a poor P the gradient is the same.
 
     Example:
         The u of one training step as the first guess of the next (`Adjoint`)::
@@ -95,7 +96,7 @@ class IFT(AbstractGrad):
         return replace(solved, value=layout.unpack(value), evals=solved.evals + 1)
 
     def _refuse_hints(self, options: SolveOptions) -> None:
-        """A transform solves with J and with J^T, at levels that no guess belongs to."""
+        """Refuse a guess and a preconditioner in a transform, which solves with J and with J^T at several levels."""
         if options.adjoint is not None or self.preconditioner is not None:
             raise NotImplementedError(
                 "adjoint and IFT.preconditioner work with ordinary backward passes, not inside torch.func transforms "
@@ -103,7 +104,7 @@ class IFT(AbstractGrad):
             )
 
     def _with_hints(self, solve: LinearSolve, layout: Layout, z: Flat, kept: Adjoint | None) -> LinearSolve:
-        """The linear solve with the preconditioner, and with the guess in `kept`, where it puts u."""
+        """The linear solve with the preconditioner, and with the guess in `kept`, in which the solve stores u."""
         precondition = self.preconditioner
         if precondition is not None:
             solve = replace(solve, preconditioner=lambda g: layout.pack(precondition(layout.unpack(g))))

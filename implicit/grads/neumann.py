@@ -21,20 +21,20 @@ from implicit.stopping import Stop
 
 @dataclass(frozen=True)
 class Neumann(AbstractGrad):
-    """Solve without a graph, evaluate f once with one, and sum the first terms of the series in the backward pass.
+    """Solve without a graph, evaluate f once with a graph, and sum the first terms of the series when backpropagating.
 
         u = sum_{i < terms} (J^T)^i g,     dL/dtheta ~ u^T df/dtheta
 
-    Drops the terms from J^terms on: relative error about rho(J)^terms. ``Neumann(1)`` is ``JFB(1)``; ``Neumann(k)``
-    at an exact fixed point is ``JFB(k)`` in the memory of one evaluation. Diverges with `terms` where rho(J) > 1.
-    Memory: one evaluation of f. Cost: one evaluation and `terms` vector-Jacobian products. The starting state gets
-    no gradient. When to use: a known, cheap bias, with no solve that could fail.
+    The terms from J^terms on are dropped: relative error about rho(J)^terms. ``Neumann(1)`` is ``JFB(1)``;
+    ``Neumann(k)`` at an exact fixed point is ``JFB(k)`` in the memory of one evaluation. The sum diverges with `terms`
+    if rho(J) > 1. Memory: one evaluation of f. Cost: one evaluation and `terms` vector-Jacobian products. The starting
+    state gets no gradient. When to use: for a known, small bias at a fixed cost, with no solve that could fail.
 
     Source: Geng et al., "On Training Implicit Models", NeurIPS 2021, arXiv 2111.05177, section 3.2 (Neumann-series
     phantom gradient).
 
     Args:
-        terms: terms of the series, >= 1.
+        terms: number of terms of the series, >= 1.
     """
 
     terms: int = 5

@@ -14,22 +14,22 @@ from implicit.stopping import Stop
 
 @dataclass(frozen=True)
 class Phantom(AbstractGrad):
-    """Solve without a graph, then take `steps` damped steps with one and backpropagate through those.
+    """Solve without a graph, then take `steps` damped steps with a graph and backpropagate through these.
 
         z' = d z + (1 - d) f(z)
         dL/dtheta ~ (1 - d) g^T sum_{i < steps} ((1 - d) J + d I)^i df/dtheta            (d = damping)
 
-    Drops the rest of the series. Damping makes the series converge where the eigenvalues of J have negative or large
-    imaginary parts, and makes it slower otherwise; for J = 0 the gradient is 1 - d^steps times the exact one.
-    ``Phantom(steps, 0)`` is ``JFB(steps)``. Memory: `steps` evaluations of f. Cost: `steps` evaluations and as many
-    vector-Jacobian products. The starting state gets no gradient. When to use: training where the exact gradient is
-    too expensive and one step too crude; `implicit.diagnostics.gradient_bias` measures both.
+    The rest of the series is dropped. Damping makes the series converge if the eigenvalues of J have negative real or
+    large imaginary parts, and slows its convergence otherwise; for J = 0 the gradient is 1 - d^steps times the exact
+    one. ``Phantom(steps, 0)`` is ``JFB(steps)``. Memory: `steps` evaluations of f. Cost: `steps` evaluations and as
+    many vector-Jacobian products. The starting state gets no gradient. When to use: if the exact gradient is too
+    expensive and ``JFB(1)`` too inaccurate; `implicit.diagnostics.gradient_bias` measures both.
 
     Source: Geng et al., "On Training Implicit Models", NeurIPS 2021, arXiv 2111.05177, equation 12 (their lambda is
     1 - damping).
 
     Args:
-        steps: tracked steps, >= 1.
+        steps: number of damped steps with a graph, >= 1.
         damping: share of the old iterate kept, in [0, 1).
     """
 

@@ -1,4 +1,4 @@
-"""The gradient of every step of a reversible iteration, from the memory of the last one."""
+"""The gradient of every step of a reversible iteration, in the memory of its last step."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -26,19 +26,19 @@ class Reversible(AbstractGrad):
 
         y' = (1 - beta) y + beta f(z),     z' = (1 - beta) z + beta f(y'),     value f(z_n)
 
-    Drops nothing: the gradient of the iteration as it was run, converged or not, the starting state included; at
-    convergence it is that of the fixed point. It is an iteration of its own, so the `solver` is not used; a sample
-    stops by `Stop` at its own step. Memory: three states in float64, whatever the number of steps, and two more for
-    every `anchor` steps; a device without float64 (MPS) cannot run it.
+    No term is dropped: the gradient is that of the iteration that was run, converged or not, and the starting state
+    gets one too; at convergence it is the gradient of the fixed point. This iteration takes the place of the `solver`,
+    which is not used; each sample stops by `Stop` at its own step. Memory: three states in float64, whatever the number
+    of steps, and two more for every `anchor` steps. Devices without float64 (MPS) are refused.
 
-    Cost: two evaluations a step forward, and with a tolerance one at the value returned, which tests its residual and
-    claim; two evaluations and two vector-Jacobian products a step backward.
+    Cost: two evaluations per step forward, and with a tolerance one more at the value returned, which measures its
+    residual; two evaluations and two vector-Jacobian products per step backward.
 
     The inverse is exact in exact arithmetic. In floating point, inverting a step multiplies an error by up to (1 -
-    beta)^-2, and float64 suffices for some 26 steps at beta = 0.5 and 11 at 0.8. The error of earlier steps, reached
-    last, matters little where the iteration contracts fast, and much where it does not. Relative error of the gradient,
-    solved to 1e-6 in float64, against the same iteration unrolled (about the same for beta = 0.3 and 0.8, which take
-    more and fewer steps):
+    beta)^-2, and float64 suffices for some 26 steps at beta = 0.5 and 11 at 0.8. The backward run reaches the early
+    steps last, with the largest error; they contribute little to the gradient if the iteration contracts fast, and much
+    if it does not. Relative error of the gradient, solved to 1e-6 in float64, against the same iteration unrolled
+    (about the same for beta = 0.3 and 0.8, which take more and fewer steps):
 
         layer (spectral radius)   steps   without anchors   anchor=12
         tanh (0.32)               27      3e-13             5e-16
@@ -48,16 +48,16 @@ class Reversible(AbstractGrad):
     The error is estimated from the distance between the states found by running backwards and the known ones (the
     start and each anchor); `on_drift` is the action beyond `tolerance`.
 
-    When to use: where even one evaluation's graph at a time is wanted with the exact gradient of few, unconverged
-    steps. f must be deterministic (no fresh dropout). Not differentiable twice.
+    When to use: for the exact gradient of few, unconverged steps in the memory of the graph of one evaluation. f must
+    be deterministic (no fresh dropout). Not differentiable twice.
 
     Source: "Reversible Deep Equilibrium Models", arXiv 2509.12917.
 
     Args:
         beta: share of the new value, in (0, 1).
-        on_drift: "warn", "raise" `FloatingPointError` or "ignore" where the backward run has diverged.
-        tolerance: largest estimated relative error of a sample's gradient that passes.
-        anchor: keep the pair every so many steps, >= 1, for exact gradients of any length; None: never.
+        on_drift: "warn", "raise" `FloatingPointError` or "ignore" if the estimated error exceeds `tolerance`.
+        tolerance: largest accepted estimate of the relative error of a sample's gradient.
+        anchor: keep the pair (y, z) after every so many steps, >= 1, for exact gradients of long runs; None: keep none.
     """
 
     beta: float = 0.5

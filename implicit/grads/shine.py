@@ -1,4 +1,4 @@
-"""SHINE: the inverse that a quasi-Newton solver has built up forward, used once more backward.
+"""SHINE: the approximate inverse that a quasi-Newton solver built in the forward pass, used in the backward pass.
 
 Setting: a solver's step is z' = z + H r with H ~ (I - J)^-1. The backward pass wants u = (I - J^T)^-1 g ~ H^T g, and
 
@@ -30,13 +30,13 @@ from implicit.torch_internals import is_abstract
 
 @dataclass(frozen=True)
 class SHINE(AbstractGrad):
-    """Solve without a graph, evaluate f once with one, and multiply by the forward solver's own inverse estimate.
+    """Solve without a graph, evaluate f once with a graph, and multiply g by the forward solver's inverse estimate.
 
         u = H^T g,     dL/dtheta ~ u^T df/dtheta;     u = g for a sample with ||H^T g|| > fallback ||g||
 
-    Drops what the forward solve has not learned of J: it knows secants along its own path, not the direction g.
-    `refine` steps u <- g + J^T u start from there and remove error by rho(J) each. Relative error of the gradient in
-    float64, Broyden(50) to 1e-8, by products v^T J (`Neumann` of as many in brackets):
+    H fits J along the path of the forward solve, and not along g. `refine` steps u <- g + J^T u start from H^T g, and
+    each multiplies the error by about rho(J). Relative error of the gradient in float64, Broyden(50) to 1e-8, by the
+    number of products v^T J (in brackets: `Neumann` with as many products):
 
         layer (spectral radius)   0             1             2             5
         tanh (0.32)               0.22 (0.33)   0.05 (0.10)   0.01 (0.03)   0.000 (0.001)
@@ -44,17 +44,18 @@ class SHINE(AbstractGrad):
         adaLN (0.55)              0.29 (0.32)   0.09 (0.17)   0.06 (0.07)   0.007 (0.014)
         tanh (0.94)               0.78 (0.78)   0.59 (0.59)   0.53 (0.54)   0.31 (0.31)
 
-    On the last layer the fallback acts: without it the error is 0.57 at no product. Memory: one evaluation of f, and
-    the solver's history until the backward pass: bounded by its `memory`. Cost: one evaluation, `refine` products v^T J
-    and one v^T df/dtheta. The starting state gets no gradient. When to use: Broyden forward, many evaluations, and a
-    backward pass that must cost next to nothing; with ``refine=1`` it is worth about two terms of the series.
+    On the last layer u falls back to g: without `fallback` the error is 0.57 at 0 products. Memory: one evaluation of
+    f, and until the backward pass the solver's history, which its `memory` bounds. Cost: one evaluation, `refine`
+    products v^T J and one v^T df/dtheta. The starting state gets no gradient. When to use: with Broyden and many
+    evaluations forward, if the backward pass must cost next to nothing. With ``refine=1`` SHINE is about as accurate as
+    `Neumann` with two products.
 
     Source: Ramzi et al., "SHINE: SHaring the INverse Estimate from the forward pass for bi-level optimization and
     implicit models", ICLR 2022, arXiv 2106.00553, section 2 and the fallback of section 3.
 
     Args:
-        refine: fixed-point steps on top of the estimate, >= 0.
-        fallback: largest ||H^T g|| / ||g|| of a sample before its u falls back to g; None never falls back.
+        refine: number of steps u <- g + J^T u after the estimate, >= 0.
+        fallback: largest ||H^T g|| / ||g|| of a sample before its u falls back to g; None: u is always H^T g.
     """
 
     refine: int = 0
@@ -76,7 +77,7 @@ class SHINE(AbstractGrad):
         refuse_transforms(self)
         if not torch.is_grad_enabled():
             return solve_detached(problem, solver, stop, options)
-        # The solve, without a graph; the state of a sample is kept as it was when the sample finished
+        # The solve, without a graph; the solver state of a sample remains as it was when the sample finished
         layout = Layout.of(problem.z0, options.batch_dims)
         frozen = _Frozen(solver)
         warm = None if options.state is None else frozen.wrap(options.state, layout.pack(problem.z0))
@@ -87,8 +88,8 @@ class SHINE(AbstractGrad):
             flat, z, lambda act, g: self._estimate(solver, state, act, g), rounding(problem.f, layout)
         )
         warn_learned_start(problem, value)
-        # The secant to z* itself, which the loop did not use. Only a converged sample ended at the point that the
-        # solver proposed; another one ended at f of its best point, to which there is no secant
+        # The secant to z* itself, which the loop did not add. Only a converged sample ended at the point that the
+        # solver proposed; the value of any other sample is another point, to which the solver has no secant
         with torch.no_grad():
             proposed = solved.converged.unsqueeze(1)
             last = replace(solved.state, z=torch.where(proposed, solved.state.z, z))
@@ -101,7 +102,7 @@ class SHINE(AbstractGrad):
         )
 
     def _estimate(self, solver: AbstractSolver[Any], state: Any, act: Callable[[Flat], Flat], g: Flat) -> Flat:
-        # u = H^T g, or g where that is longer than the fallback allows
+        # u = H^T g, or g if ||H^T g|| exceeds the fallback
         estimate = solver.inverse_transpose(state, g)
         u = g if estimate is None else estimate
         if self.fallback is not None:
@@ -114,7 +115,7 @@ class SHINE(AbstractGrad):
 
 @dataclass(frozen=True)
 class _FrozenState:
-    """A solver's state, and the point of its last step."""
+    """The state of the wrapped solver, and the z of its last step; z is NaN before the first step and after a reset."""
 
     state: Any
     z: Flat
@@ -122,10 +123,10 @@ class _FrozenState:
 
 @dataclass(frozen=True)
 class _Frozen(AbstractSolver[_FrozenState]):
-    """A solver that leaves the state of a sample alone once the loop holds that sample.
+    """A wrapped solver that keeps the state of a sample as it was when the loop froze the sample.
 
-    The solver itself would overwrite the history of that sample by differences of zero. The safeguard treats both
-    alike, so that the iterates are those of the solver.
+    The solver itself would overwrite the history of a frozen sample by differences of zero. The safeguard settings are
+    those of the solver, so the iterates are the same.
     """
 
     solver: AbstractSolver[Any]
@@ -142,7 +143,7 @@ class _Frozen(AbstractSolver[_FrozenState]):
         return self.solver.has_cautious_stage
 
     def wrap(self, state: Any, z: Flat) -> _FrozenState:
-        """The state of the solver, no sample held."""
+        """The state of the solver, with no sample frozen."""
         return _FrozenState(state, torch.full_like(z, torch.nan))
 
     def init(self, point: Point) -> _FrozenState:
@@ -152,7 +153,7 @@ class _Frozen(AbstractSolver[_FrozenState]):
         return _FrozenState(self.solver.resume(point, state.state), state.z)
 
     def restart(self, point: Point, state: _FrozenState, mask: Bool[Tensor, "B 1"]) -> _FrozenState:
-        # a sample that goes back to its best point may stand where it stood, and is not held
+        # a sample reset to its best iterate may be at the z of the last step, and must not count as frozen
         return _FrozenState(self.solver.restart(point, state.state, mask), state.z.masked_fill(mask, torch.nan))
 
     def retreat(
@@ -162,21 +163,21 @@ class _Frozen(AbstractSolver[_FrozenState]):
         return _FrozenState(after, state.z.masked_fill(mask, torch.nan))
 
     def step(self, point: Point, state: _FrozenState) -> tuple[Flat, Flat | None, _FrozenState]:
-        # held samples stand where they stood; their rows of the state are copied, since histories are written in place
+        # frozen samples are at the z of the last step; their rows are copied, since histories are written in place
         same = (point.z == state.z).all(dim=1)
         held = torch.nonzero(same).flatten() if not is_abstract(same) else same[:0]
         size = len(point.z)
         before = map_tensors(lambda t: t[held] if t.shape[:1] == (size,) else t, state.state) if len(held) else None
         z, tangent, after = self.solver.step(point, state.state)
         if before is not None:
-            # tensors of the point itself are never written to by a solver, and are the same as before
+            # a solver never writes to the tensors of the point, so these need no restoring
             own = {t.untyped_storage().data_ptr() for t in (point.z, point.fz, point.r)}
             _restore(after, before, held, size, own)
         return z, tangent, _FrozenState(after, point.z)
 
 
 def _restore(after: Any, before: Any, held: Tensor, size: int, own: set[int]) -> None:
-    """Write the rows `before` of the held samples back into the state; histories may have grown since."""
+    """Write the rows `before` of the frozen samples back into the state, whose histories may have grown."""
     if isinstance(after, Tensor):
         if isinstance(before, Tensor) and after.shape[:1] == (size,) and after.untyped_storage().data_ptr() not in own:
             after[held] = before

@@ -1,4 +1,4 @@
-"""Stochastic Jacobian-free backpropagation: a random number of free and of tracked iterations."""
+"""Stochastic Jacobian-free backpropagation: random numbers of iterations without and with a graph."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,21 +18,21 @@ from implicit.torch_internals import inside_backward
 
 @dataclass(frozen=True)
 class StochasticJFB(AbstractGrad):
-    """Draw n ~ U{0..N} and m ~ U{1..M}; take n steps of the solver without a graph, then apply f m times with one.
+    """Draw n ~ U{0..N} and m ~ U{1..M}; take n solver steps without a graph, then apply f m times with a graph.
 
         z_n = solver^n(z0),   z_{n+1} = f(z_n), ..., z_{n+m} = f(z_{n+m-1});   backpropagate through the last m only.
 
-    Drops the series from J^m on, as ``JFB(m)`` does. The budget is the draw: tolerances and `Stop.max_evals` play no
-    part. With n = 0 the starting state gets a gradient. Memory: m evaluations of f (the n free ones store nothing).
-    Cost: n + m evaluations and m vector-Jacobian products. When to use: to train a layer that will be solved with any
-    number of iterations later.
+    The series from J^m on is dropped, as by ``JFB(m)``. The draw is the budget: tolerances and `Stop.max_evals` have no
+    effect. With n = 0 the starting state gets a gradient. Memory: m evaluations of f (the n free ones store nothing).
+    Cost: n + m evaluations and m vector-Jacobian products. When to use: to train a layer that will later be solved with
+    any number of iterations.
 
     Source: Bai and Melas-Kyriazi, "Fixed Point Diffusion Models", CVPR 2024, arXiv 2401.08741, Algorithm 1.
 
     Args:
-        N: largest number of free iterations, >= 0.
-        M: largest number of tracked iterations, >= 1.
-        generator: CPU generator of the draws; its state is the only state. Give the same seed to all ranks of a
+        N: largest number of iterations without a graph, >= 0.
+        M: largest number of iterations with a graph, >= 1.
+        generator: CPU generator of the draws, the only state of the estimator. Give the same seed to all ranks of a
             distributed run so that all take the same number of steps. None: PyTorch's global generator.
     """
 

@@ -22,33 +22,34 @@ from implicit.torch_internals import transforms_active
 
 @dataclass(frozen=True)
 class Unrolled(AbstractGrad):
-    """Record the whole solve, solver and all, and backpropagate through it.
+    """Record the whole solve, the solver's steps included, and backpropagate through all iterations.
 
         dL/dtheta = g^T dz_n/dtheta,     z_n = f(solver^{n-1}(z0))
 
-    Drops nothing: exact for the number of iterations taken, whether or not they converged; the starting state gets a
-    gradient, and derivatives of any order are right. The value is f(z) of the last tested z, so that even a solve that
-    starts at its answer depends on f's parameters. Cost: n vector-Jacobian products, and with `checkpoint` n
-    evaluations more. A residual is read at every evaluation, whatever `Stop.check_every` and `Stop.late` say. A solver
-    whose steps have no graph (`NewtonKrylov`) is refused. When to use: as the reference to compare with, and where few
-    iterations are trained as a network of that depth.
+    No term is dropped: the gradient is exact for the iterations taken, whether or not they converged; the starting
+    state gets one too, and derivatives of any order are right. The value is f(z) of the last tested z, so that even a
+    solve that starts at its answer depends on f's parameters. Cost: n vector-Jacobian products, and with `checkpoint` n
+    evaluations more. A residual is read at every evaluation: `Stop.check_every` and `Stop.late` have no effect. A
+    solver whose steps have no graph (`NewtonKrylov`) is refused. When to use: as the reference for other estimators,
+    and to train a few iterations as a network of that depth.
 
-    Memory, for n evaluations that keep a states each, and a solver whose step keeps s:
+    Memory, for n evaluations whose graphs keep a states each, and a solver whose step keeps s states:
 
         plain               n (a + s)
-        checkpoint=True     n (1 + s) + a           the input of every evaluation, and one evaluation at a time
-        checkpoint=k        2 n / k + k (a + s)     z and f(z) of every k-th, and a segment at a time; and the solver's
-                                                    history at every k-th
+        checkpoint=True     n (1 + s) + a           the input of every evaluation, and the graph of one evaluation
+        checkpoint=k        2 n / k + k (a + s)     z and f(z) of every k-th, and the graph of one segment; and the
+                                                    solver's history at every k-th
 
-    so k = sqrt(2 n / (a + s)) is best, of order sqrt(n), where the solver has no history (`Picard`).
+    so k = sqrt(2 n / (a + s)) is best, of order sqrt(n), if the solver has no history (`Picard`).
 
     Source: Griewank and Walther, "Algorithm 799: revolve", ACM TOMS 26(1), 2000 (checkpointing); Chen et al., "Training
     Deep Nets with Sublinear Memory Cost", arXiv 1604.06174 (segments).
 
     Args:
         checkpoint: True: keep the input of every evaluation of f and evaluate f again in the backward pass. A number k:
-            keep what there was at every k-th evaluation and run segments of k again, solver and all, which takes a
-            fixed number of evaluations, ``Stop(rtol=0, atol=0, max_evals=n)``. Never by PyTorch's reentrant kind.
+            keep the point and the solver state at every k-th evaluation, and run segments of k evaluations and solver
+            steps again; needs a fixed number of evaluations, ``Stop(rtol=0, atol=0, max_evals=n)``. PyTorch's
+            checkpoints are used with ``use_reentrant=False``.
     """
 
     checkpoint: bool | int = False
@@ -69,10 +70,10 @@ class Unrolled(AbstractGrad):
             refuse_threads(problem, Layout.of(problem.z0, options.batch_dims))
         if self._segment and (stop.has_tolerance or options.observed or options.trace):
             raise ValueError(
-                f"Unrolled(checkpoint={self.checkpoint}) runs segments twice, so nothing may be decided while it runs: "
+                f"Unrolled(checkpoint={self.checkpoint}) runs segments twice and may not read residuals meanwhile: "
                 "pass stop=Stop(rtol=0, atol=0, max_evals=n) and no trace or callback, or checkpoint=True."
             )
-        if stop.has_tolerance:  # every evaluation is read for NaN that autograd must not keep
+        if stop.has_tolerance:  # read every evaluation, since an f(z) of NaN must not stay in the graph
             stop = replace(stop, check_every=1, late=False)
         solved = self._solve(problem, solver, stop, options)
         if transforms_active():
@@ -109,7 +110,10 @@ class Unrolled(AbstractGrad):
 
 
 class _Checkpointed:
-    """f in a checkpoint, which refuses another map in the backward pass: by every value, and by what is read once."""
+    """f in a checkpoint whose second run raises if f has changed.
+
+    The values of all evaluations are compared, and for the first one the tensors that f reads too.
+    """
 
     def __init__(self, f: Map) -> None:
         self.f = f
@@ -118,5 +122,5 @@ class _Checkpointed:
     def __call__(self, z: State, *args: Any) -> State:
         f = self.f if self.evaluated else SameReads(self.f)
         self.evaluated = True
-        with set_checkpoint_early_stop(False):  # the value is compared
+        with set_checkpoint_early_stop(False):  # the second run must reach the value, which is compared
             return checkpoint(SameValue(f), z, *args, use_reentrant=False)

@@ -1,6 +1,6 @@
-"""scipy's root finders on our maps: the reference on a CPU.
+"""scipy's root finders for z = f(z), a reference on the CPU.
 
-Every sample is solved alone, as g(z) = f(z) - z = 0 in float64 numbers.
+Every sample is solved by itself, as g(z) = f(z) - z = 0, and scipy computes in float64.
 """
 
 from collections.abc import Callable
@@ -23,14 +23,14 @@ def root(f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(
     """Solve z = f(z, *args) with ``scipy.optimize.root``; no gradient.
 
     Args:
-        f: the map. Each sample is solved alone, so tensors in `args` must not have one row per sample.
-        z0: the starting state.
-        method: one of scipy's: "hybr", "krylov", "broyden1", "broyden2", "anderson", "df-sane", ...
-        stop: tested at scipy's answer; `max_evals` evaluations per sample end the search.
-        options: handed to scipy as its ``options``, which refuses names it does not know.
+        f: the map. Each sample is solved by itself, so tensors in `args` must not have one row per sample.
+        z0: the starting state, as for `fixed_point`.
+        method: name of scipy's method: "hybr", "krylov", "broyden1", "broyden2", "anderson", "df-sane", ...
+        stop: criterion tested at scipy's answer; the search of a sample ends after `max_evals` evaluations.
+        options: passed to scipy as its ``options``; scipy refuses unknown names.
 
     Raises:
-        ValueError: f or z0 are not what `fixed_point` would accept.
+        ValueError: `fixed_point` would refuse f or z0.
     """
     layout = Layout.of(z0)
     packed = layout.pack(z0)
@@ -54,7 +54,7 @@ def root(f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(
 
 
 def _difference_step(method: str, eps: float) -> dict[str, Any]:
-    """Step of finite differences for a map with rounding errors of `eps`, where scipy would take float64's."""
+    """Option that sets the step of finite differences for a map with rounding errors `eps`; scipy assumes float64."""
     if eps < 1e-12:
         return {}
     if method in ("hybr", "lm"):
@@ -67,7 +67,7 @@ class _Spent(Exception):
 
 
 def _one(f: FlatMap, z0: torch.Tensor, method: str, options: dict[str, Any]) -> tuple[torch.Tensor, int]:
-    """scipy's answer for one sample, or the best point that it visited, and its evaluations."""
+    """(the z of smallest residual that scipy evaluated for one sample, number of evaluations)."""
     best, smallest = z0, np.inf
 
     def g(x: np.ndarray) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""torchdeq's solvers as ours, and ours in torchdeq.
+"""Solvers of this package inside torchdeq, and solvers of torchdeq with this package's `Solution`.
 
-Both directions, with torchdeq's names of solvers:
+Solvers are given by torchdeq's names:
 
-    register("implicit", Anderson())    torchdeq.get_deq(f_solver="implicit") uses it unchanged
-    solve(f, z0, method="broyden")      torchdeq's own, with its answer classified as `fixed_point` does
+    register("implicit", Anderson())    torchdeq.get_deq(f_solver="implicit") uses this solver
+    solve(f, z0, method="broyden")      torchdeq's solver; the answer is classified as by `fixed_point`
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from implicit.stopping import Stop, classify
 
 
 def register(name: str, solver: AbstractSolver[Any]) -> None:
-    """Make `solver` known to torchdeq as `name`, for ``get_deq(f_solver=name, b_solver=name)``.
+    """Register `solver` in torchdeq as `name`, for ``get_deq(f_solver=name, b_solver=name)``.
 
     torchdeq's settings keep their meaning: ``max_iter`` evaluations at most, ``tol`` on the relative or absolute
     residual of every sample.
@@ -70,13 +70,13 @@ def solve(f: Map, z0: State, *args: Any, method: str = "broyden", stop: Stop = S
     torchdeq stops the whole batch at once, so every sample reports the same number of evaluations, as counted by f.
 
     Raises:
-        ValueError: f or z0 are not what `fixed_point` would accept.
+        ValueError: `fixed_point` would refuse f or z0.
     """
     layout = Layout.of(z0)
     counted = FlatMap(f, args, layout, stop.max_evals)
     tolerance = dict(tol=stop.rtol, stop_mode="rel") if stop.rtol else dict(tol=stop.atol, stop_mode="abs")
 
-    def damped(z: Tensor, tau: float = 1.0) -> Tensor:  # simple_fixed_point_iter leaves the damping to the map
+    def damped(z: Tensor, tau: float = 1.0) -> Tensor:  # simple_fixed_point_iter passes its damping tau to the map
         fz = counted(z)
         return fz if tau == 1 else torch.lerp(z, fz, tau)
 
