@@ -1,4 +1,4 @@
-"""Diagnostics of fixed points and of gradient estimators; one question a file."""
+"""Diagnostics of fixed points and of gradient estimators; each file answers one question."""
 
 from implicit.diagnostics.diagnose import Condition as Condition
 from implicit.diagnostics.diagnose import Diagnosis as Diagnosis

@@ -1,6 +1,6 @@
 """Bias and cost of gradient estimators on one layer and one batch.
 
-The exact gradient that they are compared with is `implicit.diagnostics.reference_gradient`.
+`implicit.diagnostics.reference_gradient` computes the exact gradient.
 """
 
 import math
@@ -29,15 +29,15 @@ class BiasRow:
     """One estimator on one batch.
 
     Attributes:
-        name: its label.
-        cosine: of its gradient and the exact one; 1 is the right direction.
+        name: the label of the estimator.
+        cosine: cosine of its gradient and the exact gradient; 1 is the right direction.
         error: ||gradient - exact|| / ||exact||.
-        saved: bytes held between the forward and the backward pass, the value included, parameters and inputs not.
-        peak: most bytes in use at once, likewise; workspaces inside operators are not seen.
+        saved: bytes held between the forward and the backward pass: the value counts, parameters and inputs do not.
+        peak: largest number of such bytes in use at once; workspaces inside operators are not counted.
         evals: evaluations of f on the whole batch, forward and backward together.
         products: vector-Jacobian products with f on the whole batch.
-        time: of forward and backward, as a ratio to the forward solve without gradients.
-        note: warnings, or why there is no gradient (then cosine and error are NaN).
+        time: time of forward and backward, as a ratio to the forward solve without gradients.
+        note: warnings, or the reason if there is no gradient (then cosine and error are NaN).
     """
 
     name: str
@@ -53,10 +53,10 @@ class BiasRow:
 
 @dataclass(frozen=True)
 class GradientBias:
-    """Estimators beside the exact gradient: ``table["JFB"].cosine``; printed, it is a Markdown table.
+    """Gradient estimators compared with the exact gradient: ``table["JFB"].cosine``; prints as a Markdown table.
 
     Attributes:
-        rows: one per estimator.
+        rows: one row per estimator.
         truth: how the exact gradient was found.
     """
 
@@ -74,7 +74,7 @@ class GradientBias:
 
 
 def every_estimator() -> list[AbstractGrad]:
-    """One of each kind, with its defaults."""
+    """Every estimator with its defaults, and variants of `Unrolled` and `JFB`."""
     exact: list[AbstractGrad] = [IFT(), Unrolled(), Unrolled(checkpoint=True), Reversible()]
     draws = StochasticJFB(generator=torch.Generator().manual_seed(0))
     return [*exact, JFB(), JFB(5), Phantom(), Neumann(), SHINE(), draws]
@@ -95,30 +95,30 @@ def gradient_bias(
 ) -> GradientBias:
     """Compare gradient estimators with the exact gradient on one batch.
 
-    Every estimator runs a solve of its own as ``fixed_point(f, z0, *args, grad=..., solver=solver, stop=stop)`` would,
-    so the error includes that of stopping early. An estimator that fails is a row with the reason. f must be
-    deterministic (no fresh dropout). The truth has the precision of the state's dtype: errors below 1e-6 want a layer
-    in float64. Cost: a tight solve, and `draws` or `repeats` + 2 gradients per estimator.
+    Every estimator runs its own solve, ``fixed_point(f, z0, *args, grad=..., solver=solver, stop=stop)``, so the error
+    includes that of stopping early. The row of an estimator that fails has the reason as its note. f must be
+    deterministic (no fresh dropout). The exact gradient has the precision of the state's dtype: to measure errors below
+    1e-6, use float64. Cost: a tight solve, and `draws` or `repeats` + 2 gradients per estimator.
 
     Args:
         f: the map f(z, *args).
-        z0: the start, ``(B, *)`` tensors.
+        z0: the starting state, ``(B, *)`` tensors.
         args: passed on to f.
-        estimators: which, by label or labeled by their settings; default `every_estimator()`.
-        params: gradients with respect to what; default every tensor that f uses and that requires gradients.
-        loss: a scalar from the solution's value; default a fixed random projection, which favors no direction.
+        estimators: the estimators, with labels or labeled by their settings; default `every_estimator()`.
+        params: tensors to differentiate for; default every tensor that f uses and that requires gradients.
+        loss: a scalar function of the solution's value; default a fixed random projection, which favors no direction.
         solver, stop: as in `fixed_point`.
         batch_dims: 0 makes the whole state one system.
-        draws: gradients averaged for `StochasticJFB`, whose bias is that of its mean.
-        repeats: rounds of timing, in which all estimators take turns; 0 leaves time out.
+        draws: number of gradients averaged for `StochasticJFB`, whose bias is that of its mean.
+        repeats: rounds of timing, in which all estimators take turns; with 0 no time is measured.
 
     Returns:
         A `GradientBias`; print it for a Markdown table.
 
     Raises:
-        ValueError: nothing requires gradients, or the loss does not depend on what does.
-        TypeError: `solver`, `stop` or an estimator is no instance of its kind.
-        NotConverged: the truth itself was not found.
+        ValueError: no tensor requires gradients, or the loss does not depend on one that does.
+        TypeError: `solver`, `stop` or an estimator is not an instance of its class.
+        NotConverged: the exact gradient was not found.
 
     Example:
         >>> import torch
@@ -155,7 +155,7 @@ def gradient_bias(
 
 
 def row(label: str, taken: Sequence[Measured], truth: Float[Tensor, " n"], time: float) -> BiasRow:
-    """The mean of some measured gradients beside the truth."""
+    """The row that compares the mean of the measured gradients with the exact gradient `truth`."""
     gradients = [one.gradient for one in taken if one.gradient is not None]
     cosine = error = torch.nan
     if len(gradients) == len(taken):
@@ -168,13 +168,13 @@ def row(label: str, taken: Sequence[Measured], truth: Float[Tensor, " n"], time:
 
 
 def labeled(estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad]) -> dict[str, AbstractGrad]:
-    """Estimators by name, or by their settings where they have none."""
+    """Estimators by their names, or by labels made of their settings."""
     if isinstance(estimators, Mapping):
         return {str(name): grad for name, grad in estimators.items()}
     labeled: dict[str, AbstractGrad] = {}
     for grad in estimators:
         name, count = label(grad), 2
-        while name in labeled:  # estimators that differ in a generator or a callback only
+        while name in labeled:  # estimators whose labels are the same, such as two that differ in a generator only
             name, count = f"{label(grad)} #{count}", count + 1
         labeled[name] = grad
     return labeled

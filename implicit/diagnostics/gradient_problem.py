@@ -1,4 +1,4 @@
-"""What gradients are compared on: a fixed-point problem, a loss of its solution, and tensors to differentiate for."""
+"""The problem on which gradients are compared: a map, a loss of its fixed point, and tensors to differentiate for."""
 
 import warnings
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from implicit.stopping import Stop
 
 @dataclass(frozen=True, eq=False)
 class GradientProblem:
-    """What the gradients are of: the map, the loss of the solution's value, and the tensors to differentiate for."""
+    """A map, how to solve for its fixed point, a loss of the solution's value, and the tensors to differentiate for."""
 
     problem: Problem
     solver: AbstractSolver[Any]
@@ -41,14 +41,14 @@ class GradientProblem:
         loss: Loss | None,
         params: Iterable[Tensor] | None,
     ) -> "GradientProblem":
-        """Fill in the loss and the tensors that f uses, at the cost of one evaluation."""
+        """The problem; a missing loss is a random projection, missing tensors are traced in one evaluation of f."""
         wanted = differentiable_tensors(problem) if params is None else tuple(params)
         return cls(problem, solver, stop, layout, loss or partial(random_projection, layout), wanted)
 
     def forward(self, grad: AbstractGrad, f: Map) -> Tensor:
-        """The loss, by one estimator."""
+        """The loss at a solution attached to the graph by `grad`."""
         solution = self._solved(f, grad)
-        if not isinstance(grad, StochasticJFB):  # whose budget is its draw
+        if not isinstance(grad, StochasticJFB):  # which draws its budget, and need not converge
             warn_how_it_ended(solution)
         return self.loss(solution.value)
 
@@ -76,7 +76,7 @@ class GradientProblem:
 
 
 def warn_how_it_ended(solution: Solution) -> None:
-    """Warn (RuntimeWarning) where samples did not converge, and how they ended."""
+    """Warn (RuntimeWarning) with the `Result` of samples that did not converge."""
     codes = [Result(code).name for code in solution.result.tolist()]
     bad = sorted({code for code in codes if code != Result.CONVERGED.name})
     if bad:
@@ -93,7 +93,7 @@ def differentiable_tensors(problem: Problem) -> tuple[Tensor, ...]:
 
 
 def random_projection(layout: Layout, value: State) -> Tensor:
-    """<v, z> for a fixed random v, per sample over sqrt(N), averaged."""
+    """Mean over the samples of <v, z> / sqrt(N), for a fixed random v."""
     z = layout.pack(value)
     v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z.dtype).to(z.device)
     return (v * z).sum(dim=1).mean() / z.shape[1] ** 0.5

@@ -1,11 +1,11 @@
 """A trainable penalty on the size of df/dz, to keep an equilibrium layer easy to solve.
 
-Setting: J = df/dz at z, N numbers a sample. For random v of independent entries +-1 (mean 0, covariance I),
+Setting: J = df/dz at z, N numbers per sample. For random v of independent entries +-1 (mean 0, covariance I),
 
     E ||J^T v||^2 = tr(J J^T) = ||J||_F^2            (Hutchinson)
 
-and ||J||_F / sqrt(N) bounds no single eigenvalue, but is the root mean square of J's singular values: pushing it down
-pushes the spectral radius down in practice.
+||J||_F / sqrt(N) is the root mean square of J's singular values. It bounds no single eigenvalue, but in practice the
+spectral radius falls as this norm is penalized.
 """
 
 from typing import Any
@@ -31,11 +31,11 @@ def jacobian_penalty(
     """(B,) unbiased estimates of ||df/dz||_F^2 / N at z, differentiable.
 
     Add ``weight * jacobian_penalty(layer, solution.value, x, generator=rng).mean()`` to the loss. The gradient reaches
-    what f closes over, `args`, and z where it requires gradients: pass ``solution.value.detach()`` to take z as given
-    (cheaper, and the usual choice), or the attached value for the derivative through the equilibrium as well, which
-    needs an estimator that can be differentiated (`IFT`, `Unrolled`). Attention inside f runs on PyTorch's plain
-    kernel, since the fused ones have no second derivative. Cost: one evaluation of f and `probes` vector-Jacobian
-    products, and about twice that in the backward pass. Under `torch.no_grad` it is just a number.
+    the tensors that f closes over, `args`, and z if z requires gradients: pass ``solution.value.detach()`` to treat z
+    as a constant (cheaper, and the usual choice), or the attached value to differentiate through the fixed point too,
+    which needs an estimator that can be differentiated (`IFT`, `Unrolled`). Attention inside f runs PyTorch's math
+    kernel, since the fused kernels have no second derivative. Cost: one evaluation of f and `probes` vector-Jacobian
+    products, and about twice that in the backward pass. Under `torch.no_grad` the result has no graph.
 
     Source: Hutchinson, Commun. Stat. Simul. 18(3), 1989; Bai, Koltun and Kolter, "Stabilizing Equilibrium Models by
     Jacobian Regularization", ICML 2021, arXiv 2106.14342.
@@ -44,12 +44,12 @@ def jacobian_penalty(
         f: the map f(z, *args).
         z: the point, ``(B, *)`` tensors.
         args: passed on to f.
-        generator: of the probes, on any device; every sample has its own.
-        probes: probes a sample, >= 1; the variance falls as 1 / probes.
+        generator: generator of the probes v, on any device; every sample has its own v.
+        probes: number of probes per sample, >= 1; the variance falls as 1 / probes.
         batch_dims: 0 makes the whole state one system.
 
     Raises:
-        ValueError: f or z are not what `fixed_point` would accept, or `probes` is out of range.
+        ValueError: `fixed_point` would refuse f or z, or `probes` is out of range.
     """
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}.")
@@ -57,7 +57,7 @@ def jacobian_penalty(
     layout = Layout.of(z, batch_dims)
     with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         x = layout.pack(z)
-        # A node of our own: products are taken with respect to it, whatever z itself depends on.
+        # products are taken with respect to a new graph node x, whatever z itself depends on
         x = x.view_as(x) if x.requires_grad else x.clone().requires_grad_()
         y = FlatMap(f, args, layout)(x)
         act = pullback(y, x, create_graph=keep)

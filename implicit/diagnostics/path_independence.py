@@ -1,13 +1,13 @@
 """Path independence: whether the solution depends on the start of the solve.
 
-Setting: z_1 solves z = f(z, x) from the usual start, z_2 from somewhere else entirely, for the same x. The asymptotic
-alignment score is their cosine, 1 for a path-independent layer:
+Setting: z_1 solves z = f(z, x) from the usual start, z_2 from a distant start, for the same x. The asymptotic alignment
+score is their cosine, 1 for a path-independent layer:
 
     AA = <z_1, z_2> / (||z_1|| ||z_2||)                 per sample
 
 The other start is the solution of *another* sample: a plausible solution, for another input x. Anil et al.,
 "Path Independent Equilibrium Models Can Better Exploit Test-Time Computation", NeurIPS 2022, arXiv 2211.09961, found
-that it goes with generalization to harder problems at test time.
+that a high score goes with generalization to harder problems at test time.
 """
 
 from dataclasses import dataclass
@@ -31,10 +31,10 @@ class PathIndependence:
     """Two solves of the same problems from different starts.
 
     Attributes:
-        score: (B,) cosine of the two answers; 1 where they are the same, zeros included.
-        distance: (B,) ||z_2 - z_1|| / ||z_1||, which sees differences of length too.
-        first, second: the two solves; read `converged` before the score, since two long runs that both stopped short
-            differ for that reason alone.
+        score: (B,) cosine of the two answers; 1 if they are equal, also if both are zero.
+        distance: (B,) ||z_2 - z_1|| / ||z_1||, which depends on differences of length too.
+        first, second: the two solves. Read `converged` before the score: answers that have not converged may differ
+            for this reason alone.
     """
 
     score: Float[Tensor, " B"]
@@ -63,14 +63,13 @@ def path_independence(
         f: the map f(z, *args).
         z0: the usual start, ``(B, *)`` tensors.
         args: passed on to f.
-        start: the other start, like z0. Default: sample b starts at the solution of sample b - 1 (and 0 at the last
-            one's), the one place in `implicit.diagnostics` where samples meet.
+        start: the other start, like z0. Default: sample b starts at the solution of sample b - 1, sample 0 at that of
+            the last one. This is the only diagnostic in which a sample's result depends on another sample.
         solver, stop: as in `fixed_point`; default ``Stop(max_evals=500)``, since the score is about the limit.
         batch_dims: 0 makes the whole state one system; `start` must then be given.
 
     Raises:
-        ValueError: there is no other sample to start from and `start` is not given, or f or z0 are not what
-            `fixed_point` would accept.
+        ValueError: the batch has one sample and `start` is not given, or `fixed_point` would refuse f or z0.
     """
     layout = Layout.of(z0, batch_dims)
     if start is None and (batch_dims == 0 or layout.pack(z0).shape[0] < 2):

@@ -1,6 +1,6 @@
-"""What a gradient costs: evaluations of f, vector-Jacobian products, bytes held, bytes at the peak, time.
+"""Cost of a gradient: evaluations of f, vector-Jacobian products, bytes held, bytes at the peak, time.
 
-Measured from outside by dispatch modes, which apply to the gradients of any library.
+The bytes are measured by a dispatch mode, which works for the gradients of any library.
 """
 
 import statistics
@@ -31,7 +31,7 @@ class Counter:
         self.evals, self.products = self.evals + evals, self.products + products
 
     def watch(self, f: Map) -> Map:
-        """f, counted."""
+        """f with its evaluations, and the vector-Jacobian products with it, counted."""
 
         def watched(z: State, *args: Any) -> State:
             self.count(evals=1)
@@ -57,16 +57,16 @@ class _Tap(torch.autograd.Function):
 
 
 class Bytes(TorchDispatchMode):
-    """Follows the memory of every tensor that an operator makes while it is on; workspaces inside operators are unseen.
+    """Counts the bytes of the tensors that operators make while the mode is on, without workspaces inside operators.
 
     Attributes:
-        alive: bytes made since it was switched on that are still in use.
+        alive: bytes made since the mode was switched on that are still in use.
         peak: the largest value of `alive` so far.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._sizes: dict[int, int] = {}  # 0: it was there before
+        self._sizes: dict[int, int] = {}  # storage -> its bytes; 0 for a storage that is older than the mode
         self.alive = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -99,9 +99,9 @@ class Measured:
         gradient: all gradients as one float64 vector on the host; None if there is none.
         evals: evaluations of f, forward and backward.
         products: vector-Jacobian products with f.
-        saved: bytes held between the forward and the backward pass, the value included, parameters and inputs not.
-        peak: most bytes in use at once in either pass, likewise.
-        note: warnings, or why there is no gradient.
+        saved: bytes held between the forward and the backward pass: the value counts, parameters and inputs do not.
+        peak: largest number of such bytes in use at once in either pass.
+        note: warnings, or the reason if there is no gradient.
     """
 
     gradient: Float[Tensor, " n"] | None = field(repr=False)
@@ -118,10 +118,11 @@ def measure(
     """Run ``forward(f)``, a scalar loss, and its backward pass once, and measure both. A failure is a `note`.
 
     Args:
-        forward: makes the loss with the f that it is given.
+        forward: function of a map like f that returns the loss.
         f: the map.
-        params: gradients with respect to what.
-        counter: counts along, from what it has counted before; it may raise to end the run.
+        params: tensors to differentiate for.
+        counter: counter of evaluations and products, which goes on from its present counts and may raise to end the
+            run; None: a new one.
     """
     counter, memory, saved = Counter() if counter is None else counter, Bytes(), 0
     evals, products = counter.evals, counter.products
@@ -145,16 +146,16 @@ def measure(
 
 
 def flat(grads: Iterable[Tensor | None], params: Sequence[Tensor]) -> Float[Tensor, " n"]:
-    """Gradients as one float64 vector on the host, real and imaginary parts apart, 0 where there is none."""
+    """Gradients as one float64 vector on the host, with real and imaginary parts as two numbers and 0 for None."""
     whole = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
     real = [torch.view_as_real(g.resolve_conj()) if g.is_complex() else g for g in whole]
     return torch.cat([g.detach().flatten().cpu().double() for g in real])
 
 
 def paced(runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median seconds of each run, all of them taking turns, after one round that does not count.
+    """Median seconds of each run; all runs take turns, after one round of warm-up.
 
-    CPU time of this process, which other processes do not lengthen; on other devices the clock's.
+    On the CPU this is the CPU time of the process, which other processes do not lengthen; on other devices clock time.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):

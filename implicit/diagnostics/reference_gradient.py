@@ -4,8 +4,8 @@ Setting: z* = f(z*, theta), J = df/dz at z*, g = dL/dz*;
 
     dL/dtheta = u^T df/dtheta,     (I - J^T) u = g
 
-at a z* solved as far as its dtype goes. Where the samples are small, J is formed and the system solved directly, in
-float64; elsewhere u is iterated to the same end.
+at a z* solved to the rounding error of its dtype. For small samples J is formed and the linear system solved by
+elimination in float64; for larger ones u is iterated to rounding error.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from implicit.stopping import Stop
 
 Loss = Callable[[State], Tensor]
 
-_DENSE = 2**23  # numbers in all samples' Jacobians up to which they are formed
+_DENSE = 2**23  # largest number of entries in the Jacobians of all samples with which they are formed
 
 
 def exact_gradient(
@@ -42,7 +42,7 @@ def exact_gradient(
 ) -> tuple[Float[Tensor, " n"], str]:
     """dL/dtheta for every theta in `wanted` as one float64 vector on the host, and how it was found.
 
-    The Jacobian is formed where a sample has at most `dense` numbers; by default where all Jacobians fit `_DENSE`.
+    The Jacobian is formed if a sample has at most `dense` numbers; None: if all Jacobians fit `_DENSE`.
 
     Raises:
         NotConverged: the solution or the linear system was not found accurately enough to compare estimators with.

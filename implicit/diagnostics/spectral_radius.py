@@ -7,7 +7,7 @@ Setting: J = df/dz at z. J^T has the eigenvalues of J, and its products are vect
 
 The eigenvalues t of the small H (Ritz values) approach those of J from the outside of the spectrum inwards, complex
 pairs and pairs +-t included; with H s = t s the vector Q s has the residual |h_{m+1,m} s_m| (Saad, "Numerical Methods
-for Large Eigenvalue Problems", 2nd edition, 2011, section 6.2). The powers (J^T)^k q_1 = Q H^k e_1 come with it.
+for Large Eigenvalue Problems", 2nd edition, 2011, section 6.2). H also gives the powers (J^T)^k q_1 = Q H^k e_1.
 """
 
 import warnings
@@ -25,8 +25,8 @@ from implicit.linear.arnoldi import orthogonalize
 from implicit.pytree import Flat, Layout, Map, PerSample, State, norm
 from implicit.solvers.history_buffer import HistoryBuffer
 
-_CHECK = 5  # products between two computations of the Ritz values
-_POWERS = 60  # powers of J that are followed where the basis is complete
+_CHECK = 5  # number of products between two computations of the Ritz values
+_POWERS = 60  # largest k of the powers (J^T)^k q if the basis spans all that J^T can reach from q
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,10 +34,10 @@ class Spectrum:
     """Ritz values of df/dz, on the host.
 
     Attributes:
-        values: (B, m) the largest modulus first; NaN where a sample needed fewer than m products.
-        error: (B,) residual of the leading Ritz pair, relative to its modulus; 0 where the basis spans all that J can
-            reach. A bound on the error of the radius for normal J, an estimate for others.
-        growth: (B, K) log ||(J^T)^k q|| for the random unit start q and k = 1 .. K; NaN where the basis is too small.
+        values: (B, m) Ritz values, the largest modulus first; NaN if a sample needed fewer than m products.
+        error: (B,) residual of the leading Ritz pair, relative to its modulus; 0 if the basis spans all that J^T can
+            reach from the start. A bound on the error of the radius for normal J, an estimate otherwise.
+        growth: (B, K) log ||(J^T)^k q|| for the random unit start q and k = 1 .. K; NaN if the basis is too small.
     """
 
     values: Complex[Tensor, "B m"]
@@ -46,7 +46,7 @@ class Spectrum:
 
     @property
     def radius(self) -> Float[Tensor, " B"]:
-        """(B,) the spectral radius: Picard's iteration converges where it is below 1, by this factor a step."""
+        """(B,) the spectral radius: Picard's iteration converges if it is below 1, by this factor per step."""
         return self.values[:, 0].abs()
 
 
@@ -61,7 +61,7 @@ def spectral_radius(
 ) -> Float[Tensor, " B"]:
     """(B,) spectral radius of df/dz at z, in float64 on the host; see `spectrum` for the arguments.
 
-    Warns (RuntimeWarning) where `tol` was not met within the budget of products.
+    Warns (RuntimeWarning) if `tol` was not met within the budget of products.
 
     Example:
         >>> import torch
@@ -93,20 +93,20 @@ def spectrum(
 ) -> Spectrum:
     """The outer eigenvalues of df/dz at z, per sample.
 
-    Cost: one evaluation of f and at most `products` vector-Jacobian products; memory: one state per product. Nothing
-    is left behind: no gradient, no `requires_grad`. A sample's answer does not depend on the others.
+    Cost: one evaluation of f and at most `products` vector-Jacobian products; memory: one state per product. No tensor
+    gets a gradient or `requires_grad`. The result of a sample does not depend on the others.
 
     Args:
         f: the map f(z, *args).
         z: the point, ``(B, *)`` tensors; usually ``fixed_point(...).value``.
         args: passed on to f.
-        products: budget, >= 1; N of them, the size of a sample, always suffice on paper.
+        products: largest number of products, >= 1; N of them always suffice in exact arithmetic.
         tol: a sample has converged when its leading Ritz pair has this residual, relative to its modulus.
         batch_dims: 0 makes the whole state one system.
-        generator: of the start, the same for all samples; None: a fixed start.
+        generator: generator of the start, which is the same for all samples; None: a fixed start.
 
     Raises:
-        ValueError: f or z are not what `fixed_point` would accept, or an argument is out of range.
+        ValueError: `fixed_point` would refuse f or z, or an argument is out of range.
     """
     if products < 1:
         raise ValueError(f"products must be at least 1, got {products}.")
@@ -138,7 +138,7 @@ def _arnoldi(act: Callable[[Flat], Flat], start: Flat, products: int, tol: float
         w = act(q)
         whole = norm(w)
         column, w, left = orthogonalize(w, basis)
-        left = torch.where(left <= 10 * eps * whole, 0.0, left)  # rounding: the basis spans all that J reaches
+        left = torch.where(left <= 10 * eps * whole, 0.0, left)  # rounding error: the basis spans the whole product
         found = torch.cat((column[:, : k + 1], torch.stack((left, whole, norm(q)), dim=1)), dim=1).cpu().double()
         q = torch.where(left.unsqueeze(1) > 0, w / left.unsqueeze(1), 0.0).nan_to_num(nan=torch.nan)
         # a column of H
@@ -155,7 +155,7 @@ def _arnoldi(act: Callable[[Flat], Flat], start: Flat, products: int, tol: float
 
 
 def _growth(h: Float[Tensor, "B m1 m"], size: Tensor) -> Float[Tensor, "B K"]:
-    """log ||(J^T)^k q|| = log ||H^k e_1||, exact for k below the dimension of the basis or for all if it is full."""
+    """log ||(J^T)^k q|| = log ||H^k e_1||; exact for k below the dimension of the basis, or for all k if it is full."""
     m = h.shape[2]
     square = torch.nan_to_num(h[:, :m])
     last = h.gather(1, size.clamp(max=m).view(-1, 1, 1).expand(-1, 1, m))[:, 0]

@@ -1,4 +1,4 @@
-"""Diagnosis of a fixed-point problem: causes of failure and a recommendation, one question a file."""
+"""Diagnosis of a fixed-point problem: causes of failure and a recommendation; each file answers one question."""
 
 from implicit.diagnostics.diagnose.condition import Condition as Condition
 from implicit.diagnostics.diagnose.condition import Finding as Finding

@@ -9,7 +9,7 @@ from implicit.pytree import Map, State
 
 
 class BudgetSpent(Exception):
-    """Raised in place of an evaluation or product beyond the budget; no RuntimeError, which solvers may handle."""
+    """Raised in place of an evaluation or product beyond the budget; not a RuntimeError, which solvers may catch."""
 
 
 @dataclass
@@ -24,17 +24,17 @@ class Budget(Counter):
         return self.limit - self.evals - self.products
 
     def count(self, evals: int = 0, products: int = 0) -> None:
-        """Count evaluations of f and products, made here or elsewhere.
+        """Count evaluations of f and products.
 
         Raises:
-            BudgetSpent: there are not as many left.
+            BudgetSpent: the budget has fewer left.
         """
         if evals + products > self.remaining:
             raise BudgetSpent(f"the budget of {self.limit} evaluations and products is spent")
         super().count(evals, products)
 
     def plain(self, f: Map) -> Map:
-        """f with its evaluations counted, and nothing put into its graph, so that every kind of derivative works."""
+        """f with its evaluations counted and without a node in its graph, so that every kind of derivative works."""
 
         def counted(z: State, *args: Any) -> State:
             self.count(evals=1)
@@ -43,7 +43,7 @@ class Budget(Counter):
         return counted
 
     def attempt(self, run: Callable[[], Any]) -> Any:
-        """What `run` returns, or None if the budget ends first."""
+        """The result of `run`, or None if the budget ends first."""
         try:
             return run()
         except BudgetSpent:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class Condition(enum.Enum):
-    """What a diagnosis can find; the value is the name in print."""
+    """Conditions that a diagnosis can find; the value is the printed name."""
 
     CONTRACTIVE = "contractive"
     OSCILLATING = "oscillating"
@@ -34,22 +34,22 @@ class Condition(enum.Enum):
 
     @property
     def advice(self) -> str:
-        """What follows from the condition."""
+        """The consequence of the condition, or what to do about it."""
         return _ADVICE[self]
 
 
 _ADVICE = {
-    Condition.CONTRACTIVE: "Plain iteration converges near the fixed point; accelerated solvers do so in fewer steps.",
+    Condition.CONTRACTIVE: "Plain iteration converges near the fixed point; accelerated solvers take fewer steps.",
     Condition.OSCILLATING: "Plain iteration overshoots; damping or an accelerated solver converges.",
     Condition.EXPANDING: "No damping makes plain iteration converge; use Multisecant, Broyden or NewtonKrylov.",
     Condition.NON_NORMAL: "Residuals grow for some steps before they shrink; use a window longer than that transient.",
-    Condition.KINKED: "f has no derivative at the fixed point; gradients there are one of several.",
+    Condition.KINKED: "f has no derivative at the fixed point; a gradient there is one of several possible ones.",
     Condition.NOISY: "Draw dropout masks and noise once before the solve, and put f into evaluation mode.",
     Condition.COUPLED: "Pass batch_dims=0, which makes the whole state one system.",
     Condition.SEVERAL_FIXED_POINTS: "The answer depends on the start; fix the start, and train and evaluate from it.",
-    Condition.STARTS_AT_EQUILIBRIUM: "The solve does nothing; inject the input into f, or start elsewhere.",
+    Condition.STARTS_AT_EQUILIBRIUM: "The solve changes nothing; inject the input into f, or pass another start.",
     Condition.BELOW_ROUNDING: "No solver can meet this tolerance in this dtype; loosen rtol, or use float64.",
-    Condition.NONFINITE: "Look at f at the start; scale the state or use a wider dtype.",
+    Condition.NONFINITE: "Check f at the start; scale the state or use a wider dtype.",
 }
 
 
@@ -58,10 +58,10 @@ class Finding:
     """A condition that was found.
 
     Attributes:
-        condition: which.
-        evidence: the numbers it rests on.
-        samples: the samples it holds for; of a batch that is one system, sample 0.
-        certain: False where the numbers are close to the border, or were taken at a point that is no fixed point.
+        condition: the condition.
+        evidence: the measured numbers that show the condition, as text.
+        samples: numbers of the samples that the condition holds for; 0 if the batch is one system.
+        certain: False if the numbers are close to the threshold, or were measured at a point that is no fixed point.
     """
 
     condition: Condition

@@ -1,4 +1,4 @@
-"""Which gradient estimator: bias, time and memory of each, beside the exact gradient, as far as the budget goes."""
+"""Which gradient estimator to take: bias, time and memory of each, as far as the budget suffices."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,14 +14,14 @@ from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, Unro
 from implicit.pytree import State
 from implicit.solution import NotConverged
 
-_DENSE = 64  # numbers a sample up to which the exact gradient comes from a dense solve
-_FASTER = 0.8  # share of the exact estimator's time at which an inexact one is preferred
-_MEMORY = 1.1  # share of its bytes, held and at the peak, up to which it is
+_DENSE = 64  # for samples of at most so many numbers the exact gradient comes from a dense solve
+_FASTER = 0.8  # another estimator than IFT is chosen if it takes at most this share of IFT's time
+_MEMORY = 1.1  # and at most this share of IFT's bytes, held and at the peak
 
 
 @dataclass(frozen=True)
 class EstimatorTable:
-    """Rows of the estimators that were measured, how the exact gradient was found, and what is missing."""
+    """Rows of the measured estimators, how the exact gradient was found, and which rows are missing and why."""
 
     rows: tuple[BiasRow, ...] = ()
     truth: str = ""
@@ -29,7 +29,7 @@ class EstimatorTable:
 
 
 def default_estimators() -> list[AbstractGrad]:
-    """The most used first, since the budget may end."""
+    """The default candidates; the most used come first, since the budget may end before the last."""
     return [IFT(), JFB(), Phantom(), Neumann(), JFB(5), SHINE(), Unrolled()]
 
 
@@ -44,12 +44,12 @@ def try_estimators(
     """Measure every estimator.
 
     Args:
-        problem: what the gradients are of.
-        answer: the solution, from which the exact gradient's own solve starts.
-        estimators: which.
+        problem: the map, the loss and the tensors to differentiate for.
+        answer: the solution, from which the solve for the exact gradient starts.
+        estimators: the estimators to measure.
         repeats: rounds of timing.
-        evals: evaluations of the forward solve.
-        budget: of all of it.
+        evals: number of evaluations of a forward solve.
+        budget: the budget of all evaluations and products.
     """
     if not problem.wanted:
         return EstimatorTable(missing="nothing that f uses requires gradients")
@@ -98,7 +98,7 @@ def _times(
 
 
 def choose(table: EstimatorTable, error: float) -> tuple[str, str]:
-    """(label of the estimator to take, the reason): the exact one, unless another is as good and clearly faster."""
+    """(label of the estimator to take, the reason): IFT, unless a faster estimator has at most the relative `error`."""
     rows = {r.name: r for r in table.rows if not math.isnan(r.error)}
     if "IFT" not in rows:
         good = [r for r in rows.values() if r.error <= error]

@@ -1,12 +1,12 @@
-"""Kind of fixed point from the Jacobian J there: contractive, oscillating or expanding; non-normal; kinked.
+"""Kind of fixed point by the Jacobian J at it: contractive, oscillating or expanding; non-normal; kinked.
 
-The kinds are those of `condition`. Two more questions:
+The first three kinds are defined in `condition`. Two more conditions are measured:
 
-    non-normal    T = max_k ||(J^T)^k q|| / r^k, with q random and r the rate at which these norms grow in the end. For
-                  normal J the norms are log-convex in k, so that T <= 1; T is how many times a residual can grow
+    non-normal    T = max_k ||(J^T)^k q|| / r^k, with q random and r the rate at which these norms grow for large k. For
+                  normal J the norms are log-convex in k, so that T <= 1; T is the factor by which a residual can grow
                   beyond its final rate.
     kinked        D(h) = ||f(z + h d) - 2 f(z) + f(z - h d)|| / (h ||d||) for random d, the difference of the one-sided
-                  slopes. Where f is differentiable D(h) falls like h; at a kink it does not.
+                  slopes. If f is differentiable D(h) falls like h; at a kink D(h) does not fall.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from implicit.evaluation import FlatMap
 from implicit.pytree import Flat, PerSample, norm
 from implicit.solvers import Picard
 
-_BORDER = 0.02  # distance from 1 within which radius and real part do not tell the kinds apart
-_LOOSE = 0.1  # relative error of the leading Ritz value beyond which the kind is uncertain
-_TRANSIENT, _CLEAR = 10.0, 20.0  # growth that counts as strongly non-normal, and beyond doubt
-_SLOWEST = 0.1  # least rate: faster decay ends within a few steps
-_STEPS = (1e-2, 1e-3)  # h of the kinks, in units of the state's root mean square
-_KINK, _FALL = 0.05, 0.5  # least D(h) of a kink, as a share of the slopes themselves, and of D(1e-3) / D(1e-2)
-_FLAT = 0.1  # slopes below this count as this
+_BORDER = 0.02  # the kind is uncertain if the spectral radius or real part differs from 1 by at most this
+_LOOSE = 0.1  # the kind is uncertain if the relative error of the leading Ritz value is larger
+_TRANSIENT, _CLEAR = 10.0, 20.0  # J is strongly non-normal from the first T on, and certainly from the second on
+_SLOWEST = 0.1  # smallest r: with a faster decay a transient ends within a few steps
+_STEPS = (1e-2, 1e-3)  # h, in units of the state's root mean square
+_KINK, _FALL = 0.05, 0.5  # at a kink D(1e-3) is at least this share of the slopes' sum, and this share of D(1e-2)
+_FLAT = 0.1  # the slopes' sum is taken to be at least this
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Kinds:
 
     @classmethod
     def of(cls, spectrum: Spectrum) -> "Kinds":
-        """Read off the Ritz values."""
+        """The kinds by the Ritz values and the growth of the powers of J."""
         values, growth = spectrum.values, spectrum.growth
         real = values.real.nan_to_num(nan=-torch.inf).amax(dim=1)
         gap = (1 - values).abs().nan_to_num(nan=torch.inf).amin(dim=1)
@@ -65,12 +65,12 @@ def _transient(growth: Tensor) -> Tensor:
 
 
 def kind(kinds: Kinds, spectrum: Spectrum, found: Tensor) -> list[Finding]:
-    """The kind of fixed point, of the worst samples, and whether J is strongly non-normal.
+    """One finding per kind of fixed point in the batch, and one for the samples with a strongly non-normal J.
 
     Args:
-        kinds: what `Kinds.of` made of the spectrum.
-        spectrum: of J at the best iterates.
-        found: (B,) whether these are fixed points.
+        kinds: result of `Kinds.of` for the spectrum.
+        spectrum: the spectrum of J at the best iterates.
+        found: (B,) whether the best iterates are fixed points.
     """
     known, found = torch.isfinite(kinds.radius), found.cpu()
     expanding = known & (kinds.real >= 1)
@@ -102,7 +102,7 @@ def kind(kinds: Kinds, spectrum: Spectrum, found: Tensor) -> list[Finding]:
 
 
 def kind_from_iterations(rows: Sequence[SolverRow]) -> list[Finding]:
-    """The kind of fixed point by which iterations converged, plain and damped, where f has no derivative."""
+    """The kind of fixed point by the iterations that converged, plain or damped, for an f without a derivative."""
     able = {row.solver: row for row in rows if row.samples and row.converged == row.samples}
     if not able:
         return []
@@ -115,7 +115,7 @@ def kind_from_iterations(rows: Sequence[SolverRow]) -> list[Finding]:
 
 
 def kinks(f: FlatMap, z: Flat, found: Tensor) -> list[Finding]:
-    """Whether f has a kink at z: D(h) of two directions at two distances, nine evaluations."""
+    """Whether f has a kink at z, by D(h) for two directions d and two steps h: nine evaluations."""
     fz = f(z)
     scale = root_mean_square(z)
     scale = torch.where(scale > 10 * f.layout.eps, scale, root_mean_square(fz).clamp_min(1e-3)).unsqueeze(1)
@@ -124,7 +124,7 @@ def kinks(f: FlatMap, z: Flat, found: Tensor) -> list[Finding]:
         worst = torch.zeros(len(z), dtype=z.dtype, device=z.device)
         share = torch.zeros_like(worst)
         for seed in (3, 4):
-            # D(h), where it is above the rounding of f, and the slopes on both sides
+            # D(h), 0 if it is within the rounding error of f, and its share of the slopes on both sides
             step = h * scale * normal(z, seed)
             ahead, behind = f(z + step) - fz, f(z - step) - fz
             second = norm(ahead + behind)

@@ -15,14 +15,13 @@ from implicit.evaluation import FlatMap
 from implicit.loop.repeated_points import REPEATABLE
 from implicit.pytree import Flat, PerSample, norm
 
-_CERTAIN = 100.0  # times the threshold from which a difference is beyond doubt
-
-_MANY = 64  # numbers of a batch from which on two evaluations show noise
+_CERTAIN = 100.0  # a finding is certain if the difference exceeds this multiple of the threshold
+_MANY = 64  # in a batch of at least so many numbers one more evaluation shows noise; smaller batches take eight
 
 
 @dataclass(frozen=True, eq=False)
 class GenericPoint:
-    """A point p away from the start, f there, and the length scale of the state."""
+    """A point p away from the start, f(p), and the length scale of the state."""
 
     z: Flat
     fz: Flat
@@ -41,7 +40,7 @@ def root_mean_square(flat: Flat) -> PerSample:
 
 
 def generic_point(f: FlatMap, z0: Flat, first: Flat) -> GenericPoint:
-    """A point beside `first`, f(z0), at which f is finite; nearer to it where f is not finite there."""
+    """A point near `first`, f(z0), at which f is finite: as far as the scale, a tenth or a hundredth of it."""
     scale = root_mean_square(first)
     scale = torch.where(scale > 0, scale, torch.where(norm(z0) > 0, root_mean_square(z0), 1.0))
     z, fz = first, first
@@ -54,7 +53,7 @@ def generic_point(f: FlatMap, z0: Flat, first: Flat) -> GenericPoint:
 
 
 def noise(f: FlatMap, point: GenericPoint) -> Finding | None:
-    """Whether evaluations at one point differ; small states, where two draws may agree by chance, take more of them."""
+    """Whether evaluations at one point differ; more evaluations for small batches, whose draws may agree by chance."""
     off = torch.zeros_like(point.scale)
     for _ in range(1 if point.z.numel() >= _MANY else 8):
         off = torch.maximum(off, _difference(f(point.z), point.fz))
@@ -62,7 +61,7 @@ def noise(f: FlatMap, point: GenericPoint) -> Finding | None:
 
 
 def coupling(f: FlatMap, point: GenericPoint) -> Finding | None:
-    """Whether a sample's f(z) changes as other samples do: each half of the batch is moved in turn."""
+    """Whether f(z) of a sample changes when other samples change: each half of the batch is moved in turn."""
     batch = len(point.z)
     if batch < 2:
         return None
@@ -78,13 +77,13 @@ def coupling(f: FlatMap, point: GenericPoint) -> Finding | None:
 
 
 def _difference(a: Flat, b: Flat) -> PerSample:
-    """||a - b|| / ||b||; 0 where both are the same, NaN where one is not finite."""
+    """||a - b|| / ||b||; 0 if a = b, NaN if one of the two is not finite."""
     off = norm(a - b)
     return torch.where(off == 0, 0.0, off / norm(b).clamp_min(torch.finfo(b.dtype).tiny))
 
 
 def _finding(condition: Condition, evidence: str, off: PerSample, eps: float) -> Finding | None:
-    """The condition of the samples whose difference is more than rounding; `evidence` takes the largest one."""
+    """The finding for samples whose difference exceeds rounding; the largest difference is put into `evidence`."""
     threshold = REPEATABLE * eps
     if not bool((off > threshold).any()):
         return None

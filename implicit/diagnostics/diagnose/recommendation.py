@@ -14,8 +14,8 @@ from implicit.pytree import Layout
 from implicit.solvers import Multisecant, Picard
 from implicit.stopping import Stop
 
-_SLACK = 2  # budget of evaluations over those that were measured
-_ABOVE = 10.0  # tolerance over the smallest residual
+_SLACK = 2  # ratio of the recommended max_evals to the evaluations that were measured
+_ABOVE = 10.0  # ratio of the recommended rtol to the smallest relative residual
 
 
 def recommend(
@@ -32,15 +32,15 @@ def recommend(
     """The solver with the fewest evaluations, a tolerance that can be met, and the estimator by bias and time.
 
     Args:
-        findings: what was found.
-        best: the row of the best solver.
-        rows: those of all solvers.
-        stop: the stopping criterion given.
+        findings: the conditions that were found.
+        best: the row of the best solver; None if no solver could be run.
+        rows: the rows of all solvers.
+        stop: the stopping criterion of the caller.
         floor: the smallest relative residual that was reached.
         table: bias and time of the estimators.
         estimators: the candidates.
-        error: relative error of a gradient that is good enough.
-        layout: of the state.
+        error: largest accepted relative error of a gradient.
+        layout: the layout of the state.
     """
     conditions = {finding.condition for finding in findings}
     reasons = [f.condition.advice for f in findings if f.condition in _FIRST]
@@ -55,7 +55,7 @@ def recommend(
     return Recommendation(solver, stop, grad, layout.batch_dims, tuple(dict.fromkeys(reasons)))
 
 
-# conditions of f to mend before any solver can be recommended
+# conditions whose advice comes before the solver, since f or the call has to be changed first
 _FIRST = (Condition.NONFINITE, Condition.NOISY, Condition.COUPLED, Condition.STARTS_AT_EQUILIBRIUM)
 
 
@@ -77,7 +77,7 @@ def _solver_reason(row: SolverRow | None, rows: Sequence[SolverRow]) -> str:
 
 
 def _tolerance(stop: Stop, row: SolverRow | None, floor: float, below: bool) -> tuple[Stop, str]:
-    """The user's tolerance, or ten times the smallest residual where that one is larger; and a budget that suffices."""
+    """The user's tolerance, or `_ABOVE` times the smallest residual if that is larger; and a sufficient budget."""
     why = ""
     if below and math.isfinite(floor):
         rtol = float(f"{max(stop.rtol, _ABOVE * floor):.0e}")

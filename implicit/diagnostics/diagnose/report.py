@@ -1,4 +1,4 @@
-"""`Diagnosis`: what was found about a fixed-point problem, and what to do, as a table, a figure and fields."""
+"""`Diagnosis`: the findings about a fixed-point problem and a recommendation, as fields, tables and a figure."""
 
 import math
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Recommendation:
 
     Attributes:
         solver, stop, grad, batch_dims: arguments of `implicit.fixed_point`.
-        reasons: why, one sentence each.
+        reasons: the reasons for these arguments, a sentence each.
     """
 
     solver: AbstractSolver[Any]
@@ -37,7 +37,7 @@ class Recommendation:
 
     @property
     def code(self) -> str:
-        """The call, as a line of Python; f, z0 and args are the caller's."""
+        """The call as a line of Python, in which f, z0 and args are names of the caller."""
         parts = [f"solver={_constructor(self.solver)}", f"stop={_constructor(self.stop)}"]
         parts += [f"grad={_constructor(self.grad)}"] + (["batch_dims=0"] if self.batch_dims == 0 else [])
         return f"implicit.fixed_point(f, z0, *args, {', '.join(parts)})"
@@ -49,18 +49,18 @@ class Diagnosis:
 
     Attributes:
         findings: conditions that hold, each with its evidence and samples; the kind of fixed point comes first.
-        solvers: every candidate with its evaluations, in the order in which they ran.
-        tolerances: (rtol, evaluations until every sample met it) of the recommended solver.
-        floor: the smallest relative residual ||f(z) - z|| / ||z|| that solver reached, of the worst sample.
+        solvers: one row per candidate with its evaluations, in the order in which the candidates ran.
+        tolerances: (rtol, evaluations until every sample met rtol) of the recommended solver.
+        floor: the smallest relative residual ||f(z) - z|| / ||z|| that this solver reached for every sample.
         estimators: bias, time and memory of gradient estimators.
-        spectrum: Ritz values of df/dz at the solution; None where f has no derivative or two values.
+        spectrum: Ritz values of df/dz at the solution; None if f has no derivative or is noisy.
         value: the best iterate found, detached.
         found: whether a solver met the tolerance for every sample.
-        recommendation: the arguments of one call, and why.
-        evals, products: evaluations of f on the whole batch and products with its Jacobian that were spent.
-        budget: the most that `evals` + `products` could be.
-        missing: what was not measured, and why.
-        shape: (samples, numbers a sample, dtype of the state).
+        recommendation: the arguments of one call, with reasons.
+        evals, products: evaluations of f on the whole batch and products with its Jacobian that were made.
+        budget: the limit on `evals` + `products`.
+        missing: the measurements that were not made, with reasons.
+        shape: (samples, numbers per sample, dtype of the state).
     """
 
     findings: tuple[Finding, ...]

@@ -1,8 +1,8 @@
-"""Module state and random state, put back as they were: a diagnosis has no lasting effect on f.
+"""Restore module state and random state, so that a diagnosis has no lasting effect on f.
 
-Found are the modules and generators that f is, is a method of, closes over, or reads as a global variable, and those
-in its arguments; of the modules: buffers (the statistics of BatchNorm, the vectors of spectral_norm), parameters and
-training flags. Other attributes that f writes are not seen.
+The modules and generators are found that f is, is a method of, closes over or reads as global variables, and those in
+its arguments. Restored are the buffers (the statistics of BatchNorm, the vectors of spectral_norm), parameters and
+training flags of the modules, and the states of the generators. Other attributes that f writes are not restored.
 """
 
 import functools
@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_DEPTH = 6  # closures in closures that are followed
+_DEPTH = 6  # levels of nested containers and closures that are searched
 
 
 @contextmanager
 def restored(*roots: Any) -> Iterator[None]:
-    """Put the state of all modules and generators that `roots` hold, and all global random state, back at the end."""
+    """At the end, restore the state of all modules and generators within `roots`, and all global random state."""
     modules, generators = _found(roots)
     kept = [(m, m.training, _tensors(m)) for m in modules]
     drawn = [(g, g.get_state()) for g in generators]
@@ -40,7 +40,7 @@ def restored(*roots: Any) -> Iterator[None]:
 
 
 def _tensors(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor, Tensor]]:
-    """(owner, name, tensor, a copy) of the module's own buffers and parameters; f writes into no parameter."""
+    """(owner, name, tensor, a copy) of the module's own buffers; parameters, which f does not write, uncopied."""
     held = []
     for owner, copied in ((module._buffers, True), (module._parameters, False)):
         held += [(owner, name, t, t.detach().clone() if copied else t) for name, t in owner.items() if t is not None]
@@ -50,7 +50,7 @@ def _tensors(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor, Tenso
 def _put_back(tensors: list[tuple[dict[str, Any], str, Tensor, Tensor]]) -> None:
     for owner, name, t, copy in tensors:
         owner[name] = t
-        # BatchNorm writes its statistics without a new version of them, so the values are compared
+        # values are compared, since BatchNorm writes its statistics without raising their version counter
         if copy is not t and not torch.equal(t, copy):
             with torch.no_grad():
                 t.copy_(copy)
@@ -60,7 +60,7 @@ def _found(roots: Any) -> tuple[list[nn.Module], list[torch.Generator]]:
     """Modules, children included, and generators within `roots`."""
     modules: dict[int, nn.Module] = {}
     generators: dict[int, torch.Generator] = {}
-    seen: dict[int, Any] = {}  # the objects are kept alive, so that an id belongs to one of them
+    seen: dict[int, Any] = {}  # keeps the objects alive, so that no id is used twice
 
     def visit(thing: Any, depth: int) -> None:
         if depth > _DEPTH or id(thing) in seen or isinstance(thing, Tensor | str | int | float | None):
@@ -82,7 +82,7 @@ def _found(roots: Any) -> tuple[list[nn.Module], list[torch.Generator]]:
 
 
 def _parts(thing: Any) -> list[Any]:
-    """What a container, a function, a method, a partial or a callable object holds."""
+    """The objects that a container, a function, a method, a partial or a callable object holds."""
     if isinstance(thing, dict):
         return list(thing.values())
     if isinstance(thing, tuple | list | set | frozenset):
@@ -95,7 +95,7 @@ def _parts(thing: Any) -> list[Any]:
         for cell in getattr(thing, "__closure__", None) or ():
             try:
                 parts.append(cell.cell_contents)
-            except ValueError:  # a cell that is not filled yet
+            except ValueError:  # an empty cell
                 continue
         names = getattr(thing, "__globals__", {})
         parts += [names[name] for name in code.co_names if name in names]

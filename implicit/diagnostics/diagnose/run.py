@@ -30,9 +30,9 @@ from implicit.solvers import Picard
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
 
-_PRODUCTS = 40  # most Ritz values
-_TOL = 1e-6  # of the leading one
-_DEEP = 200  # most evaluations of the solve to the rounding error
+_PRODUCTS = 40  # largest number of Ritz values
+_TOL = 1e-6  # relative residual of the leading Ritz pair at which Arnoldi's method ends
+_DEEP = 200  # largest number of evaluations of the solve to rounding error
 _NOTHING = float("nan")
 
 
@@ -50,31 +50,30 @@ def diagnose(
     budget: int = 3000,
     repeats: int = 3,
 ) -> Diagnosis:
-    """Does z = f(z, *args) converge from z0 and why not, which solver and tolerance to take, which gradient estimator.
+    """Whether z = f(z, *args) converges from z0, why not, and which solver, tolerance and gradient estimator to take.
 
-    Every answer is measured on the given batch. Modules, generators and global random state are left as they were; f
-    runs in the mode, training or evaluation, that it is in. Memory: forty states for the eigenvalues, and what the
-    solvers and estimators take.
+    All findings are measured on the given batch. Modules, generators and global random state are restored afterwards; f
+    runs in its present mode, training or evaluation. Memory: forty states for the eigenvalues, and the memory of the
+    solvers and estimators.
 
     Args:
         f: the map f(z, *args).
-        z0: the start, ``(B, *)`` tensors.
+        z0: the starting state, ``(B, *)`` tensors.
         args: passed on to f.
-        stop: the tolerance to be met; `when` is left out. A solver may take `max_evals` evaluations, or 100 where that
-            is more.
+        stop: the tolerance to be met; `when` is ignored. A solver may take `max_evals` evaluations, at least 100.
         solvers: candidates, simplest first; default `solver_trials.CANDIDATES`.
-        estimators: candidates; default seven; () leaves gradients out.
-        params: gradients with respect to what; default every tensor that f uses and that requires gradients.
-        loss: a scalar from the solution's value; default a fixed random projection.
-        gradient_error: relative error of a gradient that is good enough where it saves a fifth of the exact one's time.
+        estimators: candidates; default the seven of `default_estimators`; with () no gradient is measured.
+        params: tensors to differentiate for; default every tensor that f uses and that requires gradients.
+        loss: a scalar function of the solution's value; default a fixed random projection.
+        gradient_error: an inexact estimator of at most this relative error is recommended if it saves a fifth of the
+            exact estimator's time.
         batch_dims: 0 makes the whole state one system. Samples that f couples are diagnosed as one system in any case.
-        budget: the most evaluations of f and products with its Jacobian, together; what it does not reach is `missing`.
+        budget: limit on evaluations of f plus products with its Jacobian; measurements beyond it become `missing`.
         repeats: rounds of timing.
 
     Raises:
-        ValueError: f or z0 are not what `fixed_point` would accept, `stop` has no tolerance, or a number is out of
-            range.
-        TypeError: a solver, an estimator or `stop` is no instance of its kind.
+        ValueError: `fixed_point` would refuse f or z0, `stop` has no tolerance, or a number is out of range.
+        TypeError: a solver, an estimator or `stop` is not an instance of its class.
 
     Example:
         >>> import torch, implicit
@@ -102,7 +101,7 @@ def diagnose(
                 run.look_at_solution()
                 run.measure_gradients(chosen, params, loss, repeats)
         except BudgetSpent:
-            run.missing.append("what the budget did not suffice for")
+            run.missing.append("the measurements that the budget did not suffice for")
     return run.report(chosen, gradient_error)
 
 
@@ -136,7 +135,7 @@ class _Run:
 
     @torch.no_grad()
     def check_map(self) -> None:
-        """Is f finite at the start, a function of z, and of each sample by itself?"""
+        """Whether f is finite at the start, gives one value at one z, and treats each sample by itself."""
         flat, start = self.flat(), self.layout.pack(self.problem.z0)
         first = flat(start)
         lost = ~torch.isfinite(first).all(dim=1)
@@ -154,7 +153,7 @@ class _Run:
 
     def try_solvers(self, candidates: Sequence[AbstractSolver[Any]]) -> None:
         """Run the candidates, and the best of them down to rounding error."""
-        if self.has(Condition.NOISY):  # no solver can converge; one shows how far it comes
+        if self.has(Condition.NOISY):  # no solver can converge; one solver shows how small a residual is reached
             candidates = [s for s in candidates if not isinstance(s, Picard)][:1] or candidates[:1]
         self.trials = self.solves().candidates(candidates, self.stop)
         self.best = solver_trials.best(self.trials)
@@ -175,7 +174,7 @@ class _Run:
         self.findings += solutions.below_rounding(self.stop, self.best.solution.result, self.deep, self.layout)
 
     def _note_noise(self) -> None:
-        """Noise that was found during a solve only."""
+        """Add the finding of noise if only a solve has shown the noise."""
         for trial in self.trials:
             if trial.solution is None or self.has(Condition.NOISY):
                 continue
@@ -185,7 +184,7 @@ class _Run:
                 self.findings.append(Finding.of(Condition.NOISY, evidence, noisy))
 
     def look_at_solution(self) -> None:
-        """The Jacobian there, its neighborhood, other starts."""
+        """Findings at the solution: the Jacobian, kinks, the distance to the start, and solutions from other starts."""
         if self.deep is None or self.deep.solution is None or self.has(Condition.NOISY):
             return
         z = self.layout.pack(self.deep.solution.value)
@@ -200,7 +199,7 @@ class _Run:
             self.findings += solutions.several(self.solves(), self.stop, self.deep, gap)
 
     def _eigenvalues(self, z: Tensor, found: Tensor) -> Tensor | None:
-        """Findings from the spectrum of df/dz at z; min |1 - lambda| of each sample."""
+        """Add the findings from the spectrum of df/dz at z; returns min |1 - lambda| of each sample (None: unknown)."""
         products = min(_PRODUCTS, self.budget.remaining - 1)
         if products < 1:
             self.missing.append("eigenvalues, for lack of budget")
@@ -216,7 +215,7 @@ class _Run:
         try:
             found_values = spectrum(watched, z, products=products, tol=_TOL)
         except (RuntimeError, NotImplementedError) as error:
-            self.missing.append(f"why f has no derivative ({str(error).splitlines()[0][:80]})")
+            self.missing.append(f"a derivative of f ({str(error).splitlines()[0][:80]})")
         if found_values is None or not all(recorded):
             self.missing.append("eigenvalues, since autograd records no derivative of f")
             self.findings = jacobian.kind_from_iterations([trial.row for trial in self.trials]) + self.findings

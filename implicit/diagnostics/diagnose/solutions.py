@@ -1,4 +1,4 @@
-"""Questions about the fixed point that was found: several of them? the start itself? a tolerance below rounding?"""
+"""Findings about the solution: several fixed points, a start that is the solution, a tolerance below rounding."""
 
 import torch
 from torch import Tensor
@@ -11,18 +11,17 @@ from implicit.solution import Result
 from implicit.stopping import Stop
 
 _PAIRS = 2  # pairs of opposite starts
-_EACH = 150  # most evaluations from one start
-COST = 2 * _PAIRS * (_EACH + 5)  # most evaluations of all of them
-_APART = 1e-2  # relative distance of two answers that counts, beside their error
-_NEAR, _CLOSE = 1e-3, 1e-2  # relative distance of answer and start: the same, and nearly so
+_EACH = 150  # largest number of evaluations from one start
+COST = 2 * _PAIRS * (_EACH + 5)  # largest number of evaluations from all starts
+_APART = 1e-2  # two answers differ if their relative distance exceeds this and their error
+_NEAR, _CLOSE = 1e-3, 1e-2  # the solution is the start up to the first relative distance; up to the second, uncertain
 
 
 def several(trials: SolverTrials, stop: Stop, first: Trial, gap: PerSample | None) -> list[Finding]:
     """Solve from other starts, in pairs on opposite sides of z0, and compare the answers.
 
-    Each is solved for to a hundredth of the tolerance, as far as rounding permits. Two answers differ if they are
-    further apart than `_APART` of their norm plus ten times the error that their residuals allow, residual / min
-    |1 - lambda|.
+    Each solve is to a hundredth of the tolerance, as far as rounding permits. Two answers differ if their relative
+    distance exceeds `_APART` plus ten times the error that their residuals allow, residual / min |1 - lambda|.
     """
     assert first.solution is not None
     layout, budget, solver = trials.layout, trials.budget, first.row.solver
@@ -57,7 +56,7 @@ def several(trials: SolverTrials, stop: Stop, first: Trial, gap: PerSample | Non
 
 
 def at_start(z0: State, answer: Trial, layout: Layout) -> list[Finding]:
-    """Whether the answer is the start."""
+    """Whether the solution is the start."""
     assert answer.solution is not None
     start, z = layout.pack(z0), layout.pack(answer.solution.value)
     size = torch.maximum(norm(start), norm(z))

@@ -20,7 +20,7 @@ from implicit.solvers import Anderson, AndersonGS, Broyden, Multisecant, NewtonK
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
 
-# simplest first: a later one must be faster by `_WORTH` to be preferred
+# simplest first, since `best` takes the first one that is fast enough
 CANDIDATES: tuple[AbstractSolver[Any], ...] = (
     Picard(),
     Picard(0.5),
@@ -31,8 +31,8 @@ CANDIDATES: tuple[AbstractSolver[Any], ...] = (
     NewtonKrylov(),
     Multisecant(),
 )
-_WORTH = 1.1
-_PATIENT = 100  # least budget of a candidate
+_WORTH = 1.1  # a solver is fast enough if it takes at most this multiple of the fewest evaluations, plus one
+_PATIENT = 100  # smallest budget of evaluations of a candidate
 UNFINISHED = "not finished: the budget is spent"
 TOLERANCES = tuple(10.0**-k for k in range(1, 14))
 
@@ -42,14 +42,15 @@ class SolverRow:
     """One solver on the batch.
 
     Attributes:
-        solver: which.
-        converged: samples that met the tolerance, of how many.
+        solver: the solver.
+        converged: number of samples that met the tolerance.
+        samples: number of samples; 0 if there is no result.
         evals: (B,) evaluations of f for each sample, products of NewtonKrylov included.
         residual: the largest ||f(z) - z|| / ||z|| of a sample at the value returned.
         ends: number of samples by the name of their `Result`.
         trace: (evaluations, B) residuals; NaN once a sample has finished.
-        tolerances: (rtol, evaluations until every sample met it), as far as the residuals go.
-        note: why there is no result.
+        tolerances: (rtol, evaluations until every sample met rtol) for every rtol in `TOLERANCES` that was met.
+        note: the reason if there is no result.
     """
 
     solver: AbstractSolver[Any]
@@ -64,18 +65,18 @@ class SolverRow:
 
     @property
     def name(self) -> str:
-        """The solver with the settings that are not its defaults."""
+        """The solver's class with the settings that are not defaults."""
         return label(self.solver)
 
     @property
     def most(self) -> int:
-        """Evaluations until the last sample had finished: what the batch costs."""
+        """Evaluations until the last sample had finished, which is the cost of the batch."""
         return int(self.evals.max()) if len(self.evals) else 0
 
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A row and the solution that it is about, None where f or the solver raised."""
+    """A row and its solution; the solution is None if f or the solver raised or the budget was spent."""
 
     row: SolverRow
     solution: Solution | None
@@ -90,11 +91,11 @@ class SolverTrials:
     budget: Budget
 
     def run(self, solver: AbstractSolver[Any], stop: Stop, z0: State = None) -> Trial:
-        """One solve with its trace, without gradients, from z0 if it is given; a failure is a row with a note."""
+        """One solve with its trace and without gradients, from z0 or the problem's start; a failure becomes a note."""
         f, start = self.budget.plain(self.problem.f), self.problem.z0 if z0 is None else z0
         try:
             with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)  # coupling, which is a finding
+                warnings.simplefilter("ignore", RuntimeWarning)  # the warning of coupling, reported as a finding
                 solution = fixed_point(
                     f,
                     start,
@@ -106,7 +107,7 @@ class SolverTrials:
                 )
         except BudgetSpent:
             return Trial(_failed(solver, UNFINISHED), None)
-        except (RuntimeError, TypeError) as error:  # a solver that takes products of an f without derivatives, say
+        except (RuntimeError, TypeError) as error:  # such as NewtonKrylov on an f without derivatives
             return Trial(_failed(solver, f"{type(error).__name__}: {error}"), None)
         codes = [Result(code).name for code in solution.result.tolist()]
         row = SolverRow(
@@ -142,9 +143,9 @@ def relative(solution: Solution, layout: Layout) -> PerSample:
 
 
 def best(trials: Sequence[Trial]) -> Trial | None:
-    """The trial with the most samples converged, then the fewest evaluations; simpler ones are preferred when close.
+    """The trial with the most converged samples, then the fewest evaluations, or a simpler solver of about as many.
 
-    Where none converged a sample: the one with the smallest residual.
+    If no solver converged a sample: the trial with the smallest residual.
     """
     done = [t for t in trials if t.solution is not None]
     if not done:
@@ -158,7 +159,7 @@ def best(trials: Sequence[Trial]) -> Trial | None:
 
 
 def _tolerances(solution: Solution, layout: Layout) -> tuple[tuple[float, int], ...]:
-    """Evaluations by tolerance, read off the trace."""
+    """(rtol, evaluations until every sample met rtol), from the trace."""
     size = norm(layout.pack(solution.value)).cpu()
     if solution.trace is None or not bool((size > 0).all()):
         return ()
