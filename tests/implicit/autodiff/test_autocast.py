@@ -1,4 +1,4 @@
-"""Mixed precision on every estimator: forward under autocast, backward outside, any scale of the loss."""
+"""Mixed precision with every estimator: forward pass under autocast, backward pass outside, any scale of the loss."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Closure conversion sees every tensor that f uses, or refuses; a map that has changed since the solve is refused."""
+"""Closure conversion finds every tensor that f uses, or raises; a map that has changed since the solve raises too."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
