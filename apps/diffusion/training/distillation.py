@@ -1,7 +1,7 @@
-"""Distillation of a trained network into a smaller one: configuration of the student, and its teacher.
+"""Distillation of a trained network (the teacher) into a smaller one (the student).
 
-The loss is at the top of loss.py. The student of `student_config` is an FPDM whose first weights are a DiT's
-(checkpoint/initialization.py), with the noise schedule and the prediction target of the DiT.
+The loss is at the top of loss.py. The student of `student_config` is an FPDM that is initialized from the weights of a
+DiT (checkpoint/initialization.py) and has the noise schedule and the prediction target of the DiT.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from apps.diffusion.models.dit import DiT
 from apps.diffusion.schedulers.noise_levels import is_flow
 from implicit import StochasticJFB
 
-_ITERATIONS = 5  # of the student in sampling
+_ITERATIONS = 5  # fixed-point iterations of the student at each timestep of sampling
 
 
 def student_config(source: Path) -> Config:
     """The configuration of an FPDM that learns from the DiT at `source`: one explicit block on either side of the
-    fixed-point layer, the DiT's sizes, and the data of the DiT's run where they are known, else latents.
+    fixed-point layer, and the DiT's sizes. The data are those of the DiT's training run if `source` has a run
+    configuration, else latents.
 
     Raises:
-        ValueError: there is no DiT.
+        ValueError: `source` holds no DiT.
     """
     folder, base = pretrained.locate(source), PRESETS["latents"]()
     if folder.is_file():
@@ -79,10 +80,10 @@ def _schedule(scheduler: Any) -> NoiseSchedule:
 
 
 def open_teacher(path: Path, shape: tuple[int, int, int], num_classes: int, device: torch.device) -> torch.nn.Module:
-    """The network to learn from, in evaluation mode, without gradients.
+    """The teacher at `path`, in evaluation mode, without gradients.
 
     Raises:
-        ValueError: it cannot be read, or takes other images or classes.
+        ValueError: the teacher cannot be read, or its image shape or number of classes differs from that of the data.
     """
     teacher = read_network(pretrained.locate(path))
     if teacher.latent != shape or teacher.num_classes != num_classes:

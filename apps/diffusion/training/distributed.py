@@ -4,11 +4,11 @@ Weights are copied to every process (DDP), or each process holds a shard of ever
 `accelerate launch --use_fsdp --fsdp_version 2`. Shards are gathered for the time of their use:
 
     DiT    block by block
-    FPDM   all at once, from the beginning of a step to its end: the iterations of the fixed point evaluate the same
-           weights again and again, and they are few
+    FPDM   all at once, from the beginning of a step to its end: an FPDM has few weights, and every iteration of the
+           fixed point uses all weights of the layer
 
-Averaged weights and the optimizer's moments have the shards of the weights. Checkpoints, and networks to sample from,
-hold whole tensors; `torch.distributed.checkpoint.state_dict` translates.
+Averaged weights and the optimizer's moments are sharded like the weights. Checkpoints, and networks to sample from,
+hold whole tensors; `torch.distributed.checkpoint.state_dict` converts between shards and whole tensors.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def accelerator(config: c.Config, track: str | None, folder: Path) -> Accelerato
     """The accelerator of a run.
 
     Raises:
-        ValueError: settings of FSDP that are not supported, a batch that the processes cannot share, or another device
-            than accelerate finds.
+        ValueError: FSDP settings that are not supported, a batch size that is not divisible by the number of processes
+            and parts, or a device that accelerate does not find.
     """
-    # without an accelerator accelerate counts one process, unless it is set to compute on the CPU
+    # on a machine without a GPU, accelerate finds several processes only if it is set to compute on the CPU
     cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
     found = Accelerator(
         cpu=cpu or config.device == "cpu",
@@ -65,13 +65,13 @@ def accelerator(config: c.Config, track: str | None, folder: Path) -> Accelerato
 
 
 def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
-    """FSDP with the settings of `accelerate launch`; None where it was launched without.
+    """The FSDP plugin with the settings of `accelerate launch`; None if `accelerate launch` has no `--use_fsdp`.
 
-    Weights, gathered weights and gradients are float32; bfloat16 is autocast's, as without FSDP. The units are those of
-    `_no_split_modules`.
+    Weights, gathered weights and gradients are float32; with `precision` bf16, autocast computes in bfloat16, as
+    without FSDP. The modules that are sharded as units are those of the network's `_no_split_modules`.
 
     Raises:
-        ValueError: settings that are not supported.
+        ValueError: FSDP settings that are not supported.
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
@@ -80,11 +80,11 @@ def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        cpu_ram_efficient_loading=False,  # every process makes the same weights from the seed
+        cpu_ram_efficient_loading=False,  # every process initializes the same weights from the seed
         mixed_precision_policy=MixedPrecisionPolicy(),
     )
-    plugin.transformer_cls_names_to_wrap = None  # the network's own `_no_split_modules`
-    # FSDP warns that the output must not be written in place, which the training step does not do
+    plugin.transformer_cls_names_to_wrap = None  # None: accelerate reads the network's `_no_split_modules`
+    # FSDP warns against writing into the output in place; the training step does not write into the output
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     if plugin.activation_checkpointing:
         raise ValueError(
@@ -101,7 +101,9 @@ def fsdp_plugin() -> FullyShardedDataParallelPlugin | None:
 
 
 def check_processes(config: c.OptimizerConfig, accelerator: Accelerator) -> None:
-    """Raises ValueError where the processes cannot share the batch, or work together in an unsupported way."""
+    """Raises ValueError if the batch size is not divisible by processes times parts, or if accelerate is configured for
+    a kind of parallelism that is not supported.
+    """
     processes, parts = accelerator.num_processes, config.accumulate
     if config.batch % (processes * parts):
         raise ValueError(
@@ -116,7 +118,7 @@ def check_processes(config: c.OptimizerConfig, accelerator: Accelerator) -> None
 
 
 def shard_like(model: nn.Module, sharded: nn.Module) -> None:
-    """Shards the tensors of a network like those of its sharded copy; leaves them where those are whole."""
+    """Shards the tensors of `model` like those of its copy `sharded`; does nothing if `sharded` has whole tensors."""
     if isinstance(sharded, FSDPModule):
         mesh = next(p.device_mesh for p in sharded.parameters() if isinstance(p, DTensor))
         fully_shard(model, mesh=mesh)
@@ -128,7 +130,7 @@ def full_tensor(value: Tensor) -> Tensor:
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights, whole, on the CPU; all processes must call this, and the others than the first get none."""
+    """The weights as whole tensors on the CPU, in the first process; empty in the other ones. All must call this."""
     whole: dict[str, Any] = dcp.get_model_state_dict(model, options=_WHOLE)
     return dict(whole)
 
@@ -136,13 +138,13 @@ def model_state(model: nn.Module) -> dict[str, Tensor]:
 def optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, names: Sequence[str]
 ) -> dict[int, dict[str, Tensor]]:
-    """The moments by number of the parameter, whole, on the CPU; all processes must call this, and the others than the
-    first get none.
+    """The optimizer's moments as whole tensors on the CPU, by parameter number, in the first process; empty in the
+    other ones. All processes must call this.
 
     Args:
-        model: as the optimizer's parameters belong to it.
-        optimizer: before its first step it has no state.
-        names: of the parameters, in the optimizer's order.
+        model: the network whose parameters the optimizer updates.
+        optimizer: the optimizer; before its first step the state is empty.
+        names: names of the parameters, in the optimizer's order.
     """
     if not optimizer.state:
         return {}
@@ -157,7 +159,9 @@ def load_optimizer_state(
     names: Sequence[str],
     state: Mapping[int, Mapping[str, Tensor]],
 ) -> None:
-    """Loads what `optimizer_state` has returned, on every process; tensors are sharded like the parameters."""
+    """Loads into the optimizer the state that `optimizer_state` returned; tensors are sharded like the parameters. All
+    processes must call this.
+    """
     groups = optimizer.state_dict()["param_groups"]
     if not isinstance(model, FSDPModule):
         optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -13,10 +13,11 @@ Dhariwal 2021, arXiv 2102.09672, equations 13 to 16):
     btilde_t = beta_t (1 - abar_{t-1}) / (1 - abar_t)
     L_vb = KL( N(mean_q, btilde_t) || N(mean, var_t) ) for t > 0;   -log N(x_0; mean, var_0) for t = 0
 
-in bits per value, with btilde_1 for btilde_0 = 0, and the mean detached, so that its gradient reaches the variance
-only.
+in bits per value. btilde_0 is 0, so btilde_1 replaces it. The mean is detached, so that the gradient of L_vb reaches
+the predicted variance only.
 
-Distillation learns the predictions of a trained network, the teacher, over all channels, a learned variance included:
+In distillation the targets are the predictions of a trained network, the teacher, in all channels, a learned variance
+included:
 
     L = mean ( model(x_t, t, y') - teacher(x_t, t, y') )^2
 """
@@ -46,8 +47,13 @@ from implicit import AbstractGrad, AbstractSolver, Solution, Stop
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingNoise:
-    """The randomness of one training step: noise (B, C, H, W), timesteps t (B,), dropped labels (B,), and the numbers
-    (B,) of the images in the run, from which further random numbers follow.
+    """The randomness of one training step.
+
+    Attributes:
+        noise: (B, C, H, W) eps.
+        t: (B,) timesteps.
+        dropped: (B,) true where the null class replaces the label.
+        positions: (B,) number of each image in the run, the counter of further random numbers; None: no such numbers.
     """
 
     noise: Float[Tensor, "B C H W"]
@@ -56,11 +62,11 @@ class TrainingNoise:
     positions: Int[Tensor, "B"] | None = None
 
     def to(self, device: torch.device | str) -> "TrainingNoise":
-        """The same on another device."""
+        """A copy on another device."""
         return self._mapped(lambda tensor: tensor.to(device))
 
     def part(self, rows: slice) -> "TrainingNoise":
-        """The randomness of some samples of the batch."""
+        """The randomness of the samples `rows` of the batch."""
         return self._mapped(lambda tensor: tensor[rows])
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "TrainingNoise":
@@ -78,7 +84,7 @@ class TrainingSolve:
     start: Start | None = None
     penalty: Penalties | None = None
     earlier: Int[Tensor, "B"] | None = None
-    """Noisier timesteps whose solutions `penalty` needs."""
+    """Noisier timesteps; `penalty` starts from the solutions there. None: `penalty` needs no such solutions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +121,14 @@ def loss(
     Args:
         noise: the step's randomness, on the device of `x0`.
         scheduler: noise schedule and prediction type (`noise_schedule.make_scheduler("ddpm")` or `"flow"`).
-        null_class: the label that replaces dropped ones; needed as soon as one is dropped.
-        gamma: of the min-SNR weight; None gives all timesteps the weight 1. The variational bound is never weighted.
-        solve: how an FPDM solves; None for any other model.
-        teacher: network to distill, instead of learning the data; its timesteps have the weight 1.
+        null_class: the label that replaces dropped labels; None is allowed if no label of the batch is dropped.
+        gamma: largest SNR of the min-SNR weight; None: the weight is 1 at all timesteps. The variational bound is never
+            weighted.
+        solve: the solve of an FPDM; None for any other model.
+        teacher: network whose predictions replace the target; the weight is then 1 at all timesteps. None: no teacher.
 
     Raises:
-        ValueError: labels are to be dropped and there is no null class, or shapes do not fit.
+        ValueError: a label is to be dropped and `null_class` is None, or the shapes of noise and images differ.
     """
     if noise.noise.shape != x0.shape or noise.t.shape != x0.shape[:1]:
         shapes = f"noise has the shape {tuple(noise.noise.shape)}, x0 {tuple(x0.shape)}"
@@ -129,7 +136,7 @@ def loss(
     if y is not None and null_class is not None:
         y = torch.where(noise.dropped, null_class, y)
     elif y is not None and bool(noise.dropped.any()):
-        raise ValueError("Labels are to be dropped, but null_class is None; give the model's null class.")
+        raise ValueError("noise.dropped drops labels, but null_class is None; give the model's null class.")
     solve = _with_earlier(model, x0, y, noise, scheduler, solve)
     noisy, time = noisy_image(scheduler, x0, noise.noise, noise.t), network_time(scheduler, noise.t)
     prediction, solution, penalty = _predict(model, noisy, time, y, solve)
@@ -158,15 +165,15 @@ def _with_earlier(
     scheduler: Any,
     solve: TrainingSolve | None,
 ) -> TrainingSolve | None:
-    """The solve with the solutions at noisier timesteps in its penalty, where it needs them: by the model's own number
-    of iterations, as in sampling, and without a graph.
+    """`solve` with the solutions at the timesteps `solve.earlier` added to its penalty; `solve` itself without
+    `earlier` or a penalty. These solutions take the model's own number of iterations, as in sampling, and no graph.
     """
     if solve is None or solve.earlier is None or solve.penalty is None:
         return solve
     noisy = noisy_image(scheduler, x0, noise.noise, solve.earlier)
     with torch.no_grad():
         _, solution = model(noisy, network_time(scheduler, solve.earlier), y, return_solution=True)
-    torch.clear_autocast_cache()  # weights that were cast without a graph
+    torch.clear_autocast_cache()  # the cache holds weights that were cast without a graph
     return replace(solve, penalty=replace(solve.penalty, earlier=solution.value))
 
 
@@ -208,11 +215,12 @@ def variational_bound(
     small = torch.where(small > 0, small, first)
     kind = prediction_kind(scheduler)
     predicted, _ = clean_and_noise(mean_part.double(), noisy.double(), now.sqrt(), (1 - now).sqrt(), kind)
-    to_clean = before.sqrt() * beta / (1 - now)  # coefficient of x_0 in the posterior's mean; x_t's cancels
+    to_clean = before.sqrt() * beta / (1 - now)  # coefficient of x_0 in the posterior's mean; the term in x_t cancels
     gap = (to_clean * (x0.double() - predicted)).square()
     share = (rho.double() + 1) / 2
     log_var = share * beta.log() + (1 - share) * small.log()
     divergence = 0.5 * (log_var - small.log() + (small + gap) / log_var.exp() - 1)
-    likelihood = 0.5 * (math.log(2 * math.pi) + log_var + gap / log_var.exp())  # at t = 0 the mean is x_0 itself
+    # at t = 0 the mean is the predicted x_0 itself
+    likelihood = 0.5 * (math.log(2 * math.pi) + log_var + gap / log_var.exp())
     bits = torch.where(t.view(-1, 1, 1, 1) > 0, divergence, likelihood) / math.log(2)
     return bits.flatten(1).mean(1).to(x0.dtype)

@@ -1,12 +1,13 @@
 """Metrics of a run while it trains: numbers for a tracker, image grids, and a profiler trace.
 
-    loss                 mean over the steps since the entry before
-    learning_rate        of the last step
-    residual/mean, max   ||f(z) - z|| / ||f(z)|| at the end of the solves of these steps, over all samples: solves that
-                         stop converging show here first
-    iterations           mean number of evaluations of f
-    images_per_second    of these steps
-    skipped              steps left out so far, because the gradient was not finite
+    loss                 mean over the steps since the previous entry
+    learning_rate        learning rate of the last step
+    residual/mean, max   ||f(z) - z|| / ||f(z)|| at the end of the solves since the previous entry, over all samples; a
+                         fixed point that no longer converges raises these numbers first
+    iterations           mean number of evaluations of f per solve
+    images_per_second    training images per second since the previous entry
+    skipped              number of steps since the start of the run that were skipped, because the gradient was not
+                         finite
 
 The horizontal axis is the number of images seen.
 """
@@ -33,12 +34,12 @@ from apps.diffusion.files.atomic import atomic_path
 from apps.diffusion.sampling.effort import relative_residual
 from implicit import Solution
 
-WAIT, WARMUP, ACTIVE = 5, 2, 5  # steps of a profile
+WAIT, WARMUP, ACTIVE = 5, 2, 5  # steps before profiling, steps of warm-up, steps recorded
 
 
 @dataclass
 class StepMetrics:
-    """Sums over the steps since the last entry, on the device: nothing here waits for it before `entry`."""
+    """Losses and solves of the steps since the last entry, on the device; only `entry` waits for the device."""
 
     losses: list[Tensor] = field(default_factory=list)
     residuals: list[Tensor] = field(default_factory=list)
@@ -52,19 +53,24 @@ class StepMetrics:
         return len(self.losses)
 
     def add_solve(self, solution: Solution | None) -> None:
-        """Adds a fixed-point solve; None: an explicit network has none."""
+        """Adds a fixed-point solve; None: the network has no fixed-point layer."""
         if solution is not None:
             self.residuals.append(relative_residual(solution))
             self.evals.append(solution.evals.float())
 
     def add_step(self, loss: Tensor, images: int) -> None:
-        """Adds a step of so many images over all processes, with this process's loss, a scalar."""
+        """Adds a step.
+
+        Args:
+            loss: this process's loss, a scalar.
+            images: number of images of the step, over all processes.
+        """
         self.losses.append(loss.detach().float())
         self.images += images
 
     def entry(self) -> dict[str, float]:
-        """The means over all processes, which must all call this; losses that are not finite do not count. Empty
-        without a finite loss.
+        """The means over all processes; all of them must call this. Losses that are not finite are left out; without a
+        finite loss the entry is empty.
         """
         if not self.losses:
             return {}
@@ -90,28 +96,30 @@ class StepMetrics:
 
 
 def tracker(name: str) -> str | None:
-    """accelerate's tracker of this name; None for "none", and for "auto" without TensorBoard.
+    """The name of accelerate's tracker; None (no tracker) for "none", and for "auto" if TensorBoard is not installed.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: the tracker is not installed.
     """
     if name == "none" or (name == "auto" and find_spec("tensorboard") is None):
         return None
     name = "tensorboard" if name == "auto" else name
     if name not in [str(known) for known in get_available_trackers()]:
-        raise ValueError(f"--track {name} is not installed here; install it, or choose another, or none.")
+        raise ValueError(
+            f"The tracker of --track {name} is not installed; install it, or give another tracker or none."
+        )
     return name
 
 
 class MetricLogger:
-    """Log entries and image grids of one run; every process makes one, the first writes.
+    """Log entries and image grids of one run. Every process makes a logger, and the first process writes.
 
     Args:
-        accelerator: with a tracker, or without.
-        folder: of the run; grids go to its subfolder grids.
-        seen: images seen before. TensorBoard's entries behind them are dropped: a run that was killed after its last
-            checkpoint makes them again.
-        config: for trackers that store one.
+        accelerator: the run's accelerator, with or without a tracker.
+        folder: the run's folder; grids are written to its subfolder grids.
+        seen: number of images seen before the run was resumed, 0 for a new run. TensorBoard's entries after this number
+            are dropped, since the resumed run makes them again.
+        config: the run's configuration as JSON, for trackers that store a configuration.
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, seen: int = 0, config: str = "") -> None:
@@ -121,17 +129,17 @@ class MetricLogger:
         self.accelerator.init_trackers(folder.name or "run", config=kept or None, init_kwargs=options)
 
     def log(self, values: dict[str, float], images: int) -> None:
-        """An entry, after so many images."""
+        """Sends an entry to the tracker; `images` is the number of images seen."""
         self.accelerator.log(values, step=images)
 
     def close(self) -> None:
-        """Writes everything."""
+        """Makes the trackers write their remaining entries, and ends them."""
         for known in self.accelerator.trackers:
             known.finish()
         self.accelerator.trackers = []
 
     def show(self, grid: Image.Image | None, images: int) -> None:
-        """An image grid, as a file and for the tracker."""
+        """Writes an image grid to a file and sends it to the tracker; None: no grid."""
         if grid is None:
             return
         file = self.folder / f"{images:012d}.png"
@@ -147,8 +155,8 @@ class MetricLogger:
 
 @contextmanager
 def profiler(folder: Path | None) -> Iterator[Callable[[], Any]]:
-    """A function to be called after every step; steps 8 to 12 are recorded into `folder`/trace.json, in the format of
-    chrome://tracing and Perfetto. None: nothing is recorded.
+    """Yields a function that has to be called after every step. Steps 8 to 12 are recorded in `folder`/trace.json, in
+    the format of chrome://tracing and Perfetto; if `folder` is None, no step is recorded.
     """
     if folder is None:
         yield lambda: None

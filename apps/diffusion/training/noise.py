@@ -1,11 +1,11 @@
 """The randomness of a training step: a function of (seed, image number), computed on the device.
 
-The k-th image of a batch that begins at image s of a run has noise, two uniform numbers u, v and the timestep
+The k-th image of a batch of B images, image s + k of the run, has noise, two uniform numbers u, v and the timestep
 
-    t = floor(T q((k + u) / B)),        B images a batch, q the quantile function of weighting.py
+    t = floor(T q((k + u) / B)),        q the quantile function of weighting.py
 
-so that the timesteps of a batch are stratified; its label is dropped where v is below the share of dropped labels. Each
-process computes its own images' numbers, which are the same for any number of processes.
+so that the timesteps of a batch are stratified. Its label is dropped where v is below the share of dropped labels. Each
+process computes the random numbers of its own images only; they do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def training_noise(
     """The randomness of the images `part` of the batch that begins at image `start`.
 
     Args:
-        config: of the run: seed, batch, timesteps, dropped labels.
+        config: the run's configuration, with the seed, batch size, timesteps and share of dropped labels.
         shape: (C, H, W) of an image.
-        start: images seen before the batch.
+        start: number of images seen before the batch.
         part: rows of the batch.
-        device: of the result.
+        device: device of the result.
     """
     row = torch.arange(part.start, part.stop, device=device)
     noise = normal(config.seed, Stream.STEP, start + row, shape)

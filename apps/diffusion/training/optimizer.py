@@ -1,10 +1,10 @@
 """AdamW, the learning rate, and the moving average of the weights.
 
-    lr_k = lr * min(1, (i + B) / warmup) * (1 + cos(pi * share)) / 2       i images seen, batches of B; cosine decay
+    lr_k = lr * min(1, (i + B) / warmup) * (1 + cos(pi * share)) / 2       i images seen, B a batch, share of training
     average <- d_k average + (1 - d_k) weights,    d_k = min(d, (1 + k) / (10 + k))      after step k of the optimizer
 
-A step whose gradient is not finite changes nothing. Whether it is finite is known on the device alone: no function here
-waits for it.
+A step whose gradient is not finite changes neither weights nor moments. The test stays on the device, and no function
+of this file waits for its result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from apps.diffusion.config import training as c
 
 
 def learning_rate(config: c.OptimizerConfig, images: int, time_share: float) -> float:
-    """The rate of the step that starts after `images` images, when the share `time_share` of `max_time` is used."""
+    """lr_k of the step that starts after `images` images, when the share `time_share` of `max_time` is spent."""
     rising = min(1.0, (images + config.batch) / config.warmup) if config.warmup else 1.0
     if config.decay == "constant":
         return config.lr * rising
@@ -37,16 +37,16 @@ def adamw(parameters: Iterable[Tensor], config: c.OptimizerConfig) -> torch.opti
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """A step of fused AdamW, which leaves weights and moments as they are where `finite`, a boolean scalar, is false.
+    """A step of fused AdamW; weights and moments do not change if `finite`, a boolean scalar, is false.
 
-    `found_inf` is the attribute by which `torch.amp.GradScaler` makes fused optimizers leave out a step.
+    `found_inf` is the attribute by which `torch.amp.GradScaler` makes fused optimizers skip a step.
     """
     optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()
 
 
 def decay_at(decay: float, steps: Tensor) -> Tensor:
-    """d_k of the equation at the top, after k = `steps` steps."""
+    """d_k of the equation at the top of this file, for k = `steps`."""
     k = steps.float()
     return ((1 + k) / (10 + k)).clamp(max=decay)
 
@@ -55,7 +55,7 @@ class AveragedWeights:
     """A copy of a network that holds the moving average of its weights, in float32 on the device of the weights.
 
     Attributes:
-        module: the copy; in FSDP its tensors have the shards of the network's.
+        module: the copy; with FSDP its tensors are sharded like those of the network.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -67,9 +67,9 @@ class AveragedWeights:
         """Updates the average after a step of the optimizer.
 
         Args:
-            model: the network, with shards like the copy's.
-            steps: steps of the optimizer, this one included; the first one sets the average to the weights.
-            finite: false where the step was left out; the average then stays.
+            model: the network, sharded like the copy.
+            steps: number of optimizer steps, the last one included; step 1 sets the average to the weights.
+            finite: whether the step was made; false: it was skipped, and the average stays as it is.
         """
         share = (1 - decay_at(self.decay, steps - 1)).masked_fill(steps <= 1, 1.0)
         share = share * finite
@@ -82,6 +82,6 @@ class AveragedWeights:
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers; of sharded ones this process's shard, which may be empty."""
+    """Parameters and buffers; of a sharded tensor, this process's shard, which may be empty."""
     found = [*module.parameters(), *module.buffers()]
     return [value.to_local() if isinstance(value, DTensor) else value for value in found]

@@ -1,21 +1,23 @@
-"""Terms that a training of FPDM may add to its loss, to make the fixed point easy to solve and good at every budget.
+"""Optional terms of an FPDM's training loss, for a fixed point that few iterations solve.
 
-With f the fixed-point layer, x its fresh start, z the solution and D the blocks after it (prediction = D(z)):
+With f the fixed-point layer, x its start without noise, z the solution, D the blocks after the layer (prediction =
+D(z)) and sg the stop of the gradient:
 
-    residual   mean ||f(z) - z||^2 / ||z||^2        a terminal fixed-point loss: z is a solution where training stops
+    residual   mean ||f(z) - z||^2 / ||z||^2        a terminal fixed-point loss: the residual of the last iterate z
     jacobian   mean ||df/dz||_F^2 / N at z          Bai et al. 2021, arXiv 2106.14342 (implicit.diagnostics)
-    early      mean (D(f(x)) - sg D(z))^2           any-time training: the prediction of one iteration learns that of
-                                                    the solution (self-distillation, arXiv 2604.09168)
-    reuse      mean (D(f(z_s)) - sg D(z))^2         consistency across timesteps: the same from the solution z_s at a
-                                                    noisier timestep s of the same image and noise, where sampling
-                                                    starts that reuses solutions (arXiv 2401.08741)
+    early      mean (D(f(x)) - sg D(z))^2           any-time training: the prediction after one iteration learns the
+                                                    prediction from the solution (self-distillation, arXiv 2604.09168)
+    reuse      mean (D(f(z_s)) - sg D(z))^2         consistency across timesteps: like `early`, but the iteration starts
+                                                    from the solution z_s at a noisier timestep s of the same image and
+                                                    noise, as in sampling that reuses solutions (arXiv 2401.08741)
 
-s is t + 1 + floor(u T / 10), u uniform in [0, 1), at most T - 1, which covers steps of sampling with ten timesteps or
-more. sg stops the gradient. A start with noise (Huang et al. 2026, arXiv 2605.21488, random initialization) solves from
+s is t + 1 + floor(u T / 10), u uniform in [0, 1), at most T - 1; this range covers the distance of successive timesteps
+in sampling with ten timesteps or more. With noise of scale c at the start (Huang et al. 2026, arXiv 2605.21488, random
+initialization), a training solve starts from
 
-    z_0 = x + s rms(x) n,      n ~ N(0, 1)
+    z_0 = x + c rms(x) n,      n ~ N(0, 1)
 
-so that training shows the iteration more of the way to its solution than the path from x.
+so that training visits iterates beside the path from x to the solution.
 """
 
 from collections.abc import Callable
@@ -36,12 +38,12 @@ class Penalties:
     """The weighted sum of the terms above, for `FPDM.forward(penalty=...)`.
 
     Args:
-        residual: weight of the residual.
-        jacobian: weight of the Jacobian's norm.
-        early: weight of the early prediction's error.
-        reuse: weight of the error of the prediction from `earlier`.
-        earlier: (B, T, D) z_s; needed by `reuse`.
-        generator: of the Jacobian's probes.
+        residual: weight of the term `residual`.
+        jacobian: weight of the term `jacobian`.
+        early: weight of the term `early`.
+        reuse: weight of the term `reuse`.
+        earlier: (B, T, D) z_s; None is allowed if `reuse` is 0.
+        generator: random numbers of the probes in the term `jacobian`.
     """
 
     residual: float = 0.0
@@ -78,7 +80,14 @@ class Penalties:
 def earlier_timesteps(
     seed: int, positions: Int[Tensor, " B"], t: Int[Tensor, " B"], timesteps: int
 ) -> Int[Tensor, " B"]:
-    """s for the images number `positions` of a run at t, of so many timesteps."""
+    """The timesteps s above.
+
+    Args:
+        seed: the run's seed.
+        positions: (B,) number of each image in the run.
+        t: (B,) timestep of each image.
+        timesteps: T, the number of timesteps of the schedule.
+    """
     gap = 1 + (uniform(seed, Stream.EARLIER, positions, 1)[:, 0] * timesteps / 10).long()
     return (t + gap).clamp(max=timesteps - 1)
 
@@ -88,9 +97,9 @@ class NoisyStart:
     """The start with noise above, for `FPDM.forward(start=...)`.
 
     Args:
-        scale: s.
-        seed: of the noise.
-        positions: (B,) numbers of the images in the run, on the device of x: each has its own noise.
+        scale: c.
+        seed: the run's seed.
+        positions: (B,) number of each image in the run, on the device of x; the noise of an image depends on it.
     """
 
     scale: float
@@ -98,6 +107,6 @@ class NoisyStart:
     positions: Int[Tensor, " B"]
 
     def __call__(self, fresh: Tensor) -> Tensor:
-        """z_0 for the fresh start x (B, T, D)."""
+        """z_0 for the start without noise x (B, T, D)."""
         noise = normal(self.seed, Stream.START, self.positions, fresh.shape[1:]).to(fresh.dtype)
         return fresh + self.scale * fresh.square().mean(dim=(1, 2), keepdim=True).sqrt() * noise

@@ -39,10 +39,10 @@ from apps.diffusion.training.trainer import Diverged, Trainer
 
 
 def start_of(config: Config, resume: bool) -> Checkpoint | None:
-    """The checkpoint to continue from; None to begin.
+    """The checkpoint to continue from; None: training begins at its first step.
 
     Raises:
-        ValueError: the folder holds something already and `resume` is not set, or its checkpoint cannot be read.
+        ValueError: the folder is not empty and `resume` is not set, or the checkpoint cannot be read.
     """
     out = config.out
     if resume:
@@ -58,11 +58,11 @@ def start_of(config: Config, resume: bool) -> Checkpoint | None:
 
 
 def run(config: Config, start: Checkpoint | None) -> int:
-    """Trains, samples, scores and draws; returns the exit code: 0, 1 if training diverged, 128 + the number of the
-    signal that stopped it.
+    """Trains, then writes the summary. Returns the exit code: 0, 1 if training diverged, 128 + the number of the signal
+    that stopped training.
 
     Raises:
-        ValueError: images or a VAE that cannot be used, or other images than the run was started with.
+        ValueError: images or a VAE that cannot be used, or images that differ from those of the run's start.
         OSError: the run's folder cannot be written.
     """
     began = time.monotonic()
@@ -95,7 +95,7 @@ def run(config: Config, start: Checkpoint | None) -> int:
                 f"Stopped at {trainer.progress.images} images; the checkpoint is in {config.out}.\n"
                 f"Continue:      python -m apps.diffusion.train --resume --out {quote(str(config.out))}"
             )
-        return 128 + (caught[0] if caught else signal.SIGTERM)  # the signal may have come to another process
+        return 128 + (caught[0] if caught else signal.SIGTERM)  # another process may have received the signal
     network = trainer.averaged()
     if network is not None:
         summarize(config, trainer, network, images, held_out, decoder, began)
@@ -105,8 +105,8 @@ def run(config: Config, start: Checkpoint | None) -> int:
 
 
 def with_channels_of(config: Config, start: Checkpoint | None) -> Config:
-    """The configuration with the channels of the checkpoint's network, for a folder of images without --data.channels:
-    earlier versions read gray images with three channels.
+    """The configuration with `data.channels` of the checkpoint's network, for a folder of images without
+    --data.channels. Earlier versions read gray images with three channels, and their runs have to continue so.
     """
     if start is None or config.data.source != "folder" or config.data.channels is not None:
         return config
@@ -115,7 +115,7 @@ def with_channels_of(config: Config, start: Checkpoint | None) -> Config:
 
 
 def _open_folder(config: Config, trainer: Trainer, resumed: bool) -> None:
-    """Writes config.json and data.json, and prints what is trained.
+    """Writes config.json and data.json, and prints the network's class, its size and the data.
 
     Raises:
         ValueError: the run was started with other images.
@@ -137,9 +137,14 @@ def _open_folder(config: Config, trainer: Trainer, resumed: bool) -> None:
 
 
 def write_data(out: Path, found: dict[str, Any], folder: Path | None = None) -> None:
-    """Writes data.json, or compares it with the images that there are now, those in `folder` where they are files.
+    """Writes data.json if the file is missing, else compares the file with the images at hand.
 
-    Runs of earlier versions have no class names in it, no checksum of images in memory and none of file sizes.
+    In earlier versions, data.json lacks the class names, the checksum of images in memory and that of file sizes.
+
+    Args:
+        out: the run's folder.
+        found: number, shape, classes and checksum of the images at hand.
+        folder: folder of the image files, for messages; None: the images are no files.
 
     Raises:
         ValueError: the run was started with other images.
@@ -151,10 +156,10 @@ def write_data(out: Path, found: dict[str, Any], folder: Path | None = None) -> 
 
 
 def load_images(config: Config) -> tuple[ImageDataset, TensorDataset | None]:
-    """The images to train on, and those held out; prints which files are left out.
+    """The training images, and the held-out images (None: the source has none); prints which files are left out.
 
     Raises:
-        ValueError: nothing that can be used, or guidance of images without classes.
+        ValueError: no image can be used, or sampling has guidance and the images have no classes.
     """
     quiet = config.data.source != "folder" or int(os.environ.get("RANK", 0)) > 0
     with tqdm(desc="reading", unit="img", disable=quiet, mininterval=0.5 if sys.stderr.isatty() else 20) as bar:
@@ -169,17 +174,18 @@ def load_images(config: Config) -> tuple[ImageDataset, TensorDataset | None]:
             print(f"train: {remark}", file=sys.stderr)
     if not images.num_classes and config.sampling.value("guidance") != 1:
         raise ValueError(
-            f"--sampling.guidance {config.sampling.guidance:g} needs classes, and these images have none; leave it at "
-            "1."
+            f"--sampling.guidance {config.sampling.guidance:g} needs classes, and these images have no classes; leave "
+            "guidance at 1."
         )
     return images, held_out
 
 
 def decoder_of_grids(config: Config) -> AutoencoderKL | None:
-    """The VAE that decodes image grids; None for pixels, and where the VAE cannot be found and --data.vae names none.
+    """The VAE that decodes latents for image grids. None if the data are pixels, and if --data.vae is not given and the
+    VAE of the latents cannot be found.
 
     Raises:
-        ValueError: the VAE that --data.vae names cannot be read, or is another one.
+        ValueError: the VAE of --data.vae cannot be read, or is not the VAE that encoded the latents.
     """
     if config.data.source != "latents" or config.data.path is None:
         return None
@@ -188,7 +194,7 @@ def decoder_of_grids(config: Config) -> AutoencoderKL | None:
     except ValueError as error:
         if config.data.vae is not None:
             raise
-        print(f"train: there will be no images of samples: {error} --data.vae names a copy.", file=sys.stderr)
+        print(f"train: no image grid will be drawn: {error} --data.vae names a copy of the VAE.", file=sys.stderr)
         return None
 
 
@@ -196,7 +202,7 @@ def decoder_of_grids(config: Config) -> AutoencoderKL | None:
 def stop_on_signals(trainer: Trainer) -> Iterator[list[int]]:
     """Within the block, SIGTERM and Ctrl-C stop the trainer after its step; a second signal ends the process.
 
-    The list holds the signals that came.
+    Yields the list of the signals received so far.
     """
     caught: list[int] = []
 

@@ -13,13 +13,13 @@ from implicit import AbstractGrad, StochasticJFB
 
 
 def training_solve(config: Config, noise: TrainingNoise, images: int, done: float) -> TrainingSolve | None:
-    """The solve of the step after so many images; None for a DiT.
+    """The solve of a training step; None for a DiT.
 
     Args:
-        config: of the run.
-        noise: the randomness of the step, with the numbers of its images.
-        images: images seen before the step.
-        done: share of the training that is done.
+        config: the run's configuration.
+        noise: the randomness of the step, with `positions`.
+        images: number of images seen before the step.
+        done: share of the training that is done, in [0, 1].
     """
     if config.model.kind == "dit":
         return None
@@ -53,21 +53,21 @@ def grown(grad: StochasticJFB, done: float, growth: float) -> StochasticJFB:
 
         N_s = round(r N),   M_s = max(1, round(r M)),   r = min(1, s / g)    s the share of the training that is done
 
-    Early steps are then short and many; the fixed point is needed once the network is good. Bai et al. 2019 (DEQ,
-    arXiv 1909.01377) begin with a shallow unrolled network; McLeish et al. 2025 (arXiv 2511.07384) raise the
-    recurrences of a language model over training.
+    Early steps are then cheaper, so more of them fit into the same time; late steps iterate toward the fixed point. Bai
+    et al. 2019 (DEQ, arXiv 1909.01377) begin with a shallow unrolled network; McLeish et al. 2025 (arXiv 2511.07384)
+    raise the recurrences of a language model over training.
 
     Args:
-        grad: with the final N and M.
+        grad: the estimator with the final N and M.
         done: s, in [0, 1].
-        growth: g; 0 is no growth.
+        growth: g; 0: N and M are constant.
     """
     ratio = min(1.0, done / growth) if growth else 1.0
     return replace(grad, N=round(ratio * grad.N), M=max(1, round(ratio * grad.M)))
 
 
 def _estimator(config: Config, images: int, done: float) -> AbstractGrad:
-    """The gradient estimator of a step; one that draws numbers takes a generator from (seed, images seen)."""
+    """The gradient estimator of a step; a random estimator gets a generator seeded by (seed, images seen)."""
     grad: Any = config.grad
     if not hasattr(grad, "generator"):
         return grad

@@ -1,7 +1,7 @@
-"""Summary of a training run: metrics.json, loss.png, samples.png, and for labeled images in memory the scores of the
-samples beside those of held-out images.
+"""Summary of a training run: metrics.json, loss.png and samples.png. For labeled images in memory, metrics.json has the
+scores of the samples and of held-out images.
 
-With --max-time, sampling ends after a quarter of that time; the samples that are complete are scored and drawn.
+With --max-time, sampling ends after a quarter of that time; the samples complete by then are scored and drawn.
 """
 
 from __future__ import annotations
@@ -51,16 +51,17 @@ def summarize(
     decoder: AutoencoderKL | None,
     began: float,
 ) -> None:
-    """Samples from the averaged weights, scores, draws, writes and prints. Its time does not count as training time.
+    """Samples from the averaged weights, scores the samples, and writes and prints the summary. The time of the summary
+    does not count as training time.
 
     Args:
-        config: of the run.
-        trainer: after its run.
-        network: with the averaged weights.
+        config: the run's configuration.
+        trainer: the trainer, after training.
+        network: the network with the averaged weights.
         images: the training images.
-        held_out: images not trained on; with classes, their scores stand beside those of the samples.
-        decoder: of latents; without it their samples are not drawn.
-        began: monotonic clock at the run's start.
+        held_out: images that were not trained on; None: the source has no such images, and nothing is scored.
+        decoder: the VAE that decodes latents; None: the data are pixels, or samples of latents are not drawn.
+        began: monotonic clock in seconds at the run's start.
     """
     real = None
     if isinstance(images, TensorDataset) and held_out is not None and images.num_classes:
@@ -101,8 +102,8 @@ def summarize(
 
 
 def check_sampling(config: Config, network: DiT | FPDM) -> None:
-    """Raises ValueError where the sampling options of a run do not fit its network. A measured allocation is left to
-    its measurement.
+    """Raises ValueError if the sampling options of a run do not fit its network. A measured allocation is not checked,
+    since planning it takes a measurement on the trained network.
     """
     options = config.sampling_options()
     if options.allocation == "measured":
@@ -118,15 +119,15 @@ def _time_limit(config: Config) -> float:
     return math.inf if config.max_time is None else config.max_time / 4
 
 
-class _Late(Exception):
+class _TimeLimitExceeded(Exception):
     """The time limit of sampling is exceeded."""
 
 
 def draw_samples(
     config: Config, network: DiT | FPDM, num_classes: int, count: int, limit: float = math.inf
 ) -> SampleResult | None:
-    """The first `count` samples of the run's seed, by its sampling options, in chunks; fewer, or None, where `limit`
-    seconds end first.
+    """The first `count` samples of the run's seed with the run's sampling options, computed in chunks. Sampling ends
+    after `limit` seconds; the result has the complete chunks, and is None if no chunk is complete.
     """
     labels = class_labels(count, num_classes)
     chosen = plan(network, scheduler_of(config), SamplingOptions(), defaults=config.sampling_options())
@@ -140,9 +141,9 @@ def draw_samples(
         def progress(done: int, _: int) -> None:
             bar.update(1)
             if time.monotonic() > end:
-                raise _Late
+                raise _TimeLimitExceeded
 
-        with suppress(_Late):
+        with suppress(_TimeLimitExceeded):
             for first in range(0, count, chunk):
                 numbers = range(first, min(first + chunk, count))
                 y = None if labels is None else labels[first : first + chunk]
@@ -164,8 +165,8 @@ def draw_samples(
 def image_grid(
     config: Config, network: DiT | FPDM, images: ImageDataset, decoder: AutoencoderKL | None
 ) -> Image.Image | None:
-    """A grid of samples of a network in training; None for latents without a decoder, and where no sample is complete
-    within the time limit.
+    """A grid of samples of a network in training; None for latents without a decoder, and if no chunk of samples is
+    complete within the time limit.
     """
     if decoder is None and config.data.source == "latents":
         return None
@@ -181,19 +182,18 @@ def _grid(result: SampleResult, images: ImageDataset, decoder: AutoencoderKL | N
 
 
 def _scores(config: Config, result: SampleResult, images: TensorDataset, held_out: TensorDataset) -> dict[str, Scores]:
-    """Of the generated images, and of as many real ones as there are, up to that number, that the classifier has not
-    seen.
+    """Scores of the generated images and of real images, at most as many, that the classifier was not trained on.
 
-    The classifier of the 8 x 8 digits is trained on the training images, of which there are enough for nothing else.
-    Other data have more held-out images: theirs is trained on these, and has seen no image that the network was trained
-    on.
+    For the 8 x 8 digits, the classifier is trained on the training images, because the held-out images are too few to
+    train it. For other data, it is trained on the held-out images, so that it has seen no image of the network's
+    training set; the real images to score are then training images.
     """
     assert result.labels is not None
     known, unseen = (images, held_out) if config.data.source == "digits" else (held_out, images)
     extractor = features_of(known)
     reference = measure(of_tensors("reference", known.x, known.y), extractor)
     count = min(len(unseen), len(result.samples))
-    chosen = torch.arange(count) * len(unseen) // count  # from all over: files are often sorted by class
+    chosen = torch.arange(count) * len(unseen) // count  # evenly spaced, because files are often sorted by class
     sets = {
         "generated": of_tensors("generated", result.samples, result.labels),
         "real_held_out" if unseen is held_out else "real_training": of_tensors(
@@ -210,7 +210,7 @@ def _draw(
     images: ImageDataset,
     decoder: AutoencoderKL | None,
 ) -> None:
-    """loss.png, and samples.png where there are samples that are images or can be decoded."""
+    """Writes loss.png, and samples.png if a sample is complete and is an image or can be decoded."""
     if trainer.progress.history:
         with atomic_path(config.out / "loss.png") as partial:
             loss_curve(trainer.progress.history, partial, f"{trainer.network['class']}: training loss")

@@ -1,11 +1,11 @@
 """The training loop.
 
-One step: images s, s + 1, ..., s + B - 1 of the run's order (s images seen so far); their timesteps, noise and dropped
-labels, computed on the device from (seed, s + k); the loss and its gradient; AdamW; the moving average of the weights.
-Each of P processes takes B / P of the B samples, in A parts one after another where they would not fit the memory, so P
-and A change nothing but rounding.
+One step takes the images s, s + 1, ..., s + B - 1 of the run's order (s images seen so far), computes their timesteps,
+noise and dropped labels on the device from (seed, s + k), the loss and its gradient, and updates the weights by AdamW
+and the moving average of the weights. Each of P processes takes B / P of the B samples, in A successive parts to save
+memory. P and A change the result by rounding only.
 
-A step does not wait for the device: whether its gradient was finite is decided there, and counts and losses are read
+A step does not wait for the device: the test for a finite gradient stays on the device, and counts and losses are read
 every `LOG_EVERY` steps.
 """
 
@@ -41,9 +41,9 @@ from apps.diffusion.training.noise import training_noise
 from apps.diffusion.training.optimizer import AveragedWeights, adamw, learning_rate, step_if_finite
 from apps.diffusion.training.solve import training_solve
 
-LOG_EVERY = 25  # steps between two readings of the device, at most
-PATIENCE = 50  # steps in a row without a finite gradient after which training is aborted
-AGREE_EVERY = 1.0  # seconds between two agreements of several processes on the clock and on stopping, about
+LOG_EVERY = 25  # the most steps between two reads of counts and losses from the device
+PATIENCE = 50  # training is aborted after so many successive steps without a finite gradient
+AGREE_EVERY = 1.0  # approximate seconds between two exchanges of clock and stop request among the processes
 
 
 Log = Callable[[dict[str, float], int], Any]
@@ -51,23 +51,24 @@ Show = Callable[[DiT | FPDM], Any]
 
 
 class Diverged(RuntimeError):
-    """Training has diverged; the message says what to change."""
+    """Training has diverged; the message names the option to change."""
 
 
 class Trainer:
     """A training run: `Trainer(config, images, start).run(save)`.
 
     Attributes:
-        progress: counts; those of steps are up to date after `synchronize`, a log entry, a checkpoint and `run`.
-        stop_requested: may be set at any time, for example by a signal handler.
-        stopping: the processes have agreed to stop.
+        progress: counts of images and steps, seconds, and the history of the loss. The counts of steps are up to date
+            after `synchronize`, a log entry, a checkpoint and `run` only.
+        stop_requested: whether this process is to stop; may be set at any time, for example by a signal handler.
+        stopping: whether all processes have agreed to stop.
     """
 
     def __init__(self, config: Config, images: ImageDataset, start: Checkpoint | None = None) -> None:
         self.config, self.images = config, images
         self.accelerator = distributed.accelerator(config, tracker(config.track), config.out / "logs")
         self.scheduler = scheduler_of(config)
-        if config.schedule.kind == "diffusion":  # a table that would travel to the device in every step
+        if config.schedule.kind == "diffusion":  # moved once, so that no step copies the table to the device
             self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.accelerator.device)
         iterations = (config.sampling.iterations or (10,))[0]
         model = build.network(config.model, images.shape, images.num_classes, iterations, config.seed)
@@ -104,9 +105,10 @@ class Trainer:
         self.metrics = StepMetrics()
         self.saved = -1  # images seen at the last checkpoint
         self.stop_requested = False
-        self.stopping = False  # only `_agree` writes it
+        self.stopping = False  # written by `_agree` only
         self._batches: Iterator[list[Tensor]] | None = None
-        self._next_agreement, self._last_agreement = 0, (0, self.progress.seconds)  # in steps of this process
+        # `_agree`: step count of the next exchange; step count and clock of the last exchange
+        self._next_agreement, self._last_agreement = 0, (0, self.progress.seconds)
         self._steps = 0
 
     def run(self, save: Callable[[Checkpoint], Any], log: Log | None = None, show: Show | None = None) -> Progress:
@@ -114,17 +116,17 @@ class Trainer:
 
         Args:
             save: called by the main process with every checkpoint.
-            log: called with every entry (see metric_logger.py) and the images seen.
-            show: called by the main process every `sample_every` images with the averaged network; its time does not
-                count as training time.
+            log: called with every entry (see metric_logger.py) and the number of images seen; None: no entries.
+            show: called by the main process every `sample_every` images with the network of averaged weights; its time
+                does not count as training time. None: no image grids.
 
         Raises:
-            Diverged: no step, or none of the last `PATIENCE`, had a finite gradient.
+            Diverged: no step of the run, or none of the last `PATIENCE` steps, had a finite gradient.
         """
         config, progress = self.config, self.progress
         start = time.monotonic() - progress.seconds
         batch = config.optimizer.batch
-        self._agree(progress.seconds)  # a signal may have come before the first step
+        self._agree(progress.seconds)  # a signal may arrive before the first step
         main = self.accelerator.is_main_process
         with (
             profiler(config.out / "logs" if config.profile and main else None) as profiled_step,
@@ -152,12 +154,12 @@ class Trainer:
         self._log(log)
         if self.finished and not progress.steps:
             raise Diverged(
-                f"Not one of the {progress.skipped} steps had a finite gradient, and nothing is learned; see whether "
-                "the data are finite, and lower --optimizer.lr."
+                f"None of the {progress.skipped} steps had a finite gradient, so the weights have not changed; check "
+                "that the data are finite, and lower --optimizer.lr."
             )
         if self.saved != progress.images:
             self._save(save, log)
-        self._agree(progress.seconds, now=True)  # a signal may have come since the last step
+        self._agree(progress.seconds, now=True)  # a signal may have arrived since the last step
         return progress
 
     @property
@@ -180,7 +182,7 @@ class Trainer:
         parts, total = config.optimizer.accumulate, torch.zeros((), device=x.device)
         for k in range(parts):
             part = slice(k * len(x) // parts, (k + 1) * len(x) // parts)
-            # gradients are averaged over processes once, with the last part
+            # the processes exchange gradients only in the last part
             together = nullcontext() if k == parts - 1 else self.accelerator.no_sync(self.model)
             with together, build.attention(config):
                 found = self._loss(x[part], None if y is None else y[part], noise.part(part))
@@ -221,7 +223,7 @@ class Trainer:
         return x, y if self.images.num_classes else None, noise
 
     def _solve(self, noise: TrainingNoise) -> loss.TrainingSolve | None:
-        """How this step solves the fixed point; None for a DiT."""
+        """The fixed-point solve of this step; None for a DiT."""
         done = max(self.progress.images / self.config.optimizer.images, self._time_share())
         return training_solve(self.config, noise, self.progress.images, done)
 
@@ -229,8 +231,9 @@ class Trainer:
         return self.progress.seconds / self.config.max_time if self.config.max_time else 0.0
 
     def _agree(self, seconds: float, now: bool = False) -> float:
-        """The longest clock, and whether a process has received a signal, so that all stop at the same step. Several
-        processes agree about every `AGREE_EVERY` seconds, and between two agreements the clock stands still.
+        """Sets `stopping` if a process has a stop request, so that all processes stop after the same step; returns the
+        training seconds of the slowest process. Several processes exchange these about every `AGREE_EVERY` seconds (or
+        with `now`); between two exchanges the returned seconds do not change.
         """
         if self.accelerator.num_processes == 1:
             self.stopping = self.stop_requested
@@ -240,7 +243,7 @@ class Trainer:
         mine = torch.tensor([[seconds, float(self.stop_requested)]], device=self.accelerator.device)
         clock, stopping = gather(mine).amax(0).tolist()  # pyright: ignore[reportAttributeAccessIssue]
         self.stopping = bool(stopping)
-        # the same numbers on all processes, so that all agree again after the same step
+        # these numbers are equal on all processes, so the next exchange is after the same step on all of them
         steps, before = self._last_agreement
         per_step = max(clock - before, 1e-9) / max(self._steps - steps, 1)
         self._last_agreement = (self._steps, clock)
@@ -248,14 +251,14 @@ class Trainer:
         return clock
 
     def synchronize(self) -> int:
-        """Reads the numbers of steps from the device into `progress`; returns the skipped steps since the last finite
-        gradient.
+        """Copies the counts of steps from the device into `progress`; returns the number of steps skipped since the
+        last finite gradient.
         """
         self.progress.steps, self.progress.skipped, failures = self.counts.tolist()
         return failures
 
     def _log(self, log: Log | None, bar: tqdm[Any] | None = None) -> None:
-        """Reads the device's counts, and adds an entry for the steps since the last one.
+        """Reads the counts from the device, and logs an entry for the steps since the previous entry.
 
         Raises:
             Diverged: none of the last `PATIENCE` steps had a finite gradient.
@@ -265,7 +268,7 @@ class Trainer:
         if failures >= PATIENCE:
             raise Diverged(
                 f"The gradient has not been finite for {failures} steps in a row, at {progress.images} images; lower "
-                "--optimizer.lr, or --optimizer.clip; where it never was, see whether the data are finite."
+                "--optimizer.lr or --optimizer.clip; if no step had a finite gradient, check that the data are finite."
             )
         if found := self.metrics.entry():
             rate = float(self.optimizer.param_groups[0]["lr"])
@@ -291,7 +294,9 @@ class Trainer:
         return time.monotonic() - began
 
     def averaged(self) -> DiT | FPDM | None:
-        """The network with the averaged weights, in evaluation mode: the main process gets it, all must call this."""
+        """The network with the averaged weights, in evaluation mode; None on all processes but the main one. All must
+        call this.
+        """
         weights = distributed.model_state(self.ema.module)
         if not self.accelerator.is_main_process:
             return None
@@ -309,7 +314,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def checkpoint(self) -> Checkpoint:
-        """The state of the run, its tensors whole. All processes must call this; the main one gets the tensors."""
+        """The state of the run as whole tensors, in the main process. All processes must call this."""
         return Checkpoint(
             network=self.network,
             model=distributed.model_state(self.model),

@@ -6,12 +6,12 @@ distribution,
     uniform         q(u) = u
     logit-normal    q(u) = sigmoid(m + s Phi^-1(u))          Esser et al. 2024, arXiv 2403.03206, section 3.1
 
-so that stratified u stay stratified.
+Stratified u give stratified timesteps, since q is monotonic.
 
 Weights: with SNR = (a_t / b_t)^2 of x_t = a_t x_0 + b_t eps, the min-SNR rule (Hang et al. 2023, arXiv 2303.09556,
-equation 8) counts the squared error of x_0 min(SNR, g) times. The errors of the other predictions are multiples of that
-one, |x_0 error|^2 = |eps error|^2 / SNR = b^2 |v error|^2 = b^2 |u error|^2, hence the weight of the predicted
-quantity's error; u is the velocity of a rectified flow, and in diffusion b^2 = 1 / (SNR + 1):
+equation 8) weights the squared error of x_0 by min(SNR, g). The errors of the other predictions are multiples of the
+error of x_0, |x_0 error|^2 = |eps error|^2 / SNR = b^2 |v error|^2 = b^2 |u error|^2, with u the velocity of a
+rectified flow, and b^2 = 1 / (SNR + 1) in diffusion. The weight of the squared error of each prediction is therefore
 
     x_0: min(SNR, g)        eps: min(SNR, g) / SNR        v, u: min(SNR, g) b^2
 """
@@ -29,7 +29,7 @@ from apps.diffusion.config.loss import Distribution
 def quantile(
     u: Float[Tensor, " B"], distribution: Distribution, location: float = 0.0, scale: float = 1.0
 ) -> Float[Tensor, " B"]:
-    """q(u) in [0, 1) for u in [0, 1): the share of the timesteps below the drawn one.
+    """q(u) in [0, 1) for u in [0, 1); the timestep is floor(T q(u)).
 
     Raises:
         ValueError: an unknown distribution.
@@ -43,15 +43,15 @@ def quantile(
 
 
 def min_snr(a: Float[Tensor, " B"], b: Float[Tensor, " B"], prediction: str, gamma: float) -> Float[Tensor, " B"]:
-    """The weights of the squared errors of `prediction` at timesteps with these levels.
+    """The weights (B,) of the squared errors of `prediction`.
 
     Args:
-        a: level of the image, 0 at zero terminal SNR.
-        b: level of the noise.
+        a: (B,) level of the image at each timestep, 0 at zero terminal SNR.
+        b: (B,) level of the noise at each timestep.
         prediction: v_prediction, epsilon, sample or flow_prediction, as in diffusers.
         gamma: g; 5 in the paper.
     """
-    # min(SNR, g) b^2 = min(a^2, g b^2), which is finite where SNR is not
+    # min(SNR, g) b^2 = min(a^2, g b^2); the right side is finite even if the SNR is infinite
     capped = torch.minimum(a.square(), gamma * b.square())
     if prediction == "sample":
         return capped / b.square()
