@@ -1,4 +1,4 @@
-"""Checks of fields and arguments, by the standard library alone, so that --help of a command is quick."""
+"""Checks of fields and arguments; only the standard library is imported, so that --help of a command is quick."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def at_least(where: object, least: float, *names: str) -> None:
-    """Raises ValueError where one of these fields is below `least`; None passes."""
+    """Raises ValueError if one of the fields `names` of `where` is below `least`; a field may be None."""
     for name in names:
         value = getattr(where, name)
         if value is not None and not value >= least:
@@ -16,20 +16,20 @@ def at_least(where: object, least: float, *names: str) -> None:
 
 
 def check_word(name: str, value: object, kind: Any) -> None:
-    """Raises ValueError where the argument `name` is none of the words of the `Literal` type `kind`."""
+    """Raises ValueError if `value`, the argument `name`, is not a word of the `Literal` type `kind`."""
     if value not in typing.get_args(kind):
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(typing.get_args(kind))}.")
 
 
 def positive(where: object, *names: str) -> None:
-    """Raises ValueError unless these fields are positive and finite."""
+    """Raises ValueError unless the fields `names` of `where` are positive and finite."""
     for name in names:
         if not 0 < getattr(where, name) < math.inf:
             raise ValueError(f"{flag(where, name)} must be positive and finite, got {getattr(where, name)}.")
 
 
 def within(where: object, low: float, high: float, *names: str) -> None:
-    """Raises ValueError unless low <= value < high for these fields."""
+    """Raises ValueError unless low <= value < high for the fields `names` of `where`."""
     for name in names:
         value = getattr(where, name)
         if not low <= value < high:
@@ -37,6 +37,6 @@ def within(where: object, low: float, high: float, *names: str) -> None:
 
 
 def flag(where: object, name: str) -> str:
-    """The flag of the training command for a field: the class has its section."""
+    """The flag of the training command for a field; its section is the attribute SECTION of the field's class."""
     section = getattr(where, "SECTION", "")
     return "--" + (section + "." if section else "") + name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""The flags of the commands that train, from the fields of `Config`."""
+"""The flags of the commands `train` and `distill`, made from the fields of `Config`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from apps.diffusion.config.training import Config
 
 _DESCRIPTIONS = {
     "train": "Train a diffusion model: a Fixed Point Diffusion Model (FPDM), or the DiT baseline. The first argument "
-    f"may name a preset, FPDM or the baseline (-dit) on some data; digits is the default: {', '.join(PRESETS)}.",
+    f"may name a preset, a configuration for a data set (with -dit: the baseline's); default: digits. The presets are "
+    f"{', '.join(PRESETS)}.",
     "distill": "Distill a DiT into an FPDM. The first argument is the DiT: a training run, a pipeline or model folder, "
     "a network by name, or a checkpoint file in a published layout.",
 }
@@ -36,22 +37,22 @@ _FPDM_ONLY = (
 
 
 def parse_flags(name: str, argv: Sequence[str], default: Config) -> tuple[Config, bool]:
-    """The configuration that the flags of the training command describe, and whether to resume.
+    """The configuration that the flags describe, and whether to resume.
 
     Args:
-        name: "train", or "distill".
-        argv: flags.
-        default: configuration without flags.
+        name: name of the command, "train" or "distill".
+        argv: the flags.
+        default: the configuration if there are no flags.
 
     Raises:
-        ValueError: options of an FPDM for a DiT.
+        ValueError: options that apply to an FPDM only, for a DiT.
     """
 
-    # a sampling option that is given replaces those of the default that it excludes
+    # a sampling option that is given removes the default options that it excludes
     flags = (word.partition("=")[0] for word in argv if word.startswith("--sampling."))
     given = [flag.removeprefix("--sampling.").replace("-", "_") for flag in flags]
     default = dataclasses.replace(default, sampling=default.sampling.replaced_by(given))
-    # a rectified flow has one prediction target, and no betas
+    # --schedule.kind rectified_flow removes the default's betas and prediction target, which apply to diffusion only
     words = [part for word in argv for part in word.split("=", 1)]
     if ("--schedule.kind", "rectified_flow") in pairwise(words):
         default = dataclasses.replace(default, schedule=NoiseSchedule(timesteps=default.schedule.timesteps))
@@ -72,14 +73,14 @@ def parse_flags(name: str, argv: Sequence[str], default: Config) -> tuple[Config
     unused = [name for name in _FPDM_ONLY if attrgetter(name)(config) != attrgetter(name)(default)]
     if config.model.kind == "dit" and unused:
         raise ValueError(
-            f"A DiT has no fixed point for {', '.join(unused)}; leave these out, or give --model.kind fpdm."
+            f"{', '.join(unused)} apply to an FPDM only; leave these options out for a DiT, or give --model.kind fpdm."
         )
     return config, resume
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The configuration with absolute paths of the data, the VAE and the first weights, so that the run can be used
-    from any folder. A VAE that is no folder here is a name on the hub.
+    """The configuration with absolute paths of the data, the VAE, `init` and `teacher`, so that the run can be used
+    from any working folder. A VAE that is not a folder is a name on the hub and stays as it is.
     """
     path, vae = config.data.path, config.data.vae
     for name in ("init", "teacher"):

@@ -1,7 +1,7 @@
-"""Choices of solver and gradient estimator: `implicit`'s own dataclasses, with all their options.
+"""The solvers and gradient estimators of the commands: `implicit`'s own dataclasses, with all their options.
 
-A new solver or estimator of `implicit` is one more line here, which makes it a choice of every command
-(`solver:picard`, `grad:jfb`) and of config.json.
+A new solver or estimator of `implicit` takes one more line here. Every command (`solver:picard`, `grad:jfb`) and
+config.json then accept it.
 """
 
 import inspect
@@ -39,7 +39,7 @@ Grad = (
 )
 
 
-# AndersonGS is anderson-gs, as in `solver:anderson-gs`
+# names on the command line: AndersonGS is anderson-gs, as in `solver:anderson-gs`
 BY_NAME = {
     re.sub("(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower(): kind for kind, _ in map(get_args, get_args(Solver))
 }
@@ -50,7 +50,9 @@ REGISTRY = tyro.constructors.ConstructorRegistry()
 
 @REGISTRY.primitive_rule
 def _any_solver(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """A field of any solver, such as that of IFT's linear problem, is given by a name, with the default options."""
+    """Lets a field of type `AbstractSolver`, such as the solver of IFT's linear problem, be given on the command line
+    by the solver's name; the solver then has its default options.
+    """
     if info.type is not implicit.AbstractSolver and info.type_origin is not implicit.AbstractSolver:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -64,16 +66,16 @@ def _any_solver(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.
 
 
 def check_pair(grad: implicit.AbstractGrad, solver: implicit.AbstractSolver[Any]) -> None:
-    """Raises ValueError where an estimator cannot work with a solver, or would ignore it."""
+    """Raises ValueError if the estimator cannot work with the solver, or would ignore the solver."""
     own = type(solver)
     if isinstance(grad, implicit.SHINE) and own.inverse_transpose is implicit.AbstractSolver.inverse_transpose:
         raise ValueError(
-            f"SHINE needs a solver with an approximate inverse, and {own.__name__} has none; use solver:broyden, "
-            "solver:anderson, solver:anderson-gs, solver:multisecant or solver:bad-broyden."
+            f"SHINE needs a solver with an approximate inverse of I - df/dz, which {own.__name__} does not have; use "
+            "solver:broyden, solver:anderson, solver:anderson-gs, solver:multisecant or solver:bad-broyden."
         )
     if isinstance(grad, implicit.Unrolled) and not solver.differentiable:
         raise ValueError(f"Unrolled cannot record the steps of {own.__name__}; use grad:ift, or another solver.")
     if isinstance(grad, implicit.Reversible) and solver != implicit.Picard():
         raise ValueError(
-            f"Reversible is an iteration of its own and would ignore {own.__name__}; leave the solver at solver:picard."
+            f"Reversible has its own iteration and would ignore {own.__name__}; leave the solver at solver:picard."
         )

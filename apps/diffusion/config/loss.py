@@ -13,8 +13,8 @@ Distribution = Literal["uniform", "logit_normal"]
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Which timesteps training draws, how much each counts (training/weighting.py), and terms that an FPDM adds
-    (training/penalties.py).
+    """Training loss: distribution and weights of the timesteps (training/weighting.py), and optional terms of an FPDM's
+    loss (training/penalties.py).
     """
 
     SECTION: ClassVar[str] = "loss"
@@ -23,27 +23,31 @@ class LossConfig:
     timesteps: Distribution = "uniform"
     """Distribution of the timesteps; logit_normal (arXiv 2403.03206) draws the middle of the schedule more often."""
     location: float = 0.0
-    """Mean of the normal distribution of logit_normal; above 0: more noise."""
+    """Mean m of the normal distribution of logit_normal; a mean above 0 prefers noisier timesteps."""
     scale: float = 1.0
     """Standard deviation of the normal distribution of logit_normal."""
     weighting: Literal["uniform", "min_snr"] = "uniform"
-    """Weight of a timestep: all equal, or min-SNR (arXiv 2303.09556), which is 0 at zero terminal SNR."""
+    """Weight of the squared error at a timestep: uniform (1), or min_snr (arXiv 2303.09556), which is 0 at a timestep
+    of pure noise.
+    """
     gamma: float = 5.0
-    """Largest signal-to-noise ratio that min_snr counts."""
+    """Signal-to-noise ratio above which the weight of min_snr no longer grows."""
     residual: float = 0.0
     """Weight of the squared relative residual of the fixed point; FPDM only."""
     jacobian: float = 0.0
     """Weight of the Jacobian penalty of the fixed-point layer (arXiv 2106.14342); FPDM only."""
     early: float = 0.0
-    """Weight of the distance between the predictions of one iteration and of the solution, any-time training by
-    self-distillation (arXiv 2604.09168); FPDM only.
+    """Weight of the squared distance between the prediction after one iteration and the prediction from the solution:
+    any-time training by self-distillation (arXiv 2604.09168); FPDM only.
     """
     reuse: float = 0.0
-    """Weight of the distance between the predictions of one iteration from a noisier timestep's solution and of the
-    solution, so that sampling may start there (`--sampling.reuse on`); FPDM only.
+    """Weight of the same distance if the one iteration starts from the solution at a noisier timestep, as solves do in
+    sampling with `--sampling.reuse on`; FPDM only.
     """
     start_noise: float = 0.0
-    """Noise of the start of each solve, relative to the start (arXiv 2605.21488); FPDM only."""
+    """Standard deviation of noise added to the start of each solve, relative to the RMS of the start (arXiv
+    2605.21488); FPDM only.
+    """
 
     def __post_init__(self) -> None:
         for name, option, value in (
@@ -52,7 +56,7 @@ class LossConfig:
             ("gamma", "weighting", "min_snr"),
         ):
             if getattr(self, option) != value and getattr(self, name) != getattr(type(self), name):
-                raise ValueError(f"--loss.{name} needs --loss.{option} {value}; give that too, or leave it out.")
+                raise ValueError(f"--loss.{name} needs --loss.{option} {value}; give both, or leave --loss.{name} out.")
         within(self, 0, math.inf, *self.FIXED_POINT)
         positive(self, "scale", "gamma")
         if not math.isfinite(self.location):

@@ -22,29 +22,30 @@ class ModelConfig:
     kind: Kind = "fpdm"
     """fpdm or dit."""
     size: Size = "tiny"
-    """Hidden size, depth and heads by name; tiny is 128, 6, 4."""
+    """Name of a hidden size, a number of blocks and a number of attention heads; for tiny these are 128, 6 and 4."""
     hidden: int | None = None
-    """Hidden size, instead of that of `size`."""
+    """Hidden size; default: the hidden size of `size`."""
     heads: int | None = None
-    """Attention heads, instead of those of `size`."""
+    """Number of attention heads; default: the number of `size`."""
     depth: int | None = None
-    """Blocks, instead of those of `size`; DiT only."""
+    """Number of blocks; default: the number of `size`. DiT only."""
     patch: int = 2
-    """Pixels along the side of a patch, which is one token."""
+    """Side of a patch in pixels; each patch is one token."""
     mlp_ratio: float = 4.0
-    """Width of a block's MLP, in hidden sizes."""
+    """Width of a block's MLP, as a multiple of the hidden size."""
     pre: int = 1
     """Explicit blocks before the fixed-point layer; FPDM only."""
     post: int = 1
     """Explicit blocks after the fixed-point layer; FPDM only."""
     recurrent_init: float = 1.0
-    """Factor on the weights of z in the fixed-point layer at initialization: below 1 the layer starts as a strong
-    contraction, at 0 without z. Loaded weights are never scaled. FPDM only.
+    """Factor on the initial weights by which the fixed-point layer depends on its state z, in [0, 1]: below 1 the layer
+    starts as a strong contraction, and with 0 it does not depend on z at first. Loaded weights are never scaled. FPDM
+    only.
     """
     condition_on_time: bool = False
     """Condition the explicit blocks on the time as well as the class; FPDM only."""
     learn_sigma: bool = False
-    """Predict the variance too, and add its variational bound to the loss."""
+    """Predict the variance of the reverse step too, and add the variational bound to the loss."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "hidden", "heads", "depth", "patch")
@@ -53,7 +54,9 @@ class ModelConfig:
             raise ValueError(f"--model.recurrent-init must lie in [0, 1], got {self.recurrent_init}; 1 scales nothing.")
         positive(self, "mlp_ratio")
         if self.kind == "fpdm" and self.depth is not None:
-            raise ValueError("--model.depth is for DiT; give an FPDM its explicit blocks by --model.pre, --model.post.")
+            raise ValueError(
+                "--model.depth is for DiT only; an FPDM takes its blocks from --model.pre and --model.post."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +67,10 @@ class NoiseSchedule:
 
     kind: Literal["diffusion", "rectified_flow"] = "diffusion"
     """diffusion, or rectified_flow (arXiv 2209.03003): straight lines between image and noise, with the velocity along
-    them as prediction target; it has no betas.
+    the line as prediction target. The betas apply to diffusion only.
     """
     shift: float = 1.0
-    """Shift of the timesteps of rectified_flow toward the noise (arXiv 2403.03206, equation 23); 1: none."""
+    """Shift of the timesteps of rectified_flow toward the noise (arXiv 2403.03206, equation 23); 1: no shift."""
     betas: Betas = "linear"
     """Form of the schedule of betas."""
     beta_start: float = 1e-4
@@ -100,16 +103,16 @@ class NoiseSchedule:
 
 
 def check_zero_snr(zero_snr: bool, prediction: str, spacing: str | None = None) -> None:
-    """Raises ValueError where zero terminal SNR meets a prediction or a spacing that cannot work with it."""
+    """Raises ValueError if zero terminal SNR is combined with the prediction epsilon or the spacing leading."""
     if zero_snr and prediction == "epsilon":
         raise ValueError(
             "prediction epsilon cannot go with zero terminal SNR (zero_snr): at the last timestep x_t is pure noise, "
-            "and eps has no information about the image (0/0). Use v_prediction or sample, or turn zero_snr off "
+            "and the image cannot be computed from eps (0/0). Use v_prediction or sample, or turn zero_snr off "
             "(--schedule.no-zero-snr in training)."
         )
     if zero_snr and spacing == "leading":
         raise ValueError(
-            "spacing leading cannot go with zero terminal SNR (zero_snr): it never visits the last timestep, where "
-            "sampling has to start. Use trailing or linspace, or turn zero_snr off "
+            "spacing leading cannot go with zero terminal SNR (zero_snr): the spacing leaves out the last timestep, "
+            "where sampling has to start. Use trailing or linspace, or turn zero_snr off "
             "(--schedule.no-zero-snr in training)."
         )

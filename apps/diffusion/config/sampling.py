@@ -1,7 +1,7 @@
-"""Sampling options, one class for the training configuration, the sampling command and the pipeline's keywords.
+"""Sampling options: one class for the training configuration, the sampling command and the pipeline's keywords.
 
-An option that is None is left open: `over` fills it from other options (those of the run, of the pipeline), and
-`DEFAULTS` applies otherwise. `sampling/plan.py` translates them into what the sampling loop takes.
+An option that is None is left open: `over` fills it from the options of the run or of the pipeline, and `DEFAULTS` has
+the value if those leave it open too. `sampling/plan.py` turns the options into the arguments of the sampling loop.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
 _COUNTS = ("iterations", "block_passes", "macs", "seconds", "rtol")
 _FIXED_POINT = {"iterations", "macs", "seconds", "allocation", "rtol", "max_evals", "solver"}
 _FIXED_POINT |= {"reuse", "share", "extrapolation"}
-# (options given, defaults dropped): an option that is given drops the defaults of its whole group
+# (leading options, group): if a leading option is given, the run's or pipeline's options of the group are dropped
 _GROUPS = (
     (("sampler",), ("sampler", "eta")),
     (("timesteps",), ("timesteps", "steps", "spacing")),
@@ -49,20 +49,25 @@ _GROUPS = (
 
 
 class OptionError(ValueError):
-    """Options out of range, or that exclude each other. `spelled` gives the message in flags or keywords."""
+    """An option out of range, or options that exclude each other.
+
+    Attributes:
+        message: format string with a field {0}, {1}, ... for the name of each option.
+        names: names of these options.
+    """
 
     def __init__(self, message: str, *names: str) -> None:
         self.message, self.names = message, names
         super().__init__(self.spelled(str))
 
     def spelled(self, name: Callable[[str], str]) -> str:
-        """The message with each option's name as `name` spells it."""
+        """The message, in which `name` turns the names of options into flags or keywords."""
         return self.message.format(*map(name, self.names))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How samples are made; None leaves an option at the default of the run, or of this program.
+    """Options of sampling; an option that is None takes the value of the training run or pipeline, or the default.
 
     Raises:
         OptionError: a value out of range, or two options that exclude each other.
@@ -71,66 +76,69 @@ class SamplingOptions:
     SECTION: ClassVar[str] = "sampling"
 
     sampler: Sampler | None = None
-    """ddim: deterministic; ddpm: ancestral; dpm++: second order; flow: Euler's steps of a rectified
-    flow, which takes no other; others: diffusers' schedulers. Default: ddim, flow for a rectified flow.
+    """ddim: deterministic; ddpm: ancestral; dpm++: second order; flow: Euler's steps, the only sampler of a rectified
+    flow; the other names are diffusers' schedulers. Default: ddim, or flow for a rectified flow.
     """
     eta: float | None = None
     """Stochasticity of ddim, 0 (deterministic) to 1 (ddpm). Default: 0."""
     steps: int | None = None
     """Number of timesteps. Default: 20."""
     spacing: Spacing | None = None
-    """Spacing of the timesteps: trailing includes the last one, linspace both ends, leading the first. Default:
-    trailing.
+    """Spacing of the timesteps: trailing includes the noisiest timestep, linspace both ends, leading the cleanest one.
+    Default: trailing.
     """
     timesteps: tuple[int, ...] = ()
-    """The timesteps themselves, decreasing, instead of a number and a spacing."""
+    """Explicit timesteps, decreasing, instead of `steps` and `spacing`."""
     guidance: float | None = None
     """Scale of classifier-free guidance. Default: 1, no guidance."""
     guidance_channels: int | None = None
-    """Number of channels to guide, from the first on (3 in the published DiT). Default: all."""
+    """Number of image channels that are guided, counted from the first (3 in the published DiT). Default: all."""
     guidance_interval: tuple[int, int] | None = None
-    """First and last timestep to guide, such as 200 800, both included; the others are not guided and cost half (arXiv
-    2404.07724). Default: all.
+    """Lowest and highest timestep with guidance, such as 200 800, both included; a timestep outside has no guidance and
+    costs half (arXiv 2404.07724). Default: all timesteps have guidance.
     """
     iterations: tuple[int, ...] = ()
-    """Iterations of the fixed-point layer at every timestep, or one number per timestep; FPDM only. Default: the
-    network's own.
+    """Iterations of the fixed-point layer: one number for all timesteps, or one number per timestep; FPDM only.
+    Default: the number in the network's configuration.
     """
     block_passes: int | None = None
-    """Budget per image in transformer block evaluations, spent exactly, instead of iterations."""
+    """Budget per image in evaluations of a transformer block, instead of iterations. The budget is spent exactly."""
     macs: float | None = None
     """Budget per image in multiply-accumulates, such as 5.9e11, instead of iterations; FPDM only."""
     seconds: float | None = None
-    """Budget per image in seconds on this machine, instead of iterations; with allocation measured, FPDM only."""
+    """Budget per image in seconds on this machine, instead of iterations; needs allocation measured. FPDM only."""
     allocation: Allocation | None = None
-    """Allocation of a budget, or of iterations times timesteps, from the noisiest timestep on; measured: by the
-    residuals of a few trajectories, spending at most the budget. FPDM only. Default: constant.
+    """Distribution of a budget, or of iterations times timesteps, over the timesteps: constant; increasing or
+    decreasing from the noisiest timestep on; or measured, by the residuals of a few trajectories, which may leave some
+    of the budget. FPDM only. Default: constant.
     """
     rtol: tuple[float, ...] = ()
-    """Relative tolerance at every timestep, or one per timestep, instead of iterations; each image stops on its own.
-    FPDM only.
+    """Relative tolerance of the solves, instead of iterations: one for all timesteps, or one per timestep. Each image
+    stops on its own. FPDM only.
     """
     max_evals: int | None = None
-    """Maximum evaluations per timestep with a relative tolerance; FPDM only. Default: 50."""
+    """Maximum evaluations of the fixed-point layer per timestep if `rtol` is given; FPDM only. Default: 50."""
     solver: Solver | None = None
     """Solver of the fixed-point layer; FPDM only. Default: Picard, the plain iteration."""
     reuse: Start | None = None
-    """Start of each solve: off (none of the earlier solutions), on (the previous timestep's solution), blended (a
-    mixture of both), extrapolated (from the last two solutions), history (the previous timestep's solution and
-    solver state). FPDM only. Default: off.
+    """Start of each solve: off (the output of the explicit blocks before the layer), on (the previous timestep's
+    solution), blended (a mixture of both), extrapolated (from the last two solutions), history (the previous timestep's
+    solution and solver state). FPDM only. Default: off.
     """
     share: float | None = None
-    """Weight of the earlier solution in a blended start, 0 to 1. Default: 0.5."""
+    """Weight of the previous timestep's solution in a blended start, 0 to 1. Default: 0.5."""
     extrapolation: float | None = None
-    """Step of an extrapolated start: 0 is the last solution, 1 one timestep further. Default: 1."""
+    """Step of an extrapolated start: 0 gives the last solution, 1 continues the line through the last two solutions by
+    one timestep. Default: 1.
+    """
     parallel: ParallelSolver | None = None
-    """Solve for all timesteps at once, by Picard iteration or triangular Anderson acceleration, instead of one after
-    another; ddim, ddpm and flow only. Default: one after another.
+    """Solve for all timesteps at once, by Picard iteration or triangular Anderson acceleration; ddim, ddpm and flow
+    only. Default: one timestep after another.
     """
     parallel_rtol: float | None = None
-    """Relative tolerance of a parallel trajectory. Default: 0.001."""
+    """Relative tolerance of the trajectory in parallel sampling. Default: 0.001."""
     window: int | None = None
-    """Timesteps solved for at once in parallel. Default: all."""
+    """Number of timesteps that parallel sampling solves for at once. Default: all."""
 
     def __post_init__(self) -> None:
         counts = [name for name in _COUNTS if getattr(self, name) not in ((), None)]
@@ -166,7 +174,7 @@ class SamplingOptions:
             )
         for name in ("block_passes", "macs", "seconds", "parallel"):
             if getattr(self, name) is not None:
-                message = "{0} makes timesteps differ in cost, and excludes {1}; leave one of them out."
+                message = "{0} makes the cost differ between timesteps, and excludes {1}; leave one of them out."
                 raise OptionError(message, "guidance_interval", name)
 
     def _check_ranges(self) -> None:
@@ -187,16 +195,16 @@ class SamplingOptions:
             raise OptionError(f"{{0}} must lie in [0, 1), got {self.rtol}.", "rtol")
 
     def given(self) -> dict[str, Any]:
-        """The options that are not left open."""
+        """The options that are not left open, by name."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if value not in ((), None)}
 
     def fixed_point_options(self) -> list[str]:
-        """The given options that only an FPDM takes."""
+        """Names of the given options that apply to an FPDM only."""
         return [name for name in self.given() if name in _FIXED_POINT]
 
     def replaced_by(self, names: Collection[str]) -> SamplingOptions:
-        """These options without those that giving the options `names` replaces."""
+        """These options without the ones that the options `names` replace (`_GROUPS`)."""
         own = self.given()
         for leading, group in _GROUPS:
             if any(name in names for name in leading):
@@ -204,11 +212,11 @@ class SamplingOptions:
         return SamplingOptions(**own)
 
     def over(self, other: SamplingOptions) -> SamplingOptions:
-        """These options, and those of `other` where they are left open and these do not replace them."""
+        """These options; an option left open is that of `other`, unless a given option replaces it (`_GROUPS`)."""
         mine = self.given()
         return SamplingOptions(**other.replaced_by(mine).given() | mine)
 
     def value(self, name: str) -> Any:
-        """An option, or its default."""
+        """The option `name`, or its default if the option is left open."""
         found = getattr(self, name)
         return DEFAULTS.get(name, found) if found in ((), None) else found

