@@ -1,7 +1,7 @@
-"""First weights of a network from a trained one: of the same architecture, or an FPDM's from a DiT.
+"""Initialization of a network from a trained network of the same architecture, or of an FPDM from a DiT.
 
-From a DiT of L blocks an FPDM takes the embeddings, the output layer, its `pre` first and `post` last blocks, and the
-middle one of the others for the fixed-point layer. The injection in front of that block starts as the mean of z and x,
+An FPDM takes from a DiT the embeddings, the output layer, the first `pre` and the last `post` blocks, and the middle
+block of the others for the fixed-point layer. The injection before that block starts as the mean of z and x,
 
     W_pre = I,  fc1 = [[I, I], [-I, -I]] / 2,  fc2 = [I, -I],      fc2(gelu(fc1([z ; x]))) = (z + x) / 2
 
@@ -27,9 +27,9 @@ from apps.diffusion.schedulers.noise_levels import prediction_kind
 
 
 def warn_of_another_target(path: Path, scheduler: Any) -> None:
-    """Warns where the weights at `path` come with a noise schedule whose target is not that of `scheduler`.
+    """Warns if the network at `path` was trained with another prediction target than that of `scheduler`.
 
-    Checkpoint files and model folders have no schedule.
+    Checkpoint files and model folders store no noise schedule and no target, so there is no warning for them.
     """
     folder = pretrained.locate(path)
     if not any((folder / name).exists() for name in ("checkpoints", pretrained.RECORD, "model_index.json")):
@@ -37,8 +37,8 @@ def warn_of_another_target(path: Path, scheduler: Any) -> None:
     theirs, ours = (prediction_kind(each) for each in (open_network(folder).scheduler, scheduler))
     if theirs != ours:
         warnings.warn(
-            f"--init {path}: its weights predict {theirs}, and this run trains {ours}, so that the output layer begins "
-            "with another target. --schedule.prediction, or --schedule.kind, keeps theirs.",
+            f"--init {path}: its weights predict {theirs}, and this run trains {ours}, so the output layer starts from "
+            "weights for another target. To keep the target, give --schedule.prediction or --schedule.kind.",
             stacklevel=3,
         )
 
@@ -47,11 +47,11 @@ def initialize(model: DiT | FPDM, path: Path) -> DiT | FPDM:
     """Load the weights at `path` into a new network; returns the network that was read.
 
     Args:
-        model: a network; it keeps its own label table where the number of classes differs.
+        model: the new network; it keeps its own label table if the number of classes differs.
         path: a run, a model or pipeline folder, a network by name, or a checkpoint file in a published layout.
 
     Raises:
-        ValueError: it cannot be read, or its sizes do not fit.
+        ValueError: the weights cannot be read, or their shapes do not fit the new network.
     """
     path = pretrained.locate(path)
     options = ReadOptions(heads=model.config["num_heads"]) if path.is_file() else ReadOptions()
@@ -71,8 +71,8 @@ def _fixed_point_weights(model: FPDM, source: DiT) -> dict[str, Tensor]:
     pre, post, depth = len(model.blocks_pre), len(model.blocks_post), len(source.blocks)
     if depth <= pre + post:
         raise ValueError(
-            f"A DiT of {depth} blocks has none for the fixed-point layer of an FPDM with --model.pre {pre} and "
-            f"--model.post {post}; give fewer of these."
+            f"A DiT of {depth} blocks has none left for the fixed-point layer of an FPDM with --model.pre {pre} and "
+            f"--model.post {post}; lower one of the two."
         )
     numbers = {f"blocks_pre.{i}": i for i in range(pre)}
     numbers |= {"block_fixed_point": (pre + depth - post) // 2}

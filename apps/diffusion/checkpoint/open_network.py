@@ -1,12 +1,13 @@
-"""Opening a trained network for sampling, from any of four places.
+"""Opening a trained network for sampling, from one of four sources.
 
     a training run                       its newest checkpoint, noise schedule and sampling options
     a network by name                    see pretrained.py
-    a pipeline folder                    what FixedPointPipeline.save_pretrained wrote
-    a model folder                       what DiT.save_pretrained, FPDM.save_pretrained or the convert command wrote
+    a pipeline folder                    written by FixedPointPipeline.save_pretrained
+    a model folder                       written by DiT.save_pretrained, FPDM.save_pretrained or the convert command
 
-A model folder has no noise schedule. It is taken for a published network on latents: DiT predicts eps on a linear
-schedule, FPDM predicts v on the same schedule rescaled to zero terminal SNR; `prediction` and `zero_snr` override that.
+A model folder stores no noise schedule. The network is assumed to be a published network on latents: a DiT predicts eps
+with the linear schedule, an FPDM predicts v with the same schedule rescaled to zero terminal SNR. `prediction` and
+`zero_snr` override these assumptions.
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ from apps.diffusion.sampling.plan import class_numbers
 from apps.diffusion.schedulers.noise_levels import is_flow
 from apps.diffusion.schedulers.noise_schedule import make_scheduler, scheduler_of
 
-_PIPELINE = ("steps", "iterations", "guidance", "reuse")  # options in a pipeline's index
+_PIPELINE = ("steps", "iterations", "guidance", "reuse")  # options stored in a pipeline's model_index.json
 
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedNetwork:
-    """A network with what sampling needs.
+    """A network, its scheduler, its VAE and its sampling options.
 
     Attributes:
-        model: the network, in evaluation mode, on the CPU.
-        scheduler: a diffusers scheduler with its noise schedule.
-        options: sampling options of its training run or pipeline.
-        decoder: called as decoder(name, device): the VAE of its latents, by default its own; None for pixels,
-            and where the folder has no VAE.
-        classes: names of its classes; empty where they have none.
-        images: images seen in training; None where unknown.
-        threads: CPU threads of its run; None for PyTorch's choice.
-        config: the configuration of its run; None where there is none.
+        model: the network, in evaluation mode; on the CPU until `to` is called.
+        scheduler: a diffusers scheduler with the network's noise schedule.
+        options: sampling options of the training run or pipeline.
+        decoder: function (name or None, device) -> VAE that decodes latents. With the name None the function returns
+            the network's own VAE; it returns None for a network of pixels, and if the folder has no VAE.
+        classes: names of the classes; empty if the classes have no names.
+        images: number of images seen in training; None if unknown.
+        threads: CPU threads of the training run; None: PyTorch's number.
+        config: configuration of the training run; None if the source is not a training run.
     """
 
     model: DiT | FPDM
@@ -69,20 +70,26 @@ class OpenedNetwork:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of its weights."""
+        """SHA-256 of the weights."""
         return hashing.of_tensors(self.model.state_dict())
 
     def to(self, device: str) -> None:
-        """Move the network, and take the number of CPU threads of its run."""
+        """Move the network to a device, and set PyTorch's number of CPU threads to that of the training run."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         torch.nn.Module.to(self.model, torch.device(device))
 
     def class_cycle(self, given: Sequence[str]) -> Sequence[int]:
-        """The classes to cycle through, by number or name, default all; none for an unconditional network.
+        """Numbers of the classes to cycle through.
+
+        Args:
+            given: classes by number or name; empty: all classes.
+
+        Returns:
+            The numbers; empty for an unconditional network.
 
         Raises:
-            ValueError: a class that does not exist, or any for an unconditional network.
+            ValueError: a class does not exist, or a class is given for an unconditional network.
         """
         count = self.model.num_classes
         if count == 0 and given:
@@ -101,12 +108,14 @@ def open_network(
 
     Args:
         source: see the top of this file.
-        weights: averaged or last weights, of a run.
-        prediction: target of a model folder; None: by its class.
-        zero_snr: whether a model folder was trained with zero terminal SNR; None: by its class.
+        weights: "ema", the averaged weights of a run, or "model", the weights after the last step.
+        prediction: prediction target of a network from a model folder; None: that of the published class.
+        zero_snr: whether a network from a model folder was trained with zero terminal SNR; None: as the published
+            class.
 
     Raises:
-        ValueError: no network, one that cannot be read, or arguments that its folder decides.
+        ValueError: the folder holds no network, the network cannot be read, or an argument is given that the folder
+            determines.
     """
     folder = pretrained.locate(source)
     is_run = (folder / "checkpoints").is_dir() or (folder / pretrained.RECORD).is_file()
@@ -124,16 +133,19 @@ def open_network(
 
 
 def open_run(run: str | Path, weights: Weights = "ema") -> OpenedNetwork:
-    """The newest checkpoint of a run: its averaged weights, or its last ones. A network that comes with the repository
-    stands for its own run, by name or by folder (see pretrained.py); it has averaged weights alone.
+    """The network of a run's newest checkpoint, or a network of the repository by name or folder (see pretrained.py).
+
+    Args:
+        run: folder of a training run, or a network of the repository.
+        weights: "ema", the averaged weights, or "model", the weights after the last step (of a training run only).
 
     Raises:
-        ValueError: no run in the folder, one that cannot be read, or weights of another network.
+        ValueError: the folder holds no run, the run cannot be read, or its weights belong to another network.
     """
     run = pretrained.locate(run)
     if (run / pretrained.RECORD).is_file():
         if weights != "ema":
-            raise ValueError(f"weights={weights!r} are not in {run}, which holds the averaged ones; leave it at ema.")
+            raise ValueError(f"weights={weights!r} are not in {run}, which holds averaged weights only; give ema.")
         config, images = pretrained.read_record(run)
         model, classes = read_model_folder(run / "model").float(), ()
     else:
@@ -157,13 +169,14 @@ def open_run(run: str | Path, weights: Weights = "ema") -> OpenedNetwork:
 
 
 def _decoder_of_run(data: DataConfig, channels: int, name: str | None, device: str) -> AutoencoderKL | None:
-    """The VAE of a run's latents, by default the one that encoded them; None for a run of pixels.
+    """The VAE that decodes a run's latents: `name`, or the VAE that encoded the latents; None for a run of pixels.
 
-    Where the latents lie within reach, a copy must have the same weights; elsewhere its latents must have the right
-    number of channels.
+    If the folder of the training latents exists here, the weights of the VAE are compared with those that it records;
+    else only the number of latent channels is checked.
 
     Raises:
-        ValueError: it cannot be read, its place is unknown, it is another one, or there is nothing to decode.
+        ValueError: the VAE cannot be read, its folder is unknown, it is not the VAE of the latents, or a VAE is given
+            for a network of pixels.
     """
     if data.source != "latents" and channels in (1, 3):
         if name is not None:
@@ -174,8 +187,8 @@ def _decoder_of_run(data: DataConfig, channels: int, name: str | None, device: s
         return open_decoder(read_index(data.path), name, device)
     if name is None:
         raise ValueError(
-            f"This run generates latents, and the folder of its training latents, {data.path}, which has their VAE, is "
-            "not here; name the VAE, a folder or one on the hub."
+            f"This run generates latents, and the folder of its training latents, {data.path}, which names their VAE, "
+            "is not here; give the VAE as a folder or as a name on the hub."
         )
     return open_vae(name, device=device, channels=channels)[0]
 
@@ -223,6 +236,6 @@ def _of_model(folder: Path, prediction: Prediction | None, zero_snr: bool | None
 
 
 def _decoder(model: DiT | FPDM, own: Path | None, name: str | None, device: str) -> AutoencoderKL | None:
-    """The VAE that `name` names, or a folder's own; None where there is neither."""
+    """The VAE `name`, or `own`, the VAE of the network's folder, if `name` is None; None if both are None."""
     source = name or own
     return None if source is None else open_vae(source, device=device, channels=model.latent[0])[0]

@@ -1,13 +1,13 @@
-"""Networks that come with the repository, by name, and the record of training in a pipeline folder.
+"""Trained networks in the repository, by name, and the record of training in a pipeline folder.
 
     apps/diffusion/pretrained/NAME/
-        model_index.json  model/  scheduler/        what FixedPointPipeline.save_pretrained writes
+        model_index.json  model/  scheduler/        written by FixedPointPipeline.save_pretrained
         training.json                               configuration, images, steps and seconds of the run
         README.md                                   the model card
 
-`python -m apps.diffusion.convert RUN --out DIR --to pipeline` writes such a folder, with its code and a short card.
-NAME stands for the folder wherever a run is an argument, unless a folder of that name exists in the working directory.
-The repository holds these folders; a wheel does not.
+`python -m apps.diffusion.convert RUN --out DIR --to pipeline` writes such a folder, with its code and a short card. An
+argument RUN of a command may be NAME; a folder NAME in the working directory takes precedence. A wheel does not contain
+these folders.
 """
 
 from __future__ import annotations
@@ -24,28 +24,30 @@ RECORD = "training.json"
 
 
 def names() -> list[str]:
-    """The names of the networks that are here, sorted."""
+    """The names of the networks in the repository, sorted; empty in an installation from a wheel."""
     return sorted(index.parent.name for index in SHIPPED.glob("*/model_index.json"))
 
 
 def locate(source: str | Path) -> Path:
-    """The folder that `source` stands for: an existing path, else the network of this name, else the path itself."""
+    """The folder of `source`: the path itself if it exists, else the network of this name, else the path itself."""
     path = Path(source)
     shipped = path.name == str(path) and path.name in names() and not path.exists()
     return SHIPPED / path.name if shipped else path
 
 
 def write_record(folder: Path, config: Config, progress: dict[str, Any]) -> None:
-    """Note in a pipeline folder how its network was trained; `progress` holds images, steps and seconds."""
+    """Write training.json into a pipeline folder: the run's configuration, and `progress`, the numbers of images, steps
+    and seconds of training.
+    """
     record = {**progress, "config": json.loads(config.to_json())}
     write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> tuple[Config, int]:
-    """The configuration of the run that a pipeline folder comes from, and the images that it had seen.
+    """From training.json of a pipeline folder: the run's configuration, and the number of images seen in training.
 
     Raises:
-        ValueError: there is no record, or it cannot be read.
+        ValueError: the file is missing or cannot be read.
     """
     file = folder / RECORD
     try:
@@ -56,5 +58,5 @@ def read_record(folder: Path) -> tuple[Config, int]:
 
 
 def output_folder(source: Path, name: str) -> Path:
-    """The default folder of the output `name`: inside the run `source`, or name/NETWORK for a network by name."""
+    """The default output folder `name` of a command: source/name for a folder, name/source for a network by name."""
     return source / name if locate(source) == source else Path(name) / source

@@ -30,42 +30,42 @@ from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 
 Weights = Literal["ema", "model"]
-_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DistributedDataParallel and torch.compile add to names
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """What a state dict does not determine; a folder with a configuration does."""
+    """Settings that a state dict does not determine; the configuration in a folder determines them."""
 
     weights: Weights | None = None
-    """Which weights, where the checkpoint holds both; default: ema, the averaged ones."""
+    """Weights to read from a checkpoint with two sets: ema, the averaged weights, or model. Default: ema."""
     heads: int | None = None
-    """Attention heads, which no shape shows; default: those of the folder's config.json, or of the published size with
-    the same hidden size (384: 6, 768: 12, 1024: 16, 1152: 16).
+    """Number of attention heads, which the shapes of the tensors do not determine; default: the number in the folder's
+    config.json, or that of the published network with the same hidden size (384: 6, 768: 12, 1024: 16, 1152: 16).
     """
     input_size: tuple[int, int] | None = None
-    """Height and width of the latent, where it is not a square."""
+    """Height and width of the latent; default: a square."""
     condition_on_time: bool = False
-    """The explicit blocks of this FPDM were trained to see the time as well as the class."""
+    """Whether the explicit blocks of this FPDM are conditioned on the time as well as the class."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "heads")
 
 
 def read_model_folder(path: Path) -> DiT | FPDM:
-    """The network in a model folder: one that `save_pretrained` or the convert command wrote, or diffusers'.
+    """The network in a model folder that `save_pretrained`, the convert command or diffusers wrote.
 
     Raises:
-        ValueError: it cannot be read, or is no DiT or FPDM.
+        ValueError: the network cannot be read, or is no DiT or FPDM.
     """
     return _read_folder(path, ReadOptions())
 
 
 def read_network(path: Path, options: ReadOptions = ReadOptions()) -> DiT | FPDM:
-    """The network in the checkpoint.
+    """The network in a checkpoint file, a model folder or a training run.
 
     Raises:
-        ValueError: it cannot be read, or is no DiT or FPDM; unknown and missing tensors are listed.
+        ValueError: the network cannot be read, or is no DiT or FPDM; the message lists unknown and missing tensors.
     """
     if path.is_dir():
         return _read_folder(path, options)
@@ -98,8 +98,8 @@ def _read_folder(path: Path, options: ReadOptions) -> DiT | FPDM:
         name = config["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
-            f"{path} holds no model (a config.json with the model's class) and no training run; give a folder that "
-            "does, or a checkpoint file."
+            f"{path} holds no model (a config.json with the model's class) and no training run; give the folder of a "
+            "model or of a run, or a checkpoint file."
         ) from None
     refuse(options, path, "weights")
     tensors = _folder_tensors(path)
@@ -121,14 +121,14 @@ def _read_folder(path: Path, options: ReadOptions) -> DiT | FPDM:
 
 
 def refuse(options: ReadOptions, path: Path, *names: str) -> None:
-    """Raises ValueError where an option was given that this folder itself decides."""
+    """Raises ValueError if one of the options `names` is given although the folder determines it."""
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
     if given:
         raise ValueError(f"{path} determines {', '.join(given)}; leave it out.")
 
 
 def _assemble(tensors: dict[str, Tensor], options: ReadOptions, config: dict[str, Any]) -> DiT | FPDM:
-    """The network with these tensors; `config` is diffusers' where there is one."""
+    """The network with these tensors; `config` is diffusers' configuration, or empty for a checkpoint file."""
     heads, size = options.heads or config.get("num_attention_heads"), options.input_size
     layout = state_dicts.layout_of(tensors)
     if options.condition_on_time and layout != "fpdm":
@@ -146,7 +146,7 @@ def _assemble(tensors: dict[str, Tensor], options: ReadOptions, config: dict[str
 
 
 def _rebuilt(description: dict[str, Any], tensors: dict[str, Tensor], where: str) -> DiT | FPDM:
-    """A network of ours by its description."""
+    """The network with this description (`models.build.describe`) and these tensors."""
     try:
         with torch.device("meta"):
             model = build.rebuild(description)
@@ -160,11 +160,11 @@ def read_tensors(path: Path, which: str | None = None) -> dict[str, Tensor]:
     """The tensors of a network in a file, by name; nothing in the file is executed.
 
     Args:
-        path: .safetensors, or anything else for what torch.save wrote: a state dict, or a dict of such.
-        which: "ema" or "model" where there are several; None prefers the averaged weights.
+        path: a .safetensors file, or a file of torch.save with any other suffix: a state dict, or a dict of state dicts.
+        which: name of the state dict, "ema" or "model"; None: "ema", or the first state dict if there is no "ema".
 
     Raises:
-        ValueError: not such a file, damaged, or it holds objects that would have to be executed.
+        ValueError: the file is of another kind, is damaged, or holds objects that would have to be executed.
     """
     found = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
     if not isinstance(found, dict):
@@ -175,7 +175,7 @@ def read_tensors(path: Path, which: str | None = None) -> dict[str, Tensor]:
     if parts:
         wanted = which or ("ema" if "ema" in parts else next(iter(parts)))
         if wanted not in parts:
-            raise ValueError(f"{path} holds no weights called {wanted}, but {', '.join(parts)}; choose with --weights.")
+            raise ValueError(f"{path} holds no weights called {wanted}; give one of {', '.join(parts)} by --weights.")
         found = parts[wanted]
     elif which is not None:
         raise ValueError(f"{path} holds one set of weights only; leave out --weights.")
@@ -192,7 +192,7 @@ def read_tensors(path: Path, which: str | None = None) -> dict[str, Tensor]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raises ValueError where a tensor holds NaN or infinity."""
+    """Raises ValueError if a tensor holds NaN or infinity."""
     bad = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
@@ -208,14 +208,14 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _load_pickle(path: Path) -> Any:
     try:
-        # training scripts store their arguments beside the weights: a Namespace holds values and runs nothing
+        # training scripts store their arguments beside the weights; unpickling a Namespace executes no code
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         reason = _refused_object(str(error))
         raise ValueError(
-            f"{path} is damaged, or holds objects other than tensors, which are never executed ({reason}). Save its "
-            "tensors alone, with safetensors."
+            f"{path} is damaged, or holds objects other than tensors, which are never executed ({reason}). Save the "
+            "tensors only, with safetensors."
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = f"{type(error).__name__}: {str(error)[:300] or 'no tensors'}"
@@ -223,18 +223,19 @@ def _load_pickle(path: Path) -> Any:
 
 
 def _refused_object(message: str) -> str:
-    """The object that torch.load refused, such as posix.system, or the first line of its message."""
+    """The object that torch.load refused, such as posix.system, or else the first line of torch.load's message."""
     found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:class|global|operand)\w* ([\w.]+)", message)
     return f"the object {found[1] or found[2]}" if found else message.split("\n")[0][:300]
 
 
 def _folder_tensors(path: Path) -> dict[str, Tensor]:
-    """Of the one or several weight files of a diffusers model."""
+    """The tensors in the weight files of a diffusers model."""
     files = sorted(path.glob("diffusion_pytorch_model*.safetensors")) or sorted(
         path.glob("diffusion_pytorch_model*.bin")
     )
     if len(files) > 1 and not any("-of-" in file.name for file in files):
-        files = [file for file in files if file.stem == "diffusion_pytorch_model"] or files[:1]  # others: fp16, ...
+        # several files that are not parts of one: variants such as fp16
+        files = [file for file in files if file.stem == "diffusion_pytorch_model"] or files[:1]
     if not files:
         raise ValueError(f"{path} has a config.json but no weights (diffusion_pytorch_model.safetensors).")
     tensors: dict[str, Tensor] = {}

@@ -1,8 +1,8 @@
-"""One file of Python with a class of this application and all it uses, for folders that carry their code.
+"""One Python file with a class of this application and all definitions that the class uses, for pipeline folders.
 
-diffusers copies the file of a network from a repository, and no other file that it imports. So the definitions that a
-class reaches, in all modules of this package, are written one after another into one file; imports of other packages
-stay. Definitions are copied with their comments.
+diffusers loads the one file of a network from a repository, and no further file that this file imports. Therefore all
+definitions of this package that a class uses, directly or through other definitions, are copied with their comments
+into one file. Imports of other packages stay imports.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class _Module:
         definitions: name -> text, in the order of the file; names of one statement share its text.
         uses: name -> names that its statement needs when it runs.
         types: name -> names in its annotations, which the file keeps as text.
-        own: names imported from this package -> (module, name); the name is None for a module.
-        other: names imported from elsewhere -> the import statement.
+        own: name imported from this package -> (module, name in the module); the second is None for a module.
+        other: name imported from another package -> the import statement.
     """
 
     definitions: dict[str, str] = field(default_factory=dict)
@@ -47,7 +47,7 @@ def single_file(module: str, name: str) -> str:
     """The text of a file that defines the class `name` of `module`.
 
     Raises:
-        ValueError: two definitions of one name are needed.
+        ValueError: the class uses two different definitions with the same name.
     """
     found = _Collection()
     found.add(module, name)
@@ -72,7 +72,7 @@ class _Collection:
     modules: dict[str, _Module] = field(default_factory=dict)
 
     def add(self, module: str, name: str) -> None:
-        """Add a name that `module` defines or imports, behind all that its definition needs."""
+        """Add a name that `module` defines or imports, after all definitions that its own definition needs."""
         if module not in self.modules:
             self.modules[module] = _read(module)
         found = self.modules[module]
@@ -80,7 +80,7 @@ class _Collection:
             target, inner = found.own[name]
             if inner is not None:
                 self.add(target, inner)
-            elif self._claim(name, target):  # a module: its names are those of the one file
+            elif self._claim(name, target):  # a module of this package: in the one file its names are global
                 self.imports.add("import sys")
                 self.texts[name] = f"{name} = sys.modules[__name__]  # its names are in this file\n"
         elif name in found.other:
@@ -97,10 +97,10 @@ class _Collection:
                 self.texts[name] = found.definitions[name]
 
     def _claim(self, name: str, module: str) -> bool:
-        """Whether the name is new in the file.
+        """Whether the name is new in the file; the name is then recorded as defined by `module`.
 
         Raises:
-            ValueError: another module defines it too.
+            ValueError: another module defines the name too.
         """
         if name not in self.owner:
             self.owner[name] = module
@@ -113,7 +113,7 @@ class _Collection:
 
 
 def _grouped(imports: set[str]) -> str:
-    """Import statements, those from one module in one line."""
+    """The import statements as text; imports from the same module are joined in one line."""
     names: dict[str, list[str]] = {}
     for statement in sorted(imports):
         head, _, name = statement.partition(" import ")
@@ -135,7 +135,7 @@ def _read(module: str) -> _Module:
             _add_imports(node, found)
             continue
         names = _names(node)
-        if i + 1 < len(body) and _is_text(body[i + 1]):  # the description of an assignment
+        if i + 1 < len(body) and _is_text(body[i + 1]):  # the docstring of an assignment
             end = body[i + 1].end_lineno or 0
         types = {n for part in _annotations(node) for n in ast.walk(part)}
         used = [n for n in ast.walk(node) if n not in types]

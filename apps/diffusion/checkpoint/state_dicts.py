@@ -1,13 +1,12 @@
-"""The layouts in which trained networks are published, and ours: which tensors there are, and what their
-shapes say about the network.
+"""The layouts of published state dicts: names of the tensors, and the network's sizes from their shapes.
 
     dit        the DiT repository (and fast-DiT):  blocks.{i}.attn.qkv.weight, ...
     fpdm       the FPDM repository:                blocks_pre.{i}..., block_fixed_point..., blocks_post.{i}...
     diffusers  diffusers' DiTTransformer2DModel:   transformer_blocks.{i}.attn1.to_q.weight, ...
 
-`DiT` and `FPDM` have the published names themselves, so that for the first two there is only something to
-check: from the shapes follow the hidden size D, depth, channels, patch, classes and whether the variance is
-learned; the number of heads does not. diffusers splits qkv in three and keeps a copy of the time and label
+Our classes `DiT` and `FPDM` use the names of the layouts dit and fpdm, so that their tensors need no renaming. The
+shapes determine the hidden size D, depth, channels, patch size, classes and whether the variance is learned; they do
+not determine the number of heads. diffusers splits qkv into three tensors and stores a copy of the time and label
 embedders in every block.
 """
 
@@ -30,7 +29,7 @@ from apps.diffusion.models.layers import SIZES, position_embedding
 Layout = Literal["dit", "fpdm", "diffusers"]
 HEADS = {size.hidden_size: size.num_heads for size in SIZES.values()}
 
-# diffusers' names on the left, ours on the right; {i} is the block
+# diffusers' name: our name; {i} is the number of the block
 _OUTER = {
     "pos_embed.proj": "x_embedder.proj",
     "proj_out_1": "final_layer.adaLN_modulation.1",
@@ -47,14 +46,14 @@ _BLOCK = {
     "transformer_blocks.{i}.ff.net.0.proj": "blocks.{i}.mlp.fc1",
     "transformer_blocks.{i}.ff.net.2": "blocks.{i}.mlp.fc2",
 }
-_POSITIONS = "pos_embed.pos_embed"  # a buffer that some conversions leave in
+_POSITIONS = "pos_embed.pos_embed"  # a buffer that some conversions to diffusers' layout store
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:
     """The layout that these tensors are in.
 
     Raises:
-        ValueError: none that is known.
+        ValueError: the layout is unknown.
     """
     prefixes: dict[str, Layout] = {"block_fixed_point.": "fpdm", "blocks.": "dit", "transformer_blocks.": "diffusers"}
     for prefix, layout in prefixes.items():
@@ -74,18 +73,18 @@ def network(
     input_size: tuple[int, int] | None = None,
     condition_on_time: bool = False,
 ) -> DiT | FPDM:
-    """The network that holds these tensors, named as in the layouts dit or fpdm; sizes by their shapes.
+    """The network with these tensors, in the layout dit or fpdm; the shapes determine the network's sizes.
 
     Args:
-        tensors: the state dict; the network takes the tensors themselves, in their dtypes.
-        heads: attention heads. No shape shows them; None takes those of the published size with this hidden
-            size: 384: 6, 768: 12, 1024: 16, 1152: 16.
+        tensors: the state dict; the network holds these tensors, not copies, in their dtypes.
+        heads: number of attention heads, which the shapes do not determine; None: that of the published network with
+            the same hidden size (384: 6, 768: 12, 1024: 16, 1152: 16).
         input_size: height and width of the latent in pixels; None: a square.
-        condition_on_time: FPDM only: whether its explicit blocks are conditioned on the time.
+        condition_on_time: FPDM only: whether the explicit blocks are conditioned on the time.
 
     Raises:
-        ValueError: unknown, missing or misshapen tensors, all of them listed; heads or input_size that do not
-            fit, or are needed.
+        ValueError: tensors are unknown, missing or misshapen (the message lists them all), or `heads` or `input_size`
+            does not fit or is missing.
     """
     fixed_point = layout_of(tensors) == "fpdm"
     arguments = _sizes(tensors, fixed_point, heads, input_size)
@@ -100,7 +99,7 @@ def network(
 
 
 def from_diffusers(tensors: Mapping[str, Tensor], input_size: tuple[int, int]) -> dict[str, Tensor]:
-    """The tensors of a diffusers DiT under DiT's own names.
+    """The tensors of a diffusers DiT in the layout dit.
 
     Args:
         tensors: the state dict of a DiTTransformer2DModel.
@@ -108,22 +107,22 @@ def from_diffusers(tensors: Mapping[str, Tensor], input_size: tuple[int, int]) -
             not save.
 
     Raises:
-        ValueError: unknown or missing tensors, all of them listed; copies of an embedder that differ.
+        ValueError: tensors are unknown or missing (the message lists them all), or the copies of an embedder differ.
     """
     names = _names(_count(tensors, "transformer_blocks"))
     wanted = {name for theirs, _ in names.values() for name in theirs}
     unknown, missing = sorted(set(tensors) - wanted - {_POSITIONS}), sorted(wanted - set(tensors))
     if unknown or missing:
         listed = f"unknown: {', '.join(unknown) or 'none'}; missing: {', '.join(missing) or 'none'}"
-        raise ValueError(f"The tensors are not those of diffusers' DiT ({listed}); give a whole checkpoint.")
+        raise ValueError(f"The tensors are not those of diffusers' DiT ({listed}); give a complete checkpoint.")
     result: dict[str, Tensor] = {}
     for ours, (theirs, split) in names.items():
         first, *others = theirs
         for other in () if split else others:
             if not torch.equal(tensors[other], tensors[first]):
                 raise ValueError(
-                    f"{other} differs from {first}, but a DiT has one such embedder for all blocks. These weights "
-                    "were trained apart inside diffusers and cannot be converted."
+                    f"{other} differs from {first}, but a DiT has one such embedder for all blocks. diffusers trained "
+                    "each block's copy separately, and such weights cannot be converted."
                 )
         result[ours] = torch.cat([tensors[name] for name in theirs]) if split else tensors[first]
     weight = result["x_embedder.proj.weight"]
@@ -134,14 +133,14 @@ def from_diffusers(tensors: Mapping[str, Tensor], input_size: tuple[int, int]) -
 
 
 def to_diffusers(model: DiT | FPDM) -> DiTTransformer2DModel:
-    """The same network as a diffusers model, in evaluation mode.
+    """A DiT as a diffusers model with the same weights, in evaluation mode.
 
-    diffusers computes the code of the time with frequencies 10^(-4 k / 127) instead of DiT's 10^(-4 k / 128),
-    and no configuration changes that: call `use_dit_frequencies` on the model wherever it is loaded to get
-    DiT's outputs.
+    diffusers computes the time embedding with frequencies 10^(-4 k / 127) instead of DiT's 10^(-4 k / 128), and its
+    configuration has no option for the frequencies. To get DiT's outputs, call `use_dit_frequencies` on the model each
+    time it is loaded.
 
     Raises:
-        ValueError: a network that diffusers has no place for.
+        ValueError: the network is an FPDM, or diffusers has no DiT of this kind.
     """
     channels, height, width = model.latent
     for impossible, why in (
@@ -157,8 +156,8 @@ def to_diffusers(model: DiT | FPDM) -> DiTTransformer2DModel:
     computed = position_embedding(model.hidden_size, rows, rows).to(weights["pos_embed"])
     if not torch.allclose(weights["pos_embed"], computed, atol=1e-2 if computed.dtype.itemsize == 2 else 1e-4):
         raise ValueError(
-            "This network cannot be written for diffusers: its pos_embed is not the sine-cosine code, which is the "
-            "only one that diffusers has. Write it with --to ours."
+            "This network cannot be written for diffusers: its pos_embed is not the sine-cosine embedding, the only "
+            "one that diffusers has. Write the network with --to ours."
         )
     depth, held = _count(weights, "blocks"), {}
     for ours, (theirs, split) in _names(depth).items():
@@ -182,14 +181,16 @@ def to_diffusers(model: DiT | FPDM) -> DiTTransformer2DModel:
 
 
 def use_dit_frequencies(model: DiTTransformer2DModel) -> DiTTransformer2DModel:
-    """Has diffusers' DiT compute the code of the time as DiT does; returns the model, changed."""
+    """Changes diffusers' DiT in place so that its time embedding has DiT's frequencies; returns the model."""
     for block in model.transformer_blocks:
         block.norm1.emb.time_proj.downscale_freq_shift = 0  # pyright: ignore
     return model
 
 
 def _names(depth: int) -> dict[str, tuple[list[str], bool]]:
-    """By our name the names in diffusers, and whether our tensor is split among them (q, k, v) or is each of them."""
+    """For each of our names: the names in diffusers, and whether diffusers splits our tensor among these names (q, k,
+    v) instead of storing a copy under each name.
+    """
     found: dict[str, tuple[list[str], bool]] = {}
     blocks = range(depth)
     for kind in ("weight", "bias"):
@@ -207,13 +208,13 @@ def _names(depth: int) -> dict[str, tuple[list[str], bool]]:
 def _sizes(
     tensors: Mapping[str, Tensor], fixed_point: bool, heads: int | None, input_size: tuple[int, int] | None
 ) -> dict[str, Any]:
-    """The arguments that DiT and FPDM share."""
+    """The constructor arguments that DiT and FPDM share."""
     fc1 = "block_fixed_point.mlp.fc1.weight" if fixed_point else "blocks.0.mlp.fc1.weight"
     needed = ("x_embedder.proj.weight", "pos_embed", fc1, "final_layer.linear.weight")
     missing = [name for name in needed if name not in tensors]
     if missing:
         raise ValueError(
-            f"The sizes of the network cannot be determined, missing: {', '.join(missing)}. Give a whole checkpoint."
+            f"The sizes of the network cannot be determined, missing: {', '.join(missing)}. Give a complete checkpoint."
         )
     patches, positions, inner, last = (tensors[name] for name in needed)
     if patches.ndim != 4 or positions.ndim != 3 or inner.ndim != 2 or last.ndim != 2:
@@ -224,8 +225,8 @@ def _sizes(
     if remainder or outputs not in (channels, 2 * channels):
         raise ValueError(
             f"final_layer.linear.weight has {last.shape[0]} rows, but patches of {patch} x {patch} pixels in "
-            f"{channels} channels need {channels * patch**2}, or twice that with a learned variance; the checkpoint "
-            "is of another kind."
+            f"{channels} channels need {channels * patch**2} rows, or twice as many with a learned variance; give the "
+            "checkpoint of a DiT or an FPDM."
         )
     table = tensors.get("y_embedder.embedding_table.weight")
     return {
@@ -241,26 +242,27 @@ def _sizes(
 
 
 def heads_of(hidden: int, heads: int | None) -> int:
-    """The number of heads: the one given, or that of the published size with this hidden size."""
+    """The number of heads: `heads`, or if None that of the published network with this hidden size."""
     if heads is None and hidden not in HEADS:
         known = ", ".join(f"{size}: {count}" for size, count in HEADS.items())
         raise ValueError(
-            f"No shape shows the number of heads, and hidden size {hidden} is not a published one ({known}); give "
-            "--heads."
+            f"The shapes do not determine the number of heads, and no published network has the hidden size {hidden} "
+            f"({known}); give --heads."
         )
     return HEADS[hidden] if heads is None else heads
 
 
 def _input_size(positions: Tensor, patch: int, given: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width of the latent in pixels: the given ones, or a square.
+    """Height and width of the latent in pixels: `given`, or if None a square.
 
     Raises:
-        ValueError: another number of tokens than the position embedding has, or the sine-cosine code of another grid.
+        ValueError: the size does not have as many tokens as the position embedding, or the position embedding is the
+            sine-cosine embedding of another grid.
     """
     tokens, hidden = positions.shape[1:]
     side = math.isqrt(tokens)
     if given is None and side * side != tokens:
-        raise ValueError(f"pos_embed has {tokens} tokens, which is no square; give the latent's --input-size.")
+        raise ValueError(f"pos_embed has {tokens} tokens, not a square number; give the latent's --input-size.")
     height, width = given or (side * patch, side * patch)
     if height % patch or width % patch or height * width != tokens * patch * patch:
         raise ValueError(
@@ -269,14 +271,14 @@ def _input_size(positions: Tensor, patch: int, given: tuple[int, int] | None) ->
         )
     if positions.is_meta or hidden % 4:
         return height, width
-    # a learned embedding fits no grid, and is taken as it is
+    # a learned embedding equals the sine-cosine embedding of no grid, and is accepted without this check
     grids = [(rows, tokens // rows) for rows in range(1, tokens + 1) if tokens % rows == 0]
     grids.sort(key=lambda grid: grid != (height // patch, width // patch))
     for rows, columns in grids:
         if torch.allclose(positions.float(), position_embedding(hidden, rows, columns).to(positions.device), atol=1e-2):
             if (rows * patch, columns * patch) != (height, width):
                 raise ValueError(
-                    f"pos_embed is the code of a latent of {rows * patch} x {columns * patch} pixels, not of "
+                    f"pos_embed is the embedding of a latent of {rows * patch} x {columns * patch} pixels, not of "
                     f"{height} x {width}; give --input-size {rows * patch} {columns * patch}."
                 )
             break

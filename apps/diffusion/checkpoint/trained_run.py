@@ -15,15 +15,14 @@ from apps.diffusion.config.training import Config
 
 
 def read_config(run: Path) -> Config:
-    """The configuration in a run's folder. Relative paths in it are found from the current folder, or else from a
-    folder above the run.
+    """The configuration in a run's folder; relative paths in it are resolved by `located`.
 
     Raises:
-        ValueError: there is none, or it cannot be read.
+        ValueError: the configuration is missing or cannot be read.
     """
     file = run / "config.json"
     if not file.is_file():
-        shipped = ", ".join(pretrained.names()) or "none are here: a wheel leaves them out, the repository has them"
+        shipped = ", ".join(pretrained.names()) or "only in the repository; a wheel does not contain these networks"
         raise ValueError(
             f"{run} holds no run (it has no config.json); train one: "
             f"python -m apps.diffusion.train --out {quote(str(run))}, or take a trained network by its name "
@@ -40,8 +39,9 @@ def read_config(run: Path) -> Config:
 
 
 def located(path: Path, run: Path) -> Path:
-    """A relative path that a run has stored: as it is where it exists, else below the first folder above the run where
-    it exists, else as it is (a VAE may have the form of a relative path and be a name on the hub).
+    """Resolves a path stored in a run's configuration. An absolute path, and a path that exists relative to the working
+    directory, stays as it is. Another path is resolved against the nearest folder above the run in which it exists; if
+    there is no such folder, it stays as it is (a VAE's name on the hub has the form of a relative path).
     """
     if path.is_absolute() or path.exists():
         return path
@@ -49,16 +49,17 @@ def located(path: Path, run: Path) -> Path:
 
 
 def check_start(start: Checkpoint, model: torch.nn.Module, network: dict[str, Any], where: Path) -> None:
-    """Checks that a run can continue from a checkpoint, its weights apart (see `models.build.load_weights`).
+    """Checks that architecture and optimizer state of a checkpoint fit a run; `models.build.load_weights` checks the
+    weights.
 
     Args:
         start: the checkpoint.
         model: the network to train.
-        network: its description (`models.build.describe`).
+        network: the description of `model` (`models.build.describe`).
         where: folder of the run, for messages.
 
     Raises:
-        ValueError: the checkpoint holds another network, or the optimizer's state of another one.
+        ValueError: the checkpoint holds another network, or the optimizer state of another network.
     """
     if _architecture(start.network) != _architecture(network):
         raise ValueError(
@@ -69,11 +70,11 @@ def check_start(start: Checkpoint, model: torch.nn.Module, network: dict[str, An
     for i, entry in start.optimizer.items():
         if any(i not in sizes or (value.ndim and value.shape != sizes[i]) for value in entry.values()):
             raise ValueError(
-                f"The optimizer's state in {where} is that of another network (parameter {i} has another shape); "
-                "delete this checkpoint to continue from the one before, or train again into a new folder."
+                f"The optimizer state in {where} belongs to another network (parameter {i} has another shape); "
+                "delete this checkpoint to continue from the previous one, or train again into a new folder."
             )
 
 
 def _architecture(network: dict[str, Any]) -> dict[str, Any]:
-    """What determines the weights and their meaning; the number of iterations of an FPDM does not."""
+    """The description without the number of iterations of an FPDM, which does not affect the weights."""
     return {**network, "config": {k: v for k, v in network["config"].items() if k != "iterations"}}

@@ -1,12 +1,13 @@
-"""Checkpoints: one folder each, written whole or not at all, with checksums, and read without executing anything.
+"""Checkpoints of training: each is one folder with checksums, written completely or not at all.
 
-    RUN/checkpoints/000000096000/        the images that the run had seen
+    RUN/checkpoints/000000096000/        named by the number of images seen
         model.safetensors  ema.safetensors  optimizer.safetensors
-        state.json                       how the network is built, progress, losses, class names, SHA-256 of each file
+        state.json                       description of the network, progress, losses, class names, SHA-256 of each file
 
-A checkpoint is written in a temporary folder, flushed to the disk, and renamed: a reader finds the old one or the new
-one. No state of a random generator is in it, because every random number of a run follows from the seed and the images
-seen. Format 1 had no checksums and no class names; it is read too.
+A checkpoint is written into a temporary folder, flushed to the disk, and renamed, so that a reader never finds an
+incomplete checkpoint. Reading executes no code. A checkpoint holds no state of a random generator, because every random
+number of a run is a function of the seed and the number of images seen. Format 1, without checksums and class names, is
+read too.
 """
 
 from __future__ import annotations
@@ -30,33 +31,33 @@ TENSORS = ("model", "ema", "optimizer")
 
 @dataclass(kw_only=True)
 class Progress:
-    """Counts of a run; they grow while it trains."""
+    """Counts of a run, which training updates."""
 
     images: int = 0
-    """Images seen, over all processes."""
+    """Number of images seen, over all processes."""
     steps: int = 0
-    """Steps of the optimizer."""
+    """Number of optimizer steps."""
     skipped: int = 0
-    """Steps left out because the gradient was not finite."""
+    """Number of steps skipped because the gradient was not finite."""
     seconds: float = 0.0
-    """Training time."""
+    """Training time in seconds."""
     history: list[tuple[int, float]] = field(default_factory=list)
-    """(images, mean loss since the entry before)."""
+    """Entries (images seen, mean loss since the previous entry)."""
     last: dict[str, float] = field(default_factory=dict)
     """The last entry of the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Everything from which a run continues, or samples.
+    """The state of a run, from which training continues and sampling takes the network.
 
     Attributes:
-        network: {"class": name, "config": arguments}, from which the model is built.
+        network: {"class": name, "config": arguments}, from which the network is built.
         model: weights by name.
         ema: averaged weights by name.
-        optimizer: torch's state by number of the parameter: {0: {"step": ..., "exp_avg": ..., ...}, ...}.
-        progress: counts.
-        classes: names of the classes; empty without classes, or where format 1 has not stored them.
+        optimizer: torch's optimizer state by parameter number: {0: {"step": ..., "exp_avg": ..., ...}, ...}.
+        progress: counts of the run.
+        classes: names of the classes; empty if there are no classes, and in format 1.
     """
 
     network: dict[str, Any]
@@ -68,16 +69,17 @@ class Checkpoint:
 
 
 class Unreadable(ValueError):
-    """A checkpoint that is damaged or missing; the message says what to do."""
+    """A checkpoint is damaged or missing; the message says what to do."""
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int = 1) -> Path:
-    """Writes a checkpoint into the run's folder, then deletes all but the newest `keep`; returns its folder.
+    """Writes a checkpoint into the run's folder, then deletes all but the newest `keep` checkpoints; returns the folder
+    of the checkpoint.
 
-    A checkpoint of the same number of images is not written again. Only one process at a time may save.
+    If a checkpoint of the same number of images exists, nothing is written. Only one process at a time may save.
 
     Raises:
-        OSError: it cannot be written, because the disk is full or the like; the checkpoints before it are intact.
+        OSError: the checkpoint cannot be written, for example because the disk is full; earlier checkpoints are intact.
     """
     from safetensors.torch import save_file
 
@@ -119,7 +121,7 @@ def load(path: Path, tensors: Sequence[str] = TENSORS) -> Checkpoint:
 
     Args:
         path: the folder.
-        tensors: the files to read, of "model", "ema", "optimizer"; the others are left empty.
+        tensors: the files to read, of "model", "ema", "optimizer"; the tensors of the other files stay empty.
 
     Raises:
         Unreadable: a file is missing, damaged, or of another format.
@@ -144,9 +146,9 @@ def load(path: Path, tensors: Sequence[str] = TENSORS) -> Checkpoint:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         others = [p for p in all_of(path.parent.parent) if p != path]
         remedy = (
-            f"the one before, {others[-1]}, may be whole: delete the folder {path} to use it"
+            f"to use the previous checkpoint, {others[-1]}, delete the folder {path}"
             if others
-            else "there is no other in this run; train again into a new folder"
+            else "this run has no other checkpoint; train again into a new folder"
         )
         reason = str(error) or type(error).__name__
         raise Unreadable(f"The checkpoint {path} cannot be read because of {file.name} ({reason}); {remedy}.") from None
@@ -164,7 +166,7 @@ def _state(file: Path) -> dict[str, Any]:
     """The content of a state.json, checked, with "progress" as `Progress`.
 
     Raises:
-        ValueError, KeyError, TypeError: it is damaged, or of an unknown format.
+        ValueError, KeyError, TypeError: the file is damaged, or its format is unknown.
     """
     state = json.loads(file.read_text())
     version = state["format"]
@@ -181,7 +183,7 @@ def _state(file: Path) -> dict[str, Any]:
 
 
 def _progress(plain: dict[str, Any]) -> Progress:
-    """Raises ValueError or TypeError where a value is no count, no time or no loss."""
+    """The `Progress` of a dict from JSON. Raises ValueError or TypeError if a value is no count, no time or no loss."""
     for name in ("images", "steps", "skipped"):
         if type(plain[name]) is not int or plain[name] < 0:
             raise ValueError(f"progress.{name} is {plain[name]!r}, which is no count")
@@ -197,7 +199,7 @@ def newest(run: Path, tensors: Sequence[str] = TENSORS) -> Checkpoint:
     """The newest checkpoint of a run; `tensors` as in `load`.
 
     Raises:
-        Unreadable: there is none, or it is damaged.
+        Unreadable: the run has no checkpoint, or the newest one is damaged.
     """
     found = all_of(run)
     if not found:
