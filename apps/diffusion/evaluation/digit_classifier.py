@@ -1,7 +1,7 @@
-"""Classifiers of real images, trained on the spot, whose features score generated images.
+"""Small classifiers that are trained on real images when scores are computed; their features score generated images.
 
-The features are those in which a convolutional classifier of the *real* images ends, each standardized over the real
-training images: `Classifier` for small images, LeNet (lenet.py) from 12 x 12 pixels on.
+The features are the activations before the last layer, each standardized over the real training images. The classifier
+is `Classifier` for images below 12 x 12 pixels, else LeNet (lenet.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ FEATURES = 32
 class FeatureClassifier(nn.Module, ABC):
     """Images (B, C, H, W) -> class logits (B, num_classes), through F features.
 
-    A subclass gives `embed`, the features before they are standardized, and `activation`, between features and logits.
+    A subclass defines `embed`, which computes the features before standardization, and `activation`, the nonlinearity
+    between features and logits.
     """
 
     mean: Tensor
@@ -30,7 +31,9 @@ class FeatureClassifier(nn.Module, ABC):
     head: nn.Linear
 
     def add_head(self, features: int, num_classes: int) -> None:
-        """Add the last layer, and the mean and standard deviation of the features, 0 and 1 until training has ended."""
+        """Add the last layer, and buffers for the mean and standard deviation of the features; these are 0 and 1 until
+        training has ended.
+        """
         self.head = nn.Linear(features, num_classes)
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("std", torch.ones(features))
@@ -92,9 +95,18 @@ def trained(
     augment: Callable[[Tensor, torch.Generator], Tensor],
     smoothing: float = 0.0,
 ) -> C:
-    """A classifier trained on images with classes: AdamW, one-cycle learning rate, augmented whole batches.
+    """A classifier trained on images with classes by AdamW with a one-cycle learning rate; incomplete batches are left
+    out. Initial weights, order, augmentation and dropout are functions of the seed.
 
-    First weights, order, augmentation and dropout are functions of the seed.
+    Args:
+        make: makes the untrained classifier.
+        images: images with classes.
+        seed: the random seed.
+        epochs: passes over the images.
+        batch: images of a batch.
+        lr: largest learning rate.
+        augment: function (images (b, C, H, W), generator) -> augmented images.
+        smoothing: label smoothing of the cross entropy.
     """
     with drawing_from(generator(seed, Stream.CLASSIFIER)):
         model = make()
@@ -117,7 +129,7 @@ def trained(
 
 
 def train_classifier(images: TensorDataset, seed: int = 0, epochs: int | None = None) -> Classifier:
-    """A `Classifier` of these real images, each batch shifted by at most one pixel; 12 epochs by default."""
+    """A `Classifier` trained on these real images, each batch shifted by at most one pixel; default: 12 epochs."""
     return trained(
         lambda: Classifier(images.shape[0], images.num_classes),
         images,
@@ -131,7 +143,7 @@ def train_classifier(images: TensorDataset, seed: int = 0, epochs: int | None = 
 
 
 def _shift(x: Tensor, draws: torch.Generator) -> Tensor:
-    """Images shifted by up to one pixel, all alike; the margin is background, -1."""
+    """The images, all shifted by the same random offset of at most one pixel; the margin is background, -1."""
     rows, columns = torch.randint(0, 3, (2,), generator=draws).tolist()
     height, width = x.shape[-2:]
     return nn.functional.pad(x, (1, 1, 1, 1), value=-1.0)[..., rows : rows + height, columns : columns + width]

@@ -1,8 +1,8 @@
 """Feature extractors for the metrics: pooled features, spatial features, class logits.
 
-An extractor is anything with a name, a digest of its weights, and a call on uint8 images: classifiers of the 8 x 8
-digits, of MNIST and of the reference, trained here, and Inception as the published scores use it, by torch-fidelity,
-which the extra `inception` installs.
+An extractor is a callable on uint8 images with a name and a digest of its weights. The extractors are classifiers of
+the 8 x 8 digits, of MNIST and of the reference images, which this module trains, and the Inception network of published
+scores, which torch-fidelity provides (installed by the extra `inception`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from apps.diffusion.evaluation.digit_classifier import Classifier, FeatureClassi
 from apps.diffusion.evaluation.lenet import SMALLEST, train_lenet
 from apps.diffusion.files.hashing import of_tensors
 
-SMALLEST_SET = 64  # images: one batch of the classifier
+SMALLEST_SET = 64  # the fewest images that a classifier is trained on: one batch
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -29,9 +29,9 @@ class Extracted(NamedTuple):
     """Features of b images, float32 on the CPU.
 
     Attributes:
-        pooled: (b, D), for the Fréchet distance, KID, precision and recall.
-        spatial: (b, S), with positions, for sFID; None without them.
-        logits: (b, K) of a classifier, for the inception score and accuracy; None without them.
+        pooled: (b, D) features, for the Fréchet distance, KID, precision and recall.
+        spatial: (b, S) features at all positions of a feature map, for sFID; None if the extractor has no such map.
+        logits: (b, K) logits of a classifier, for the inception score and accuracy; None if the extractor has none.
     """
 
     pooled: Tensor
@@ -40,7 +40,7 @@ class Extracted(NamedTuple):
 
 
 class Extractor(Protocol):
-    """`name` and `digest` identify it in cached statistics."""
+    """A feature extractor; `name` and `digest` identify its features in cached statistics."""
 
     @property
     def name(self) -> str: ...
@@ -52,21 +52,21 @@ class Extractor(Protocol):
         """Features of images (b, C, H, W), uint8.
 
         Raises:
-            ValueError: images of another size.
+            ValueError: the images have a size that the extractor does not take.
         """
         ...
 
 
 @dataclass(frozen=True)
 class ClassifierFeatures:
-    """A classifier trained here; its features are those in front of its logits.
+    """The features of a classifier before its last layer.
 
     Args:
-        classifier: for images (C, H, W) of `shape`.
-        shape: of its images.
-        name: of the features.
-        classifies: its classes are those of the images, so that it measures label accuracy.
-        resizes: images of any shape are resized; otherwise other shapes are refused, and RGB is averaged for gray.
+        classifier: a trained classifier of images of `shape`.
+        shape: (C, H, W) of the classifier's images; other channels are averaged to gray.
+        name: name of the features.
+        classifies: whether its classes are those of the images; false: there are no logits and no label accuracy.
+        resizes: whether images of another size are resized to `shape`; false: such images raise.
     """
 
     classifier: FeatureClassifier
@@ -84,47 +84,47 @@ class ClassifierFeatures:
         if not self.resizes and tuple(images.shape[2:]) != self.shape[1:]:
             raise ValueError(
                 f"--features {self.name} takes images of {' x '.join(map(str, self.shape[1:]))} pixels, and these have "
-                f"{' x '.join(map(str, images.shape[2:]))}; choose --features trained or inception for them."
+                f"{' x '.join(map(str, images.shape[2:]))}; give --features trained or inception."
             )
         x = _resized(images, self.shape)
         logits = self.classifier(x) if self.classifies else None
         spatial = None
         if isinstance(self.classifier, Classifier):
-            spatial = self.classifier.body[:5](x)[:, :7].flatten(1)  # after the first pooling
+            spatial = self.classifier.body[:5](x)[:, :7].flatten(1)  # seven channels after the first pooling
         return Extracted(self.classifier.features(x), spatial, logits)
 
 
 def features_of(
     images: TensorDataset, seed: int = 0, epochs: int | None = None, name: str = "trained"
 ) -> ClassifierFeatures:
-    """Of a classifier of labeled images: LeNet from 12 x 12 pixels on, below that `Classifier`."""
+    """Features of a classifier trained on labeled images: LeNet from 12 x 12 pixels on, else `Classifier`."""
     train = train_lenet if min(images.shape[1:]) >= SMALLEST else train_classifier
     return ClassifierFeatures(train(images, seed, epochs), images.shape, name)
 
 
 def digit_features(epochs: int | None = None) -> ClassifierFeatures:
-    """Of a classifier of the 8 x 8 training digits."""
+    """Features of a classifier trained on the 8 x 8 training digits."""
     return features_of(digits("train"), epochs=epochs, name="digits")
 
 
 def mnist_features(epochs: int | None = None) -> ClassifierFeatures:
-    """Of LeNet trained on MNIST's held-out digits, which no diffusion model has seen."""
+    """Features of LeNet trained on MNIST's held-out digits, which no diffusion model is trained on."""
     return features_of(mnist("held-out"), epochs=epochs, name="mnist")
 
 
 def reference_features(images: Tensor, labels: Tensor | None = None, epochs: int = 12) -> ClassifierFeatures:
-    """Of a classifier of the reference, for images of any kind: no weights are fetched.
+    """Features of a classifier trained on the reference images, of any kind; no pretrained weights are needed.
 
-    Images are resized to at most 32 x 32 pixels. Without classes the network learns by which multiple of 90 degrees an
-    image is rotated (Gidaris et al. 2018, arXiv 1803.07728).
+    Images are resized to at most 32 x 32 pixels. Without classes the classifier is trained to predict by which multiple
+    of 90 degrees an image is rotated (Gidaris et al. 2018, arXiv 1803.07728).
 
     Args:
-        images: (n, C, H, W), uint8.
-        labels: (n,) their classes; None without.
-        epochs: of the training.
+        images: (n, C, H, W) reference images, uint8.
+        labels: (n,) classes of the images; None: the images have no classes.
+        epochs: passes over the images.
 
     Raises:
-        ValueError: fewer than 64 images.
+        ValueError: there are fewer than 64 images.
     """
     if len(images) < SMALLEST_SET:
         raise ValueError(f"--features trained needs at least {SMALLEST_SET} reference images, got {len(images)}.")
@@ -139,7 +139,7 @@ def reference_features(images: Tensor, labels: Tensor | None = None, epochs: int
 
 
 def _resized(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Images (b, C, H, W), uint8, with the channels and the size of `shape`, in [-1, 1]."""
+    """Images (b, C, H, W), uint8, as float32 in [-1, 1] with the channels and the size of `shape`."""
     x = images.float()
     if x.shape[1] != shape[0]:
         x = x.mean(1, keepdim=True).expand(-1, shape[0], -1, -1)
@@ -149,16 +149,16 @@ def _resized(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 
 class Inception:
-    """Inception-v3 of 2015 as converted by torch-fidelity: 2048 pooled features, the first 7 channels of
-    mixed_6/conv as spatial ones (2023), and logits without their bias, as the ADM evaluation suite takes them.
+    """Inception-v3 of 2015 as converted by torch-fidelity, with the features of the ADM evaluation suite: 2048 pooled
+    features, the first 7 channels of mixed_6/conv as 2023 spatial features, and logits without the bias.
 
     Args:
-        weights: the file; by default where torch.hub keeps it.
-        device: of the computation.
-        backend: of torch.compile.
+        weights: file of the weights; None: the file in torch.hub's folder.
+        device: device of the network.
+        backend: backend of torch.compile; "no": the network is not compiled.
 
     Raises:
-        ValueError: torch-fidelity or the weights are not installed, or cannot be read.
+        ValueError: torch-fidelity is not installed, or the weights are missing or cannot be read.
     """
 
     name = "inception-2015-12-05"
@@ -175,14 +175,15 @@ class Inception:
             ) from None
         file = weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION
         try:
-            torch.load(file, weights_only=True, map_location="meta")  # torch-fidelity would execute a pickle
+            # raises for a file with code, which torch-fidelity's own loading would execute
+            torch.load(file, weights_only=True, map_location="meta")
             network: Any = FeatureExtractorInceptionV3(self.name, ["2048", "logits_unbiased"], str(file))
         except FileNotFoundError:
             raise ValueError(
                 f"Inception's weights are not installed: there is no {file}. Fetch {INCEPTION} from torch-fidelity's "
                 "release v0.2.0 and put it there, or give its path with --weights."
             ) from None
-        except Exception as error:  # pickles, zip archives, keys: whatever torch.load lets through
+        except Exception as error:  # torch.load raises errors of many types for damaged files
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"{file} holds no weights of Inception ({reason}); fetch {INCEPTION} again.") from None
         self.digest = of_tensors(network.state_dict())
@@ -204,7 +205,7 @@ class Inception:
 
 @dataclass(frozen=True)
 class HalfPrecision:
-    """An extractor under autocast to bfloat16; its features have a name of their own."""
+    """An extractor under autocast to bfloat16; the name of its features differs from that of the float32 features."""
 
     extractor: Extractor
     device: str = "cpu"
@@ -219,7 +220,7 @@ class HalfPrecision:
 
     @property
     def classifies(self) -> bool:
-        """Whether its logits are those of the classes of the images."""
+        """Whether the classes of the logits are those of the images."""
         return getattr(self.extractor, "classifies", False)
 
     def __call__(self, images: Tensor) -> Extracted:

@@ -1,12 +1,13 @@
-"""Statistics of a set of images: what the metrics need of either side, computed once and kept with its provenance.
+"""Statistics of the features of a set of images, from which all metrics are computed, and their provenance.
 
-    mean, cov                  of the pooled features, float64: (D,), (D, D)
-    spatial_mean, spatial_cov  of the spatial ones, if there are any
-    features                   (m, D) float32, m = KEPT at most, evenly spread over the set: for KID, precision, recall
+    mean, cov                  (D,), (D, D), float64, of the pooled features
+    spatial_mean, spatial_cov  the same of the spatial features, if the extractor has any
+    features                   (m, D), float32, of m <= KEPT images, evenly spaced in the set: for KID, precision,
+    recall
 
-A file is safetensors with a JSON header: the data and the extractor by name and checksum, counts, versions. So a
-cached file is used for the same images and the same network, or not at all. The statistics that the ADM evaluation
-suite publishes (.npz with mu, sigma, mu_s, sigma_s) are read too; they have no checksum.
+The file format is safetensors with a JSON header: name and checksum of the data and of the extractor, counts and
+versions. A cached file is used only if the checksums of images and network agree. The statistics that the ADM
+evaluation suite publishes (.npz with mu, sigma, mu_s, sigma_s) are read too; they have no checksum.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ KEPT = 10_000
 
 @dataclass(frozen=True)
 class Statistics:
-    """See above. `logits` (n, K) are kept in memory alone, of samples."""
+    """The statistics at the top of this file; `logits` (n, K) of all images are not written to the file."""
 
     provenance: dict[str, Any]
     pooled: Gaussian
@@ -46,7 +47,9 @@ class Statistics:
 
 @dataclass
 class Moments:
-    """Mean and covariance of rows that come in parts, in float64, about the first part's mean."""
+    """Running mean and covariance of rows that are added in parts. Sums are in float64 about the mean of the first
+    part, so that little precision is lost.
+    """
 
     count: int = 0
     center: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -80,7 +83,7 @@ def measure(source: Source, extractor: Extractor, kept: int = KEPT) -> Statistic
     """The statistics of all images of a source.
 
     Raises:
-        ValueError: fewer than two, or images that cannot be read, or of another size.
+        ValueError: there are fewer than two images, or an image cannot be read or has another size.
     """
     pooled, spatial = Moments(), Moments()
     chosen = set(np.linspace(0, source.count - 1, min(kept, source.count)).round().astype(int).tolist())
@@ -113,10 +116,10 @@ def _provenance(source: Source, extractor: Extractor) -> dict[str, Any]:
 
 
 def cached(source: Source, extractor: Extractor, folder: Path | None = None) -> Statistics:
-    """The statistics from the cache, or measured and put there.
+    """The statistics of a source: read from the cache, or measured and written to the cache.
 
-    `folder` is $XDG_CACHE_HOME/implicit/statistics, or ~/.cache/implicit/statistics, by default. A damaged file is
-    made again; a cache that cannot be written is a warning.
+    The default of `folder` is $XDG_CACHE_HOME/implicit/statistics, or ~/.cache/implicit/statistics. A damaged file is
+    replaced. If the cache cannot be written, the function warns.
     """
     if folder is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "implicit" / "statistics"
@@ -125,18 +128,18 @@ def cached(source: Source, extractor: Extractor, folder: Path | None = None) -> 
     try:
         return load(file, extractor)
     except ValueError:
-        pass  # not there, or damaged
+        pass  # the file is missing or damaged
     found = measure(source, extractor)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save(found, file)
     except OSError as error:
-        warnings.warn(f"The statistics of {source.name} cannot be kept in {folder} ({error}).", stacklevel=2)
+        warnings.warn(f"The statistics of {source.name} cannot be cached in {folder} ({error}).", stacklevel=2)
     return found
 
 
 def save(statistics: Statistics, file: Path) -> None:
-    """Write them as safetensors, whole or not at all."""
+    """Write the statistics as safetensors; an interruption leaves no incomplete file."""
     from safetensors.torch import save_file
 
     tensors = {"mean": statistics.pooled.mean, "cov": statistics.pooled.cov}
@@ -156,7 +159,7 @@ def load(file: Path, extractor: Extractor) -> Statistics:
     """Statistics from a file, .safetensors or ADM's .npz.
 
     Raises:
-        ValueError: it cannot be read, or holds the statistics of other features than the extractor's.
+        ValueError: the file cannot be read, or holds statistics of other features than the extractor's.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -173,14 +176,14 @@ def load(file: Path, extractor: Extractor) -> Statistics:
         raise ValueError(f"{file} holds no statistics ({error!r}); give the images, or another file.") from None
     if features != {"name": extractor.name, "sha256": extractor.digest}:
         raise ValueError(
-            f"{file} holds statistics of the features {features['name']} with other weights or of another kind than "
-            f"{extractor.name} here; give the images, or choose the same --features."
+            f"{file} holds statistics of the features {features['name']}, whose name or weights differ from those of "
+            f"{extractor.name} here; give the reference images, or the same --features."
         )
     return Statistics(provenance, pooled, spatial, tensors.get("features"))
 
 
 def _gaussian(mean: Tensor, cov: Tensor) -> Gaussian:
-    """Raises ValueError where these are no mean (D,) and covariance (D, D) of finite numbers."""
+    """The Gaussian; raises ValueError unless `mean` is (D,), `cov` is (D, D), and both are finite."""
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
         raise ValueError(f"a mean {tuple(mean.shape)} and a covariance {tuple(cov.shape)} are not (D,) and (D, D)")
     if not (mean.isfinite().all() and cov.isfinite().all()):

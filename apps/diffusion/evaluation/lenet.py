@@ -3,9 +3,9 @@
     x -> pool(relu(conv 5 x 5, 8)) -> pool(relu(conv 5 x 5, 24)) -> 120 -> 84 features -> logits
 
 after LeCun et al., "Gradient-based learning applied to document recognition" (1998), section II.B, with ReLU, max
-pooling and dropout. It is trained on real images that no diffusion model has seen, each shown under a random affine
-map (rotation, scale, shear, shift), because these are few: on the 1000 held-out digits of data/mnist.py it reaches
-about 98 % of the 4000 others.
+pooling and dropout. The classifier is trained on real images that no diffusion model is trained on. These are few, so a
+random affine map (rotation, scale, shear, shift) augments each image: trained on the 1000 held-out digits of
+data/mnist.py, the classifier is right on about 98 % of the other 4000 digits.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from apps.diffusion.data import TensorDataset
 from apps.diffusion.evaluation.digit_classifier import FeatureClassifier, trained
 
 FEATURES = 84
-SMALLEST = 12  # pixels a side
-SHOWN = 60_000  # images that training shows, repeats included
+SMALLEST = 12  # smallest side of an image in pixels
+SHOWN = 60_000  # length of training: number of images, repetitions included
 BATCH = 50
-ROTATION = math.radians(15)
+ROTATION = math.radians(15)  # largest angle
 SCALE, SHEAR, SHIFT = 0.15, 0.2, 0.14  # largest relative scale, shear, and shift in half image widths
 
 
@@ -67,9 +67,9 @@ def train_lenet(images: TensorDataset, seed: int = 0, epochs: int | None = None)
     """LeNet trained on these real images, each under a random affine map.
 
     Args:
-        images: with classes.
-        seed: of the first weights, the order, the affine maps and dropout.
-        epochs: passes over the images; None shows 60,000 images, 25 s of one core at 28 x 28 pixels.
+        images: real images with classes.
+        seed: random seed of the initial weights, the order, the affine maps and dropout.
+        epochs: passes over the images; None: 60,000 images in all, 25 s of one core at 28 x 28 pixels.
     """
     epochs = epochs or max(1, SHOWN // len(images))
     make = partial(LeNet, images.shape, images.num_classes)
@@ -77,7 +77,7 @@ def train_lenet(images: TensorDataset, seed: int = 0, epochs: int | None = None)
 
 
 def affine(x: Tensor, draws: torch.Generator) -> Tensor:
-    """Images (B, C, H, W), each under its own random affine map; pixels from outside are background, -1."""
+    """Images (B, C, H, W), each under its own random affine map; pixels outside the image are background, -1."""
     n = len(x)
 
     def uniform(*shape: int) -> Tensor:

@@ -1,11 +1,11 @@
 """Metrics of generated images on the features of a network.
 
-Fréchet distance (Dowson and Landau 1982; Heusel et al. 2017, arXiv 1706.08500; with Inception features the FID): two
-sets of features, taken as Gaussians N(m1, C1) and N(m2, C2), lie apart by
+Fréchet distance (Dowson and Landau 1982; Heusel et al. 2017, arXiv 1706.08500; with Inception features the FID): the
+squared distance of two sets of features, approximated by Gaussians N(m1, C1) and N(m2, C2), is
 
     d^2 = |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)),   tr (C1 C2)^(1/2) = sum_i sqrt(lambda_i(C1^(1/2) C2 C1^(1/2)))
 
-It is 0 for equal Gaussians, and biased upwards with few images: compare equal numbers.
+d^2 is 0 for equal Gaussians. Few images bias d^2 upwards, so only distances of equally many images can be compared.
 
 Inception score (Salimans et al. 2016, arXiv 1606.03498), p(y|x) the class probabilities of the image x:
 
@@ -16,9 +16,10 @@ discrepancy, unbiased, so that it may be negative, of the kernel k(x, y) = (x . 
 
     KID = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{i, j} k(x_i, y_j)
 
-Precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991): a set's manifold is the union of balls about
-its points, each as large as the distance to its k-th nearest neighbor. Precision is the share of generated
-points within the manifold of the real ones, recall the share of real points within that of the generated.
+Precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991): the manifold of a set of points is the union of balls
+about the points; the radius of a ball is the distance to the point's k-th nearest neighbor. Precision is the share of
+generated points within the manifold of the real points, recall the share of real points within the manifold of the
+generated points.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ROWS = 1024  # of a distance matrix at a time
+ROWS = 1024  # rows of a distance matrix that are computed at a time
 
 
 class Spread(NamedTuple):
-    """A mean over parts, and the standard deviation of the parts."""
+    """Mean and standard deviation of a score over parts of the images."""
 
     mean: float
     std: float
@@ -60,7 +61,7 @@ class Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Squared Fréchet distance of two Gaussians (see above); symmetric, 0 if and only if they are equal."""
+    """Squared Fréchet distance d^2 of two Gaussians; symmetric, and 0 if and only if the Gaussians are equal."""
     values, vectors = torch.linalg.eigh(a.cov)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ b.cov @ root).clamp(min=0).sqrt().sum()
@@ -68,12 +69,12 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def label_accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Share of images whose largest logit (n, K) is that of their label (n,)."""
+    """Share of images whose largest logit in `logits` (n, K) is that of their label in `labels` (n,)."""
     return float((logits.argmax(1) == labels).double().mean())
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> Spread:
-    """IS from logits (n, classes), over `splits` parts in their order (fewer images than parts: one part)."""
+    """IS from logits (n, classes): mean over `splits` successive parts, or one part if there are fewer images."""
     scores = []
     for part in logits.double().chunk(splits if len(logits) >= splits else 1):
         log_p = part.log_softmax(1)
@@ -83,12 +84,11 @@ def inception_score(logits: Tensor, splits: int = 10) -> Spread:
 
 
 def kernel_distance(x: Tensor, y: Tensor, subset: int = 1000, subsets: int = 100, seed: int = 0) -> Spread:
-    """KID of features x (n, D) and y (m, D): the mean over random subsets of `subset` images each.
-
-    Where neither set has more images than a subset, the sets as they are, once.
+    """KID of features x (n, D) and y (m, D): the mean over `subsets` random subsets of `subset` images each. If neither
+    set has more than `subset` images, KID is computed once on the complete sets.
 
     Raises:
-        ValueError: fewer than two images.
+        ValueError: a set has fewer than two images.
     """
     if min(len(x), len(y)) < 2:
         raise ValueError("A kernel distance needs at least 2 images on either side; generate more.")
@@ -105,10 +105,10 @@ def kernel_distance(x: Tensor, y: Tensor, subset: int = 1000, subsets: int = 100
 
 
 def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float, float]:
-    """Precision and recall of features (n, D) against features (m, D).
+    """Precision and recall of features `generated` (n, D) against features `real` (m, D).
 
     Raises:
-        ValueError: no more than k images on one side.
+        ValueError: a set has k images or fewer.
     """
     if min(len(generated), len(real)) <= k:
         raise ValueError(f"Precision and recall need more than {k} images on either side; generate more.")

@@ -1,9 +1,9 @@
-"""Nearest real images of generated ones, so that memorized training images are seen.
+"""The nearest real image of each generated image, to detect memorized training images.
 
     d(x, y) = sqrt( mean over pixels and channels of (x - y)^2 ),     x, y in [0, 1]
 
-A network that copies has samples at distances near 0 from its training images; one that does not has them about as far
-away as held-out real images are.
+Samples of a network that copies training images have distances near 0 from these. Samples of a network that does not
+copy are about as far from the training images as held-out real images are.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch import Tensor
 
 from apps.diffusion.files.images import grid, to_pil
 
-ROWS = 256  # of the distance matrix at a time
+ROWS = 256  # rows of the distance matrix that are computed at a time
 
 
 def nearest(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each image in x (n, C, H, W), uint8, the index (n,) of the nearest among `real` (m, C, H, W), and d (n,).
+    """For each image in x (n, C, H, W), uint8: index (n,) of the nearest image of `real` (m, C, H, W), and d (n,).
 
     Raises:
-        ValueError: images of different shapes.
+        ValueError: the shapes of x and `real` differ.
     """
     if x.shape[1:] != real.shape[1:]:
         raise ValueError(
-            f"The images are {' x '.join(map(str, x.shape[1:]))} and the real ones "
-            f"{' x '.join(map(str, real.shape[1:]))}; nearest images need one size."
+            f"The images have the shape {' x '.join(map(str, x.shape[1:]))} and the real images "
+            f"{' x '.join(map(str, real.shape[1:]))}; give images of one shape."
         )
-    # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b, in float32: exact enough for 8-bit values of less than 2^24 in sum
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b in float32, which is accurate enough for 8-bit values
     rows, others = x.flatten(1).float() / 255, real.flatten(1).float() / 255
     norms = (others**2).sum(1)
     found = [((part**2).sum(1)[:, None] + norms - 2 * part @ others.T).min(1) for part in rows.split(ROWS)]
@@ -43,6 +43,6 @@ def neighbor_grid(x: Tensor, real: Tensor, columns: int = 10) -> Image.Image:
     rows: list[Tensor] = []
     for first in range(0, len(x), columns):
         part, near = x[first : first + columns], real[index[first : first + columns]]
-        missing = columns - len(part)  # a short last row is filled up with black
+        missing = columns - len(part)  # black images complete the last row
         rows += [*part, *blank.expand(missing, -1, -1, -1), *near, *blank.expand(missing, -1, -1, -1)]
     return grid([to_pil(image.float() / 127.5 - 1) for image in rows], columns)

@@ -1,6 +1,6 @@
-"""Scores of images against a reference: one route for the evaluation command and for the summary after training.
+"""Scores of images against a reference, for the evaluation command and for the summary after training.
 
-A metric is a function of `metrics.py` and one entry of `METRICS`; both routes compute and print every entry.
+A metric is a function of `metrics.py` and an entry of `METRICS`; command and summary compute and print every entry.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Scores = dict[str, float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a metric may use.
+    """The arguments of a metric.
 
     Attributes:
-        found: statistics of the images.
-        reference: statistics of the real images.
-        labels: (n,) classes that the images should show; None where unknown or not those of the classifier.
-        neighbors: number of nearest neighbors for precision and recall.
+        found: statistics of the images to score.
+        reference: statistics of the reference images.
+        labels: (n,) class that each image should show; None if unknown, or if the classifier has other classes.
+        neighbors: number k of nearest neighbors in precision and recall.
     """
 
     found: Statistics
@@ -43,14 +43,20 @@ class Comparison:
     neighbors: int
 
     def features(self) -> tuple[Tensor, Tensor] | None:
-        """Features of single images on both sides, where they are known."""
+        """Features of single images of both sets; None if one of the sets has none (published statistics)."""
         sides = self.found.features, self.reference.features
         return None if sides[0] is None or sides[1] is None else (sides[0], sides[1])
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A row of the table: title, format, and the function, which returns None where it does not apply."""
+    """A metric, which is a row of the table.
+
+    Attributes:
+        title: title of the row.
+        form: format of the number.
+        compute: the function; it returns None if the metric does not apply.
+    """
 
     title: str
     form: str
@@ -97,10 +103,10 @@ METRICS: dict[str, Metric] = {
 
 
 def evaluate(source: Source, reference: Statistics, extractor: Extractor, neighbors: int = 3) -> Scores:
-    """The scores of the images of a source against a reference, by metric; None where a metric does not apply.
+    """The scores of the images of a source against a reference, by metric; None for a metric that does not apply.
 
     Raises:
-        ValueError: fewer than two images, or features of another kind than the reference's.
+        ValueError: there are fewer than two images, or the reference has statistics of other features.
     """
     return compare(source, measure(source, extractor), reference, extractor, neighbors)
 
@@ -132,7 +138,11 @@ def compare(
 
 
 def table(columns: Mapping[str, Mapping[str, Any]]) -> str:
-    """The scores as text, a row for each metric that applies and a column for each set of images, by its title."""
+    """The scores as text, with a row for each metric that applies and a column for each set of images.
+
+    Args:
+        columns: title of the column -> scores.
+    """
     rows = [f"{'':20}" + "".join(f"{title:>20}" for title in columns)]
     for name, title, form in [("images", "images", "{:.0f}"), *((n, m.title, m.form) for n, m in METRICS.items())]:
         cells = []
