@@ -1,4 +1,4 @@
-"""Which samples are computed together, in the two modes of sampler.py."""
+"""The assignment of samples to batches, in the two modes of sampler.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ class Batch:
 
     Attributes:
         samples: number of the sample in each row.
-        positions: of the requested ones, in the caller's list of indices.
-        rows: of the requested ones, in the same order.
+        positions: positions of the requested samples in the caller's list of indices.
+        rows: rows of the requested samples, in the order of `positions`.
     """
 
     samples: list[int]
@@ -21,7 +21,7 @@ class Batch:
     rows: list[int]
 
     def labels(self, labels: Tensor) -> Tensor:
-        """The label of each row; rows that are not requested take any."""
+        """The label of each row; a row that is not requested gets the label of the first requested sample."""
         y = labels[self.positions[0]].repeat(len(self.samples))
         y[self.rows] = labels[self.positions]
         return y
@@ -32,17 +32,18 @@ def batches(indices: Sequence[int], labels: Tensor | None, chunk: int, reproduci
 
     Args:
         indices: numbers of the samples.
-        labels: (N,) one class for each; None without classes.
-        chunk: samples in a batch, at most.
-        reproducible: whole chunks, in which sample i has place i mod `chunk`.
+        labels: (N,) class of each sample; None without classes.
+        chunk: largest number of samples in a batch.
+        reproducible: whether batches are complete chunks, in which sample i has row i mod `chunk`.
 
     Raises:
-        ValueError: no sample, an index below 0, an empty chunk, or labels that do not fit the indices.
+        ValueError: there is no index, an index is negative, `chunk` is below 1, or the numbers of labels and indices
+            differ.
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} holds no sample; give 1 or more.")
     if not indices or min(indices) < 0:
-        raise ValueError("indices must name at least one sample, and none below 0.")
+        raise ValueError(f"indices={list(indices)} must hold at least one number, and no negative number.")
     if labels is not None and labels.shape != (len(indices),):
         raise ValueError(f"labels has shape {tuple(labels.shape)} for {len(indices)} indices; give one for each.")
     if not reproducible:

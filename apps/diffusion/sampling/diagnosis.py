@@ -1,8 +1,8 @@
 """Diagnosis of a trained FPDM's fixed point at every timestep of a sampling run.
 
-The network samples as usual, and the inputs (x_t, t, y) of its calls are kept. At each of them the fixed-point problem
-z = f(z; x_t, t, y) is diagnosed by `implicit.diagnose`: its kind, the spectral radius of df/dz, and evaluations of f by
-solver and by tolerance.
+The network generates samples, and the inputs (x_t, t, y) of its calls are recorded. For the inputs of each call,
+`implicit.diagnose` diagnoses the fixed-point problem z = f(z; x_t, t, y): its kind, the spectral radius of df/dz, and
+the evaluations of f that each solver takes to each tolerance.
 """
 
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ TOLERANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 
 @dataclass(frozen=True, eq=False)
 class TimestepDiagnosis:
-    """One timestep.
+    """The diagnosis at one timestep.
 
     Attributes:
         t: the timestep.
-        report: the diagnosis of the batch at it.
+        report: the diagnosis of the batch at t.
     """
 
     t: int
@@ -34,20 +34,20 @@ class TimestepDiagnosis:
 
     @property
     def radius(self) -> list[float]:
-        """Spectral radius of every sample."""
+        """Spectral radius of every sample; empty if the radius was not computed."""
         return [] if self.report.spectrum is None else self.report.spectrum.radius.tolist()
 
     def plain(self) -> dict[str, int | None]:
-        """Evaluations of plain iteration by relative tolerance; None where it did not come so far."""
+        """Evaluations of the plain iteration by relative tolerance; None for a tolerance that was not reached."""
         reached = dict(self.report.solvers[0].tolerances)
         return {f"{rtol:.0e}": reached.get(rtol) for rtol in TOLERANCES}
 
     def solvers(self) -> dict[str, int | None]:
-        """Evaluations until every sample met the tolerance, by solver; None where one did not."""
+        """Evaluations until every sample met the tolerance, by solver; None if a sample did not meet the tolerance."""
         return {row.name: row.most if row.converged == row.samples > 0 else None for row in self.report.solvers}
 
     def summary(self) -> dict[str, Any]:
-        """What the command writes."""
+        """The entry of diagnosis.json."""
         return {
             "timestep": self.t,
             "findings": {f.condition.value: f.evidence for f in self.report.findings},
@@ -75,13 +75,13 @@ def diagnose_timesteps(
 
     Args:
         model: the network, on `device`.
-        plan: how it samples.
-        labels: classes of the samples; None for an unconditional network.
-        num: samples.
-        seed: of the samples.
+        plan: the plan of sampling.
+        labels: class of each sample; None for an unconditional network.
+        num: number of samples.
+        seed: random seed of the samples.
         tolerance: relative tolerance that the solvers have to meet.
-        budget: evaluations and products at each timestep.
-        device: where the model is.
+        budget: maximum number of evaluations and products with the Jacobian, together, at each timestep.
+        device: device of the model.
 
     Raises:
         ValueError: the network has no fixed-point layer, or the plan samples in parallel over the timesteps.
@@ -89,7 +89,9 @@ def diagnose_timesteps(
     if not isinstance(model, FPDM):
         raise ValueError(f"A {type(model).__name__} has no fixed-point layer; give an FPDM.")
     if plan.parallel is not None:
-        raise ValueError("A diagnosis goes from timestep to timestep, and parallel sampling does not; leave it out.")
+        raise ValueError(
+            "parallel samples all timesteps at once, and a diagnosis needs one timestep after another; leave it out."
+        )
     calls: list[tuple[Tensor, ...]] = []
     handle = model.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
     try:

@@ -16,20 +16,20 @@ from implicit import Solution
 class Effort:
     """Cost of sampling N images over K timesteps.
 
-    Counts are per sample, guidance's second row included, places of a chunk that are not requested excluded;
-    `computed` counts everything.
+    Counts are per sample and include the second row of guidance. They exclude the rows of a chunk that are not
+    requested; `computed` includes these rows.
 
     Attributes:
         evaluations: (N, K) evaluations of the fixed-point layer; 0 for an explicit network.
-        residuals: (N, K) relative residual ||f(z) - z|| / ||f(z)|| that each solve ended with, the worse of
-            the two with guidance; NaN for an explicit network.
-        block_passes: (N,) transformer blocks applied.
+        residuals: (N, K) relative residual ||f(z) - z|| / ||f(z)|| at the end of each solve, with guidance the larger
+            of the two rows' residuals; NaN for an explicit network.
+        block_passes: (N,) evaluations of a transformer block.
         macs: (N,) multiply-accumulates.
-        seconds: wall time of the whole call.
-        computed: transformer blocks applied in all, to all rows of all batches: places that are not requested
-            and samples that had converged before others of their batch are in it.
-        rounds: (N,) calls of the network one after another: the timesteps, or fewer in parallel sampling.
-        traces: (N, K, J) relative residual of each of J iterations, with `Solve.trace`.
+        seconds: wall time of the complete call.
+        computed: evaluations of a transformer block for all rows of all batches, including rows that are not requested
+            and samples that converged before others of their batch.
+        rounds: (N,) successive calls of the network: the number of timesteps, or fewer in parallel sampling.
+        traces: (N, K, J) relative residual of each of J iterations; None without `Solve.trace`.
     """
 
     evaluations: Int[Tensor, "N K"]
@@ -43,7 +43,7 @@ class Effort:
 
     @classmethod
     def joined(cls, parts: "Sequence[Effort]") -> "Effort":
-        """Of several calls over the same timesteps."""
+        """The effort of several calls over the same timesteps."""
         rows: dict[str, Any] = {}
         for name in _BY_SAMPLE:
             found = [getattr(part, name) for part in parts]
@@ -52,14 +52,14 @@ class Effort:
         return cls(**rows, seconds=seconds, computed=computed)
 
     def of(self, rows: Any) -> "Effort":
-        """Of these of the samples; `seconds` and `computed` stay those of the whole call."""
+        """The effort of the samples `rows`; `seconds` and `computed` stay those of the complete call."""
         values = {name: getattr(self, name) for name in _BY_SAMPLE}
         return replace(self, **{name: None if value is None else value[rows] for name, value in values.items()})
 
     def summary(self) -> dict[str, float]:
-        """Means per sample, seconds too (residual: median over samples and timesteps), for a log or JSON.
+        """Means per sample, for a log or JSON; the residual is the median over samples and timesteps.
 
-        An explicit network has no evaluations and no residual to report.
+        The summary of an explicit network has no evaluations and no residual.
         """
         means = {"block_passes": self.block_passes, "macs": self.macs, "evaluations": self.evaluations.sum(1)}
         summary = {name: float(value.double().mean()) for name, value in means.items() if value.any()}
@@ -74,7 +74,7 @@ _BY_SAMPLE = ("evaluations", "residuals", "block_passes", "macs", "rounds", "tra
 
 
 def relative_residual(solution: Solution) -> Float[Tensor, " B"]:
-    """||f(z) - z|| / ||z|| of every sample, in float32."""
+    """The residual of a solve divided by the norm of its value, for every sample, in float32."""
     return solution.residual.detach().float() / _size(solution)
 
 
@@ -85,7 +85,7 @@ def _size(solution: Solution) -> Float[Tensor, " B"]:
 
 @dataclass
 class EffortRecord:
-    """Cost of the solves of one batch and, for reuse, the last two solutions."""
+    """Cost of the calls of the network for one batch, and the last two solutions, from which later solves may start."""
 
     batch: int
     steps: int
@@ -93,13 +93,18 @@ class EffortRecord:
     evaluations: dict[int, Tensor] = field(default_factory=dict)
     residuals: dict[int, Tensor] = field(default_factory=dict)
     traces: dict[int, Tensor] = field(default_factory=dict)
-    calls: int = 0  # rows of the network for each sample
-    rounds: int = 0  # calls of the network one after another
-    ran: Tensor | int = 0  # evaluations, times the rows that go through each
+    calls: int = 0  # rows of all calls of the network, for each sample
+    rounds: int = 0  # successive calls of the network
+    ran: Tensor | int = 0  # sum over solves of evaluations times rows
 
     def enter(self, ks: range, solution: Solution | None, *, rows: int, keep: bool = False) -> None:
-        """Record one call of the network at timesteps number `ks`, on `rows` rows for each sample; an explicit network
-        has no solution.
+        """Record one call of the network.
+
+        Args:
+            ks: numbers of the timesteps.
+            solution: the solve; None for an explicit network.
+            rows: rows of the call for each sample, 2 with guidance.
+            keep: whether to store the solution, for the start of later solves.
         """
         self.calls += rows * len(ks)
         self.rounds += 1
@@ -118,7 +123,7 @@ class EffortRecord:
             self.solutions = [*self.solutions[-1:], solution]
 
     def close(self, model: Any) -> Effort:
-        """The effort of all rows of the batch, on the CPU, without the time."""
+        """The effort of all samples of the batch, on the CPU, with 0 seconds."""
         none = torch.zeros(self.batch, dtype=torch.int64), torch.full((self.batch,), float("nan"))
         evaluations = torch.stack([self.evaluations.get(k, none[0]).cpu() for k in range(self.steps)], dim=1)
         residuals = torch.stack([self.residuals.get(k, none[1]).cpu() for k in range(self.steps)], dim=1)

@@ -1,12 +1,12 @@
 """Classifier-free guidance, outside the models (Ho & Salimans 2022, arXiv 2207.12598).
 
-    guided = u + s (c - u)          c the prediction with the label, u that with the null class, s the scale
+    guided = u + s (c - u)          c the prediction with the label, u the prediction with the null class, s the scale
 
-Both come from one call on a batch twice as long: labeled samples first, the same samples with the null class
-behind. s = 1 is no guidance, s = 0 no label.
+One call on a doubled batch gives both predictions: the first half has the labels, the second half has the same samples
+with the null class. s = 1 is no guidance; s = 0 ignores the label.
 
-An interval (Kynkäänniemi et al. 2024, arXiv 2404.07724) guides the timesteps low <= t <= high; at the others s is 1,
-and the batch is not doubled.
+With an interval (Kynkäänniemi et al. 2024, arXiv 2404.07724) the timesteps low <= t <= high are guided. At the other
+timesteps s is 1, and the batch is not doubled.
 """
 
 from dataclasses import dataclass, replace
@@ -18,16 +18,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """How strongly, and on which channels.
+    """Scale, channels and timesteps of classifier-free guidance.
 
     Args:
         scale: s, at least 0.
-        channels: guide the first so many channels only (3 gives the published DiT's results); None guides all
-            C channels of the image. The others, and a learned variance, are those of the labeled half.
-        interval: low and high; None guides all timesteps.
+        channels: number of channels that are guided, counted from the first (3 gives the published DiT's results);
+            None: all C channels of the image. Other channels, and a learned variance, are those of the labeled half.
+        interval: (low, high); None: all timesteps are guided.
 
     Raises:
-        ValueError: a negative scale, no channel, or an interval that ends before it begins.
+        ValueError: the scale is negative, `channels` is below 1, or low exceeds high.
     """
 
     scale: float = 1.0
@@ -44,11 +44,11 @@ class Guidance:
 
     @property
     def doubles(self) -> bool:
-        """Whether the second half of the batch is needed."""
+        """Whether the batch is doubled."""
         return self.scale != 1.0
 
     def at(self, t: float) -> "Guidance":
-        """The guidance at the timestep t: none outside the interval."""
+        """The guidance at the timestep t; outside the interval its scale is 1."""
         if self.interval is None:
             return self
         low, high = self.interval
@@ -61,7 +61,8 @@ class Guidance:
         y: Int[Tensor, "B"] | None,
         null_class: int | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(x, t, y) for the model: doubled, the second half with the null class, if `doubles`.
+        """The inputs (x, t, y) of the model; if `doubles`, the batch is doubled, with the null class in the second
+        half.
 
         Raises:
             ValueError: guidance without labels or without a null class.
@@ -71,12 +72,17 @@ class Guidance:
         if y is None or null_class is None:
             raise ValueError(
                 f"Guidance.scale={self.scale} needs a conditional model and labels; leave guidance at 1 for "
-                "an unconditional one."
+                "an unconditional model."
             )
         return torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, null_class)])
 
     def combine(self, prediction: Float[Tensor, "N C_out H W"], image_channels: int) -> Float[Tensor, "B C_out H W"]:
-        """The guided prediction (N = 2B if `doubles`) of a model of images with `image_channels` channels."""
+        """The guided prediction.
+
+        Args:
+            prediction: the model's output; N is 2B if `doubles`, else B.
+            image_channels: C, the channels of an image; further channels are a learned variance.
+        """
         if not self.doubles:
             return prediction
         with_label, without = prediction.chunk(2)

@@ -1,9 +1,9 @@
-"""Iterations per timestep, so that a budget is spent exactly.
+"""Iterations per timestep that spend a given budget.
 
-A call of a model with `explicit` blocks around its fixed point and k iterations inside costs explicit + k
-block passes, and base + k slope multiply-accumulates. An iteration costs 1.3 to 1.5 times what a block does,
-so a budget in block passes flatters the fixed point, and one in MACs is fair. Timesteps are counted from the
-noisiest on.
+A call of a model with `explicit` blocks around its fixed-point layer and k iterations costs explicit + k block passes,
+and base + k slope multiply-accumulates (MACs). An iteration takes 1.3 to 1.5 times the MACs of a block. At equal block
+passes an FPDM therefore takes more MACs than a DiT; a comparison at equal cost needs equal MACs. The first timestep is
+the noisiest.
 """
 
 import math
@@ -16,19 +16,19 @@ Shape = Literal["constant", "increasing", "decreasing"]
 
 
 def spread(total: int, steps: int, shape: Shape = "constant") -> tuple[int, ...]:
-    """`total` iterations shared out over `steps` timesteps, at least one each.
+    """`total` iterations distributed over `steps` timesteps, at least one iteration per timestep.
 
-    "increasing" gives the k-th timestep (k = 1 ... steps) a share proportional to k, so that most is spent
-    near the image; "decreasing" the mirror image. Shares are rounded by largest remainder: the sum is
-    `total`.
+    The iterations beyond one per timestep are distributed equally ("constant"), or in proportion to k at the k-th
+    timestep, k = 1 ... steps ("increasing": most iterations near the image), or in the reverse order ("decreasing").
+    The largest-remainder method rounds the shares, so that the sum is `total`.
 
     Raises:
-        ValueError: fewer iterations than timesteps, or an unknown shape.
+        ValueError: there are fewer iterations than timesteps, or the shape is unknown.
     """
     check_word("shape", shape, Shape)
     if steps < 1 or total < steps:
         raise ValueError(
-            f"{total} iterations cannot give each of {steps} timesteps one; raise the budget or take fewer steps."
+            f"{total} iterations are fewer than one for each of {steps} timesteps; raise the budget or use fewer steps."
         )
     weights = [1] * steps if shape == "constant" else list(range(1, steps + 1))
     if shape == "decreasing":
@@ -45,12 +45,12 @@ def spread(total: int, steps: int, shape: Shape = "constant") -> tuple[int, ...]
 def within_block_passes(
     model: FPDM, budget: int, steps: int, shape: Shape = "constant", *, guided: bool = False
 ) -> tuple[int, ...]:
-    """Iterations per timestep that spend `budget` block passes a sample exactly.
+    """Iterations per timestep that spend exactly `budget` block passes per sample.
 
-    Guidance calls the model on two rows a sample, and both count.
+    With guidance the model is called on two rows per sample, and the block passes of both rows count.
 
     Raises:
-        ValueError: the budget does not pay for one iteration at each timestep, or is odd with guidance.
+        ValueError: the budget is too small for one iteration at each timestep, or is odd with guidance.
     """
     explicit = model.block_passes(1) - 1
     rows = 2 if guided else 1
@@ -63,8 +63,8 @@ def within_block_passes(
     least = rows * steps * (explicit + 1)
     if total < steps:
         raise ValueError(
-            f"A budget of {budget} block passes is too small for {steps} timesteps: with one iteration each "
-            f"they cost {least}. Raise it to {least} at least, or take fewer steps."
+            f"A budget of {budget} block passes is too small for {steps} timesteps, which cost {least} with one "
+            f"iteration each. Raise the budget to at least {least}, or take fewer steps."
         )
     return spread(total, steps, shape)
 
@@ -72,12 +72,11 @@ def within_block_passes(
 def within_macs(
     model: FPDM, budget: float, steps: int, shape: Shape = "constant", *, guided: bool = False
 ) -> tuple[int, ...]:
-    """Iterations per timestep that spend as much of `budget` MACs a sample as whole iterations can.
-
-    What is left over is less than one iteration (of two rows, with guidance).
+    """Iterations per timestep that spend at most `budget` MACs per sample. The remainder of the budget is less than one
+    iteration (of two rows, with guidance).
 
     Raises:
-        ValueError: the budget does not pay for one iteration at each timestep.
+        ValueError: the budget is too small for one iteration at each timestep.
     """
     rows = 2 if guided else 1
     if not 0 < budget < math.inf:
@@ -87,7 +86,7 @@ def within_macs(
     least = rows * steps * model.macs(1)
     if total < steps:
         raise ValueError(
-            f"A budget of {budget:.4g} MACs is too small for {steps} timesteps: with one iteration each they "
-            f"cost {least:.4g}. Raise it to that at least, or take fewer steps."
+            f"A budget of {budget:.4g} MACs is too small for {steps} timesteps, which cost {least:.4g} with one "
+            f"iteration each. Raise the budget to at least {least:.4g}, or take fewer steps."
         )
     return spread(total, steps, shape)

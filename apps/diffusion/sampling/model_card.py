@@ -1,4 +1,4 @@
-"""The card and the code in the folder of a pipeline."""
+"""The model card and the code in the folder of a pipeline."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class PipelineCode:
 
 
 def model_card(model: Any, scheduler: Any, options: SamplingOptions, *, latents: bool) -> str:
-    """The card of a pipeline: network, scheduler, default options, and how to open the folder.
+    """The model card of a pipeline: network, scheduler, default options, and the code that opens the folder.
 
     Args:
         model: the network.
-        scheduler: the pipeline's.
-        options: its defaults.
+        scheduler: the pipeline's scheduler.
+        options: the pipeline's default sampling options.
         latents: whether the folder has a VAE.
     """
     kind, (channels, height, width) = type(model).__name__, model.latent

@@ -1,13 +1,13 @@
-"""A folder of samples, which several processes may fill at once.
+"""The output folder of the sampling command, into which several processes may write at once.
 
-    00042-class-7.png      sample 42, written whole or not at all (00042.png without classes)
-    settings.json          how all of them are made
-    grid.png               the first of them, enlarged
-    samples.npz            all of them for the ADM evaluation suite, with --npz
+    00042-class-7.png      sample 42 (00042.png without classes); an interruption leaves no incomplete file
+    settings.json          the settings that all samples depend on
+    grid.png               the first samples, enlarged
+    samples.npz            all samples for the ADM evaluation suite, with --npz
     allocation.json        residual curves and the iterations allocated by them, with --allocation measured
-    effort.json            what making them cost, from .effort-RANK.jsonl, one line for each part
+    effort.json            the cost of all samples, the sum of .effort-RANK.jsonl (one line for each part)
 
-Apart from the costs, its content does not depend on the processes that wrote it.
+The content, apart from the cost, does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -29,43 +29,48 @@ from apps.diffusion.files.settings_file import write_or_compare
 from apps.diffusion.sampling.residual_curves import ResidualCurves
 from apps.diffusion.sampling.sampler import SampleResult
 
-GRID = 100  # most images in grid.png
+GRID = 100  # largest number of images in grid.png
 CURVES = "allocation.json"
 
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """Samples number 0 ... n - 1 in a folder, with their classes (None: they have none)."""
+    """Samples number 0 ... n - 1 in a folder.
+
+    Attributes:
+        folder: the folder.
+        labels: class of each sample; None for samples without classes.
+    """
 
     folder: Path
     labels: Sequence[int | None]
 
     def name(self, i: int) -> str:
-        """The file of sample i."""
+        """The file name of sample i."""
         y = self.labels[i]
         return f"{i:05d}.png" if y is None else f"{i:05d}-class-{y}.png"
 
     def missing(self) -> list[int]:
-        """The samples that are not there yet."""
+        """Numbers of the samples whose files do not exist."""
         return [i for i in range(len(self.labels)) if not (self.folder / self.name(i)).exists()]
 
     def write_or_check_settings(self, settings: dict[str, Any]) -> None:
-        """Make the folder and note in it how its images are made.
+        """Make the folder and write settings.json, or compare an existing settings.json with `settings`.
 
         Raises:
-            ValueError: it holds images that are made otherwise, or something else; nothing is written then.
+            ValueError: the folder holds images of other settings, or other files; nothing is written then.
         """
         note, remedy = self.folder / "settings.json", "give another folder with --out."
         if self.folder.exists() and (
             not self.folder.is_dir() or any(not p.name.startswith(".settings.json.") for p in self.folder.iterdir())
         ):
             if not note.exists():  # checked last: another process may write the settings at this time
-                raise ValueError(f"{self.folder} holds something else than samples; {remedy}")
+                raise ValueError(f"{self.folder} holds files that are no samples; {remedy}")
         make_folder(self.folder)
         write_or_compare(note, settings, remedy)
 
     def read_curves(self) -> ResidualCurves | None:
-        """The residual curves by which an earlier command allocated iterations."""
+        """The residual curves in allocation.json, by which an earlier command allocated iterations; None without it."""
         file = self.folder / CURVES
         try:
             return ResidualCurves.from_json(json.loads(file.read_text())) if file.exists() else None
@@ -73,11 +78,11 @@ class OutputFolder:
             raise ValueError(f"{file} is damaged ({error}); give another folder with --out.") from None
 
     def write_curves(self, curves: ResidualCurves, iterations: Sequence[int]) -> None:
-        """allocation.json: the residual curves, and the iterations that they led to."""
+        """Write allocation.json: the residual curves, and the iterations allocated by them."""
         write_text(self.folder / CURVES, json.dumps({**vars(curves), "iterations": list(iterations)}) + "\n")
 
     def others(self) -> int:
-        """The number of further images in the folder."""
+        """The number of images in the folder that are not samples 0 ... n - 1."""
         return sum(file.name[:5].isdigit() for file in self.folder.glob("*.png")) - len(self.labels)
 
     def write(self, i: int, image: Any) -> None:
@@ -95,12 +100,12 @@ class OutputFolder:
             return read(self.folder / self.name(i))
         except (OSError, UnidentifiedImageError, SyntaxError) as error:
             raise ValueError(
-                f"{self.folder / self.name(i)} cannot be read ({error}); delete it, and the same command makes it "
-                "again."
+                f"{self.folder / self.name(i)} cannot be read ({error}); delete it and give the same command again, "
+                "which samples it again."
             ) from None
 
     def write_grid(self) -> None:
-        """grid.png: the first images, ten to a row or one class to a column."""
+        """Write grid.png: the first images, with a column for each class (2 to 20 classes), else in rows of ten."""
         known = [-1 if y is None else y for y in self.labels]
         classes = sorted(set(known))
         by_class = 1 < len(classes) <= 20
@@ -111,9 +116,9 @@ class OutputFolder:
             grid([self.read(i) for i in order], columns, head=head).save(partial, format="PNG")
 
     def write_npz(self) -> None:
-        """samples.npz: arr_0 (n, H, W, 3) uint8, gray in three equal channels, and arr_1 (n,) the classes.
+        """Write samples.npz: arr_0 (n, H, W, 3) uint8, with three equal channels for gray, and arr_1 (n,) the classes.
 
-        One image at a time, so that 50,000 need no memory; equal images give equal bytes.
+        Images are written one at a time, so that little memory is needed. Equal images give equal files.
         """
         width, height = self.read(0).size
         with atomic_path(self.folder / "samples.npz") as partial, zipfile.ZipFile(partial, "w") as archive:
@@ -121,14 +126,16 @@ class OutputFolder:
                 for i in range(len(self.labels)):
                     image = self.read(i)
                     if image.size != (width, height):
-                        raise ValueError(f"{self.name(i)} has another size than {self.name(0)}; delete it.")
+                        raise ValueError(
+                            f"The sizes of {self.name(i)} and {self.name(0)} differ; delete the file that is wrong."
+                        )
                     file.write(np.asarray(image.convert("RGB")).tobytes())
             if self.labels[0] is not None:
                 with _member(archive, "arr_1.npy", (len(self.labels),), "<i8") as file:
                     file.write(np.asarray(self.labels, dtype="<i8").tobytes())
 
     def add_effort(self, rank: int, result: SampleResult, wanted: Sequence[int]) -> None:
-        """Append the effort of one part to the log of process `rank`; the samples `wanted` were missing."""
+        """Append the effort of one part to .effort-RANK.jsonl of process `rank`, for the samples `wanted` only."""
         effort = result.effort.of([result.indices.index(i) for i in wanted])
         residuals = effort.residuals.double()
         line = {
@@ -145,33 +152,33 @@ class OutputFolder:
         with (self.folder / f".effort-{rank}.jsonl").open("a+b") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-            cut_off = file.read(1) not in (b"", b"\n")  # by a kill: the record after it stands on its own line
+            cut_off = file.read(1) not in (b"", b"\n")  # a killed process left an incomplete line: begin a new line
             file.write(("\n" * cut_off + json.dumps(line) + "\n").encode())
 
     def write_effort(self, timesteps: Sequence[int]) -> dict[str, Any]:
-        """effort.json: what all images of this folder cost, over all processes and commands; see `summed`."""
+        """Write effort.json, the cost of all images of this folder over all processes and commands; see `summed`."""
         lines = []
         for file in sorted(self.folder.glob(".effort-*.jsonl")):
             for text in file.read_text().splitlines():
                 try:
                     lines.append(json.loads(text))
                 except ValueError:
-                    continue  # cut off by a kill
+                    continue  # a killed process left this line incomplete
         total = summed(lines, timesteps)
         write_text(self.folder / "effort.json", json.dumps(total, indent=2) + "\n")
         return total
 
 
 def summed(lines: Sequence[dict[str, Any]], timesteps: Sequence[int]) -> dict[str, Any]:
-    """The logs as one report.
+    """The content of effort.json, from the lines of .effort-RANK.jsonl.
 
-    images                   different samples
-    sampled                  samples computed, with those that were lost and computed again
-    per_image                means: block passes, MACs, evaluations of the fixed-point layer, rounds (calls of the
-                             network one after another)
-    block_passes_computed    block passes of all rows of all chunks, unrequested places included
+    images                   number of different samples
+    sampled                  number of samples computed; a sample that was computed twice counts twice
+    per_image                means: block passes, MACs, evaluations of the fixed-point layer, rounds (successive calls
+                             of the network)
+    block_passes_computed    block passes of all rows of all chunks, including rows that are not requested
     by_timestep              mean evaluations; mean and largest relative residual at the end of the solves
-    seconds                  in the sampling loop, added up over processes
+    seconds                  seconds in the sampling loop, summed over processes
     """
     sampled = sum(line["images"] if "images" in line else len(line["indices"]) for line in lines)
     if not sampled:
@@ -204,7 +211,8 @@ def summed(lines: Sequence[dict[str, Any]], timesteps: Sequence[int]) -> dict[st
 
 
 def _member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], descr: str) -> Any:
-    """An array within an .npz, open for its bytes; the header is written."""
-    file = archive.open(zipfile.ZipInfo(name), "w", force_zip64=True)  # ZipInfo's own date, 1980: bytes without a clock
+    """An array in an .npz archive, open for writing its values; the header is written already."""
+    # ZipInfo's default date is 1980, so the file does not depend on the clock
+    file = archive.open(zipfile.ZipInfo(name), "w", force_zip64=True)
     np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})  # pyright: ignore
     return file

@@ -1,20 +1,20 @@
 """Parallel-in-time sampling: the trajectory as one fixed point, all timesteps evaluated at once.
 
-Sampling is x_{k+1} = s_k(x_k) for k = 0 ... K - 1, from the noise x_0 to the image x_K, the noise of every step drawn
-in advance. For any scalars a_k the trajectory X = (x_1 ... x_K) is the only solution of X = F(X),
+Sampling is x_{k+1} = s_k(x_k) for k = 0 ... K - 1, from the noise x_0 to the image x_K, with the noise of every step
+drawn in advance. For any scalars a_k the trajectory X = (x_1 ... x_K) is the only solution of X = F(X),
 
     F_{k+1} = a_k F_k + (s_k(x_k) - a_k x_k),     F_0 = x_0
 
-F_k depends on x_1 ... x_{k-1} alone, so j rounds of the Picard iteration X <- F(X) make x_1 ... x_j exact, and K rounds
-all; far fewer bring all of them within a tolerance. a_k = 1 is ParaDiGMS (Shih et al. 2023, arXiv 2305.16317); here a_k
-is the derivative of s_k in x at a fixed prediction, as in ParaTAA (Tang et al. 2024, arXiv 2402.09970, the system of
-order K).
+F_k depends on x_1 ... x_{k-1} only, so j rounds of the Picard iteration X <- F(X) make x_1 ... x_j exact, and K rounds
+make X exact. To meet a tolerance, far fewer rounds are enough. a_k = 1 is ParaDiGMS (Shih et al. 2023, arXiv
+2305.16317); here a_k is the derivative of s_k in x at a fixed prediction, as in ParaTAA (Tang et al. 2024, arXiv
+2402.09970, the system of order K).
 
 Triangular Anderson acceleration (ParaTAA, section 3.2) mixes the last rounds with weights for each timestep:
 
     F_k - dF_k gamma_k,     gamma_k = argmin sum_{i <= k} || r_i - dR_i gamma ||^2,     r = F(X) - X
 
-with dF and dR the differences of successive rounds. x_k then follows from x_1 ... x_k alone, as in the Picard
+with dF and dR the differences of successive rounds. The new x_k then depends on x_1 ... x_k only, as in the Picard
 iteration, and x_1 is exact from the first round on.
 
 Shapes: X (B, K, C, H, W), a system for each sample; solvers see (B, K N) with N = C H W.
@@ -36,13 +36,13 @@ Predict = Callable[[range, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How a trajectory is solved for.
+    """Options of parallel-in-time sampling.
 
     Args:
         solver: "picard", or "anderson" for triangular Anderson acceleration.
         rtol: ||F(X) - X|| / ||F(X)|| at which a sample's trajectory has converged.
-        window: timesteps solved for at once; windows follow one another. None: all of them.
-        memory: differences that Anderson acceleration mixes.
+        window: number of timesteps solved for at once; windows are solved one after another. None: all timesteps.
+        memory: number of differences that Anderson acceleration mixes.
 
     Raises:
         ValueError: a value out of range.
@@ -57,7 +57,9 @@ class Parallel:
         if self.solver not in ("picard", "anderson"):
             raise ValueError(f"Parallel.solver={self.solver!r} is unknown; choose picard or anderson.")
         if not 0 < self.rtol < 1:
-            raise ValueError(f"Parallel.rtol={self.rtol} must lie between 0 and 1; 1e-3 gives the sequential image.")
+            raise ValueError(
+                f"Parallel.rtol={self.rtol} must lie between 0 and 1; 1e-3 gives the images of sequential sampling."
+            )
         for name in ("window", "memory"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -66,17 +68,17 @@ class Parallel:
     def solve(
         self, predict: Predict, reverse: Reverse, x0: Float[Tensor, "B C H W"], noise: Float[Tensor, "B K C H W"]
     ) -> Float[Tensor, "B C H W"]:
-        """x_K.
+        """The image x_K.
 
         Args:
-            predict: (range of n timesteps, x (B, n, C, H, W) there) -> predictions (B, n, C_out, H, W); each call is
-                one round.
-            reverse: the steps; of a scheduler whose step is a function of x and the prediction.
+            predict: function (range of n timestep numbers, x (B, n, C, H, W) at these timesteps) -> predictions (B, n,
+                C_out, H, W); each call is one round.
+            reverse: the steps of a scheduler whose step is a function of x and the prediction.
             x0: the noisiest x.
             noise: standard normal noise of every step.
 
         Raises:
-            ValueError: a scheduler that carries a state from step to step.
+            ValueError: the scheduler carries a state from step to step.
         """
         if not reverse.closed_form:
             raise ValueError(
@@ -90,7 +92,7 @@ class Parallel:
         return x0
 
     def _window(self, predict: Predict, reverse: Reverse, ks: range, x0: Tensor, noise: Tensor) -> Tensor:
-        """x after the last timestep of `ks`, from x0 at the first."""
+        """x after the last timestep of `ks`, given x0 at the first timestep."""
 
         def trajectory(x: Tensor) -> Tensor:
             before = torch.cat([x0.unsqueeze(1), x[:, :-1]], dim=1)
@@ -104,14 +106,14 @@ class Parallel:
 
         solver = Picard() if self.solver == "picard" else TriangularAnderson(len(ks), self.memory)
         start = x0.unsqueeze(1).expand(-1, len(ks), *x0.shape[1:]).contiguous()
-        # after len(ks) Picard rounds the trajectory is exact, and one more round shows it
+        # after len(ks) Picard rounds the trajectory is exact; one more round measures its residual
         stop = Stop(rtol=self.rtol, atol=0.0, max_evals=len(ks) + 1)
         return iterate(trajectory, start, solver, stop).value[:, -1]
 
 
 @dataclass(frozen=True)
 class _TriangularState:
-    """The last round, and the differences of rounds in turn."""
+    """F and r of the last round, and a ring buffer with the differences of the last M rounds."""
 
     f: Float[Tensor, "B K N"]
     r: Float[Tensor, "B K N"]
@@ -122,12 +124,12 @@ class _TriangularState:
 
 @dataclass(frozen=True)
 class TriangularAnderson(AbstractSolver[_TriangularState]):
-    """Anderson acceleration whose weights at each timestep depend on that timestep and the earlier ones only.
+    """Anderson acceleration whose weights at each timestep depend on this timestep and earlier timesteps only.
 
     Args:
-        timesteps: K; a sample's state is K vectors one after another.
-        memory: differences mixed.
-        ridge: relative ridge of the least squares problem.
+        timesteps: K; the state of a sample is K vectors in one row.
+        memory: number of differences that are mixed.
+        ridge: ridge of the least squares problem, relative to the diagonal of the normal equations.
     """
 
     timesteps: int
@@ -143,11 +145,11 @@ class TriangularAnderson(AbstractSolver[_TriangularState]):
         f, r = self._rows(point.fz), self._rows(point.r)
         if not state.rounds:
             return point.fz, None, replace(state, f=f, r=r, rounds=1)
-        # the newest differences take the place of the oldest
+        # the newest differences replace the oldest
         slot = (state.rounds - 1) % self.memory
         df, dr = state.df.clone(), state.dr.clone()
         df[:, slot], dr[:, slot] = f - state.f, r - state.r
-        # normal equations of each timestep: sums over the timesteps up to it
+        # normal equations of timestep k: sums over the timesteps i <= k
         gram = torch.einsum("bikn,bjkn->bkij", dr, dr).cumsum(1)
         rhs = torch.einsum("bikn,bkn->bki", dr, r).cumsum(1)
         diagonal = gram.diagonal(dim1=2, dim2=3)

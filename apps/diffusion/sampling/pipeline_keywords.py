@@ -24,26 +24,26 @@ class SamplingKeywords(TypedDict, total=False):
 
     Attributes:
         num_inference_steps: number of timesteps.
-        timesteps: decreasing, instead of num_inference_steps and the scheduler's spacing.
-        guidance_scale: of classifier-free guidance; 1 is none.
-        guidance_channels: guide the first so many channels; default: all.
-        guidance_interval: first and last timestep to guide, such as (200, 800); default: all.
-        iterations: of the fixed-point layer, at every timestep or one number for each; FPDM only.
-        block_passes: a budget of each image instead, in transformer blocks, spent exactly; a DiT spends it in
-            timesteps.
-        macs: a budget in multiply-accumulates instead; FPDM only.
-        seconds: a budget in seconds of this machine instead, with allocation "measured"; FPDM only.
-        allocation: how a budget, or iterations times the timesteps, is shared out from the noisiest timestep on
+        timesteps: explicit timesteps, decreasing, instead of num_inference_steps and the scheduler's spacing.
+        guidance_scale: scale of classifier-free guidance; 1: no guidance.
+        guidance_channels: number of channels that are guided, counted from the first; default: all.
+        guidance_interval: lowest and highest timestep with guidance, such as (200, 800); default: all timesteps.
+        iterations: iterations of the fixed-point layer, one number or one per timestep; FPDM only.
+        block_passes: budget per image in evaluations of a transformer block, instead of iterations, spent exactly; for
+            a DiT the budget determines the number of timesteps.
+        macs: budget per image in multiply-accumulates, instead of iterations; FPDM only.
+        seconds: budget per image in seconds on this machine; needs allocation "measured". FPDM only.
+        allocation: distribution of a budget, or of iterations times timesteps, over the timesteps
             (sampling/iteration_budget.py); "measured": by residual curves (sampling/residual_curves.py).
         solver: solver of the fixed-point layer; FPDM only.
         reuse: start of each solve: False or "off", True or "on" (the previous timestep's solution), "blended",
-            "extrapolated", "history" (and its solver state), or a rule; FPDM only.
-        sampler: another sampler than the pipeline's scheduler, by its name in the sampling command.
+            "extrapolated", "history" (the previous timestep's solution and solver state), or a `Reuse`; FPDM only.
+        sampler: name of a sampler, as in the sampling command; default: the pipeline's scheduler.
         eta: stochasticity of DDIM, 0 to 1.
-        parallel: all timesteps at once as one fixed point, by "picard" iteration (True) or triangular "anderson"
-            acceleration; for ddim, ddpm and flow (sampling/parallel.py).
-        parallel_rtol: relative tolerance of the trajectory; default: 1e-3.
-        window: timesteps solved for at once; default: all.
+        parallel: solve for all timesteps at once, by "picard" iteration (True) or triangular "anderson" acceleration;
+            for ddim, ddpm and flow (sampling/parallel.py).
+        parallel_rtol: relative tolerance of the trajectory in parallel sampling; default: 1e-3.
+        window: number of timesteps that parallel sampling solves for at once; default: all.
     """
 
     num_inference_steps: int | None
@@ -66,11 +66,11 @@ class SamplingKeywords(TypedDict, total=False):
 
 
 def options_of(**keywords: Unpack[SamplingKeywords]) -> SamplingOptions:
-    """The keywords of a call as sampling options; numbers may be those of numpy or torch.
+    """The keywords of a call as sampling options; a number may be a scalar of numpy or torch.
 
     Raises:
-        TypeError: a keyword that does not exist.
-        ValueError: a value that is not allowed.
+        TypeError: a keyword does not exist.
+        ValueError: a value is not allowed.
     """
     known = SamplingKeywords.__annotations__
     unknown = [name for name in keywords if name not in known]
@@ -112,8 +112,8 @@ def options_of(**keywords: Unpack[SamplingKeywords]) -> SamplingOptions:
 
 
 def pipeline_options(values: dict[str, Any]) -> SamplingOptions:
-    """The sampling options of a pipeline, from its index: iterations as a number, reuse as a flag or a word, a solver
-    as its fields.
+    """The sampling options in a pipeline's model_index.json, where iterations may be a number, reuse a boolean or a
+    word, and the solver a dict of its fields.
     """
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     values = {name: value for name, value in values.items() if value is not None}
@@ -127,12 +127,12 @@ def pipeline_options(values: dict[str, Any]) -> SamplingOptions:
 
 
 def keyword(name: str) -> str:
-    """The keyword of a call for a sampling option."""
+    """The keyword of a call for the sampling option `name`."""
     return _KEYWORDS.get(name, name)
 
 
 def seed_of(generator: torch.Generator | int | None) -> int:
-    """The seed of a call: all its noise is a function of it."""
+    """The seed of a call, of which all noise of the call is a function; None draws a random seed."""
     if generator is None:
         return secrets.randbits(62)
     if isinstance(generator, torch.Generator):
@@ -141,7 +141,7 @@ def seed_of(generator: torch.Generator | int | None) -> int:
         generator = int(generator)
     if isinstance(generator, bool) or not isinstance(generator, int) or generator < 0:
         raise ValueError(
-            f"generator={generator!r} must be one torch.Generator or a seed, at least 0; every image has its own noise "
-            "already."
+            f"generator={generator!r} must be one torch.Generator, or a seed of at least 0; each image of a call has "
+            "its own noise with one generator."
         )
     return generator

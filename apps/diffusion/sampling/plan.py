@@ -1,6 +1,6 @@
 """From sampling options to the arguments of the sampling loop: scheduler, timesteps, guidance, iterations, warm start.
 
-The training summary, the sampling command and the pipeline all use `plan`; class labels are checked here too.
+The training summary, the sampling command and the pipeline call `plan`. This file checks class labels too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from implicit import Stop
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredPlan(SamplingPlan):
-    """A plan whose iterations were allocated by the residual curves `curves`."""
+    """A plan whose iterations are allocated by the residual curves `curves`."""
 
     curves: ResidualCurves
 
@@ -48,21 +48,21 @@ def plan(
     curves: ResidualCurves | None = None,
     chunk: int = CHUNK,
 ) -> SamplingPlan:
-    """How a network samples with these options.
+    """The arguments of the sampling loop for a network and these options.
 
     Args:
         model: the network.
-        scheduler: a diffusers scheduler with the network's noise; it samples where no sampler is given.
-        options: what the caller gives.
-        defaults: options of the run or of the pipeline, for what the caller leaves open.
-        stop: stopping criterion of every timestep, or one per timestep, instead of counts.
-        warm_start: rule for the start of each solve, instead of `options.reuse`.
-        curves: residual curves of an earlier plan, instead of measuring them where `allocation` is measured.
-        chunk: images in a call of the network, for measuring.
+        scheduler: a diffusers scheduler with the network's noise schedule; it is the sampler if no sampler is given.
+        options: the options that the caller gives.
+        defaults: options of the run or of the pipeline, for the options that the caller leaves open.
+        stop: stopping criterion of all timesteps, or one per timestep, instead of iterations. None: as the options say.
+        warm_start: rule for the start of each solve, instead of `options.reuse`. None: as the options say.
+        curves: residual curves of an earlier plan, for `allocation` measured. None: the curves are measured.
+        chunk: number of images in one call of the network while curves are measured.
 
     Raises:
-        OptionError: options that do not fit the network or each other.
-        ValueError: timesteps that the scheduler cannot follow, a budget that cannot be spent.
+        OptionError: an option does not fit the network or another option.
+        ValueError: the scheduler cannot follow the timesteps, or the budget cannot be spent.
     """
     given = [*options.fixed_point_options(), *(["stop"] if stop is not None else [])]
     given += ["reuse"] if warm_start is not None and "reuse" not in given else []
@@ -77,7 +77,7 @@ def plan(
     if not options.timesteps and not is_flow(scheduler):
         check_zero_snr(zero_snr, noise["prediction_type"], noise["timestep_spacing"])
     check_start(visited, zero_snr, noise["num_train_timesteps"])
-    reverse = Reverse(scheduler, visited, eta=options.value("eta"))  # raises where they do not fit
+    reverse = Reverse(scheduler, visited, eta=options.value("eta"))  # raises if timesteps or eta do not fit
     solve = _solve(model, options, len(visited), guidance, stop, warm_start) if model.has_fixed_point else None
     found = SamplingPlan(
         scheduler=scheduler,
@@ -93,18 +93,18 @@ def plan(
 
 
 def _guidance(model: DiT | FPDM, options: SamplingOptions) -> Guidance:
-    """Classifier-free guidance of the options.
+    """The classifier-free guidance of the options.
 
     Raises:
-        OptionError: the network has no classes, or an interval without guidance.
+        OptionError: guidance is given for a network without classes, or an interval is given without guidance.
     """
     guidance = Guidance(
         scale=options.value("guidance"), channels=options.guidance_channels, interval=options.guidance_interval
     )
     if guidance.doubles and not model.num_classes:
-        raise OptionError(f"{{0}} = {guidance.scale:g} needs a network with classes; leave it at 1.", "guidance")
+        raise OptionError(f"{{0}} = {guidance.scale:g} needs a network with classes; leave {{0}} at 1.", "guidance")
     if guidance.interval is not None and not guidance.doubles:
-        raise OptionError("{0} needs {1} other than 1; give it, or leave {0} out.", "guidance_interval", "guidance")
+        raise OptionError("{0} needs {1} other than 1; give both, or leave {0} out.", "guidance_interval", "guidance")
     return guidance
 
 
@@ -119,10 +119,11 @@ def _scheduler(scheduler: Any, options: SamplingOptions) -> Any:
 
 
 def _parallel(options: SamplingOptions, reverse: Reverse, solve: Solve | None) -> Parallel | None:
-    """How all timesteps are solved for at once; None: one after another.
+    """The options of parallel-in-time sampling; None: one timestep after another.
 
     Raises:
-        ValueError: timesteps depend on one another beyond x.
+        OptionError: the scheduler carries a state from timestep to timestep.
+        ValueError: the solves of the timesteps differ, or start from the solution of another timestep.
     """
     if options.parallel is None:
         return None
@@ -142,10 +143,10 @@ def _parallel(options: SamplingOptions, reverse: Reverse, solve: Solve | None) -
 def _measured(
     model: FPDM, options: SamplingOptions, found: SamplingPlan, curves: ResidualCurves | None, chunk: int
 ) -> SamplingPlan:
-    """The plan with its iterations, given as a constant number, allocated by residual curves."""
+    """The plan `found` with its total number of iterations, or a budget in seconds, allocated by residual curves."""
     assert found.solve is not None
     steps, counts = len(found.timesteps), found.solve.iterations
-    total = sum(counts) if isinstance(counts, Sequence) else None  # None: a budget in seconds
+    total = sum(counts) if isinstance(counts, Sequence) else None  # None: the budget is in seconds
     if curves is None or curves.timesteps != found.timesteps:
         each = 10 if total is None else -(-total // steps)
         curves = measure(model, replace(found, parallel=None), iterations=max(8, 3 * each), chunk=chunk)
@@ -158,13 +159,16 @@ def _measured(
 def _timesteps(
     model: DiT | FPDM, scheduler: Any, options: SamplingOptions, guidance: Guidance, given: int | None
 ) -> tuple[int, ...]:
-    """The timesteps by number and spacing; the number of a DiT may follow from a budget of block passes."""
+    """The timesteps by number and spacing. For a DiT, a budget of block passes determines the number; `given` is the
+    number that the caller gives.
+    """
     noise, steps, budget = scheduler.config, options.value("steps"), options.block_passes
     if budget is not None and not model.has_fixed_point:
         each = model.block_passes() * (2 if guidance.doubles else 1)
         if budget % each or not budget:
             raise OptionError(
-                f"{{0}} = {budget} cannot be spent exactly: a timestep of this DiT costs {each}; give a multiple.",
+                f"{{0}} = {budget} cannot be spent exactly, because a timestep of this DiT costs {each} block passes; "
+                f"give a multiple of {each}.",
                 "block_passes",
             )
         if given not in (None, budget // each):
@@ -185,10 +189,10 @@ def _solve(
     stop: Stop | Sequence[Stop] | None,
     warm_start: Reuse | None,
 ) -> Solve:
-    """How an FPDM solves at each of `steps` timesteps."""
+    """The solves of an FPDM at `steps` timesteps."""
     iterations: tuple[int, ...] | None = options.iterations or None
     allocation, guided = options.value("allocation"), guidance.doubles
-    allocation = "constant" if allocation == "measured" else allocation  # until the residuals are measured
+    allocation = "constant" if allocation == "measured" else allocation  # `_measured` replaces the iterations later
     if stop is not None or options.seconds is not None:
         iterations = None
     elif options.block_passes is not None:
@@ -214,40 +218,42 @@ def _solve(
 
 def _check_entries(name: str, values: Sequence[float], steps: int) -> None:
     if len(values) not in (1, steps):
-        raise OptionError(f"{{0}} has {len(values)} entries for {steps} timesteps; give one, or one for each.", name)
+        raise OptionError(
+            f"{{0}} has {len(values)} entries for {steps} timesteps; give one entry, or one for each timestep.", name
+        )
 
 
 def as_number(name: str, value: Any) -> float:
     """A number of Python, numpy or torch as a float.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the value is no number.
     """
     try:
         if not isinstance(value, str | bool):
             return float(value)
     except (TypeError, ValueError, RuntimeError):
         pass
-    raise ValueError(f"{name}={value!r} is no number; give one.")
+    raise ValueError(f"{name}={value!r} is no number; give a number.")
 
 
 def as_integer(name: str, value: Any, least: int | None = None) -> int:
     """A whole number of Python, numpy or torch as an int.
 
     Raises:
-        ValueError: it is none, or below `least`.
+        ValueError: the value is no whole number, or is below `least`.
     """
     try:
         number = operator.index(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{name}={value!r} is no whole number; give one.") from None
+        raise ValueError(f"{name}={value!r} is no whole number; give a whole number.") from None
     if isinstance(value, bool) or (least is not None and number < least):
         raise ValueError(f"{name}={value!r} must be a whole number, at least {least or 0}.")
     return number
 
 
 def as_integers(name: str, value: Any, least: int | None = None) -> tuple[int, ...]:
-    """One whole number, or a list, array or tensor of such, as a tuple."""
+    """A whole number, or a list, array or tensor of whole numbers, as a tuple."""
     if getattr(value, "ndim", 1) and isinstance(value, Iterable):
         return tuple(as_integer(name, each, least) for each in value)
     return (as_integer(name, value, least),)
@@ -256,20 +262,21 @@ def as_integers(name: str, value: Any, least: int | None = None) -> tuple[int, .
 def class_numbers(
     name: str, given: Iterable[Any], num_classes: int, names: Sequence[str] = (), *, null: bool = True
 ) -> list[int]:
-    """Classes by number, or by name where the network's classes have names.
+    """Numbers of the classes that are given by number or by name.
 
     Args:
-        name: of the flag or keyword, for messages.
-        given: numbers or names.
-        num_classes: of the network.
-        names: of its classes.
-        null: whether `num_classes` is allowed, for the null class.
+        name: the flag or keyword, for messages.
+        given: numbers or names of classes.
+        num_classes: number of classes of the network.
+        names: names of the classes; empty if the classes have no names.
+        null: whether the number `num_classes`, the null class, is allowed.
 
     Raises:
-        ValueError: a class that does not exist.
+        ValueError: a class does not exist.
     """
     numbers = []
-    composed = [unicodedata.normalize("NFC", known) for known in names]  # accents may be characters of their own
+    # NFC: file systems may store an accent as a character of its own
+    composed = [unicodedata.normalize("NFC", known) for known in names]
     for each in given:
         text = each if isinstance(each, str) else ""
         if text not in names and (same := unicodedata.normalize("NFC", text)) in composed:
@@ -283,15 +290,21 @@ def class_numbers(
 
 
 def labels_for(given: Any, count: int | None, num_classes: int, names: Sequence[str] = ()) -> list[int] | None:
-    """The class of each of `count` images, from one for all or one for each; None for an unconditional network.
+    """The class of each image; None for an unconditional network.
+
+    Args:
+        given: one class for all images, or one class for each image.
+        count: number of images; None: one image for each class that is given.
+        num_classes: number of classes of the network.
+        names: names of the classes; empty if the classes have no names.
 
     Raises:
-        ValueError: they do not fit the network or each other.
+        ValueError: the classes do not fit the network, or their number differs from `count`.
     """
     count = None if count is None else as_integer("num_images", count, 1)
     if num_classes == 0:
         if given is not None:
-            raise ValueError("class_labels: this network is unconditional; leave them out, and give num_images.")
+            raise ValueError("This network is unconditional; leave class_labels out, and give num_images.")
         return None
     if given is None:
         raise ValueError(f"class_labels are missing: give the class of each image, 0 to {num_classes - 1}.")

@@ -9,7 +9,8 @@ found exactly by dynamic programming over the timesteps: with V_0 = 0,
 
     V_k(b) = min_j r_k(j) + V_{k-1}(b - j).
 
-Where the curves fall convexly this is the greedy rule that gives the next iteration to the timestep that gains most.
+For convex decreasing curves the result is that of the greedy rule, which gives each further iteration to the timestep
+whose residual it reduces most.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from apps.diffusion.sampling.sampler import CHUNK, SamplingPlan, Solve, sample
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualCurves:
-    """Measured curves.
+    """Measured residual curves.
 
     Attributes:
-        timesteps: (K,) from the noisiest on.
-        residuals: K curves of J mean relative residuals, one for each iteration.
-        seconds: of an image without iterations, and of one iteration at every timestep.
-        images: trajectories measured.
+        timesteps: the K timesteps, from the noisiest on.
+        residuals: K curves r_k; each has J mean relative residuals, one for each iteration.
+        seconds: seconds per image without the iterations, and seconds per image of one iteration at every timestep.
+        images: number of images whose trajectories were measured.
     """
 
     timesteps: tuple[int, ...]
@@ -42,25 +43,26 @@ class ResidualCurves:
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> ResidualCurves:
-        """The curves of the fields of a JSON object.
+        """The curves in a JSON object.
 
         Raises:
-            KeyError, ValueError: it does not hold curves.
+            KeyError, ValueError: the object does not hold curves.
         """
         values = {field.name: plain[field.name] for field in fields(cls)}
         return from_plain(cls, {"type": cls.__name__, **values}, "curves")
 
     def allocate(self, total: int) -> tuple[int, ...]:
-        """At most `total` iterations over the timesteps, by the rule above.
+        """The allocation j_1 ... j_K above of at most `total` iterations.
 
         Raises:
-            ValueError: fewer iterations than timesteps.
+            ValueError: `total` is smaller than the number of timesteps.
         """
         curves = np.array(self.residuals)
         steps, most = curves.shape
         if total < steps:
             raise ValueError(
-                f"{total} iterations cannot give each of {steps} timesteps one; raise the budget or take fewer steps."
+                f"{total} iterations are fewer than one for each of {steps} timesteps; raise the budget or take fewer "
+                "steps."
             )
         total = min(total, steps * most)
         value, choices = np.zeros(total + 1), np.zeros((steps, total + 1), dtype=int)
@@ -76,17 +78,17 @@ class ResidualCurves:
         return tuple(reversed(chosen))
 
     def within_seconds(self, seconds: float) -> int:
-        """Iterations of an image that fit into so many seconds, over all timesteps.
+        """The number of iterations per image, summed over the timesteps, that take at most `seconds`.
 
         Raises:
-            ValueError: not even one at every timestep.
+            ValueError: one iteration at every timestep takes longer than `seconds`.
         """
         steps, (rest, each) = len(self.timesteps), self.seconds
         total = int((seconds - rest) / each * steps)
         if total < steps:
             raise ValueError(
                 f"A budget of {seconds:.3g} seconds is too small for {steps} timesteps: with one iteration each an "
-                f"image takes {rest + each:.3g}. Raise it to that at least, or take fewer steps."
+                f"image takes {rest + each:.3g} seconds. Raise the budget to at least that, or take fewer steps."
             )
         return total
 
@@ -99,9 +101,9 @@ def measure(
     images: int = 8,
     chunk: int = CHUNK,
 ) -> ResidualCurves:
-    """The residual curves of J = `iterations` iterations, by sampling images 0 ... `images` - 1 of seed 0.
+    """The residual curves of J = `iterations` iterations, measured by sampling images 0 ... `images` - 1 of seed 0.
 
-    Classes are cycled through; all but the number of iterations is that of `plan`.
+    The images cycle through the classes. Sampling uses `plan` with another number of iterations.
     """
     labels = [i % model.num_classes for i in range(images)] if model.num_classes else None
     own = plan.solve or Solve()

@@ -1,15 +1,16 @@
-"""The sampling loop: model x scheduler x guidance x iterations x reuse; it reports its effort.
+"""The sampling loop for a model, a scheduler, guidance, iterations and warm starts; it reports its effort.
 
-Sample i is a function of (seed, i, its label) alone. Its noise, the first and the ancestral, comes from a
-generator of its own, hashed from (seed, i). Arithmetic depends on the batch: a matrix product of 16 rows may round
-otherwise than one of 3. Hence two modes:
+Sample i is a function of (seed, i, its label) only. All its noise, that of the start and that of ancestral steps, comes
+from a generator that is seeded by a hash of (seed, i). Rounding depends on the batch size: a matrix product with 16
+rows may round differently from one with 3 rows. There are therefore two modes:
 
-    reproducible      the network is called on chunks of one fixed size, and sample i has place i mod size of its chunk;
-                      places that are not requested are computed and dropped. Images are the same to the last bit
-                      for every set and order of requested samples and every number of processes, on one kind of device
-                      with one chunk size. A single image costs as much as a chunk; whole chunks, [0, size),
-                      [size, 2 size), ..., cost nothing extra.
-    otherwise         requested samples alone, in batches of at most the chunk size; images agree to rounding.
+    reproducible      The network is called on chunks of one fixed size, in which sample i has row i mod size. Rows that
+                      are not requested are computed and dropped. On one kind of device, with one chunk size, images are
+                      equal to the last bit for every set and order of requested samples and every number of processes.
+                      A single image costs as much as a chunk. Complete chunks, [0, size), [size, 2 size), ..., have no
+                      extra cost.
+    otherwise         Only requested samples are computed, in batches of at most the chunk size. Images are equal up to
+                      rounding.
 """
 
 import time
@@ -41,10 +42,10 @@ class SampleResult:
     """N samples, on the CPU, in the order of the requested indices.
 
     Attributes:
-        samples: (N, C, H, W) latents (or pixels) as the model generates them, not clipped.
+        samples: (N, C, H, W) latents (or pixels), not clipped.
         indices: numbers of the samples.
-        labels: (N,) their classes; None for an unconditional model.
-        effort: what they cost.
+        labels: (N,) classes of the samples; None for an unconditional model.
+        effort: cost of the samples.
     """
 
     samples: Float[Tensor, "N C H W"]
@@ -66,18 +67,19 @@ class SampleResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Solve:
-    """How an FPDM solves at each of K timesteps. A DiT ignores it.
+    """The solves of an FPDM at K timesteps. A DiT ignores these options.
 
     Args:
-        iterations: evaluations at every timestep, or one number for each (see iteration_budget.py). None: the
-            model's own.
-        stop: a stopping criterion instead, for all or for each timestep; every sample stops on its own.
-        solver: None: Picard, the plain iteration.
-        reuse: start from earlier solutions; None: without them.
-        trace: record the residual of every iteration (`Effort.traces`); `iterations` is then one number.
+        iterations: number of evaluations at every timestep, or one number per timestep (see iteration_budget.py). None:
+            the number in the model's configuration, or as many as `stop` takes.
+        stop: stopping criterion of all timesteps, or one per timestep, instead of iterations; every sample stops on its
+            own. None: a fixed number of iterations.
+        solver: solver of the fixed-point layer; None: Picard, the plain iteration.
+        reuse: rule for starting from earlier timesteps' solutions; None: solves do not use earlier solutions.
+        trace: whether to record the residual of every iteration (`Effort.traces`); needs one number of iterations.
 
     Raises:
-        ValueError: `iterations` together with `stop`.
+        ValueError: both `iterations` and `stop` are given.
     """
 
     iterations: int | Sequence[int] | None = None
@@ -93,9 +95,16 @@ class Solve:
     def call(
         self, model: Callable[..., Any], inputs: tuple[Any, ...], k: int, solutions: Sequence[Solution]
     ) -> tuple[Tensor, Solution]:
-        """The prediction and the solution of an FPDM at the k-th timestep, after the last solutions, newest last."""
+        """The prediction and the solution of an FPDM at the k-th timestep.
+
+        Args:
+            model: the FPDM.
+            inputs: (x, t, y), with twice the rows under guidance.
+            k: number of the timestep.
+            solutions: solutions at the last timesteps, newest last.
+        """
         reuse, rows = self.reuse or Reuse(share=0.0), len(inputs[0])
-        # a solver's history ends where guidance begins or ends, because it is of another number of rows
+        # where guidance begins or ends, the number of rows changes, and the solver state cannot be carried over
         carried = reuse.history and solutions and len(solutions[-1].value) == rows
         return model(
             *inputs,
@@ -110,25 +119,29 @@ class Solve:
         )
 
     def alike(self) -> "Solve":
-        """The same for all timesteps at once.
+        """These options, checked for parallel sampling, in which all timesteps are solved at once.
 
         Raises:
-            ValueError: timesteps differ in their iterations, or start from the solution of another one.
+            ValueError: the iterations differ between timesteps, or solves start from another timestep's solution.
         """
         for name in ("iterations", "stop"):
             value = getattr(self, name)
             if isinstance(value, Sequence) and len(set(value)) > 1:
-                raise ValueError(f"Solve.{name} differs between timesteps; in parallel all need the same.")
+                raise ValueError(f"Solve.{name} differs between timesteps; give one value for parallel sampling.")
         if self.reuse is not None:
-            raise ValueError("Solve.reuse starts from the timestep before, which parallel sampling does not wait for.")
+            raise ValueError(
+                "Solve.reuse starts from the previous timestep's solution, which parallel sampling lacks; leave it out."
+            )
         return self
 
     def check(self, steps: int) -> None:
-        """Raises ValueError where a list is not as long as the timesteps."""
+        """Raises ValueError if a list does not have one entry for each of `steps` timesteps."""
         for name in ("iterations", "stop"):
             value = getattr(self, name)
             if isinstance(value, Sequence) and len(value) != steps:
-                raise ValueError(f"Solve.{name} has {len(value)} entries for {steps} timesteps; give one for each.")
+                raise ValueError(
+                    f"Solve.{name} has {len(value)} entries for {steps} timesteps; give one entry for each timestep."
+                )
 
 
 def _with_rows(value: Tensor, rows: int) -> Tensor:
@@ -142,15 +155,15 @@ def _with_rows(value: Tensor, rows: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
-    """How one network samples (made from options by `plan.plan`).
+    """The arguments of the sampling loop for one network; `plan.plan` makes them from sampling options.
 
     Args:
         scheduler: from `noise_schedule.make_scheduler`, or a diffusers scheduler that takes explicit timesteps.
-        timesteps: decreasing (`timesteps.timesteps`).
-        eta: DDIM's share of fresh noise.
-        guidance: classifier-free guidance; default: without.
-        solve: how an FPDM solves at each timestep; None: the model's own number of iterations.
-        parallel: solve for all timesteps at once (parallel.py); None: one after another.
+        timesteps: timesteps, decreasing (`timesteps.timesteps`).
+        eta: stochasticity of DDIM, 0 (deterministic) to 1.
+        guidance: classifier-free guidance; default: no guidance.
+        solve: the solves of an FPDM; None: the number of iterations in the model's configuration.
+        parallel: options of solving for all timesteps at once (parallel.py); None: one timestep after another.
     """
 
     scheduler: Any
@@ -162,7 +175,9 @@ class SamplingPlan:
 
     def __post_init__(self) -> None:
         if self.parallel is not None and self.guidance.interval is not None:
-            raise ValueError("Guidance.interval differs between timesteps; parallel sampling treats all alike.")
+            raise ValueError(
+                "Guidance.interval makes timesteps differ, and parallel sampling treats all alike; leave one out."
+            )
 
 
 @torch.no_grad()
@@ -181,26 +196,26 @@ def sample(
     precision: Precision = "no",
     progress: Callable[[int, int], None] | None = None,
 ) -> SampleResult:
-    """Samples number `indices` of the stream `seed`, with these labels.
+    """The samples `indices` of the seed `seed`, with these labels.
 
     Args:
         model: a DiT, an FPDM, or any function (x, t, y) -> prediction.
         indices: numbers of the samples, each >= 0, in any order.
-        labels: (N,) one class for each; None for an unconditional model.
+        labels: (N,) class of each sample; None for an unconditional model.
         plan: scheduler, timesteps, guidance and solves.
-        seed: of the stream.
-        shape: (C, H, W) of a sample; None: the model's.
-        chunk: samples in one call of the network (twice as many rows with guidance).
-        reproducible: the same bits for every set of indices, by chunks of one size (see the top of this file).
-        device: where the model is.
-        dtype: of the state x.
+        seed: random seed.
+        shape: (C, H, W) of a sample; None: the model's shape.
+        chunk: number of samples in one call of the network (twice as many rows with guidance).
+        reproducible: whether samples are equal to the last bit for every set of indices (see the top of this file).
+        device: device of the model.
+        dtype: dtype of the noisy image x.
         precision: "bf16": the network is called under autocast to bfloat16; x and the schedule stay in `dtype`.
-        progress: called as progress(done, total) after each timestep of each batch.
+        progress: called as progress(done, total) after each timestep of each batch; None: no progress is reported.
 
     Raises:
-        ValueError: labels that do not fit the indices or the model, impossible timesteps, guidance without labels,
-            lists that are not as long as the timesteps, a solve with a model that is neither FPDM nor DiT, a parallel
-            plan with a scheduler or a solve that carries a state from step to step.
+        ValueError: labels do not fit the indices or the model, timesteps are impossible, guidance has no labels, a list
+            does not have one entry per timestep, a solve is given for a model that is neither FPDM nor DiT, or the
+            scheduler or the solves of a parallel plan carry a state from timestep to timestep.
     """
     began = time.perf_counter()
     if plan.solve is not None and not hasattr(model, "has_fixed_point"):
@@ -245,9 +260,9 @@ class _Trajectory:
         y: Int[Tensor, "B"] | None,
         tick: Callable[[int], None] | None,
     ) -> tuple[Float[Tensor, "B C H W"], Effort]:
-        """The samples of one batch, on the CPU, and what they cost."""
+        """The samples of one batch, on the CPU, and their cost."""
         plan = self.plan
-        # schedulers of several steps carry a state: each batch takes its own
+        # a multistep scheduler carries a state, so each batch has its own `Reverse`
         reverse = Reverse(plan.scheduler, plan.timesteps, eta=plan.eta)
         record = EffortRecord(batch=len(generators), steps=len(plan.timesteps))
         y = None if y is None else y.to(self.device)
@@ -270,7 +285,7 @@ class _Trajectory:
     def _predict(
         self, reverse: Reverse, ks: range, x: Float[Tensor, "B n C H W"], y: Tensor | None, record: EffortRecord
     ) -> Float[Tensor, "B n C_out H W"]:
-        """The predictions at timesteps number `ks`, of all samples in one call of the network."""
+        """The predictions for all samples at the timesteps number `ks`, from one call of the network."""
         times = torch.cat([torch.full((1,), reverse.times[k], device=self.device) for k in ks]).repeat(len(x))
         y = None if y is None else y.repeat_interleave(len(ks))
         null_class = getattr(self.model, "null_class", None)
@@ -285,6 +300,6 @@ class _Trajectory:
             else:
                 prediction = self.model(*inputs)
                 record.enter(ks, None, rows=rows)
-        # guidance multiplies differences, so it is computed in the precision of x
+        # guidance amplifies the rounding of a difference, so it is computed in the dtype of x
         guided = guidance.combine(prediction.to(x.dtype), self.shape[0])
         return guided.unflatten(0, (len(x), len(ks)))

@@ -1,8 +1,9 @@
-"""The diffusers pipeline of a folder that stands alone: labels in, images out, by the sampling loop of sampler.py.
+"""The diffusers pipeline that a saved folder contains as code; it samples by the loop of sampler.py.
 
-A saved pipeline carries this class and all it uses as one file of code (checkpoint/single_file.py), so that
-`DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)` opens it where `implicit` is installed and this
-application is not. `FixedPointPipeline` is this class and opens more than such folders.
+The folder of a saved pipeline contains one file with this class and all definitions that it uses
+(checkpoint/single_file.py), so that `DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)` opens the folder
+where `implicit` is installed and this application is not. `FixedPointPipeline` is a subclass that opens training runs
+and model folders too.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ from implicit import Stop
 
 Output = Literal["pil", "np", "pt", "latent"]
 PIPELINE_CODE = "fixed_point_pipeline"
-"""Name of the file of code in the folder of a pipeline, without its suffix."""
+"""Name of the pipeline's code file in the folder of a pipeline, without its suffix."""
 
 
 @dataclass
 class FixedPointOutput(BaseOutput):
-    """The result of a call.
+    """The result of a call of the pipeline.
 
     Attributes:
         images: a list of images ("pil"), an array (n, H, W, C) ("np") or a tensor (n, C, H, W) ("pt") in
             [0, 1], or the samples of the network, (n, C, h, w), unscaled and not clipped ("latent").
-        effort: what sampling cost (see effort.py).
-        seed: as `generator`, it gives the same images again.
+        effort: cost of sampling (see effort.py).
+        seed: the seed of the call; `generator=seed` gives the same images again.
     """
 
     images: Any
@@ -64,13 +65,15 @@ class SamplingPipeline(DiffusionPipeline):
     Args:
         model: the network, in evaluation mode.
         scheduler: a diffusers scheduler with the network's noise schedule; it also spaces the timesteps.
-        vae: decodes latents; None for a network of pixels.
+        vae: VAE that decodes latents; None for a network of pixels.
         steps: default number of timesteps; None: 20, or the number that other options determine.
-        iterations: default iterations of the fixed-point layer, one number or one per timestep; None: the model's own.
+        iterations: default iterations of the fixed-point layer, one number or one per timestep; None: the number in the
+            model's configuration.
         guidance: default scale of classifier-free guidance.
-        reuse: default start of each solve: False or "off", True or "on", "blended", "extrapolated".
-        classes: names of the classes.
-        sampling: further defaults, as fields of `SamplingOptions` (config/sampling.py): eta, solver, rtol and others.
+        reuse: default start of each solve: False or "off", True or "on", "blended", "extrapolated", "history".
+        classes: names of the classes; None: the classes have no names.
+        sampling: default values of other fields of `SamplingOptions` (config/sampling.py), such as eta, solver and
+            rtol.
     """
 
     model_cpu_offload_seq = "model->vae"
@@ -96,14 +99,14 @@ class SamplingPipeline(DiffusionPipeline):
             guidance=guidance,
             reuse=reuse,
             classes=list(classes or ()) or None,
-            # a solver from an index is a dict already
+            # the solver in a model_index.json is a dict already
             sampling={n: v if isinstance(v, dict) else to_plain(v, n) for n, v in (sampling or {}).items()},
         )
-        pipeline_options(self.defaults)  # raises where they exclude each other
+        pipeline_options(self.defaults)  # raises if options exclude each other
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """The options of a call that does not give them."""
+        """The default options of a call."""
         own = {name: self.config[name] for name in ("steps", "iterations", "guidance", "reuse")}
         return {**own, **self.config["sampling"]}
 
@@ -121,25 +124,25 @@ class SamplingPipeline(DiffusionPipeline):
         return_dict: bool = True,
         **options: Unpack[SamplingKeywords],
     ) -> FixedPointOutput | tuple[Any]:
-        """Images.
+        """Generates images.
 
         Args:
-            class_labels: the class of each image, or one for all, by number or name; None for an unconditional network.
-            num_images: number of images; None: one for each label.
-            generator: a seed, or a torch generator, which then advances; None is a fresh seed.
-            stop: stopping criterion instead of iterations, for all timesteps or for each; FPDM only.
-            chunk: images in one call of the network; None: 64, or 16 if reproducible.
-            reproducible: the same bits whatever else is generated in a call, in chunks of one size, of which one image
-                costs a whole one.
+            class_labels: class of each image, or one class for all, by number or name; None: unconditional network.
+            num_images: number of images; None: one image for each label.
+            generator: a seed, or a torch generator from which a seed is drawn; None: a random seed.
+            stop: stopping criterion of all timesteps, or one per timestep, instead of iterations; FPDM only.
+            chunk: number of images in one call of the network; None: 64, or 16 if `reproducible`.
+            reproducible: whether an image is equal to the last bit whatever other images a call generates. The network
+                is then called on complete chunks, so that one image costs as much as a chunk.
             output_type: "pil", "np", "pt" or "latent"; see FixedPointOutput.
-            return_dict: False gives (images,).
-            options: `SamplingKeywords` (sampling/pipeline_keywords.py), such as num_inference_steps and iterations;
-                an option left out, or None, is the pipeline's own.
+            return_dict: whether to return a FixedPointOutput; False: the tuple (images,).
+            options: `SamplingKeywords` (sampling/pipeline_keywords.py), such as num_inference_steps and iterations; an
+                option that is left out or None has the pipeline's default.
 
         Raises:
-            ValueError: labels that do not fit, guidance of an unconditional network, impossible timesteps,
-                options of a fixed point for a DiT, several generators.
-            TypeError: an option that does not exist.
+            ValueError: labels do not fit the network, guidance is given for an unconditional network, timesteps are
+                impossible, options of a fixed point are given for a DiT, or several generators are given.
+            TypeError: an option does not exist.
         """
         check_word("output_type", output_type, Output)
         reuse = options.get("reuse")
@@ -161,9 +164,9 @@ class SamplingPipeline(DiffusionPipeline):
         chunk: int | None,
         reproducible: bool,
     ) -> SampleResult:
-        """`total` samples under the pipeline's progress bar."""
+        """`total` samples, computed under the pipeline's progress bar."""
         chunk = (CHUNK if reproducible else 4 * CHUNK) if chunk is None else as_integer("chunk", chunk, 1)
-        bar_of: Any = self.progress_bar  # untyped: pyright takes it for a decorator
+        bar_of: Any = self.progress_bar  # Any, because pyright infers the type of a decorator
         with bar_of(total=len(plan.timesteps) * -(-total // chunk)) as bar:
             result = sample(
                 self.model,
@@ -180,7 +183,7 @@ class SamplingPipeline(DiffusionPipeline):
         return result
 
     def _plan(self, options: SamplingOptions, stop: Stop | Sequence[Stop] | None, start: Reuse | None) -> SamplingPlan:
-        """What the options of a call mean, over the defaults of the pipeline."""
+        """The plan of a call; options that the call leaves open are the defaults of the pipeline."""
         excluded = options.given().keys() & {"iterations", "block_passes", "macs", "seconds", "allocation"}
         if stop is not None and excluded:
             raise ValueError(f"stop excludes {' and '.join(sorted(excluded))}; give one of them.")
@@ -198,29 +201,29 @@ class SamplingPipeline(DiffusionPipeline):
             x = decode(self.vae, x)
         if x.shape[1] not in (1, 3):
             raise ValueError(
-                f"The network generates latents of {x.shape[1]} channels, and the pipeline has no VAE; give one "
+                f"The network generates latents of {x.shape[1]} channels, and the pipeline has no VAE; give a VAE "
                 '(vae=...), or output_type="latent".'
             )
-        if output_type == "pil":  # the rounding of the sampling command
+        if output_type == "pil":  # rounded as in the sampling command
             return [to_pil(image) for image in x]
         return VaeImageProcessor().postprocess(x.float(), output_type=output_type)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Write the folder of the pipeline: index, weights, scheduler, VAE, code and a card.
+        """Write the folder of the pipeline: model_index.json, weights, scheduler, VAE, code and a model card.
 
-        `options` are those of diffusers. `push_to_hub` is a method of its own here.
+        `options` are those of diffusers, without `push_to_hub`, for which there is the method `push_to_hub`.
         """
         if options.pop("push_to_hub", False):
             raise ValueError("save_pretrained writes a folder only; call pipe.push_to_hub(REPOSITORY) to upload it.")
         folder = Path(save_directory)
         super().save_pretrained(folder, **options)
-        # the entries of the index that name code become those of the files beside it
+        # entries of model_index.json that name classes: refer to the code files in the folder
         file = folder / self.config_name
         index = json.loads(file.read_text())
         code = self._code()
         index["_class_name"] = [PIPELINE_CODE, code.pipeline]
         index["model"] = [code.model_file, index["model"][1]]
-        index.pop("_name_or_path", None)  # where it was opened
+        index.pop("_name_or_path", None)  # the folder from which the pipeline was opened
         file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         (folder / f"{PIPELINE_CODE}.py").write_text(code.pipeline_source)
         (folder / "model" / f"{code.model_file}.py").write_text(code.model_source)
@@ -238,14 +241,14 @@ class SamplingPipeline(DiffusionPipeline):
         commit_message: str = "Upload pipeline",
         api: HfApi | None = None,
     ) -> str:
-        """Upload the folder that `save_pretrained` writes, its card included, to a repository of the hub.
+        """Upload the folder that `save_pretrained` writes, with its model card, to a repository of the hub.
 
         Args:
             repo_id: OWNER/NAME; the repository is made if it does not exist.
             private: whether a new repository is private; None: the owner's default.
-            token: of the hub; None: the one that is logged in.
-            commit_message: of the commit.
-            api: client of the hub, or of another server of its protocol; None: the public one.
+            token: access token of the hub; None: the stored token of the logged-in user.
+            commit_message: message of the commit.
+            api: client of the hub, or of another server with the same protocol; None: the public hub.
 
         Returns:
             The address of the commit.
@@ -257,7 +260,7 @@ class SamplingPipeline(DiffusionPipeline):
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
 
     def _code(self) -> PipelineCode:
-        """The code of this pipeline: of one that was opened from a folder, the very files it came from."""
+        """The code of this pipeline. A pipeline opened from a folder saves the code files of that folder unchanged."""
         model: Any = self.model
         source, network = (
             Path(str(sys.modules[kind.__module__].__file__)).read_text() for kind in (type(self), type(model))

@@ -1,12 +1,12 @@
-"""Where a timestep's solve starts: from the solutions of the timesteps before it.
+"""Warm starts: the solve at a timestep starts from the solutions at the previous timesteps.
 
     z0 = (1 - share) x + share (z_1 + extrapolation (z_1 - z_2))
 
-with x the fresh start (the output of the pre-blocks), z_1 the solution one timestep earlier and z_2 that of
-two earlier (z_1 where there is none). The first timestep starts fresh.
+with x the output of the pre-blocks, z_1 the solution at the previous timestep and z_2 the solution at the timestep
+before that (z_1 at the second timestep). At the first timestep z0 = x.
 
-With `history` the solver goes on with its state too: the pairs of differences by which Anderson's or Broyden's method
-approximates (I - df/dz)^-1 at one timestep serve as the first approximation at the next.
+With `history` the solver state is carried over too: the pairs of differences by which Anderson's or Broyden's method
+approximates (I - df/dz)^-1 at one timestep are the initial approximation at the next timestep.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,12 +20,13 @@ class Reuse:
     """The rule above. `Reuse()` starts from the previous solution.
 
     Args:
-        share: 0 (fresh start) to 1 (no fresh start).
-        extrapolation: 0 (the last solution) to 1 (the line through the last two).
-        history: carry the solver's state from timestep to timestep; of no effect for Picard, which has none.
+        share: weight of the earlier solutions, 0 (x only) to 1 (earlier solutions only).
+        extrapolation: 0 (the last solution) to 1 (the line through the last two solutions, one timestep further).
+        history: whether the solver state is carried from timestep to timestep; without effect for Picard, which has no
+            state.
 
     Raises:
-        ValueError: one of them outside [0, 1].
+        ValueError: `share` or `extrapolation` is outside [0, 1].
     """
 
     share: float = 1.0
@@ -38,7 +39,11 @@ class Reuse:
                 raise ValueError(f"Reuse.{name}={getattr(self, name)} must lie in [0, 1].")
 
     def start(self, solutions: Sequence[Tensor]) -> Tensor | Callable[[Tensor], Tensor] | None:
-        """What an FPDM takes as `start`, given the last solutions, newest last (two are enough)."""
+        """The argument `start` of an FPDM: z0, a function of x, or None for z0 = x.
+
+        Args:
+            solutions: solutions at the previous timesteps, newest last; at most the last two are used.
+        """
         if not solutions or self.share == 0:
             return None
         last = solutions[-1]
@@ -49,10 +54,11 @@ class Reuse:
 
 
 def reuse_rule(start: bool | str | Reuse, share: float = 0.5, extrapolation: float = 1.0) -> Reuse | None:
-    """The rule by its word: False or "off", True or "on", "blended", "extrapolated", "history"; None: a fresh start.
+    """The rule of an option: False or "off", True or "on", "blended", "extrapolated", "history". The rule None starts
+    every solve from x.
 
     Raises:
-        ValueError: there is no such word.
+        ValueError: the word is unknown.
     """
     if isinstance(start, Reuse):
         return start
