@@ -1,4 +1,4 @@
-"""Levels of image and noise over the timesteps, for diffusion and for rectified flow; what the network predicts.
+"""Levels of image and noise at each timestep, and the prediction target, for diffusion and for rectified flow.
 
     x_t = a_t x_0 + b_t eps,     t = 0 ... T - 1
 
@@ -7,12 +7,12 @@
 
 Rectified flow (Liu et al. 2022, arXiv 2209.03003; Lipman et al. 2022, arXiv 2210.02747) joins image and noise by
 straight lines. With s = (t + 1) / T, and a shift c that moves timesteps toward the noise (Esser et al. 2024, arXiv
-2403.03206, equation 23; 1: none),
+2403.03206, equation 23; c = 1: no shift),
 
     sigma_t = c s / (1 + (c - 1) s)
 
-so that sigma_{T-1} = 1 is pure noise. These are the sigmas and times of diffusers' FlowMatchEulerDiscreteScheduler,
-which is the scheduler of such a network.
+so that sigma_{T-1} = 1 is pure noise. A rectified flow has diffusers' FlowMatchEulerDiscreteScheduler, whose sigmas and
+times are these.
 """
 
 from typing import Any
@@ -37,18 +37,20 @@ def is_flow(scheduler: Any) -> bool:
     """Whether a diffusers scheduler is that of a rectified flow.
 
     Raises:
-        ValueError: it has options under which sigma_t is another function than that at the top of this file.
+        ValueError: the scheduler has options with which sigma_t is not the function at the top of this file.
     """
     if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return False
     used = [name for name in _UNSUPPORTED if scheduler.config.get(name)]
     if used:
-        raise ValueError(f"FlowMatchEulerDiscreteScheduler: {', '.join(used)} are not supported; leave them off.")
+        raise ValueError(
+            f"The options {', '.join(used)} of FlowMatchEulerDiscreteScheduler are not supported; turn them off."
+        )
     return True
 
 
 def prediction_kind(scheduler: Any) -> str:
-    """What the network predicts: v_prediction, epsilon, sample, or flow_prediction (u)."""
+    """The kind of the network's prediction: v_prediction, epsilon, sample, or flow_prediction (u)."""
     return FLOW if is_flow(scheduler) else scheduler.config["prediction_type"]
 
 
@@ -69,7 +71,7 @@ def levels(
 
 
 def network_time(scheduler: Any, t: Int[Tensor, " B"]) -> Num[Tensor, " B"]:
-    """The time that the network is given at the timesteps t."""
+    """The time argument of the network at the timesteps t."""
     return scheduler.config["num_train_timesteps"] * _sigma(scheduler, t, torch.float32) if is_flow(scheduler) else t
 
 
@@ -84,7 +86,7 @@ def noisy_image(
 def target(
     scheduler: Any, x0: Float[Tensor, "B C H W"], eps: Float[Tensor, "B C H W"], t: Int[Tensor, " B"]
 ) -> Float[Tensor, "B C H W"]:
-    """What the network is to predict: v, eps, x_0 or u."""
+    """The prediction target: v, eps, x_0 or u."""
     match prediction_kind(scheduler):
         case "v_prediction":
             a, b = (level.view(-1, 1, 1, 1) for level in levels(scheduler, t, x0.dtype))

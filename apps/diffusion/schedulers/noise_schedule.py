@@ -5,9 +5,9 @@
 
 Rectified flow has other levels of image and noise, and no betas: see noise_levels.py.
 
-Zero terminal SNR (Lin et al. 2024, arXiv 2305.08891) rescales the betas so that abar_{T-1} = 0: the last x_t
-is pure noise, as the one that sampling starts from is. Then eps has no information about x_0 there (0/0), v still
-does, and sampling has to start at T - 1.
+Zero terminal SNR (Lin et al. 2024, arXiv 2305.08891) rescales the betas so that abar_{T-1} = 0: the last x_t is pure
+noise, like the x from which sampling starts. At T - 1 the image x_0 can be computed from v but not from eps (0/0), and
+sampling has to start at T - 1.
 """
 
 import inspect
@@ -29,7 +29,7 @@ from apps.diffusion.schedulers.noise_levels import is_flow
 
 Kind = Literal["ddim", "ddpm", "dpm++", "flow"]
 
-# samplers of a diffusion: diffusers schedulers with explicit timesteps, each tested on data with a known denoiser
+# samplers of diffusion: diffusers schedulers that accept explicit timesteps
 SAMPLERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -56,23 +56,23 @@ def make_scheduler(
     clip: float | None = None,
     shift: float = 1.0,
 ) -> Any:
-    """A diffusers scheduler: one of DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler (order 2), and
+    """A diffusers scheduler: DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler (order 2), or
     FlowMatchEulerDiscreteScheduler for a rectified flow.
 
     Args:
-        kind: the sampler. Training uses the noise levels only, which all samplers of a diffusion share: pass "ddpm".
-            "flow" takes `train_steps` and `shift` alone.
-        prediction: of the network: v, eps or x_0 ("sample").
-        zero_snr: rescale the betas to abar = 0 at the last timestep.
-        spacing: which timesteps sampling visits; see `timesteps`.
-        learn_sigma: the network gives the variance too (C further channels); ancestral sampling then uses it.
-        betas: "linear" between beta_start and beta_end, "scaled_linear" in their roots, or the cosine schedule.
+        kind: the sampler. Training uses only the noise levels, which are equal for all samplers of diffusion, and
+            passes "ddpm". "flow" uses `train_steps` and `shift` only.
+        prediction: the network's prediction: v, eps or x_0 ("sample").
+        zero_snr: whether the betas are rescaled to abar = 0 at the last timestep.
+        spacing: spacing of the timesteps in sampling; see `timesteps`.
+        learn_sigma: whether the network predicts the variance too (C further channels), for ancestral sampling.
+        betas: "linear" between beta_start and beta_end, "scaled_linear" (linear in the roots), or the cosine schedule.
         train_steps: T.
         clip: bound of |x_0| at each step of "ddim" and "ddpm"; None for latents, which are unbounded.
-        shift: of a rectified flow, see noise_levels.py.
+        shift: shift c of a rectified flow, see noise_levels.py.
 
     Raises:
-        ValueError: an argument out of range, or a pair that cannot work, with what to do.
+        ValueError: an argument is out of range, or two arguments exclude each other.
     """
     check_word("kind", kind, Kind)
     check_word("prediction", prediction, Prediction)
@@ -105,7 +105,7 @@ def make_scheduler(
 
 
 def _check_fit(kind: Kind, clip: float | None, shift: float) -> None:
-    """Raises ValueError where a clip or a shift does not fit the kind of scheduler."""
+    """Raises ValueError if `clip` or `shift` does not fit the kind of scheduler."""
     if clip is not None and (clip <= 0 or kind == "dpm++"):
         raise ValueError(f"clip={clip} does not fit kind={kind!r}; give a positive bound to ddim or ddpm, or None.")
     if not 0 < shift < math.inf or (shift != 1 and kind != "flow"):
@@ -113,10 +113,10 @@ def _check_fit(kind: Kind, clip: float | None, shift: float) -> None:
 
 
 def scheduler_of(config: Config) -> Any:
-    """The scheduler of a run: noise schedule and prediction target; DDPM's with the spacing of timesteps, or that of a
-    rectified flow.
+    """The scheduler of a run, with its noise schedule and prediction target: DDPM's with the run's spacing of
+    timesteps, or that of a rectified flow.
 
-    Predictions of x_0 are clipped to [-1, 1] for pixels and not for latents, which are unbounded.
+    For pixels, predictions of x_0 are clipped to [-1, 1]; for latents, which are unbounded, they are not clipped.
     """
     noise = config.schedule
     if noise.kind == "rectified_flow":
@@ -136,15 +136,15 @@ def scheduler_of(config: Config) -> Any:
 
 
 def same_noise(scheduler: Any, name: str) -> Any:
-    """Another scheduler for the network that `scheduler` is for: its noise, prediction, spacing and, where it
-    has them, bound of |x_0| and learned variance.
+    """The scheduler of the sampler `name` with the noise schedule, prediction and spacing of `scheduler`, and for
+    "ddim" and "ddpm" its bound of |x_0| and learned variance.
 
     Args:
-        scheduler: from `make_scheduler`.
+        scheduler: a scheduler from `make_scheduler`.
         name: one of SAMPLERS, or "flow" for the scheduler of a rectified flow.
 
     Raises:
-        ValueError: there is no such sampler, or it cannot work with zero terminal SNR.
+        ValueError: the sampler is unknown, or cannot work with zero terminal SNR.
     """
     choices = ("flow",) if is_flow(scheduler) else tuple(SAMPLERS)
     if name not in choices:
@@ -157,8 +157,8 @@ def same_noise(scheduler: Any, name: str) -> Any:
     accepted = inspect.signature(kind.__init__).parameters
     if config["rescale_betas_zero_snr"] and "rescale_betas_zero_snr" not in accepted:
         raise ValueError(
-            f"The sampler {name} divides by zero where nothing is left of the image (zero_snr, which this network was "
-            "trained with); choose ddim, ddpm, dpm++, unipc or euler."
+            f"The sampler {name} divides by zero at a timestep of pure noise, which this network was trained with "
+            "(zero_snr); choose ddim, ddpm, dpm++, unipc or euler."
         )
     shared = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"]
     shared += ["rescale_betas_zero_snr", "timestep_spacing"]
@@ -170,5 +170,5 @@ def same_noise(scheduler: Any, name: str) -> Any:
     if name == "dpm++-single":
         options["lower_order_final"] = True
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # numpy 2 on diffusers' own np.array(tensor)
+        warnings.simplefilter("ignore", DeprecationWarning)  # numpy 2 warns about np.array(tensor) in diffusers
         return kind(**options)

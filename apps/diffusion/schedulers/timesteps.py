@@ -1,4 +1,4 @@
-"""The timesteps that sampling visits, from the noisiest down."""
+"""The timesteps of sampling, from the noisiest down."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,13 @@ from apps.diffusion.config.sampling import Spacing
 
 
 def timesteps(n: int, spacing: Spacing = "trailing", train_steps: int = 1000) -> tuple[int, ...]:
-    """The n timesteps that sampling visits, from the noisiest down.
+    """The n timesteps of sampling, from the noisiest down: for i = 0 ... n - 1,
 
-        trailing   round(T (n - i) / n) - 1          ends above 0, begins at T - 1
-        linspace   round((T - 1) (n - 1 - i) / (n - 1))   both ends, as published FPDM samples
-        leading    (n - 1 - i) floor(T / n)          begins below T - 1
+        trailing   round(T (n - i) / n) - 1               from T - 1 to a timestep above 0
+        linspace   round((T - 1) (n - 1 - i) / (n - 1))   from T - 1 to 0, as in the published sampling of FPDM
+        leading    (n - 1 - i) floor(T / n)               from a timestep below T - 1 to 0
 
-    for i = 0 ... n - 1. One step alone is at T - 1 (leading: 0).
+    A single timestep is T - 1 (leading: 0).
 
     Raises:
         ValueError: n is not between 1 and T, or the spacing is unknown.
@@ -30,7 +30,7 @@ def timesteps(n: int, spacing: Spacing = "trailing", train_steps: int = 1000) ->
 
 
 def check_start(timesteps: Sequence[int], zero_snr: bool, train_steps: int = 1000) -> None:
-    """Raises ValueError where sampling does not begin at the timestep of pure noise of a network trained with it."""
+    """Raises ValueError if a network was trained with zero terminal SNR and sampling does not begin at T - 1."""
     if zero_snr and timesteps[0] != train_steps - 1:
         raise ValueError(
             f"The timesteps begin at {timesteps[0]}, but sampling begins with pure noise, and that is timestep "
