@@ -1,4 +1,4 @@
-"""Datasets: images and labels by number."""
+"""Map-style datasets of images and labels, and the sampler of training batches."""
 
 from apps.diffusion.data.batch_sampler import BatchSampler as BatchSampler
 from apps.diffusion.data.dataset import ImageDataset as ImageDataset

@@ -1,7 +1,8 @@
-"""Batches whose order is a function of (seed, images seen) alone, and the loader that reads them ahead.
+"""Batches whose order is a function of (seed, images seen) only, and the loader that reads them ahead of time.
 
-The k-th image of a run is number `k mod n` of the permutation drawn for epoch `k div n`. So a run may stop and go on
-anywhere, on any number of processes, and no loader's state has to be saved. Of each batch a process loads its own part.
+The k-th image of a run is entry `k mod n` of the random permutation of epoch `k div n`. A run can therefore stop and
+continue at any image, on any number of processes, although no state of the loader is saved. Each process loads its own
+part of a batch only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from apps.diffusion.rng import Stream, generator
 
 
 def order(n: int, seed: int, start: int, count: int) -> list[int]:
-    """Numbers of the images that a run sees as its `start`-th to `start + count - 1`-th, of a dataset of `n`."""
+    """Numbers of the `start`-th to `(start + count - 1)`-th image of a run, in a dataset of `n` images."""
     seen: list[int] = []
     while count > 0:
         epoch, position = divmod(start, n)
@@ -37,15 +38,15 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of keys (number, epoch) for a dataset: `DataLoader(dataset, batch_sampler=BatchSampler(...))`.
 
     Args:
-        n: images of the dataset.
+        n: number of images of the dataset.
         batch: images of a batch, over all processes.
-        seed: of the order.
-        start: images that the run has seen before.
+        seed: random seed of the order.
+        start: number of images that the run has seen before.
         rank: number of this process.
-        world: number of processes, each of which gets `batch / world` images of every batch.
+        world: number of processes; each process gets `batch / world` images of every batch.
 
     Raises:
-        ValueError: an empty dataset, or a batch that `world` does not divide.
+        ValueError: the dataset is empty, `batch` is not divisible by `world`, or `rank` is not below `world`.
     """
 
     def __init__(self, n: int, batch: int, seed: int = 0, start: int = 0, rank: int = 0, world: int = 1) -> None:
@@ -58,7 +59,7 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
 
     @property
     def part(self) -> slice:
-        """The rows of a batch that are this process's."""
+        """The rows of a batch that this process loads."""
         share = self.batch // self.world
         return slice(self.rank * share, (self.rank + 1) * share)
 
@@ -77,16 +78,16 @@ def training_batches(
     """The training batches of this process, without end: images (b, C, H, W) and labels (b,).
 
     Args:
-        dataset: of the images.
-        batches: which of them.
-        workers: processes that read ahead; 0: batches are read in this process, when they are needed.
-        pin_memory: page-locked memory, from which a GPU copies while it computes.
+        dataset: the dataset of the images.
+        batches: the sampler of the batches.
+        workers: number of processes that read ahead of time; 0: this process reads a batch when it is needed.
+        pin_memory: whether batches are in page-locked memory, from which a GPU copies asynchronously.
     """
     loader = DataLoader(
         dataset,  # pyright: ignore[reportArgumentType]
         batch_sampler=batches,
         num_workers=workers,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # the loader draws its workers' seeds from it, not from the global generator
+        generator=torch.Generator(),  # for the workers' seeds, which otherwise come from the global generator
     )
     return iter(loader)

@@ -1,4 +1,4 @@
-"""From the configuration of the data to the datasets, and what identifies them."""
+"""The datasets of a configuration, and the identity of a dataset, which resumed runs compare."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from apps.diffusion.data.mnist import mnist
 def datasets(
     config: c.DataConfig, seed: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> tuple[ImageDataset, TensorDataset | None]:
-    """The images to train on, and those held out, where there are some.
+    """The training images and the held-out images (None: the source has no held-out images).
 
     Args:
-        config: of the data.
-        seed: of mirroring, and of drawing latents from their distributions.
-        progress: called as progress(done, total) while image files are read.
+        config: configuration of the data.
+        seed: random seed of mirroring, and of drawing latents from their distributions.
+        progress: called as progress(done, total) while image files are read; None: no progress is reported.
 
     Raises:
-        ValueError: no such folder, or nothing in it that can be used.
+        ValueError: the folder does not exist, or holds no usable images.
     """
     mirror = config.mirror is not False
     try:
@@ -60,15 +60,15 @@ def datasets(
 
 
 def _conditional(config: c.DataConfig, images: TensorDataset) -> TensorDataset:
-    """The images, without their classes where the configuration leaves these out."""
+    """The images, without classes if the configuration is unconditional."""
     return images.unconditional() if config.unconditional else images
 
 
 def fingerprint(images: ImageDataset) -> dict[str, Any]:
-    """The identity of a dataset, which a resumed run compares: number, shape, classes and checksum of the images.
+    """The identity of a dataset: number, shape, classes and checksum of the images.
 
-    A folder is identified by the names, classes and sizes of its files, latents by the checksums of their shards,
-    images in memory by their values.
+    The checksum of a folder is that of the names, classes and sizes of its files; the checksum of latents that of the
+    checksums of their shards; the checksum of images in memory that of their values.
     """
     sizes = {"file_sizes_sha256": images.sizes_digest()} if isinstance(images, ImageFolderDataset) else {}
     return {

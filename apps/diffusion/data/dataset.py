@@ -1,9 +1,9 @@
 """The protocol of datasets, and the dataset of tensors in memory.
 
-A dataset is map-style, so that a plain `torch.utils.data.DataLoader` takes it: `dataset[i] -> (x, label)` with x (C, H,
-W) float32 in [-1, 1] (latents: scaled). Where images are augmented at random (mirrored, or a latent drawn from its
-distribution), an image depends on (seed, epoch, i) alone: `dataset[i, epoch]` is image i as augmented in that epoch,
-and `dataset[i]` is `dataset[i, 0]`. `batch_sampler.BatchSampler` yields such pairs.
+Datasets are map-style, for use with `torch.utils.data.DataLoader`: `dataset[i] -> (x, label)` with x (C, H, W) float32
+in [-1, 1] (latents: scaled). A random augmentation (mirroring, or drawing a latent from its distribution) is a function
+of (seed, epoch, i): `dataset[i, epoch]` is image i as augmented in that epoch, and `dataset[i]` is `dataset[i, 0]`.
+`batch_sampler.BatchSampler` yields keys (i, epoch).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Key = int | tuple[int, int]
 
 
 class ImageDataset(Protocol):
-    """Images of one shape, by number."""
+    """A map-style dataset of images of one shape."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        """The image (C, H, W), float32, as an epoch shows it, and its label; 0 without classes."""
+        """The image (C, H, W), float32, as augmented in the epoch, and its label; 0 without classes."""
         ...
 
     @property
@@ -43,11 +43,11 @@ class ImageDataset(Protocol):
 
     @property
     def num_classes(self) -> int:
-        """0 without classes."""
+        """Number of classes; 0 without classes."""
         ...
 
     def fingerprint(self) -> str:
-        """SHA-256 of these images and labels."""
+        """SHA-256 that identifies the images and labels."""
         ...
 
 
@@ -55,13 +55,14 @@ class TensorDataset:
     """Images in memory.
 
     Args:
-        x: (n, C, H, W), float, in [-1, 1].
+        x: (n, C, H, W) images, float, in [-1, 1].
         y: (n,) labels, integers from 0; None without classes.
-        num_classes: by default the largest label plus one; 0: without classes, and `y` is ignored.
-        classes: names of the classes; by default their numbers.
+        num_classes: number of classes; 0: without classes, and `y` is ignored. None: the number of names in `classes`,
+            or the largest label plus one.
+        classes: names of the classes; empty: their numbers.
 
     Raises:
-        ValueError: no images, another number of labels, or labels outside of the classes.
+        ValueError: there are no images, the numbers of images and labels differ, or a label is out of range.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class TensorDataset:
         return len(self.x)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
-        """The image and its label, the same in every epoch."""
+        """The image and its label, which are the same in every epoch."""
         i, _ = index_and_epoch(key)
         return self.x[i], int(self.y[i])
 
@@ -102,7 +103,7 @@ class TensorDataset:
 
     @property
     def num_classes(self) -> int:
-        """0 without classes."""
+        """Number of classes; 0 without classes."""
         return len(self.classes)
 
     def unconditional(self) -> TensorDataset:
@@ -115,17 +116,17 @@ class TensorDataset:
 
 
 def index_and_epoch(key: Key) -> tuple[int, int]:
-    """(number of the image, epoch)."""
+    """(number of the image, epoch) of a key; the epoch of a key without an epoch is 0."""
     return key if isinstance(key, tuple) else (key, 0)
 
 
 def augmentation_generator(seed: int, n: int, key: Key) -> torch.Generator:
-    """Randomness of an image's augmentation, a function of (seed, epoch, number) alone, in a dataset of `n`."""
+    """The generator of an image's augmentation, a function of (seed, epoch, number), in a dataset of `n` images."""
     i, epoch = index_and_epoch(key)
     return generator(seed, Stream.AUGMENTATION, epoch * n + i)
 
 
 def all_images(dataset: ImageDataset, numbers: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-    """The images (b, C, H, W) and labels (b,) of these numbers, or of the whole dataset, as epoch 0 shows them."""
+    """The images (b, C, H, W) and labels (b,) with these numbers (None: all), as augmented in epoch 0."""
     pairs: list[Any] = [dataset[i] for i in (range(len(dataset)) if numbers is None else numbers)]
     return torch.stack([x for x, _ in pairs]), torch.tensor([y for _, y in pairs])

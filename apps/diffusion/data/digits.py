@@ -1,8 +1,8 @@
-"""Handwritten digits: 1797 real images of 8 x 8 pixels in ten classes, which come with scikit-learn.
+"""Handwritten digits: 1797 real images of 8 x 8 pixels in ten classes, part of scikit-learn.
 
-Source: E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits" (UCI, 1998), its test set.
-Intensities 0..16 become -1..1. One split, fixed for ever: 300 images, 30 of each class up to rounding, are
-held out, and nothing is ever trained on them, neither a diffusion model nor the classifier that scores it.
+Source: E. Alpaydin and C. Kaynak, the test set of "Optical Recognition of Handwritten Digits" (UCI, 1998).
+Intensities 0..16 become -1..1. The split is fixed: 300 images, 30 of each class up to rounding, are held out. Neither a
+diffusion model nor the classifier that scores it is trained on the held-out images.
 """
 
 from __future__ import annotations

@@ -3,11 +3,11 @@
 An IDX file of unsigned bytes is a header and the values in row-major order (LeCun, Cortes and Burges, "The MNIST
 database of handwritten digits"):
 
-    0 0 8 d             four bytes: 8 says unsigned byte, d is the number of dimensions
+    0 0 8 d             four bytes: 8 is the code of unsigned bytes, d the number of dimensions
     n_1 ... n_d         d sizes, each a big-endian 32-bit integer
     values              n_1 * ... * n_d bytes
 
-A dataset is a folder of four such files, gzip-compressed (with the ending .gz) or plain:
+A dataset is a folder of four files, gzip-compressed (with the suffix .gz) or plain:
 
     train-images-idx3-ubyte  train-labels-idx1-ubyte  t10k-images-idx3-ubyte  t10k-labels-idx1-ubyte
 
@@ -40,15 +40,15 @@ def idx(root: Path, split: Split = "train", *, sha256: Sequence[str] = ()) -> Te
     Args:
         root: the folder.
         split: "train", the files train-*; "held-out", the files t10k-*.
-        sha256: the expected SHA-256 of the images' and of the labels' file as they are stored; empty is not checked.
+        sha256: the expected SHA-256 of the stored file of images and of that of labels; empty: not checked.
 
     Raises:
-        ValueError: another split, a file that is missing, damaged or not the expected one, or another number of labels
-            than of images.
+        ValueError: the split is unknown, a file is missing or damaged or has another SHA-256, or the numbers of images
+            and labels differ.
     """
     check_word("split", split, Split)
     if len(sha256) not in (0, 2):
-        raise ValueError(f"sha256 has {len(sha256)} entries; give two, the images' and the labels', or none.")
+        raise ValueError(f"sha256 has {len(sha256)} entries; give two, for images and for labels, or leave it out.")
     expected = tuple(sha256) or (None, None)
     pixels = read_idx(_file(root, split, "images-idx3"), dimensions=3, sha256=expected[0])
     labels = read_idx(_file(root, split, "labels-idx1"), dimensions=1, sha256=expected[1])
@@ -57,7 +57,7 @@ def idx(root: Path, split: Split = "train", *, sha256: Sequence[str] = ()) -> Te
             f"path = {root} holds {len(pixels)} {split} images of {pixels.shape[1]} x {pixels.shape[2]} pixels and "
             f"{len(labels)} labels; give files of the same images, at least one."
         )
-    # intensities 0..255 to -1..1, in place: a large set is in memory once
+    # intensities 0..255 to -1..1, in place to save memory
     x = torch.from_numpy(pixels[:, None].astype(np.float32)).div_(127.5).sub_(1)
     y = torch.from_numpy(labels.astype(np.int64))
     return TensorDataset(x, y, num_classes=int(y.max()) + 1)
@@ -90,16 +90,16 @@ def read_idx(path: Path, *, dimensions: int, sha256: str | None = None) -> npt.N
     Args:
         path: the file; gzip-compressed if its name ends with .gz.
         dimensions: the number of dimensions that the array must have: 3 for images, 1 for labels.
-        sha256: the expected SHA-256 of the file as it is stored, in hexadecimal; None is not checked.
+        sha256: the expected SHA-256 of the stored file, in hexadecimal; None: not checked.
 
     Raises:
-        ValueError: the file cannot be read, its SHA-256 differs, or its header or size is not that of such an array.
+        ValueError: the file cannot be read, its SHA-256 differs, or its header or size does not fit.
     """
     try:
         stored = path.read_bytes()
     except OSError as error:
         raise ValueError(f"path = {path} cannot be read ({error}); give the folder of the IDX files.") from None
-    # checksum of the bytes on disk, before anything is decoded
+    # checksum of the stored bytes, before decoding
     found = hashing.of_parts([stored])
     if sha256 is not None and found != sha256.lower():
         raise ValueError(f"sha256 of {path} is {found}, expected {sha256.lower()}; download the file again.")
@@ -116,10 +116,10 @@ def read_idx(path: Path, *, dimensions: int, sha256: str | None = None) -> npt.N
             f"starts with {magic.hex(' ')}. Give the images as idx3-ubyte and the labels as idx1-ubyte."
         )
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", dimensions, offset=4))
-    # size: exactly the number of values that the header announces
+    # size: the number of values must be that of the header
     if len(content) - start != math.prod(shape):
         raise ValueError(
-            f"path = {path} holds {len(content) - start} values, and its header announces {math.prod(shape)} "
+            f"path = {path} holds {len(content) - start} values, and its header states {math.prod(shape)} "
             f"({' x '.join(map(str, shape))}); download it again."
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)

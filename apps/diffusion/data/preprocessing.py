@@ -1,15 +1,15 @@
-"""An image file as pixels: as image viewers show it, then cropped as ADM prepares ImageNet (Dhariwal & Nichol 2021,
-arXiv 2105.05233).
+"""Reads an image file as pixels, as image viewers show it, and crops the image as ADM crops ImageNet (Dhariwal & Nichol
+2021, arXiv 2105.05233).
 
     1. turn or mirror it by its EXIF orientation
     2. 8 bits a channel; 16-bit gray is scaled, 32-bit gray is refused, since its range is unknown
-    3. colors to sRGB, by the ICC profile in the file (Pillow gives none of JPEG 2000)
+    3. colors to sRGB, by the ICC profile in the file (Pillow does not read the profile of JPEG 2000)
     4. transparent pixels are composed on a white background
     5. gray (1 channel) or RGB (3 channels)
     6. while both sides are at least twice the size: halve them (box filter)
     7. resize so that the image covers the size (bicubic), and cut out the middle
 
-Training, encoding and scoring all read image files by `read`. Of an animation the first frame is read.
+Training, encoding and scoring all read image files by `read`, which reads the first frame of an animation.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from apps.diffusion.files.names import printable
 Size = int | tuple[int, int]
 """Side of a square, or (height, width), in pixels."""
 BACKGROUND = 255  # white
-_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()  # EXIF 2 to 8
-_LEVELS = {"L;2": 3, "L;4": 15}  # the largest level of PNG's gray in fewer bits, which Pillow scales to 255
-_DEEP_LEVELS = {"I;12": 2**12 - 1}  # the same of TIFF's gray in 12 bits, which Pillow does not scale
+# transpositions for the EXIF orientations 2 to 8
+_TURNS = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+_LEVELS = {"L;2": 3, "L;4": 15}  # largest gray level of PNG in 2 and 4 bits, which Pillow scales to 255
+_DEEP_LEVELS = {"I;12": 2**12 - 1}  # largest gray level of TIFF in 12 bits, which Pillow does not scale
 
 
 class Unusable(ValueError):
-    """An image file that cannot be used; the message is the reason, in a few words."""
+    """An image file cannot be used; the message is the reason, in a few words."""
 
 
 def height_width(size: Size) -> tuple[int, int]:
-    """(height, width).
+    """(height, width) of a size.
 
     Raises:
-        ValueError: a side below 1.
+        ValueError: a side is below 1.
     """
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
@@ -51,12 +52,12 @@ def height_width(size: Size) -> tuple[int, int]:
 
 
 def minimal_side(size: Size) -> int:
-    """Default of `least`: images with a shorter side would be enlarged more than fourfold."""
+    """The default of `least`, a quarter of the size; a smaller image would be enlarged more than fourfold."""
     return max(1, min(height_width(size)) // 4)
 
 
 def center_crop(image: Image.Image, size: Size) -> Image.Image:
-    """The middle of the image (steps 6 and 7)."""
+    """The resized and cropped image (steps 6 and 7)."""
     height, width = height_width(size)
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -71,13 +72,13 @@ def read(path: Path, size: Size | None, least: int = 1, channels: int = 3) -> np
     """The image in a file as (channels, height, width) uint8.
 
     Args:
-        path: any format that Pillow reads.
-        size: of the crop; None: the image as it is.
-        least: images whose shorter side is below this are refused.
-        channels: 1 or 3.
+        path: a file in any format that Pillow reads.
+        size: size of the crop; None: the image is not resized and not cropped.
+        least: smallest side in pixels; a smaller image raises.
+        channels: 1 (gray) or 3 (RGB).
 
     Raises:
-        Unusable: it cannot be decoded, or not rightly, it is too small, or its range of values is unknown.
+        Unusable: the image cannot be decoded (rightly), is too small, or has an unknown range of values.
     """
     with _opened(path, least) as file:
         image = as_shown(file, channels)
@@ -86,20 +87,20 @@ def read(path: Path, size: Size | None, least: int = 1, channels: int = 3) -> np
 
 
 def header(path: Path, least: int) -> int:
-    """Channels of the image in a file, 1 or 3, by its header; its pixels are not decoded.
+    """Number of channels of the image in a file, 1 or 3, from the header; the pixels are not decoded.
 
     Raises:
-        Unusable: no decoder reads the file, or it is too small.
+        Unusable: no decoder reads the file, or the image is too small.
     """
     with _opened(path, least) as file:
         return 1 if _is_gray(file) else 3
 
 
 def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
-    """The image with mode L (1 channel) or RGB (3 channels), as viewers show it (steps 1 to 5)."""
+    """The image as viewers show it (steps 1 to 5), with mode L (1 channel) or RGB (3 channels)."""
     profile, kind = image.info.get("icc_profile"), image.format
     raw = _raw_mode(image)
-    # TIFF may store gray with 0 for white; Pillow inverts it in 1 and 8 bits, not in 16
+    # TIFF may store white as 0; Pillow inverts such gray images of 1 and 8 bits, but not of 16 bits
     white_is_zero = kind == "TIFF" and image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0
     image = _eight_bits(_upright(image), kind, _DEEP_LEVELS.get(raw, 2**16 - 1))
     if white_is_zero:
@@ -120,14 +121,14 @@ def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
 
 @contextmanager
 def _opened(path: Path, least: int) -> Iterator[Image.Image]:
-    """The image in a file; whatever fails while it is read makes it `Unusable`.
+    """The opened image of a file; an error while the image is read, in the block too, becomes `Unusable`.
 
-    Anything but a regular file is refused: opening a named pipe would wait for a writer.
+    Only regular files are opened, because opening a named pipe would wait for a writer.
     """
     if not path.is_file():
-        raise Unusable("unreadable: a link to no file, or not a regular file")
+        raise Unusable("unreadable: a broken link, or not a regular file")
     try:
-        # opened by its path, uncompressed TIFF is mapped into memory, and Pillow garbles what is turned by 90 degrees
+        # not Image.open(path), which maps uncompressed TIFF into memory and garbles images rotated by 90 degrees
         with path.open("rb") as stream, Image.open(stream) as file:
             if min(file.size) < least:
                 raise Unusable(f"too small: {file.width} x {file.height}, less than {least} on a side")
@@ -143,7 +144,7 @@ def _opened(path: Path, least: int) -> Iterator[Image.Image]:
 
 
 def _misread(image: Image.Image) -> str:
-    """Why Pillow would read other numbers than the file holds, without an error; empty where it reads them."""
+    """The reason why Pillow would silently read other values than those in the file; empty if it reads them rightly."""
     tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
     deep, tiles = max(tags.get(258, (1,))) > 8, getattr(image, "tile", ())
     if 2 in tags.get(339, ()) and not deep:
@@ -157,7 +158,7 @@ def _misread(image: Image.Image) -> str:
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the file stores a pixel, as Pillow names it; empty where it does not tell."""
+    """Pillow's name for the pixel format in the file; empty if Pillow does not name it."""
     tiles = getattr(image, "tile", ())
     args = tiles[0][3] if tiles else ""
     return str(args[0]) if isinstance(args, tuple) and args else str(args)
@@ -172,24 +173,24 @@ def _is_gray(image: Image.Image) -> bool:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Step 1. Damaged EXIF data count as none."""
+    """Step 1. Damaged EXIF data are ignored."""
     try:
         orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # Pillow parses EXIF data with code of many formats
+    except Exception:  # Pillow raises errors of many types for damaged EXIF data
         orientation = 1
     if orientation not in range(2, 9):
         return image
     image.load()
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # other damaged entries, which exif_transpose writes again
+    except Exception:  # exif_transpose rewrites all EXIF entries, and fails if another entry is damaged
         return image.transpose(Image.Transpose[_TURNS[orientation - 2]])
 
 
 def _eight_bits(image: Image.Image, kind: str | None, white: int) -> Image.Image:
-    """Step 2 for an image of the format `kind`, in which `white` is the largest level of gray in more than 8 bits.
+    """Step 2 for an image of the format `kind`; `white` is the largest gray level, if gray has more than 8 bits.
 
-    Pillow's own conversion clips 16-bit gray to white.
+    Pillow's conversion is not used, because it clips 16-bit gray at level 255.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
         levels = np.asarray(image).astype(np.int64)
@@ -203,7 +204,7 @@ def _eight_bits(image: Image.Image, kind: str | None, white: int) -> Image.Image
 
 
 def _without_palette(image: Image.Image) -> Image.Image:
-    """Colors in place of a palette's numbers, and an alpha channel in place of a transparent color."""
+    """The image with colors instead of palette indices, and with an alpha channel instead of a transparent color."""
     transparent = "transparency" in image.info
     if image.mode in ("P", "PA", "RGBa") or (transparent and image.mode == "RGB"):
         return image.convert("RGBA")  # a palette itself may hold an alpha channel
@@ -213,7 +214,7 @@ def _without_palette(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Step 3. A profile that is damaged, or made for another kind of image, counts as none."""
+    """Step 3. A profile that is damaged, or made for another color space than the image's, is ignored."""
     if not profile or image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
         return image
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
@@ -233,7 +234,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> Any:
-    """From images of this mode with this profile to sRGB; None where the profile is made for other images."""
+    """The transform of images of this mode from the profile to sRGB; None if the profile has another color space."""
     source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if source.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
         return None
