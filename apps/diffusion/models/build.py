@@ -1,4 +1,4 @@
-"""Networks from their configuration, and from the description in a checkpoint."""
+"""Builds networks from a configuration, or from the description in a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,9 +24,14 @@ NETWORKS = {"DiT": DiT, "FPDM": FPDM}
 def network(
     config: c.ModelConfig, shape: tuple[int, int, int], num_classes: int, iterations: int, seed: int
 ) -> DiT | FPDM:
-    """A new network for images of `shape` (C, H, W); its first weights depend on the seed alone.
+    """A new network.
 
-    `iterations` is the default number of an FPDM.
+    Args:
+        config: configuration of the network.
+        shape: (C, H, W) of the images.
+        num_classes: number of classes; 0: an unconditional network.
+        iterations: default number of iterations of an FPDM.
+        seed: random seed of the initial weights.
     """
     size = _SIZES[config.size]
     common: dict[str, Any] = {
@@ -54,13 +59,13 @@ def network(
 
 
 def describe(model: DiT | FPDM) -> dict[str, Any]:
-    """What `rebuild` needs to build the same network, as JSON."""
+    """The class and constructor arguments of a network, as JSON, from which `rebuild` builds an equal network."""
     arguments = {name: value for name, value in dict(model.config).items() if not name.startswith("_")}
     return json.loads(json.dumps({"class": type(model).__name__, "config": arguments}))
 
 
 def rebuild(description: dict[str, Any]) -> DiT | FPDM:
-    """The network that `describe` described, with fresh weights."""
+    """The network with this description of `describe`, with new weights."""
     return NETWORKS[description["class"]](**description["config"])
 
 
@@ -70,11 +75,11 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], where: object,
     Args:
         model: the network.
         weights: tensors by name.
-        where: their origin, for messages.
-        assign: the network takes the tensors themselves, in their dtypes.
+        where: origin of the weights, for messages.
+        assign: whether the network holds these tensors, in their dtypes, instead of copies.
 
     Raises:
-        ValueError: they are those of another network; every unknown, missing and misshapen tensor is listed.
+        ValueError: the weights belong to another network; the message lists unknown, missing and misshapen tensors.
     """
     own = model.state_dict()
     differences = {
@@ -90,14 +95,14 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], where: object,
     if wrong:
         raise ValueError(
             f"The weights in {where} are not those of this {type(model).__name__} ({'; '.join(wrong)}); give a "
-            "checkpoint of the same kind and size, whole and with nothing added."
+            "checkpoint of a network of the same class and sizes."
         )
     model.load_state_dict(dict(weights), assign=assign)
 
 
 def attention(config: c.Config) -> AbstractContextManager[Any]:
-    """How attention is computed in training: plainly for NewtonKrylov, which differentiates f twice, as PyTorch's fused
-    kernels cannot be.
+    """The context in which training computes attention. NewtonKrylov differentiates f twice, and PyTorch's fused
+    kernels cannot be differentiated twice, so the context selects the unfused kernel for it.
     """
     twice = config.model.kind == "fpdm" and isinstance(config.solver, implicit.NewtonKrylov)
     return sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def explicit_blocks(model: Any) -> int:
-    """Transformer blocks of one call that no solve repeats; 0 for a function without this number."""
+    """Number of transformer blocks in one call outside the fixed-point layer; 0 for a model without `block_passes`."""
     if getattr(model, "has_fixed_point", False):
         return model.block_passes(1) - 1
     return model.block_passes() if hasattr(model, "block_passes") else 0
@@ -17,7 +17,13 @@ def explicit_blocks(model: Any) -> int:
 def cost(
     model: Any, evaluations: Int[Tensor, "N K"], calls: Int[Tensor, "N"]
 ) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
-    """Block passes and multiply-accumulates of each sample, for which the network was called on so many rows."""
+    """Block passes and multiply-accumulates of each sample; 0 for a model without `block_passes`.
+
+    Args:
+        model: the network.
+        evaluations: (N, K) evaluations of the fixed-point layer.
+        calls: (N,) rows of all calls of the network for each sample.
+    """
     if getattr(model, "has_fixed_point", False):
         spent = evaluations.sum(1)
         slope = model.macs(2) - model.macs(1)

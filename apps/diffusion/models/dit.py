@@ -24,16 +24,16 @@ class DiT(LatentTransformer):
         patch_size: side of a patch in pixels; T = (H / patch_size)(W / patch_size) tokens.
         hidden_size: D, a multiple of `num_heads` and of 4. `layers.SIZES` has the published sizes.
         depth: number of blocks.
-        num_heads: attention heads.
-        mlp_ratio: inner size of a block's MLP over D.
-        num_classes: labels are 0 ... num_classes - 1, and num_classes is the null class; 0 makes the model
-            unconditional.
-        learn_sigma: predict 2C channels, the second C of them the variance's interpolation coefficient.
+        num_heads: number of attention heads.
+        mlp_ratio: inner size of a block's MLP, divided by D.
+        num_classes: number of classes; labels are 0 ... num_classes - 1, and the label num_classes is the null class.
+            0: the model is unconditional.
+        learn_sigma: predict 2C channels, of which the second C are the variance's interpolation coefficient.
 
-    Weights start as `layers.initialize` says. State-dict keys are those of the published DiT checkpoints.
+    `layers.initialize` sets the initial weights. State-dict keys are those of the published DiT checkpoints.
 
     Raises:
-        ValueError: naming the argument that does not fit.
+        ValueError: an argument does not fit; the message names it.
     """
 
     @register_to_config
@@ -71,7 +71,7 @@ class DiT(LatentTransformer):
         """The prediction for noisy latents `x` at times `t` with labels `y` (None: unconditional model).
 
         Raises:
-            ValueError: a shape that does not fit, a label out of range, missing or superfluous labels.
+            ValueError: a shape does not fit, a label is out of range, or labels are missing or superfluous.
         """
         h, t_emb, y_emb = self.embed(x, t, y)
         c = t_emb if y_emb is None else t_emb + y_emb
@@ -80,7 +80,7 @@ class DiT(LatentTransformer):
         return self.output(h, c)
 
     def block_passes(self) -> int:
-        """Transformer blocks applied in one call."""
+        """Number of transformer blocks in one call."""
         return len(self.blocks)
 
     def macs(self) -> int:

@@ -1,14 +1,14 @@
-"""FPDM: a diffusion transformer whose middle is one layer at its fixed point.
+"""FPDM: a diffusion transformer whose middle is a fixed-point layer.
 
     x <- patches(x_t) + positions;     c = t_emb + y_emb;     o = c or y_emb alone (`condition_on_time`)
     x <- Block_pre(x, o)                                      `pre` blocks
     z*  solves  z = f(z),   f(z) = Block(fc2(gelu(fc1([z ; W_pre x]))), c)
     prediction = Final(Block_post(z*, o), o)                  `post` blocks
 
-(Bai & Melas-Kyriazi, CVPR 2024, arXiv 2401.08741, sections 3 and 4.1.) Written out, fc1([z ; W_pre x]) is
-A z + (B W_pre x + b) with fc1's weight (A B): the bracket, and the block's modulation by c, are the same in
-every iteration and are made once per solve.
-Block, Final and the embeddings are those of layers.py. Shapes: x, z (B, T, D); c, o (B, D).
+(Bai & Melas-Kyriazi, CVPR 2024, arXiv 2401.08741, sections 3 and 4.1.) With fc1's weight (A B) and bias b,
+fc1([z ; W_pre x]) is A z + (B W_pre x + b). The term in brackets, and the block's modulation by c, do not depend on z
+and are computed once per solve. Block, Final and the embeddings are those of layers.py. Shapes: x, z (B, T, D); c, o
+(B, D).
 """
 
 from collections.abc import Callable
@@ -37,25 +37,26 @@ class FPDM(LatentTransformer):
         in_channels: C, the latent's channels.
         patch_size: side of a patch in pixels; T = (H / patch_size)(W / patch_size) tokens.
         hidden_size: D, a multiple of `num_heads` and of 4. `layers.SIZES` has the published sizes.
-        pre: explicit blocks before the fixed point.
-        post: explicit blocks after it.
-        iterations: evaluations of f in a call that names neither `iterations` nor `stop`.
-        condition_on_time: pre- and post-blocks and the output layer see t_emb + y_emb; False: y_emb alone, as
-            the published training does. The fixed point always sees both. An unconditional model has t_emb
-            alone to give, and gives it to all.
-        num_heads: attention heads.
-        mlp_ratio: inner size of a block's MLP over D.
-        num_classes: labels are 0 ... num_classes - 1, and num_classes is the null class; 0 makes the model
-            unconditional.
-        learn_sigma: predict 2C channels, the second C of them the variance's interpolation coefficient.
+        pre: number of explicit blocks before the fixed-point layer.
+        post: number of explicit blocks after the fixed-point layer.
+        iterations: number of evaluations of f in a call without `iterations` and `stop`.
+        condition_on_time: whether pre-blocks, post-blocks and output layer are conditioned on t_emb + y_emb; false: on
+            y_emb only, as in the published training. The fixed-point layer is conditioned on t_emb + y_emb in both
+            cases. In an unconditional model all blocks are conditioned on t_emb.
+        num_heads: number of attention heads.
+        mlp_ratio: inner size of a block's MLP, divided by D.
+        num_classes: number of classes; labels are 0 ... num_classes - 1, and the label num_classes is the null class.
+            0: the model is unconditional.
+        learn_sigma: predict 2C channels, of which the second C are the variance's interpolation coefficient.
 
-    Weights start as `layers.initialize` says. State-dict keys are those of the published FPDM code.
+    `layers.initialize` sets the initial weights. State-dict keys are those of the published FPDM code.
 
     Raises:
-        ValueError: naming the argument that does not fit.
+        ValueError: an argument does not fit; the message names it.
     """
 
-    # one unit for sharding and device placement: the solve calls the parts of a block, not the block
+    # the complete network is one unit of sharding and device placement, because a solve calls the parts of a block and
+    # not the block, where hooks of smaller units would be
     _no_split_modules: ClassVar[list[str]] = ["FPDM"]
     has_fixed_point: ClassVar[bool] = True
 
@@ -121,20 +122,20 @@ class FPDM(LatentTransformer):
         """The prediction for noisy latents `x` at times `t` with labels `y` (None: unconditional model).
 
         Args:
-            iterations: exactly so many evaluations of f (no tolerance). Default: the model's `iterations`.
-            stop: stopping criterion, per sample, instead of `iterations`.
-            solver: how the next iterate is made (default `implicit.Picard()`, the plain iteration).
-            grad: what autograd sees of the solve (default `implicit.Unrolled()`, all of it).
-            start: (B, T, D), such as the solution at the previous timestep, or a function that makes it from the fresh
-                start. Default: the fresh start, the pre-blocks' output.
-            state: solver state of an earlier solution, to continue with.
-            keep_state: keep the solver state in the solution.
-            trace: keep the residual at every evaluation in the solution.
-            penalty: function (f, decode, fresh start, solution, prediction) -> scalar, a third value of the result.
-            return_solution: return (prediction, solution) with solution.value of shape (B, T, D).
+            iterations: exact number of evaluations of f, without a tolerance; None: the model's `iterations`.
+            stop: stopping criterion, applied to each sample, instead of `iterations`; None: a fixed count.
+            solver: solver of the fixed point; None: `implicit.Picard()`, the plain iteration.
+            grad: gradient estimator; None: `implicit.Unrolled()`, the gradient through all iterations.
+            start: start z of the solve, (B, T, D), such as the solution at the previous timestep, or a function that
+                computes it from the output x of the pre-blocks; None: x.
+            state: solver state of an earlier solution, from which the solver continues; None: a new state.
+            keep_state: whether the solution holds the solver state.
+            trace: whether the solution holds the residual of every evaluation.
+            penalty: function (f, decode, x, solution, prediction) -> scalar, the third value of the result, if given.
+            return_solution: whether to return (prediction, solution), with solution.value of shape (B, T, D).
 
         Raises:
-            ValueError: a shape or label that does not fit, missing or superfluous labels, `iterations` with `stop`.
+            ValueError: a shape or label does not fit, labels are missing, or `iterations` and `stop` are both given.
         """
         stop = self._stop(iterations, stop)
         fresh, outer, injected, modulation = self._before(x, t, y)
@@ -165,14 +166,16 @@ class FPDM(LatentTransformer):
     def fixed_point_problem(
         self, x: Float[Tensor, "B C H W"], t: Num[Tensor, "B"], y: Int[Tensor, "B"] | None = None
     ) -> tuple[Callable[..., Tensor], Float[Tensor, "B T D"], tuple[Tensor, Tensor]]:
-        """(f, z0, args) of the fixed point z = f(z, *args) in a call with these inputs, from its fresh start."""
+        """(f, z0, args) of the fixed-point problem z = f(z, *args) in a call with these inputs; z0 is the output of the
+        pre-blocks.
+        """
         h, _, injected, modulation = self._before(x, t, y)
         return self._iterate, h, (injected, modulation)
 
     def prepare(
         self, x: Float[Tensor, "B T D"], c: Float[Tensor, "B D"]
     ) -> tuple[Float[Tensor, "B T 2*D"], Float[Tensor, "B 6*D"]]:
-        """What does not change between iterations: B W_pre x + b, and the block's modulation by c."""
+        """The terms of f that do not depend on z: B W_pre x + b, and the block's modulation by c."""
         fc1 = self.block_fixed_point_projection_fc1
         injected = F.linear(self.block_pre_projection(x), fc1.weight[:, self.hidden_size :], fc1.bias)
         return injected, self.block_fixed_point.modulation(c)
@@ -183,37 +186,39 @@ class FPDM(LatentTransformer):
         injected: Float[Tensor, "B T 2*D"],
         modulation: Float[Tensor, "B 6*D"],
     ) -> Float[Tensor, "B T D"]:
-        """f(z), given what `prepare` made. Tensors in, a tensor out, in z's dtype also under autocast."""
+        """f(z), given the tensors of `prepare`, in the dtype of z also under autocast."""
         weight = self.block_fixed_point_projection_fc1.weight[:, : self.hidden_size]
         h = self.block_fixed_point_projection_fc2(layers.gelu(F.linear(z, weight) + injected)).to(z.dtype)
         return self.block_fixed_point.modulated(h, modulation)
 
     @torch.no_grad()
     def scale_recurrent_weights(self, factor: float) -> None:
-        """Multiply A, the columns of fc1 that act on z, by `factor`: for new weights only.
+        """Multiply A, the columns of fc1 that act on z, by `factor`; for the initialization of a new network.
 
-        f sees z through A z alone, so df/dz is a product whose last factor is A: with a small factor a new network's
-        iteration is a strong contraction, and training decides how far it departs from that. 0 begins with an f that
-        does not depend on z; the gradient in A is not zero there.
+        f depends on z through A z only, so df/dz is a product whose last factor is A. With a small factor, the
+        iteration of a new network is a strong contraction, which training may weaken. With 0, f does not depend on z at
+        first; the gradient in A is not zero there.
         """
         self.block_fixed_point_projection_fc1.weight[:, : self.hidden_size] *= factor
 
     def compile_blocks(self, **options: Any) -> None:
-        """torch.compile every block and the iteration (not the loop: its length varies, it would recompile).
-
-        `options` are those of torch.compile. State-dict keys stay; copies of the model are not compiled.
+        """Compiles every block and f by torch.compile, whose `options` these are. The solver's loop is not compiled,
+        because each change of its length would compile it again. State-dict keys stay the same; copies of the model are
+        not compiled.
         """
         super().compile_blocks(**options)
         self._compiled = torch.compile(self.iteration, **options)
 
     def block_passes(self, iterations: int | None = None) -> int:
-        """Transformer blocks applied in one call; an iteration counts as one, but costs more (`macs`)."""
+        """Evaluations of a transformer block in one call; an iteration counts as one, but costs more MACs (`macs`)."""
         return len(self.blocks_pre) + (iterations or self.iterations) + len(self.blocks_post)
 
     def macs(self, iterations: int | None = None, *, hoisted: bool = True) -> int:
         """Multiply-accumulates of one call for one sample.
 
-        `hoisted=False` counts the loop-invariant work in every iteration, as written naively.
+        Args:
+            iterations: number of iterations; None: the model's `iterations`.
+            hoisted: whether the terms of `prepare` count once per solve, as computed here; false: in every iteration.
         """
         k = iterations or self.iterations
         d, td2 = self.hidden_size, self.tokens * self.hidden_size**2
@@ -224,7 +229,7 @@ class FPDM(LatentTransformer):
         return self.outer_macs() + explicit + solve
 
     def _before(self, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens behind the pre-blocks, the condition of the explicit blocks, and what `prepare` makes."""
+        """The output of the pre-blocks, the condition o of the explicit blocks, and the two tensors of `prepare`."""
         h, t_emb, y_emb = self.embed(x, t, y)
         c = t_emb if y_emb is None else t_emb + y_emb
         outer = c if y_emb is None or self.condition_on_time else y_emb
@@ -242,7 +247,7 @@ class FPDM(LatentTransformer):
                 raise ValueError(f"iterations={count} leaves the fixed point unsolved; give at least 1.")
             return Stop(rtol=0.0, atol=0.0, max_evals=count)
         if iterations is not None:
-            raise ValueError("iterations and stop were both given; give one of them (Stop has max_evals).")
+            raise ValueError("iterations and stop were both given; give one of them (see also Stop.max_evals).")
         return stop
 
     def _start(self, start: Start | None, fresh: Tensor) -> Tensor:
@@ -251,11 +256,11 @@ class FPDM(LatentTransformer):
         z = start(fresh) if callable(start) else start
         if z.shape != fresh.shape:
             raise ValueError(
-                f"start has shape {tuple(z.shape)}; the fixed point lives in {tuple(fresh.shape)}, that is "
+                f"start has shape {tuple(z.shape)}; the fixed point has the shape {tuple(fresh.shape)}, which is "
                 "(batch, tokens, hidden_size). Give a solution of this model for this batch."
             )
         return z.to(fresh.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles leave the compiled iteration behind: it is bound to this very model."""
+        """The state for copies and pickles, without the compiled f, which is bound to this instance."""
         return {**super().__getstate__(), "_compiled": None}

@@ -14,17 +14,16 @@ from apps.diffusion.models import layers
 
 
 class LatentTransformer(ModelMixin, ConfigMixin):
-    """Abstract: a network on latent images, less the blocks in its middle.
+    """Abstract base class of networks on latent images, without the transformer blocks.
 
-    A subclass adds its blocks, calls `layers.initialize(self)` and gives `forward`, `block_passes`, `macs`.
-    `pos_embed` is a persistent buffer: it is saved and must be there on loading, as in the published
-    checkpoints, but it is no parameter.
+    A subclass adds the blocks, calls `layers.initialize(self)` and defines `forward`, `block_passes` and `macs`.
+    `pos_embed` is a persistent buffer: it is not trained, but state dicts contain it, as in the published checkpoints.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["Block"]
     has_fixed_point: ClassVar[bool] = False
-    """Whether a call solves for a fixed point, and takes options for that."""
+    """Whether a call solves for a fixed point and takes the options of a solve."""
 
     def __init__(
         self,
@@ -61,10 +60,10 @@ class LatentTransformer(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, source: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The network in a folder that `save_pretrained` wrote, whole; `options` are diffusers'.
+        """The network in a folder that `save_pretrained` wrote; `options` are those of diffusers.
 
         Raises:
-            ValueError: tensors that are missing, which diffusers would leave undefined, or unknown ones.
+            ValueError: tensors are missing, which diffusers would leave undefined, or unknown.
         """
         with_info = options.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(source, **options, output_loading_info=True)
@@ -73,47 +72,47 @@ class LatentTransformer(ModelMixin, ConfigMixin):
         wrong = [f"{what}: {', '.join(map(str, info[key][:5]))}" for what, key in kinds.items() if info[key]]
         if wrong:
             raise ValueError(
-                f"The weights in {source} are not those of this {cls.__name__} ({'; '.join(wrong)}); save or fetch "
-                "it again."
+                f"The weights in {source} are not those of this {cls.__name__} ({'; '.join(wrong)}); save or download "
+                "the network again."
             )
         return (model, info) if with_info else model
 
     @property
     def null_class(self) -> int | None:
-        """The label that stands for "no label"; None for an unconditional model."""
+        """The label of the null class, for a prediction without a label; None for an unconditional model."""
         return self.num_classes or None
 
     @property
     def tokens(self) -> int:
-        """T, the tokens of one sample."""
+        """T, the number of tokens of one sample."""
         _, height, width = self.latent
         return height * width // self.patch_size**2
 
     def embed(
         self, x: Float[Tensor, "B C H W"], t: Num[Tensor, "B"], y: Int[Tensor, "B"] | None
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D"], Float[Tensor, "B D"] | None]:
-        """The tokens with their positions, the time's vector and the label's (None: unconditional).
+        """The tokens with position embeddings, t_emb, and y_emb (None for an unconditional model).
 
         Raises:
-            ValueError: a shape that does not fit, a label out of range, missing or superfluous labels.
+            ValueError: a shape does not fit, a label is out of range, or labels are missing or superfluous.
         """
         check_inputs(x, t, y, latent=self.latent, num_classes=self.num_classes)
         h = self.x_embedder(x) + self.pos_embed
         return h, self.t_embedder(t), None if self.y_embedder is None else self.y_embedder(y)
 
     def output(self, h: Float[Tensor, "B T D"], c: Float[Tensor, "B D"]) -> Float[Tensor, "B C_out H W"]:
-        """The output layer, and the patches put together again."""
+        """The output layer, with the patches assembled to an image."""
         _, height, width = self.latent
         return layers.unpatchify(self.final_layer(h, c), height, width, self.patch_size)
 
     def checkpointed(self, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-        """function(*args), its activations computed again in the backward pass if gradient checkpointing is enabled."""
+        """function(*args); with gradient checkpointing, the backward pass computes the activations again."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
 
     def compile_blocks(self, **options: Any) -> None:
-        """torch.compile every block; `options` are those of torch.compile. State-dict keys stay."""
+        """Compiles every block by torch.compile, whose `options` these are. State-dict keys stay the same."""
         for module in self.modules():
             if isinstance(module, layers.Block):
                 module.compile(**options)
@@ -124,16 +123,16 @@ class LatentTransformer(ModelMixin, ConfigMixin):
         return tokens * (4 * d * d + 2 * d * inner) + 2 * tokens * tokens * d + 6 * d * d
 
     def outer_macs(self) -> int:
-        """Multiply-accumulates for one sample of the embeddings and the output layer."""
+        """Multiply-accumulates of the embeddings and the output layer for one sample."""
         d, area = self.hidden_size, self.patch_size**2
         patches = self.tokens * area * (self.latent[0] + self.out_channels) * d
         return patches + layers.FREQUENCIES * d + d * d + 2 * d * d
 
 
 def check_image(height: int, width: int, channels: int, patch_size: int) -> None:
-    """Raises ValueError where a latent image cannot be cut into patches."""
+    """Raises ValueError if a latent image cannot be cut into patches."""
     if channels < 1:
-        raise ValueError(f"in_channels={channels} leaves nothing to model; give at least 1.")
+        raise ValueError(f"in_channels={channels} must be at least 1.")
     if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:
         raise ValueError(
             f"input_size={height} x {width} cannot be cut into patches of patch_size={patch_size}; choose a "
@@ -142,7 +141,7 @@ def check_image(height: int, width: int, channels: int, patch_size: int) -> None
 
 
 def check_width(hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
-    """Raises ValueError where the hidden size cannot be shared out among heads and position waves."""
+    """Raises ValueError if heads or position embedding cannot divide the hidden size, or if an MLP has no width."""
     if num_heads < 1 or hidden_size < 1 or hidden_size % num_heads or hidden_size % 4:
         raise ValueError(
             f"hidden_size={hidden_size} must be a multiple of num_heads={num_heads} and of 4 (the position "
@@ -151,14 +150,14 @@ def check_width(hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
     if mlp_ratio <= 0:
         raise ValueError(f"mlp_ratio={mlp_ratio} must be positive; 4 is usual.")
     if int(hidden_size * mlp_ratio) < 1:
-        raise ValueError(f"mlp_ratio={mlp_ratio} leaves an MLP of {hidden_size} channels no width; 4 is usual.")
+        raise ValueError(f"mlp_ratio={mlp_ratio} gives an MLP of width 0 for hidden_size={hidden_size}; 4 is usual.")
 
 
 def check_inputs(x: Tensor, t: Tensor, y: Tensor | None, *, latent: tuple[int, int, int], num_classes: int) -> None:
-    """Raises ValueError where a call does not fit a model for latents of shape `latent` = (C, H, W).
+    """Raises ValueError if the inputs do not fit a model for latents of shape `latent` = (C, H, W).
 
-    The range of `y` is checked on the CPU alone: on an accelerator that would stall the device at every
-    call, and the embedding's own kernel refuses an id out of range there.
+    The range of `y` is checked on the CPU only. On an accelerator the check would wait for the device at every call,
+    and the kernel of the embedding raises for an id out of range.
     """
     if x.ndim != 4 or tuple(x.shape[1:]) != latent:
         raise ValueError(
@@ -180,7 +179,7 @@ def check_inputs(x: Tensor, t: Tensor, y: Tensor | None, *, latent: tuple[int, i
         raise ValueError(
             f"y is {y.dtype} of shape {tuple(y.shape)}; give one integer per sample, shape ({x.shape[0]},)."
         )
-    plain = type(y) is Tensor  # a fake tensor has no values to check
+    plain = type(y) is Tensor  # a subclass such as FakeTensor has no values to check
     if plain and y.device.type == "cpu" and y.numel() and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in y.aminmax())
         if low < 0 or high > num_classes:

@@ -1,8 +1,9 @@
 """The layers that DiT and FPDM share.
 
-A latent image x of shape (B, C, H, W) is cut into T = (H / p)(W / p) patches of p x p pixels, each embedded
-as one token of D features. Time t and class y become vectors of D features, and a condition c made of them
-modulates every transformer block (adaLN-Zero, Peebles & Xie 2023, arXiv 2212.09748, section 3.2):
+A latent image x of shape (B, C, H, W) is cut into T = (H / p)(W / p) patches of p x p pixels, each embedded as one
+token of D features. Time t and class y are embedded as vectors of D features, and a condition c, the sum of these
+vectors or one of them, modulates every transformer block (adaLN-Zero, Peebles & Xie 2023, arXiv 2212.09748, section
+3.2):
 
     s1, a1, g1, s2, a2, g2 = W silu(c) + b                        six vectors of D features: "the modulation"
     x <- x + g1 * attention((1 + a1) * norm(x) + s1)
@@ -21,12 +22,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
-FREQUENCIES = 256  # length of the sinusoidal code of t, before the MLP
+FREQUENCIES = 256  # length of the sine-cosine embedding of t, before the MLP
 NORM_EPS = 1e-6
 
 
 class Size(NamedTuple):
-    """A model size of Peebles & Xie 2023, table 1. FPDM uses `hidden_size` and `num_heads` alone."""
+    """A model size of Peebles & Xie 2023, table 1. FPDM uses `hidden_size` and `num_heads` only."""
 
     hidden_size: int
     depth: int
@@ -42,9 +43,9 @@ SIZES = {
 
 
 def position_embedding(dim: int, rows: int, columns: int) -> Float[Tensor, "1 T D"]:
-    """Fixed 2-D sine-cosine code: [sin(jw), cos(jw), sin(iw), cos(iw)] for the token in row i and column j.
+    """Fixed 2-D sine-cosine embedding: [sin(jw), cos(jw), sin(iw), cos(iw)] for the token in row i and column j.
 
-    w runs over dim / 4 frequencies from 1 down to 1e-4 (geometric). T = rows * columns, in row-major order.
+    w takes dim / 4 frequencies from 1 down to 1e-4 in geometric progression. T = rows * columns, in row-major order.
     """
     w = 1e4 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     i, j = torch.meshgrid(
@@ -62,8 +63,8 @@ def modulate(x: Float[Tensor, "B T D"], shift: Float[Tensor, "B D"], scale: Floa
 def gelu(x: Tensor) -> Tensor:
     """The tanh form of gelu, x (1 + tanh u) / 2 = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3).
 
-    Without a graph to record, a CPU takes the sigmoid: half the time of PyTorch's own kernel, a twentieth of an
-    FPDM's iteration; the two agree to rounding.
+    On a CPU and without a graph, the sigmoid form is used: it takes half the time of PyTorch's kernel, which saves a
+    twentieth of an FPDM's iteration. The two forms agree to rounding.
     """
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return F.gelu(x, approximate="tanh")
@@ -84,9 +85,9 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """t -> MLP([cos(t w), sin(t w)]), w geometric from 1 down to 1e-4 over FREQUENCIES / 2 values.
+    """t -> MLP([cos(t w), sin(t w)]), w with FREQUENCIES / 2 values from 1 down to 1e-4 in geometric progression.
 
-    The code is made in float32 whatever the weights' precision: bfloat16 cannot tell t = 998 from 999.
+    Sine and cosine are computed in float32 for weights of any dtype: in bfloat16, t = 998 and 999 are the same number.
     """
 
     def __init__(self, hidden_size: int) -> None:
@@ -101,9 +102,9 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A table of num_classes + 1 vectors; the last row is the null class, which stands for "no label".
+    """A table of num_classes + 1 vectors; the last row is the null class, for predictions without a label.
 
-    Label dropout is not done here: the trainer replaces labels by `num_classes` with its own generator.
+    The trainer, not this layer, drops labels: it replaces them by `num_classes`.
     """
 
     def __init__(self, num_classes: int, hidden_size: int) -> None:
@@ -144,8 +145,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One adaLN-Zero transformer block (the equations at the top of this file).
 
-    `block(x, c)` is `block.modulated(x, block.modulation(c))`; the two halves stand apart because a fixed-point
-    layer applies the block many times with the same c.
+    `block(x, c)` is `block.modulated(x, block.modulation(c))`. A fixed-point layer, which evaluates the block many
+    times with the same c, computes the modulation once.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float) -> None:
@@ -155,11 +156,11 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def modulation(self, c: Float[Tensor, "B D"]) -> Float[Tensor, "B 6*D"]:
-        """The six vectors s1, a1, g1, s2, a2, g2, side by side."""
+        """The six vectors s1, a1, g1, s2, a2, g2, concatenated."""
         return self.adaLN_modulation(c)
 
     def modulated(self, x: Float[Tensor, "B T D"], modulation: Float[Tensor, "B 6*D"]) -> Float[Tensor, "B T D"]:
-        """The block under a modulation computed before."""
+        """The block with a modulation that was computed before."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
         x = torch.addcmul(x, gate1[:, None], self.attn(modulate(x, shift1, scale1)))
         return torch.addcmul(x, gate2[:, None], self.mlp(modulate(x, shift2, scale2)))
@@ -169,7 +170,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens to the values of their patches, (B, T, D) -> (B, T, p * p * C_out), under c like a block."""
+    """The output layer: tokens to the values of their patches, (B, T, D) -> (B, T, p * p * C_out), modulated by c."""
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -182,18 +183,18 @@ class FinalLayer(nn.Module):
 
 
 def unpatchify(tokens: Float[Tensor, "B T P"], height: int, width: int, patch_size: int) -> Float[Tensor, "B C H W"]:
-    """The inverse of cutting into patches; a token holds its patch as (row, column, channel)."""
+    """Assembles the patches to an image; a token holds its patch as (row, column, channel)."""
     rows, columns = height // patch_size, width // patch_size
     patches = tokens.unflatten(1, (rows, columns)).unflatten(-1, (patch_size, patch_size, -1))
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
 def initialize(model: nn.Module) -> None:
-    """DiT's starting weights: every block the identity, the output zero.
+    """DiT's initial weights, with which every block is the identity and the output is zero.
 
-    Linear layers Xavier-uniform with zero bias; the patch embedding like a linear layer of its patch; label
-    table and timestep MLP normal(0, 0.02); all modulation layers and the output layer zero. Draws from the
-    default generator, as torch's own layers do: seed that one before building a model.
+    Linear layers are Xavier-uniform with zero bias, and so is the patch embedding as a linear layer on a patch. Label
+    table and timestep MLP are normal(0, 0.02). All modulation layers and the output layer are zero. Random numbers come
+    from torch's default generator, as in torch's own layers.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
