@@ -1,8 +1,8 @@
-"""Files and folders that are written whole or not at all, and a lock on a folder.
+"""Atomic writing of files and folders, and a lock on a folder.
 
-A file is written in a temporary folder beside its destination, flushed to the disk and renamed, so that a reader finds
-the old content or the new one, and several processes may write the same file. Whatever library writes, a failure to
-write is an OSError: safetensors and torch.save raise errors of their own classes.
+A file is written into a temporary folder beside its destination, flushed to the disk and renamed. A reader therefore
+finds the old or the new content, never a part of it, and several processes may write the same file. A failure to write
+is an OSError, also where safetensors or torch.save raise errors of their own classes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ LOCK = ".lock"
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path for a file, or for a folder that the block makes; it is renamed to `path` when the block ends
-    without an error, and deleted otherwise.
+    """A temporary path, at which the block writes a file or makes a folder. If the block ends without an error, the
+    file or folder is renamed to `path`; otherwise it is deleted.
 
     Raises:
-        OSError: it cannot be written; what was at `path` before is unchanged.
+        OSError: the file cannot be written; an earlier file at `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
@@ -44,13 +44,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all."""
+    """Writes a text file atomically."""
     with atomic_path(path) as partial:
         partial.write_text(text)
 
 
 def remove_partial(folder: Path) -> None:
-    """Deletes what killed processes have left in `folder`; only for folders that one process at a time writes to."""
+    """Deletes temporary folders that killed processes left in `folder`, into which no other process may be writing."""
     for left_over in folder.glob(f".*{PARTIAL}"):
         shutil.rmtree(left_over, ignore_errors=True)
 
@@ -82,7 +82,7 @@ def exclusive(folder: Path) -> Iterator[None]:
             try:
                 yield
             finally:
-                # filelock looks for an unlinked file after locking it, so no two processes can hold the lock
+                # after locking, filelock checks that the file still exists, so two processes cannot both hold the lock
                 (folder / LOCK).unlink(missing_ok=True)
     except Timeout:
         raise ValueError(
@@ -95,7 +95,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def _raise_as_os_error(error: Exception, path: Path) -> None:
-    """Raises OSError in place of the error by which safetensors or torch.save report a failed write."""
+    """Raises OSError if `error` is the error of a failed write by safetensors or torch.save."""
     from safetensors import SafetensorError
 
     of_torch = isinstance(error, RuntimeError) and any(
@@ -109,7 +109,7 @@ def make_folder(folder: Path) -> None:
     """Makes a folder for the output of a command.
 
     Raises:
-        ValueError: a file stands at this path, or the permission is missing.
+        ValueError: there is a file at this path, or the permission to make the folder is missing.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

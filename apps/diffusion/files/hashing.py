@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def of_file(path: Path) -> str:
-    """Of a file's bytes."""
+    """SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def of_parts(parts: Iterable[str | bytes]) -> str:
-    """Of texts and bytes in their order, joined without a separator."""
+    """SHA-256 of texts and bytes in their order, concatenated without a separator."""
     found = hashlib.sha256()
     for part in parts:
         found.update(part.encode(errors="surrogateescape") if isinstance(part, str) else part)
@@ -27,28 +27,28 @@ def of_parts(parts: Iterable[str | bytes]) -> str:
 
 
 def of_json(value: Any) -> str:
-    """Of a value as JSON, its keys sorted; what JSON lacks is written as text."""
+    """SHA-256 of a value as JSON with sorted keys; values that JSON cannot hold are converted to text."""
     return of_parts([json.dumps(value, sort_keys=True, default=str)])
 
 
 def with_digest(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record as JSON holds it, with the SHA-256 of its content as "digest"."""
+    """A record, converted to JSON types, with the SHA-256 of its content as "digest"."""
     found = json.loads(json.dumps(record))
     return {**found, "digest": of_json(found)}
 
 
 def fits_digest(record: Mapping[str, Any]) -> bool:
-    """Whether the content of a record fits its digest; records of earlier versions have none."""
+    """Whether the content of a record fits its digest; true for a record without a digest, of an earlier version."""
     content = {key: value for key, value in record.items() if key != "digest"}
     return record.get("digest", "") in ("", of_json(content))
 
 
 def of_tensors(tensors: Mapping[str, Tensor], as_float: bool = False) -> str:
-    """Of names, shapes, types and numbers; the order of the mapping does not count.
+    """SHA-256 of the names, shapes, dtypes and values of tensors; it does not depend on the order of the mapping.
 
     Args:
-        tensors: by name, on any device.
-        as_float: converts the numbers to float32 first.
+        tensors: tensors by name, on any device.
+        as_float: whether the values are converted to float32 first.
     """
     import torch
 

@@ -10,17 +10,17 @@ from PIL import Image
 from torch import Tensor
 
 GAP = 1  # pixels between the images of a grid, before it is enlarged
-ROWS = 8  # of a sample grid
-MAX_COLUMNS = 20  # with more classes than this a grid has no column for each class
+ROWS = 8  # largest number of rows of a sample grid
+MAX_COLUMNS = 20  # largest number of classes for which a sample grid has a column for each class
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """Images with values in [-1, 1] as uint8, on the CPU; values outside are clipped."""
+    """Images with values in [-1, 1] as uint8 on the CPU; values outside [-1, 1] are clipped."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
 def to_pil(x: Tensor) -> Image.Image:
-    """The image (C, H, W), C = 1 or 3, with 8 bits a channel; values outside [-1, 1] are clipped."""
+    """The image (C, H, W), C = 1 or 3, as a PIL image with 8 bits per channel; values outside [-1, 1] are clipped."""
     pixels = to_bytes(x).permute(1, 2, 0).numpy()
     if pixels.shape[2] not in (1, 3):
         raise ValueError(f"An image has 1 or 3 channels, but this tensor has {pixels.shape[2]}; decode latents first.")
@@ -28,14 +28,14 @@ def to_pil(x: Tensor) -> Image.Image:
 
 
 def read(path: Path) -> Image.Image:
-    """The image in a file, which is closed again."""
+    """The image in a file."""
     with Image.open(path) as file:
         return file.copy()
 
 
 def class_labels(count: int, num_classes: int) -> list[int] | None:
-    """Labels of `count` samples: the classes in turn, or, where there are more than `count`, some at equal distances;
-    None without classes.
+    """Labels of `count` samples: the classes in turn, or `count` evenly spaced classes if there are more classes than
+    samples; None without classes.
     """
     if not num_classes:
         return None
@@ -43,8 +43,8 @@ def class_labels(count: int, num_classes: int) -> list[int] | None:
 
 
 def columns_by_class(labels: Sequence[int], rows: int) -> list[int]:
-    """Indices of up to `rows` images of each class, row by row, one column a class; the smallest class limits the
-    rows.
+    """Indices of the images of a grid with a column for each class, row by row. The grid has `rows` rows, or as many as
+    the smallest class has images.
     """
     members = {y: [i for i, other in enumerate(labels) if other == y] for y in sorted(set(labels))}
     rows = min(rows, *(len(found) for found in members.values()))
@@ -52,13 +52,13 @@ def columns_by_class(labels: Sequence[int], rows: int) -> list[int]:
 
 
 def sample_grid(images: Tensor, labels: Sequence[int] | None, classes: Sequence[str] = ()) -> Image.Image:
-    """A grid of images (n, C, H, W): a column for each class with its name above where there are at most
-    `MAX_COLUMNS` classes, else row by row.
+    """A grid of images. With at most `MAX_COLUMNS` classes, the grid has a column for each class, under its name; else
+    the images are in rows of `ROWS`.
 
     Args:
-        images: in [-1, 1].
-        labels: the class of each image; None without classes.
-        classes: names by label; without them the number is written.
+        images: (n, C, H, W), in [-1, 1].
+        labels: class of each image; None without classes.
+        classes: names of the classes; a class without a name is shown by its number.
     """
     used = sorted(set(labels or ()))
     if labels and len(used) <= MAX_COLUMNS:
@@ -72,13 +72,13 @@ def sample_grid(images: Tensor, labels: Sequence[int] | None, classes: Sequence[
 def grid(
     images: Sequence[Image.Image], columns: int, enlarge: int | None = None, head: Sequence[str] = ()
 ) -> Image.Image:
-    """The images, all of one size, in rows of `columns`.
+    """A grid of images.
 
     Args:
-        images: of one size and mode.
-        columns: images to a row.
-        enlarge: side of the square that shows one pixel; by default an image becomes at least 64 pixels wide.
-        head: texts above the columns.
+        images: images of one size and mode.
+        columns: number of images in a row.
+        enlarge: factor by which the grid is enlarged; None: the factor that makes an image about 64 pixels wide, or 1.
+        head: texts above the columns; empty: no texts.
     """
     width, height = images[0].size
     enlarge = enlarge or max(1, round(64 / width))
@@ -93,7 +93,7 @@ def grid(
 
 
 def _with_head(page: Image.Image, head: Sequence[str], pitch: int, enlarge: int) -> Image.Image:
-    """The page below a band with a text above each column; columns are `pitch` pixels apart."""
+    """The grid `page` under a band with a text above each column; the distance of columns is `pitch` pixels."""
     from PIL import ImageDraw, ImageFont
 
     band = max(20, 3 * enlarge)

@@ -1,4 +1,4 @@
-"""Names of files and classes in messages, on one line whatever characters they have."""
+"""Names of files and classes in messages, printed on one line for any characters."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterable
 
 
 def printable(name: object) -> str:
-    """The name with escapes in place of line breaks, terminal codes and bytes that are no UTF-8."""
+    """The name with escapes instead of line breaks, terminal codes and bytes that are no UTF-8."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(name))
 
 
 def first_names(names: Iterable[object], count: int = 5) -> str:
-    """The first `count` names, and how many more there are."""
+    """The first `count` names, and the number of further names."""
     known = list(names)
     more = f" and {len(known) - count} more" if len(known) > count else ""
     return ", ".join(map(printable, known[:count])) + more

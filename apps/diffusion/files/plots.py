@@ -10,12 +10,12 @@ import numpy as np
 
 
 def loss_curve(history: Sequence[tuple[int, float]], path: Path, title: str) -> None:
-    """Draws the loss over the images seen, as means of 25 steps and smoothed, on a logarithmic axis.
+    """Draws the loss over the images seen, as means of 25 steps and as a moving average, on a logarithmic axis.
 
     Args:
         history: pairs (images seen, mean loss of 25 steps).
-        path: of the PNG file.
-        title: above the figure.
+        path: path of the PNG file.
+        title: title of the figure.
     """
     figure = _figure(7, 4)
     axes = figure.subplots()
@@ -35,12 +35,12 @@ def loss_curve(history: Sequence[tuple[int, float]], path: Path, title: str) -> 
 
 
 def timestep_curves(timesteps: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
-    """Draws curves over the timesteps, the noisiest at the left, a panel for each quantity.
+    """Draws curves over the timesteps, with the noisiest timestep at the left and a panel for each quantity.
 
     Args:
-        timesteps: in the order of sampling.
-        panels: quantity -> name of a curve -> its values, NaN where there is none.
-        path: of the PNG file.
+        timesteps: timesteps in the order of sampling.
+        panels: quantity -> name of a curve -> values at the timesteps, NaN for a missing value.
+        path: path of the PNG file.
     """
     figure = _figure(6 * len(panels), 4)
     for axes, (quantity, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
@@ -55,7 +55,7 @@ def timestep_curves(timesteps: Sequence[int], panels: Mapping[str, Mapping[str, 
 
 
 def _figure(width: float, height: float) -> Any:
-    """An empty figure without a window."""
+    """An empty figure that is drawn to a file, without a window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

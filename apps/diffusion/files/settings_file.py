@@ -1,4 +1,4 @@
-"""A JSON file that states how the content of a folder is made, so that nothing else is added to it later."""
+"""A JSON file with the settings of all other files in a folder, so that files of other settings are not added later."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from apps.diffusion.files.atomic import write_text
 
 
 def write_or_compare(path: Path, settings: Mapping[str, Any], remedy: str, optional: tuple[str, ...] = ()) -> None:
-    """Writes the settings, or compares them with those that are in the file.
+    """Writes the settings if the file does not exist, else compares them with the settings in the file.
 
     Args:
-        path: the file; its folder is made.
-        settings: what JSON can hold.
-        remedy: what to do where they differ, the end of the sentence.
-        optional: keys that files of earlier versions lack, or have with the value null; they are added to such a file.
+        path: the file; its folder is made if necessary.
+        settings: the settings, of types that JSON can hold.
+        remedy: end of the error message, which says what to do if the settings differ.
+        optional: keys that are missing or null in files of earlier versions; they are added to such a file.
 
     Raises:
-        ValueError: the file holds other settings, or cannot be read; the sentence names what differs.
+        ValueError: the file holds other settings (the message names the differences), or cannot be read.
     """
     now = json.loads(json.dumps(settings))
     if path.exists():
@@ -40,7 +40,7 @@ def read(path: Path, remedy: str) -> dict[str, Any]:
     """The settings in a file.
 
     Raises:
-        ValueError: it holds no JSON object.
+        ValueError: the file holds no JSON object.
     """
     try:
         return dict(json.loads(path.read_text()))
