@@ -1,6 +1,7 @@
 """Fixed Point Diffusion Models and the DiT baseline: commands and library.
 
-`python -m apps.diffusion.COMMAND` reports a missing package and an interruption in one line, during its imports too.
+`python -m apps.diffusion.COMMAND` reports a missing package, or an interruption (Ctrl-C), in one line instead of a
+traceback, also while its modules are imported.
 """
 
 import sys
@@ -11,7 +12,7 @@ _EXTRA = ("accelerate", "diffusers", "matplotlib", "PIL", "safetensors", "sklear
 
 
 def missing_packages() -> str | None:
-    """The remedy where packages of the extra `diffusion` are not installed; None where all are."""
+    """A message that names the missing packages of the extra `diffusion`; None if all packages are installed."""
     missing = [name for name in _EXTRA if find_spec(name) is None]
     if not missing:
         return None
@@ -21,7 +22,7 @@ def missing_packages() -> str | None:
 
 
 def report_interruption() -> None:
-    """From here on, Ctrl-C ends the process with one line and exit code 130, also during imports."""
+    """Makes Ctrl-C end the process with one line and exit code 130, also during imports."""
     usual = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -34,7 +35,8 @@ def report_interruption() -> None:
     sys.excepthook = hook
 
 
-_remedy, _locating = missing_packages(), sys.argv[:1] == ["-m"]  # `python -m` is locating a command
+# sys.argv[0] is "-m" while `python -m apps.diffusion.COMMAND` looks for the command's file
+_remedy, _locating = missing_packages(), sys.argv[:1] == ["-m"]
 if _remedy and _locating:
     print(_remedy, file=sys.stderr)
     raise SystemExit(2)

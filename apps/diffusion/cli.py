@@ -1,11 +1,11 @@
-"""Shared by the commands: exit codes, interruption, missing packages, devices, ranks.
+"""Functions that all commands share: exit codes, interruption, missing packages, devices, ranks.
 
     0    success
-    1    the disk failed
+    1    a file could not be read or written
     2    bad input, or a package that is not installed
     130  interrupted (Ctrl-C)
 
-An interruption or a missing package is reported in one line from the first import on (see __init__.py).
+__init__.py reports an interruption or a missing package during imports.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def run_command(
     """Run a command and return its exit code; see the top of this file.
 
     Args:
-        name: of the command, which begins its messages.
-        command: parses and runs; it returns an exit code, or None for 0.
-        argv: arguments; None: those of the process.
-        after: what an interruption or a failed disk leaves, as a sentence.
+        name: name of the command, which begins its messages.
+        command: function that parses the arguments and runs the command; it returns an exit code, or None for 0.
+        argv: arguments of the command; None: those of the process.
+        after: a sentence printed after an interruption or a failed read or write, about the files that are left.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may have bytes that are no text
+            stream.reconfigure(errors="backslashreplace")  # a file name may hold bytes that are not text
     try:
         return command(list(sys.argv[1:] if argv is None else argv)) or 0
     except KeyboardInterrupt:
@@ -49,7 +49,7 @@ def run_command(
     except ModuleNotFoundError as error:
         message, code = missing_packages() or f"the package {error.name} is not installed.", 2
     except ValueError as error:
-        spelled = getattr(error, "spelled", None)  # of an OptionError
+        spelled = getattr(error, "spelled", None)  # a method of OptionError, which puts flags into the message
         message, code = spelled(flag) if spelled else str(error), 2
     except OSError as error:
         message, code = f"{error}. {after}".strip(), 1
@@ -58,7 +58,7 @@ def run_command(
 
 
 def parse_request(kind: type[R], name: str, argv: Sequence[str]) -> R:
-    """The request of class `kind` that the arguments of the command `name` describe."""
+    """The instance of the dataclass `kind` that the arguments `argv` of the command `name` describe."""
     options = (tyro.conf.CascadeSubcommandArgs,)
     return tyro.cli(kind, args=argv, prog=f"python -m apps.diffusion.{name}", config=options)
 
@@ -66,7 +66,7 @@ def parse_request(kind: type[R], name: str, argv: Sequence[str]) -> R:
 def run_request(
     kind: type[R], name: str, command: Callable[[R], None], argv: Sequence[str] | None = None, *, after: str = ""
 ) -> int:
-    """Run a command on the request that its arguments describe; returns its exit code."""
+    """Run a command on the request that its arguments describe; returns the exit code."""
     return run_command(name, lambda args: command(parse_request(kind, name, args)), argv, after=after)
 
 
@@ -74,7 +74,7 @@ AFTER_TRAINING = "Saved checkpoints are intact; --resume continues a run whose c
 
 
 def run_training(config: Config, resume: bool) -> int:
-    """Train in the run's folder, which one command at a time may use; returns the exit code."""
+    """Train in the run's folder, which is locked against a second command; returns the exit code."""
     first = int(os.environ.get("RANK", 0)) == 0
     with exclusive(config.out) if first else nullcontext():
         from apps.diffusion.training import run
@@ -83,15 +83,15 @@ def run_training(config: Config, resume: bool) -> int:
 
 
 def flag(name: str) -> str:
-    """The flag of an option: max_evals is --max-evals."""
+    """The flag of an option; the flag of max_evals is --max-evals."""
     return "--" + name.replace("_", "-")
 
 
 def rank_and_world(rank: int | None = None, world: int | None = None) -> tuple[int, int]:
-    """Number of this process and number of processes; None: RANK and WORLD_SIZE, as torchrun sets them.
+    """Number of this process and number of processes; where an argument is None, RANK or WORLD_SIZE of torchrun.
 
     Raises:
-        ValueError: the number is not below the number of processes.
+        ValueError: the number of this process is not below the number of processes.
     """
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
@@ -101,11 +101,11 @@ def rank_and_world(rank: int | None = None, world: int | None = None) -> tuple[i
 
 
 def device_of(name: str) -> str:
-    """The device by this name; "auto": the first available one of cuda, mps, xpu and cpu. A name without a number means
-    the device of this process (LOCAL_RANK).
+    """The device of this name. "auto" is the first available of cuda, mps, xpu and cpu; cuda and xpu without a number
+    get the number LOCAL_RANK, as torchrun sets it.
 
     Raises:
-        ValueError: it is not available, or a sum of one number fails on it.
+        ValueError: the device is not available, or cannot sum a tensor.
     """
     import torch
 

@@ -1,16 +1,16 @@
 """Convert a trained network: `python -m apps.diffusion.convert CHECKPOINT --out DIR [--to LAYOUT]`.
 
-CHECKPOINT is a file (.pt, .pth, .bin or .safetensors) in the layout of the DiT or the FPDM repository or of
-diffusers, or a folder: a diffusers model, a model that this command wrote, or a training run; or the name of a
-network of the repository. DIR becomes
+CHECKPOINT is a file (.pt, .pth, .bin or .safetensors) in the layout of the DiT repository, of the FPDM repository or of
+diffusers; a folder (a diffusers model, a model that this command wrote, or a training run); or the name of a network of
+the repository. LAYOUT determines the files in DIR and the call that loads them:
 
     ours        config.json, diffusion_pytorch_model.safetensors      DiT.from_pretrained(DIR) or FPDM...
     diffusers   the same two files                                    DiTTransformer2DModel.from_pretrained(DIR)
     dit, fpdm   model.pt, a plain state dict                          torch.load(DIR/model.pt)
     pipeline    a training run's network, scheduler and options       FixedPointPipeline.from_pretrained(DIR)
 
-and conversion.json, with the source and the network. Nothing in a checkpoint is executed. DIR is written whole
-or not at all, and never over something else.
+All layouts but pipeline add conversion.json, with the source and a description of the network. Nothing in a checkpoint
+is executed. DIR is written completely or not at all, and must be new or empty.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Request:
     """Convert a trained DiT or FPDM between the published layouts, diffusers and ours."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """File, or folder of a model or a training run, or the name of a network of the repository (mnist-fpdm)."""
+    """Checkpoint file, folder of a model or of a training run, or name of a network of the repository (mnist-fpdm)."""
     out: Path
     """Folder to write."""
     to: Literal["ours", "dit", "fpdm", "diffusers", "pipeline"] = "ours"
     """Layout to write."""
     options: Annotated[ReadOptions, tyro.conf.arg(name="")] = field(default_factory=ReadOptions)
-    """What a checkpoint file does not determine."""
+    """Settings that a checkpoint file does not determine."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,21 +63,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_out(out: Path) -> None:
-    """Raises ValueError where something stands in the way."""
+    """Raises ValueError if the output folder exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists, and nothing is overwritten; give another folder with --out.")
 
 
 def write(model: DiT | FPDM, request: Request) -> str:
-    """Write the folder; returns a sentence about it.
+    """Write the network in the layout `request.to`; returns a sentence that reports the result.
 
     Raises:
-        ValueError: a network that the layout has no place for, or something stands in the way.
+        ValueError: the layout cannot hold this network, or the output folder is not empty.
     """
     layout = type(model).__name__.lower()
     if request.to in ("dit", "fpdm") and request.to != layout:
         raise ValueError(
-            f"A network of the class {type(model).__name__} cannot be written as --to {request.to}; take {layout}."
+            f"A network of the class {type(model).__name__} cannot be written as --to {request.to}; give --to {layout}."
         )
     result: Any = state_dicts.to_diffusers(model) if request.to == "diffusers" else model
     with atomic_path(request.out) as partial:
@@ -92,8 +92,8 @@ def write(model: DiT | FPDM, request: Request) -> str:
     text = f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters is in {request.out}."
     if request.to == "diffusers":
         text += (
-            " diffusers computes the time embedding with slightly other frequencies than DiT, so its outputs differ by "
-            "some percent until apps.diffusion.checkpoint.state_dicts.use_dit_frequencies(model) is called on the "
+            " diffusers computes the time embedding with slightly other frequencies than DiT, so that the outputs "
+            "differ by some percent; apps.diffusion.checkpoint.state_dicts.use_dit_frequencies(model) corrects the "
             "loaded model."
         )
     if request.to == "ours" and (request.checkpoint / "checkpoints").is_dir():
@@ -102,14 +102,17 @@ def write(model: DiT | FPDM, request: Request) -> str:
 
 
 def write_pipeline(request: Request) -> str:
-    """Write a training run as a pipeline folder with the record of its training; returns a sentence about it.
+    """Write a training run as a pipeline folder with the record of its training; returns a sentence that reports the
+    result.
 
     Raises:
-        ValueError: no run, or options that a run decides itself.
+        ValueError: the folder holds no run, or an option is given that the run determines.
     """
     run = request.checkpoint
     if not (run / "checkpoints").is_dir():
-        raise ValueError(f"{run} is no training run (it has no checkpoints); --to pipeline takes the folder of one.")
+        raise ValueError(
+            f"{run} is no training run (it has no checkpoints); give the folder of a training run for --to pipeline."
+        )
     refuse(request.options, run, "heads", "input_size", "condition_on_time", "weights")
     state, config = training_state.newest(run), trained_run.read_config(run)
     pipe = FixedPointPipeline.from_run(run)

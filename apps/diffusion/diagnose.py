@@ -1,7 +1,8 @@
 """Diagnose the fixed point of a trained FPDM over the timesteps: `python -m apps.diffusion.diagnose RUN --out DIR`.
 
-Writes diagnosis.md, a table with a row for each timestep (kind of fixed point, spectral radius of df/dz, iterations of
-plain iteration by tolerance, evaluations by solver), diagnosis.json with the same numbers, and diagnosis.png.
+The command writes diagnosis.md, a table with a row for each timestep (kind of fixed point, spectral radius of df/dz,
+iterations of the plain iteration to each tolerance, evaluations of f by each solver), diagnosis.json with the same
+numbers, and diagnosis.png.
 """
 
 from __future__ import annotations
@@ -28,28 +29,31 @@ from apps.diffusion.sampling.plan import plan
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Diagnose the fixed point of a trained FPDM over the timesteps; sampling options left out are those of its run."""
+    """Diagnose the fixed point of a trained FPDM at each timestep. Sampling options default to those of the training
+    run.
+    """
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a training run, a pipeline or a model, or the name of a network of the repository (mnist-fpdm)."""
     num: int = 4
-    """Number of samples; with guidance each has two rows, with its class and without."""
+    """Number of samples; with guidance each sample has two rows of the batch, with its class and with the null class.
+    """
     classes: tuple[str, ...] = ()
     """Classes to cycle through, by number or name; default: all."""
     sampling: Annotated[SamplingOptions, tyro.conf.arg(name="")] = field(default_factory=SamplingOptions)
-    """Sampling options: they decide which noisy images the layer sees."""
+    """Options of the sampling run whose noisy images are the inputs of the layer."""
     tolerance: float = 1e-4
     """Relative tolerance that the solvers have to meet."""
     budget: int = 1000
-    """Most evaluations of the layer and products with its Jacobian at each timestep."""
+    """Maximum number of evaluations of the layer and products with its Jacobian, together, at each timestep."""
     seed: int = 0
     """Random seed of the samples."""
     weights: Weights = "ema"
-    """Averaged weights of a run, or its last ones."""
+    """Weights of a training run: ema, the averaged weights, or model, the weights after the last step."""
     out: Path | None = None
-    """Output folder; default: diagnosis, inside the run, or diagnosis/NAME for a network by name."""
+    """Output folder; default: RUN/diagnosis, or diagnosis/NAME for a network by name."""
     device: str = "auto"
-    """Device, such as cpu or cuda; auto: the first one of cuda, mps, xpu and cpu that is available."""
+    """Device by name, such as cpu or cuda; auto: the first available of cuda, mps, xpu and cpu."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num", "budget")
@@ -67,7 +71,7 @@ def run(request: Request) -> None:
     """Diagnose, write the files and print the table.
 
     Raises:
-        ValueError: no FPDM in the folder, or options that do not fit it.
+        ValueError: the folder holds no FPDM, or an option does not fit the network.
     """
     device = device_of(request.device)
     opened = open_network(request.run, request.weights)
@@ -87,7 +91,10 @@ def run(request: Request) -> None:
     out = request.out or output_folder(request.run, "diagnosis")
     _write(out, request, rows)
     print(table(rows))
-    print(f"Columns 1e-01 to 1e-04: iterations of plain iteration; solvers: evaluations to {request.tolerance:g}.")
+    print(
+        "Columns 1e-01 to 1e-04: iterations of the plain iteration to this relative residual; columns of solvers: "
+        f"evaluations to {request.tolerance:g}."
+    )
     print(f"diagnosis.md, diagnosis.json and diagnosis.png are in {out}")
 
 

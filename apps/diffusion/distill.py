@@ -1,9 +1,10 @@
 """Distill a DiT into an FPDM: `python -m apps.diffusion.distill DIT --out RUN`.
 
 DIT is a training run, a pipeline or model folder, a network by name, or a checkpoint file in a published layout. The
-FPDM starts from its first, its last and a middle block and learns its predictions (training/distillation.py). Flags are
-those of `python -m apps.diffusion.train`; the data are those of the DiT's run, or latents: --data.path. RUN is a
-training run, which `python -m apps.diffusion.train --resume --out RUN` continues.
+FPDM is initialized from the first, the last and a middle block of the DiT and learns the predictions of the DiT
+(training/distillation.py). The flags are those of `python -m apps.diffusion.train`. The data are those of the DiT's
+training run; without a run they are latents, given by --data.path. RUN becomes a training run, which
+`python -m apps.diffusion.train --resume --out RUN` continues.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, bool]:
     """The configuration that the arguments describe, and whether to resume.
 
     Raises:
-        ValueError: no DiT, or a value that is not allowed.
+        ValueError: the first argument is not a DiT, or a value is not allowed.
     """
     if argv and argv[0] in ("-h", "--help"):
         return parse_flags("distill", ["--help"], Config())

@@ -1,11 +1,11 @@
 """Encode a folder of images to VAE latents: `python -m apps.diffusion.encode IMAGES --vae VAE --out DIR`.
 
-IMAGES holds images in one subfolder per class, or images only. VAE is any diffusers AutoencoderKL, a folder or a name
-on the hub. DIR gets index.json and shards of `--shard-size` images (see data/latents.py): mean and standard deviation
-of each image and its mirror image.
+IMAGES holds one subfolder of images per class, or images only. VAE is any diffusers AutoencoderKL, a folder or a name
+on the hub. The command writes DIR/index.json and shards of `--shard-size` images (see data/latents.py), with the mean
+and standard deviation of the latent of each image and of its mirror image.
 
-The same command continues an interrupted one. Several processes share the shards by --rank and --world, or by RANK and
-WORLD_SIZE as torchrun sets them; the last one to finish writes the index.
+After an interruption, the same command continues. Several processes share the shards by --rank and --world, or by RANK
+and WORLD_SIZE as torchrun sets them; the process that finishes last writes the index.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ class Request:
     vae: str
     """Folder of a diffusers AutoencoderKL, or its name on the hub, such as stabilityai/sd-vae-ft-mse."""
     out: Path
-    """Folder for the latents."""
+    """Output folder of the latents."""
     subfolder: str | None = None
     """Subfolder of the VAE in a folder or repository of several models, such as vae."""
     size: int = 256
-    """Side of the cropped images, in pixels."""
+    """Side in pixels of the square to which images are cropped and resized."""
     classes: Literal["folders", "none"] = "folders"
-    """Whether subfolders are classes."""
+    """folders: each subfolder is a class; none: the images have no classes."""
     least: int | None = None
-    """Skip images with a shorter side; default: a quarter of `size`."""
+    """Smallest side in pixels; smaller images are skipped. Default: a quarter of `size`."""
     batch: int = 16
-    """Images encoded at a time."""
+    """Number of images in one call of the VAE."""
     shard_size: int = 4096
-    """Images per file."""
+    """Number of images in one output file."""
     dtype: Literal["float32", "float16"] = "float32"
-    """How latents are stored; an image of 256 pixels takes 64 KiB or 32 KiB."""
+    """Data type of the stored latents; an image of 256 pixels takes 64 KiB in float32 and 32 KiB in float16."""
     rank: int | None = None
-    """Number of this process; default: RANK, or 0."""
+    """Number of this process, from 0; default: RANK, or 0."""
     world: int | None = None
     """Number of processes; default: WORLD_SIZE, or 1."""
     workers: int = 4
-    """Threads that read images."""
+    """Number of threads that read images."""
     device: str = "auto"
-    """Device: auto (the first available one of cuda, mps, xpu and cpu), or its name."""
+    """Device by name, such as cpu or cuda; auto: the first available of cuda, mps, xpu and cpu."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "size", "least", "batch", "shard_size", "workers")
@@ -64,10 +64,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(request: Request) -> None:
-    """Encodes those of this process's shards that are incomplete, and writes the index if all are complete.
+    """Encodes the incomplete shards of this process, and writes the index if all shards are complete.
 
     Raises:
-        ValueError: a folder without images, a VAE that cannot be read, an output folder with other content.
+        ValueError: the folder holds no images, the VAE cannot be read, or the output folder has other content.
     """
     rank, world = rank_and_world(request.rank, request.world)
     from concurrent.futures import ThreadPoolExecutor

@@ -1,11 +1,13 @@
 """Score generated images: `python -m apps.diffusion.evaluate SAMPLES --reference DATA_OR_STATISTICS`.
 
-SAMPLES is what `python -m apps.diffusion.sample` wrote, any folder of images, or an .npz file with arr_0. The
-reference is the same, or `digits`, `mnist:held-out`, or statistics: those that --save wrote, or the .npz of the ADM
-evaluation suite.
-Fréchet distance, sFID, KID, precision and recall measure the distance of the two on the features of a network, the
-inception score the certainty and variety of its predicted classes; with digits, label accuracy is measured too.
-Statistics of a reference are kept (in ~/.cache/implicit, by checksum of the images and of the network).
+SAMPLES is an output folder of `python -m apps.diffusion.sample`, any folder of images, or an .npz file with arr_0. The
+reference may have the same forms; it may also be `digits`, `mnist:held-out` or the like, a file of statistics that
+--save wrote, or the .npz statistics of the ADM evaluation suite.
+
+Fréchet distance, sFID, KID, precision and recall compare the features of the samples with those of the reference; the
+features come from a network (--features). The inception score measures the certainty and variety of the classes that
+the network predicts. Label accuracy is measured if the classes of the network are those of the samples. Statistics of a
+reference are cached in ~/.cache/implicit, by the checksums of the images and of the network.
 """
 
 from __future__ import annotations
@@ -40,33 +42,34 @@ class Request:
     samples: Annotated[str, tyro.conf.Positional]
     """Folder of images, or .npz file."""
     reference: str = "digits"
-    """Folder of images, .npz file, statistics (.safetensors, .npz), or digits, digits:held-out, mnist,
-    mnist:held-out.
+    """Real images: a folder, an .npz file, a file of statistics (.safetensors, .npz), or digits, digits:held-out,
+    mnist, mnist:held-out.
     """
     features: Literal["digits", "mnist", "trained", "inception"] = "digits"
-    """Network whose features are compared: a classifier of the 8 x 8 digits, one of MNIST, one of the reference's own
-    images (each trained by the command, in seconds), or Inception where it is installed.
+    """Network whose features are compared. digits: a classifier of the 8 x 8 digits; mnist: a classifier of MNIST;
+    trained: a classifier of the reference images (the command trains these three in seconds); inception: Inception-v3,
+    which has to be installed.
     """
     weights: Path | None = None
-    """Inception's weights, where they are not in torch.hub's folder."""
+    """File of Inception's weights; default: the file in torch.hub's folder."""
     size: int | None = None
-    """Crop and resize the images of folders to this side, as ADM does."""
+    """Side in pixels to which images of folders are cropped and resized, as in ADM; default: images keep their size."""
     nearest: int = 3
-    """Nearest neighbors of precision and recall."""
+    """Number k of nearest neighbors in precision and recall."""
     neighbors: Path | None = None
-    """Draw the first 20 samples, each above the nearest image of the reference, into this .png file."""
+    """File (.png) for an image of the first 20 samples, each above the nearest image of the reference."""
     save: Path | None = None
-    """Write the statistics of the reference to this .safetensors file too."""
+    """File (.safetensors) to which the statistics of the reference are written."""
     cache: Path | None = None
-    """Folder where statistics of references are kept."""
+    """Folder in which statistics of references are cached; default: ~/.cache/implicit/statistics."""
     device: str = "auto"
-    """Device of Inception: auto (the first available one of cuda, mps, xpu, cpu), or its name. Classifiers compute on
+    """Device of Inception by name; auto: the first available of cuda, mps, xpu and cpu. The other networks compute on
     the CPU.
     """
     batch: int = BATCH
-    """Images in one call of the network."""
+    """Number of images in one call of the network."""
     precision: Precision = "no"
-    """bf16: call the network under autocast to bfloat16. Such features are compared with each other only."""
+    """bf16: call the network under autocast to bfloat16. Features in bf16 are compared with features in bf16 only."""
     compile: Backend = "no"
     """Backend of torch.compile for Inception."""
     json: bool = False
@@ -78,7 +81,8 @@ class Request:
         for name, is_set in {**given, "compile": self.compile != "no"}.items():
             if is_set and self.features != "inception":
                 raise ValueError(
-                    f"--{name} {getattr(self, name)} is for --features inception; other classifiers are trained here."
+                    f"--{name} {getattr(self, name)} is for --features inception only; leave it out for "
+                    f"--features {self.features}."
                 )
         if self.neighbors is not None and self.neighbors.suffix != ".png":
             raise ValueError(f"--neighbors {self.neighbors} must name a .png file.")
@@ -86,7 +90,7 @@ class Request:
             raise ValueError(f"--save {self.save} must be a new file whose name ends in .safetensors.")
         for name, file in (("save", self.save), ("neighbors", self.neighbors)):
             if file is not None and not file.parent.is_dir():
-                raise ValueError(f"--{name} {file}: there is no folder {file.parent}; make it, or give another.")
+                raise ValueError(f"--{name} {file}: the folder {file.parent} does not exist; make it, or give another.")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,11 +107,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(request: Request) -> dict[str, Any]:
-    """{"generated": scores, "real_held_out" or "real_training": those of real digits that the classifier has not seen,
-    where the reference is digits or mnist:held-out, "reference": its provenance}.
+    """The scores and their provenance.
+
+    Returns:
+        A dict of "generated": the scores of the samples; "reference": its provenance; if the reference is digits or
+        mnist:held-out, "real_held_out" or "real_training": the scores of real digits that the classifier was not
+        trained on; with --neighbors, "nearest": distances to the nearest reference image.
 
     Raises:
-        ValueError: what is no source of images, or does not fit the features or each other.
+        ValueError: an argument names no images, or the images do not fit the features or each other.
     """
     samples = open_source(request.samples, request.size, request.batch)
     if samples.count < 2:
@@ -118,8 +126,8 @@ def run(request: Request) -> dict[str, Any]:
         if source is not None and source.left_out:
             some = first_names(source.left_out, 3)
             print(
-                f"evaluate: {source.count} numbered images of {source.name} are taken, and {len(source.left_out)} "
-                f"others, such as {some}, are left out; move those that count to a folder of their own.",
+                f"evaluate: the {source.count} numbered images of {source.name} are used, and {len(source.left_out)} "
+                f"other images, such as {some}, are left out; move images that are to be scored to another folder.",
                 file=sys.stderr,
             )
     extractor = _extractor(request, real)
@@ -128,7 +136,7 @@ def run(request: Request) -> dict[str, Any]:
     else:
         reference = cached(real, extractor, request.cache)
     report: dict[str, Any] = {"generated": evaluate(samples, reference, extractor, request.nearest)}
-    # real images that the classifier has not seen, as many as there are samples: distances fall with the number
+    # real images that the classifier was not trained on; as many as samples, because distances fall with the number
     others: dict[str, tuple[str, Split]] = {"digits": ("digits", "held-out"), "mnist:held-out": ("mnist", "train")}
     unseen = others.get(request.reference)
     if unseen is not None and real is not None and real.name.startswith(unseen[0]):
@@ -143,7 +151,7 @@ def run(request: Request) -> dict[str, Any]:
 
 
 def _extractor(request: Request, real: Source | None) -> feature_extractors.Extractor:
-    """The network of --features; `trained` is trained on the reference."""
+    """The feature extractor of --features; `trained` is trained on the reference."""
     device = "cpu"
     if request.features == "inception":
         device = device_of(request.device)
@@ -161,7 +169,9 @@ def _extractor(request: Request, real: Source | None) -> feature_extractors.Extr
 
 
 def _neighbors(samples: Source, real: Source | None, request: Request) -> dict[str, float]:
-    """Draw samples above their nearest reference images; returns the distances from there of all samples."""
+    """Draw samples above their nearest reference images; returns the median and the smallest distance between a sample
+    and its nearest reference image.
+    """
     if real is None:
         raise ValueError(f"--neighbors needs the images of the reference, and {request.reference} holds statistics.")
     assert request.neighbors is not None

@@ -5,10 +5,10 @@
     pipe.save_pretrained(DIR)                               # model, scheduler, VAE, code and a card, all in DIR
     pipe.push_to_hub("OWNER/NAME")                          # the same folder, uploaded
 
-It samples by sampler.py, as the sample command does: with the seed s as `generator`, image i of a call is
-image i of `python -m apps.diffusion.sample RUN --seed s` for the same class and options, to rounding; with
-`reproducible=True`, which costs whole chunks of 16, to the last bit. DIR is opened by
-`DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)` too, where this application is not installed.
+The pipeline and the sample command use the same loop (sampler.py): with the seed s as `generator`, image i of a call is
+image i of `python -m apps.diffusion.sample RUN --seed s` for the same class and options, to rounding. With
+`reproducible=True` the two are equal to the last bit, and sampling computes whole chunks of 16. Where this application
+is not installed, `DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)` opens DIR.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from apps.diffusion.schedulers.noise_schedule import same_noise
 
 
 class FixedPointPipeline(SamplingPipeline):
-    """A `SamplingPipeline` that opens training runs, models and networks of the repository too."""
+    """A `SamplingPipeline` that also opens training runs, model folders and networks of the repository."""
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -48,12 +48,12 @@ class FixedPointPipeline(SamplingPipeline):
         Args:
             source: folder of a pipeline (`save_pretrained`), of a training run or of a model (`convert`), or the name
                 of a network of the repository; see checkpoint/open_network.py.
-            vae: instead of the folder's own: a model, a folder, or a hub name.
-            scheduler: instead of the folder's own.
-            torch_dtype: of the network's weights; None leaves them as they are.
+            vae: VAE that decodes latents: a model, a folder, or a hub name; None: the folder's own.
+            scheduler: scheduler of the pipeline; None: the folder's own.
+            torch_dtype: dtype of the network's weights; None leaves the weights as they are.
 
         Raises:
-            ValueError: no network in the folder, or one that cannot be read.
+            ValueError: the folder holds no network, or the network cannot be read.
         """
         pipe = cls._open(source, vae=vae, scheduler=scheduler)
         if torch_dtype is not None:
@@ -73,12 +73,12 @@ class FixedPointPipeline(SamplingPipeline):
 
         Args:
             run: the run's folder.
-            vae: decodes latents: a model, a folder, or a hub name.
-            weights: the averaged weights, or the last ones.
-            sampler: None: that of the run.
+            vae: VAE that decodes latents: a model, a folder, or a hub name; None: the run's own.
+            weights: "ema", the averaged weights, or "model", the weights after the last step.
+            sampler: name of the sampler; None: the sampler of the run.
 
         Raises:
-            ValueError: no run in the folder, or one that cannot be read.
+            ValueError: the folder holds no run, or the run cannot be read.
         """
         return cls._open(run, vae=vae, weights=weights, sampler=sampler)
 
@@ -104,7 +104,7 @@ class FixedPointPipeline(SamplingPipeline):
                 if vae is not None:
                     raise
                 warnings.warn(f"{error} Until then, the pipeline returns latents only.", stacklevel=3)
-        # the scheduler has the sampler and the spacing; another one has an eta of its own
+        # the scheduler determines sampler and spacing; a given sampler or scheduler does not take the run's eta either
         left_out = {"sampler", "spacing", *(() if sampler is scheduler is None else ("eta",))}
         if not isinstance(opened.model, FPDM):
             left_out |= set(own.fixed_point_options())

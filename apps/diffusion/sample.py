@@ -1,10 +1,10 @@
 """Sample from a trained network: `python -m apps.diffusion.sample RUN --num 100 --out DIR`.
 
-Writes one PNG per image at its own size, 00042-class-7.png, an enlarged grid.png, and effort.json: block passes,
-multiply-accumulates, evaluations, residuals and seconds. Sample i depends on (seed, i), its class and the options
-alone, so existing files are kept, and an interrupted command continues. Several processes share the images by RANK and
-WORLD_SIZE as `accelerate launch` and torchrun set them, or by --rank and --world; the files are the same, and the
-process that finishes last writes the grid.
+The command writes one PNG per image, such as 00042-class-7.png, an enlarged grid.png, and effort.json with the cost:
+block passes, multiply-accumulates, evaluations, residuals and seconds. Sample i depends only on (seed, i), its class
+and the options. The same command therefore continues after an interruption, and existing files are kept. Several
+processes share the images by RANK and WORLD_SIZE, as `accelerate launch` and torchrun set them, or by --rank and
+--world; the files do not depend on the number of processes, and the process that finishes last writes the grid.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from apps.diffusion.sampling.sampler import Precision, SamplingPlan, sample
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Sample images from a trained network; options left out are those of its training run."""
+    """Sample images from a trained network. Sampling options default to those of the training run."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of a training run, a pipeline or a model, or the name of a network of the repository (mnist-fpdm)."""
@@ -48,36 +48,39 @@ class Request:
     seed: int = 0
     """Random seed of the samples."""
     reproducible: bool = True
-    """Files with equal bits for every --batch and any number of processes: the network is called on chunks of --chunk
-    images, which takes four times as long for one image and 1.0 to 1.3 times for 16 and more. With --no-reproducible
-    it is called on --batch images, and files agree to rounding.
+    """Make files that are equal to the last bit for every --batch and number of processes: the network is called on
+    chunks of --chunk images. Sampling then takes four times as long for one image, and 1.0 to 1.3 times as long for 16
+    images and more. With --no-reproducible the network is called on --batch images, and files agree to rounding.
     """
     batch: int = 64
-    """Images sampled before their files are written; with --no-reproducible also the batch size of the network."""
+    """Number of images sampled before their files are written; with --no-reproducible also the network's batch size."""
     chunk: int = 16
-    """Batch size of the network with --reproducible. Another number changes the last bits, so an output folder has
-    one.
+    """Batch size of the network with --reproducible. Another size changes the last bits of the images, so an output
+    folder accepts one size only.
     """
     precision: Precision = "no"
     """bf16: call the network under autocast to bfloat16; weights and samples stay float32."""
     compile: Backend = "no"
-    """Backend of torch.compile for the blocks and the iteration; inductor is the fast one."""
+    """Backend of torch.compile for the explicit blocks and the fixed-point layer; inductor is the fastest."""
     weights: Weights = "ema"
-    """Averaged weights of a run, or its last ones."""
+    """Weights of a training run: ema, the averaged weights, or model, the weights after the last step."""
     vae: str | None = None
     """VAE that decodes latents, a folder or a hub name; default: the run's own."""
     prediction: Prediction | None = None
-    """Prediction target of a model folder, which has no noise schedule; default: epsilon for DiT, else v_prediction."""
+    """Prediction target of a network from a model folder, which stores no noise schedule; default: epsilon for a DiT,
+    v_prediction for an FPDM.
+    """
     zero_snr: bool | None = None
-    """Zero terminal SNR of a model folder; default: not for DiT, for FPDM."""
+    """Whether a network from a model folder was trained with zero terminal SNR; default: no for a DiT, yes for an FPDM.
+    """
     npz: bool = False
-    """Write samples.npz too, for the ADM evaluation suite."""
+    """Write all samples to samples.npz too, for the ADM evaluation suite."""
     out: Path | None = None
-    """Output folder; default: samples, inside the run, or samples/NAME for a network by name."""
+    """Output folder; default: RUN/samples, or samples/NAME for a network by name."""
     device: str = "auto"
-    """Device: auto (the first available one of cuda, mps, xpu and cpu), or its name."""
+    """Device by name, such as cpu or cuda; auto: the first available of cuda, mps, xpu and cpu."""
     rank: int | None = None
-    """Number of this process; default: RANK, or 0."""
+    """Number of this process, from 0; default: RANK, or 0."""
     world: int | None = None
     """Number of processes; default: WORLD_SIZE, or 1."""
 
@@ -87,7 +90,7 @@ class Request:
 
     @property
     def network_batch(self) -> int:
-        """Images in one call of the network."""
+        """Number of images in one call of the network."""
         return self.chunk if self.reproducible else self.batch
 
 
@@ -99,10 +102,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(request: Request) -> None:
-    """Write the missing images and, once all are there, the grid, the archive and the effort.
+    """Write the missing images and, if all images exist then, the grid, the archive and the effort.
 
     Raises:
-        ValueError: no network in the folder, options that do not fit it, an output folder of other samples.
+        ValueError: the folder holds no network, an option does not fit the network, or the output folder has other
+            samples.
     """
     rank, world = rank_and_world(request.rank, request.world)
     device = device_of(request.device)
@@ -113,7 +117,7 @@ def run(request: Request) -> None:
     folder = OutputFolder(out, [classes[i % len(classes)] for i in range(request.num)])
     decoder, channels = opened.decoder(request.vae, device), opened.model.latent[0]
     if decoder is None and channels not in (1, 3):
-        raise ValueError(f"This network generates latents of {channels} channels; name their VAE with --vae.")
+        raise ValueError(f"This network generates latents of {channels} channels; give their VAE with --vae.")
     chosen = plan(
         opened.model,
         opened.scheduler,
@@ -131,18 +135,20 @@ def run(request: Request) -> None:
     left, kept = len(folder.missing()), request.num - len(missing)
     print(f"{len(mine)} new images" + (f", {kept} existing ones," if kept else "") + f" are in {folder.folder}")
     if left:
-        print(f"{left} of {request.num} are missing; other processes write them and the grid.")
+        print(f"{left} of {request.num} images are missing; other processes write these images and the grid.")
         return
     folder.write_grid()
     if request.npz:
         folder.write_npz()
     if more := folder.others():
-        print(f"{folder.folder} holds {more} further images; grid, archive and effort are of the first {request.num}.")
+        print(
+            f"{folder.folder} holds {more} further images; grid, archive and effort cover the first {request.num} only."
+        )
     _print_effort(folder.write_effort(chosen.timesteps))
 
 
 def _settings(request: Request, opened: OpenedNetwork, classes: Sequence[int | None], decoder: Any) -> dict[str, Any]:
-    """Everything that the images depend on."""
+    """All settings that the images depend on."""
     options = request.sampling.over(opened.options)
     return {
         "seed": request.seed,
@@ -159,7 +165,7 @@ def _settings(request: Request, opened: OpenedNetwork, classes: Sequence[int | N
 
 
 def _allocated(chosen: SamplingPlan) -> dict[str, Any]:
-    """The iterations that follow from measured residuals, which another measurement may not repeat."""
+    """The iterations allocated by measured residuals; a second measurement may allocate other iterations."""
     counts = chosen.solve.iterations if isinstance(chosen, MeasuredPlan) and chosen.solve is not None else None
     return {"allocated": list(counts)} if isinstance(counts, Sequence) else {}
 
@@ -175,7 +181,7 @@ def _write(
     rank: int,
     device: str,
 ) -> None:
-    """Sample this process's images in parts, and write each part at once."""
+    """Sample the images `mine` of this process in parts; each part is written before the next part is sampled."""
     if request.compile != "no":
         opened.model.compile_blocks(backend=request.compile)
     wanted, interval = set(mine), 0.5 if sys.stderr.isatty() else 20
@@ -203,8 +209,8 @@ def _write(
 
 
 def _parts(mine: list[int], request: Request) -> Iterator[list[int]]:
-    """The samples to compute before files are written, in turn. With --reproducible whole chunks, with the labels of
-    all their places, so that the batch of a sample is always the same.
+    """The parts: numbers of the samples that are computed before their files are written. With --reproducible a part
+    consists of whole chunks, so that the batch-mates of a sample are always the same.
     """
     if not request.reproducible:
         yield from (mine[first : first + request.batch] for first in range(0, len(mine), request.batch))
@@ -225,7 +231,7 @@ def _print_effort(effort: dict[str, Any]) -> None:
         f"{effort['sampled']} took {effort['seconds']:.1f} s."
     )
     if one["rounds"] not in (0, len(by["timestep"])):
-        print(f"{len(by['timestep'])} timesteps took {one['rounds']:.1f} rounds, calls of the network in succession.")
+        print(f"{len(by['timestep'])} timesteps took {one['rounds']:.1f} rounds (successive calls of the network).")
     if one["evaluations"]:
         mean = sum(by["residual_mean"]) / len(by["residual_mean"])
         print(

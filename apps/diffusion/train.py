@@ -1,8 +1,8 @@
-"""Train a diffusion model: `python -m apps.diffusion.train [PRESET] [--flags]`; presets.py has the presets, `digits`
-is the default.
+"""Train a diffusion model: `python -m apps.diffusion.train [PRESET] [--flags]`. The presets are in config/presets.py;
+the default is `digits`.
 
-A run writes one folder (`--out`): config.json, data.json, checkpoints/, logs/, grids/, metrics.json, loss.png,
-samples.png. `--resume` continues the run in that folder.
+A run writes config.json, data.json, checkpoints/, logs/, grids/, metrics.json, loss.png and samples.png into one folder
+(`--out`). `--resume` continues the run in that folder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from apps.diffusion.config.command_line import parse_flags, with_absolute_paths
 from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.config.training import Config
 
-# options that may differ between a run and its continuation: its length, and the use of its result
+# options that may be changed when a run is resumed: length of training, device, logging and sampling
 _EXTENDABLE = (
     "max_time",
     "device",
@@ -45,13 +45,12 @@ def parse(argv: Sequence[str]) -> tuple[Config, bool]:
     """The configuration that the arguments describe, and whether to resume.
 
     Raises:
-        ValueError: a preset that does not exist, a value that is not allowed, a resumed run that would become
-        another.
+        ValueError: the preset does not exist, a value is not allowed, or a run is resumed with other settings.
     """
     named = bool(argv) and not argv[0].startswith("-") and ":" not in argv[0]
     preset, argv = (argv[0], argv[1:]) if named else ("digits", argv)
     if preset not in PRESETS:
-        raise ValueError(f"There is no preset {preset!r}; take one of {', '.join(PRESETS)}.")
+        raise ValueError(f"There is no preset {preset!r}; give one of {', '.join(PRESETS)}.")
     default = PRESETS[preset]()
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--resume", action="store_true")
@@ -66,8 +65,8 @@ def parse(argv: Sequence[str]) -> tuple[Config, bool]:
     if named and (saved.model.kind, saved.data.source) != (default.model.kind, default.data.source):
         raise ValueError(
             f"The run in {known.out} trains {saved.model.kind} on {saved.data.source}, and the preset {preset} is "
-            f"{default.model.kind} on {default.data.source}; leave the preset out to resume this run, or give the "
-            "--out of another."
+            f"{default.model.kind} on {default.data.source}; leave the preset out to resume this run, or give another "
+            "run with --out."
         )
     config = with_absolute_paths(parse_flags("train", argv, saved)[0])
     extended = {name: getattr(config, name) for name in _EXTENDABLE}

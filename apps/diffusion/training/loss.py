@@ -122,8 +122,7 @@ def loss(
         noise: the step's randomness, on the device of `x0`.
         scheduler: noise schedule and prediction type (`noise_schedule.make_scheduler("ddpm")` or `"flow"`).
         null_class: the label that replaces dropped labels; None is allowed if no label of the batch is dropped.
-        gamma: largest SNR of the min-SNR weight; None: the weight is 1 at all timesteps. The variational bound is never
-            weighted.
+        gamma: largest SNR of the min-SNR weight; None: the weight is 1. The variational bound is never weighted.
         solve: the solve of an FPDM; None for any other model.
         teacher: network whose predictions replace the target; the weight is then 1 at all timesteps. None: no teacher.
 
