@@ -160,7 +160,7 @@ def read_tensors(path: Path, which: str | None = None) -> dict[str, Tensor]:
     """The tensors of a network in a file, by name; nothing in the file is executed.
 
     Args:
-        path: a .safetensors file, or a file of torch.save with any other suffix: a state dict, or a dict of state dicts.
+        path: a .safetensors file, or a file of torch.save with another suffix: a state dict, or a dict of state dicts.
         which: name of the state dict, "ema" or "model"; None: "ema", or the first state dict if there is no "ema".
 
     Raises:
