@@ -1,4 +1,4 @@
-"""Best iterates and second attempts, by points that are handed to the monitor."""
+"""Best iterates and second attempts, with points that the test passes to the monitor."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""CONVERGED is true of the value returned, and `residual` is that value's, however a solve is run."""
+"""CONVERGED is true of the value returned, and `residual` is that value's, for every way to run a solve."""
 
 import warnings
 

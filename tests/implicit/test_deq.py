@@ -1,4 +1,4 @@
-"""DEQ is fixed_point as a module; fixed_point refuses what it does not know."""
+"""DEQ is fixed_point as a module; fixed_point refuses unknown arguments."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""What must hold for every contraction, shape, dtype, nesting and order of the batch."""
+"""Properties that hold for every contraction, shape, dtype, nesting and order of the batch."""
 
 import torch
 from hypothesis import given, settings

@@ -1,4 +1,4 @@
-"""Several starts of a solve: the best one wins, over all solvers and estimators."""
+"""Several starts of a solve: the solution of smallest residual is returned, for all solvers and estimators."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The test problems are what they say."""
+"""The test problems have the stated solutions, spectra and counters."""
 
 import pytest
 import torch

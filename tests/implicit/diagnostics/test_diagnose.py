@@ -1,4 +1,4 @@
-"""`diagnose` on maps whose condition is known: every class at several sizes, none of the others, within its budget."""
+"""`diagnose` on maps of known conditions, at several sizes: it finds these alone, within its budget."""
 
 import dataclasses
 import random

@@ -1,4 +1,4 @@
-"""The bias meter: its truth, its counts and its bytes against what is known on paper; failures as rows."""
+"""`gradient_bias`: exact gradient, counts and bytes against closed forms; failures become rows."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""No gradient is lost, wherever the map has its weights."""
+"""No gradient of a weight is lost, wherever the map holds the weight."""
 
 import collections
 import threading

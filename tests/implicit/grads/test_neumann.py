@@ -1,4 +1,4 @@
-"""Neumann: the series with a dense Jacobian, JFB as its unrolled twin, and its rate."""
+"""Neumann: the series with a dense Jacobian, the equal gradient of JFB, and the rate of convergence."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""Reversible: its own iteration unrolled by hand, sample by sample; what is lost on the way back."""
+"""Reversible: the same iteration unrolled by hand, sample by sample, and the error of running it backwards."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""SHINE: the solver's own inverse, made dense and compared; its limits; its fallback."""
+"""SHINE: the solver's inverse against a dense matrix, its limits and its fallback."""
 
 import pytest
 import torch

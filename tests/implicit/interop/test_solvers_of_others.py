@@ -1,4 +1,4 @@
-"""scipy and torchdeq: their solvers on our maps, ours in theirs."""
+"""scipy and torchdeq: their solvers on maps of the tests, and solvers of the package inside torchdeq."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The check of backward solves: samples that are no systems of their own are found and solved for together."""
+"""The check of backward solves: coupled samples are detected and solved as one system."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""GMRES: against dense least squares and scipy product by product; what it says when it fails; its peers."""
+"""GMRES against dense least squares and scipy, product by product; failures, and settings that are refused."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Products of the linear solve of `IFT`, beside those of TorchDEQ and of solvers of fixed points."""
+"""Products of the linear solve of `IFT`, compared with TorchDEQ and solvers of fixed points."""
 
 import pytest
 import torch

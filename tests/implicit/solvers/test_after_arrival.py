@@ -1,4 +1,4 @@
-"""Fixed counts that go on after the answer is reached: steps made of rounding errors must not lead away from it."""
+"""Fixed counts that go on after the answer is reached: steps made of rounding errors do no harm."""
 
 import pytest
 import torch

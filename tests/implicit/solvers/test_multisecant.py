@@ -1,4 +1,4 @@
-"""`Multisecant` against closed forms and dense references, and each cause of lost solves as a count."""
+"""`Multisecant` against closed forms and dense references, and a test for each known cause of failed solves."""
 
 import numpy as np
 import pytest
