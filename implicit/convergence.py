@@ -1,4 +1,4 @@
-"""Convergence of a solve, sample by sample: how each one stands, and how it ends.
+"""Convergence of a solve: the status of every sample while it runs, and the result when it ends.
 
 The loop (`implicit.iterate`) hands every evaluated point to a `ConvergenceMonitor`, which reads its norms on the host:
 
@@ -33,7 +33,7 @@ from implicit.staged_safeguard import Stage, StagedSafeguard
 from implicit.stopping import Criterion, classify
 
 RUNNING = np.int8(-1)
-_AGED = 3  # a sample without a new smallest residual for so many evaluations spends its last one at its best iterate
+_AGED = 3  # the last evaluation is made at a best iterate that has not improved for so many evaluations
 
 
 @dataclass

@@ -115,7 +115,7 @@ def _solve(
 ) -> Solution:
     """The solution from the best of several starts; autocast and parametrized weights of f are as at this call."""
     if options.adjoint is not None and not isinstance(grad, IFT):
-        raise ValueError(f"adjoint is a guess for the linear solve of IFT, and {grad!r} has none: leave it unset.")
+        raise ValueError(f"adjoint is a first guess for the linear solve of IFT, got grad={grad!r}: leave it unset.")
     devices = (t.device.type for t in leaves(z0s[0]) if t.device.type != "meta")  # autocast has no meta device
     kind = next(devices, "cpu")
     main = Main(weights_once(f)) if has_aux else weights_once(f)

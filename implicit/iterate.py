@@ -1,4 +1,4 @@
-"""The loop: evaluate f, test for convergence, freeze what has finished, ask the solver for the next iterate.
+"""The loop: evaluate f, test for convergence, freeze finished samples, take the solver's next iterate.
 
 Setting: f maps a state to a state of the same shape; sample b is a system of its own. z is the iterate and
 r = f(z) - z its residual; `implicit.stopping` has the criterion. A finished sample is frozen at its z while the others
@@ -124,7 +124,7 @@ def _until(
 
 
 def _run(f: FlatMap | JointMap, monitor: ConvergenceMonitor, solver: AbstractSolver[Any], options: SolveOptions) -> Any:
-    """Evaluate until all samples have finished, the budget is spent or f proves coupled; returns the solver state."""
+    """Evaluate until all samples have finished, the budget is spent or f couples samples; returns the solver state."""
     compactor = _Compactor(f, monitor, options) if isinstance(f, FlatMap) and options.compact else None
     point = f.evaluate(monitor.best.z)
     monitor.observe(point, f.calls, f.remaining <= 0)

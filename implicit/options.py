@@ -1,4 +1,4 @@
-"""`Problem`: what is solved; `SolveOptions`: how a solve is run and observed, apart from when it stops."""
+"""`Problem`: map, start and arguments; `SolveOptions`: warm start, compaction and observation of a solve."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class SolveOptions:
-    """How a solve is run and observed, apart from when it stops.
+    """Options of a solve other than its solver, stopping criterion and gradient estimator.
 
     Args:
         batch_dims: 1, each row of the state is a system of its own; 0, the whole state is one.

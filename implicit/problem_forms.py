@@ -23,7 +23,7 @@ from implicit.stopping import Stop
 
 @dataclass(frozen=True)
 class Main:
-    """The first output of an f that has two."""
+    """f(z) of an f that returns (f(z), aux)."""
 
     f: Map
 

@@ -1,6 +1,6 @@
 """Nested states <-> one (B, N) matrix of real numbers, one row per sample.
 
-Solvers see only the matrix: a state of several tensors behaves exactly as the same numbers in one tensor would.
+Solvers compute with the matrix alone: a state of several tensors is solved exactly as the same numbers in one tensor.
 """
 
 import copy
@@ -133,7 +133,7 @@ class Layout:
     batch_dims: int
     dtype: torch.dtype
     lossy: bool
-    """Whether the state is narrower than the matrix, so that the matrix must be rounded before f sees it."""
+    """Whether the state is narrower than the matrix, so that the matrix must be rounded before f is evaluated."""
     eps: float
     """Relative rounding error of the tensor with the coarsest dtype."""
     plain: bool
@@ -146,7 +146,7 @@ class Layout:
         """The layout of a starting state.
 
         Raises:
-            ValueError: the state has no numbers, one that is not floating point or complex, or several devices or batch
+            ValueError: the state is empty, is not floating point or complex, lies on several devices, has several batch
                 sizes, or does not fit `batch_dims`.
         """
         if batch_dims not in (0, 1):

@@ -56,7 +56,7 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """When a stage ends.
+    """Thresholds at which a stage, or a sample, ends.
 
     Attributes:
         gain: a stage has gained if the smallest residual falls to this share of its value when the stage began.
@@ -231,7 +231,7 @@ class StagedSafeguard:
         place, blown = np.searchsorted(order, self.stage[rows]) + 1, self.blown[rows] >= 2
         if Stage.NEWTON in self.stages:
             newton = len(order) - 1
-            # after two blow-ups the Newton stage is next; without them a large state skips it in the first round
+            # after two blow-ups the Newton-Krylov stage is next; else a large state skips it in the first round
             if Stage.CAUTIOUS in self.stages:
                 place = np.where(blown & (place < newton), newton, place)
             place = place + ((place == newton) & ~blown & (self.rounds[rows] == 0) & (not self.small))

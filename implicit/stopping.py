@@ -30,7 +30,7 @@ _SAFE = {torch.float32: 1e-15, torch.float64: 1e-150}  # squares in a norm below
 
 @dataclass(frozen=True, kw_only=True)
 class Stop:
-    """When a solve ends: ``||f(z) - z|| <= atol + rtol ||f(z)||`` for a sample, or after `max_evals` evaluations.
+    """A sample ends when ``||f(z) - z|| <= atol + rtol ||f(z)||``, or after `max_evals` evaluations.
 
     ``rtol = atol = 0`` means no tolerance: exactly `max_evals` evaluations, with no synchronization between host and
     device. A fixed point of zero meets any `rtol` once ||f(z)|| is below sqrt(eps) of its first value.
@@ -137,7 +137,7 @@ class Criterion:
         """(rows,) whether `Stop.when` is True for all samples of a row; None if no `when` is given.
 
         Raises:
-            ValueError: `when` does not return one boolean a sample.
+            ValueError: `when` does not return one boolean per sample.
         """
         if self.stop.when is None:
             return None

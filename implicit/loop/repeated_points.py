@@ -12,7 +12,7 @@ from implicit.pytree import Flat, to_host
 from implicit.solution import Result
 from implicit.stopping import Criterion
 
-REPEATABLE = 100.0  # eps ||f(z)|| by which two evaluations of f at one z may differ
+REPEATABLE = 100.0  # two evaluations of f at one z may differ by this many eps ||f(z)||
 Rows = Bool[np.ndarray, " rows"]
 
 
