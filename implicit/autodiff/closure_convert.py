@@ -1,4 +1,4 @@
-"""Closure conversion: which tensors does a function close over, and the function with those tensors as arguments.
+"""Closure conversion: the tensors that a function closes over, and the function with these tensors as arguments.
 
 Setting: phi(x) uses tensors theta that are not among its arguments. `ClosureTracer` records theta while phi runs, and
 `closure_convert` gives phi(x, *theta), which may be evaluated at other values of theta.

@@ -5,10 +5,10 @@ Setting: z* = F(z*, theta), J = dF/dz at z*. Derivatives of the solve are linear
     dz* = (I - J)^-1 dF/dtheta dtheta              forward
     u   = (I - J^T)^-1 g,   dtheta = u^T dF/dtheta  backward
 
-so three `autograd.Function`s close the algebra: `_Search` finds z* and has no derivative, `_Attach` is the identity at
-z* with the derivatives above, `TransposableSolve` solves with J or J^T, and its derivatives are solves by itself. Under
-vmap each function folds the mapped axis into the batch. The innermost call of each function has plain tensors, whose
-numbers the host may read.
+so three `autograd.Function`s give derivatives of any order: `_Search` finds z* and has no derivative, `_Attach` is the
+identity at z* with the derivatives above, and `TransposableSolve` solves with J or J^T; its derivatives are such solves
+again. Under vmap each function folds the mapped axis into the batch. The innermost call of each function has plain
+tensors, whose numbers the host may read.
 """
 
 from dataclasses import dataclass, replace
@@ -215,7 +215,7 @@ class _Search(torch.autograd.Function):
 
 
 class _Attach(torch.autograd.Function):
-    """z* as a function of theta."""
+    """z*, with the derivatives of the fixed point with respect to theta."""
 
     @staticmethod
     def forward(pure: Pure, config: LinearSolve, z: Tensor, image: Tensor, *theta: Tensor) -> Tensor:

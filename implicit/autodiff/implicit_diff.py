@@ -1,4 +1,4 @@
-"""A fixed point as a differentiable function of what its map closes over, outside of `torch.func`.
+"""A fixed point as a differentiable function of the tensors that its map closes over, outside of `torch.func`.
 
 Setting: z* = phi(z*), where phi closes over tensors theta, and J = dphi/dz at z*. y = phi(z*) is evaluated once with a
 graph. An autograd function returns z* itself, and its backward pass sends a vector u into the graph of y, along which
@@ -10,9 +10,9 @@ autograd reaches every theta:
 No hook is set and nothing is stored on a module.
 
 Second derivatives: u^T dphi/dtheta depends on z* too, and the graph of y, which was built at a detached z*, does not
-contain that. When the gradient is to be differentiated, phi is evaluated again as an explicit function of z* and theta
-(by closure conversion) at the attached z*, and the products are taken there. u itself is the fixed point of
-psi(u) = g + J^T u and is attached by the same function, which gives every order.
+contain this dependence. If the gradient is to be differentiated, phi is evaluated again as an explicit function of z*
+and theta (by closure conversion) at the attached z*, and the products are taken from this evaluation. u itself is the
+fixed point of psi(u) = g + J^T u and is attached by the same function, which gives every order.
 
 If phi is evaluated again, it has to be the map that was solved: f may read an attribute or a loop variable that has
 changed since. The value of phi at z* and the tensors that phi reads are compared with those of the forward pass, and a

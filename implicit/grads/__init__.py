@@ -1,4 +1,4 @@
-"""Gradient estimators: what autograd sees of a solve. One estimator a file."""
+"""Gradient estimators, which define the derivatives of a solve. Each file has one estimator."""
 
 from implicit.grads.base import AbstractGrad as AbstractGrad
 from implicit.grads.ift import IFT as IFT

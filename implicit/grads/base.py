@@ -1,4 +1,4 @@
-"""Gradient estimators: they own the solve and decide what autograd records of it.
+"""Gradient estimators: an estimator runs the solve and decides which operations autograd records.
 
 Setting: z* = f(z*, theta), J = df/dz and df/dtheta both at z*. With g = dL/dz*, the exact gradient is
 

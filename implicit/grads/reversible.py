@@ -108,7 +108,7 @@ class Reversible(AbstractGrad):
             "fewer steps (Stop.max_evals), or another estimator."
         )
         if self.on_drift == "raise":
-            raise FloatingPointError(f"{text} It is about {float(error.max()):.2g}.")
+            raise FloatingPointError(f"{text} The estimated error is {float(error.max()):.2g}.")
         warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 

@@ -1,6 +1,6 @@
 """SHINE: the approximate inverse that a quasi-Newton solver built in the forward pass, used in the backward pass.
 
-Setting: a solver's step is z' = z + H r with H ~ (I - J)^-1. The backward pass wants u = (I - J^T)^-1 g ~ H^T g, and
+Setting: a solver's step is z' = z + H r with H ~ (I - J)^-1. The backward pass needs u = (I - J^T)^-1 g ~ H^T g, and
 
     Broyden    H = I + sum_i u_i v_i^T                H^T g = g + sum_i v_i (u_i^T g)
     Anderson   H = I - dF G^-1 dR^T                   H^T g = g - dR G^-1 dF^T g,     G = dR^T dR with its ridge

@@ -151,7 +151,7 @@ def _power_of_two(g: Flat) -> Tensor:
 
 
 def _couples(act: Act, g: Flat, wrong: Tensor) -> bool:
-    """Whether A takes other samples into a wrong one: its product with numbers in the rows of the others alone."""
+    """Whether A takes other samples into a wrong one: by its product with a vector that is zero in the wrong one."""
     sample = int(wrong.to(torch.uint8).argmax())
     others = torch.arange(g.numel(), device=g.device, dtype=g.dtype).cos().view_as(g)
     others[sample] = 0

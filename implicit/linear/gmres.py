@@ -1,7 +1,7 @@
 """GMRES for the linear systems of backward passes: no method reaches the same residual in fewer products.
 
 Setting: u = g + A u, M = I - A, r = g - M u. Arnoldi's method (`implicit.linear.arnoldi`) builds orthonormal columns V
-of span{r, A r, ...}, one product a column, with
+of span{r, A r, ...}, one product per column, with
 
     A V_k = V_{k+1} H,     u' = u + V_k y,     y = argmin || beta e_1 - (I - H) y ||,     beta = ||r||
 
@@ -49,7 +49,7 @@ class GMRES:
     Args:
         memory: products of a cycle, >= 1.
         short: products of a fast cycle, >= 1; with `memory` or more, all cycles are of `memory` products.
-        rate: largest factor between residuals, on average per product, at which a cycle is fast, in [0, 1].
+        rate: a cycle is fast if its residual falls at least by this factor per product, on average, in [0, 1].
     """
 
     memory: int = 60
@@ -141,7 +141,7 @@ def _append(basis: HistoryBuffer, place: np.ndarray, v: Flat) -> tuple[HistoryBu
 
 
 def _start_over(basis: HistoryBuffer, v: Flat, cycles: "_Cycles", over: np.ndarray) -> tuple[HistoryBuffer, Flat]:
-    """An empty basis and the direction of the residual, for the samples that are `over`; changes `cycles` likewise."""
+    """An empty basis and the direction of the residual for the samples in `over`; empties their `cycles` too."""
     rows, last = (t.numpy() for t in cycles.system.direction(torch.from_numpy(cycles.place)))
     last, rows = np.where(over, last, 1.0), rows * over[:, None]
     v = basis.add(v * _upload(last[:, None], 1, v)[:, 0], _upload(rows, basis.rows, v))
@@ -216,7 +216,7 @@ class _Cycles:
         return fast & (self.place == short) | (self.place >= memory)
 
     def start_over(self, over: np.ndarray) -> None:
-        """An empty H for the samples that are `over`."""
+        """An empty H for the samples in `over`."""
         beta = np.abs(self.rho)
         self.beta = np.where(over, beta, self.beta)
         self.system = self.system.reset(torch.from_numpy(over), torch.from_numpy(beta))

@@ -21,7 +21,7 @@ from implicit.pytree import PerSample
 
 @dataclass(frozen=True)
 class HessenbergSystem:
-    """Q, R^-1, y and rho of every sample, with room for K columns; each sample has a number of columns of its own."""
+    """Q, R^-1, y and rho of every sample, with room for K columns; samples may have different numbers of columns."""
 
     q: Float[Tensor, "B K1 K1"]
     inverse: Float[Tensor, "B K1 K1"]

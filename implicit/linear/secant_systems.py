@@ -22,7 +22,7 @@ Systems = Float[Tensor, "B 2 K K"]
 def pairs_in_use(
     gram: Float[Tensor, "B K K"], turn: int, tolerance: float, least: Float[Tensor, "B 1"]
 ) -> Bool[Tensor, "B K"]:
-    """Which pairs make an angle with the span of the newer ones whose sine exceeds `least`, at least `tolerance`.
+    """Which pairs have an angle to the span of the newer ones whose sine exceeds `least` (not below `tolerance`).
 
     Slot turn - 1 is the newest. A pair whose diagonal entry is 0 is not in use.
     """
@@ -76,7 +76,7 @@ def _not_finite(y: Float[Tensor, "B 2 K"]) -> Bool[Tensor, "B 2 1"]:
 
 
 def _newest_first(x: Tensor, turn: int, *dims: int) -> Tensor:
-    """`x` in the order of age along `dims`, where slot turn - 1 is the newest; with -turn the inverse of that."""
+    """`x` with the newest slot, turn - 1, first along `dims`, then by age; -turn gives the inverse permutation."""
     if not turn:
         return x.flip(dims)
     return x.roll([-turn] * len(dims), dims).flip(dims) if turn > 0 else x.flip(dims).roll([-turn] * len(dims), dims)

@@ -1,4 +1,4 @@
-"""Solvers: how the next iterate is made. One algorithm a file."""
+"""Solvers, which propose the next iterate. Each file has one algorithm."""
 
 from implicit.solvers.anderson import Anderson as Anderson
 from implicit.solvers.anderson_gs import AndersonGS as AndersonGS

@@ -43,7 +43,7 @@ class Anderson(AbstractSolver[AndersonState]):
     """Anderson acceleration, type II, of `memory` points per sample.
 
     The least-squares problem is solved through its Gram matrix, of which every step replaces one row and column. The
-    ridge is relative to the differences, so the unit of z changes nothing. States held: 2 memory.
+    ridge is relative to the differences, so the unit of z changes nothing. Memory: 2 `memory` states.
 
     Args:
         memory: number of points mixed, >= 1; 1 is the Picard iteration.

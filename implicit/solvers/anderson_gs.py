@@ -49,7 +49,7 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
     """Anderson acceleration by Gram-Schmidt, at most `memory` pairs per sample.
 
     The unit of z changes nothing, as long as squared norms stay in the dtype's range (norms of 1e-18 to 1e18 in
-    float32). States held: a growing number, at most 2 memory + 2.
+    float32). Memory: a growing number of states, at most 2 `memory` + 2.
 
     Args:
         memory: number of pairs kept, >= 1.
@@ -106,7 +106,7 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
         slot = state.pairs % self.memory
         q, d = state.q.reserve(slot, point.r), state.d.reserve(slot, point.r)
         inverse = state.inverse.clone()
-        inverse[:, :, slot] = 0  # the oldest pair leaves
+        inverse[:, :, slot] = 0  # the oldest pair is dropped
         new, new_fz = point.r - state.r, point.fz - state.fz
         # the part of the new q in the span of the old ones; if that is nearly all of q, the old pairs are dropped
         square = dots(new.unsqueeze(1), new)  # a norm has no second derivative at zero

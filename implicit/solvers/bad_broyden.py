@@ -35,7 +35,7 @@ class BadBroyden(AbstractSolver[BadBroydenState]):
     """Bad Broyden with the latest `memory` rank-one terms per sample.
 
     When the history is full the oldest term is dropped before the new one is computed, so the newest secant equation
-    always holds. States held: a growing number, at most 2 memory + 3.
+    always holds. Memory: a growing number of states, at most 2 `memory` + 3.
 
     Args:
         memory: number of rank-one terms kept, >= 1.
@@ -84,7 +84,7 @@ class BadBroyden(AbstractSolver[BadBroydenState]):
         if state.updates >= self.memory:
             u = u.set(slot, torch.zeros_like(y))
         scale = torch.linalg.vecdot(y, y).unsqueeze(1)
-        scale = scale.masked_fill(scale == 0, torch.inf)  # not clamped: a backward pass would divide by the clamp
+        scale = scale.masked_fill(scale == 0, torch.inf)  # a clamp would be a divisor in the backward pass
         column = (s + u.add(y, v.dot(y))) / -scale
         return u.set(slot, column), v.set(slot, y)
 

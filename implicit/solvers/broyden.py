@@ -36,9 +36,9 @@ _NOISE = 0.75  # a factor 1 - c up to eps to this power consists of rounding err
 
 @dataclass(frozen=True)
 class BroydenState:
-    """The last residual, the steps so far, `count` of them, and T - D (its upper triangle has no meaning).
+    """The last residual, the `count` steps so far, and T - D, whose upper triangle is not used.
 
-    Row j of `system` holds s_j^T s_i for i <= j as they come, and -D_jj after them: T - D begins in column 1.
+    Row j of `system` holds s_j^T s_i for i = 0 .. j and then -D_jj: T - D begins in column 1.
     """
 
     r: Flat
@@ -56,7 +56,8 @@ class Broyden(AbstractSolver[BroydenState]):
     When the history is full it restarts from the newest pair, so the newest secant equation always holds. (Later pairs
     are wrong without the earlier ones that they were computed with: dropping one pair at a time diverges on slow linear
     maps. scipy's truncated SVD takes about as many evaluations, and a factorization per step.) A pair whose direction
-    is lost to rounding (s^T H y = 0) is left out for that sample. States held: a growing number, at most memory + 3.
+    is lost to rounding (s^T H y = 0) is left out for that sample. Memory: a growing number of states, at most
+    `memory` + 3.
 
     Args:
         memory: number of secant pairs kept, >= 1.
@@ -134,7 +135,7 @@ class Broyden(AbstractSolver[BroydenState]):
     def _search(
         self, point: Point, state: BroydenState, short: Float[Tensor, "B 1 K"], s: Flat
     ) -> tuple[Flat, BroydenState]:
-        """The z after the step s; after half of the last step, as the newest one again, if the residual has grown."""
+        """(next z, state): z + s, or if the residual has grown half of the last step, as the newest step again."""
         last = state.count - 1
         d, part = state.steps.row(last), 1 + short[:, :, last]
         grown = ~(norm(point.r) <= norm(state.r)).unsqueeze(1) & (part > 0.5**self.search)

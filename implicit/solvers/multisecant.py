@@ -9,10 +9,10 @@ the approximate inverse of I - df/dz that fits every pair of the window and is t
     dZ^T (r_k - dR gamma) = 0,    z_{k+1} = f(z_k) - dF gamma
 
 (Fang and Saad, "Two classes of multisecant methods for nonlinear acceleration", Numer. Linear Algebra Appl. 16, 2009,
-section 2.4: the type-I member of the Anderson family). On a linear map of N numbers it ends in N + 1 evaluations.
+section 2.4: the type-I member of the Anderson family). On a linear map of N numbers this takes N + 1 evaluations.
 
 Old pairs of a map that is not linear contradict the new ones, and nearly dependent columns amplify rounding errors. The
-columns of dR are therefore taken newest first, and one whose angle to the span of the newer ones has a sine below
+columns of dR are therefore taken newest first, and a column whose angle to the span of the newer ones has a sine below
 `filter` is left out (Pollock and Rebholz, "Filtering for Anderson acceleration", SIAM J. Sci. Comput. 45(4), 2023). The
 sines are the pivots of the Cholesky factor of the Gram matrix of the normalized columns.
 
@@ -70,8 +70,8 @@ class MultisecantState:
 
     A row of `df` and of `dr` is a pair dF_i and dR_i; `inverse` holds 1 / ||dR_i||, or 0 for a pair that is not in use.
     `systems` holds <dZ_i, dR_j> and <dR_i, dR_j> of the pairs divided by ||dR_i||. `size` is ||r|| of the last point,
-    `bound` the residual beyond which the next point shows that the model has failed, `mu` the ridge;
-    `ratio` and `fall` are rho_k and 1 - rho_k / rho_{k-1} of the plain steps at the start, where `plain` holds.
+    `bound` the ||r|| of the next point above which the model has failed, `mu` the ridge; `ratio` and `fall` are rho_k
+    and 1 - rho_k / rho_{k-1} of the plain steps at the start, for the samples marked in `plain`.
     """
 
     fz: Flat

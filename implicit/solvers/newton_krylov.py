@@ -45,8 +45,8 @@ class NewtonKrylov(AbstractSolver[NewtonKrylovState]):
     """Newton-GMRES: each step costs one evaluation and as many Jacobian-vector products as GMRES takes.
 
     Products are taken by forward mode or, where an operator of f has none, by differentiating backward mode twice;
-    each counts as one evaluation. `Unrolled` refuses this solver, since its steps have no graph. States held: a growing
-    number, at most min(inner, N) + 6 for a sample of N numbers.
+    each counts as one evaluation. `Unrolled` refuses this solver, since its steps have no graph. Memory: a growing
+    number of states, at most min(`inner`, N) + 6 for a sample of N numbers.
 
     Args:
         inner: largest number of Krylov vectors per Newton step, >= 1; N of them always suffice.
@@ -108,7 +108,7 @@ class NewtonKrylov(AbstractSolver[NewtonKrylovState]):
             spent = exhausted | ~rest.isfinite() | (slot == columns)
             done = going & ((rest <= self.forcing) | spent | last)
             good = done & rest.isfinite()
-            # the Newton step from its solution, or a plain step where there is none
+            # the Newton step by the solution of GMRES, or a plain step if GMRES has failed
             c = (system.y[:, : basis.rows] * size.unsqueeze(1)).masked_fill(~good.unsqueeze(1), 0)
             proposed = torch.where(done.unsqueeze(1), point.fz, proposed)
             proposed = torch.where(good.unsqueeze(1), basis.add(z, c.unsqueeze(1)), proposed)

@@ -13,7 +13,7 @@ class Picard(AbstractSolver[None]):
     """z' = damping z + (1 - damping) f(z).
 
     With ``damping=0`` and no tolerance, n evaluations give exactly f applied n times. Converges where the spectral
-    radius of (1 - damping) df/dz + damping I is below 1, by that factor per evaluation. States held: none.
+    radius of (1 - damping) df/dz + damping I is below 1, by that factor per evaluation. Memory: no state.
 
     Args:
         damping: share of the old iterate kept, in [0, 1).
