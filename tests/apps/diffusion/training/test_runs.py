@@ -4,6 +4,7 @@ train as one does.
 
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -96,7 +97,7 @@ def test_sigterm_writes_a_checkpoint_first(runs, whole, tmp_path):
     out = tmp_path / "run"
     assert interrupt(runs, out, EVERY, signal.SIGTERM, 0.03) == 128 + signal.SIGTERM, runs.log.read_text()
     said = runs.log.read_text()
-    assert f"Stopped at {images_of(out)} images" in said and "--resume" in said
+    assert re.search(rf"\b{images_of(out)}\b", said) and "--resume" in said
     runs.start("--out", str(out), "--resume")
     assert runs.end() == 0, runs.log.read_text()
     assert_same(checkpoint.newest(out), whole)
@@ -110,7 +111,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(runs, whole, tmp_path):
     runs.start("--out", str(out), "--resume", largest=smallest // 2)
     assert runs.end() == 1
     said = runs.log.read_text()
-    assert "could not be written" in said and "--resume" in said
+    assert str(out / "checkpoints") in said and "--resume" in said
     assert "Traceback" not in said
     assert {p: p.read_bytes() for p in (out / "checkpoints").rglob("*") if p.is_file()} == before
     runs.start("--out", str(out), "--resume")
