@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from apps.diffusion.models import FPDM, DiT, transformer
+from apps.diffusion.models import FPDM, DiT, latent_transformer
 from apps.diffusion.models.cost import cost
 from apps.diffusion.rng import Stream, generator
 from apps.diffusion.sampling.guidance import Guidance
@@ -290,7 +290,7 @@ def test_requested_samples_alone_agree_to_rounding():
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_a_timestep_never_waits_for_the_device_and_adds_a_constant(network, guidance, name, monkeypatch):
     """A fixed count; on the emulated device of `tests.helpers`. The results are read at the end."""
-    monkeypatch.setattr(transformer, "check_inputs", lambda *args, **kwargs: None)  # checks labels on a CPU alone
+    monkeypatch.setattr(latent_transformer, "check_inputs", lambda *args, **kwargs: None)  # it reads labels on a CPU
     model = randomized(network(**TINY)).eval()
 
     def walk(steps):
