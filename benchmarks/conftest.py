@@ -10,7 +10,7 @@ from benchmarks.report.formatting import table
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the GPU rows where there is no CUDA device."""
+    """Deselects the GPU rows if there is no CUDA device."""
     if torch.cuda.is_available():
         return
     rows = [item for item in items if item.get_closest_marker("gpu")]
@@ -32,7 +32,7 @@ def one_thread() -> Any:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """One table a group: the fastest time of each row, its ratio to the fastest row, and what the row counted."""
+    """Prints a table for each group: the fastest time of each row, its ratio to the fastest row, and `extra_info`."""
     session = getattr(config, "_benchmarksession", None)
     groups: dict[str, list[Any]] = defaultdict(list)
     for row in session.benchmarks if session else []:

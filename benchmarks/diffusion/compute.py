@@ -1,19 +1,19 @@
-"""Work at XL/2: multiply-accumulates, bytes, a roofline of stated cards, kernels, and CPU times beside them.
+"""Cost of sampling and training steps at XL/2: multiply-accumulates, bytes, roofline times of GPUs, kernels, CPU times.
 
     python -m benchmarks.diffusion.compute          writes benchmarks/results/compute_xl.json in some minutes
 
-Counts come from the very code that runs, on tensors without values: fake ones for MACs and bytes, with attention as one
-kernel, and the meta device for kernels, where a read of a value by the host raises, so that a step that passes has no
-host synchronization.
+The counts are made by running the models on tensors without values. MACs and bytes are counted on fake tensors, with
+attention as one kernel. Kernels are counted on the meta device, where a read of a value by the host raises; a step that
+runs there therefore has no host synchronization.
 
     MACs     half of what torch's FlopCounterMode counts in matrix products, convolutions and attention
-    bytes    read and written by every operator on its own: what unfused kernels move
+    bytes    sum of the bytes that each operator reads and writes, as without kernel fusion
     time     >= max(2 MACs / peak, bytes / bandwidth)         the roofline (Williams et al. 2009)
-    kernels  operators that move data
+    kernels  operators other than views
 
-A bare loop is the same network with the fixed-point layer written as a `for` loop. Over it, a solve of k evaluations
-adds `SOLVE[0] + SOLVE[1] k` kernels, almost all on one number a sample; a training step of n free and m tracked
-evaluations adds `TRAINING[0] + TRAINING[1] n + TRAINING[2] m`.
+A bare loop is the same network with the fixed-point layer written as a `for` loop. A solve of k evaluations has
+`SOLVE[0] + SOLVE[1] k` more kernels than the bare loop, most of them on one number per sample. A training step of n
+evaluations without and m with a graph has `TRAINING[0] + TRAINING[1] n + TRAINING[2] m` more kernels.
 """
 
 import argparse
@@ -53,12 +53,12 @@ TRAINED = (6, 7)
 
 @dataclass(frozen=True)
 class Card:
-    """Peaks of a card without sparsity, from its data sheet.
+    """Peak numbers of a GPU, without sparsity, from its data sheet.
 
     Attributes:
-        half: operations a second of its matrix units in bfloat16 or float16.
-        single: operations a second in float32.
-        bandwidth: bytes a second of its memory.
+        half: operations per second of the matrix units in bfloat16 or float16.
+        single: operations per second in float32.
+        bandwidth: memory bandwidth in bytes per second.
     """
 
     name: str
@@ -80,11 +80,11 @@ ATTENTION: dict[Any, Any] = {
         *shapes[:4]
     ),
 }
-"""Operations of the fused attention of a CPU, counted like that of a GPU: the backward pass makes the scores again."""
+"""FLOP counts of a CPU's fused attention, with the formula of a GPU's: the backward pass computes the scores again."""
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes that operators read and write, views excepted."""
+    """Counts the bytes that operators other than views read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def network(kind: type[DiT] | type[FPDM], scale: Scale) -> Any:
 
 
 def works(scale: Scale) -> dict[str, tuple[nn.Module, Step, int]]:
-    """Name of the work -> the network, a closure that does it once, and its MACs by the formula of the models."""
+    """Name of a step -> the network, a function that makes the step once, and its MACs by the formula of the models."""
     fpdm, dit, batch = (
         steps.draw_weights(network(FPDM, scale)),
         steps.draw_weights(network(DiT, scale)),
@@ -140,14 +140,14 @@ def works(scale: Scale) -> dict[str, tuple[nn.Module, Step, int]]:
 
 @contextmanager
 def _without_values() -> Iterator[None]:
-    """Fake tensors, on which `gelu` takes the one kernel of an accelerator instead of a CPU's own form."""
+    """Fake tensors, with `gelu` as the one kernel of an accelerator instead of the sigmoid form of a CPU."""
     kernel = partial(F.gelu, approximate="tanh")
     with FakeTensorMode(), mock.patch.object(layers, "gelu", kernel):
         yield
 
 
 def counted(scale: Scale) -> list[dict[str, Any]]:
-    """MACs by count and by formula, bytes, and the roofline of each card, for all works."""
+    """For each step: MACs by count and by formula, bytes, and the roofline time of each GPU."""
     rows = []
     with _without_values():
         for name, (module, step, formula) in works(scale).items():
@@ -166,13 +166,13 @@ def counted(scale: Scale) -> list[dict[str, Any]]:
 
 
 def roofline(card: Card, row: dict[str, Any]) -> float:
-    """Least seconds of a row on a card."""
+    """The roofline time of a row on a GPU, in seconds."""
     peak = card.half if row["precision"] == "bf16" else card.single
     return max(2 * row["MACs"] / peak, row["bytes"] / card.bandwidth)
 
 
 def kernels_over_a_bare_loop(scale: Scale, free: int, tracked: int) -> tuple[int, int]:
-    """Kernels of our step and of a bare loop; tracked = 0 is a sampling step of `free` iterations."""
+    """Kernels of our step and of a bare loop; with tracked = 0, of a sampling step of `free` iterations."""
     fpdm = network(FPDM, replace(scale, device="meta"))
     x, t, y = (part.to("meta") for part in steps.inputs(scale))
     batch = (x, t, y)
@@ -202,8 +202,8 @@ def kernels_over_a_bare_loop(scale: Scale, free: int, tracked: int) -> tuple[int
 
 
 def timed(repeats: int, scale: Scale, save: Callable[[dict[str, Any]], None], known: dict[str, Any]) -> None:
-    """CPU seconds of the works by medians, in turn with those of the same kind, unless they are known; and our sampling
-    step beside the same as a bare loop. Saves each kind when it is measured.
+    """Measures median CPU seconds of the steps that `known` lacks, alternating between steps of the same kind, and the
+    ratio of our sampling step to the bare loop. `save` is called after each kind.
     """
     found = {name: known[name] for name in ("cpu", "beside a bare loop") if name in known}
     chosen = works(scale)
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "compute_xl.json", help="result file; resumed if it exists"
     )
-    parser.add_argument("--repeats", type=int, default=5, help="of each timed work; 0 leaves the times as they are")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of each timed step; 0: no timing")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     old = read_result(options.out)

@@ -1,11 +1,11 @@
-"""The largest batch whose training step fits a card, from peaks of memory by batch."""
+"""The largest batch whose training step fits into the memory of a GPU, from the peak memory at several batches."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 GIB = 2**30
 CARDS = {"80 GB": 80e9, "16 GB": 16e9}
-"""Nominal capacities in bytes; the share that a CUDA context and fragmentation take is not subtracted."""
+"""Nominal memory of GPUs in bytes; the memory of the CUDA context and fragmentation are not subtracted."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Case:
 def largest_batch(peaks: dict[int, int], capacity: float) -> int:
     """The largest batch that fits, by the line through the peaks at the two largest batches.
 
-    At small batches the peak may be that of the optimizer's step, which does not depend on the batch.
+    The two largest batches are used, because at a small batch the peak may be in the optimizer's step, which does not
+    depend on the batch.
     """
     (a, low), (b, high) = sorted(peaks.items())[-2:]
     slope = (high - low) / (b - a)
@@ -34,15 +35,15 @@ def largest_batch(peaks: dict[int, int], capacity: float) -> int:
 
 
 def searched(peaks: dict[int, int], capacity: float, peak: Callable[[int], int]) -> tuple[int, dict[int, int]]:
-    """The largest batch that fits, and the peaks that show it: its own and that of one sample more.
+    """The largest batch that fits, and the peaks at this batch and at one sample more, which prove it.
 
-    The peak grows with the batch as a maximum of lines, so the chord between a batch that fits and one that does not
-    leads to one that fits, and the line through the two largest batches bounds the answer from above.
+    The peak is a maximum of lines in the batch, hence convex. The chord between a batch that fits and one that does not
+    fit therefore gives a batch that fits, and the line through the two largest batches gives an upper bound.
 
     Args:
         peaks: known peaks of at least two batches.
-        capacity: in bytes.
-        peak: the peak of another batch.
+        capacity: memory of the GPU in bytes.
+        peak: function that returns the peak at a batch.
     """
     known = {0: 0, **peaks}
     while True:

@@ -1,14 +1,14 @@
 """Peak memory of a training step at XL/2 without a GPU, predicted on fake tensors.
 
     python -m benchmarks.diffusion.memory                writes benchmarks/results/memory_xl.json and prints the tables
-    python -m benchmarks.diffusion.memory --validate     real steps beside their predictions (14 GiB of free memory)
-    python -m benchmarks.diffusion.memory --largest      the largest batch on each card with checkpointing, by search
+    python -m benchmarks.diffusion.memory --validate     compares predictions with real steps (14 GiB of free memory)
+    python -m benchmarks.diffusion.memory --largest      searches the largest batch on each GPU with checkpointing
 
 A step is forward, mean squared error, backward and fused AdamW, as in training; learned sigma, 4 x 32 x 32 latents.
-`FakeTensorMode` carries shapes and storages through the very code that trains; `MemTracker` adds the storages alive:
-parameters, gradients, optimizer state, activations and temporaries. Workspaces inside kernels and fragmentation of an
-allocator are not in it. IFT takes one product in its backward pass there. Real steps on the CPU count the same quantity
-with `harness.MemoryTracker`, which shares no code with it.
+`FakeTensorMode` runs the training code with shapes and storages only; `MemTracker` sums the storages that are alive:
+parameters, gradients, optimizer state, activations and temporaries. The prediction leaves out workspaces inside kernels
+and fragmentation of the allocator. On fake tensors IFT takes one product in its backward pass. In real steps on the CPU
+`harness.MemoryTracker`, which shares no code with `MemTracker`, counts the same quantity.
 """
 
 import argparse
@@ -40,7 +40,7 @@ ESTIMATORS: dict[str, tuple[int, AbstractGrad]] = {
     "JFB": (12, JFB()),
     **{name: steps.ESTIMATORS[name] for name in ("IFT", "Reversible")},
 }
-"""Evaluations before the estimator's own, and the estimator. Counts are fixed, as fake tensors have no values."""
+"""Evaluations before those of the estimator, and the estimator. Counts are fixed, since fake tensors have no values."""
 VALIDATED = "S-JFB (6, 6), near the expected draw"
 SETTINGS = ((False, "fp32"), (True, "fp32"), (False, "bf16"), (True, "bf16"))
 """Checkpointing and precision of a row."""
@@ -80,7 +80,7 @@ def build(case: Case, size: Size) -> nn.Module:
 
 
 def training_step(case: Case, size: Size) -> tuple[nn.Module, torch.optim.Optimizer, Callable[[], None]]:
-    """The network, its optimizer, and a closure that makes one step."""
+    """The network, its optimizer, and a function that makes one step."""
     network = build(case, size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
     x = torch.randn(case.batch, 4, size.side, size.side)
@@ -105,7 +105,7 @@ def training_step(case: Case, size: Size) -> tuple[nn.Module, torch.optim.Optimi
 
 
 class PeakTracker(MemTracker):
-    """MemTracker without its statistics by module, whose upkeep grows as modules times operators."""
+    """MemTracker without statistics by module, which take time in proportion to modules times operators."""
 
     def _update_peak_stats(self, peak_state: Any) -> None:
         by_module, self.memory_tracking = self.memory_tracking, type(self.memory_tracking)()
@@ -114,7 +114,7 @@ class PeakTracker(MemTracker):
 
 
 def fake_peak(case: Case, size: Size = XL) -> int:
-    """Peak bytes of a step, when the optimizer's state exists."""
+    """Predicted peak bytes of a step after the first, so that the optimizer's state exists."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         network, optimizer, step = training_step(case, size)
         for parameter in network.parameters():
@@ -130,11 +130,11 @@ def fake_peak(case: Case, size: Size = XL) -> int:
 
 
 def real_peak(case: Case, size: Size = XL) -> int:
-    """The same on real tensors on the CPU: bytes of storages alive at the peak of the second step."""
+    """Counted peak bytes of a real step on the CPU: bytes of the storages alive at the peak of the second step."""
     gc.collect()
     with MemoryTracker() as memory:
         network, _, step = training_step(case, size)
-        steps.draw_weights(network)  # new weights make every block the identity, and the gradient zero
+        steps.draw_weights(network)  # with initial weights, every block is the identity and the gradient is zero
         step()
         memory.peak = memory.alive
         step()
@@ -151,7 +151,7 @@ def cases(batches: tuple[int, ...]) -> Iterator[Case]:
 
 
 def validated() -> Iterator[Case]:
-    """Steps of which prediction and count stand side by side; bf16, slow on most CPUs, once."""
+    """The steps whose predictions are compared with counts; one step in bf16, which is slow on most CPUs."""
     for batch in (1, 2):
         yield Case("DiT", batch)
         yield Case("FPDM", batch, VALIDATED)
@@ -164,7 +164,7 @@ def validated() -> Iterator[Case]:
 
 
 def searched_cases() -> Iterator[Case]:
-    """Rows whose largest batch is searched for, at any batch: those with checkpointing."""
+    """The rows with checkpointing, whose largest batch is searched for."""
     for precision in ("fp32", "bf16"):
         for estimator in ESTIMATORS:
             yield Case("FPDM", 0, estimator, True, precision)
@@ -173,7 +173,7 @@ def searched_cases() -> Iterator[Case]:
 
 
 def _searched(case: Case, peaks: dict[int, int]) -> dict[str, Any]:
-    """The largest batch of a row on each card, with its peak and that of one sample more."""
+    """The largest batch of a row on each GPU, with the peak at this batch and at one sample more."""
     found = {}
     for card, capacity in CARDS.items():
         batch, shown = searched(peaks, capacity, lambda batch: fake_peak(replace(case, batch=batch)))
@@ -184,7 +184,7 @@ def _searched(case: Case, peaks: dict[int, int]) -> dict[str, Any]:
 def measure(
     result: dict[str, Any], out: Path, entry: str, found: Iterable[Case], peak: Callable[[Case], dict[str, Any]]
 ) -> None:
-    """Add what `peak` gives for the cases that `result[entry]` lacks, and write the file after each."""
+    """Call `peak` for the cases that `result[entry]` lacks, add its result, and write the file after each case."""
     known = {Case(**one["case"]) for one in result[entry]}
     for case in found:
         if case in known:
@@ -209,7 +209,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, default=RESULTS / "memory_xl.json", help="result file; resumed if it exists"
     )
     parser.add_argument("--batches", type=int, nargs="*", default=[64, 8, 1], help="batch sizes of the predictions")
-    parser.add_argument("--validate", action="store_true", help="real steps beside their predictions")
+    parser.add_argument("--validate", action="store_true", help="compare predictions with real steps")
     parser.add_argument("--largest", action="store_true", help="search for the largest batches with checkpointing")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

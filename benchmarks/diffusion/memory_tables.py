@@ -1,4 +1,4 @@
-"""Tables of peak memory: by batch, beside the DiT, and the largest batch on each card."""
+"""Tables of peak memory by batch, of its ratio to the DiT's, and of the largest batch on each GPU."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ from benchmarks.report.formatting import table
 
 
 def fits(row: tuple[str, ...], peaks: dict[int, int], card: str, largest: list[dict[str, Any]]) -> str:
-    """The largest batch of a row on a card: of the search, or by the line through two batches. With checkpointing the
-    peak moves from the end of the backward pass to its beginning as the batch grows. A maximum of lines is convex, so
-    that the line then gives an upper bound beyond the two batches, and a lower one between them.
+    """The largest batch of a row on a GPU, by the search or by the line through two batches. With checkpointing, the
+    peak moves from the end of the backward pass to its beginning as the batch grows, and is a convex function of the
+    batch. The line then gives an upper bound beyond the two batches, and a lower bound between them.
     """
     settled = [one["largest"][card]["batch"] for one in largest if Case(**one["case"]).row == row]
     if settled:

@@ -3,9 +3,9 @@
     python -m benchmarks.diffusion.own_images           # trains, samples, scores, writes results/own_images.json
     python -m benchmarks.diffusion.own_images --run RUN # scores a run of the preset on the same shapes
 
-600 images of 16 x 16 pixels: circles, squares and triangles of random color, position and size. Whether a sample shows
-the shape of its class is decided by a convolutional network and by a support vector machine on the brightest channel,
-both trained on 3600 other shapes.
+The data are 600 images of 16 x 16 pixels: circles, squares and triangles of random color, position and size. Two
+classifiers decide whether a sample shows the shape of its class, a convolutional network and a support vector machine
+on the brightest channel, both trained on 3600 other shapes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ GUIDANCE = 4.0
 
 
 def shape(kind: str, seed: int, size: int = SIZE) -> Image.Image:
-    """One shape of a random bright color, position and size on a dark background, drawn four times as large."""
+    """An image of one shape of random bright color, position and size on a dark background; it is drawn at four times
+    its size and reduced.
+    """
     draw = np.random.default_rng(seed)
     big = 4 * size
     radius = draw.uniform(0.22, 0.38) * big
@@ -68,7 +70,7 @@ def save_shapes(root: Path, each: int, first: int = 0) -> Path:
 
 
 class Classifiers:
-    """Two classifiers of shapes, trained on images that no network has seen."""
+    """Two classifiers of shapes, trained on images that no diffusion model is trained on."""
 
     def __init__(self, root: Path, each: int = 1200) -> None:
         x, y = all_images(ImageFolderDataset(save_shapes(root, each, first=5000), SIZE))
@@ -76,7 +78,7 @@ class Classifiers:
         self.machine = SVC(C=10).fit(_brightest(x), y.numpy())
 
     def accuracy(self, x: Tensor, y: Tensor) -> dict[str, float]:
-        """Shares of images (n, 3, 16, 16) that show their class."""
+        """By classifier, the share of images (n, 3, 16, 16) that show their class."""
         x = x.clamp(-1, 1)
         return {
             "network": label_accuracy(self.network(x), y),
@@ -89,7 +91,7 @@ def _brightest(x: Tensor) -> np.ndarray:
 
 
 def scored(run: Path, images: Path, classifiers: Classifiers, count: int) -> dict[str, Any]:
-    """Training facts of a run on the shapes, and scores of its samples by the options of the preset, with guidance."""
+    """Numbers of a training run on the shapes, and scores of samples with the options of the preset and guidance."""
     opened = open_network(run)
     options = replace(PRESETS["folder-small"]().sampling, guidance=GUIDANCE)
     chosen = plan(opened.model, opened.scheduler, options, defaults=opened.options)
@@ -111,7 +113,9 @@ def scored(run: Path, images: Path, classifiers: Classifiers, count: int) -> dic
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Own images on a laptop: the preset folder-small on generated shapes.")
-    parser.add_argument("--run", type=Path, help="score this run of the preset on the shapes, which --images holds")
+    parser.add_argument(
+        "--run", type=Path, help="training run of the preset on the shapes in --images; nothing is trained"
+    )
     parser.add_argument("--images", type=Path, help="folder of the 600 shapes; written if it does not exist")
     parser.add_argument("--cpu-seconds", type=float, help="of the training of --run")
     parser.add_argument("--note", default="", help="how --run was trained, for the result file")

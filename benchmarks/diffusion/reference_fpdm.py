@@ -1,12 +1,12 @@
-"""One step of an FPDM written plainly, from the equations: what our model is compared with.
+"""One step of an FPDM written from the equations without optimization, with which our model is compared.
 
     c = t_emb + y_emb;  x <- Block_pre(x, y_emb);  inj = W_pre x;  z_0 = x
     z_{k+1} = Block(fc2(gelu(fc1([z_k ; inj]))), c)
     prediction = Final(Block_post(z, y_emb), y_emb)
 
-Nothing is hoisted out of the iterations: each one concatenates, and computes the modulation of c, again. In training
-the free iterations are recorded like the others, and their graph is alive until they are over. Only the parameters
-of the model are used, and torch's kernels (fused attention, fused gelu, layer normalization).
+Each iteration concatenates z and the injection, and computes the modulation of c again. In training, autograd records
+the free iterations too, and their graph is alive until these iterations end. Only the parameters of the model and
+torch's kernels (fused attention, fused gelu, layer normalization) are used.
 """
 
 import torch
@@ -44,7 +44,7 @@ def iteration(model: FPDM, z: Tensor, inj: Tensor, c: Tensor) -> Tensor:
 
 
 def step(model: FPDM, x: Tensor, t: Tensor, y: Tensor, *, free: int, tracked: int) -> Tensor:
-    """The prediction; gradients reach the last `tracked` iterations (all, and what is before them, if free = 0)."""
+    """The prediction. Gradients reach the last `tracked` iterations only; if free = 0, also the blocks before them."""
     h = model.x_embedder(x) + model.pos_embed
     label = model.y_embedder.embedding_table(y)  # pyright: ignore[reportOptionalMemberAccess]
     c = model.t_embedder(t) + label

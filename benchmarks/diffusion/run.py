@@ -1,4 +1,4 @@
-"""What a step of FPDM costs: against the same step written plainly, against DiT, and against its peers.
+"""Cost of a step of FPDM, compared with the same step written plainly, with DiT, and with other libraries.
 
 python -m benchmarks.diffusion.run           writes benchmarks/results/diffusion.json and prints it
 python -m benchmarks.diffusion.run --scale xl --precision bf16 --batch 32
@@ -24,9 +24,9 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Claim:
-    """One step that is to cost at most a share of the same step written plainly.
+    """The claim that a step costs at most a given share of the same step written plainly.
 
-    A training step has (n, m) free and tracked iterations; m = 0 is a sampling step of n iterations.
+    A training step has n iterations without and m with a graph; m = 0 is a sampling step of n iterations.
     """
 
     free: int
@@ -62,11 +62,11 @@ CLAIMS = (
     Claim(6, 6, time=1.0),
 )
 CHECKPOINTED = 0.15
-"""FPDM's peak at (6, 6), tracked iterations checkpointed, as a share of DiT-28's without checkpointing."""
+"""Claim: peak memory of an FPDM step at (6, 6) with checkpointing, divided by that of DiT-28 without checkpointing."""
 
 
 def against_plain(claim: Claim, scale: Scale, repeats: int) -> dict[str, Any]:
-    """Time and memory of our step over the plain one's."""
+    """Time and memory of our step, divided by those of the plain step."""
     pair = claim.pair(scale)
     peaks = {name: peak_bytes(step, scale.device) for name, step in pair.items()}
     times = paired(pair, repeats, scale.device)
@@ -82,7 +82,7 @@ def against_plain(claim: Claim, scale: Scale, repeats: int) -> dict[str, Any]:
 
 
 def checkpointed_memory(scale: Scale) -> dict[str, Any]:
-    """Peak of FPDM at (6, 6) with every block and iteration checkpointed, over the DiT's."""
+    """Peak memory of FPDM at (6, 6) with every block and iteration checkpointed, divided by the DiT's."""
     batch = steps.inputs(scale)
     network, dit = steps.fpdm(scale, checkpointing=True), steps.dit(scale)
     ours = peak_bytes(steps.training(network, steps.draw(network, batch, 6, 6), scale), scale.device)
@@ -113,7 +113,7 @@ SCALES = {"cpu": CPU, "xl": XL, "tiny": Scale(hidden=32, heads=2, side=8, depth=
 
 
 def _file(name: str, scale: Scale) -> Path | None:
-    """Where results of a scale are kept."""
+    """The result file of a scale; None for the scale tiny."""
     names = {"cpu": "diffusion", "xl": f"gpu_diffusion_{scale.precision}_{scale.batch}"}
     known = name in names and (name == "xl" or scale == CPU)
     return Path(__file__).parents[1] / "results" / f"{names[name]}.json" if known else None
@@ -121,9 +121,9 @@ def _file(name: str, scale: Scale) -> Path | None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", choices=SCALES, default="cpu", help="xl needs a GPU; tiny shows that all runs")
+    parser.add_argument("--scale", choices=SCALES, default="cpu", help="xl needs a GPU; tiny tests the program")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--batch", type=int, help="images; default that of the scale")
+    parser.add_argument("--batch", type=int, help="batch size; default: that of the scale")
     parser.add_argument("--out", type=Path, help="default: a file under benchmarks/results/; tiny has none")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--tables", nargs="*", choices=TABLES, default=list(TABLES), help="others stay as they are")
@@ -132,7 +132,9 @@ def main(arguments: list[str] | None = None) -> None:
     scale = replace(scale, batch=options.batch or scale.batch)
     options.out = options.out or _file(options.scale, scale)
     if options.out is None:
-        parser.error("--scale tiny, and fewer images or bf16 on a CPU, need --out: their numbers are no results.")
+        parser.error(
+            "--scale tiny, and fewer images or bf16 on a CPU, need --out, because their numbers are not results."
+        )
     if scale.device == "cuda" and not torch.cuda.is_available():
         parser.error("--scale xl needs a CUDA device, and there is none here.")
     torch.set_num_threads(1)

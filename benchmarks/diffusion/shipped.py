@@ -1,12 +1,12 @@
-"""The networks in the repository: quality in bfloat16 and compiled beside float32, and what sampling them costs.
+"""The networks in the repository: quality in bfloat16 and compiled, compared with float32, and the cost of sampling.
 
 python -m benchmarks.diffusion.shipped          writes benchmarks/results/shipped.json in about ten minutes
 
 quality        the same samples (seed 0, classes in turn) by the network's own settings in float32, under autocast to
                bfloat16 and compiled: right labels and Fréchet distance by a LeNet of the held-out digits, and the
                root mean square difference of pixels in 0..1 from those of float32
-reproducible   CPU time with --reproducible over that without, of 1, 16 and 100 images, in pairs
-floor          CPU time and kernels of a timestep of the sampler over those of its blocks and iterations in a bare loop
+reproducible   CPU time with --reproducible divided by that without, for 1, 16 and 100 images, in pairs
+floor          CPU time and kernels of a timestep of the sampler, and of its blocks and iterations in a bare loop
 """
 
 import argparse
@@ -31,11 +31,11 @@ from benchmarks.image_scorer import ImageScorer
 
 NETWORKS = ("mnist-fpdm", "mnist-dit")
 BATCH = 16
-"""Images of the sampler that stands beside a bare loop."""
+"""Number of images with which the sampler is compared with a bare loop."""
 
 
 def sampler(opened: OpenedNetwork) -> Callable[..., SampleResult]:
-    """`sample(count, **options)` of the first `count` samples of seed 0, by the network's own settings."""
+    """A function (count, **options) -> the first `count` samples of seed 0, with the network's own settings."""
     chosen = _plan(opened)
 
     def draw(count: int, **options: Any) -> SampleResult:
@@ -46,7 +46,7 @@ def sampler(opened: OpenedNetwork) -> Callable[..., SampleResult]:
 
 
 def quality(opened: OpenedNetwork, scorer: ImageScorer, count: int, backend: Backend) -> list[dict[str, Any]]:
-    """Scores in each precision, and compiled: the last, because a compiled network stays compiled."""
+    """Scores in each precision, and compiled; the compiled network comes last, because it stays compiled."""
     draw, rows, labels = sampler(opened), [], torch.tensor(_labels(count))
     exact: Tensor | None = None
     for name, options in (("float32", {}), ("bfloat16", {"precision": "bf16"}), (f"compiled, {backend}", {})):
@@ -69,7 +69,12 @@ def quality(opened: OpenedNetwork, scorer: ImageScorer, count: int, backend: Bac
 
 
 def reproducible(opened: OpenedNetwork, counts: dict[int, int]) -> dict[str, dict[str, Any]]:
-    """Number of images -> CPU seconds with --reproducible and without, and their ratio; `counts` gives repeats."""
+    """Number of images -> CPU seconds with --reproducible and without, and their ratio.
+
+    Args:
+        opened: the network.
+        counts: number of images -> repeats.
+    """
     draw, found = sampler(opened), {}
     for count, repeats in counts.items():
         ways = {
@@ -83,7 +88,7 @@ def reproducible(opened: OpenedNetwork, counts: dict[int, int]) -> dict[str, dic
 
 
 def beside_the_floor(opened: OpenedNetwork, repeats: int) -> dict[str, Any]:
-    """The sampler on `BATCH` images beside its block passes alone: kernels and CPU time of a timestep."""
+    """Kernels and CPU time of a timestep with `BATCH` images, of the sampler and of its block passes only."""
     chosen, draw, network = _plan(opened), sampler(opened), opened.model
     each = 2 if chosen.guidance.doubles else 1
     rows = each * BATCH
@@ -124,7 +129,7 @@ def _labels(count: int) -> list[int]:
 
 
 def measure(found: dict[str, Any], name: str, part: Callable[[OpenedNetwork], Any], save: Callable[[], None]) -> None:
-    """Add what a function of this name gives for a network, unless the result is there."""
+    """Add the result of `part` for a network as `found[...][name]`, unless it is there already."""
     for network in NETWORKS:
         entry = found.setdefault(network, {})
         if name not in entry:
@@ -138,7 +143,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "shipped.json", help="result file; resumed if it exists")
     parser.add_argument("--samples", type=int, default=300, help="of every row of quality")
     parser.add_argument("--backend", choices=("inductor", "aot_eager"), default="inductor", help="of torch.compile")
-    parser.add_argument("--repeats", type=int, default=5, help="of each timed pair; of 100 images half as often")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="repeats of each timed pair; half as many for 100 images"
+    )
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     source = {"command": "python -m benchmarks.diffusion.shipped", **provenance("cpu")}

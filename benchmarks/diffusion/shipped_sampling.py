@@ -1,9 +1,9 @@
-"""The networks in the repository: allocation of iterations, starts of a solve, and sampling parallel in time.
+"""The networks in the repository: allocation of iterations, starts of the solves, and parallel-in-time sampling.
 
 python -m benchmarks.diffusion.shipped_sampling     writes benchmarks/results/shipped_sampling.json, and prints tables
 
-All of 16 images (seed 0, classes in turn), 20 timesteps and the guidance of the network. Root mean square differences
-of pixels in 0..1, from samples of 40 Anderson iterations a timestep, or from the sequential sampler.
+All tables are for 16 images (seed 0, classes in turn), 20 timesteps and the network's guidance. They have root mean
+square differences of pixels in 0..1 from samples with 40 Anderson iterations per timestep, or from sequential sampling.
 """
 
 import argparse
@@ -31,7 +31,7 @@ TOLERANCES = (1e-2, 1e-3, 1e-4)
 
 
 def draw(opened: OpenedNetwork, **options: Any) -> SampleResult:
-    """`IMAGES` samples by these sampling options and the guidance of the network."""
+    """`IMAGES` samples with these sampling options and the network's guidance."""
     given = SamplingOptions(**({"sampler": "ddim", "steps": STEPS} | options))
     chosen = plan(opened.model, opened.scheduler, given, defaults=opened.options)
     labels = [i % 10 for i in range(IMAGES)]
@@ -48,7 +48,7 @@ def rms(one: Tensor, other: Tensor) -> float:
 
 
 def allocations(opened: OpenedNetwork, solved: Tensor) -> dict[str, dict[str, float]]:
-    """Iterations of the whole trajectory -> allocation -> RMS difference from `solved`."""
+    """Iterations of the complete trajectory -> allocation -> RMS difference from `solved`."""
     assert isinstance(opened.model, FPDM)
     rows = 2 if opened.options.value("guidance") != 1 else 1
     found = {}
@@ -60,11 +60,12 @@ def allocations(opened: OpenedNetwork, solved: Tensor) -> dict[str, dict[str, fl
 
 
 def starts(opened: OpenedNetwork, solved: Tensor) -> dict[str, dict[str, dict[str, float]]]:
-    """Solver -> start -> RMS difference from `solved` and mean relative residual, of three iterations a timestep."""
+    """Solver -> start -> RMS difference from `solved` and mean relative residual, with three iterations per timestep.
+    """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, solver in SOLVERS.items():
         for start, reuse in STARTS.items():
-            if reuse == "history" and name == "Picard":  # a plain iteration has no history
+            if reuse == "history" and name == "Picard":  # Picard has no solver state
                 continue
             result = draw(opened, iterations=(3,), solver=solver, reuse=reuse)
             cell = {"RMS": rms(result.samples, solved), "residual": result.effort.residuals.mean().item()}

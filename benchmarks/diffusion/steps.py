@@ -20,7 +20,7 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How large the networks and the batch are, and where they are. Latents are 4 x side x side, patches 2 x 2."""
+    """Sizes of networks and batch, and the device. Latents are 4 x side x side, patches 2 x 2."""
 
     hidden: int = 256
     heads: int = 4
@@ -32,14 +32,15 @@ class Scale:
 
 
 CPU = Scale()
-"""Hidden size 256, 64 tokens, batch 16: what one core does in seconds."""
+"""Hidden size 256, 64 tokens, batch 16: a step takes seconds on one core."""
 XL = Scale(hidden=1152, heads=16, side=32, batch=8, device="cuda")
 """DiT-XL/2 and FPDM-XL/2 at 256 x 256 pixels."""
 
 
 def draw_weights(network: N) -> N:
-    """The network with all weights drawn, so that no layer is the identity. At hidden size 256 the fixed-point layer
-    then contracts as a trained one does: relative residual 0.2 after 3 iterations, 0.06 after 5, 0.002 after 10.
+    """Sets all weights of the network to random numbers, so that no layer is the identity. At hidden size 256 the
+    fixed-point layer then contracts like a trained layer: relative residual 0.2 after 3 iterations, 0.06 after 5, 0.002
+    after 10.
     """
     source = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -81,7 +82,7 @@ def inputs(scale: Scale) -> Inputs:
 
 
 def training(network: nn.Module, predict: Callable[[], Tensor], scale: Scale) -> Step:
-    """Forward, mean squared output, backward; the optimizer's step is the same for all and left out."""
+    """Forward pass, mean squared output, backward pass; without the optimizer's step, which is the same for all."""
 
     def step() -> None:
         network.zero_grad(set_to_none=False)
@@ -103,24 +104,24 @@ def sampling(predict: Callable[[], Tensor], scale: Scale) -> Step:
 
 
 def plainly(network: FPDM, batch: Inputs, free: int, tracked: int) -> Callable[[], Tensor]:
-    """An FPDM's prediction with nothing hoisted and the free iterations recorded."""
+    """The prediction of the plainly written FPDM (reference_fpdm.py)."""
     return lambda: plain_fpdm.step(network, *batch, free=free, tracked=tracked)
 
 
 def ours(network: FPDM, batch: Inputs, iterations: int, grad: AbstractGrad | None = None) -> Callable[[], Tensor]:
-    """An FPDM's prediction by `iterations` evaluations before the estimator's own."""
+    """The prediction of our FPDM with `iterations` evaluations before those of the estimator."""
     return lambda: network(*batch, iterations=iterations, grad=grad)
 
 
 def draw(network: FPDM, batch: Inputs, n: int, m: int) -> Callable[[], Tensor]:
-    """What StochasticJFB does when it draws (n, m)."""
+    """The prediction of our FPDM with S-JFB, for the draw (n, m)."""
     if n == 0:
         return ours(network, batch, m, Unrolled())
     return ours(network, batch, n, JFB(m))
 
 
 def layer(network: FPDM, batch: Inputs) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The fixed-point layer of this batch without a graph: f and where it starts."""
+    """The fixed-point layer of this batch without a graph: f and the start z0."""
     x, t, y = batch
     with torch.no_grad():
         h, t_emb, y_emb = _front(network, x, t, y)
@@ -129,7 +130,7 @@ def layer(network: FPDM, batch: Inputs) -> tuple[Callable[[Tensor], Tensor], Ten
 
 
 def _front(network: FPDM, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What comes before the fixed point, the time's vector and the label's."""
+    """The output of the blocks before the fixed-point layer, t_emb and y_emb."""
     h, t_emb, y_emb = network.embed(x, t, y)
     assert y_emb is not None
     for block in network.blocks_pre:
@@ -138,7 +139,7 @@ def _front(network: FPDM, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tens
 
 
 def solved_by(network: FPDM, batch: Inputs, solve: Callable[..., Tensor]) -> Callable[[], Tensor]:
-    """The prediction of an FPDM whose fixed point is found by solve(f, z0)."""
+    """The prediction of an FPDM whose fixed point is `solve(f, z0)`."""
 
     def predict() -> Tensor:
         h, t_emb, y_emb = _front(network, *batch)
@@ -153,7 +154,7 @@ def solved_by(network: FPDM, batch: Inputs, solve: Callable[..., Tensor]) -> Cal
 
 
 def floor(network: FPDM, batch: Inputs, iterations: int) -> Callable[[], Tensor]:
-    """The prediction by a bare loop: the time of the blocks and iterations themselves."""
+    """The prediction by a bare loop, which takes the time of the blocks and iterations only."""
 
     def solve(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         for _ in range(iterations):
@@ -164,7 +165,7 @@ def floor(network: FPDM, batch: Inputs, iterations: int) -> Callable[[], Tensor]
 
 
 def captured(step: Step) -> Step:
-    """The step recorded once as one CUDA graph, and replayed."""
+    """The step as a replay of a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -178,12 +179,12 @@ def captured(step: Step) -> Step:
 
 
 def by_torchdeq(iterations: int, **options: Any) -> Callable[..., Tensor]:
-    """torchdeq's solve with exactly `iterations` evaluations before its own gradient's."""
+    """torchdeq's solve with exactly `iterations` evaluations before those of its gradient."""
     deq = get_deq(f_max_iter=iterations, f_tol=0.0, **options)
     return lambda f, z0: deq(f, z0)[0][-1]
 
 
-BUDGET = 12  # evaluations before those of the estimator: N of the paper's S-JFB
+BUDGET = 12  # number of evaluations before those of the estimator; equal to N of the paper's S-JFB
 BACKWARD = Stop(rtol=1e-3, atol=0, max_evals=BUDGET)
 
 ESTIMATORS: dict[str, tuple[int, AbstractGrad]] = {
@@ -195,8 +196,8 @@ ESTIMATORS: dict[str, tuple[int, AbstractGrad]] = {
     "Reversible": (BUDGET + 1, Reversible(on_drift="ignore")),
     "Unrolled": (BUDGET + 1, Unrolled()),
 }
-"""Evaluations before the estimator's own, and the estimator. All have 12 or 13 evaluations forward, Phantom 17; the
-draws of S-JFB are (6, 6.5) on the average and (12, 12) at worst.
+"""Evaluations before those of the estimator, and the estimator. In the forward pass each takes 12 or 13 evaluations,
+and Phantom 17. The draws (n, m) of S-JFB are (6, 6.5) on average and at most (12, 12).
 """
 
 TORCHDEQ: dict[str, dict[str, Any]] = {
@@ -204,4 +205,4 @@ TORCHDEQ: dict[str, dict[str, Any]] = {
     "Phantom": {"grad": 5, "tau": 0.5},
     "IFT": {"ift": True, "b_max_iter": BUDGET, "b_tol": 1e-3, "b_stop_mode": "rel"},
 }
-"""torchdeq's options for the estimators that it has too."""
+"""torchdeq's options for those of our estimators that torchdeq has too."""

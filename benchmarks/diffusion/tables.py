@@ -26,7 +26,7 @@ SAMPLING = (1, 3, 10, 26)
 
 @dataclass(frozen=True)
 class Trained:
-    """A training step: of which network, by which estimator of `steps.ESTIMATORS` or `steps.TORCHDEQ`."""
+    """A training step of a network, with an estimator of `steps.ESTIMATORS` or `steps.TORCHDEQ`."""
 
     network: str
     estimator: str = ""
@@ -55,11 +55,11 @@ TRAINED = (
     *(Trained("FPDM", name, True) for name in steps.ESTIMATORS if name.startswith(("S-JFB", "Unrolled"))),
     *(Trained("FPDM by torchdeq", name) for name in steps.TORCHDEQ),
 )
-"""DiT without checkpointing first: the others are compared with it."""
+"""The first is DiT without checkpointing, with which the others are compared."""
 
 
 def training(scale: Scale, repeats: int) -> list[dict[str, Any]]:
-    """Forward and backward: peak memory, time, images per second, and both over the plain DiT's."""
+    """Forward and backward pass: peak memory, time, images per second, and memory and time divided by the DiT's."""
     rows = {row.name: row.step(scale) for row in TRAINED}
     peaks = {name: peak_bytes(step, scale.device) for name, step in rows.items()}
     times = paired(rows, repeats, scale.device)
@@ -81,7 +81,7 @@ def training(scale: Scale, repeats: int) -> list[dict[str, Any]]:
 
 
 def _called(network: nn.Module, batch: Inputs) -> Callable[[], Tensor]:
-    """The network's prediction; diffusers wraps it."""
+    """The network's prediction, also for diffusers' DiT, which returns it in an object."""
 
     def predict() -> Tensor:
         answer = network(*batch)
@@ -91,9 +91,9 @@ def _called(network: nn.Module, batch: Inputs) -> Callable[[], Tensor]:
 
 
 def sampling(scale: Scale, repeats: int) -> list[dict[str, Any]]:
-    """One evaluation of the network: time, block passes per second, and the time over the eager DiT's.
+    """One evaluation of the network: time, block passes per second, and time divided by that of the eager DiT.
 
-    "floor": the time over that of the same blocks and iterations called one after another, with nothing around them.
+    "floor": the time divided by that of the same blocks and iterations in a bare loop.
     """
     batch = steps.inputs(scale)
     table: list[dict[str, Any]] = []
@@ -150,7 +150,7 @@ SOLVERS: dict[str, AbstractSolver[Any]] = {
 
 
 def around_the_block(scale: Scale, repeats: int) -> list[dict[str, Any]]:
-    """Time of a solve of 12 evaluations without a graph over that of the 12 evaluations alone, per evaluation."""
+    """Time of a solve of 12 evaluations without a graph, divided by the time of these evaluations in a bare loop."""
     network, batch = steps.fpdm(scale), steps.inputs(scale)
     layer, z0 = steps.layer(network, batch)
     count, calls = steps.BUDGET, 0
@@ -194,7 +194,8 @@ def around_the_block(scale: Scale, repeats: int) -> list[dict[str, Any]]:
 
 
 def parameters(scale: Scale, repeats: int) -> list[dict[str, Any]]:
-    """Weights, and the bytes of weights, gradients and AdamW's two moments in float32; XL/2 beside this scale."""
+    """Number of weights, and bytes of weights, gradients and AdamW's two moments in float32, at this scale and at XL/2.
+    """
     rows: list[dict[str, Any]] = []
     for name, size in (("XL/2", steps.XL), (f"hidden {scale.hidden}", scale)):
         with torch.device("meta"):

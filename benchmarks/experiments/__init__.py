@@ -1,4 +1,4 @@
-"""Eight studies of Fixed Point Diffusion Models on handwritten digits, one file each: what is varied, and how.
+"""Eight studies of Fixed Point Diffusion Models on handwritten digits.
 
-Every file has a function `cells(scale)` that lists its cells: a name, a configuration to train, and ways to sample it.
+Every study is a function `cells(scale)` of a file. A cell is a name, a training configuration, and sampling settings.
 """

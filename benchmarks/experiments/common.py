@@ -1,4 +1,4 @@
-"""Shared by all experiments: cells, models, training for a CPU time, sampling and scoring."""
+"""Code that all experiments share: cells, models, training for a CPU time, sampling and scoring."""
 
 import json
 import time
@@ -49,7 +49,7 @@ SCALES: Sizes = {  # CPU seconds of training by study, and samples per score
 
 @dataclass(frozen=True)
 class Way:
-    """A sampling setting: `steps` timesteps and, for an FPDM, how each fixed point is solved."""
+    """A sampling setting: `steps` timesteps and, for an FPDM, the solves of the fixed point."""
 
     name: str
     steps: int
@@ -66,12 +66,12 @@ class Cell:
 
 
 def fixed(iterations: int) -> Callable[[Any], Solve]:
-    """The same number of naive iterations at every timestep."""
+    """The same number of plain iterations at every timestep."""
     return lambda model: Solve(iterations=iterations)
 
 
 def fpdm(seconds: float, grad: Grad = StochasticJFB(N=6, M=3), **model: Any) -> Config:
-    """A small FPDM: hidden size 64, four tokens, one block before and one behind by default."""
+    """A small FPDM: hidden size 64, four tokens, by default one block before and one after the fixed-point layer."""
     return _config(ModelConfig(kind="fpdm", hidden=64, patch=4, condition_on_time=True, **model), seconds, grad)
 
 
@@ -81,7 +81,7 @@ def dit(seconds: float) -> Config:
 
 
 def on_mnist(base: Config) -> Config:
-    """The same network at the width, patch, data and optimizer of the preset `mnist`."""
+    """The configuration with the width, patch size, data and optimizer of the preset `mnist`."""
     preset = mnist()
     return replace(
         base,
@@ -108,7 +108,7 @@ def _config(model: ModelConfig, seconds: float, grad: Grad) -> Config:
 def scorer(source: Literal["digits", "mnist"] = "digits") -> tuple[TensorDataset, TensorDataset, ImageScorer]:
     """Training images, held-out images, and the classifier that scores samples.
 
-    The classifier of the 8 x 8 digits learns from the training images, that of MNIST from the held-out ones.
+    The classifier of the 8 x 8 digits is trained on the training images, that of MNIST on the held-out images.
     """
     images, held_out = data.datasets(DataConfig(source=source))
     assert isinstance(images, TensorDataset) and held_out is not None
@@ -120,7 +120,7 @@ def _scorer_of(config: Config) -> tuple[TensorDataset, TensorDataset, ImageScore
 
 
 def floor(images: TensorDataset, scorer: ImageScorer, count: int, draws: int = 20) -> dict[str, Any]:
-    """Distances of real images drawn like samples, as many and with the same labels: the lower bound for a network."""
+    """Distances of sets of real images with the number and labels of the samples, a lower bound for a network."""
     distances = []
     for draw in range(draws):
         source = torch.Generator().manual_seed(draw)
@@ -131,7 +131,9 @@ def floor(images: TensorDataset, scorer: ImageScorer, count: int, draws: int = 2
 
 
 def train(config: Config) -> tuple[nn.Module, dict[str, Any]]:
-    """Train for `config.max_time` seconds of this process's CPU time; returns the averaged network."""
+    """Train for `config.max_time` seconds of this process's CPU time; returns the network with averaged weights and the
+    numbers of the training run.
+    """
     trainer = Trainer(config, _scorer_of(config)[0])
     began = time.process_time()
     losses: list[float] = []
@@ -152,7 +154,7 @@ def train(config: Config) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def step_peak_bytes(config: Config, steps: int = 5) -> int:
-    """Peak bytes of the activations, gradients and temporaries of a training step, the largest of a few draws."""
+    """Peak bytes of activations, gradients and temporaries of a training step, the largest over `steps` steps."""
     trainer = Trainer(config, _scorer_of(config)[0])
     return max(peak_bytes(trainer.step) for _ in range(steps))
 
@@ -168,7 +170,7 @@ def kept(path: Path, config: Config) -> tuple[nn.Module, dict[str, Any]] | None:
 
 
 def score(model: Any, config: Config, way: Way, count: int) -> dict[str, float]:
-    """Generate `count` samples by DDIM, or Euler's steps of a rectified flow, label i mod 10, and score them."""
+    """Scores of `count` samples with label i mod 10, by DDIM, or by Euler's steps for a rectified flow."""
     _, _, scorer = _scorer_of(config)
     labels = [i % 10 for i in range(count)]
     began = time.process_time()
@@ -210,7 +212,7 @@ class Records:
 
 
 def run(cell: Cell, seed: int, count: int, path: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Train and sample one cell, or sample the network kept at `path` in the ways that `known` has not yet."""
+    """Train and sample one cell. If `path` holds its network, only the sampling settings that `known` lacks are run."""
     config = replace(cell.config, seed=seed)
     scores = dict(known["samples"]) if known else {}
     if known and all(way.name in scores for way in cell.ways):

@@ -1,11 +1,11 @@
-"""FPDM beside DiTs of 3, 6, 12 and 28 blocks of its width, at equal training time and over sampling budgets.
+"""FPDM compared with DiTs of 3, 6, 12 and 28 blocks of the same width, at equal training time and several budgets.
 
-digits     8 x 8 pixels, hidden size 64, four tokens; each network trains 2 CPU minutes, and 8
-mnist      28 x 28 pixels, hidden size 128, sixteen tokens; 10 CPU minutes, and 40
+digits     8 x 8 pixels, hidden size 64, four tokens; each network is trained for 2 and for 8 CPU minutes
+mnist      28 x 28 pixels, hidden size 128, sixteen tokens; 10 and 40 CPU minutes
 
-Networks predict the image, as the presets do. FPDM has one block before and one behind the fixed-point layer. Its
-settings, S-JFB's N and M and a contractive start of the layer (`--model.recurrent-init`), were studied with the
-velocity as target. 28 blocks are the paper's baseline; 140 and 280 block passes are two of its budgets.
+Networks predict the image, as the presets do. FPDM has one block before and one after the fixed-point layer. The
+settings of FPDM, S-JFB's N and M and a contractive start of the layer (`--model.recurrent-init`), are compared with the
+velocity as the target. The paper's baseline has 28 blocks; 140 and 280 block passes are two of the paper's budgets.
 """
 
 from collections.abc import Callable
@@ -27,15 +27,17 @@ SETTINGS = {
     "FPDM (2, 2), contractive": (2, 2, 0.0),
     "FPDM (3, 3), contractive": (3, 3, 0.0),
 }
-"""N, M and the factor on the recurrent weights at the start."""
+"""Settings of FPDM: N, M and the factor on the initial recurrent weights."""
 BEST = "FPDM (2, 2), contractive"
 """The setting of the presets."""
 DITS = tuple(f"DiT {depth}" for depth in DEPTHS)
 VELOCITY = "digits, velocity"
 LENGTHS = {VELOCITY: 1, "digits, short": 1, "digits, long": 4, "mnist": 5, "mnist, long": 20}
-"""Training time in multiples of the scale's, by task."""
+"""Training times by task, as multiples of the time of the scale."""
 STEPS = {28: 5, 140: 20, 280: 20}
-"""Timesteps of an FPDM by budget, in block passes or in MACs of as many blocks; a DiT's follow from its depth."""
+"""Timesteps of an FPDM by budget, in block passes or in the MACs of as many blocks. The depth of a DiT determines its
+timesteps.
+"""
 
 
 def cells(scale: str) -> list[Cell]:
@@ -78,12 +80,12 @@ def _ways(name: str) -> tuple[Way, ...]:
 
 
 def _within(unit: str, budget: int, steps: int) -> Callable[[Any], Solve]:
-    """As many iterations as the budget pays for."""
+    """The most iterations within the budget."""
 
     def solve(model: Any) -> Solve:
         if unit == "block passes":
             return Solve(iterations=within_block_passes(model, budget, steps))
-        spent = budget * model.block_macs() + steps * model.outer_macs()  # every step pays for embedding and output
+        spent = budget * model.block_macs() + steps * model.outer_macs()  # MACs of embeddings and output are added
         return Solve(iterations=within_macs(model, spent, steps))
 
     return solve

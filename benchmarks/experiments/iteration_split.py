@@ -1,4 +1,4 @@
-"""S-JFB's N, most free iterations, and M, most tracked ones."""
+"""S-JFB's N and M, the largest numbers of iterations without and with a graph."""
 
 from benchmarks.experiments.common import SCALES, Cell, Way, fixed, fpdm
 from implicit import StochasticJFB

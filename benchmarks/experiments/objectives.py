@@ -2,9 +2,9 @@
 
 digits     8 x 8 pixels, 2 CPU minutes each; mnist: 28 x 28 pixels, 10 CPU minutes, the objectives of `ON_MNIST`
 
-The base is the velocity of a diffusion with zero terminal SNR, uniform over its timesteps; every other cell changes one
-thing, or one beside the target. FPDM: one block before and one behind the fixed-point layer, S-JFB (2, 2), contractive
-start.
+The base objective is the velocity of a diffusion with zero terminal SNR and uniform timesteps. Every other cell differs
+from the base in one option, or in the target and one option. FPDM has one block before and one after the fixed-point
+layer, S-JFB (2, 2) and a contractive start.
 """
 
 from dataclasses import replace
@@ -29,7 +29,7 @@ SHARED = {
         "loss": LossConfig(timesteps="logit_normal"),
     },
 }
-"""Changes of the base by objective, for both networks."""
+"""Objective -> options that differ from the base, for FPDM and DiT."""
 FIXED_POINT = {
     "any-time": {"loss": LossConfig(early=0.3)},
     "terminal": {"loss": LossConfig(residual=0.1)},
@@ -38,9 +38,9 @@ FIXED_POINT = {
     "Jacobian": {"loss": LossConfig(jacobian=0.01)},
     "noisy start": {"loss": LossConfig(start_noise=0.3)},
 }
-"""Changes of the base that are for an FPDM alone."""
+"""Objective -> options that differ from the base, for FPDM only."""
 ON_IMAGE = {f"x0, {name}": SHARED["x0"] | changes for name, changes in FIXED_POINT.items()}
-"""Changes of FPDM with the image as target."""
+"""Objective -> options that differ from the base, for FPDM with the image as target."""
 ITERATIONS = (2, 5, 12)
 ON_MNIST = (BASE, "x0", "rectified flow, logit-normal")
 
@@ -70,7 +70,7 @@ def _networks(seconds: float) -> dict[str, Config]:
 
 
 def _ways(base: Config) -> tuple[Way, ...]:
-    """20 timesteps by 2, 5 and 12 iterations, and by 2 from the previous timestep's solution."""
+    """20 timesteps with 2, 5 and 12 iterations, and with 2 iterations from the previous timestep's solution."""
     if base.model.kind == "dit":
         return (Way("20 steps", 20),)
     reused = Way("20 x 2, reused", 20, lambda model: Solve(iterations=2, reuse=Reuse()))

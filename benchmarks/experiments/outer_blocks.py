@@ -1,4 +1,4 @@
-"""Explicit blocks before and behind the fixed point, one to three."""
+"""One to three explicit blocks before and after the fixed-point layer."""
 
 from benchmarks.experiments.common import SCALES, Cell, Way, fixed, fpdm
 

@@ -1,7 +1,7 @@
 """Distance between real digits, the best score possible: `python -m benchmarks.experiments.real_data_distance`.
 
-Training images, drawn like samples (as many of each class), against all training images; and, at the size of the
-held-out set, the held-out images beside them.
+Random training images, as many of each class as among the samples, are compared with all training images. The same is
+done for as many training images as there are held-out images, and for the held-out images.
 """
 
 from benchmarks.experiments.common import SCALES, floor, scorer

@@ -1,8 +1,8 @@
 """Studies on handwritten digits, resumable: `python -m benchmarks.experiments.run NAME` (or all).
 
-Every cell is trained for the same CPU time of one thread, which other work on the machine changes least; finished cells
-are kept, so a study that was stopped goes on where it was. Trained networks are kept too, in a folder that git ignores:
-a study that has learned new ways of sampling scores them without training again.
+Every cell is trained for the same CPU time of one thread, a budget on which other work on the machine has little
+effect. Finished cells are kept, so that an interrupted study continues. Trained networks are kept too, in a folder that
+git ignores, so that new sampling settings of a study are scored without training again.
 """
 
 import argparse
@@ -26,12 +26,14 @@ def study(name: str) -> ModuleType:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experiments.run", description=__doc__)
-    parser.add_argument("name", choices=(*NAMES, "all"), help="which study; sampling holds four")
+    parser.add_argument("name", choices=(*NAMES, "all"), help="name of the study; sampling has four studies")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     parser.add_argument("--networks", type=Path, default=NETWORKS, help="folder of the trained networks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--cells", default="", help="only the cells whose names begin so")
-    parser.add_argument("--scale", choices=("full", "tiny"), default="full", help="tiny: seconds, to see it run")
+    parser.add_argument("--cells", default="", help="run only cells whose names begin with this text")
+    parser.add_argument(
+        "--scale", choices=("full", "tiny"), default="full", help="tiny: runs of seconds, to test the program"
+    )
     options = parser.parse_args(arguments)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for name in NAMES if options.name == "all" else (options.name,):

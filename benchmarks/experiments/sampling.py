@@ -1,9 +1,9 @@
-"""Four studies of one FPDM and one DiT, trained for equal time: how a budget is best spent in sampling.
+"""Four studies of sampling with one FPDM and one DiT that are trained for equal time.
 
-budgets      steps x iterations at 6 to 240 block passes, and at the MACs of as many DiT blocks
+budgets      numbers of steps and iterations at 6 to 240 block passes, and at the MACs of as many DiT blocks
 reuse        start of each solve: fresh, previous solution, blended, extrapolated; 1 to 10 iterations
 allocation   constant, increasing, decreasing and tolerance-driven iterations
-solvers      naive iteration, Anderson, Broyden: residual and quality against evaluations
+solvers      plain iteration, Anderson, Broyden: residual and quality by number of evaluations
 """
 
 from collections.abc import Callable
@@ -18,7 +18,9 @@ from implicit import Anderson, Broyden, Picard, Stop
 
 DEPTH = 6
 BUDGETS = (6, 12, 18, 30, 60, 120, 240)
-"""Block passes: 1, 2, 3, 5, 10, 20 and 40 steps of the DiT. The paper has 140 to 560: 5 to 20 steps of its DiT."""
+"""Budgets in block passes: 1, 2, 3, 5, 10, 20 and 40 steps of the DiT. The paper's budgets, 140 to 560, are 5 to 20
+steps of its DiT.
+"""
 SPLITS = (1, 2, 3, 5, 10, 20, 40)
 STARTS = {
     "fresh": None,
@@ -37,7 +39,9 @@ def cells(scale: str) -> list[Cell]:
 
 
 def _budgets() -> list[Way]:
-    """An FPDM step of k iterations costs 2 + k block passes; one of a single iteration the MACs of 3.58 blocks."""
+    """The settings of each budget. An FPDM step of k iterations costs 2 + k block passes; a step of one iteration costs
+    the MACs of 3.58 blocks.
+    """
     ways = []
     for budget in BUDGETS:
         for steps in (n for n in SPLITS if budget <= 48 * n):
@@ -61,7 +65,7 @@ def _in_macs(budget: int, steps: int) -> Callable[[Any], Solve]:
 
 
 def _shape(model: Any) -> dict[str, Any]:
-    """The DiT of the comparison, for its MACs."""
+    """The sizes of the DiT with which FPDM is compared, for its MACs."""
     from apps.diffusion.models import build
 
     described = build.describe(build.network(dit(1).model, model.latent, model.num_classes, 1, 0))
@@ -81,7 +85,7 @@ def _reuse() -> list[Way]:
 
 
 def _allocation() -> list[Way]:
-    """Three iterations on average; then a tolerance, whose cost is what it is."""
+    """Allocations of three iterations per timestep on average, and tolerances, whose cost is measured."""
     shapes: tuple[Literal["constant", "increasing", "decreasing"], ...] = ("constant", "increasing", "decreasing")
     ways = [Way(f"{shape}, 60 in all", 20, lambda m, s=shape: Solve(iterations=spread(60, 20, s))) for shape in shapes]
     for rtol in TOLERANCES:
