@@ -1,6 +1,7 @@
-"""Measuring: time in pairs, peak memory, operator counts, and provenance, for every benchmark.
+"""Measurements of all benchmarks: times in pairs, peak memory, operator counts, and provenance.
 
-Times are compared as ratios of runs that alternate in one process: a machine whose speed drifts disturbs both alike.
+Times are compared as ratios of runs that alternate in one process, so that a change of the machine's speed affects
+both.
 """
 
 import gc
@@ -29,7 +30,7 @@ VIEWS = frozenset(
 
 
 class OperatorCounter(TorchDispatchMode):
-    """Counts the operators called under it, views excepted, and the bytes of all tensors they take and return."""
+    """Counts the operators called in its context, without views, and the bytes of all tensors they take and return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,9 +46,9 @@ class OperatorCounter(TorchDispatchMode):
 
 
 def peak_bytes(step: Callable[[], Any], device: str = "cpu") -> int:
-    """Peak bytes that a step allocates beyond those in use before it; on CUDA by the allocator's count.
+    """Peak bytes that a step allocates in addition to those in use before the step; on CUDA by the allocator's count.
 
-    The step runs once before, so that the gradients it accumulates into exist already.
+    The step runs once before the measurement, so that the tensors of gradients exist.
     """
     step()
     gc.collect()
@@ -76,7 +77,7 @@ def seconds(step: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def paired(steps: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each step, `repeats` times: the steps alternate, in an order that rotates from round to round."""
+    """Seconds of each step in `repeats` rounds. In a round every step runs once; the order rotates between rounds."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for step in steps.values():
@@ -88,7 +89,7 @@ def paired(steps: Mapping[str, Callable[[], Any]], repeats: int, device: str = "
 
 
 def ratio(times: Mapping[str, list[float]], one: str, other: str) -> dict[str, float]:
-    """Time of `one` over that of `other`: the median of the pairs and its quartiles, and the ratio of the minima."""
+    """Time of `one` divided by time of `other`: median and quartiles of the pairs, and the ratio of the minima."""
     pairs = [a / b for a, b in zip(times[one], times[other], strict=True)]
     low, middle, high = statistics.quantiles(pairs, n=4, method="inclusive")
     fastest = min(times[one]) / min(times[other])
@@ -97,7 +98,7 @@ def ratio(times: Mapping[str, list[float]], one: str, other: str) -> dict[str, f
 
 
 def provenance(device: str, *packages: str) -> dict[str, Any]:
-    """Device, versions and commit: what every result file names."""
+    """Device, versions and commit, for a result file."""
     git = ["git", "rev-parse", "--short", "HEAD"]
     found = subprocess.run(git, capture_output=True, text=True, check=False)
     threads = torch.get_num_threads()
@@ -113,7 +114,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """The content of a result file; empty if the file does not exist.
 
     Raises:
-        SystemExit: the file is damaged, or no result file.
+        SystemExit: the file is damaged, or is no result file.
     """
     if not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""Scores of samples by a classifier of real images: label accuracy, and Fréchet distance from its training images."""
+"""Scores of samples by a classifier of real images: label accuracy, and Fréchet distance from the training images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from apps.diffusion.evaluation.metrics import Gaussian, frechet_distance, label_
 
 @dataclass(frozen=True)
 class Score:
-    """Label accuracy in [0, 1], and distance from the training images of the classifier, of so many images."""
+    """Label accuracy in [0, 1], Fréchet distance from the training images of the classifier, and number of images."""
 
     images: int
     accuracy: float

@@ -1,6 +1,6 @@
 """Steps of FPDM and DiT (`pytest benchmarks`); `python -m benchmarks.diffusion.run` writes the tables.
 
-Memory ratios and equal outputs are asserted, times are reported. Rows at XL/2 need a GPU.
+The tests assert memory ratios and equal outputs, and report times. Rows at XL/2 need a GPU.
 """
 
 from dataclasses import replace

@@ -1,7 +1,8 @@
-"""Time of forward and backward of every estimator, ours and torchdeq's, on three layers (`pytest benchmarks`).
+"""Time of forward and backward pass of our estimators and torchdeq's, on three layers (`pytest benchmarks`).
 
-The groups are one layer each; `extra_info` holds the error against the exact gradient in float64 and the bytes saved.
-`python -m benchmarks.gradients.run` measures the same contenders in pairs, with counts and memory, on four layers.
+Each layer is a group; `extra_info` has the error of the gradient compared with the exact one in float64, and the bytes
+saved. `python -m benchmarks.gradients.run` measures the same contenders in pairs, with counts and memory, on four
+layers.
 """
 
 import copy

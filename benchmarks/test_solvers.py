@@ -1,6 +1,6 @@
-"""Time of a solve to 1e-6 on an adaLN block and on tanh layers: ours beside torchdeq's (`pytest benchmarks`).
+"""Time of a solve to 1e-6 on an adaLN block and on tanh layers, by our solvers and torchdeq's (`pytest benchmarks`).
 
-The groups are one problem each; `python -m benchmarks.solvers.evaluations` counts evaluations on all fourteen problems.
+Each problem is a group. `python -m benchmarks.solvers.evaluations` counts evaluations on all fourteen problems.
 """
 
 import pytest
@@ -40,4 +40,4 @@ def test_peer(solvable, name, benchmark):
     with torch.no_grad():
         value = benchmark(solve)[0]
     benchmark.extra_info["relative residual"] = residual = float(solvable.residual(value).max())
-    assert residual < 0.1  # peers stop on the batch's norm, so that single samples may miss 1e-6
+    assert residual < 0.1  # torchdeq stops by the norm of the batch, so single samples may miss 1e-6

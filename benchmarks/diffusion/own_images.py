@@ -41,9 +41,7 @@ GUIDANCE = 4.0
 
 
 def shape(kind: str, seed: int, size: int = SIZE) -> Image.Image:
-    """An image of one shape of random bright color, position and size on a dark background; it is drawn at four times
-    its size and reduced.
-    """
+    """An image of one shape of random bright color, position and size, drawn at four times the size and reduced."""
     draw = np.random.default_rng(seed)
     big = 4 * size
     radius = draw.uniform(0.22, 0.38) * big

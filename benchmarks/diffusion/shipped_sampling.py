@@ -60,8 +60,7 @@ def allocations(opened: OpenedNetwork, solved: Tensor) -> dict[str, dict[str, fl
 
 
 def starts(opened: OpenedNetwork, solved: Tensor) -> dict[str, dict[str, dict[str, float]]]:
-    """Solver -> start -> RMS difference from `solved` and mean relative residual, with three iterations per timestep.
-    """
+    """Solver -> start -> RMS difference from `solved` and mean relative residual, at three iterations per timestep."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, solver in SOLVERS.items():
         for start, reuse in STARTS.items():

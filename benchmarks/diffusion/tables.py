@@ -194,8 +194,7 @@ def around_the_block(scale: Scale, repeats: int) -> list[dict[str, Any]]:
 
 
 def parameters(scale: Scale, repeats: int) -> list[dict[str, Any]]:
-    """Number of weights, and bytes of weights, gradients and AdamW's two moments in float32, at this scale and at XL/2.
-    """
+    """Number of weights, and bytes of weights, gradients and AdamW's moments in float32, at this scale and at XL/2."""
     rows: list[dict[str, Any]] = []
     for name, size in (("XL/2", steps.XL), (f"hidden {scale.hidden}", scale)):
         with torch.device("meta"):

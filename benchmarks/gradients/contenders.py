@@ -1,7 +1,8 @@
-"""Gradient estimators, ours and torchdeq's, behind one call: ``loss = contender(f, z0, x)``.
+"""Gradient estimators of `implicit` and torchdeq with one interface: ``contender.value(f, z0, x)`` is the solution.
 
-Forward, all run plain iteration to the same relative residual, so that what differs is the gradient; those named
-otherwise use the solver in their name. Backward, everyone keeps the defaults of its library unless the name says so.
+In the forward pass all contenders run plain iteration to the same relative residual, so that only the gradients differ;
+a contender with a solver in its name uses that solver. In the backward pass each contender has the defaults of its
+library, except for the options in its name.
 """
 
 from collections.abc import Callable
@@ -39,7 +40,7 @@ THEIR_STOP = dict(f_solver="fixed_point_iter", f_max_iter=BUDGET, f_tol=RTOL, f_
 
 @dataclass(frozen=True)
 class Ours:
-    """One of `implicit`'s estimators."""
+    """An estimator of `implicit`."""
 
     grad: AbstractGrad
     solver: AbstractSolver[Any] = PLAIN
@@ -54,13 +55,13 @@ class Ours:
 
     @property
     def forward(self) -> str:
-        """Whose forward solve without gradients the time is divided by."""
+        """Name of the forward solve without gradients by whose time this contender's time is divided."""
         return f"implicit {type(self.solver).__name__}"
 
 
 @dataclass(frozen=True)
 class Theirs:
-    """torchdeq, a fresh module each time: its hook is kept on the module."""
+    """An estimator of torchdeq. Each call makes a new module, because torchdeq stores a hook on the module."""
 
     options: tuple[tuple[str, Any], ...]
     forward: str = "torchdeq fixed_point_iter"
@@ -70,7 +71,7 @@ class Theirs:
         return get_deq(**THEIR_STOP, **dict(self.options))(lambda z: f(z, x), z0)[0][-1]
 
     def solve(self, f: Map, z0: Tensor, x: Tensor) -> Tensor:
-        """The solution alone, in evaluation mode."""
+        """The solution without a graph, in evaluation mode."""
         return get_deq(**THEIR_STOP).eval()(lambda z: f(z, x), z0)[0][-1]
 
 
@@ -102,7 +103,7 @@ CONTENDERS: dict[str, Ours | Theirs] = {
 
 
 def forwards(f: Map, z0: Tensor, x: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The forward solves that times are divided by, without gradients and without an evaluation for them."""
+    """The forward solves by whose times other times are divided; they have no gradient and no evaluation for one."""
 
     def plain(contender: Ours | Theirs) -> Callable[[], Tensor]:
         def run() -> Tensor:

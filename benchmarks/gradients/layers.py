@@ -1,6 +1,8 @@
-"""The equilibrium layers that gradients are measured on: f(z, x), all samples apart, weights from a fixed seed.
+"""The equilibrium layers f(z, x) of the gradient benchmarks; samples are independent, and weights come from a fixed
+seed.
 
-Gains are set so that the spectral radius at the solution, the largest over the batch, is about the one named.
+The gain of a layer is chosen so that the largest spectral radius over the batch, at the solution, is about the number
+in the layer's name.
 """
 
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Tanh(nn.Module):
-    """tanh(W z + x), 64 numbers a sample."""
+    """tanh(W z + x), with 64 numbers per sample."""
 
     def __init__(self, gain: float, size: int = 64, batch: int = 8) -> None:
         super().__init__()
@@ -40,7 +42,7 @@ class Convolutions(nn.Module):
 
 
 class AdaLN(nn.Module):
-    """A transformer block whose layer norms a condition shifts, scales and gates, with input injection before it."""
+    """An adaLN transformer block with a fixed modulation, applied to a linear map of z and x."""
 
     def __init__(self, gain: float, width: int = 128, tokens: int = 16, batch: int = 30, heads: int = 4) -> None:
         super().__init__()

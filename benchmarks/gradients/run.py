@@ -1,7 +1,7 @@
-"""Gradient estimators, ours and torchdeq's: error, direction, time, memory, evaluations and products on four layers.
+"""Gradient estimators of `implicit` and torchdeq on four layers: error, direction, time, memory, evaluations, products.
 
 python -m benchmarks.gradients.run            writes benchmarks/results/gradients.json and prints it as tables
-python -m benchmarks.report.gradients           the tables and the figure again, from that file
+python -m benchmarks.report.gradients           writes the tables and the figure from that file
 """
 
 import argparse
@@ -36,7 +36,7 @@ COMMON = f"time over {COMMON_FORWARD}"
 
 
 def target(value: Tensor) -> Tensor:
-    """A loss that favors no direction: the projection on a fixed random vector."""
+    """A loss with a random gradient: the projection of the solution on a fixed random vector."""
     v = torch.randn(value.shape, generator=torch.Generator().manual_seed(7)).to(value)
     return (v * value).sum() / value.shape[0]
 
@@ -46,7 +46,7 @@ def loss(contender: Ours | Theirs, x: Tensor, f: Callable[..., Tensor]) -> Tenso
 
 
 def truth(layer: torch.nn.Module, x: Tensor) -> tuple[Tensor, str, float]:
-    """The exact gradient in float64, how it was found, and the spectral radius."""
+    """The exact gradient in float64, the method that computed it, and the spectral radius."""
     f, x = copy.deepcopy(layer).double(), x.double()
     z0 = torch.zeros_like(x)
     gradient, kind = exact_gradient(Problem(f, z0, (x,)), tuple(f.parameters()), target, AndersonGS(), Layout.of(z0))
@@ -89,13 +89,13 @@ def table(name: str, repeats: int) -> dict[str, Any]:
 
 
 def forwards_of(contender: Ours | Theirs) -> set[str]:
-    """The forward solves that a contender's time is divided by."""
+    """Names of the forward solves by whose time a contender's time is divided."""
     return {contender.forward, COMMON_FORWARD}
 
 
 def _gradient(forward: Callable[..., Tensor], f: Callable[..., Tensor], params: Sequence[Tensor]) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they stand in the rows
+        warnings.simplefilter("ignore")  # the rows record failed solves
         torch.autograd.grad(forward(f), params, allow_unused=True)
 
 
@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def save(found: dict[str, Any], path: Path) -> None:
-    """Write what has been measured so far."""
+    """Write the results measured so far."""
     result = {
         "command": "python -m benchmarks.gradients.run",
         "config": {"stop": asdict(STOP), "draws of StochasticJFB": DRAWS, "dtype": "float32"},

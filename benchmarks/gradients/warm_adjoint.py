@@ -1,10 +1,11 @@
-"""Products of the backward solves over a training run: without a guess, with the last step's u, with a preconditioner.
+"""Number of vjps in the backward solves of a training run, without a guess, with the last u, with a preconditioner.
 
     python -m benchmarks.gradients.warm_adjoint
 
-Trains two networks from the same weights: a DEQ with an MLP inside on one batch over and over, where u of a sample
-changes little from step to step, and a small FPDM on random noise and timesteps, where each step asks for another u.
-Products are those of the sample that needs most, summed over the steps; the product that tests a guess is counted.
+IFT solves u = g + (df/dz)^T u in the backward pass, by products with the transposed Jacobian. Two networks are trained
+from the same weights: a DEQ with an MLP on one fixed batch, where u of a sample changes little from step to step, and a
+small FPDM on random noise and timesteps, where u differs in every step. The count of a step is that of the sample with
+the most products, including the product that tests a guess; counts are summed over the steps.
 """
 
 import argparse
@@ -25,7 +26,7 @@ STOP = Stop(rtol=1e-4, max_evals=100)
 
 
 class Products:
-    """The products of every linear solve."""
+    """Records the number of products of every linear solve."""
 
     def __init__(self) -> None:
         self.counts: list[int] = []
@@ -35,7 +36,7 @@ class Products:
 
 
 def train_deq_mlp(steps: int, warm: bool, precondition: bool) -> dict[str, Any]:
-    """`docs/deq_mlp.py`; the preconditioner is the inverse for the batch's mean Jacobian, factored once a step."""
+    """Trains the network of `docs/deq_mlp.py`; the preconditioner is (I - mean J)^-1, computed once per step."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(256, 8, generator=generator)
@@ -62,7 +63,9 @@ def train_deq_mlp(steps: int, warm: bool, precondition: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def _mean_inverse(mlp: nn.Sequential, z: Tensor) -> Tensor:
-    """(I - mean J)^-1, by which rows g are multiplied: J = diag(1 - z^2) 0.5 W_2 diag(1 - h^2) W_1."""
+    """(I - mean J)^-1, the mean over the batch, J = diag(1 - z^2) 0.5 W_2 diag(1 - h^2) W_1; rows g are multiplied by
+    it.
+    """
     first, last = (cast(nn.Linear, mlp[i]).weight for i in (0, 2))
     hidden = (1 - torch.tanh(mlp[0](z)).square()).mean(dim=0)
     jacobian = (1 - z.square()).mean(dim=0).unsqueeze(1) * (0.5 * (last * hidden) @ first)
@@ -70,7 +73,9 @@ def _mean_inverse(mlp: nn.Sequential, z: Tensor) -> Tensor:
 
 
 def train_fpdm(steps: int, warm: bool, fixed_batch: bool) -> dict[str, Any]:
-    """A small FPDM that predicts the noise of random images; `fixed_batch`: the same images, noise and timesteps."""
+    """Trains a small FPDM that predicts the noise of random images; with `fixed_batch`, images, noise and timesteps are
+    the same in every step.
+    """
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     products = Products()
@@ -93,7 +98,7 @@ def train_fpdm(steps: int, warm: bool, fixed_batch: bool) -> dict[str, Any]:
 
 
 def _predict(model: FPDM, x: Tensor, t: Tensor, grad: IFT, adjoint: Adjoint | None) -> tuple[Tensor, Adjoint | None]:
-    """The forward pass of the model, with a first guess for the backward solve."""
+    """The forward pass of the model, with an initial guess for the backward solve."""
     h, c, _ = model.embed(x, t, None)
     for block in model.blocks_pre:
         h = block(h, c)
@@ -120,7 +125,7 @@ RUNS: dict[str, Callable[[int], dict[str, Any]]] = {
 
 
 def main() -> None:
-    """Run all and write the result."""
+    """Make all runs and write the result file."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--steps", type=int, default=30, help="training steps of each run")
     parser.add_argument("--out", type=Path, default=RESULT, help="result file")

@@ -1,7 +1,7 @@
-"""A published fixed-point problem: the map, its start, its stopping test as published, its answer, its source.
+"""A published fixed-point problem: map, start, published stopping test, answer and source.
 
-Setting: z is a (B, N) matrix, one system a row, and f maps row b from row b of z (and of `args`) alone. The problem is
-z = f(z). The residual of a row is r = f(z) - z.
+Setting: z is a (B, N) matrix with one system per row; row b of f(z) depends only on row b of z and of `args`. The
+problem is z = f(z). The residual of a row is r = f(z) - z.
 """
 
 from collections.abc import Callable
@@ -18,21 +18,21 @@ F64 = torch.float64
 class Problem:
     """A map z = f(z, *args) of a public collection.
 
-    Call it as ``fixed_point(problem.f, problem.z0, *problem.args)``. Constants of f take the dtype of z, so `to` is
-    all that another dtype needs.
+    Usage: ``fixed_point(problem.f, problem.z0, *problem.args)``. Constants of f have the dtype of z; `to` gives the
+    problem in another dtype.
 
     Attributes:
         name: the name in tables.
-        f: f(z, *args), z ``(B, N)``; differentiable where the mathematics is.
+        f: f(z, *args), z ``(B, N)``; differentiable if the mathematical map is.
         z0: ``(B, N)`` the published start.
         source: where the problem is published.
         args: tensors with one row per sample, for maps that differ between samples.
         rtol: relative tolerance of the stopping test, on ||r|| <= atol + rtol ||f(z)||.
         atol: absolute tolerance of the stopping test.
         norm: the norm of that test.
-        answer: computes ``(B, N)`` the fixed point by a route that is not fixed-point iteration; None where only the
-            residual can be checked.
-        accept: whether a point of zero residual is one that the problem asks for; None where every one is.
+        answer: computes the fixed point ``(B, N)`` by another method than fixed-point iteration; None if there is no
+            such method, and only the residual can be checked.
+        accept: decides whether a point of zero residual is a solution of the problem; None: every such point is.
     """
 
     name: str
@@ -75,7 +75,7 @@ def row(*numbers: float) -> Tensor:
 
 
 def generator(seed: int) -> torch.Generator:
-    """A generator of its own for the data of one problem."""
+    """A generator with this seed, for the data of one problem."""
     return torch.Generator().manual_seed(seed)
 
 
@@ -90,7 +90,7 @@ def uniform(seed: int, *shape: int) -> Tensor:
 
 
 def bisect(function: Callable[[float], float], low: float, high: float) -> float:
-    """The root of a function of one number between two points of unlike sign, to rounding."""
+    """The root, to rounding, of a function that has different signs at `low` and `high`."""
     positive = function(high) > 0
     for _ in range(200):
         middle = (low + high) / 2

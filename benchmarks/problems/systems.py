@@ -1,12 +1,12 @@
 """Twenty-three classical systems F(x) = 0, posed as fixed points z = z - F(z).
 
 They are the problems of test_nonlin (J. Burkardt) and SciML's NonlinearProblemLibrary.jl: those of Moré, Garbow and
-Hillstrom, ACM Trans. Math. Softw. 7(1), 1981 (MGH below), and others of the textbooks. One system each, state (1, n);
-the stopping test is ||F(x)||_2 <= tolerance.
+Hillstrom, ACM Trans. Math. Softw. 7(1), 1981 (MGH below), and others from textbooks. Each problem is one system with
+the state (1, n); the stopping test is ||F(x)||_2 <= tolerance.
 
 Watson's system follows the equations of MGH (problem 20, the gradient of its sum of squares halved). The code of
-NonlinearProblemLibrary.jl has x_1^2 and x_2^2 in place of x_1 x_2 and x_1^2 there, and adds to an output array that it
-does not set to zero, so that published counts belong to another function.
+NonlinearProblemLibrary.jl has x_1^2 and x_2^2 instead of x_1 x_2 and x_1^2, and adds to an output array that it does
+not set to zero. The counts published with that code are therefore for another function.
 """
 
 import math
@@ -22,7 +22,7 @@ SOURCE = "NonlinearProblemLibrary.jl (test_nonlin), problem {}"
 
 
 def systems(atol: float = 1e-8) -> list[Problem]:
-    """All twenty-three in the published order, to ||F||_2 <= atol.
+    """The twenty-three systems in the published order, with the stopping test ||F||_2 <= atol.
 
     Raises:
         ValueError: atol is not positive.

@@ -1,4 +1,4 @@
-"""docs/report.md and its figures, from the result files alone: `python -m benchmarks.report.build`.
+"""Writes docs/report.md and its figures from the result files: `python -m benchmarks.report.build`.
 
 The sections are in `benchmarks/report/sections/`, one file each.
 """
@@ -65,7 +65,7 @@ _COST = "CPU time with and without `--reproducible` (`python -m benchmarks.diffu
 
 
 def build(results: Path, out: Path) -> str:
-    """The report's text; figures are written beside it, in `images/`."""
+    """Writes the report to `out` and its figures to the folder `images` beside it; returns the text."""
     images = out.parent / "images"
     images.mkdir(parents=True, exist_ok=True)
     parts = [part.section(results, images) for part in SECTIONS]
@@ -83,7 +83,7 @@ def build(results: Path, out: Path) -> str:
 
 
 def guide(result: Path, page: Path) -> None:
-    """Put the solvers' tables into the guide that stands beside the report, where both are there."""
+    """Puts the solvers' tables into the guide on solvers, if the result file and the page exist."""
     if result.exists() and page.exists():
         found = read_result(result)
         text = mark(page.read_text(), "peers", core_solvers.counts(found))
@@ -98,7 +98,7 @@ def guide(result: Path, page: Path) -> None:
 
 
 def sampling(result: Path, page: Path) -> None:
-    """Put the tables of the networks in the repository into the page on sampling that stands beside the report."""
+    """Puts the tables of the networks in the repository into the page on sampling."""
     found = read_result(result)
     if found and page.exists():
         text = mark(page.read_text(), "precision", f"{_QUALITY}\n\n{shipped.quality(found)}")
@@ -113,7 +113,7 @@ def sampling(result: Path, page: Path) -> None:
 
 
 def recipe(result: Path, page: Path) -> None:
-    """Put the memory of a step at batch 64 into the ImageNet recipe that stands beside the report."""
+    """Puts the memory of a training step at batch 64 into the ImageNet recipe."""
     found = read_result(result)
     if found and page.exists():
         text = mark(page.read_text(), "memory", memory.at_batch(found, 64))

@@ -1,4 +1,4 @@
-"""The claims of the paper in one table, from the verdicts that the sections state."""
+"""A table of the paper's claims, from the verdicts in the sections of the report."""
 
 import re
 from collections.abc import Iterable

@@ -31,7 +31,7 @@ def _octaves(ax: Any, ticks: Sequence[int]) -> None:
 
 
 def _line(ax: Any, points: Mapping[float, Seeds], label: str, **style: Any) -> None:
-    """Means with the range over seeds."""
+    """A line through the means over seeds, with error bars for the range over seeds."""
     known = {x: v for x, v in points.items() if v}
     if not known:
         ax.plot([], [], label=f"{label} (not measured)", **style)
@@ -61,7 +61,7 @@ def estimators(distances: Mapping[str, Seeds], path: Path) -> None:
 
 
 def budgets(found: Mapping[str, Mapping[str, Sequence[tuple[int, Seeds]]]], path: Path) -> None:
-    """Distance against the budget, DiT first; left in block passes, right in MACs."""
+    """Fréchet distance by budget, in block passes (left) and in MACs (right), with the DiT first."""
     figure, axes = plt.subplots(2, 1, figsize=(7.5, 7.5), layout="constrained", sharex=True, sharey=True)
     labels = ("block passes per sample", "MACs per sample, counted in blocks of the DiT")
     shades = {name: shade for shade, name in enumerate(sorted({c for k in found.values() for c in k}, key=_number))}
@@ -83,7 +83,7 @@ def budgets(found: Mapping[str, Mapping[str, Sequence[tuple[int, Seeds]]]], path
 
 
 def _number(name: str) -> int:
-    """Steps in the name of a split; the DiT comes first."""
+    """The number of steps in the name of a split, by which curves are sorted; 0 for the DiT, which comes first."""
     return 0 if name.startswith("DiT") else int(name.split()[1])
 
 
@@ -97,7 +97,7 @@ def _decimals(ax: Any) -> None:
 
 
 def reuse(found: Mapping[str, Mapping[int, Seeds]], path: Path) -> None:
-    """Distance against iterations per step, a line per start."""
+    """Fréchet distance by iterations per step, with a line for each start."""
     figure, ax = plt.subplots(figsize=(5.4, 3.8), layout="constrained")
     for name, points in found.items():
         _line(ax, {float(k): v for k, v in points.items()}, name)
@@ -113,7 +113,7 @@ def reuse(found: Mapping[str, Mapping[int, Seeds]], path: Path) -> None:
 
 
 def solvers(found: Mapping[str, Mapping[int, Sequence[Seeds]]], path: Path) -> None:
-    """Residual, and distance, against evaluations."""
+    """Residual and Fréchet distance by number of evaluations, with a line for each solver."""
     figure, axes = plt.subplots(1, 2, figsize=(8.5, 4), layout="constrained")
     for name, points in found.items():
         for ax, which in zip(axes, (0, 1), strict=True):
@@ -132,7 +132,7 @@ def solvers(found: Mapping[str, Mapping[int, Sequence[Seeds]]], path: Path) -> N
 
 
 def depth(found: Mapping[str, Curves], path: Path) -> None:
-    """Distance against training time, a panel per data set and a line per network; DiTs dashed."""
+    """Fréchet distance by training time, with a panel for each data set and a line for each network (DiTs dashed)."""
     figure, axes = plt.subplots(1, len(found), figsize=(9.6, 4.2), layout="constrained")
     for ax, (task, curves) in zip(axes, found.items(), strict=True):
         for name, points in curves.items():

@@ -10,11 +10,11 @@ DIGITS_ALONE = (
     "repository. On mnist, without guidance, that is 2.85 (500 samples, DDIM, 20 steps), and ten CPU minutes lead to "
     "5.2 (*Depth*)."
 )
-"""Why a study is not repeated on mnist."""
+"""The reason, in the report, why a study is not repeated on mnist."""
 
 
 def mean_and_deviation(values: list[float], digits: int = 2, factor: float = 1.0) -> str:
-    """Mean and standard deviation over seeds, with the number of seeds where it is not three."""
+    """Mean and standard deviation over seeds, and the number of seeds if it is not three."""
     if not values:
         return NOTHING
     values = [factor * v for v in values]

@@ -18,7 +18,7 @@ FIGURE = Path(__file__).parents[2] / "docs" / "images" / "gradients_benchmark.pn
 
 
 def tables(result: dict[str, Any]) -> str:
-    """One Markdown table per layer, with a line above it that says what it is."""
+    """A Markdown table for each layer, under a line with the layer's size, spectral radius and provenance."""
     parts = []
     for name, found in result["tables"].items():
         fastest, size = min(found["forward milliseconds"].values()), " x ".join(map(str, found["state"]))
@@ -45,7 +45,7 @@ def rows(found: dict[str, Any]) -> list[BiasRow]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Error against time, one panel per layer, with one sign per contender: filled is ours, open torchdeq's."""
+    """Error by time, with a panel for each layer and a marker for each contender (ours filled, torchdeq's open)."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 2, figsize=(9, 9), layout="constrained", sharey=True)
@@ -72,14 +72,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def _sign(i: int, ours: bool) -> dict[str, Any]:
-    """Color and marker of the i-th contender of a side."""
+    """Color and marker of the i-th contender of `implicit` (`ours`) or of torchdeq."""
     color = f"C{i % 10}" if ours else "black"
     marker = "osD^vPXp*h<>"[i % 12]
     return {"color": color, "marker": marker, "markerfacecolor": color if ours else "none", "alpha": 0.8}
 
 
 def mark(page: str, name: str, text: str) -> str:
-    """The page with `text` between the marks of that name."""
+    """The page with `text` between the two marks of this name."""
     found = re.compile(f"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
     return found.sub(lambda marks: f"{marks[1]}{text}\n{marks[2]}", page)
 

@@ -1,4 +1,4 @@
-"""docs/published.md: figures published by others beside ours, from results/published.json alone."""
+"""Writes docs/published.md, numbers published by other projects compared with ours, from results/published.json."""
 
 from typing import Any
 
@@ -26,19 +26,19 @@ MISSING = {
 
 
 def cell(outcome: dict[str, Any]) -> str:
-    """One run: calls, products, or a dash."""
+    """A run as the text of a table cell: its calls and products, or a dash."""
     if not outcome["solved"]:
         return "-"
     return f"{outcome['calls']} + {outcome['products']}" if outcome["products"] else str(outcome["calls"])
 
 
 def work(outcome: dict[str, Any]) -> int | None:
-    """Calls and products together; None where the run failed."""
+    """The sum of calls and products of a run; None if the run failed."""
     return outcome["calls"] + outcome["products"] if outcome["solved"] else None
 
 
 def verdict(ours: int | None, theirs: int | None) -> str:
-    """The default against the best rival of the row."""
+    """The verdict on a row: the default solver's count compared with that of the best rival."""
     if ours is None:
         return "neither" if theirs is None else "behind"
     if theirs is None or ours < theirs:
@@ -52,7 +52,7 @@ def best(counts: list[int | None]) -> int | None:
 
 
 def compared(figures: Figures, rows: dict[str, Any]) -> dict[str, str]:
-    """Problem -> verdict on the default against the best of the rivals."""
+    """Problem -> verdict on the default solver, compared with the best rival."""
     out = {}
     for problem, ours in rows.items():
         theirs = figures.rows[problem]
@@ -72,7 +72,7 @@ def _figure(counts: dict[str, int | None], method: str) -> str:
 
 
 def section(figures: Figures, table: dict[str, Any]) -> str:
-    """One published table with our columns and what follows from them."""
+    """A published table with our columns, and a summary of the comparison."""
     rows = table["rows"]
     theirs = list(dict.fromkeys(name for counts in figures.rows.values() for name in counts))
     ours = list(dict.fromkeys(name for row in rows.values() for name in row))

@@ -7,11 +7,11 @@ from typing import Any
 from benchmarks.harness import read_result
 from benchmarks.report.formatting import NOTHING
 
-_UNFINISHED = 2.0  # best Frechet distance above which the networks were trained too briefly
+_UNFINISHED = 2.0  # if the best Fréchet distance of a study is larger, the report says that training was too short
 
 
 class Study:
-    """The records of one experiment; `None` or an empty list where something was not measured."""
+    """The records of one experiment; a value that was not measured is None or an empty list."""
 
     def __init__(self, results: Path, name: str) -> None:
         path = results / f"experiment_{name}.json"
@@ -19,7 +19,7 @@ class Study:
         self.found: dict[str, Any] = read_result(path)
 
     def values(self, cell: str, way: str, what: str) -> list[float]:
-        """One number per seed; way "" gives the numbers of the training run itself."""
+        """The numbers `what` of a cell and a sampling setting, one per seed; with way "", those of the training run."""
         parts = [c for name, c in self.found.get("cells", {}).items() if name.rsplit(", seed ", 1)[0] == cell]
         parts = [c["samples"].get(way, {}) if way else c["training"] for c in parts]
         return [p[what] for p in parts if what in p]
@@ -37,7 +37,7 @@ class Study:
         return list(first["samples"]) if first else []
 
     def source(self) -> str:
-        """Provenance of the numbers, in one line."""
+        """The provenance of the numbers, as one line of text."""
         if not self.found:
             return f"`{self.file}`: {NOTHING}."
         real = self.found["real"]
@@ -57,14 +57,14 @@ class Study:
         )
 
     def _seconds(self) -> str:
-        """CPU seconds of training: one number, or those of its tasks."""
+        """CPU seconds of training as text: one number, or a number for each task."""
         from benchmarks.experiments.run import study
 
         lengths = {cell.config.max_time for cell in study(self.name).cells(self.found["scale"])}
         return ", ".join(f"{seconds:g}" for seconds in sorted(s for s in lengths if s))
 
     def _complete(self) -> str:
-        """Number of trained networks out of those planned for the seeds, and the seeds."""
+        """The number of trained networks, the number planned, and the seeds, as text."""
         from benchmarks.experiments.run import study
 
         seeds = sorted({int(name.rsplit(", seed ", 1)[1]) for name in self.found["cells"]})

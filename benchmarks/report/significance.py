@@ -1,7 +1,7 @@
-"""Is a difference between seeds more than chance? t tests over seeds, by scipy.
+"""t tests over seeds (by scipy), which decide whether a difference of two means is more than chance.
 
-Welch's test where the two sets come from networks trained apart, Student's test of the differences where both come from
-the same networks, sampled in two ways.
+If the two sets of numbers come from different networks, Welch's test is used; if both come from the same networks,
+sampled in two ways, Student's test of the differences.
 """
 
 import statistics
@@ -11,13 +11,13 @@ from scipy import stats
 from benchmarks.report.formatting import NOTHING, mean_and_deviation
 
 LEVEL = 0.05
-"""p below which a difference counts as decided."""
+"""A difference is called decided if p is smaller."""
 UNTRAINED = 5.0
-"""Frechet distance above which the samples of a digits network show few digits."""
+"""Fréchet distance above which the samples of a network of digits show few digits."""
 
 
 def p_value(some: list[float], others: list[float], paired: bool) -> float:
-    """Two-sided p of equal means."""
+    """Two-sided p of the hypothesis of equal means."""
     if len(set(some)) == len(set(others)) == 1:  # no spread: the t statistic is 0 / 0 or infinite
         return float(some[0] == others[0])
     if paired and len({a - b for a, b in zip(some, others, strict=True)}) == 1:
@@ -27,7 +27,7 @@ def p_value(some: list[float], others: list[float], paired: bool) -> float:
 
 
 def decision(better: list[float], worse: list[float], paired: bool = False) -> str:
-    """Whether the mean of `better` is below that of `worse` by more than chance among seeds explains.
+    """The verdict, as text, on whether the mean of `better` is below that of `worse` by more than the spread of seeds.
 
     paired: both come from the same networks, in the same order.
     """

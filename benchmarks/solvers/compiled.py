@@ -1,11 +1,12 @@
-"""Fixed-count solves compiled by torch.compile, at (1, 64), where Python is all that a solve costs; beside jaxopt.
+"""Solves with a fixed count, eager and compiled by torch.compile, compared with jaxopt.
 
     python -m benchmarks.solvers.compiled --jax peers/bin/python      writes benchmarks/results/compiled.json
 
-CPU time for each of 30 evaluations of f, one thread: eager, compiled to one graph by inductor, and torchdeq, which has
-no compiled form. jaxopt's jitted solvers run in turns with them, in the environment of `--jax` (see `peers_jax.py`).
-Compiling takes minutes: the graph holds every evaluation. What torch.while_loop would give is timed on plain
-iteration, the one row whose solve has a tolerance.
+The state has the shape (1, 64), so that nearly all time of an eager solve is spent in Python. Measured is the CPU time
+per evaluation, with 30 evaluations of f and one thread, of our solvers eager and compiled to one graph by inductor, and
+of torchdeq, which cannot be compiled. jaxopt's jitted solvers alternate with them, in the environment of `--jax` (see
+`peers_jax.py`). Compiling takes minutes, because the graph contains every evaluation. One more row, plain iteration to
+a tolerance by torch.while_loop, shows the cost of a loop without Python.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def spent(run: Callable[[], Any], repeats: int = 100) -> float:
 
 
 def to_tolerance(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Plain iteration to a tolerance in one graph by torch.while_loop: what a loop without Python could cost."""
+    """Plain iteration to a tolerance in one graph, by torch.while_loop."""
 
     def unfinished(count, z, fz, done, rtol, budget):
         return (count < budget) & ~done.all()
@@ -61,7 +62,7 @@ def to_tolerance(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor, Ten
 
 
 def contenders() -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
-    """What is timed, and what compiling took, in seconds."""
+    """The solves to time, by name, and the seconds that compiling them took."""
     f, z0 = layer(*SHAPES["(1, 64)"])
     stop = Stop(rtol=0, atol=0, max_evals=EVALS)
     runs: dict[str, Callable[[], Any]] = {}

@@ -1,6 +1,6 @@
-"""Jitted jaxopt for `compiled.py`, in an environment that has jax and jaxopt and need not have torch.
+"""Times jitted jaxopt for `compiled.py`, in an environment with jax and jaxopt, without torch.
 
-Prints {name: microseconds of CPU for each evaluation of f}, and what compiling took, as JSON.
+Prints as JSON {name: microseconds of CPU time per evaluation of f}, and the seconds of compiling.
 """
 
 import json

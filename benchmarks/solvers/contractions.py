@@ -1,11 +1,12 @@
-"""The default solver beside plain iteration on random contractions: evaluations of each, and where it needs more.
+"""The default solver compared with plain iteration on random contractions, by number of evaluations.
 
 python -m benchmarks.solvers.contractions        writes results/contractions.json and prints a summary
 
-Maps of 1 to 200 numbers with rates from 0.02 to 0.97, three samples each, to relative tolerances 1e-3, 1e-6 and, in
-float64, 1e-10. A case counts where plain iteration converges within 400 evaluations; the default is over where a
-sample takes more than 1.1 times as many, or does not converge. A shift and a strictly triangular matrix are nilpotent,
-and the maximum with a shift ends in finitely many steps too: there plain iteration is exact after at most N.
+The maps have states of 1 to 200 numbers and contraction rates from 0.02 to 0.97, three samples each, and relative
+tolerances of 1e-3, 1e-6 and, in float64, 1e-10. Only cases in which plain iteration converges within 400 evaluations
+count. In a case the default solver is "over" if a sample takes more than 1.1 times as many evaluations as plain
+iteration, or does not converge. For some families plain iteration is exact after at most N evaluations: a shift and a
+strictly triangular matrix, which are nilpotent, and the maximum with a shift.
 """
 
 from collections import Counter
@@ -25,7 +26,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 def maps(n: int, seed: int) -> Iterator[tuple[str, Map, Tensor]]:
-    """(family, f, start) of all families and rates, f in float64."""
+    """Yields (family, f, start) for all families and rates, with f in float64."""
     rng = torch.Generator().manual_seed(1000 * seed + n)
 
     def normal(*shape: int) -> Tensor:
@@ -62,9 +63,10 @@ def maps(n: int, seed: int) -> Iterator[tuple[str, Map, Tensor]]:
 
 
 def count(f: Map, z0: Tensor, rtol: float) -> tuple[Tensor, Tensor] | None:
-    """Evaluations of each sample by plain iteration and by the default; None where plain iteration does not converge.
+    """Evaluations of each sample by plain iteration and by the default solver; None if plain iteration does not
+    converge.
 
-    A sample that the default does not solve counts as infinitely many.
+    The count of a sample that the default solver does not solve is infinite.
     """
     stop = Stop(rtol=rtol, max_evals=BUDGET)
     with torch.no_grad():
@@ -76,7 +78,9 @@ def count(f: Map, z0: Tensor, rtol: float) -> tuple[Tensor, Tensor] | None:
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Family -> cases, cases over, and the evaluations of both in sum, of the slowest sample of each case."""
+    """Family -> number of cases, number of cases over, and for both solvers the sum over cases of the evaluations of
+    the slowest sample.
+    """
     table: dict[str, Counter[str]] = {}
     for n in SIZES:
         for seed in range(2):

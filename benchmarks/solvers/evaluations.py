@@ -1,7 +1,8 @@
-"""Solvers beside their peers: evaluations on the fourteen problems, CPU time around f, operators, memory, bytes moved.
+"""Solvers compared with other libraries: evaluations on fourteen problems, overhead in CPU time, operators, memory,
+bytes.
 
 python -m benchmarks.solvers.evaluations                       writes results/solvers.json and prints a summary
-python -m benchmarks.solvers.evaluations --parts evaluations   measures that part again and keeps the others
+python -m benchmarks.solvers.evaluations --parts evaluations   measures one part again and keeps the others
 
 Rows of jaxopt and optimistix come from results/peers_jax.json (`peers_jax.py` writes it, in an environment of its own).
 """
@@ -49,7 +50,9 @@ def theirs(function) -> Callable[[Problem, float], torch.Tensor]:
 
 
 def scipys(method) -> Callable[[Problem, float], torch.Tensor]:
-    """One system of all samples, since scipy has no batches; full steps from J = -I: its best settings for z = f(z)."""
+    """scipy's solver on one system of all samples, since scipy has no batches, with full steps from J = -I, its best
+    settings for z = f(z).
+    """
 
     def run(p, rtol):
         def g(x):
@@ -69,14 +72,14 @@ def scipys(method) -> Callable[[Problem, float], torch.Tensor]:
 
 
 class Reached(Exception):
-    """A point within the tolerance, or the end of the budget."""
+    """A point meets the tolerance, or the budget of evaluations is spent."""
 
     def __init__(self, z):
         self.z = z
 
 
 def evaluations(dtype, rtol) -> dict[str, dict[str, int | str]]:
-    """Solver -> problem -> evaluations of f, or the residual where it failed."""
+    """Solver -> problem -> evaluations of f, or the residual if the solver failed."""
     runs = {f"implicit {name}": ours(s) for name, s in OURS.items()}
     runs |= {f"torchdeq {name}": theirs(s) for name, s in PEERS.items()}
     runs |= {f"scipy {m}": scipys(m) for m in ("anderson", "broyden1", "broyden2")}
@@ -109,7 +112,7 @@ def summary(table) -> dict[str, str]:
 
 
 def from_jax() -> dict[str, dict[str, dict[str, int | str]]]:
-    """The rows of jaxopt and optimistix, where they have been measured."""
+    """The rows of jaxopt and optimistix, if they have been measured."""
     return read_result(RESULTS / "peers_jax.json").get("evaluations", {})
 
 

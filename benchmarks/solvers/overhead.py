@@ -1,6 +1,7 @@
-"""Cost of a solver beside f itself: CPU time, operators and states held, of ours and of torchdeq's solvers.
+"""Overhead of a solver, its cost without f, for our solvers and torchdeq's: CPU time, operators and states held.
 
-f = tanh(z W + b), 30 evaluations, a fixed count; the unit is the bare loop z <- f(z). `evaluations.py` writes the file.
+f = tanh(z W + b), and every solve has 30 evaluations. Times are divided by that of the bare loop z <- f(z).
+`evaluations.py` writes the result file.
 """
 
 import multiprocessing
@@ -52,7 +53,9 @@ def contenders(f, z0):
 
 
 def over_bare(shape: str, name: str) -> float:
-    """CPU time of EVALS evaluations over that of the bare loop z = f(z): the median of alternating pairs."""
+    """CPU time of a solve with EVALS evaluations divided by that of the bare loop z <- f(z), the median of alternating
+    pairs.
+    """
     torch.set_num_threads(1)
     runs = contenders(*layer(*SHAPES[shape]))
     times = paired({"bare": runs["bare"], "contender": runs[name]}, REPEATS[shape])
@@ -60,7 +63,7 @@ def over_bare(shape: str, name: str) -> float:
 
 
 def overhead() -> dict[str, dict[str, float]]:
-    """`over_bare` of every contender, each in a process of its own, since allocator state slows later contenders."""
+    """`over_bare` of every contender, each in a separate process, because the allocator's state slows later ones."""
     table = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
@@ -71,7 +74,7 @@ def overhead() -> dict[str, dict[str, float]]:
 
 
 def operators() -> dict[str, float]:
-    """Operators per evaluation, views excepted and f's own three subtracted."""
+    """Operators per evaluation, without views and without the three operators of f."""
     f, z0 = layer(1, 64, 64)
     counts = {}
     for name, run in contenders(f, z0).items():
@@ -85,9 +88,10 @@ TRAFFIC_SHAPES = {"(32, 1024)": (32, 1024, 1024), "(8, 65536)": (8, 65536, 1024)
 
 
 def traffic_of(shape: str, name: str) -> dict[str, float]:
-    """Of one contender: states moved per evaluation, f's own left out, and its time over that of copying as much.
+    """For one contender: the states that it reads and writes per evaluation, without f, and its time divided by that of
+    copying as many bytes.
 
-    A copy reads half of the bytes and writes the other half. Contender, bare loop and copy alternate.
+    A copy reads half of the bytes and writes the other half. Runs of contender, bare loop and copy alternate.
     """
     torch.set_num_threads(1)
     f, z0 = layer(*TRAFFIC_SHAPES[shape])
@@ -115,7 +119,7 @@ def traffic_of(shape: str, name: str) -> dict[str, float]:
 
 
 def traffic() -> dict[str, dict[str, dict[str, float]]]:
-    """`traffic_of` every contender but the bare loop, each in a process of its own."""
+    """`traffic_of` every contender but the bare loop, each in a separate process."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
@@ -126,7 +130,7 @@ def traffic() -> dict[str, dict[str, dict[str, float]]]:
 
 
 def memory() -> dict[str, float]:
-    """States held at the peak, z0 and the temporaries of f included."""
+    """Peak memory in states, including z0 and the temporaries of f."""
     f, z0 = layer(4, 65536, 64)
     held = {}
     for name, run in contenders(f, z0).items():

@@ -1,12 +1,12 @@
-"""jaxopt's and optimistix's solvers on the fourteen problems, in an environment of their own.
+"""jaxopt's and optimistix's solvers on the fourteen problems, in a separate environment.
 
     python3 -m venv peers && peers/bin/pip install . scipy jaxopt==0.8.5 optimistix "jax[cpu]"
     peers/bin/python -m benchmarks.solvers.peers_jax     writes benchmarks/results/peers_jax.json
 
-`evaluations.py` puts these rows beside the others. The maps are those of `implicit.testing`, called back from jax; each
-call counts as one evaluation, and so does each product with the Jacobian. The batch is one system, since neither
-package batches. A problem counts as solved once every sample has been evaluated within the tolerance, whatever each
-solver's own stopping criterion is.
+`evaluations.py` adds these rows to its tables. The maps are those of `implicit.testing`, which jax calls back; each
+call and each product with the Jacobian counts as one evaluation. All samples form one system, because neither package
+batches. A problem counts as solved when every sample has been evaluated at a point within the tolerance, independently
+of the solver's own stopping criterion.
 """
 
 import argparse
@@ -34,7 +34,7 @@ Map = Callable[[Any], Any]
 
 
 class Watched:
-    """A problem as a map of flat numpy vectors, which notes the samples that were within the tolerance."""
+    """A problem as a map of flat numpy vectors; it records which samples have been within the tolerance."""
 
     def __init__(self, problem: Problem, rtol: float) -> None:
         self.problem, self.rtol = problem, rtol
@@ -71,7 +71,7 @@ class Watched:
         return self.problem(z, *self.problem.args)
 
     def in_jax(self, backward: bool) -> Map:
-        """f for jax: J^T g can be had if `backward`, and batches of J v otherwise."""
+        """f as a function of jax, with J^T g if `backward`, else with batches of J v."""
 
         def called(function: Callable[..., np.ndarray], *arrays: Any) -> Any:
             kind = jax.ShapeDtypeStruct(arrays[-1].shape, arrays[-1].dtype)
@@ -96,7 +96,7 @@ class Watched:
 
 
 def solvers() -> dict[str, Callable[[Map, Any], Any]]:
-    """Those of either package for fixed points and for roots; jaxopt's Broyden with its line search and without."""
+    """The solvers of both packages for fixed points and for roots; jaxopt's Broyden with and without line search."""
     never = {"maxiter": BUDGET, "tol": 0.0, "implicit_diff": False}
 
     def finds(solver: Any) -> Callable[[Map, Any], Any]:
@@ -119,8 +119,8 @@ def solvers() -> dict[str, Callable[[Map, Any], Any]]:
 
 
 def evaluations(dtype: torch.dtype, rtol: float) -> dict[str, dict[str, int | str]]:
-    """Solver -> problem -> evaluations, or how it failed."""
-    jax.config.update("jax_enable_x64", dtype == torch.float64)  # jaxopt's Anderson mixes the two otherwise
+    """Solver -> problem -> evaluations, or the kind of failure."""
+    jax.config.update("jax_enable_x64", dtype == torch.float64)  # else jaxopt's Anderson mixes float32 and float64
     table: dict[str, dict[str, int | str]] = {}
     for name, solve in solvers().items():
         table[name] = {}
@@ -130,7 +130,7 @@ def evaluations(dtype: torch.dtype, rtol: float) -> dict[str, dict[str, int | st
                 jax.block_until_ready(
                     solve(watched.in_jax(name.startswith("jaxopt")), jax.numpy.asarray(p.z0.numpy().ravel()))
                 )
-            except Exception as error:  # the end of the budget comes as an error of the callback
+            except Exception as error:  # jax reports the end of the budget as an error of the callback
                 spent = "StopIteration" in str(error)
                 why = "" if spent else f": {type(error).__name__}"
             worst = float(watched.best.max())

@@ -4,9 +4,9 @@ python -m benchmarks.solvers.public_problems                        writes resul
 python -m benchmarks.solvers.public_problems --solvers Broyden      measures these again and keeps the others
 
 The maps are `benchmarks.problems.acceleration` (relative tolerance 1e-8 in float64, 1e-4 in float32), the systems those
-of `benchmarks.problems.systems` (absolute tolerance 1e-8). A count is the number of calls of f, one with a
-Jacobian-vector product included; a problem is solved where all samples have converged within the budget, and a claim
-is false where the residual in float64 exceeds the tolerance by more than rounding allows.
+of `benchmarks.problems.systems` (absolute tolerance 1e-8). A count is the number of calls of f; a call with a
+Jacobian-vector product counts as one. A problem is solved if all samples converge within the budget. CONVERGED is a
+false claim if the residual in float64 exceeds the tolerance by more than rounding.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def collections() -> dict[str, list[Problem]]:
 
 
 def run(problem: Problem, solver: AbstractSolver[Any]) -> dict[str, Any]:
-    """Calls of f, whether all samples converged, and whether a claim is false."""
+    """The number of calls of f, whether all samples converged, and whether a claim of convergence is false."""
     calls = 0
 
     def counted(z: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,12 @@
-"""Our solvers on published problems, beside published figures.
+"""Our solvers on published problems, compared with published counts.
 
-python -m benchmarks.solvers.published                        measures all, writes results/published.json
+python -m benchmarks.solvers.published                        measures all problems, writes results/published.json
                                                               and docs/published.md
 python -m benchmarks.solvers.published --tables Systems R     measures these again and keeps the others; --problems and
                                                               --solvers restrict it further
 
-A run counts calls of f, and Jacobian-vector products apart, up to the first point that meets the published stopping
-test; f is called as the solvers call it, and a call that brings a product along counts as a call and a product.
+A run counts calls of f and, separately, Jacobian-vector products, up to the first point that meets the published
+stopping test. A call of f that also computes a product counts as a call and a product.
 """
 
 import argparse
@@ -44,12 +44,12 @@ OURS: dict[str, AbstractSolver[Any] | None] = {"default": None, "AndersonGS": An
 
 
 class Passed(Exception):
-    """The published stopping test is met."""
+    """The published stopping test is met, which ends the solve."""
 
 
 @dataclass
 class Counted:
-    """A problem's map that counts its calls and products and ends the solve at the published stopping test."""
+    """A problem's map; it counts calls and products, and raises `Passed` at the published stopping test."""
 
     problem: Problem
     calls: int = 0
@@ -69,10 +69,16 @@ class Counted:
 
 
 def run(problem: Problem, solver: AbstractSolver[Any] | None, budget: int) -> dict[str, Any]:
-    """Calls and products until the published test is met, or how the solve ended; None is the default solver."""
+    """Calls and products until the published test is met, or the result of the solve.
+
+    Args:
+        problem: the problem.
+        solver: the solver; None: the default of `fixed_point`.
+        budget: largest number of evaluations.
+    """
     counted = Counted(problem)
     start = time.process_time()
-    # a tolerance just below the published one, so that the count above ends the solve
+    # a tolerance slightly below the published one, so that `Counted` ends the solve
     stop = Stop(rtol=0.99 * problem.rtol, atol=0.99 * problem.atol, max_evals=budget)
     with torch.no_grad():
         try:
@@ -90,7 +96,7 @@ def run(problem: Problem, solver: AbstractSolver[Any] | None, budget: int) -> di
 
 
 def problems(table: str) -> dict[str, Problem]:
-    """The problems of a table that can be posed here, under their names in it."""
+    """The problems of a published table that are available here, by their names in the table."""
     if table == "Systems":
         return {p.name: p for p in systems(1e-7)}
     rows = TABLES[table].rows
@@ -109,7 +115,7 @@ def measure(problem: Problem, solvers: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def update(result: dict[str, Any], table: str, problem: str, outcomes: dict[str, dict[str, Any]]) -> None:
-    """Put the outcomes of one problem into the result, in the order of the tables, with the commit of each."""
+    """Put the outcomes of one problem into the result, in the order of the tables, with the commit of each outcome."""
     where = provenance("cpu")
     tables = result.setdefault("tables", {})
     rows = tables.get(table, {}).get("rows", {})
@@ -133,7 +139,7 @@ def sirius_residuals(count: int = 5) -> list[float]:
 
 
 def exact_residuals(count: int = 5, history: int = 4, beta: float = 0.15, n: int = 100) -> list[str]:
-    """The same residual norms in arithmetic of 50 digits, to 16 digits: Anderson's method by normal equations."""
+    """The residual norms of `sirius_residuals` to 16 digits, from arithmetic with 50 digits and normal equations."""
     with mpmath.workdps(50):
         diagonal = mpmath.matrix([2 + mpmath.mpf(1) / i for i in range(1, n + 1)])
         x, norms = mpmath.zeros(n, 1), []
@@ -160,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="*", choices=list(TABLES), default=list(TABLES), help="what to measure")
     parser.add_argument("--solvers", nargs="*", choices=list(OURS), default=list(OURS), help="with which solvers")
-    parser.add_argument("--problems", nargs="*", help="which problems of them; all if not given")
+    parser.add_argument("--problems", nargs="*", help="names of problems in these tables; default: all")
     parser.add_argument("--page", action="store_true", help="write the page from the result file, measure nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
-"""Published figures of other projects for the problems of `benchmarks.problems`; None where a method fails.
+"""Counts that other projects publish for the problems of `benchmarks.problems`; None if a method fails.
 
-Each table has its source, its stopping test and what its authors count. Nothing here is measured by us.
+Each table has its source, its stopping test, and the definition of its counts. We have measured none of these counts.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ class Figures:
     """A published table.
 
     Attributes:
-        title: heading.
-        source: publication.
-        counting: the stopping test and what a count is.
+        title: heading of the table.
+        source: the publication.
+        counting: the stopping test and the definition of a count.
         rows: problem -> method -> count.
-        rival: the methods that an Anderson-type default is measured against.
+        rival: the methods with which our default, an Anderson-type solver, is compared.
     """
 
     title: str
@@ -28,7 +28,7 @@ class Figures:
 
 
 def _table(methods: str, rows: dict[str, str]) -> Counts:
-    """Rows of counts written in the order of the methods, `*` where a method fails and `-` where there is no count."""
+    """Parses rows of counts in the order of `methods`; `*` is a failed method, `-` a missing count."""
     names = methods.split(", ")
     table: Counts = {}
     for problem, text in rows.items():

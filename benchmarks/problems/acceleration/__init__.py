@@ -1,7 +1,7 @@
-"""Fixed-point problems of the acceleration literature: those with published counts, and further families.
+"""Fixed-point problems of the literature on acceleration: problems with published counts, and further families.
 
-`published_maps` has the published sizes and stopping tests; `acceleration` is a collection of about fifty, of moderate
-size, all to one relative tolerance in the Euclidean norm, to choose solvers on.
+`published_maps` has the published sizes and stopping tests. `acceleration` is a collection of about fifty problems of
+moderate size with one relative tolerance in the Euclidean norm, for the comparison of solvers.
 """
 
 from dataclasses import replace
@@ -17,19 +17,21 @@ from benchmarks.problems.problem import Problem
 
 
 def published_maps() -> list[Problem]:
-    """KINSOL and SIRIUS, the R package FixedPoint, FixedPointTestProblems.jl: at their sizes, stopped as they stop."""
+    """The problems of KINSOL, SIRIUS, the R package FixedPoint and FixedPointTestProblems.jl, with the published sizes
+    and stopping tests.
+    """
     return [*simulation_codes(), *r_package(), *fixed_point_test_problems()]
 
 
 def acceleration(rtol: float = 1e-8) -> list[Problem]:
-    """The collection, every problem to ||f(z) - z||_2 <= rtol ||f(z)||_2.
+    """The collection; the stopping test of every problem is ||f(z) - z||_2 <= rtol ||f(z)||_2.
 
     Raises:
         ValueError: rtol is not positive.
     """
     if not rtol > 0:
         raise ValueError(f"rtol must be positive, got {rtol}.")
-    # the perceptrons move by constant steps; one map of consumption smoothing is enough
+    # without the perceptrons, which move by constant steps, and without a second map of consumption smoothing
     made = [*simulation_codes(), *r_package()[:-1], *fixed_point_test_problems(side=40)]
     made += [*linear_maps(), *optimization(), *statistics(), *dynamics()]
     return [replace(p, rtol=rtol, atol=0.0, norm="euclidean") for p in made if "erceptron" not in p.name]

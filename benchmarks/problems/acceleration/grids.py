@@ -62,7 +62,7 @@ def charges(side: int) -> Tensor:
 
 
 def electric_field(side: int, relaxation: float | None) -> Made:
-    """One sweep for -Laplace u = s on a side x side grid with its boundary; relaxation None: Jacobi's sweep."""
+    """One sweep for -Laplace u = s on a side x side grid, boundary included; relaxation None: Jacobi's sweep."""
     source = charges(side)
     push = source[1:-1, 1:-1] / (side - 1) ** 2
 

@@ -1,4 +1,4 @@
-"""Affine maps z -> M z + b that classical iterations of linear algebra make.
+"""Affine maps z -> M z + b of classical iterations in linear algebra.
 
 The answer of each is (I - M)^-1 b by a dense factorization.
 """
@@ -49,7 +49,7 @@ def _complex_pairs(n: int = 40) -> Problem:
 
 
 def _non_normal(n: int = 40) -> Problem:
-    """0.55 I + 0.5 shift: spectral radius 0.55, yet the powers grow before they shrink."""
+    """0.55 I + 0.5 shift: the spectral radius is 0.55, but the powers grow before they decay."""
     matrix = 0.55 * torch.eye(n, dtype=F64) + 0.5 * torch.diag(torch.ones(n - 1, dtype=F64), 1)
     return affine("Strongly non-normal", matrix, normal(3, 3, n), "Jordan block 0.55 I + 0.5 shift")
 
@@ -115,7 +115,7 @@ def _page_rank(n: int = 150) -> Problem:
 
 
 def _power_network(n: int = 60) -> Problem:
-    """Richardson's iteration on a ring network's conductances from 0.01 to 1: slow smooth modes."""
+    """Richardson's iteration on a ring network with conductances from 0.01 to 1; smooth modes converge slowly."""
     g = torch.logspace(-2, 0, n, dtype=F64)
     inner = torch.diag(g + g.roll(-1)) - torch.diag(g[1:], 1) - torch.diag(g[1:], -1)
     inner[0, -1] = inner[-1, 0] = -g[0]

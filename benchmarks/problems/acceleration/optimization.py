@@ -1,7 +1,7 @@
 """First-order methods of convex optimization as fixed-point maps: gradient, proximal and splitting steps.
 
-Their maps have kinks where a constraint or a soft threshold switches. Answers come from FISTA with a linear system on
-its support (lasso), Newton's method, or a linear system.
+The maps have kinks where a constraint becomes active or a soft threshold becomes 0. The answers are computed by FISTA
+and a linear system on the support (lasso), by Newton's method, or by a linear system.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def _correlated(rows: int, columns: int, correlation: float, seed: int) -> Tenso
 
 
 def _data(a: Tensor, samples: int, seed: int) -> Tensor:
-    """Right-hand sides of sparse truths with noise."""
+    """Right-hand sides y = A x + noise of sparse x."""
     truth = normal(seed, samples, a.shape[1]) * (uniform(seed + 1, samples, a.shape[1]) < 0.1)
     return truth @ a.T + 0.01 * normal(seed + 2, samples, len(a))
 
@@ -51,7 +51,7 @@ def lasso_answer(a: Tensor, y: Tensor, penalty: Tensor) -> Tensor:
     for _ in range(3000):
         before, x = x, w - step * (w @ a.T - y) @ a
         x = torch.sign(x) * (x.abs() - step * penalty).clamp(min=0)
-        # restart the momentum where it points uphill
+        # restart the momentum if it increases the objective
         t = 1.0 if float(((w - x) * (x - before)).sum()) > 0 else t
         new = (1 + (1 + 4 * t * t) ** 0.5) / 2
         w, t = x + (t - 1) / new * (x - before), new
@@ -62,7 +62,7 @@ def lasso_answer(a: Tensor, y: Tensor, penalty: Tensor) -> Tensor:
 
 
 def _ista(name: str, a: Tensor, share: float) -> Problem:
-    """Proximal gradient steps for the lasso; the penalty is a share of the smallest that gives 0."""
+    """Proximal gradient steps for the lasso; the penalty is `share` times the smallest penalty with the answer 0."""
     y = _data(a, 3, 22)
     penalty = share * (y @ a).abs().amax(1, keepdim=True)
     step = 1 / float(torch.linalg.matrix_norm(a, 2)) ** 2

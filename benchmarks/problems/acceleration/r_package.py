@@ -1,7 +1,7 @@
 """The twelve problems of the R package FixedPoint (S. Baumann and M. Klymak, CRAN; vignette section 5, tests).
 
-Nine methods are compared there by iterations until max |f(z) - z| < 1e-10 (gas diffusion 1e-4, prices 1e-13). The data
-of the perceptron and of the prices come from R's generator.
+The package compares nine methods by the number of iterations until max |f(z) - z| < 1e-10 (gas diffusion 1e-4, prices
+1e-13). The data of the perceptron and of the prices come from R's generator.
 """
 
 import math
@@ -18,7 +18,7 @@ SOURCE = "R package FixedPoint, tests/testthat/test_{}.R"
 
 
 def r_package() -> list[Problem]:
-    """All twelve, in the order of the published table."""
+    """The twelve problems, in the order of the published table."""
     return [
         _babylonian("Babylonian (1)", torch.tensor([[100.0]], dtype=F64), row(6)),
         _babylonian("Babylonian (100)", torch.arange(1.0, 101, dtype=F64).unsqueeze(0), None),
@@ -99,7 +99,7 @@ def _gas_diffusion(side: int = 10) -> Problem:
 
 
 def _perceptron(name: str, modified: bool) -> Problem:
-    """One pass of the perceptron's rule over 200 points; modified: steps of length sqrt |score| instead of 1."""
+    """One pass of the perceptron's rule over 200 points, with steps of length 1, or sqrt |score| if `modified`."""
     random = RRandom(10)
     first, second = random.normal(100, 4, 2), random.normal(100, 8, 2)
     third, fourth = random.normal(100, -4, 2), random.normal(100, 12)
@@ -109,7 +109,7 @@ def _perceptron(name: str, modified: bool) -> Problem:
     def train(w: Tensor) -> Tensor:
         x, y, at = like(points, w), like(labels, w), 0
         while at < len(x):
-            # the next point of the pass that w has on the wrong side
+            # the next point of the pass that w misclassifies
             wrong = ((x[at:].detach() @ w.detach() > 0) != (y[at:] > 0)).nonzero()
             if not len(wrong):
                 break
@@ -123,7 +123,7 @@ def _perceptron(name: str, modified: bool) -> Problem:
         return torch.stack([train(each) for each in w.unbind(0)])
 
     def accept(w: Tensor) -> bool:
-        # weights so large that the steps are lost in rounding are fixed too, without separating the points
+        # if w is so large that rounding absorbs the steps, w is a fixed point that need not separate the points
         return bool(((w.to(F64) @ points.T > 0) == (labels > 0)).all())
 
     return replace(_problem(name, f, row(1, 1, 1), "Perceptron", None, 1e-13), accept=accept)
@@ -151,7 +151,9 @@ def _prices(households: int = 8, goods: int = 10) -> Problem:
 
 
 def _perpetual_put(d: float = 0.05, sigma: float = 0.1, ceiling: float = 20.0, strike: float = 10.0) -> Problem:
-    """Value of a perpetual American put on a grid of prices, bought back at 1 where the price reaches the ceiling."""
+    """Value of a perpetual American put on a grid of prices; the put is bought back at 1 when the price reaches
+    `ceiling`.
+    """
     up = (math.exp(d) - math.exp(-sigma)) / (math.exp(sigma) - math.exp(-sigma))
     grid = torch.linspace(0, ceiling, 100, dtype=F64)
 

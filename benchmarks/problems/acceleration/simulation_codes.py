@@ -1,4 +1,4 @@
-"""Fixed points that simulation codes print counts and digits for: SUNDIALS KINSOL and SIRIUS.
+"""Fixed-point problems of simulation codes that publish counts and digits: SUNDIALS KINSOL and SIRIUS.
 
 KINSOL (LLNL, examples/kinsol/serial, BSD-3): `kinAnalytic_fp`, three equations with the answer (1/2, 1, -pi/6), and
 `kinRoberts_fp`, one backward Euler step of Robertson's stiff kinetics. Both stop on the max-norm of the residual.

@@ -1,8 +1,8 @@
 """Problems of FixedPointTestProblems.jl (N. Lepage-Saucier, MIT), the suite that SpeedMapping.jl is measured on.
 
-They stop at ||f(z) - z||_2 < 1e-7. Random data come from the suite's portable generator. Written from the papers
-that the suite names. Not here: Wang's proportional hazards and Lange's ancestry, whose data need the suite's own files
-or generators, and the lid-driven cavity for its size.
+The stopping test is ||f(z) - z||_2 < 1e-7. Random data come from the suite's portable generator. The maps are written
+from the papers that the suite cites. Three problems are left out: Wang's proportional hazards and Lange's ancestry,
+whose data need the suite's files or generators, and the lid-driven cavity, because of its size.
 """
 
 import math
@@ -19,12 +19,12 @@ SOURCE = "FixedPointTestProblems.jl, {}"
 
 
 def suite(name: str, f, z0: Tensor, origin: str, answer=None) -> Problem:
-    """A problem with the suite's stopping test."""
+    """A `Problem` with the suite's stopping test."""
     return Problem(name, f, z0, SOURCE.format(origin), (), 0.0, 1e-7, "euclidean", answer)
 
 
 def fixed_point_test_problems(side: int = 100) -> list[Problem]:
-    """Twelve of the fifteen; the grids have `side` squared points (published: 100)."""
+    """Twelve of the fifteen problems; the grids have `side` x `side` points (published: 100 x 100)."""
     made = [
         _hasselblad(),
         _exchange_economy(),

@@ -1,6 +1,6 @@
 """Expectation maximization and scaling algorithms of statistics as fixed-point maps.
 
-Answers: the stationary point of the log-likelihood by Newton's method from near, where one is given.
+Where a problem has an answer, it is the stationary point of the log-likelihood, by Newton's method from a near start.
 """
 
 import math

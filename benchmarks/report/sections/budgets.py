@@ -36,7 +36,7 @@ def section(results: Path, images: Path) -> str:
 
 
 def _splits(study: Study, kind: str, budget: int) -> dict[int, list[float]]:
-    """Distances by the number of steps."""
+    """Number of steps -> Fréchet distances over seeds."""
     start = KINDS[kind].format(budget) + ", "
     ways = (way for way in study.ways("FPDM") if way.startswith(start))
     return {_steps(way): study.values("FPDM", way, "frechet") for way in ways}
@@ -81,7 +81,7 @@ def _summary(rows: list[tuple[str, ...]]) -> str:
 
 
 def _curves(study: Study, kind: str) -> dict[str, list[tuple[int, list[float]]]]:
-    """For the figure: distances by budget for the DiT, and for each split of FPDM."""
+    """The curves of the figure: distances by budget for the DiT, and for each number of steps of FPDM."""
     curves = {"DiT, 6 blocks a step": [(budget, _plain(study, budget)) for budget in BUDGETS]}
     for budget in BUDGETS:
         for steps, values in sorted(_splits(study, kind, budget).items()):

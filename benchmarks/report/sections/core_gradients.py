@@ -1,4 +1,4 @@
-"""Gradient estimators of the core beside torchdeq's."""
+"""Gradient estimators of the core compared with torchdeq's."""
 
 from pathlib import Path
 

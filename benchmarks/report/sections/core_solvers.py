@@ -1,4 +1,4 @@
-"""Solvers of the core beside their peers."""
+"""Solvers of the core compared with other libraries."""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def _compiled(path: Path) -> str:
 
 
 def compiled(found: dict[str, Any]) -> str:
-    """Time of eager and compiled solves, cheapest first, and how long compiling took."""
+    """A table of the times of eager and compiled solves, fastest first, and of the time of compiling."""
     times, waited = found["microseconds of CPU for each evaluation"], found["seconds to compile"]
     key = {name: name.removeprefix("implicit ").removesuffix(", compiled").removesuffix(", jitted") for name in times}
     rows = (
@@ -56,7 +56,7 @@ def compiled(found: dict[str, Any]) -> str:
 
 
 def public(found: dict[str, Any]) -> str:
-    """Problems solved and evaluations, of our solvers on public collections."""
+    """A table of problems solved and evaluations, of our solvers on public collections."""
     solvers = list(next(iter(found.values())))
     sizes = [next(iter(rows.values()))["total"]["problems"] for rows in found.values()]
     head = ["solver", *(f"{size} {name}" for size, name in zip(sizes, found, strict=True))]
@@ -68,7 +68,7 @@ def public(found: dict[str, Any]) -> str:
 
 
 def contractions(found: dict[str, Any]) -> str:
-    """Cases in which the default needs more evaluations than plain iteration, by family."""
+    """A table of the cases in which the default solver needs more evaluations than plain iteration, by family."""
     rows = (
         (family, row["cases"], row["over"], row["plain"], row["default"]) for family, row in found["families"].items()
     )
@@ -77,7 +77,7 @@ def contractions(found: dict[str, Any]) -> str:
 
 
 def counts(found: dict[str, Any]) -> str:
-    """Problems solved and evaluations in sum."""
+    """A table of the numbers of problems solved and of evaluations, summed over problems."""
     precisions = list(found["summary"])
     names = found["summary"][precisions[0]]
     rows = ((n, *(found["summary"][p].get(n, NOTHING) for p in precisions)) for n in names)
@@ -85,7 +85,9 @@ def counts(found: dict[str, Any]) -> str:
 
 
 def beside_torchdeq(found: dict[str, Any]) -> str:
-    """What each solver adds to the bare loop, over what torchdeq's adds; operators likewise; states held by both."""
+    """A table of our solvers compared with torchdeq's: ratio of the times in addition to the bare loop, ratio of the
+    numbers of operators, and states held by both.
+    """
     times, operators, held = (
         found[part] for part in ("CPU time, bare loop = 1", "operators per evaluation", "states held")
     )
@@ -109,7 +111,7 @@ def _traffic(found: dict[str, Any]) -> tuple[str, ...]:
 
 
 def traffic(found: dict[str, Any]) -> str:
-    """States moved for each evaluation, and the time over that of copying them, by size of the state."""
+    """A table of the states that a solver moves per evaluation, and of its time divided by that of copying them."""
     shapes = found["bytes moved"]
     rows = (
         (name, *(f"{s[name]['states moved']:g}, {s[name]['time over copying']:.2f}" for s in shapes.values()))

@@ -1,4 +1,4 @@
-"""FPDM beside DiTs of several depths, at equal training time, parameters and memory, and over sampling budgets."""
+"""FPDM compared with DiTs of several depths, at equal training time, parameters and memory, for several budgets."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +16,7 @@ BUDGETS = {
     **{f"{b} block passes": (f"{b} block passes", f"{b} block passes") for b in STEPS},
     **{f"MACs of {b} blocks": (f"{b} blocks' MACs", f"{b} block passes") for b in STEPS},
 }
-"""Sampling settings that are compared: that of FPDM, and that of the DiTs."""
+"""Title of a comparison -> (sampling setting of FPDM, sampling setting of the DiTs)."""
 HEAD = (
     "network",
     "parameters",
@@ -88,7 +88,9 @@ def _winners(study: Study) -> list[tuple[str, ...]]:
 
 
 def _matched(study: Study, task: str) -> dict[str, str]:
-    """Of the FPDM that is best at 20 steps: the DiT nearest in parameters, and the largest of no more memory."""
+    """For the FPDM that is best at 20 steps: the DiT with the most similar number of parameters, and the largest DiT
+    that needs no more memory.
+    """
     facts, best = ("parameters", "step_peak_bytes"), _best(study, task, settings(task), "20 steps")
     ours = [study.mean(f"{task}: {best}", "", fact) for fact in facts]
     theirs = {name: [study.mean(f"{task}: {name}", "", fact) for fact in facts] for name in DITS}
@@ -109,7 +111,7 @@ def _best(study: Study, task: str, names: Iterable[str], way: str) -> str:
 
 
 def verdicts(study: Study) -> list[str]:
-    """The paper's comparison against the depth that it names, and against the others."""
+    """Verdicts on FPDM against DiT, for the depth of the paper's baseline and for the other depths."""
     lines = []
     for task in LENGTHS:
         best = _best(study, task, settings(task), "20 steps")

@@ -1,4 +1,4 @@
-"""Peak training memory at XL/2: predicted on fake tensors, some rows counted in real steps."""
+"""Peak training memory at XL/2, predicted on fake tensors and, for some rows, counted in real steps."""
 
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def fitting(found: dict[str, Any]) -> str:
 
 
 def _verdict(peaks: Peaks) -> str:
-    """What FPDM saves of DiT's memory at the expected and at the worst draw, over batches and options."""
+    """The share of DiT's memory that FPDM saves at the expected and at the worst draw, over batches and options."""
     shares = {}
     for draw in (EXPECTED, WORST):
         pairs = [(("FPDM", draw, *setting), ("DiT", "", *setting)) for setting in SETTINGS]
@@ -119,7 +119,7 @@ def _saved(peaks: Peaks, ours: Row, base: Row, batch: int) -> str:
 
 
 def _short(found: dict[str, Any]) -> str:
-    """By how much Reversible is predicted low."""
+    """A sentence on how far the prediction for Reversible is below the count."""
     counts = [one for one in found.get("validation", []) if one["case"]["estimator"] == "Reversible"]
     short = [(one["real"] - one["fake"]) / one["case"]["batch"] / 1e6 for one in counts]
     if not short:

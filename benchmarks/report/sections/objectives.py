@@ -39,7 +39,7 @@ def section(results: Path, images: Path) -> str:
 
 
 def _every_budget(study: Study) -> list[str]:
-    """Whether one FPDM is good at few iterations too: distances at 2 over those at 12, seed by seed."""
+    """Sentences on whether one FPDM is as good at few iterations: distance at 2 divided by that at 12, by seed."""
     starts = {"the previous timestep's solution": "20 x 2, reused", "a fresh start": "20 x 2"}
     lines = []
     for task in ("digits", "mnist"):
@@ -56,7 +56,7 @@ def _every_budget(study: Study) -> list[str]:
 
 
 def _verdicts(study: Study) -> list[str]:
-    """FPDM against both DiTs at equal training time, all with the objective that is best for them."""
+    """Verdicts on FPDM against both DiTs at equal training time, each with its best objective."""
     ours = study.values(f"FPDM: {BEST}", "20 x 12", "frechet")
     before = study.values(f"FPDM: {BASE}", "20 x 12", "frechet")
     claims = {rival: f"FPDM beats {rival} at equal training time (digits, {BEST})" for rival in RIVALS}

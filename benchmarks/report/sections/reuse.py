@@ -1,4 +1,4 @@
-"""Warm start: the solve of a timestep starts from the previous timestep's solution."""
+"""Warm starts: the solve at a timestep starts from the previous timestep's solution."""
 
 from pathlib import Path
 

@@ -27,7 +27,7 @@ def section(results: Path, images: Path) -> str:
 
 
 def _full_size(results: Path) -> str:
-    """Peak memory of FPDM-XL/2's step at the expected draw beside DiT-XL/2's, in every file of a GPU."""
+    """Peak memory of a step of FPDM-XL/2 at the expected draw and of DiT-XL/2, from every result file of a GPU."""
     parts = []
     for path in sorted(results.glob("gpu_diffusion_*.json")):
         rows = read_result(path).get("tables", {}).get("training step", {}).get("rows", [])
