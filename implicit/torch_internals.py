@@ -121,6 +121,14 @@ def wrap(t: Tensor, layers: Layers) -> Tensor:
     return t
 
 
+def outlives_transform(t: Tensor) -> bool:
+    """Whether t belongs to a transform that has ended, as what the function of `torch.func.vjp` uses does.
+
+    (`torch._C._functorch.is_dead_tensor_wrapper`, 2.13.0.)
+    """
+    return _functorch.is_dead_tensor_wrapper(t)
+
+
 def split_batched(g: Tensor) -> tuple[list[Tensor], Callable[[Tensor], Tensor]] | None:
     """(the tensors in a g batched by the innermost vmap, a function that batches a stack again); None: not batched.
 

@@ -29,6 +29,7 @@ from implicit.torch_internals import (
     current_level,
     depends_on_transform,
     has_derivative,
+    outlives_transform,
     unwrap,
     version,
     wrap,
@@ -86,7 +87,7 @@ class ClosureTracer(FunctionMode):
 
     def _read(self, t: Tensor) -> Tensor:
         """Record t if it is closed over; returns the tensor to use: t, or with `constant` a constant of its value."""
-        if self.made(t):
+        if self.made(t) or outlives_transform(t):
             return t
         base, layers = unwrap(t, self.level)
         held = unwrap(t, self.level, differentiated=True)[0]  # the tensor in t, if t is a variable of an inner grad

@@ -49,6 +49,22 @@ def slope_of_a_constant(w):
     return lambda z: torch.tanh(z @ w.T + X + torch.func.grad(lambda x: 0.5 * x.pow(2).sum())(GRID) - GRID)
 
 
+def by_index(w):
+    """Integers that are made within the transform."""
+    turned = torch.arange(N).flip(0)
+    return lambda z: torch.tanh(z[:, turned] @ w[:, turned].T + X)
+
+
+def by_pullback(w):
+    """The function that torch.func.vjp returns is called when its transform has ended: z^T d(u w)/du = z w^T."""
+
+    def f(z):
+        pull = torch.func.vjp(lambda u: u @ w, z)[1]
+        return torch.tanh(pull(z)[0] + X)
+
+    return f
+
+
 class Product(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -103,7 +119,7 @@ TRANSFORMS = {
 
 @pytest.mark.filterwarnings("ignore:.*You are using torch.load|ignore::DeprecationWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("make", [mapped, slope_of_a_constant, by_custom_function, compiled])
+@pytest.mark.parametrize("make", [mapped, slope_of_a_constant, by_index, by_pullback, by_custom_function, compiled])
 def test_what_f_uses_out_of_sight_is_found_by_every_transform(make, transform):
     at = torch.tensor(1.0, dtype=F64) if transform == "hessian" else W
     found, expected = (TRANSFORMS[transform](loss(g))(at) for g in (make, plain))
@@ -118,6 +134,25 @@ def test_what_f_uses_out_of_sight_has_first_and_second_derivatives(make):
         return first.detach(), torch.autograd.grad(first.pow(2).sum(), w)[0]
 
     torch.testing.assert_close(both(make), both(plain), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("through_args", [True, False])
+@pytest.mark.parametrize("estimator", [IFT(), JFB()])
+def test_integers_may_be_mapped(estimator, through_args):
+    """Per-sample gradients with an index a sample."""
+    orders = torch.stack([torch.randperm(N, generator=torch.Generator().manual_seed(i)) for i in range(3)])
+
+    def loss(w, order):
+        args = (order,) if through_args else ()
+        z0 = torch.zeros(B, N, dtype=F64)
+        f = lambda z, i=order: torch.tanh(z[:, i] @ w.T + X)  # noqa: E731
+        return fixed_point(f, z0, *args, stop=TIGHT, grad=estimator).value.pow(3).sum()
+
+    expected = torch.stack([torch.autograd.functional.jacobian(lambda w, i=i: loss(w, i), W) for i in orders])
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(W, orders)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+    moved = torch.func.vmap(lambda i: torch.func.jvp(lambda w: loss(w, i), (W,), (W,))[1])(orders)
+    torch.testing.assert_close(moved, (expected * W).sum((1, 2)), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("estimator", [IFT(), JFB()])
