@@ -2,9 +2,9 @@
 
     z* = f(z*, u) = norm(u + W_2 gelu(W_1 z* + b)),    u = U x,    logits = V z*
 
-The gradient is exact (IFT) and its memory does not grow with the number of iterations; the Jacobian penalty keeps the
-block easy to solve; each image stops by itself. Bai, Kolter and Koltun, "Deep Equilibrium Models", NeurIPS 2019, arXiv
-1909.01377; penalty: Bai, Koltun and Kolter, ICML 2021, arXiv 2106.14342.
+The gradient is exact (IFT), and its memory does not grow with the number of iterations. The Jacobian penalty keeps the
+fixed point easy to solve. Each image stops when its own residual meets the tolerance. Bai, Kolter and Koltun, "Deep
+Equilibrium Models", NeurIPS 2019, arXiv 1909.01377; penalty: Bai, Koltun and Kolter, ICML 2021, arXiv 2106.14342.
 """
 
 import argparse
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images (B, 64) to logits (B, 10), u (B, width) and the solve."""
+    """Maps images (B, 64) to logits (B, 10), u (B, width) and the `Solution`."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--steps", type=int, default=300, help="training steps of 64 images")
     parser.add_argument("--penalty", type=float, default=1.0, help="weight of the Jacobian penalty")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--figure", help="save residuals and evaluations of the held-out images here")
+    parser.add_argument("--figure", help="file for a figure of residuals and evaluations of the held-out images")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)

@@ -1,11 +1,12 @@
-"""An equilibrium inverse problem: deblurring digits with a learned prior, beside its unrolled twin.
+"""Deblurring digits by an equilibrium model with a learned prior, compared with an unrolled model.
 
 Given y = A x + noise, A a Gaussian blur, the iteration alternates a gradient step on the data with a learned map R:
 
     f(z, y) = R(z - A^T (A z - y)),    R(v) = v / 2 + W_2 gelu(W_1 v + b_1) + b_2
 
-The equilibrium model is trained at z* = f(z*, y), with the exact gradient; its twin, of the same parameters, through 10
-iterations. More iterations at test time leave the first alone, and take the second away from what it was trained for.
+The equilibrium model is trained at z* = f(z*, y), with the exact gradient. Its twin has the same parameters and is
+trained through 10 iterations. With more iterations at test time the reconstruction of the first model does not change,
+and that of the second model changes, since it was trained for 10 iterations.
 Gilton, Ongie and Willett, "Deep Equilibrium Architectures for Inverse Problems in Imaging", IEEE TCI 2021, arXiv
 2102.07944. The linear reference is (A^T A + lambda I)^-1 A^T y at the best lambda.
 """
@@ -39,7 +40,7 @@ class Reconstruction(nn.Module):
 
 
 def gaussian_blur(width: float) -> Tensor:
-    """A (64, 64): rows and columns of an 8 x 8 image each blurred by a normalized Gaussian."""
+    """A (64, 64), which blurs the rows and the columns of an 8 x 8 image by a normalized Gaussian."""
     at = torch.arange(8.0)
     line = torch.exp(-((at[:, None] - at) ** 2) / (2 * width**2))
     line = line / line.sum(1, keepdim=True)
@@ -52,7 +53,7 @@ def psnr(z: Tensor, x: Tensor) -> float:
 
 
 def train(deq: DEQ, x: Tensor, y: Tensor, steps: int, penalty: float, seed: int) -> None:
-    """Adam on the mean square error, batches of 64."""
+    """Trains by Adam on the mean square error, with batches of 64."""
     rng = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(deq.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -70,7 +71,7 @@ def train(deq: DEQ, x: Tensor, y: Tensor, steps: int, penalty: float, seed: int)
 
 @torch.no_grad()
 def by_depth(deq: DEQ, x: Tensor, y: Tensor) -> list[float]:
-    """PSNR after each of DEPTHS plain iterations from zero."""
+    """PSNR after n plain iterations from zero, for each n of DEPTHS."""
     values = []
     for depth in DEPTHS:
         stop = Stop(rtol=0, atol=0, max_evals=depth)
@@ -79,13 +80,13 @@ def by_depth(deq: DEQ, x: Tensor, y: Tensor) -> list[float]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[float]]:
-    parser = argparse.ArgumentParser(description="Deblurring digits at an equilibrium, beside the unrolled twin.")
+    parser = argparse.ArgumentParser(description="Deblurring by an equilibrium model and by an unrolled model.")
     parser.add_argument("--steps", type=int, default=400, help="training steps of 64 images, for each model")
     parser.add_argument("--width", type=float, default=1.0, help="standard deviation of the blur, pixels")
     parser.add_argument("--noise", type=float, default=0.02, help="standard deviation of the noise")
     parser.add_argument("--penalty", type=float, default=0.1, help="weight of the Jacobian penalty")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--figure", help="save PSNR against iterations and some images here")
+    parser.add_argument("--figure", help="file for a figure of PSNR by iterations, and some images")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(0)

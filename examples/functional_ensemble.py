@@ -1,11 +1,11 @@
-"""An ensemble of equilibrium networks trained in one go: `torch.func.vmap` over the weights of a fixed-point layer.
+"""An ensemble of equilibrium networks trained together by `torch.func.vmap` over the weights of a fixed-point layer.
 
 Each of E networks has its own weights theta_e and its own fixed points
 
     z* = f_theta(z*, x) = tanh(x U + b + 0.5 z* W),    logits = z* V,
 
-and one call, vmap(grad(loss)), gives all E gradients by the implicit function theorem. They are those of E separate
-calls of autograd, which the program checks. Every member sees its own batches; the ensemble averages probabilities
+and one call, vmap(grad(loss)), gives all E gradients by the implicit function theorem. The program checks that they
+equal those of E separate calls of autograd. Every member has its own batches; the ensemble averages probabilities
 (Lakshminarayanan et al., "Simple and Scalable Predictive Uncertainty Estimation using Deep Ensembles", NeurIPS 2017,
 arXiv 1612.01474).
 """
@@ -26,7 +26,7 @@ STOP = Stop(rtol=1e-5, max_evals=100)
 
 
 def weights(members: int, width: int, generator: torch.Generator) -> Weights:
-    """Random weights, one row a member."""
+    """Random weights, with one row per member."""
     shapes = {"U": (64, width), "b": (width,), "W": (width, width), "V": (width, 10)}
     found = {}
     for name, shape in shapes.items():
@@ -49,7 +49,7 @@ def loss(theta: Weights, x: Tensor, y: Tensor) -> Tensor:
 
 
 def one_by_one(theta: Weights, x: Tensor, y: Tensor) -> Weights:
-    """The same gradients by autograd, a member at a time."""
+    """The gradients of all members by autograd, computed one after another."""
     rows = []
     for e in range(len(x)):
         leaves = {name: value[e].clone().requires_grad_() for name, value in theta.items()}
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--steps", type=int, default=150, help="training steps, 32 images for each member")
     parser.add_argument("--width", type=int, default=32, help="numbers in a state")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--figure", help="save the accuracy of members and ensemble here")
+    parser.add_argument("--figure", help="file for a figure of the accuracy of members and ensemble")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(args.seed)
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         begin = time.process_time()
         slopes = gradients(theta, x[rows], y[rows])
         seconds["vmap"] += time.process_time() - begin
-        if step % 50 == 0:  # beside autograd, a member at a time
+        if step % 50 == 0:  # compare with autograd, one member after another
             begin = time.process_time()
             single = one_by_one(theta, x[rows], y[rows])
             seconds["one by one"] += time.process_time() - begin

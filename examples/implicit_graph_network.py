@@ -1,13 +1,14 @@
-"""An implicit graph network: a label known at one end of a chain, read at every node.
+"""An implicit graph network on chains: every node predicts a class that only the first node's features show.
 
 Nodes v carry features x_v and edges (v, w) carry messages; A is the adjacency matrix, ||A||_2 <= 1. The states are
 
     Z = tanh(kappa A Z W + X U + b),    ||W||_2 = 1,  kappa < 1,
 
-a contraction for every W, so there is one fixed point, and information crosses the whole graph. Rows are coupled: the
-state of all nodes is one system, ``batch_dims=0``. The data are directed chains of two classes, and only the first node
-has features; a network of T iterations is blind from the T-th edge on, and can at best guess there. Gu et al.,
-"Implicit Graph Neural Networks", NeurIPS 2020, arXiv 2009.06211, equation 2 and section 6 (chains).
+a contraction for every W, so there is exactly one fixed point, and information crosses the whole graph. The rows of Z
+are coupled, so the state of all nodes is one system, ``batch_dims=0``. The data are directed chains of two classes, and
+only the first node has features. In a network of T iterations, nodes from the T-th edge on get no information, and such
+a network can only guess there. Gu et al., "Implicit Graph Neural Networks", NeurIPS 2020, arXiv 2009.06211, equation 2
+and section 6 (chains).
 """
 
 import argparse
@@ -23,7 +24,7 @@ from implicit import Picard, Solution, Stop, Unrolled, fixed_point
 
 @dataclass(frozen=True)
 class Chains:
-    """Edges source -> target (E,), features (nodes, 8), labels (nodes,), place in the chain (nodes,)."""
+    """Edges source -> target (E,), features (nodes, 8), labels (nodes,), position in the chain (nodes,)."""
 
     source: Tensor
     target: Tensor
@@ -33,7 +34,7 @@ class Chains:
 
 
 def chains(count: int, length: int, rng: torch.Generator) -> Chains:
-    """`count` chains of `length` nodes; the first node of class 0 or 1 has +1 or -1 in noise, all others nothing."""
+    """`count` chains of `length` nodes; the first node has a feature +1 (class 0) or -1 (class 1), and noise."""
     place = torch.arange(length).repeat(count)
     target = torch.nonzero(place > 0).flatten()
     labels = torch.arange(count) % 2
@@ -45,7 +46,7 @@ def chains(count: int, length: int, rng: torch.Generator) -> Chains:
 
 
 class GraphNetwork(nn.Module):
-    """Logits of all nodes from the fixed point or, where `cut` is not 0, from that many iterations from zero."""
+    """Logits of all nodes from the fixed point, or from `cut` iterations from zero if `cut` is not 0."""
 
     def __init__(self, cut: int, width: int = 16, kappa: float = 0.98) -> None:
         super().__init__()
@@ -82,12 +83,12 @@ def train(model: GraphNetwork, graph: Chains, steps: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    parser = argparse.ArgumentParser(description="An implicit graph network on chains, beside short explicit ones.")
+    parser = argparse.ArgumentParser(description="An implicit graph network on chains, and short explicit networks.")
     parser.add_argument("--length", type=int, default=50, help="nodes of a chain")
-    parser.add_argument("--chains", type=int, default=40, help="chains for training, and as many for testing")
+    parser.add_argument("--chains", type=int, default=40, help="number of training chains, and of test chains")
     parser.add_argument("--steps", type=int, default=60, help="training steps, each on all chains")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--figure", help="save the accuracy along the chain here")
+    parser.add_argument("--figure", help="file for a figure of the accuracy along the chain")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     rng = torch.Generator().manual_seed(args.seed)

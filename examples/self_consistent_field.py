@@ -1,15 +1,15 @@
-"""A self-consistent field with forces: restricted Hartree-Fock on a batch of molecules, each stopping by itself.
+"""A self-consistent field with forces: restricted Hartree-Fock on a batch of molecules, each with its own stopping.
 
-Basis functions are STO-3G s functions, one an atom. With overlap S, core Hamiltonian h, two-electron integrals (ij|kl)
-and the density P = 2 sum_occupied c c^T,
+Each atom has one basis function, an STO-3G s function. With overlap S, core Hamiltonian h, two-electron integrals
+(ij|kl) and the density P = 2 sum_occupied c c^T,
 
     F(P) = h + G(P),   G_ij = sum_kl P_kl [(ij|kl) - (il|kj) / 2],   F C = S C e,   f(P) = 2 sum_occupied c c^T,
 
     E = tr P (h + F) / 2 + sum_{A<B} Z_A Z_B / |R_A - R_B|        at P = f(P).
 
-The force -dE/dR is taken by autograd through the integrals and the solve: it holds the response of P, which matters
-since the basis functions move with the atoms. Source of the integrals: Szabo and Ostlund, "Modern Quantum Chemistry",
-appendix A; its H2 and HeH+ (sections 3.5.2, 3.5.3) are the first two molecules here. Atomic units, float64.
+Autograd computes the force -dE/dR through the integrals and the solve. The force thus includes the response of P, which
+is not zero since the basis functions move with the atoms. Source of the integrals: Szabo and Ostlund, "Modern Quantum
+Chemistry", appendix A; its H2 and HeH+ (sections 3.5.2, 3.5.3) are the first two molecules here. Atomic units, float64.
 """
 
 import argparse
@@ -27,7 +27,7 @@ ZETA = {1.0: 1.24, 2.0: 2.0925}  # by nuclear charge
 
 
 def boys(t: Tensor) -> Tensor:
-    """F_0(t) = sqrt(pi / t) erf(sqrt(t)) / 2, with its series where t is small."""
+    """F_0(t) = sqrt(pi / t) erf(sqrt(t)) / 2, by its series for small t."""
     small = t < 1e-4
     safe = torch.where(small, 1.0, t)
     return torch.where(small, 1 - t / 3 + t * t / 10, 0.5 * (torch.pi / safe).sqrt() * safe.sqrt().erf())
@@ -60,7 +60,7 @@ def integrals(positions: Tensor, charges: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def contract(x: Tensor) -> Tensor:
-    """Primitives summed to basis functions, three each, in every dimension but the first."""
+    """Sums the three primitives of each basis function, in every dimension but the first."""
     for dim in range(1, x.dim()):
         x = x.unflatten(dim, (-1, 3)).sum(dim + 1)
     return x
@@ -80,7 +80,9 @@ def update(density: Tensor, overlap: Tensor, core: Tensor, two: Tensor) -> Tenso
 
 
 def solve(positions: Tensor, charges: Tensor, frozen: bool = False) -> tuple[Tensor, Solution]:
-    """(B,) total energies of two-electron molecules, differentiable, and the solve; `frozen`: P taken as constant."""
+    """(B,) total energies of two-electron molecules, differentiable, and the `Solution`. With `frozen`, P is a constant
+    for derivatives.
+    """
     overlap, core, two = integrals(positions, charges)
     stop = Stop(rtol=1e-12, atol=0, max_evals=100)
     solved = implicit.fixed_point(update, torch.zeros_like(core), overlap, core, two, stop=stop).check()
@@ -92,7 +94,9 @@ def solve(positions: Tensor, charges: Tensor, frozen: bool = False) -> tuple[Ten
 
 
 def molecules(count: int) -> tuple[Tensor, Tensor]:
-    """H2 at 1.4, HeH+ at 1.4632, and `count` of HeH+ from 1.0 to 4.0: positions (B, 2, 3) and charges (B, 2)."""
+    """Positions (B, 2, 3) and charges (B, 2) of H2 with the bond length 1.4, HeH+ with 1.4632, and `count` molecules of
+    HeH+ with bond lengths from 1.0 to 4.0.
+    """
     length = torch.cat([torch.tensor([1.4, 1.4632]), torch.linspace(1.0, 4.0, count)]).double()
     positions = torch.stack([torch.zeros(len(length), 3), torch.eye(3)[:1].expand(len(length), 3)], 1).double()
     charges = torch.tensor([[2.0, 1.0]]).double().repeat(len(length), 1)
@@ -103,7 +107,7 @@ def molecules(count: int) -> tuple[Tensor, Tensor]:
 def main(argv: list[str] | None = None) -> dict[str, Tensor]:
     parser = argparse.ArgumentParser(description="Hartree-Fock with forces, a batch of molecules at once.")
     parser.add_argument("--count", type=int, default=31, help="bond lengths of HeH+")
-    parser.add_argument("--figure", help="save energy and iterations against bond length here")
+    parser.add_argument("--figure", help="file for a figure of energy and iterations by bond length")
     args = parser.parse_args(argv)
     positions, charges = molecules(args.count)
     positions.requires_grad_()

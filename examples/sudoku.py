@@ -1,15 +1,16 @@
-"""A looped reasoner: Sudoku by a network whose depth is the number of iterations of one block.
+"""A looped reasoner: a network solves Sudoku puzzles by iterating one block; its depth is the number of iterations.
 
 Each cell of an n x n puzzle is a vector of z, and x embeds the clues. One block is iterated,
 
     z' = f(z, x) = norm(h + W_o silu(W h + sum_u U_u mean_u(h) + b)),    h = z + x,
 
-where mean_u averages over the cell's row, column and box; the digits are read from z linearly. Training starts from
-z0 ~ N(0, I), draws the depth of a step at random (StochasticJFB, arXiv 2401.08741, Algorithm 1), and adds the penalty
-||df/dz||_F^2 / N (arXiv 2106.14342). A puzzle stays in the batch with probability 7/8, and its next step continues from
-the state that this one reached: late iterations are trained at the price of early ones. The unrolled twin is the same
-network trained through 8 iterations from zero, on new puzzles in every step, for the same CPU time. At test time depth
-is free: more iterations, stopping by residual, and the best of several random starts by residual (arXiv 2605.21488).
+where mean_u is the mean over the cell's row, column or box u, and a linear layer reads the digits from z. Training
+starts from z0 ~ N(0, I), draws the number of iterations of a step at random (StochasticJFB, arXiv 2401.08741, Algorithm
+1), and adds the penalty ||df/dz||_F^2 / N (arXiv 2106.14342). With probability 7/8 a puzzle stays in the batch, and the
+next step continues from its state, so that few iterations per step also train late iterations. The unrolled twin is the
+same network trained through 8 iterations from zero, on new puzzles in every step, for the same CPU time. At test time
+the program compares numbers of iterations, stopping by residual, and choosing the best of several random starts by
+residual (arXiv 2605.21488).
 """
 
 import argparse
@@ -50,7 +51,7 @@ class Block(nn.Module):
 
 
 class Reasoner(nn.Module):
-    """Clues (B, n * n) to digits; `deq` is the loop."""
+    """The network from clues (B, n * n) to digits; `deq` iterates the block."""
 
     def __init__(self, size: int, twin: bool, seed: int, width: int = 192, hidden: int = 512) -> None:
         super().__init__()
@@ -93,7 +94,9 @@ def train(model: Reasoner, puzzles: Puzzles, seconds: float, penalty: float, rng
 
 @torch.no_grad()
 def report(model: Reasoner, x: Tensor, solutions: Tensor) -> list[float]:
-    """Print what depth, stopping by residual and the best of 8 starts give; return the accuracy by depth."""
+    """Prints the accuracy by depth, with stopping by residual, and of the best of 8 starts; returns the accuracy by
+    depth.
+    """
     z, shares = model.start(x), []
     for depth in np.diff(DEPTHS, prepend=0).tolist():
         z = fixed_point(model.deq.f, z, x, solver=PLAIN, stop=Stop(rtol=0, atol=0, max_evals=depth)).value
@@ -113,14 +116,14 @@ def report(model: Reasoner, x: Tensor, solutions: Tensor) -> list[float]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[float]]:
-    parser = argparse.ArgumentParser(description="A looped reasoner on Sudoku, beside its unrolled twin.")
+    parser = argparse.ArgumentParser(description="A looped reasoner on Sudoku, and its unrolled twin.")
     parser.add_argument("--size", type=int, choices=(4, 6), default=4, help="digits of the Sudoku")
     parser.add_argument("--seconds", type=float, default=60, help="CPU seconds of training, for each network")
     parser.add_argument("--penalty", type=float, default=0.1, help="weight of the Jacobian penalty")
     parser.add_argument("--tests", type=int, default=400, help="puzzles of each test set")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--alone", action="store_true", help="leave out the unrolled twin")
-    parser.add_argument("--figure", help="save the accuracy against iterations here")
+    parser.add_argument("--alone", action="store_true", help="do not train the unrolled twin")
+    parser.add_argument("--figure", help="file for a figure of the accuracy by iterations")
     args, curves = parser.parse_args(argv), {}
     torch.set_num_threads(1)
     rng = np.random.default_rng(args.seed)

@@ -1,9 +1,9 @@
 """Sudoku puzzles with unique solutions, 4 x 4 (boxes 2 x 2) and 6 x 6 (boxes 2 x 3), split for training and testing.
 
-A grid holds the digits 1..n once in each row, column and box. A puzzle is a grid and a set of clues (cells shown) that
-no other grid agrees with; it is minimal when every clue is needed. Relabeling the digits keeps all of that, so grids
-and puzzles are counted up to relabeling: the representative has 1, 2, ..., n in its first row. There are 288 = 12 x 4!
-grids of 4 x 4 and 28,200,960 = 39,168 x 6! of 6 x 6 (OEIS A107739).
+A grid holds the digits 1..n once in each row, column and box. A puzzle is a grid and a set of clues (visible cells)
+with which no other grid agrees. A puzzle is minimal if it is no puzzle without any one of its clues. Relabeling the
+digits preserves these properties, so grids and puzzles are counted up to relabeling; the representative has 1, 2, ...,
+n in its first row. There are 288 = 12 x 4! grids of 4 x 4 and 28,200,960 = 39,168 x 6! of 6 x 6 (OEIS A107739).
 """
 
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ BOXES = {4: (2, 2), 6: (2, 3)}  # rows and columns of a box
 
 @dataclass(frozen=True)
 class Puzzles:
-    """Clues (P, n * n), 0 where a cell is empty, and solutions (P, n * n), as representatives."""
+    """Clues (P, n * n), 0 in empty cells, and solutions (P, n * n), of representatives."""
 
     clues: np.ndarray
     solutions: np.ndarray
 
 
 def units(size: int) -> np.ndarray:
-    """(3, n, n * n) True where a cell lies in a row, in a column, in a box."""
+    """(3, n, n * n) booleans: whether a cell lies in a unit; the units are n rows, n columns and n boxes."""
     high, wide = BOXES[size]
     row, column = np.divmod(np.arange(size * size), size)
     box = row // high * (size // wide) + column // wide
@@ -71,9 +71,9 @@ def solutions(clues: np.ndarray, limit: int, rng: np.random.Generator | None = N
 
 
 def minimal_clues(grids: np.ndarray) -> list[np.ndarray]:
-    """All minimal clue sets of every 4 x 4 grid: for each, (P, 16) booleans, from all 288 grids and all 2^16 sets.
+    """All minimal clue sets of every 4 x 4 grid, (P, 16) booleans for each grid, found among all 2^16 sets of cells.
 
-    A clue set fixes a grid when it lies within no set of cells on which another grid agrees with it.
+    A clue set determines a grid if it is no subset of the cells on which another grid agrees with this grid.
     """
     every = np.array(solutions(np.zeros(16, int), limit=288))
     bit = 1 << np.arange(16)
@@ -91,7 +91,7 @@ def minimal_clues(grids: np.ndarray) -> list[np.ndarray]:
 
 
 def thinned(grid: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One minimal clue set (n * n,): clues are taken away in random order while the solution stays unique."""
+    """A minimal clue set (n * n,) of a grid: clues are removed in random order while the solution stays unique."""
     shown = np.ones(len(grid), bool)
     for cell in rng.permutation(len(grid)):
         shown[cell] = False
@@ -103,9 +103,9 @@ def thinned(grid: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def splits(size: int, count: int, rng: np.random.Generator) -> dict[str, Puzzles]:
     """Minimal puzzles in three sets that share no puzzle up to relabeling.
 
-    ``train``; ``unseen``: other clue sets of the training grids; ``new``: puzzles whose solution, even relabeled, is
-    that of no training puzzle. 4 x 4: all there are, a sixth of the grids new and a sixth of the others' clue sets
-    unseen, as drawn by `rng`. 6 x 6: six clue sets for each of `count` random grids.
+    The sets are ``train``; ``unseen``, other clue sets of the training grids; and ``new``, puzzles whose solution, even
+    relabeled, is that of no training puzzle. 4 x 4: all puzzles; `rng` draws a sixth of the grids for ``new``, and a
+    sixth of the clue sets of the other grids for ``unseen``. 6 x 6: six clue sets for each of `count` random grids.
     """
     first = np.r_[1 : size + 1, np.zeros(size * (size - 1), int)]
     if size == 4:
