@@ -1,4 +1,4 @@
-"""What the commands share: a missing package is one sentence, and devices by name."""
+"""Functions that the commands share: one sentence for a missing package, and devices by name."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Published checkpoints give the published networks' outputs, computed apart; nothing foreign gets through."""
+"""Converted checkpoints give the outputs of the published networks, computed independently; other files raise."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Images to latents: the VAE's own numbers, on any number of processes, through interruptions and bad input."""
+"""The encoding command: latents equal the VAE's, on any number of processes, after interruptions; bad input raises."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The command that scores: images from anywhere, statistics with their provenance, and what is refused."""
+"""The evaluation command: images from all sources, statistics with their provenance, and errors."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The diffusers pipeline: the same images as the sampler, before and after saving, from the folder alone."""
+"""The diffusers pipeline gives the images of the sampler, before and after saving, and from the saved folder only."""
 
 from typing import Any
 

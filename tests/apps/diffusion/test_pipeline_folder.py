@@ -1,4 +1,4 @@
-"""A saved pipeline stands alone: its folder, or its repository on a hub, opens where this application is missing."""
+"""The folder of a saved pipeline, or its repository on a hub, can be opened where this application is not installed."""
 
 import ast
 import json

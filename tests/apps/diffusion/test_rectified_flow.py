@@ -1,4 +1,4 @@
-"""A rectified flow from its flags to a pipeline folder: one objective throughout."""
+"""A rectified flow keeps its objective from the flags of training to the pipeline folder."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Random numbers by position: Philox against its published test vectors, and what is made of its words."""
+"""Random numbers by position: Philox, compared with published test vectors, and the numbers made from its words."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The commands that sample and evaluate: files by (seed, i), kept if they exist, and bad input refused."""
+"""The sampling and the evaluation command: file i depends on (seed, i), existing files are kept, bad input raises."""
 
 import json
 import os

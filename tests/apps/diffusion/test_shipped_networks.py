@@ -1,4 +1,4 @@
-"""The trained networks in the repository: their size, their cards, and what they sample."""
+"""The trained networks in the repository: sizes, model cards, and samples."""
 
 import importlib.util
 

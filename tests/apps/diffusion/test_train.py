@@ -1,5 +1,5 @@
-"""Training: every random number from the seed, exact resumption, a budget that holds, and a folder that is
-never overwritten.
+"""Training: every random number is a function of the seed, resuming is exact, the budget is kept, and the output folder
+is never overwritten.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""A run folder of the format before the packages of apps/diffusion is sampled, resumed and found with its data."""
+"""A run folder of an earlier version can be sampled and resumed, and its data are found."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""First weights from a trained network: the same one, or an FPDM from a DiT."""
+"""Initialization from a trained network of the same class, or of an FPDM from a DiT."""
 
 import dataclasses
 import warnings

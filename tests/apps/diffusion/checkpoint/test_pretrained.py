@@ -1,4 +1,4 @@
-"""Networks by name: a run written as a pipeline folder, and found again by the commands and the pipeline."""
+"""Networks by name: a run is written as a pipeline folder, which commands and pipeline open by its name."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Runs of latents and runs without classes: sampled by the command, opened as pipelines; and what is refused."""
+"""Runs of latents and runs without classes are sampled by the command and opened as pipelines; errors of such runs."""
 
 import json
 import shutil

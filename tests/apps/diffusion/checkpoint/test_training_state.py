@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent, and come back as they were."""
+"""Checkpoints are written completely or not at all, and loading returns what was saved."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A new solver and estimator of the library become choices of every command by one line each in one file."""
+"""A new solver or estimator of the library takes one line in one file to be accepted by every command."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The published settings: network sizes to the last parameter, numbers of steps, and impossible changes."""
+"""Presets of the published settings: exact numbers of parameters, numbers of steps, and changes that raise."""
 
 import dataclasses
 

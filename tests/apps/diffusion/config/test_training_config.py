@@ -1,4 +1,4 @@
-"""The configuration tree: valid or refused, saved and read back, parsed from a command line."""
+"""The configuration tree: validation, saving and loading, parsing of a command line."""
 
 import dataclasses
 import json

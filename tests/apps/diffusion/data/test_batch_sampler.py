@@ -1,4 +1,4 @@
-"""The order of a run's images, and batches that are the same with any workers and on any number of processes."""
+"""The order of a run's images; batches do not depend on the number of workers and processes."""
 
 import pytest
 import torch

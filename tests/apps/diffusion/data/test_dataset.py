@@ -1,4 +1,4 @@
-"""Datasets in memory, and the digits."""
+"""`TensorDataset`, and the dataset of digits."""
 
 import pytest
 import torch

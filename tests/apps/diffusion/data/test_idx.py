@@ -1,4 +1,4 @@
-"""IDX files: written here byte by byte after the format's definition, read back, and refused where damaged."""
+"""IDX files: files written byte by byte after the definition of the format are read; damaged files raise."""
 
 import gzip
 import hashlib

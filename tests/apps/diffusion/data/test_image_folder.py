@@ -1,4 +1,4 @@
-"""A folder of images: cropped as ADM does, classes by name, pairs by index, bad files named and left out."""
+"""A folder of images: ADM's crop, classes by name, access by index; damaged files are reported and skipped."""
 
 import os
 

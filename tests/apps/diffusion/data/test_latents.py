@@ -1,4 +1,4 @@
-"""Latents on the disk: drawn afresh by (seed, epoch, index), with the stored moments."""
+"""Latents on the disk: samples are a function of (seed, epoch, index) and have the stored moments."""
 
 import json
 import pickle

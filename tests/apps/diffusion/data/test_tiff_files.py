@@ -1,4 +1,4 @@
-"""TIFF files of many kinds: pixels as image viewers show them, or a refusal."""
+"""TIFF files of many kinds are read as image viewers show them, or raise."""
 
 import struct
 

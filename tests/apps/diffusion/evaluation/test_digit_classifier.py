@@ -1,4 +1,4 @@
-"""The Fréchet distance by three routes, and the classifier on real and on spoilt digits."""
+"""The Fréchet distance computed in three ways, and the classifier on real and on degraded digits."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Inception's features, by a small network in the place of torch-fidelity's."""
+"""Inception features, with a small network instead of torch-fidelity's."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""The classifier of MNIST's size: what it learns from held-out digits, and its random affine maps."""
+"""LeNet: its accuracy after training on the held-out digits, and the random affine maps of its training."""
 
 import importlib.util
 

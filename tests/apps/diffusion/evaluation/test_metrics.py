@@ -1,4 +1,4 @@
-"""Inception score, KID, precision and recall: closed forms, plain loops, and torchmetrics."""
+"""Inception score, KID, precision and recall, compared with closed forms, plain loops and torchmetrics."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The command that scores MNIST digits: right and wrong labels, real images beside them, nearest training images."""
+"""The evaluation command on MNIST digits: right and wrong labels, scores of real images, nearest training images."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Nearest images against a loop over all pairs, and the grid that shows them."""
+"""Nearest images, compared with a loop over all pairs, and their grid."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""One evaluation route: a metric that is added shows in the command's report and in its table."""
+"""A metric that is added to `METRICS` appears in the report and in the table of the evaluation command."""
 
 import pytest
 import torch

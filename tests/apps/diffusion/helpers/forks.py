@@ -1,9 +1,10 @@
 """Functions called in forks of a process that has imported the application already, as torchrun starts them.
 
-Starting a process and importing torch and diffusers takes ten seconds; a fork takes none. `Forks` is the parent's side.
-Run as a program, this file reads one call a line: {"call": "module:function", "arguments": [...], "processes": number,
-"log": file or null, "largest": bytes or null, "environment": {...}}. It prints the id of the call's first process and,
-when all have ended, the largest exit code. A process may write no file larger than `largest`.
+Starting a process and importing torch and diffusers takes ten seconds, a fork almost no time. `Forks` is used by the
+tests. Run as a program, this file reads one call per line: {"call": "module:function", "arguments": [...], "processes":
+number, "log": file or null, "largest": bytes or null, "environment": {...}}. The program prints the id of the call's
+first process and, when all processes have ended, the largest exit code. A process may write no file larger than
+`largest`.
 """
 
 import importlib

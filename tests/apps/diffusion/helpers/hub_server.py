@@ -1,4 +1,4 @@
-"""A local server that speaks as much of the hub's protocol as an upload and a download of a small repository need."""
+"""A local server with the part of the hub's protocol that the upload and download of a small repository need."""
 
 import base64
 import hashlib

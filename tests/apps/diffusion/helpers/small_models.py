@@ -1,4 +1,4 @@
-"""Small networks with drawn weights, batches for them, and what autograd stores."""
+"""Small networks with random weights, their batches, and the number of bytes that autograd stores."""
 
 from typing import Any
 

@@ -1,6 +1,4 @@
-"""Training without its summary, for `forks`: instead of samples and scores, the digest of the network that would make
-them is printed.
-"""
+"""Training without the summary, for `forks`: it prints a digest of the network instead of sampling and scoring."""
 
 from accelerate.utils import DistributedType
 

@@ -1,4 +1,4 @@
-"""Opening a VAE, and decoding: it inverts the scaling of latents that the encoder's constants define."""
+"""Opening a VAE, and decoding, which inverts the scaling of latents."""
 
 from typing import Any
 

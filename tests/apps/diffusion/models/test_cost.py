@@ -1,4 +1,4 @@
-"""Parameters, names and cost of FPDM: those of the publication, and what torch counts."""
+"""Parameters, names and cost of FPDM, compared with the publication and with torch's counts."""
 
 import pytest
 import torch

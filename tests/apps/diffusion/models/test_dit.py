@@ -1,4 +1,4 @@
-"""DiT: counts, names, and the same numbers as diffusers' independent DiT with the same weights."""
+"""DiT: counts and names; its outputs equal those of diffusers' DiT with the same weights."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""FPDM: the fixed-point layer against its equation written out without any hoisting."""
+"""FPDM: the fixed-point layer, compared with its equation written without optimization."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""FPDM in DistributedDataParallel on two processes: a shared block, a random number of tracked iterations."""
+"""FPDM in DistributedDataParallel on two processes: a block is applied a random number of times with a graph."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The shared layers, each against its equation written out."""
+"""The shared layers, each compared with its equation."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The contractive start of the fixed-point layer: its effect on a new network, and none on weights that are loaded."""
+"""The contractive initialization of the fixed-point layer changes a new network, and no loaded weights."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Classifier-free guidance against the formula on two separate calls."""
+"""Classifier-free guidance, compared with the formula on two separate calls."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Parallel-in-time sampling gives the sequential sampler's image in fewer rounds."""
+"""Parallel-in-time sampling gives the images of sequential sampling in fewer rounds."""
 
 from typing import Any
 

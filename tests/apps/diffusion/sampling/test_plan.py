@@ -1,4 +1,4 @@
-"""Sampling options: the sampler takes what is given, budgets are spent exactly, and solvers agree."""
+"""Sampling options: given options are used, budgets are spent exactly, and solvers agree."""
 
 from dataclasses import replace
 from typing import Any, get_args

@@ -1,4 +1,4 @@
-"""The sampling loop: reproducible samples, labels, reuse, effort, progress, refusals."""
+"""The sampling loop: reproducible samples, labels, reuse, effort, progress, errors."""
 
 from typing import Any
 

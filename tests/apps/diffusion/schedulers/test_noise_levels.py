@@ -1,4 +1,4 @@
-"""Levels of a rectified flow against diffusers' tables and steps, and on data whose velocity is known."""
+"""Levels of a rectified flow, compared with diffusers' tables and steps, and on data whose velocity is known."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Noise schedules and timesteps, against numbers and formulas worked out apart."""
+"""Noise schedules and timesteps, compared with numbers and formulas that are computed independently."""
 
 import re
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""One reverse step: the previous timestep comes from the array, whatever the array."""
+"""One reverse step: the next timestep is the next entry of the array, for every array."""
 
 import pytest
 import torch

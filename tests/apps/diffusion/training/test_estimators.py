@@ -1,4 +1,4 @@
-"""Every estimator and solver of the library from the command line: each parses, is what it says, and learns."""
+"""Every estimator and solver of the library can be given on the command line and trains a network."""
 
 from typing import get_args
 

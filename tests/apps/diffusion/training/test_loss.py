@@ -1,4 +1,4 @@
-"""The training loss, against its formulas written out for one sample at a time."""
+"""The training loss, compared with its formulas for one sample at a time."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Learning rate, steps that are left out, and the moving average."""
+"""Learning rate, skipped steps, and the moving average."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Terms that an FPDM adds to its training loss, each against its formula; and the start with noise."""
+"""Optional terms of an FPDM's training loss, each compared with its formula, and the start with noise."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,6 +1,4 @@
-"""A run that is killed, stopped or left without disk goes on as if nothing had been, bit for bit; and two processes
-train as one does.
-"""
+"""A run that was killed, stopped or ended by a full disk continues with equal bits; two processes train like one."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Training on a folder of images and on VAE latents, end to end, and what is refused."""
+"""Training on a folder of images and on VAE latents, end to end, and errors of the data."""
 
 import dataclasses
 import json

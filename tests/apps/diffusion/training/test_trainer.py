@@ -1,4 +1,4 @@
-"""What saves memory and time in training changes nothing of what is learned."""
+"""Options that save memory and time in training do not change the trained weights, but for rounding."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Timestep distributions against scipy's quantiles, min-SNR weights against the paper's formula."""
+"""Timestep distributions, compared with scipy's quantiles, and min-SNR weights, compared with the paper's formula."""
 
 import numpy as np
 import pytest
