@@ -35,7 +35,7 @@ def test_hartree_fock_energies_and_forces(program, tmp_path):
 
 
 def test_deep_equilibrium_classifier(program):
-    found = program("deq_digits").main(["--steps", "40"])
+    found = program("deq_digits").main(["--steps", "25"])
     assert found["right"] > 0.8 and found["converged"] == 1 and found["radius"] < 1
 
 
@@ -47,7 +47,7 @@ def test_graph_network_reads_the_whole_chain(program):
 
 
 def test_deblurring_at_an_equilibrium_is_flat_in_the_iterations(program):
-    curves = program("equilibrium_deblurring").main(["--steps", "60"])
+    curves = program("equilibrium_deblurring").main(["--steps", "40"])
     equilibrium = dict(zip(program("equilibrium_deblurring").DEPTHS, curves["equilibrium"], strict=True))
     assert equilibrium[100] > 14 and equilibrium[100] == pytest.approx(equilibrium[50], abs=0.02)
     assert equilibrium[30] > equilibrium[1] + 1
