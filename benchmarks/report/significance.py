@@ -12,8 +12,8 @@ from benchmarks.report.formatting import NOTHING, mean_and_deviation
 
 LEVEL = 0.05
 """A difference is called decided if p is smaller."""
-UNTRAINED = 5.0
-"""Fréchet distance above which the samples of a network of digits show few digits."""
+UNTRAINED = {"digits": 5.0, "mnist": 30.0}
+"""Fréchet distances, in the features of each task's classifier, above which samples show few digits."""
 
 
 def p_value(some: list[float], others: list[float], paired: bool) -> float:
@@ -26,16 +26,16 @@ def p_value(some: list[float], others: list[float], paired: bool) -> float:
     return float(test.pvalue)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def decision(better: list[float], worse: list[float], paired: bool = False) -> str:
+def decision(better: list[float], worse: list[float], paired: bool = False, task: str = "digits") -> str:
     """The verdict, as text, on whether the mean of `better` is below that of `worse` by more than the spread of seeds.
 
-    paired: both come from the same networks, in the same order.
+    paired: both come from the same networks, in the same order. task: a key of `UNTRAINED`.
     """
     if not better or not worse:
         return NOTHING
     if min(len(better), len(worse)) < 2:
         return "**undecided**, one seed has no spread"
-    if min(map(statistics.fmean, (better, worse))) > UNTRAINED:
+    if min(map(statistics.fmean, (better, worse))) > UNTRAINED[task]:
         return "**undecided**, neither network generates digits after this training time"
     p = p_value(better, worse, paired and len(better) == len(worse))
     if p >= LEVEL:
@@ -44,9 +44,9 @@ def decision(better: list[float], worse: list[float], paired: bool = False) -> s
     return f"{word} (p {f'= {p:.3f}' if p >= 0.001 else '< 0.001'})"
 
 
-def verdict(claim: str, better: list[float], worse: list[float], paired: bool = False) -> str:
+def verdict(claim: str, better: list[float], worse: list[float], paired: bool = False, task: str = "digits") -> str:
     """A claim, its verdict, and the numbers behind it."""
     if not better or not worse:
         return f"*{claim}*: {NOTHING}."
     numbers = f"Fréchet distance {mean_and_deviation(better)} against {mean_and_deviation(worse)}"
-    return f"*{claim}*: {decision(better, worse, paired)}; {numbers}."
+    return f"*{claim}*: {decision(better, worse, paired, task)}; {numbers}."

@@ -82,7 +82,12 @@ def _winners(study: Study) -> list[tuple[str, ...]]:
             ours = study.values(f"{task}: {_best(study, task, settings(task), way)}", way, "frechet")
             theirs = study.values(f"{task}: {rival}", its_way, "frechet")
             if ours and theirs:
-                cells = (mean_and_deviation(ours), mean_and_deviation(theirs), rival, decision(ours, theirs))
+                cells = (
+                    mean_and_deviation(ours),
+                    mean_and_deviation(theirs),
+                    rival,
+                    decision(ours, theirs, task=_data(task)),
+                )
                 rows.append((task, label, *cells))
     return rows
 
@@ -118,8 +123,14 @@ def verdicts(study: Study) -> list[str]:
         ours = study.values(f"{task}: {best}", "20 steps", "frechet")
         for depth in reversed(DEPTHS) if ours else ():
             theirs = study.values(f"{task}: DiT {depth}", "20 steps", "frechet")
-            lines.append(verdict(f"FPDM beats a DiT of {depth} blocks at equal training time ({task})", ours, theirs))
+            claim = f"FPDM beats a DiT of {depth} blocks at equal training time ({task})"
+            lines.append(verdict(claim, ours, theirs, task=_data(task)))
     return lines or [f"*FPDM beats a DiT of 28 blocks at equal training time*: {NOTHING}."]
+
+
+def _data(task: str) -> str:
+    """The images of a task: digits or mnist."""
+    return task.split(",")[0]
 
 
 def _curves(study: Study) -> dict[str, figures.Curves]:
