@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from apps.diffusion.cli import AFTER_TRAINING, run_command, run_training
+from apps.diffusion.cli import AFTER_TRAINING, flag, run_command, run_training
 from apps.diffusion.config.command_line import parse_flags, with_absolute_paths
 from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.config.training import Config
@@ -75,9 +75,10 @@ def parse(argv: Sequence[str]) -> tuple[Config, bool]:
         saved.data, path=config.data.path, vae=config.data.vae, workers=config.data.workers
     )
     if dataclasses.replace(saved, **extended) != config:
+        flags = ", ".join(flag(name) for name in _EXTENDABLE)
         raise ValueError(
             f"A run is resumed with the settings it was started with ({config.out / 'config.json'}); only "
-            f"optimizer.images, data.path, data.vae, data.workers, {', '.join(_EXTENDABLE)} may be changed. Give "
+            f"--optimizer.images, --data.path, --data.vae, --data.workers, {flags} may be changed. Give "
             "another --out for another run."
         )
     return config, True

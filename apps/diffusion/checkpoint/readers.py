@@ -11,9 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -209,10 +212,10 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 def _load_pickle(path: Path) -> Any:
     try:
         # training scripts store their arguments beside the weights; unpickling a Namespace executes no code
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = _refused_object(str(error))
+        reason = _refused_object(str(error), path)
         raise ValueError(
             f"{path} is damaged, or holds objects other than tensors, which are never executed ({reason}). Save the "
             "tensors only, with safetensors."
@@ -222,10 +225,25 @@ def _load_pickle(path: Path) -> Any:
         raise ValueError(f"{path} is no checkpoint that can be read ({reason}); fetch it again.") from None
 
 
-def _refused_object(message: str) -> str:
+def _refused_object(message: str, path: Path) -> str:
     """The object that torch.load refused, such as posix.system, or else the first line of torch.load's message."""
-    found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:class|global|operand)\w* ([\w.]+)", message)
-    return f"the object {found[1] or found[2]}" if found else message.split("\n")[0][:300]
+    found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:class|global)\w* ([\w.]+)", message)
+    named = [found[1] or found[2]] if found else _objects(path)
+    return f"the object {named[0]}" if named else message.split("\n")[0][:300]
+
+
+def _objects(path: Path) -> list[str]:
+    """The classes and functions that a pickle names, such as posix.system; nothing is executed."""
+    names, texts = [], []
+    with path.open("rb") as file, suppress(ValueError):  # no pickle, or damaged
+        for operation, argument, _ in pickletools.genops(file):
+            if operation.name == "STACK_GLOBAL":
+                names.append(".".join(texts[-2:]))
+            elif operation.name == "GLOBAL":
+                names.append(str(argument).replace(" ", "."))
+            elif isinstance(argument, str):
+                texts.append(argument)
+    return names
 
 
 def _folder_tensors(path: Path) -> dict[str, Tensor]:

@@ -21,6 +21,11 @@ def read_config(run: Path) -> Config:
         ValueError: the configuration is missing or cannot be read.
     """
     file = run / "config.json"
+    if run.is_file():
+        raise ValueError(
+            f"{run} is a file; write a model folder of a checkpoint first: python -m apps.diffusion.convert "
+            f"{quote(str(run))} --out DIR"
+        )
     if not file.is_file():
         shipped = ", ".join(pretrained.names()) or "only in the repository; a wheel does not contain these networks"
         raise ValueError(

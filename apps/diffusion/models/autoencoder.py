@@ -35,6 +35,11 @@ def open_vae(
     if subfolder is None and not (Path(name) / "config.json").exists() and (Path(name) / "vae").is_dir():
         subfolder = "vae"
     title = f"{name}/{subfolder}" if subfolder else str(name)
+    if not Path(title).is_dir() and (Path(name).is_dir() or "/" not in str(name)):
+        raise ValueError(
+            f"There is no folder {title}; give the folder of a diffusers AutoencoderKL, or its name on the hub, "
+            "OWNER/NAME."
+        )
     try:
         loaded: Any = AutoencoderKL.from_pretrained(str(name), subfolder=subfolder, output_loading_info=True)
     except Exception as error:  # diffusers raises errors of many types: files, JSON, tensors, network

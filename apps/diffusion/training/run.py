@@ -70,6 +70,8 @@ def run(config: Config, start: Checkpoint | None) -> int:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     images, held_out = load_images(config)
+    if int(os.environ.get("RANK", 0)) == 0 and (config.out / "config.json").exists():
+        write_data(config.out, data.fingerprint(images), config.data.path)  # other images are refused before a network
     trainer = Trainer(config, images, start)
     check_sampling(config, trainer.accelerator.unwrap_model(trainer.model))
     main_process = trainer.accelerator.is_main_process
@@ -121,12 +123,8 @@ def _open_folder(config: Config, trainer: Trainer, resumed: bool) -> None:
         ValueError: the run was started with other images.
     """
     images = trainer.images
-    file, begun = config.out / "config.json", (config.out / "config.json").exists()
-    if begun:  # images that are not the run's leave it as it is
-        write_data(config.out, data.fingerprint(images), config.data.path)
-    write_text(file, config.to_json())
-    if not begun:  # --resume needs config.json, and writes the rest
-        write_data(config.out, data.fingerprint(images), config.data.path)
+    write_text(config.out / "config.json", config.to_json())  # first: --resume needs it, and writes the rest
+    write_data(config.out, data.fingerprint(images), config.data.path)
     count = sum(p.numel() for p in trainer.model.parameters())
     classes = f"in {images.num_classes} classes" if images.num_classes else "without classes"
     print(

@@ -71,7 +71,11 @@ class Trainer:
         if config.schedule.kind == "diffusion":  # moved once, so that no step copies the table to the device
             self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.accelerator.device)
         iterations = (config.sampling.iterations or (10,))[0]
-        model = build.network(config.model, images.shape, images.num_classes, iterations, config.seed)
+        try:
+            model = build.network(config.model, images.shape, images.num_classes, iterations, config.seed)
+        except ValueError as error:
+            flags = "--data.size, --model.patch, --model.hidden and --model.heads"
+            raise ValueError(f"{error} The flags are {flags}.") from None
         if config.init is not None and start is None:
             initialize(model, config.init)
             warn_of_another_target(config.init, self.scheduler)

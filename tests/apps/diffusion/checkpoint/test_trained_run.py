@@ -150,6 +150,9 @@ def damaged(runs: Path, tmp_path: Path, what: str) -> list[str]:
         options = ["--iterations", "5"]
     elif what == "no config":
         (run / "config.json").unlink()
+    elif what == "a file":
+        run = tmp_path / "dit.pt"
+        run.touch()
     return [str(run), *options]
 
 
@@ -169,6 +172,7 @@ def damaged(runs: Path, tmp_path: Path, what: str) -> list[str]:
         ("classes without classes", "--classes"),
         ("fixed point of a dit", "--iterations"),
         ("no config", "config.json"),
+        ("a file", "apps.diffusion.convert"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused_and_nothing_is_written(runs, tmp_path, capsys, what, name):

@@ -51,3 +51,11 @@ def test_an_unreadable_folder_is_refused(tmp_path, change):
     change(tmp_path)
     with pytest.raises(ValueError, match=tmp_path.name):
         open_vae(str(tmp_path))
+
+
+def test_a_folder_that_is_not_there_is_refused_without_a_look_at_the_hub(tmp_path, monkeypatch):
+    image_files.tiny_vae().save_pretrained(tmp_path / "vae")
+    monkeypatch.chdir(tmp_path)
+    for name, subfolder in (("vae", "decoder"), ("vea", None)):
+        with pytest.raises(ValueError, match=subfolder or name):
+            open_vae(name, subfolder)

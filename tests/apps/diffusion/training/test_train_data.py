@@ -104,6 +104,24 @@ def test_resuming_on_other_images_is_refused(image_folder, tmp_path, capsys):
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
 
 
+def test_images_of_other_classes_are_refused_as_data_before_a_network_is_built(image_folder, tmp_path, capsys):
+    data = ("--data.path", image_folder, "--data.size", 16, "--optimizer.images", 4)
+    assert call("folder", tmp_path / "run", *data) == 0
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    capsys.readouterr()
+    assert train.main(["--resume", "--out", str(tmp_path / "run"), "--data.path", str(image_folder / "cat")]) == 2
+    said = capsys.readouterr().err
+    assert "classes was 3, now 0" in said and "--data.path" in said
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("flags", [("--data.size", 10), ("--data.size", 16, "--model.heads", 5)])
+def test_a_network_that_cannot_be_names_its_flags(image_folder, tmp_path, capsys, flags):
+    assert call("folder", tmp_path / "run", "--data.path", image_folder, *flags) == 2
+    said = capsys.readouterr().err
+    assert all(flag in said for flag in flags[::2])
+
+
 def test_resuming_on_images_replaced_under_the_same_names_is_refused(image_folder, tmp_path, capsys):
     out, images = tmp_path / "run", tmp_path / "images"
     shutil.copytree(image_folder, images)
