@@ -117,12 +117,12 @@ class ConvergenceMonitor:
         """The point and the solver state after the safeguard's resets, which put samples at their best iterate."""
         if self.safeguard is None or not self.safeguard.pending:
             return point, state
-        # second attempts that begin (`over`), and that end (`back`)
-        resets, (over, back) = self.safeguard.pop_resets(), self.safeguard.pop_starts()
-        self.best.take_back(back)
-        if over.any():
-            self.best.set_aside(over, self._made)
-            self.masks.at_start = self._mask(over)
+        # second attempts that end, and that begin
+        resets, (starting, returning) = self.safeguard.pop_resets(), self.safeguard.pop_starts()
+        self.best.take_back(returning)
+        if starting.any():
+            self.best.set_aside(starting, self._made)
+            self.masks.at_start = self._mask(starting)
         # the others continue from their best iterate
         self.reset_at[resets] = self._made
         mask, failed = self._mask(resets), point

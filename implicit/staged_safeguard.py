@@ -104,12 +104,12 @@ class StagedSafeguard:
         self.failing = False  # whether a sample in `failures` is above 0
         self.blown = np.zeros(size, dtype=np.int64)  # blow-ups of the whole solve
         self.rounds = np.zeros(size, dtype=np.int64)  # completed rounds
-        self.over = np.zeros(size, dtype=bool)  # samples that begin again at the start of the solve
-        self.back = np.zeros(size, dtype=bool)  # samples that end such an attempt and return to their best iterate
-        self.long = np.zeros(size, dtype=bool)  # samples in a plain stage that is measured every `_LONG` patiences
-        self.turned = np.full(size, np.inf)  # the smallest residual when the accelerated stage of this round ended
-        self.mark = np.full(size, np.inf)  # the smallest residual when the present stage began
-        self.begun = False  # whether `mark` is set
+        self.starting_over = np.zeros(size, dtype=bool)  # samples that begin again at the start of the solve
+        self.returning = np.zeros(size, dtype=bool)  # samples that end such an attempt and return to their best iterate
+        self.long_plain = np.zeros(size, dtype=bool)  # samples whose plain stage is measured every `_LONG` patiences
+        self.accelerated_end = np.full(size, np.inf)  # smallest residual at the end of this round's accelerated stage
+        self.stage_begin = np.full(size, np.inf)  # smallest residual when the present stage began
+        self.begun = False  # whether `stage_begin` is set
         self.due = np.full(size, patience)  # number of the evaluation at which the stage is measured
         self.next_due = patience  # the smallest entry of `due`
 
@@ -124,9 +124,9 @@ class StagedSafeguard:
 
     def pop_starts(self) -> tuple[np.ndarray, np.ndarray]:
         """Which samples begin again at the start of the solve, and which end such an attempt; cleared by the call."""
-        over, back = self.over, self.back
-        self.over, self.back = np.zeros_like(over), np.zeros_like(back)
-        return over, back
+        starting, returning = self.starting_over, self.returning
+        self.starting_over, self.returning = np.zeros_like(starting), np.zeros_like(returning)
+        return starting, returning
 
     def leave_out(self, stage: Stage) -> None:
         """No sample enters `stage` any more: the solver has none, or f cannot be differentiated."""
@@ -179,7 +179,7 @@ class StagedSafeguard:
         without this reading; `away` marks the `rows` that ran away.
         """
         if not self.begun:
-            self.mark, self.begun = best.copy(), True
+            self.stage_begin, self.begun = best.copy(), True
         blown = (r > self.limits.blown * best[rows]) & (self.stage[rows] != Stage.NEWTON) | away
         self._fail(rows[blown])
         if self.failing:
@@ -199,31 +199,31 @@ class StagedSafeguard:
         # a plain trial must reach the share of `gain` that belongs to its part of the whole stage
         plain = self.limits.plain * self.patience[due]
         share = np.where((self.stage[due] == Stage.PLAIN) & (self.limits.trial > 0), self.limits.trial / plain, 1.0)
-        share = np.where(self.long[due], 1.0, share)
-        stuck = due[~(best[due] <= self.limits.gain**share * self.mark[due])]
+        share = np.where(self.long_plain[due], 1.0, share)
+        stuck = due[~(best[due] <= self.limits.gain**share * self.stage_begin[due])]
         first, before = stuck[self.stage[stuck] == Stage.ACCELERATED], self.rounds[stuck].copy()
-        self.turned[first] = best[first]
-        self.long[stuck] = False
+        self.accelerated_end[first] = best[first]
+        self.long_plain[stuck] = False
         self.stage[stuck] = self._following(stuck)
         self._start_over(stuck[self.rounds[stuck] > before], best)
         self.scale[stuck], self.failures[stuck] = 1.0, 0
         self._schedule_reset(stuck)
-        self.mark[due] = best[due]
-        self.mark[due[self.over[due] & self.long[due]]] = np.inf
+        self.stage_begin[due] = best[due]
+        self.stage_begin[due[self.starting_over[due] & self.long_plain[due]]] = np.inf
         patience = self.patience[due]
         trial = np.full(len(due), self.limits.trial) if self.limits.trial else self.limits.plain * patience
         lengths = [patience, patience, trial, 2 * patience + self.newton_length]
-        self.due[due] = calls + np.where(self.long[due], _LONG * patience, np.choose(self.stage[due], lengths))
+        self.due[due] = calls + np.where(self.long_plain[due], _LONG * patience, np.choose(self.stage[due], lengths))
 
     def _start_over(self, wrapped: np.ndarray, best: np.ndarray) -> None:
         """Of samples that have completed a round, mark those that begin at the start, and those that return from it."""
         if not self.limits.new_start or not len(wrapped):
             return
         odd = self.rounds[wrapped] % 2 == 1
-        over = wrapped[odd & (best[wrapped] > _NO_GAIN * self.turned[wrapped])]
-        self.over[over], self.stage[over] = True, Stage.PLAIN
-        self.long[over] = self.rounds[over] >= (_LATE if self.small else 1)
-        self.back[wrapped[~odd]] = True
+        over = wrapped[odd & (best[wrapped] > _NO_GAIN * self.accelerated_end[wrapped])]
+        self.starting_over[over], self.stage[over] = True, Stage.PLAIN
+        self.long_plain[over] = self.rounds[over] >= (_LATE if self.small else 1)
+        self.returning[wrapped[~odd]] = True
 
     def _following(self, rows: np.ndarray) -> np.ndarray:
         """The stage after the present one; a completed round doubles the patience."""

@@ -29,7 +29,7 @@ def test_a_point_made_before_a_second_attempt_is_not_its_best(late):
     monitor.observe(first, 1, False)
     state = solver.init(first)
     monitor.observe(second, 2, False)
-    guard.over[0], guard.pending = True, True
+    guard.starting_over[0], guard.pending = True, True
     guard.resets[0] = True
     monitor.apply_resets(second, state, solver)
     best = monitor.best
