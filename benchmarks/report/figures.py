@@ -135,12 +135,13 @@ def depth(found: Mapping[str, Curves], path: Path) -> None:
     """Fréchet distance by training time, with a panel for each data set and a line for each network (DiTs dashed)."""
     figure, axes = plt.subplots(1, len(found), figsize=(9.6, 4.2), layout="constrained")
     for ax, (task, curves) in zip(axes, found.items(), strict=True):
-        for name, points in curves.items():
+        for place, (name, points) in enumerate(curves.items()):
             style: dict[str, Any] = {}
             if name.startswith("DiT"):
                 shade = {"3": 1.0, "6": 0.75, "12": 0.5}.get(name.split()[1], 0.3)
                 style = {"linestyle": "--", "color": "black", "alpha": shade}
-            _line(ax, points, name, **style)
+            shift = 1.04 ** (place - len(curves) // 2)  # side by side, since error bars overlap
+            _line(ax, {x * shift: values for x, values in points.items()}, name, **style)
         _octaves(ax, sorted({int(x) for points in curves.values() for x in points}))
         if any(v for points in curves.values() for v in points.values()):
             _decimals(ax)
