@@ -58,8 +58,8 @@ SECTIONS = (
 
 
 _QUALITY = (
-    "Of the networks in the repository (`python -m benchmarks.diffusion.shipped`: the same seeds, right labels and "
-    "Fréchet distance by a LeNet of the held-out digits, pixels in 0..1):"
+    "Scores of the networks in the repository (`python -m benchmarks.diffusion.shipped`), with the same seeds in all "
+    "rows; right labels and Fréchet distance by a LeNet trained on the held-out digits, pixels in 0..1:"
 )
 _COST = "CPU time with and without `--reproducible` (`python -m benchmarks.diffusion.shipped`):"
 
@@ -70,14 +70,14 @@ def build(results: Path, out: Path) -> str:
     images.mkdir(parents=True, exist_ok=True)
     parts = [part.section(results, images) for part in SECTIONS]
     head = (
-        "# Report\n\nThe claims about Fixed Point Diffusion Models at the scale of handwritten digits, and the cost of "
-        "the core. Written by `python -m benchmarks.report.build` from the files in `benchmarks/results/`, which name "
-        "command, device, versions and commit. Numbers are means and standard deviations over seeds, three unless "
-        "another number stands beside them; a claim is "
-        "called decided where p < 0.05 by a t test over seeds: Welch's, or that of the differences where the same "
-        "networks are sampled in two ways. Training is "
-        "budgeted in CPU time of one thread, which other work on the machine disturbs least. Lower Fréchet distances "
-        "(features of a digits classifier) are better."
+        "# Report\n\nTests of the paper's claims about Fixed Point Diffusion Models at the scale of handwritten "
+        "digits, and the cost of the core. `python -m benchmarks.report.build` writes this page from the files in "
+        "`benchmarks/results/`, which name command, device, versions and commit. Numbers are means and standard "
+        "deviations over seeds; there are three seeds unless another number is given. A claim is called decided if p "
+        "< 0.05 by a t test over seeds: Welch's test, or the test of the differences if the same networks are "
+        "sampled in two ways. All networks of a comparison are trained for the same CPU time of one thread, a budget "
+        "on which other work on the machine has little effect. Lower Fréchet distances (features of a digits "
+        "classifier) are better."
     )
     return "\n\n".join((head, claims(parts), *parts)) + "\n"
 

@@ -10,10 +10,11 @@ from benchmarks.report.significance import decision
 
 KINDS = {"block passes": "{} block passes", "MACs": "MACs of {} blocks"}
 ABOUT = (
-    "An FPDM step of k iterations costs 2 + k block passes; an iteration costs more MACs than a block, so the lower "
-    "half of the table gives both the MACs of the DiT. The split into steps is the best of 1, 2, 3, 5, 10, 20 and 40, "
-    "chosen on these scores, which flatters FPDM a little; the DiT has one split for each budget. The paper's 140, 280 "
-    "and 560 block passes are 5, 10 and 20 steps of its DiT: 30, 60 and 120 here."
+    "An FPDM step of k iterations costs 2 + k block passes. An iteration takes more MACs than a block, so in the "
+    "lower half of the table FPDM and DiT have the same MACs instead. FPDM's number of steps is the best of 1, 2, 3, "
+    "5, 10, 20 and 40 by these scores, which favors FPDM slightly; for the DiT the budget determines the number of "
+    "steps. The paper's budgets of 140, 280 and 560 block passes are 5, 10 and 20 steps of the paper's DiT; with the "
+    "DiT here, so many steps cost 30, 60 and 120 block passes."
 )
 
 

@@ -18,14 +18,14 @@ def section(results: Path, images: Path) -> str:
     return "\n\n".join(
         (
             HEAD,
-            "Multiply-accumulates, counted; bytes that every operator reads and writes on its own; and the least time "
-            "by a card's peak of arithmetic or of bandwidth, whichever is longer: what eager kernels cannot undercut. "
-            "bf16: weights and activations in bfloat16 (float16 on a T4). Training steps leave out the optimizer. "
-            f"Times on a GPU: {NOTHING}.",
+            "Counted multiply-accumulates; the sum of the bytes that each operator reads and writes; and the "
+            "roofline time, the longer of the times at a GPU's peak arithmetic and at its peak bandwidth, which is a "
+            "lower bound for eager kernels. bf16: weights and activations in bfloat16 (float16 on a T4). Training "
+            f"steps leave out the optimizer. Times on a GPU: {NOTHING}.",
             _counts(found, [card["name"] for card in cards]) if cards else NOTHING,
             f"Data sheets, without sparsity: {sources or NOTHING}.",
             _kernels(found.get("kernels", {})),
-            "CPU time of one thread, batch 1, float32, medians; other processes were at work on the machine.",
+            "CPU time of one thread, batch 1, float32, medians; other processes were running on the machine.",
             _times(found) if found.get("cpu") else NOTHING,
             _overhead(found),
             f"`{path.name}`: {_source(found)}.",

@@ -23,7 +23,8 @@ def section(results: Path, images: Path) -> str:
             head,
             counts(found),
             around,
-            "Beside torchdeq: time over the bare loop's, and operators, as shares of torchdeq's; states held by both.",
+            "Compared with torchdeq: time in addition to the bare loop and number of operators, both divided by "
+            "torchdeq's; states held by both.",
             beside_torchdeq(found),
             *_traffic(found),
             _compiled(results / "compiled.json"),
@@ -104,8 +105,8 @@ def _traffic(found: dict[str, Any]) -> tuple[str, ...]:
     if "bytes moved" not in found:
         return ()
     return (
-        "Bytes that a solver's operators read and write for each evaluation, f's own left out, in states of the "
-        "batch; and its time over that of copying as many bytes in the same run:",
+        "Bytes that the operators of a solver (without those of f) read and write per evaluation, in units of the "
+        "batch's state, and the solver's time divided by that of copying as many bytes in the same run:",
         traffic(found),
     )
 

@@ -28,11 +28,12 @@ HEAD = (
     "20 steps of 1 iteration",
 )
 ABOUT = (
-    "Networks predict the image, as the presets do; *digits, velocity* studies FPDM's settings with the velocity as "
-    "target. A hidden size, a training time and an optimizer are shared by all networks of a task. FPDM (N, M) is "
-    "trained by S-JFB with at most N iterations without and M with a graph; contractive: the recurrent weights start "
-    "at 0. At 5 steps FPDM takes 3 iterations, at 20 steps 10. `step, MiB` is the peak of activations, gradients and "
-    "temporaries of a training step. The paper's baseline has 28 blocks."
+    "Networks predict the image, as the presets do; in *digits, velocity*, which compares settings of FPDM, they "
+    "predict the velocity. All networks of a task have the same hidden size, training time and optimizer. FPDM (N, "
+    "M) is trained by S-JFB with at most N iterations without and M with a graph; in *contractive* rows the "
+    "recurrent weights are initialized with 0. FPDM takes 3 iterations per timestep at 5 steps, and 10 at 20 steps. "
+    "`step, MiB` is the peak of activations, gradients and temporaries of a training step. The paper's baseline has "
+    "28 blocks."
 )
 
 
@@ -46,9 +47,9 @@ def section(results: Path, images: Path) -> str:
         parts.append(f"**{task}, {(found[0].config.max_time or 0) / 60:g} CPU minutes**")
         parts.append(table(HEAD, [_row(study, cell.name) for cell in found]))
     parts.append(
-        "**Who wins where.** FPDM, by the setting that is best there, against the DiT that is best there, both chosen "
-        "on these scores; at 20 steps against the DiT nearest in parameters, and against the largest DiT whose "
-        "training step takes no more memory than FPDM's."
+        "**Best networks.** For each task, the best FPDM is compared with the best DiT, both chosen by these scores. "
+        "At 20 steps the best FPDM is also compared with the DiT with the most similar number of parameters, and "
+        "with the largest DiT whose training step takes no more memory than FPDM's."
     )
     head = ("task", "compared", "FPDM", "DiT", "of", "FPDM beats it")
     parts.append(table(head, _winners(study)) if study.found else NOTHING)

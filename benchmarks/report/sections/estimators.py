@@ -26,8 +26,8 @@ def section(results: Path, images: Path) -> str:
     stop = Config().stop
     solve = (
         f"IFT, JFB, Phantom, Reversible and Unrolled solve to a relative residual of {stop.rtol:g} in at most "
-        f"{stop.max_evals} evaluations of the naive iteration; S-JFB draws its own. Equal time means fewer steps "
-        "where a step costs more: the column `steps` says how many were made."
+        f"{stop.max_evals} evaluations of the plain iteration; S-JFB draws its numbers of iterations at random. In the "
+        "same time an estimator with more expensive steps makes fewer of them: see the column `steps`."
     )
     figures.estimators(distances, images / "report_estimators.png")
     return "\n\n".join(

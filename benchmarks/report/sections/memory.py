@@ -26,11 +26,12 @@ def section(results: Path, images: Path) -> str:
     return "\n\n".join(
         (
             HEAD,
-            "Peak of weights, gradients, AdamW's state, activations and temporaries in a step, in GiB; float32 unless "
-            "bf16 autocast is named; workspaces inside kernels and fragmentation are not included. The largest batch "
-            "on a card follows from the line through the two largest batches of a row. With checkpointing the peak is "
-            "convex in the batch: there the line gives a bound, and a number without one was found by predictions at "
-            "that batch and at one sample more. 80 GB and 16 GB are nominal.",
+            "Peak of weights, gradients, AdamW's state, activations and temporaries in a step, in GiB; float32 "
+            "unless bf16 autocast is named; workspaces inside kernels and fragmentation are not included. The "
+            "largest batch on a GPU follows from the line through the peaks at the two largest batches of a row. "
+            "With checkpointing the peak is a convex function of the batch, and the line gives a bound only, "
+            "marked by *at least* or *at most*; any other number is exact: the peak at this batch fits, and the peak "
+            "at one sample more does not. 80 GB and 16 GB are nominal.",
             f"The paper: *60 % less training memory than DiT-XL/2*. Here: {_verdict(peaks)}.",
             _less(peaks),
             fitting(found),
@@ -123,10 +124,10 @@ def _short(found: dict[str, Any]) -> str:
     counts = [one for one in found.get("validation", []) if one["case"]["estimator"] == "Reversible"]
     short = [(one["real"] - one["fake"]) / one["case"]["batch"] / 1e6 for one in counts]
     if not short:
-        return f"By how much Reversible is predicted low: {NOTHING}."
+        return f"Difference between count and prediction for Reversible: {NOTHING}."
     return (
-        f"Reversible is predicted low, by up to {max(short):.1f} MB a sample where it was counted: its largest batches "
-        "are upper bounds."
+        f"For Reversible the prediction is too low, by up to {max(short):.1f} MB per sample in the counted steps, so "
+        "its largest batches are upper bounds."
     )
 
 

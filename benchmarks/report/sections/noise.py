@@ -25,9 +25,10 @@ def section(results: Path, images: Path) -> str:
     return "\n\n".join(
         (
             HEAD,
-            f"Every score below is of {drawn['images']} samples, {drawn['images'] // 10} of each class. Real digits "
-            "drawn in the same way have a distance above 0 too, which no network is expected to undercut, and two such "
-            f"draws differ by about {drawn['frechet spread'] * 2**0.5:.2f}. The spread over seeds includes this.",
+            f"Every score below is of {drawn['images']} samples, {drawn['images'] // 10} of each class. The distance "
+            "of a random set of as many real digits is above 0 too, and no network is expected to have a smaller "
+            f"distance. Two such sets differ by about {drawn['frechet spread'] * 2**0.5:.2f}; the spread over seeds "
+            "includes this difference.",
             table(("real digits, against all training digits", "Fréchet distance"), rows),
             f"`real_data_distance.json`: {found['command']}, "
             f"{found['device']}, torch {found['versions']['torch']}, commit "

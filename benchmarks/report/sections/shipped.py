@@ -16,14 +16,15 @@ def section(results: Path, images: Path) -> str:
     return "\n\n".join(
         (
             HEAD,
-            "The networks in the repository by their own settings (20 timesteps of DDPM, guidance 1.5), on one CPU "
-            "thread. Right labels and Fréchet distance by a LeNet of the held-out digits; pixels in 0..1.",
+            "The networks in the repository with their own settings (20 timesteps of DDPM, guidance 1.5), on one CPU "
+            "thread. Right labels and Fréchet distance by a LeNet trained on the held-out digits; pixels in 0..1.",
             quality(found),
-            "CPU time of `--reproducible` (chunks of 16) and without it, in pairs; other processes were at work on the "
-            "machine.",
+            "CPU time with `--reproducible` (chunks of 16) and without it, in pairs; other processes were running on "
+            "the machine.",
             reproducible(found),
-            "A timestep of the sampler on 16 images beside its blocks and iterations in a bare loop, which has neither "
-            "the guidance's combination, nor the reverse step, nor the record of the effort: kernels, CPU time.",
+            "Kernels and CPU time of a timestep of the sampler with 16 images, compared with its blocks and "
+            "iterations in a bare loop, which neither combines the two halves of guidance, nor makes the reverse "
+            "step, nor records the effort.",
             _floor(found),
             f"`{path.name}`: {_source(found)}.",
         )
