@@ -125,6 +125,7 @@ def load(path: Path, tensors: Sequence[str] = TENSORS) -> Checkpoint:
 
     Raises:
         Unreadable: a file is missing, damaged, or of another format.
+        PermissionError: this user may not read a file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -143,6 +144,8 @@ def load(path: Path, tensors: Sequence[str] = TENSORS) -> Checkpoint:
         for key, value in found["optimizer"].items():
             number, name = key.split(".", 1)
             optimizer.setdefault(int(number), {})[name] = value
+    except PermissionError:  # the checkpoint may be whole
+        raise
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         others = [p for p in all_of(path.parent.parent) if p != path]
         remedy = (

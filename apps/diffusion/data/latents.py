@@ -155,6 +155,8 @@ class LatentDataset:
             if path.stat().st_size != shard["bytes"]:
                 raise OSError(f"it has {path.stat().st_size} bytes instead of {shard['bytes']}")
             return safe_open(path, framework="pt")
+        except PermissionError:
+            raise
         except (OSError, SafetensorError) as error:
             raise ValueError(
                 f"The shard {path} cannot be read ({error}); delete it and its .json, and encode again; only this "
@@ -180,6 +182,8 @@ def read_index(root: Path) -> dict[str, Any]:
             if started
             else f"{root} holds no latents (no index.json); make them with python -m apps.diffusion.encode."
         ) from None
+    except PermissionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{root / 'index.json'} is not the index of latents ({error}); give the same encode command again, which "

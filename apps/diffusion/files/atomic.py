@@ -36,11 +36,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
         try:
             yield partial
             for file in [partial, *partial.rglob("*")]:
+                if file.suffix == ".safetensors":
+                    file.chmod(0o666 & ~_umask())  # safetensors lets nobody but the owner read its files
                 flush(file)
             os.replace(partial, path)
         except Exception as error:
             _raise_as_os_error(error, path)
             raise
+
+
+def _umask() -> int:
+    """The permissions that this process takes from new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: Path, text: str) -> None:

@@ -98,6 +98,8 @@ class OutputFolder:
         """
         try:
             return read(self.folder / self.name(i))
+        except PermissionError:
+            raise
         except (OSError, UnidentifiedImageError, SyntaxError) as error:
             raise ValueError(
                 f"{self.folder / self.name(i)} cannot be read ({error}); delete it and give the same command again, "

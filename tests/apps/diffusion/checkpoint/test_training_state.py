@@ -99,6 +99,23 @@ def test_damage_is_named_and_the_one_before_is_offered(tmp_path, file, damage):
     assert str(path) in str(caught.value) and str(older) in str(caught.value)
 
 
+def test_files_have_the_permissions_of_new_files(tmp_path):
+    path = checkpoint.save(tmp_path, _state(64))
+    (tmp_path / "new").touch()
+    assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
+def test_a_checkpoint_without_permission_is_not_called_damaged(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, _state(64))
+
+    def forbidden(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(checkpoint.hashing, "of_file", forbidden)
+    with pytest.raises(PermissionError, match=r"model\.safetensors"):
+        checkpoint.newest(tmp_path)
+
+
 def test_another_format_and_an_empty_folder_are_refused(tmp_path):
     with pytest.raises(Unreadable, match=tmp_path.name):
         checkpoint.newest(tmp_path)
