@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 import tyro
@@ -43,7 +46,8 @@ def run_command(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name may hold bytes that are not text
     try:
-        return command(list(sys.argv[1:] if argv is None else argv)) or 0
+        with _interruptible():
+            return command(list(sys.argv[1:] if argv is None else argv)) or 0
     except KeyboardInterrupt:
         message, code = f"interrupted. {after}".strip(), 130
     except ModuleNotFoundError as error:
@@ -55,6 +59,30 @@ def run_command(
         message, code = f"{error}. {after}".strip(), 1
     print(f"{name}: {message}", file=sys.stderr)
     return code
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within the block every error after Ctrl-C is a KeyboardInterrupt: C code may raise another error in its place."""
+    came: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    usual = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if usual:
+        signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    except Exception:
+        if came:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def parse_request(kind: type[R], name: str, argv: Sequence[str]) -> R:

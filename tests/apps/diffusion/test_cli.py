@@ -1,12 +1,15 @@
 """Functions that the commands share: one sentence for a missing package, and devices by name."""
 
+import io
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from apps.diffusion.cli import device_of
+from apps.diffusion.cli import device_of, run_command
 
 ROOT = Path(__file__).parents[3]
 # find_spec finds none of these, as where the extra is not installed
@@ -27,6 +30,27 @@ def test_a_missing_extra_is_named_with_its_installation(tmp_path, arguments):
     assert "tyro" in last and "diffusers" in last and "implicit-fixed-points[diffusion]" in last
     if arguments[0] == "-m":
         assert ended.stderr.count("\n") == 1
+
+
+def test_names_that_are_no_text_are_printed_escaped(monkeypatch):
+    written = io.BytesIO()
+    out = io.TextIOWrapper(written, "utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdout", out)
+    assert run_command("encode", lambda _: print(os.fsdecode(b"caf\xe9")), []) == 0
+    out.flush()
+    assert written.getvalue() == b"caf\\udce9\n"
+
+
+def test_an_interruption_is_one_whatever_error_it_becomes(capsys):
+    def command(_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("The checkpoint cannot be read; delete it.") from None
+
+    assert run_command("convert", command, [], after="Nothing was written.") == 130
+    assert capsys.readouterr().err == "convert: interrupted. Nothing was written.\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_device_by_its_name(monkeypatch):
