@@ -231,7 +231,8 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         z, image, *theta = ctx.saved_tensors
         u = TransposableSolve.apply(Jacobian(ctx.pure, True), ctx.config, grads[0], image, z, *theta)
-        return None, None, None, None, *functional_vjp(lambda *t: ctx.pure(z, *t), tuple(theta), u)
+        wanted = ctx.needs_input_grad[4:]
+        return None, None, None, None, *functional_vjp(lambda *t: ctx.pure(z, *t), tuple(theta), u, wanted)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:

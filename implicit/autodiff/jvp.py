@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicit.autodiff.vjp import differentiable, functional_vjp, pullback
+from implicit.autodiff.vjp import functional_vjp, pullback
 from implicit.pytree import Flat
 
 
@@ -55,27 +55,30 @@ def functional_jvp(f: Callable[..., Tensor], at: tuple[Tensor, ...], moves: tupl
 
     The product is taken in forward mode or, if an operator of f lacks it, by two vector-Jacobian products.
     """
-    numbers = differentiable(at)
-    if not numbers:
+    moved = {i: move for i, move in enumerate(moves) if move is not None and _has_derivative(at[i])}
+    if not moved:
         return torch.zeros_like(f(*at))
-    moved = {i: torch.zeros_like(at[i]) if moves[i] is None else moves[i] for i in numbers}
 
     def of_numbers(t: tuple[Tensor, ...]) -> Tensor:
-        given = dict(zip(numbers, t, strict=True))
+        given = dict(zip(moved, t, strict=True))
         return f(*(given.get(i, constant) for i, constant in enumerate(at)))
 
     try:
-        return forward_jvp(of_numbers, tuple(at[i] for i in numbers), tuple(moved.values()))[1]
+        return forward_jvp(of_numbers, tuple(at[i] for i in moved), tuple(moved.values()))[1]
     except (NotImplementedError, RuntimeError) as error:
         if not lacks_forward_mode(error):
             raise
     out = f(*at)
 
     def paired(w: Tensor) -> Any:
-        found = functional_vjp(f, at, w)
+        found = functional_vjp(f, at, w, [i in moved for i in range(len(at))])
         return sum((found[i] * move).sum() for i, move in moved.items())
 
     return torch.func.grad(paired)(torch.zeros_like(out))
+
+
+def _has_derivative(t: Tensor) -> bool:
+    return t.is_floating_point() or t.is_complex()
 
 
 def _math_attention() -> Any:

@@ -150,7 +150,7 @@ class TransposableSolve(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         u, image, *at = ctx.saved_tensors
         w = TransposableSolve.apply(ctx.act.adjoint(), ctx.config, grads[0], image, *at)
-        return None, None, w, None, *functional_vjp(lambda *t: ctx.act(u, *t), tuple(at), w)
+        return None, None, w, None, *functional_vjp(lambda *t: ctx.act(u, *t), tuple(at), w, ctx.needs_input_grad[4:])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:

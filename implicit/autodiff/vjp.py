@@ -47,21 +47,18 @@ def pullback(
     return act
 
 
-def functional_vjp(f: Callable[..., Tensor], at: tuple[Tensor, ...], v: Tensor) -> tuple[Any, ...]:
+def functional_vjp(
+    f: Callable[..., Tensor], at: tuple[Tensor, ...], v: Tensor, wanted: Sequence[bool] = (True,)
+) -> tuple[Any, ...]:
     """v^T df(at) inside a transform, taken before `torch.func.grad` ends its level, as a solve within f requires.
 
-    None for an argument of integers or truth values.
+    None for an argument that is not `wanted`, such as integers, or the statistics of BatchNorm.
     """
-    numbers = differentiable(at)
+    numbers = tuple(i for i, needed in enumerate(wanted) if needed)
     if not numbers:
         return (None,) * len(at)
     found = dict(zip(numbers, torch.func.grad(lambda *t: (f(*t) * v).sum(), argnums=numbers)(*at), strict=True))
     return tuple(found.get(i) for i in range(len(at)))
-
-
-def differentiable(at: Sequence[Tensor]) -> tuple[int, ...]:
-    """The positions of the tensors that can have a derivative."""
-    return tuple(i for i, t in enumerate(at) if t.is_floating_point() or t.is_complex())
 
 
 def linearize(f: Callable[[Flat], Flat], z: Flat) -> tuple[Flat, Callable[[Flat], Flat]]:
