@@ -1,7 +1,10 @@
-"""Import rules: every module has a level, and imports point to the same level or below it."""
+"""Import rules: every module has a level, and imports point to the same level or below it; one file has torch's private
+names.
+"""
 
 import ast
 import functools
+import re
 import sys
 from pathlib import Path
 
@@ -163,3 +166,17 @@ def test_the_top_of_the_core_imports_declared_packages_only():
                 names = [node.module]
             for name in names:
                 assert name.split(".")[0] in allowed, f"{path} imports {name} at its top"
+
+
+def test_private_names_of_torch_are_in_one_file():
+    private = re.compile(
+        r"\btorch(\.\w+)*\._[a-z]\w*|forward_ad\._|parametrize\._|\._cdata\b|\._version\b|_functorch\b"
+    )
+    found = [
+        f"{path.name}:{number}"
+        for path in files("implicit")
+        if path.name != "torch_internals.py"
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if private.search(line.split("#")[0].split("``")[0])
+    ]
+    assert not found

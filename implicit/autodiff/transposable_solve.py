@@ -105,7 +105,7 @@ class Jacobian:
         def at(x: Tensor) -> Tensor:
             return self.pure(x, *theta)
 
-        return functional_vjp(at, (z,), v)[0] if self.transposed else functional_jvp(at, (z,), (v,))
+        return functional_vjp(at, (z,), v, (True,))[0] if self.transposed else functional_jvp(at, (z,), (v,))
 
     def linearize(self, z: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, Product]:
         """(F(z, theta), v -> J v or v -> J^T v) from one evaluation on plain tensors.

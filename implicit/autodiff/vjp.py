@@ -48,7 +48,7 @@ def pullback(
 
 
 def functional_vjp(
-    f: Callable[..., Tensor], at: tuple[Tensor, ...], v: Tensor, wanted: Sequence[bool] = (True,)
+    f: Callable[..., Tensor], at: tuple[Tensor, ...], v: Tensor, wanted: Sequence[bool]
 ) -> tuple[Any, ...]:
     """v^T df(at) inside a transform, taken before `torch.func.grad` ends its level, as a solve within f requires.
 

@@ -33,6 +33,7 @@ from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 
 Weights = Literal["ema", "model"]
+_ALLOWED = ("torch._utils.", "collections.OrderedDict")  # objects of every state dict, which torch.load takes
 _WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DistributedDataParallel and torch.compile add to names
 
 
@@ -228,7 +229,7 @@ def _load_pickle(path: Path) -> Any:
 def _refused_object(message: str, path: Path) -> str:
     """The object that torch.load refused, such as posix.system, or else the first line of torch.load's message."""
     found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:class|global)\w* ([\w.]+)", message)
-    named = [found[1] or found[2]] if found else _objects(path)
+    named = [found[1] or found[2]] if found else [name for name in _objects(path) if not name.startswith(_ALLOWED)]
     return f"the object {named[0]}" if named else message.split("\n")[0][:300]
 
 

@@ -35,9 +35,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         partial = Path(folder) / path.name
         try:
             yield partial
-            for file in [partial, *partial.rglob("*")]:
-                if file.suffix == ".safetensors":
-                    file.chmod(0o666 & ~_umask())  # safetensors lets nobody but the owner read its files
+            written = [partial, *partial.rglob("*")]
+            weights = [file for file in written if file.suffix == ".safetensors"]
+            if weights:
+                _set_permissions(weights, Path(folder) / ".new")
+            for file in written:
                 flush(file)
             os.replace(partial, path)
         except Exception as error:
@@ -45,11 +47,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
             raise
 
 
-def _umask() -> int:
-    """The permissions that this process takes from new files."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _set_permissions(files: list[Path], new: Path) -> None:
+    """Gives files the permissions of the new file `new`; safetensors makes files that only their owner may read.
+
+    The umask, from which the permissions follow, can only be read by changing it for all threads.
+    """
+    new.touch()
+    for file in files:
+        shutil.copymode(new, file)
 
 
 def write_text(path: Path, text: str) -> None:

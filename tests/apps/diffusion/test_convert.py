@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -231,7 +232,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, capsys, monkeypatch):
     assert call(tmp_path / "a.pt", tmp_path / "out", *HEADS) == 2
     assert "posix.mkdir" in capsys.readouterr().err
     for protocol in range(6):  # a pickle without torch's archive around it
-        (tmp_path / "b.pt").write_bytes(pickle.dumps({"ema": Runs()}, protocol))
+        (tmp_path / "b.pt").write_bytes(pickle.dumps(OrderedDict(ema=Runs()), protocol))
         assert call(tmp_path / "b.pt", tmp_path / "out", *HEADS) == 2
         said = capsys.readouterr().err
         assert "posix.mkdir" in said and said.count("\n") == 1

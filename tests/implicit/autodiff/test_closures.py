@@ -1,13 +1,10 @@
 """Closure conversion finds every tensor that f uses, or raises; a map that has changed since the solve raises too."""
 
-import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
-import implicit
 from implicit import IFT, JFB, Phantom, Reversible, StochasticJFB, Stop, Unrolled, fixed_point
 from tests.helpers import F64
 
@@ -313,7 +310,7 @@ def test_a_map_that_writes_its_own_buffers_or_makes_tensors_out_of_sight_is_no_c
         torch.autograd.grad(loss(make, grad=estimator, stop=Stop(rtol=0, max_evals=9))(w), w)
 
 
-# -- compilation and private names
+# -- compilation
 
 
 @pytest.mark.parametrize("order", [1, 2])
@@ -340,18 +337,3 @@ def test_no_compilation_after_the_first_step(order):
 def test_the_estimator_of_one_step_needs_no_tracing():
     found = torch.func.grad(loss(lambda w: lambda z: script(z, w, X), grad=JFB()))(W)
     torch.testing.assert_close(found, torch.func.grad(loss(plain, grad=JFB()))(W), rtol=1e-8, atol=0)
-
-
-def test_private_names_of_torch_are_in_one_file():
-    private = re.compile(
-        r"\btorch(\.\w+)*\._[a-z]\w*|forward_ad\._|parametrize\._|\._cdata\b|\._version\b|_functorch\b"
-    )
-    root = Path(implicit.__file__).parent
-    found = [
-        f"{path.name}:{number}"
-        for path in sorted(root.rglob("*.py"))
-        if path.name != "torch_internals.py"
-        for number, line in enumerate(path.read_text().splitlines(), 1)
-        if private.search(line.split("#")[0].split("``")[0])
-    ]
-    assert not found

@@ -190,15 +190,6 @@ def test_an_operator_without_forward_mode_is_pushed_by_two_pullbacks():
     torch.testing.assert_close(pushed, 1 / (1 - 0.5 * z.cos()), rtol=1e-9, atol=1e-10)
 
 
-def test_forward_mode_levels_outside_torch_func():
-    import torch.autograd.forward_ad as fwad
-
-    with fwad.dual_level():
-        dual = fwad.make_dual(B, B.sin())
-        tangent = fwad.unpack_dual(through_args(EXACT)(W, dual)).tangent
-    torch.testing.assert_close(tangent, jvp(lambda b: unrolled(W, b), (B,), (B.sin(),))[1], rtol=1e-9, atol=1e-10)
-
-
 def test_the_other_fields_of_the_solution_keep_their_axes_under_vmap():
     def solve(b):
         s = fixed_point(f, ZERO, W, b, stop=TIGHT)
