@@ -61,7 +61,7 @@ def _verdicts(study: Study) -> list[str]:
     before = study.values(f"FPDM: {BASE}", "20 x 12", "frechet")
     claims = {rival: f"FPDM beats {rival} at equal training time (digits, {BEST})" for rival in RIVALS}
     theirs = {rival: study.values(f"{rival}: {BEST}", "20 steps", "frechet") for rival in RIVALS}
-    return [f"The paper: {verdict(claim, ours, theirs[rival])}" for rival, claim in claims.items()] + [
+    return [f"Beyond the paper: {verdict(claim, ours, theirs[rival])}" for rival, claim in claims.items()] + [
         f"{BEST} in place of {BASE}, FPDM: " + verdict("a smaller distance", ours, before)
     ]
 
