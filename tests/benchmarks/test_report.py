@@ -71,7 +71,9 @@ def test_claims_come_first_and_are_those_of_the_sections(tmp_path):
     text = built(tmp_path, "experiment_estimators.json", "experiment_depth.json")
     first, second = section(text, "Claims"), section(text, "Gradient estimators")
     assert text.index("## Claims") < min(text.index(f"## {name}") for name in ("Size and memory", "Depth"))
-    assert first.count("\n| ") == 2 + len(re.findall(r"^The paper: \*", text, re.MULTILINE))
+    assert first.count("\n| ") == 2 + len(re.findall(r"^(?:The|Beyond the) paper: \*", text, re.MULTILINE))
+    depths = re.findall(r"^\| FPDM beats a DiT of (\d+) blocks [^|,]*(?:, \w+)?\)(, not)?", first, re.MULTILINE)
+    assert {depth for depth, other in depths if not other} == {"28"} and len(depths) > 4
     word = re.search(r"The paper: \*S-JFB beats JFB\*: (\*\*.+?\*\*)", second)
     assert word and f"| S-JFB beats JFB | {word[1]}" in first
 
