@@ -8,9 +8,8 @@ where mean_u is the mean over the cell's row, column or box u, and a linear laye
 starts from z0 ~ N(0, I), draws the number of iterations of a step at random (StochasticJFB, arXiv 2401.08741, Algorithm
 1), and adds the penalty ||df/dz||_F^2 / N (arXiv 2106.14342). With probability 7/8 a puzzle stays in the batch, and the
 next step continues from its state, so that few iterations per step also train late iterations. The unrolled twin is the
-same network trained through 8 iterations from zero, on new puzzles in every step, for the same CPU time. At test time
-the program compares numbers of iterations, stopping by residual, and choosing the best of several random starts by
-residual (arXiv 2605.21488).
+same network trained through 8 iterations from zero, on new puzzles in every step, for the same CPU time. The test
+compares numbers of iterations, stopping by residual, and the best of several random starts (arXiv 2605.21488).
 """
 
 import argparse

@@ -121,12 +121,14 @@ def wrap(t: Tensor, layers: Layers) -> Tensor:
     return t
 
 
-def outlives_transform(t: Tensor) -> bool:
-    """Whether t belongs to a transform that has ended, as what the function of `torch.func.vjp` uses does.
+def alive(t: Tensor) -> Tensor:
+    """The tensor that t wraps, where t is a wrapper of transforms that have ended; else t.
 
-    (`torch._C._functorch.is_dead_tensor_wrapper`, 2.13.0.)
+    (`torch._C._functorch.is_dead_tensor_wrapper`, `get_unwrapped`, 2.13.0.)
     """
-    return _functorch.is_dead_tensor_wrapper(t)
+    while _functorch.is_dead_tensor_wrapper(t):
+        t = _functorch.get_unwrapped(t)
+    return t
 
 
 def split_batched(g: Tensor) -> tuple[list[Tensor], Callable[[Tensor], Tensor]] | None:

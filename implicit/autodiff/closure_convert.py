@@ -26,10 +26,10 @@ from implicit.autodiff.recomputation import CHANGED
 from implicit.pytree import map_tensors, tensors
 from implicit.torch_internals import (
     Allocations,
+    alive,
     current_level,
     depends_on_transform,
     has_derivative,
-    outlives_transform,
     unwrap,
     version,
     wrap,
@@ -87,7 +87,7 @@ class ClosureTracer(FunctionMode):
 
     def _read(self, t: Tensor) -> Tensor:
         """Record t if it is closed over; returns the tensor to use: t, or with `constant` a constant of its value."""
-        if self.made(t) or outlives_transform(t):
+        if self.made(t) or self.made(alive(t)):
             return t
         base, layers = unwrap(t, self.level)
         held = unwrap(t, self.level, differentiated=True)[0]  # the tensor in t, if t is a variable of an inner grad

@@ -131,7 +131,7 @@ def test_the_folder_names_its_code_and_its_card_describes_the_network(tmp_path):
 
 @pytest.mark.parametrize(
     ("module", "name"),
-    [("sampling.pipeline", "SamplingPipeline"), ("models.fpdm", "FPDM"), ("models.dit", "DiT")],
+    [("sampling.standalone_pipeline", "SamplingPipeline"), ("models.fpdm", "FPDM"), ("models.dit", "DiT")],
 )
 def test_one_file_holds_all_that_a_class_uses_and_imports_nothing_of_this_application(module, name):
     tree = ast.parse(single_file(f"apps.diffusion.{module}", name))
