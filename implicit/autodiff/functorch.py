@@ -127,12 +127,11 @@ def _purify(problem: Problem, layout: Layout, attached: bool) -> tuple[Pure, tup
     traced tensors are constants in this run, so the result has a derivative only if f uses a tensor untraced.
     """
     f, args = problem.f, problem.args
-    taken = [t.is_floating_point() or t.is_complex() for t in tensors(args)]
-    given = [t for t, is_taken in zip(tensors(args), taken, strict=True) if is_taken]
+    given = tensors(args)
     views = tuple(own_view(t.detach()) for t in given)
     z = own_view(layout.pack(problem.z0).detach())
     with Allocations() as allocations, ClosureTracer((z, *views), constant=True, allocations=allocations) as tracer:
-        y = FlatMap(f, _filled(args, views, taken), layout)(z).clone()  # cloned, so that the tracer records f's result
+        y = FlatMap(f, _filled(args, views), layout)(z).clone()  # cloned, so that the tracer records f's result
     if tracer.from_other_threads:
         raise RuntimeError(THREAD)
     if attached and (tracer.lost or has_derivative(y)):
@@ -140,16 +139,16 @@ def _purify(problem: Problem, layout: Layout, attached: bool) -> tuple[Pure, tup
     closed = tracer.tensors
 
     def pure(z: Tensor, *theta: Tensor) -> Tensor:
-        flat = FlatMap(f, _filled(args, theta[: len(given)], taken), layout)
+        flat = FlatMap(f, _filled(args, theta[: len(given)]), layout)
         return closure_convert(flat, closed)(z, *theta[len(given) :])
 
     return Pure(not_compiled(pure), layout.widths), (*given, *closed)
 
 
-def _filled(args: tuple[Any, ...], others: tuple[Tensor, ...], taken: list[bool]) -> tuple[Any, ...]:
-    """args with `others` in place of the tensors marked in `taken`; calls no tensor method, which would be traced."""
-    rest, where = iter(others), iter(taken)
-    return map_tensors(lambda t: next(rest) if next(where) else t, args)
+def _filled(args: tuple[Any, ...], others: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """args with `others` in place of their tensors; calls no tensor method, which would be traced."""
+    rest = iter(others)
+    return map_tensors(lambda t: next(rest), args)
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,9 @@ class _Task:
 
     def fold(self, size: int, dims: tuple[int | None, ...]) -> "_Task":
         """`size` such solves in one batch; with ``batch_dims=0`` each whole state becomes a row."""
-        layout = replace(self.layout, batch_dims=1, plain=self.layout.plain and self.layout.batch_dims == 1)
+        whole = self.layout.batch_dims == 0
+        shapes = tuple(shape or torch.Size([1]) for shape in self.layout.shapes) if whole else self.layout.shapes
+        layout = replace(self.layout, batch_dims=1, plain=self.layout.plain and not whole, shapes=shapes)
         return replace(
             self, pure=self.pure.fold(size, dims), layout=layout, options=replace(self.options, batch_dims=1)
         )
@@ -224,12 +225,15 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.pure, ctx.config, _, image, *theta = inputs
+        ctx.set_materialize_grads(False)  # None, not zeros, is the tangent of what has no derivative
         ctx.save_for_backward(output, image, *theta)
         ctx.save_for_forward(output, image, *theta)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         z, image, *theta = ctx.saved_tensors
+        if grads[0] is None:
+            return (None,) * (4 + len(theta))
         u = TransposableSolve.apply(Jacobian(ctx.pure, True), ctx.config, grads[0], image, z, *theta)
         wanted = ctx.needs_input_grad[4:]
         return None, None, None, None, *functional_vjp(lambda *t: ctx.pure(z, *t), tuple(theta), u, wanted)

@@ -143,12 +143,15 @@ class TransposableSolve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.act, ctx.config, _, image, z, *theta = inputs
+        ctx.set_materialize_grads(False)  # None, not zeros, is the tangent of what has no derivative
         ctx.save_for_backward(output, image, z, *theta)
         ctx.save_for_forward(output, image, z, *theta)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         u, image, *at = ctx.saved_tensors
+        if grads[0] is None:
+            return (None,) * (4 + len(at))
         w = TransposableSolve.apply(ctx.act.adjoint(), ctx.config, grads[0], image, *at)
         return None, None, w, None, *functional_vjp(lambda *t: ctx.act(u, *t), tuple(at), w, ctx.needs_input_grad[4:])
 

@@ -152,13 +152,15 @@ def test_integers_may_be_mapped(estimator, through_args):
     torch.testing.assert_close(moved, (expected * W).sum((1, 2)), rtol=1e-7, atol=1e-9)
 
 
-def test_statistics_of_an_ensemble_are_mapped_without_a_derivative():
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd, torch.func.hessian])
+def test_statistics_of_an_ensemble_are_mapped_without_a_derivative(transform):
     """The mean of BatchNorm, of which PyTorch has no derivative."""
     weights, means = torch.stack((W, 0.5 * W)), torch.stack((X[0], X[1]))
 
     def slope(w, mean):
         normalized = lambda y: torch.nn.functional.batch_norm(y, mean, torch.ones_like(mean))  # noqa: E731
-        return torch.func.grad(loss(lambda w: lambda z: torch.tanh(normalized(z @ w.T) + X)))(w)
+        scaled = loss(lambda c: lambda z: torch.tanh(normalized(z @ (c * w).T) + X))
+        return transform(scaled)(torch.tensor(1.0, dtype=F64))
 
     expected = torch.stack([slope(w, mean) for w, mean in zip(weights, means, strict=True)])
     torch.testing.assert_close(torch.func.vmap(slope)(weights, means), expected, rtol=1e-8, atol=1e-9)
