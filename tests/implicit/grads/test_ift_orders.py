@@ -80,3 +80,20 @@ def test_an_energy_model_trained_on_forces():
     with sdpa_kernel(SDPBackend.MATH):  # the only one that torch can differentiate twice
         got, closed, true = map(loss_gradient, (by_args, closed_over, unrolled))
     assert off(got, true) < 1e-8 and off(closed, true) < 1e-8
+
+
+def test_a_jacobian_of_rounding_errors_alone_is_that_of_an_unchanged_map():
+    """Groups of two numbers are normalized to -1 and 1: J is a difference of numbers that cancel."""
+    w, x = small()
+
+    def f(z):
+        return 0.3 * torch.tanh(torch.nn.functional.group_norm(z @ w + x, 1)) + x * w.sum()
+
+    def second(solve):
+        first = torch.autograd.grad(solve().pow(3).sum(), (w, x), create_graph=True)
+        return torch.autograd.grad(sum(t.sin().sum() for t in first), (w, x))
+
+    z = torch.zeros_like(x)
+    found = second(lambda: fixed_point(f, z, stop=TIGHT, grad=EXACT).value)
+    expected = second(lambda: f(f(f(z))))  # exact after a step, as f(z) does not depend on the sizes in z
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
