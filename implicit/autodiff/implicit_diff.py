@@ -195,8 +195,8 @@ class _FixedPoint(torch.autograd.Function):
         if has_untraced_leaf(again, (point, *stands)):
             raise RuntimeError(UNTRACED)
         turned, *found = vjp(again, (point, *stands), u, create_graph=True)
-        # two maps, such as two dampings, may have the same value at z*, so u - J^T u is compared too: its rounding error
-        # is relative to u even if J^T u is a small difference of large numbers, as behind a normalization
+        # two maps, such as two dampings, may have the same value at z*, so u - J^T u is compared too: its rounding
+        # error is relative to u even if J^T u is a small difference of large numbers, as behind a normalization
         require_same_image(u if turned is None else u - turned, summary(u - product(u)), ctx.solve.eps)
         return (*[None] * 6, *found)
 
