@@ -142,7 +142,9 @@ def depth(found: Mapping[str, Curves], path: Path) -> None:
                 style = {"linestyle": "--", "color": "black", "alpha": shade}
             shift = 1.04 ** (place - len(curves) // 2)  # side by side, since error bars overlap
             _line(ax, {x * shift: values for x, values in points.items()}, name, **style)
-        _octaves(ax, sorted({int(x) for points in curves.values() for x in points}))
+        minutes = sorted({int(x) for points in curves.values() for x in points})
+        _octaves(ax, minutes)
+        ax.set_xlim(minutes[0] * 0.85, minutes[-1] * 1.2)
         if any(v for points in curves.values() for v in points.values()):
             _decimals(ax)
         ax.set_xlabel("CPU minutes of training, one thread")
