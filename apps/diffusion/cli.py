@@ -76,7 +76,7 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, handle)
     try:
         yield
-    except Exception:
+    except Exception:  # of any class, since it is raised again
         if came:
             raise KeyboardInterrupt from None
         raise

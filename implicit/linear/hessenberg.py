@@ -21,7 +21,7 @@ from implicit.pytree import PerSample
 
 @dataclass(frozen=True)
 class HessenbergSystem:
-    """Q, R^-1, y and rho of every sample, with room for K columns; samples may have different numbers of columns."""
+    """Q, R^-1, y and rho of every sample: at most K columns, of which samples may use different numbers."""
 
     q: Float[Tensor, "B K1 K1"]
     inverse: Float[Tensor, "B K1 K1"]
@@ -30,7 +30,7 @@ class HessenbergSystem:
 
     @classmethod
     def empty(cls, columns: int, beta: PerSample) -> "HessenbergSystem":
-        """No columns yet, room for `columns`."""
+        """A system without columns, of a capacity of `columns`."""
         eye = torch.diag_embed(beta.new_ones(beta.shape[0], columns + 1))
         return cls(eye, torch.zeros_like(eye), beta.new_zeros(beta.shape[0], columns + 1), beta)
 
@@ -46,14 +46,14 @@ class HessenbergSystem:
         )
 
     def widen(self, columns: int) -> "HessenbergSystem":
-        """The system with room for at least `columns` columns; the room at least doubles if it has to grow."""
-        room = self.y.shape[1] - 1
-        if columns <= room:
+        """The system with a capacity of at least `columns` columns; a capacity that grows at least doubles."""
+        capacity = self.y.shape[1] - 1
+        if columns <= capacity:
             return self
-        old, more = self, max(room + 1, columns - room)
-        wide = HessenbergSystem.empty(room + more, old.rho)
-        wide.q[:, : room + 1, : room + 1], wide.inverse[:, : room + 1, : room + 1] = old.q, old.inverse
-        wide.y[:, : room + 1] = old.y
+        old, more = self, max(capacity + 1, columns - capacity)
+        wide = HessenbergSystem.empty(capacity + more, old.rho)
+        wide.q[:, : capacity + 1, : capacity + 1], wide.inverse[:, : capacity + 1, : capacity + 1] = old.q, old.inverse
+        wide.y[:, : capacity + 1] = old.y
         return wide
 
     def direction(self, k: Int[Tensor, " B"]) -> tuple[Float[Tensor, "B K1"], PerSample]:

@@ -142,7 +142,10 @@ def test_integers_may_be_mapped(estimator, through_args):
     def loss(w, order):
         args = (order,) if through_args else ()
         z0 = torch.zeros(B, N, dtype=F64)
-        f = lambda z, i=order: torch.tanh(z[:, i] @ w.T + X)  # noqa: E731
+
+        def f(z, i=order):
+            return torch.tanh(z[:, i] @ w.T + X)
+
         return fixed_point(f, z0, *args, stop=TIGHT, grad=estimator).value.pow(3).sum()
 
     expected = torch.stack([torch.autograd.functional.jacobian(lambda w, i=i: loss(w, i), W) for i in orders])
@@ -158,7 +161,9 @@ def test_statistics_of_an_ensemble_are_mapped_without_a_derivative(transform):
     weights, means = torch.stack((W, 0.5 * W)), torch.stack((X[0], X[1]))
 
     def slope(w, mean):
-        normalized = lambda y: torch.nn.functional.batch_norm(y, mean, torch.ones_like(mean))  # noqa: E731
+        def normalized(y):
+            return torch.nn.functional.batch_norm(y, mean, torch.ones_like(mean))
+
         scaled = loss(lambda c: lambda z: torch.tanh(normalized(z @ (c * w).T) + X))
         return transform(scaled)(torch.tensor(1.0, dtype=F64))
 

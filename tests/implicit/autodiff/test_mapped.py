@@ -31,9 +31,11 @@ def test_mapped_integers_in_args_reach_a_transform_inside_f(estimator):
         return vmap(lambda row, order: torch.tanh(w @ row[order] + 1))(z, orders)
 
     def slope(w, orders):
-        z0 = torch.zeros(2, 3, dtype=F64)
-        solve = lambda w: fixed_point(step, z0, w, orders, stop=TIGHT, grad=estimator).value  # noqa: E731
-        return grad(lambda w: solve(w).pow(3).sum())(w)
+        def loss(w):
+            z0 = torch.zeros(2, 3, dtype=F64)
+            return fixed_point(step, z0, w, orders, stop=TIGHT, grad=estimator).value.pow(3).sum()
+
+        return grad(loss)(w)
 
     orders = torch.tensor([[[0, 1, 2], [2, 1, 0]], [[1, 2, 0], [0, 2, 1]]])
     expected = torch.stack([slope(WEIGHT, order) for order in orders])
