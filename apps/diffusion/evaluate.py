@@ -31,7 +31,6 @@ from apps.diffusion.evaluation.image_sources import BATCH, Source, of_named, ope
 from apps.diffusion.evaluation.nearest import nearest, neighbor_grid
 from apps.diffusion.evaluation.scores import evaluate, table
 from apps.diffusion.files.atomic import atomic_path
-from apps.diffusion.files.names import first_names
 from apps.diffusion.sampling.sampler import Precision
 
 
@@ -123,13 +122,8 @@ def run(request: Request) -> dict[str, Any]:
     known = is_statistics(Path(request.reference))
     real = None if known else open_source(request.reference, request.size, request.batch)
     for source in (samples, real):
-        if source is not None and source.left_out:
-            some = first_names(source.left_out, 3)
-            print(
-                f"evaluate: the {source.count} numbered images of {source.name} are used, and {len(source.left_out)} "
-                f"other images, such as {some}, are left out; move images that are to be scored to another folder.",
-                file=sys.stderr,
-            )
+        for remark in source.remarks if source is not None else ():
+            print(f"evaluate: {remark}", file=sys.stderr)
     extractor = _extractor(request, real)
     if real is None:
         reference = load(Path(request.reference), extractor)

@@ -28,6 +28,8 @@ from apps.diffusion.files.names import first_names, printable
 
 Classes = Literal["folders", "none"]
 T = TypeVar("T")
+# folders of operating systems and archives, with copies or descriptions of images
+SYSTEM_FOLDERS = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
@@ -96,7 +98,7 @@ class Listing:
 
 
 def listing(root: Path, classes: Classes = "folders") -> Listing:
-    """The image files below `root`; links are followed, and hidden files and folders are left out.
+    """The image files below `root`; links are followed, and hidden files, hidden folders and `SYSTEM_FOLDERS` left out.
 
     Args:
         root: a folder.
@@ -130,8 +132,8 @@ def listing(root: Path, classes: Classes = "folders") -> Listing:
             f"{printable(loose)}; move the latter into subfolders, or ignore classes (--data.unconditional in train, "
             "--classes none in encode)."
         )
-    in_loops = {loop for loop in loops if "/" not in loop}
-    names = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in in_loops)
+    left_out = SYSTEM_FOLDERS.union(loop for loop in loops if "/" not in loop)
+    names = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != "." and p.name not in left_out)
     number = {name: i for i, name in enumerate(names)}
     return Listing(root, tuple(files), tuple(number[file.split("/", 1)[0]] for file in files), tuple(names), *rest)
 
@@ -152,7 +154,7 @@ def _walk(root: Path, loops: list[str]) -> Iterator[tuple[Path, list[str]]]:
             target = os.path.realpath(entry.path)
             if target in above or Path(target) in here.parents:
                 loops.append((folder.relative_to(root) / entry.name).as_posix())
-            elif not entry.name.startswith("."):
+            elif not entry.name.startswith(".") and entry.name not in SYSTEM_FOLDERS:
                 pending.append((folder / entry.name, above | {target}))
         yield folder, names
 

@@ -69,7 +69,7 @@ def center_crop(image: Image.Image, size: Size) -> Image.Image:
 
 
 def read(path: Path, size: Size | None, least: int = 1, channels: int = 3) -> np.ndarray:
-    """The image in a file as (channels, height, width) uint8.
+    """The image in a file as (channels, height, width) uint8; the checksums of a PNG file are compared.
 
     Args:
         path: a file in any format that Pillow reads.
@@ -82,6 +82,9 @@ def read(path: Path, size: Size | None, least: int = 1, channels: int = 3) -> np
     """
     with _opened(path, least) as file:
         image = as_shown(file, channels)
+        if file.format == "PNG":  # Pillow decodes pixels of a wrong checksum, and compares checksums in `verify` only
+            with Image.open(path) as stored:
+                stored.verify()
     rows = np.array(image if size is None else center_crop(image, size))
     return rows[None] if channels == 1 else rows.transpose(2, 0, 1)
 
@@ -100,8 +103,9 @@ def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
     """The image as viewers show it (steps 1 to 5), with mode L (1 channel) or RGB (3 channels)."""
     profile, kind = image.info.get("icc_profile"), image.format
     raw = _raw_mode(image)
-    # TIFF may store white as 0; Pillow inverts such gray images of 1 and 8 bits, but not of 16 bits
+    # TIFF may store white as 0, XBM and PSD in 1 bit always do; of these Pillow inverts TIFF of 1 and 8 bits only
     white_is_zero = kind == "TIFF" and image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0
+    white_is_zero |= kind in ("XBM", "PSD") and image.mode == "1"
     image = _eight_bits(_upright(image), kind, _DEEP_LEVELS.get(raw, 2**16 - 1))
     if white_is_zero:
         image = ImageOps.invert(image)
@@ -112,6 +116,8 @@ def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
         image.info["transparency"] = transparent * 255 // _LEVELS[raw]
     image = _without_palette(image)
     image = _to_srgb(image, profile)
+    if image.mode == "LAB":  # Pillow converts Lab to RGB only
+        image = image.convert("RGB")
     if image.mode in ("LA", "RGBA"):
         image = image.convert("RGBA")
         ground = Image.new("RGBA", image.size, (BACKGROUND, BACKGROUND, BACKGROUND, 255))
@@ -152,9 +158,26 @@ def _misread(image: Image.Image) -> str:
     uncompressed = bool(tiles) and tiles[0][0] == "raw"
     if tags.get(284) == 2 and (image.mode == "LAB" or (deep and uncompressed)):
         return f"TIFF with the channels of {image.mode} in separate planes, which Pillow garbles"
-    if image.mode in ("P", "PA") and image.palette is None:
+    if tags.get(332) == 2:
+        return "TIFF of inks that are not cyan, magenta, yellow and black"
+    if 0 < max(tags.get(320, (0,))) < 256:
+        return "TIFF with a palette of 8 bits, which Pillow reads as black"
+    if image.format == "FITS" and image.mode.startswith("I;16"):
+        return "FITS in 16 bits, whose bytes Pillow exchanges"
+    if (image.mode in ("P", "PA") and image.palette is None) or _lost_palette(image):
         return "without its palette"
     return ""
+
+
+def _lost_palette(image: Image.Image) -> bool:
+    """Whether the palette, the last 768 bytes of a PCX file of one plane after a byte 12, is cut off; Pillow then takes
+    the indices for gray levels.
+    """
+    stream = getattr(image, "fp", None)
+    if image.format != "PCX" or image.mode != "L" or stream is None:
+        return False
+    stream.seek(0)
+    return stream.read()[-769:-768] != b"\x0c"
 
 
 def _raw_mode(image: Image.Image) -> str:

@@ -26,7 +26,7 @@ from apps.diffusion.data.mnist import mnist
 from apps.diffusion.data.preprocessing import Unusable, header, minimal_side, read
 from apps.diffusion.files import hashing
 from apps.diffusion.files.images import to_bytes
-from apps.diffusion.files.names import printable
+from apps.diffusion.files.names import first_names, printable
 
 BATCH = 64
 NAMED = {"digits": digits, "mnist": mnist}
@@ -42,7 +42,7 @@ class Source:
         count: n.
         labels: (n,) classes of the images; None if the images have no classes.
         digest: SHA-256 of the data.
-        left_out: other images in the same folder, which are not part of the set.
+        remarks: sentences about files of the folder that are not part of the set.
         batches: function that returns an iterator over batches (b, C, H, W), uint8, in order from the first image.
     """
 
@@ -51,7 +51,7 @@ class Source:
     labels: Tensor | None
     digest: str
     batches: Callable[[], Iterator[Tensor]]
-    left_out: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 def open_source(name: str, size: int | None = None, batch: int = BATCH) -> Source:
@@ -104,17 +104,22 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
     """
     found = sorted((p, m[1]) for p in root.iterdir() if (m := _NAME.fullmatch(p.name)))
     files, classes = [p for p, _ in found], [c for _, c in found]
-    others: tuple[str, ...] = ()
+    remarks: list[str] = []
     labels = torch.tensor([int(c) for c in classes]) if classes and None not in classes else None
     if files:
         own = {file.name for file in files} | {"grid.png"}
-        others = tuple(file for file in listing(root, "none").files if file not in own)
+        others = [file for file in listing(root, "none").files if file not in own]
+        if others:
+            remarks.append(
+                f"the {len(files)} numbered images of {root} are used, and {len(others)} other images, such as "
+                f"{first_names(others, 3)}, are left out; move images that are to be scored to another folder."
+            )
     else:
         listed = listing(root, "none")
         if all("/" in file for file in listed.files):  # subfolders are classes, numbered as in training
             listed = listing(root)
             labels = torch.tensor(listed.labels)
-        files = [root / file for file in listed.files]
+        files, remarks = [root / file for file in listed.files], listed.remarks()
     parts: list[str | bytes] = [f"size {size}"]
     for file in files:
         if not file.is_file():  # reading a named pipe would wait for a writer
@@ -135,7 +140,7 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
                     )
             yield torch.from_numpy(np.stack(rows))
 
-    return Source(str(root), len(files), labels, hashing.of_parts(parts), batches, others)
+    return Source(str(root), len(files), labels, hashing.of_parts(parts), batches, tuple(remarks))
 
 
 def _read(file: Path, size: int | None, channels: int) -> np.ndarray:

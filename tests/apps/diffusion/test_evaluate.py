@@ -283,6 +283,11 @@ def test_images_that_are_left_out_are_counted(folder, quick, tmp_path, capsys):
     printed = capsys.readouterr()
     assert json.loads(printed.out)["generated"]["images"] == 5
     assert all(name in printed.err for name in ("5", "20", "mine-0.png"))
+    for i in range(5):
+        (tmp_path / f"{i:05d}.png").unlink()
+    (tmp_path / "notes.heic").write_text("?")
+    assert evaluate.main([str(tmp_path), "--json"]) == 0
+    assert "1 with .heic" in capsys.readouterr().err
 
 
 def test_equal_gaussians_of_few_images():

@@ -199,6 +199,14 @@ def test_a_class_without_images_is_named_and_keeps_its_number(tmp_path):
     assert "bee" in " ".join(images.remarks())
 
 
+def test_folders_of_the_operating_system_are_no_classes(tmp_path):
+    colors(tmp_path, "ant/0.png", "bee/0.png", "bee/@eaDir/0.png/small.jpg")
+    (tmp_path / "__MACOSX" / "ant").mkdir(parents=True)
+    (tmp_path / "__MACOSX" / "ant" / "._0.png").write_bytes(b"?")
+    found = listing(tmp_path)
+    assert found.classes == ("ant", "bee") and found.files == ("ant/0.png", "bee/0.png")
+
+
 def test_folders_that_are_splits_are_mentioned(tmp_path):
     colors(tmp_path, "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     images = ImageFolderDataset(tmp_path, 16)

@@ -219,6 +219,41 @@ def test_random_damage_raises_nothing_else(tmp_path):
                 pass
 
 
+def test_a_changed_pixel_of_a_png_file_is_noticed(tmp_path):
+    Image.new("RGB", (8, 8), (10, 20, 30)).save(tmp_path / "a.png", compress_level=0)
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[content.index(bytes([10, 20, 30]))] += 1
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(Unusable, match="checksum"):
+        read(tmp_path / "a.png", None)
+
+
+def test_a_palette_at_the_end_of_the_file_may_be_cut_off(tmp_path):
+    image = Image.frombytes("P", (2, 1), b"\0\1")
+    image.putpalette(bytes([255, 0, 0, 0, 0, 255] + 762 * [7]))
+    image.save(tmp_path / "a.pcx")
+    assert read(tmp_path / "a.pcx", None)[:, 0].T.tolist() == [[255, 0, 0], [0, 0, 255]]
+    (tmp_path / "a.pcx").write_bytes((tmp_path / "a.pcx").read_bytes()[:-9])
+    with pytest.raises(Unusable, match="palette"):
+        read(tmp_path / "a.pcx", None)
+
+
+def test_set_bits_of_xbm_and_psd_are_black(tmp_path):
+    (tmp_path / "a.xbm").write_text("#define a_width 8\n#define a_height 1\nstatic char a_bits[] = {\n0x03};\n")
+    head = b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 1, 1, 8, 1, 0) + bytes(12)
+    (tmp_path / "a.psd").write_bytes(head + b"\0\0\xc0")
+    for name in ("a.xbm", "a.psd"):
+        assert read(tmp_path / name, None, channels=1)[0, 0].tolist() == [0, 0] + 6 * [255], name
+
+
+def test_fits_in_sixteen_bits_is_refused(tmp_path):
+    cards = {"SIMPLE": "T", "BITPIX": 16, "NAXIS": 2, "NAXIS1": 2, "NAXIS2": 1}
+    head = "".join(f"{key:<8}= {value:>20}".ljust(80) for key, value in cards.items()) + "END"
+    (tmp_path / "a.fits").write_bytes(head.ljust(2880).encode() + b"\0\1\0\2".ljust(2880, b"\0"))
+    with pytest.raises(Unusable, match="FITS"):
+        read(tmp_path / "a.fits", None)
+
+
 def test_exif_agrees_with_pillow(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 8

@@ -58,8 +58,10 @@ def test_uncompressed_tiff_is_turned(tmp_path, orientation, mode):
         ([bytes([156, 100])], {258: 8, 339: 2}),
         ([b"\0\x80\0\x80", b"\0\x40\0\x40", b"\xff\xff\xff\xff"], {258: (16, 16, 16), 262: 2, 284: 2}),
         ([b"\xff\xff", b"\0\0", b"\0\0"], {258: (8, 8, 8), 262: 8, 284: 2}),
+        ([b"\7\0"], {258: 8, 262: 3, 320: (200,) * 768}),
+        ([bytes(8)], {258: (8, 8, 8, 8), 262: 5, 277: 4, 332: 2}),
     ],
-    ids=["signed", "16 bits in planes", "LAB in planes"],
+    ids=["signed", "16 bits in planes", "LAB in planes", "palette of 8 bits", "other inks"],
 )
 def test_tiff_that_pillow_misreads_is_refused(tmp_path, planes, tags):
     (tmp_path / "a.tif").write_bytes(tiff(2, 1, planes, tags))
@@ -76,3 +78,9 @@ def test_planes_of_8_bits_are_read(tmp_path):
 def test_gray_with_associated_alpha(tmp_path):
     (tmp_path / "a.tif").write_bytes(tiff(1, 1, [bytes([50, 128])], {258: (8, 8), 277: 2, 338: 1}))
     assert read(tmp_path / "a.tif", None, channels=1)[0, 0].tolist() == [50 + 127]
+
+
+def test_lab_as_gray(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff(1, 1, [bytes([136, 0, 0])], {258: (8, 8, 8), 262: 8, 277: 3}))
+    y = ((136 / 2.55 + 16) / 116) ** 3  # of L* = 53.3, without color
+    assert abs(read(tmp_path / "a.tif", None, channels=1)[0, 0, 0] - 255 * (1.055 * y ** (1 / 2.4) - 0.055)) < 1.5
