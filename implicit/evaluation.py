@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit.autodiff.jvp import double_backward_jvp, forward_jvp, lacks_forward_mode
+from implicit.autodiff.jvp import double_backward_jvp, forward_jvp
 from implicit.pytree import Flat, Layout, Map, State, leaves
 from implicit.solvers.base import Point
 from implicit.torch_internals import transforms_active, version
@@ -37,7 +37,7 @@ class FlatMap:
     budget: int = 0
     calls: int = 0
     repeats: int = 0
-    forward: bool = True  # False once an operator of f has proved to lack a forward mode
+    forward: bool = True  # False once forward mode has failed
     _outputs: deque["weakref.ref[Tensor]"] = field(default_factory=lambda: deque(maxlen=_WATCHED), repr=False)
     _copies: list[tuple[State, Any]] = field(default_factory=list, repr=False)  # of inference tensors: no versions
 
@@ -103,9 +103,8 @@ class FlatMap:
             kept = self._outputs
             try:
                 return forward_jvp(self, z, tangent)
-            except (NotImplementedError, RuntimeError) as error:
-                if not lacks_forward_mode(error):
-                    raise
+            except (NotImplementedError, RuntimeError):
+                pass  # each operator without a forward mode raises an error of its own
             finally:
                 self._outputs = kept  # without f's output in the transform
             self.forward = False

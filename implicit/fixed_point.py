@@ -45,10 +45,11 @@ def fixed_point(
     Args:
         f: the map; f(z, *args) has the structure, shapes and dtypes of z. Parameters that f closes over and tensors in
             `args` get gradients. The solve calls f without a graph first, so a tensor that f computes from them once
-            and keeps gives them no gradient. Every evaluation is one call of f, so forward hooks and the running
-            statistics of BatchNorm in f act ``Solution.evals`` times. Backward hooks in f act once per vector-Jacobian
-            product of the estimator; with `IFT` on the vectors of its linear solve, so a hook that changes them changes
-            the gradient. In second derivatives PyTorch may call a tensor's hook with None.
+            and keeps gives them no gradient. A weight under `torch.nn.utils.parametrize` is computed once per solve,
+            and again if f replaces what it is computed from. Every evaluation is one call of f, so forward hooks and
+            the running statistics of BatchNorm in f act ``Solution.evals`` times. Backward hooks in f act once per
+            vector-Jacobian product of the estimator; with `IFT` on the vectors of its linear solve, so a hook that
+            changes them changes the gradient. In second derivatives PyTorch may call a tensor's hook with None.
         z0: the starting state: a tensor ``(B, *)`` or any nested tuple, list or dict of such tensors with one batch
             size. Each sample is its own system, with its own tolerance, failure and answer. Or a function of
             `generator` that draws such a state.

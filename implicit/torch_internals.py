@@ -131,18 +131,26 @@ def alive(t: Tensor) -> Tensor:
     return t
 
 
+def autograd_vmap_level() -> int:
+    """The level of the vmap of autograd, of `jacobian(vectorize=True)`; 0 if it is off.
+
+    (`torch._C._vmapmode_increment_nesting`, `_vmapmode_decrement_nesting`, 2.13.0.)
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
 def split_batched(g: Tensor) -> tuple[list[Tensor], Callable[[Tensor], Tensor]] | None:
     """(the tensors in a g batched by the innermost vmap, a function that batches a stack again); None: not batched.
 
-    (`torch._C._functorch`; the vmap of autograd: `torch._C._vmapmode_increment_nesting`, `torch._remove_batch_dim`,
-    `torch._add_batch_dim`; 2.13.0.)
+    (`torch._C._functorch`; the vmap of autograd: `torch._remove_batch_dim`, `torch._add_batch_dim`; 2.13.0.)
     """
     if _functorch.is_batchedtensor(g):
         level, dim = _functorch.maybe_get_level(g), _functorch.maybe_get_bdim(g)
         rows = _functorch.get_unwrapped(g).movedim(dim, 0)
         return list(rows.unbind()), lambda t: _functorch._add_batch_dim(t, 0, level)
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
+    level = autograd_vmap_level()
     if level < 1:
         return None
     legacy: Any = torch
@@ -248,6 +256,18 @@ def _storages(thing: Any) -> list[StorageWeakRef]:
 def parametrize_cache() -> tuple[Any, int]:
     """The weights that `parametrize.cached()` keeps, and how many such contexts are on (2.13.0)."""
     return parametrize._cache, parametrize._cache_enabled
+
+
+def parametrization_of_lookup() -> torch.nn.Module:
+    """The parametrization whose weight torch looks up or enters in the cache, called by methods of the cache.
+
+    The key of the cache has the id of a module that may no longer exist, so the module itself is read from the frame of
+    `get_cached_parametrization` (`parametrize._inject_property`, 2.13.0).
+    """
+    frame: Any = sys._getframe(1)
+    while frame.f_code.co_name != "get_cached_parametrization":
+        frame = frame.f_back
+    return frame.f_locals["parametrization"]
 
 
 def set_parametrize_cache(cache: Any, enabled: int) -> None:

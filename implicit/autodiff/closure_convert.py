@@ -20,6 +20,7 @@ from typing import Any, TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.parameter import is_lazy
 
 from implicit.autodiff.function_mode import FunctionMode
 from implicit.autodiff.recomputation import CHANGED
@@ -87,7 +88,7 @@ class ClosureTracer(FunctionMode):
 
     def _read(self, t: Tensor) -> Tensor:
         """Record t if it is closed over; returns the tensor to use: t, or with `constant` a constant of its value."""
-        if self.made(t) or self.made(alive(t)):
+        if is_lazy(t) or self.made(t) or self.made(alive(t)):  # a lazy parameter has no numbers before its first use
             return t
         base, layers = unwrap(t, self.level)
         held = unwrap(t, self.level, differentiated=True)[0]  # the tensor in t, if t is a variable of an inner grad

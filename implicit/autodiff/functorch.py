@@ -31,6 +31,7 @@ from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
 from implicit.torch_internals import (
     Allocations,
+    autograd_vmap_level,
     forward_levels,
     forward_mode_active,
     has_derivative,
@@ -88,6 +89,11 @@ def solve(
         raise NotImplementedError(
             "Forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) is not possible through a fixed point: "
             "use reverse mode for one of the two, for example torch.func.hessian or jacrev(jacfwd(...))."
+        )
+    if attached and autograd_vmap_level():
+        raise NotImplementedError(
+            "torch.autograd.functional.jacobian(strategy='forward-mode') is not possible through IFT, since its vmap "
+            "has no rules for the operators of a solve: use torch.func.jacfwd, or strategy='reverse-mode'."
         )
     _refuse_options(options)
     layout = Layout.of(problem.z0, options.batch_dims)

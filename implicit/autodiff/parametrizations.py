@@ -4,19 +4,23 @@
 `spectral_norm` in training mode takes a step of its power iteration each time. A map that changes from evaluation to
 evaluation has no fixed point. Within a solve, its backward pass included, each such weight is therefore computed at
 its first access and kept, as by `parametrize.cached()`. The weight is computed with a graph even if the solve itself
-records none, so that the parameters of the weight get their gradient.
+records none, so that the parameters of the weight get their gradient. It is computed again if f replaces a parameter,
+a buffer or an attribute of the parametrization: by `torch.func.functional_call` with several sets of parameters, or by
+a scale that depends on the state. A value that f writes into such a tensor in place is not seen.
 """
 
 import threading
+import weakref
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from implicit.pytree import Map, State
 from implicit.torch_internals import (
     Hooks,
+    parametrization_of_lookup,
     parametrize_cache,
     put_saved_tensor_hooks,
     set_parametrize_cache,
@@ -24,6 +28,26 @@ from implicit.torch_internals import (
     traced,
     transforms_active,
 )
+
+
+class _Weight:
+    """A weight, and what it was computed from: the module, its parameters and buffers, and all other attributes."""
+
+    def __init__(self, value: Tensor, parametrization: nn.Module) -> None:
+        self.value, self.parts = value, _parts(parametrization)
+        self.parametrization = weakref.ref(parametrization)
+
+    def is_of(self, parametrization: nn.Module) -> bool:
+        """Whether the module is the same, and no parameter, buffer or attribute of it was replaced."""
+        if self.parametrization() is not parametrization:
+            return False
+        parts = _parts(parametrization)
+        return len(parts) == len(self.parts) and all(a is b for a, b in zip(parts, self.parts, strict=True))
+
+
+def _parts(module: nn.Module) -> list[Any]:
+    attributes = (part for m in module.modules() for part in vars(m).values())
+    return [*module.parameters(), *module.buffers(), *attributes]
 
 
 @dataclass(frozen=True)
@@ -35,17 +59,17 @@ class WeightsOnce:
 
     f: Map
     recorded: bool
-    kept: dict[Any, Tensor] = field(default_factory=dict)
+    kept: dict[Any, _Weight] = field(default_factory=dict)
 
     def __call__(self, z: State, *args: object) -> State:
         if traced():  # the compiler and torch.jit do not support this cache
             return self.f(z, *args)
         mode = torch.is_grad_enabled()
-        _Cache.enter(self)
+        unfinished = _Cache.enter(self)
         try:
             return self.f(z, *args)
         finally:
-            _Cache.leave()
+            _Cache.leave(unfinished)
             torch.set_grad_enabled(mode)
 
 
@@ -80,7 +104,8 @@ class _Cache(dict[Any, Tensor]):
     enabled = 0  # how many `cached()` of the user were active
 
     @classmethod
-    def enter(cls, solve: WeightsOnce) -> None:
+    def enter(cls, solve: WeightsOnce) -> int:
+        """Begin an evaluation; returns the number of weights that are being computed."""
         cls.local.solves.append(solve)
         with cls.lock:
             if not cls.active:
@@ -88,10 +113,14 @@ class _Cache(dict[Any, Tensor]):
             cls.active += 1
             cache, enabled = parametrize_cache()
             set_parametrize_cache(cls() if cls.active == 1 else cache, enabled + 1)
+        return len(cls.local.modes)
 
     @classmethod
-    def leave(cls) -> None:
+    def leave(cls, unfinished: int) -> None:
+        """End an evaluation, and the computation of weights that an error has ended."""
         cls.local.solves.pop()
+        while len(cls.local.modes) > unfinished:
+            put_saved_tensor_hooks(cls.local.modes.pop()[1])
         with cls.lock:
             cls.active -= 1
             cache, enabled = parametrize_cache()
@@ -101,8 +130,9 @@ class _Cache(dict[Any, Tensor]):
         solves = self.local.solves
         if not solves:
             return self.users.get(key) if self.enabled else None
-        solve = solves[-1]
-        found = solve.kept.get(key)
+        solve, parametrization = solves[-1], parametrization_of_lookup()
+        kept = solve.kept.get(key)
+        found = kept.value if kept is not None and kept.is_of(parametrization) else None
         if found is None and self.enabled:
             found = self.users.get(key)
         if found is None:
@@ -111,7 +141,7 @@ class _Cache(dict[Any, Tensor]):
             self.local.modes.append((torch.is_grad_enabled(), take_saved_tensor_hooks()))
             torch.set_grad_enabled(solve.recorded or torch.is_grad_enabled())
         else:
-            solve.kept[key] = found
+            solve.kept[key] = _Weight(found, parametrization)
         return found
 
     def __setitem__(self, key: Any, weight: Tensor) -> None:
@@ -121,6 +151,6 @@ class _Cache(dict[Any, Tensor]):
             torch.set_grad_enabled(mode)
             put_saved_tensor_hooks(hooks)
             if not transforms_active():
-                solves[-1].kept[key] = weight
+                solves[-1].kept[key] = _Weight(weight, parametrization_of_lookup())
         if self.enabled and not transforms_active():
             self.users[key] = weight

@@ -21,8 +21,8 @@ from implicit.torch_internals import is_abstract
 CHANGED = (
     "f is another map in the backward pass than in the forward pass: a second evaluation at the solution differs from "
     "the first. Something that f reads has changed since the solve: a loop variable of a lambda, an attribute of a "
-    "module, a buffer, or a weight that was written in place. Pass it to fixed_point through `args`, or bind it when f "
-    "is made (lambda z, x=x: ...)."
+    "module, a buffer, a weight that was written in place, or the parameters of a torch.func.functional_call that has "
+    "ended. Pass it to fixed_point through `args`, or bind it when f is made (lambda z, x=x: ...)."
 )
 _ROUNDING = 1e3  # two values of one function may differ by this many eps ||x|| in float32 and float64
 _COARSE = 8.0  # likewise in narrower dtypes

@@ -28,7 +28,9 @@ class Neumann(AbstractGrad):
     The terms from J^terms on are dropped: relative error about rho(J)^terms. ``Neumann(1)`` is ``JFB(1)``;
     ``Neumann(k)`` at an exact fixed point is ``JFB(k)`` in the memory of one evaluation. The sum diverges with `terms`
     if rho(J) > 1. Memory: one evaluation of f. Cost: one evaluation and `terms` vector-Jacobian products. The starting
-    state gets no gradient. When to use: for a known, small bias at a fixed cost, with no solve that could fail.
+    state gets no gradient. Second derivatives are those of this formula at a constant z*, which leaves out the
+    dependence of z* on theta: use `IFT` for them. When to use: for a known, small bias at a fixed cost, with no solve
+    that could fail.
 
     Source: Geng et al., "On Training Implicit Models", NeurIPS 2021, arXiv 2111.05177, section 3.2 (Neumann-series
     phantom gradient).

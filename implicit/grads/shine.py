@@ -46,9 +46,9 @@ class SHINE(AbstractGrad):
 
     On the last layer u falls back to g: without `fallback` the error is 0.57 at 0 products. Memory: one evaluation of
     f, and until the backward pass the solver's history, which its `memory` bounds. Cost: one evaluation, `refine`
-    products v^T J and one v^T df/dtheta. The starting state gets no gradient. When to use: with Broyden and many
-    evaluations forward, if the backward pass must cost next to nothing. With ``refine=1`` SHINE is about as accurate as
-    `Neumann` with two products.
+    products v^T J and one v^T df/dtheta. The starting state gets no gradient. Second derivatives are
+    those of this formula at constant z* and H. When to use: with Broyden and many evaluations forward, if the backward
+    pass must cost next to nothing. With ``refine=1`` SHINE is about as accurate as `Neumann` with two products.
 
     Source: Ramzi et al., "SHINE: SHaring the INverse Estimate from the forward pass for bi-level optimization and
     implicit models", ICLR 2022, arXiv 2106.00553, section 2 and the fallback of section 3.

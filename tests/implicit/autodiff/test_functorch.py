@@ -108,6 +108,12 @@ def test_forward_over_forward_is_refused(estimator):
         jacfwd(jacfwd(loss(through_args(estimator))))(W, B)
 
 
+def test_the_forward_mode_of_autograd_under_its_own_vmap_is_refused():
+    solve = functools.partial(loss(through_args(EXACT)), b=B)
+    with pytest.raises(NotImplementedError, match="jacfwd"):
+        torch.autograd.functional.jacobian(solve, W, vectorize=True, strategy="forward-mode")
+
+
 def test_vmap_over_the_parameters_of_a_module():
     layers = [nn.Linear(3, 3, dtype=torch.float64) for _ in range(4)]
     for i, layer in enumerate(layers):

@@ -2,11 +2,14 @@
 
 import collections
 import threading
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
 
 from implicit import (
     IFT,
@@ -15,6 +18,7 @@ from implicit import (
     AndersonGS,
     Broyden,
     Neumann,
+    NewtonKrylov,
     Phantom,
     Reversible,
     Unrolled,
@@ -126,6 +130,91 @@ def test_second_derivatives_through_a_namedtuple():
     torch.testing.assert_close(twice(value, w), twice(z, w), rtol=1e-7, atol=1e-9)
 
 
+class Scaled(nn.Module):
+    """A parametrization with an attribute."""
+
+    scale: Any = 1.0
+
+    def forward(self, w: Tensor) -> Tensor:
+        return self.scale * w
+
+
+def parametrized(scale: Scaled) -> nn.Linear:
+    layer = nn.Linear(5, 5, bias=False, dtype=F64)
+    parametrize.register_parametrization(layer, "weight", scale)
+    return layer
+
+
+def one_template(w: Tensor) -> Any:
+    template, name = parametrized(Scaled()), "parametrizations.weight.original"
+
+    def f(z: Tensor) -> Tensor:
+        for own in (w, 0.5 * w.T):
+            z = torch.tanh(functional_call(template, {name: own}, (z,)) + X)
+        return z
+
+    return f
+
+
+def scale_of_state(w: Tensor) -> Any:
+    scale = Scaled()
+    layer = parametrized(scale)
+    layer.requires_grad_(False)
+
+    def f(z: Tensor) -> Tensor:
+        scale.scale = torch.cos(0.3 * z.sum())
+        return torch.tanh(0.5 * z @ w.T + 0.3 * layer(z) + X)
+
+    return f
+
+
+def modules_of_one_call(w: Tensor) -> Any:
+    def f(z: Tensor) -> Tensor:
+        for value in (0.9, 0.4):
+            scale = Scaled()
+            scale.scale = value
+            layer = parametrized(scale)
+            with torch.no_grad():
+                layer.parametrizations.weight.original.copy_(torch.eye(5))  # pyright: ignore
+            z = torch.tanh(layer(z) @ w.T + X)
+        return z
+
+    return f
+
+
+@named(IFT(stop=SOLVE), Reversible(anchor=8), Unrolled())
+@pytest.mark.parametrize("kind", [one_template, scale_of_state, modules_of_one_call], ids=lambda kind: kind.__name__)
+def test_a_parametrization_that_is_another_within_one_evaluation(grad, kind):
+    torch.manual_seed(0)
+    w = weight()
+    f = kind(w)
+    got = gradient(f, w, grad, solver=AndersonGS(), batch_dims=0)
+    torch.testing.assert_close(got, unrolled(f, w), rtol=1e-7, atol=1e-9)
+
+
+def test_an_error_in_a_parametrization_leaves_the_hooks_on_saved_tensors_on():
+    scale = Scaled()
+    layer = parametrized(scale)
+    scale.scale = "no number"
+    with torch.autograd.graph.save_on_cpu(), pytest.raises(TypeError):
+        fixed_point(layer, ZERO)
+
+
+@named(IFT(stop=SOLVE), Reversible(anchor=8), Unrolled(checkpoint=True))
+def test_a_lazy_module_is_initialized_by_its_first_evaluation(grad):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer = nn.LazyLinear(5, dtype=F64)
+
+    def f(z: Tensor) -> Tensor:
+        return 0.6 * torch.tanh(layer(z) + X)
+
+    torch.manual_seed(0)
+    value = fixed_point(f, ZERO, grad=grad, stop=TIGHT, solver=AndersonGS()).value
+    got = torch.autograd.grad(value.pow(2).sum(), layer.weight)[0]
+    torch.testing.assert_close(got, unrolled(f, layer.weight), rtol=1e-7, atol=1e-9)
+
+
 @named(IFT(), JFB(5), Phantom(), Neumann(), SHINE(), Reversible(), Unrolled())
 @pytest.mark.parametrize("in_args", [True, False])
 def test_a_sparse_weight(grad, in_args):
@@ -144,3 +233,17 @@ def test_a_sparse_weight(grad, in_args):
     (true,) = torch.autograd.grad(z.sum(), dense)
     near = 1e-3 if isinstance(grad, IFT | Reversible | Unrolled) else 0.8
     assert (got.to_dense() - true).diagonal().norm() < near * true.diagonal().norm()
+
+
+def test_a_compressed_sparse_weight_under_newton_krylov():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        w = (0.2 * torch.eye(5, dtype=F64)).to_sparse_csr().requires_grad_()
+
+    def f(z: Tensor) -> Tensor:
+        return torch.tanh((w @ z.T).T + X)
+
+    value = fixed_point(f, ZERO, solver=NewtonKrylov(), stop=TIGHT).check().value
+    (got,) = torch.autograd.grad(value.sum(), w)
+    true = ((1 - value**2) / (1 - 0.2 * (1 - value**2)) * value).sum(0)
+    torch.testing.assert_close(got.to_dense().diagonal(), true.detach(), rtol=1e-7, atol=1e-9)
