@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import implicit
@@ -189,6 +190,8 @@ class SamplingOptions:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise OptionError(f"{{0}} must lie in [0, 1], got {value}.", name)
+        if any(a <= b for a, b in pairwise(self.timesteps)):
+            raise OptionError(f"{{0}} must fall from each entry to the next, got {self.timesteps}.", "timesteps")
         if self.parallel_rtol is not None and not 0 < self.parallel_rtol < 1:
             raise OptionError(f"{{0}} must lie in (0, 1), got {self.parallel_rtol}.", "parallel_rtol")
         if any(not 0 <= r < 1 for r in self.rtol):

@@ -5,9 +5,9 @@
     features                   (m, D), float32, of m <= KEPT images, evenly spaced in the set: for KID, precision,
     recall
 
-The file format is safetensors with a JSON header: name and checksum of the data and of the extractor, counts and
-versions. A cached file is used only if the checksums of images and network agree. The statistics that the ADM
-evaluation suite publishes (.npz with mu, sigma, mu_s, sigma_s) are read too; they have no checksum.
+The file format is safetensors with a JSON header: name and checksum of the data and of the extractor, counts, versions,
+and the checksum of the tensors. A cached file is used only if the checksums of images and network agree. The statistics
+that the ADM evaluation suite publishes (.npz with mu, sigma, mu_s, sigma_s) are read too; they have no checksum.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from apps.diffusion.evaluation.feature_extractors import Extractor
-from apps.diffusion.evaluation.image_sources import Source
+from apps.diffusion.evaluation.image_sources import DAMAGED, Source
 from apps.diffusion.evaluation.metrics import Gaussian
 from apps.diffusion.files import hashing
 from apps.diffusion.files.atomic import atomic_path
@@ -151,7 +151,7 @@ def save(statistics: Statistics, file: Path) -> None:
         save_file(
             {name: value.contiguous() for name, value in tensors.items()},
             partial,
-            metadata={"provenance": json.dumps(statistics.provenance)},
+            metadata={"provenance": json.dumps(statistics.provenance), "sha256": hashing.of_tensors(tensors)},
         )
 
 
@@ -167,9 +167,12 @@ def load(file: Path, extractor: Extractor) -> Statistics:
         return _published(file)
     try:
         with safe_open(file, framework="pt") as held:
-            provenance = json.loads((held.metadata() or {})["provenance"])
+            metadata = held.metadata() or {}
             tensors = {name: held.get_tensor(name) for name in held.keys()}
-        features = provenance["features"]
+        if metadata.get("sha256") not in (None, hashing.of_tensors(tensors)):  # None: a file of an earlier version
+            raise ValueError("its tensors do not fit their checksum")
+        provenance = json.loads(metadata["provenance"])
+        features, _ = provenance["features"], provenance["data"]["name"]
         pooled = _gaussian(tensors["mean"], tensors["cov"])
         spatial = _gaussian(tensors["spatial_mean"], tensors["spatial_cov"]) if "spatial_mean" in tensors else None
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -195,19 +198,19 @@ def is_statistics(file: Path) -> bool:
     """Whether a file holds statistics rather than images."""
     if file.suffix == ".npz" and file.is_file():
         try:
-            with np.load(file, allow_pickle=False) as arrays:
-                return {"mu", "sigma"} <= set(arrays.files)
-        except (OSError, ValueError):
+            with zipfile.ZipFile(file) as archive:
+                return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
+        except DAMAGED:
             return False
     return file.suffix == ".safetensors"
 
 
 def _published(file: Path) -> Statistics:
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             held = {name: torch.from_numpy(arrays[name]).double() for name in arrays.files if name[0] in "ms"}
         pooled = _gaussian(held["mu"], held["sigma"])
         spatial = _gaussian(held["mu_s"], held["sigma_s"]) if "mu_s" in held else None
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (*DAMAGED, TypeError) as error:
         raise ValueError(f"{file} holds no statistics ({error}); give the images, or another file.") from None
     return Statistics({"data": {"name": str(file)}, "features": {"name": "as published"}}, pooled, spatial, None)

@@ -8,8 +8,10 @@ an .npz file                arr_0 (n, H, W, C) uint8, and optionally the classes
 
 from __future__ import annotations
 
+import math
 import re
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,8 @@ from apps.diffusion.files.names import first_names, printable
 
 BATCH = 64
 NAMED = {"digits": digits, "mnist": mnist}
+# errors that a damaged .npz file raises while it is opened or read
+DAMAGED = (OSError, KeyError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _NAME = re.compile(r"\d{5,}(?:-class-(\d+))?\.png")
 
 
@@ -183,25 +187,31 @@ def of_npz(path: Path, batch: int = BATCH) -> Source:
             if classes.ndim != 1 or classes.dtype.kind not in "iu" or (classes.size and classes.min() < 0):
                 raise ValueError(f"its classes, arr_1, are {classes.dtype} {classes.shape}, not integers (n,) from 0")
             labels = torch.from_numpy(classes.astype(np.int64))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"{path} does not hold images as arr_0 and their classes, if any, as arr_1 ({error}); write it again."
         ) from None
     if (
         len(shape) != 4
+        or min(shape) < 1
         or shape[3] not in (1, 3)
         or dtype != np.uint8
         or (labels is not None and len(labels) != shape[0])
     ):
-        raise ValueError(f"arr_0 of {path} is {dtype} {shape}; images are uint8 (n, H, W, 1 or 3).")
+        raise ValueError(f"arr_0 of {path} is {dtype} {shape}; images are uint8 (n, H, W, 1 or 3), n at least 1.")
 
     def batches() -> Iterator[Tensor]:
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-            _header(file)
-            for first in range(0, shape[0], batch):
-                rows = (min(batch, shape[0] - first), *shape[1:])
-                held = bytearray(file.read(int(np.prod(rows))))
-                yield torch.frombuffer(held, dtype=torch.uint8).view(rows).permute(0, 3, 1, 2)
+        try:
+            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+                _header(file)
+                for first in range(0, shape[0], batch):
+                    rows = (min(batch, shape[0] - first), *shape[1:])
+                    held = bytearray(file.read(math.prod(rows)))
+                    if len(held) != math.prod(rows):
+                        raise ValueError("it has fewer images than its header says")
+                    yield torch.frombuffer(held, dtype=torch.uint8).view(rows).permute(0, 3, 1, 2)
+        except DAMAGED as error:  # the checksum is compared when the last image is read
+            raise ValueError(f"arr_0 of {path} is damaged ({error}); write the file again.") from None
 
     return Source(str(path), shape[0], labels, hashing.of_file(path), batches)
 

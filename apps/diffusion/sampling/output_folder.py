@@ -159,16 +159,22 @@ class OutputFolder:
 
     def write_effort(self, timesteps: Sequence[int]) -> dict[str, Any]:
         """Write effort.json, the cost of all images of this folder over all processes and commands; see `summed`."""
-        lines = []
-        for file in sorted(self.folder.glob(".effort-*.jsonl")):
-            for text in file.read_text().splitlines():
-                try:
-                    lines.append(json.loads(text))
-                except ValueError:
-                    continue  # a killed process left this line incomplete
+        files = sorted(self.folder.glob(".effort-*.jsonl"))
+        texts = [text for file in files for text in file.read_text(errors="replace").splitlines()]
+        lines = [line for text in texts if (line := _effort_line(text, len(timesteps))) is not None]
         total = summed(lines, timesteps)
         write_text(self.folder / "effort.json", json.dumps(total, indent=2) + "\n")
         return total
+
+
+def _effort_line(text: str, steps: int) -> dict[str, Any] | None:
+    """An entry of .effort-RANK.jsonl; None for a line that is damaged, or that a killed process left incomplete."""
+    names = {"block_passes", "macs", "computed", "residual_sum", "residual_max", "seconds"}
+    try:
+        line = json.loads(text)
+        return line if names <= set(line) and len(line["evaluations"]) == steps else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def summed(lines: Sequence[dict[str, Any]], timesteps: Sequence[int]) -> dict[str, Any]:

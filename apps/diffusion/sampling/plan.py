@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+
 from apps.diffusion.config.network import check_zero_snr
 from apps.diffusion.config.sampling import OptionError, SamplingOptions
 from apps.diffusion.files.names import first_names
@@ -96,7 +98,8 @@ def _guidance(model: DiT | FPDM, options: SamplingOptions) -> Guidance:
     """The classifier-free guidance of the options.
 
     Raises:
-        OptionError: guidance is given for a network without classes, or an interval is given without guidance.
+        OptionError: guidance is given for a network without classes, an interval is given without guidance, or more
+            channels are guided than the image has.
     """
     guidance = Guidance(
         scale=options.value("guidance"), channels=options.guidance_channels, interval=options.guidance_interval
@@ -105,17 +108,28 @@ def _guidance(model: DiT | FPDM, options: SamplingOptions) -> Guidance:
         raise OptionError(f"{{0}} = {guidance.scale:g} needs a network with classes; leave {{0}} at 1.", "guidance")
     if guidance.interval is not None and not guidance.doubles:
         raise OptionError("{0} needs {1} other than 1; give both, or leave {0} out.", "guidance_interval", "guidance")
+    if guidance.channels is not None and guidance.channels > (most := model.latent[0]):
+        raise OptionError(f"{{0}} = {guidance.channels} exceeds the {most} channels of the image.", "guidance_channels")
     return guidance
 
 
 def _scheduler(scheduler: Any, options: SamplingOptions) -> Any:
-    """The scheduler with the sampler and the spacing of the options."""
+    """The scheduler with the sampler and the spacing of the options.
+
+    Raises:
+        OptionError: the spacing or eta does not fit the sampler.
+    """
     if is_flow(scheduler) and options.spacing not in (None, "trailing"):
         raise OptionError(f"{{0}} {options.spacing} does not fit a rectified flow; use trailing.", "spacing")
     if options.spacing is not None and not is_flow(scheduler):
         scheduler = copy.deepcopy(scheduler)
         scheduler.register_to_config(timestep_spacing=options.spacing)
-    return scheduler if options.sampler is None else same_noise(scheduler, options.sampler)
+    scheduler = scheduler if options.sampler is None else same_noise(scheduler, options.sampler)
+    if options.value("eta") and not isinstance(scheduler, DDIMScheduler):
+        raise OptionError(
+            f"{{0}} = {options.eta:g} is for ddim; leave {{0}} out, or give {{1}} ddim.", "eta", "sampler"
+        )
+    return scheduler
 
 
 def _parallel(options: SamplingOptions, reverse: Reverse, solve: Solve | None) -> Parallel | None:

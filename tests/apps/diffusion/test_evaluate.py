@@ -252,6 +252,38 @@ def test_what_cannot_be_scored_is_refused(what, name, folder, quick, tmp_path, c
     assert printed.startswith("evaluate: ") and name in printed
 
 
+@pytest.mark.parametrize("place", [0, 30, 3000, -300, None])
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_damaged_archives_are_refused_by_name(write, place, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 8, 8, 1), dtype=np.uint8)
+    write(tmp_path / "a.npz", arr_0=pixels, arr_1=np.arange(70))
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    if place is None:
+        content = content[:2000]
+    else:
+        content[place] ^= 4
+    (tmp_path / "a.npz").write_bytes(content)
+    assert not reference.is_statistics(tmp_path / "a.npz")
+    try:
+        assert (
+            torch.cat(list(sources.of_npz(tmp_path / "a.npz").batches())).numpy() == pixels.transpose(0, 3, 1, 2)
+        ).all()
+    except ValueError as error:
+        assert "a.npz" in str(error)
+
+
+def test_statistics_of_another_checksum_are_measured_again(tmp_path):
+    x = torch.randint(256, (9, 1, 2, 2), dtype=torch.uint8)
+    first = reference.cached(source(x), Pixels(), tmp_path)
+    file = next(tmp_path.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="checksum"):
+        reference.load(file, Pixels())
+    assert torch.equal(reference.cached(source(x), Pixels(), tmp_path).pooled.cov, first.pooled.cov)
+
+
 def test_a_link_to_nothing_and_a_named_pipe_are_refused_by_name(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ValueError, match=r"pipe\.png"):

@@ -159,7 +159,7 @@ def test_files_that_exist_are_kept(trained, tmp_path, capsys):
 
 def test_a_record_that_was_cut_off_spoils_no_other(trained, tmp_path):
     assert call(trained, tmp_path, "--num", "16") == 0
-    (tmp_path / ".effort-0.jsonl").write_text('{"images": 16, "blo')
+    (tmp_path / ".effort-0.jsonl").write_bytes(b'5\n\xff\n{"evaluations": [1]}\n{"images": 16, "blo')
     assert call(trained, tmp_path, "--num", "32") == 0
     assert json.loads((tmp_path / "effort.json").read_text())["images"] == 16
 

@@ -178,6 +178,14 @@ def test_an_interval_of_guidance_is_in_the_plan_and_excludes_what_it_would_chang
     assert options_of(guidance_interval=torch.tensor([1, 2])).guidance_interval == (1, 2)
 
 
+@pytest.mark.parametrize(
+    "options", [{"guidance_channels": 3}, {"eta": 0.5, "sampler": "ddpm"}, {"timesteps": (999, 999)}], ids=str
+)
+def test_options_that_do_not_fit_are_refused_by_name(options):
+    with pytest.raises(OptionError, match=next(iter(options))):
+        translate(fpdm(), make_scheduler("ddim"), SamplingOptions(**options))
+
+
 def test_every_sampler_has_the_networks_noise():
     assert set(get_args(Sampler)) == {*SAMPLERS, "flow"}
     base = make_scheduler("ddpm", spacing="linspace", clip=1.0, learn_sigma=True)
