@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from implicit.argument_types import check_arguments
 from implicit.fixed_point import check_types, fixed_point
 from implicit.grads.base import AbstractGrad
 from implicit.grads.ift import IFT
@@ -47,6 +48,8 @@ class DEQ(nn.Module):
     ) -> None:
         super().__init__()
         check_types(solver, grad, stop)
+        given = {"f": f, "eval_stop": eval_stop, "return_value": return_value, "has_aux": has_aux}
+        check_arguments(DEQ.__init__, given, "DEQ: ")
         self.f, self.solver, self.grad = f, solver, grad
         self.stop, self.eval_stop, self.return_value, self.has_aux = stop, eval_stop, return_value, has_aux
 

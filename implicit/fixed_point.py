@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from implicit import grads, solvers
+from implicit.argument_types import check_arguments
 from implicit.autodiff.autocast import as_now
 from implicit.autodiff.parametrizations import weights_once
 from implicit.grads.base import AbstractGrad
@@ -92,6 +93,7 @@ def fixed_point(
         tensor([[0.7391]])
     """
     check_types(solver, grad, stop)
+    check_arguments(fixed_point, {"f": f, "has_aux": has_aux, "starts": starts, "generator": generator})
     options = SolveOptions(
         batch_dims=batch_dims,
         trace=trace,

@@ -127,7 +127,7 @@ def _run(f: FlatMap | JointMap, monitor: ConvergenceMonitor, solver: AbstractSol
     """Evaluate until all samples have finished, the budget is spent or f couples samples; returns the solver state."""
     compactor = _Compactor(f, monitor, options) if isinstance(f, FlatMap) and options.compact else None
     point = f.evaluate(monitor.best.z)
-    monitor.observe(point, f.calls, f.remaining <= 0)
+    monitor.observe(point, f.calls, f.remaining <= 0 or monitor.done)  # no sample runs in an empty batch
     state, newton = begin(solver, point, options), None
     if point.fz.requires_grad:
         monitor.without_newton()

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from implicit.argument_types import check_fields
 from implicit.pytree import Flat, Layout, Map, State
 from implicit.solution import Adjoint
 
@@ -57,6 +58,9 @@ class SolveOptions:
     adjoint: Adjoint | None = None
     callback: Callable[[int, Tensor], None] | None = None
     progress: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def observed(self) -> bool:

@@ -157,6 +157,8 @@ class Layout:
         for t in tensors:
             if not (t.is_floating_point() or t.is_complex()):
                 raise ValueError(f"The starting state must be floating point or complex, got {t.dtype}: convert it.")
+            if t.layout is not torch.strided:
+                raise ValueError(f"The starting state must be dense, got {t.layout}: call to_dense().")
             if batch_dims and t.ndim == 0:
                 raise ValueError("The starting state has no batch dimension: pass batch_dims=0, or add one to it.")
             if t.device != tensors[0].device:
@@ -242,6 +244,8 @@ class Layout:
                 raise ValueError(
                     f"f must keep the dtype of the state: expected {like.dtype}, got {t.dtype}: cast it in f."
                 )
+            if t.layout is not torch.strided:
+                raise ValueError(f"f must keep the layout of the state: {like.layout}, got {t.layout}: use to_dense().")
             if t.device != like.device:
                 raise ValueError(f"f must keep the device of the state: {like.device}, got {t.device}: move it in f.")
         return out

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from implicit.argument_types import check_fields
 from implicit.pytree import Flat, Layout, PerSample, scaled_norm
 from implicit.solution import Result
 
@@ -71,16 +72,15 @@ class Stop:
     when: Callable[[Any, Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("rtol", "atol"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"Stop.{name} must be finite and at least 0, got {getattr(self, name)}.")
         for name in ("max_evals", "check_every"):
-            if getattr(self, name) != int(getattr(self, name)) or getattr(self, name) < 1:
-                raise ValueError(f"Stop.{name} must be a whole number, at least 1, got {getattr(self, name)}.")
+            if getattr(self, name) < 1:
+                raise ValueError(f"Stop.{name} must be at least 1, got {getattr(self, name)}.")
         if self.norm not in get_args(Norm):
             raise ValueError(f"Stop.norm must be one of {', '.join(get_args(Norm))}, got {self.norm!r}.")
-        if self.when is not None and not callable(self.when):
-            raise TypeError(f"Stop.when must be a function of (z, f(z)), got {self.when!r}.")
 
     @property
     def has_tolerance(self) -> bool:
@@ -119,7 +119,7 @@ class Criterion:
         else:
             parts = x.split(list(self.widths), dim=1)
             sizes = torch.stack([_norm(part, self.stop.norm, scaled) for part in parts], dim=1)
-        return sizes.reshape(flat.shape[0], -1) if self.grouped else sizes
+        return sizes.reshape(flat.shape[0], self.joint * len(self.widths or (1,))) if self.grouped else sizes
 
     def compare(self, r: np.ndarray, s: np.ndarray, first: np.ndarray | float) -> tuple[np.ndarray, ...]:
         """(residual, size, tolerance) of every row, (B,) each, from the norms r of f(z) - z and s of f(z)."""
@@ -142,9 +142,9 @@ class Criterion:
         if self.stop.when is None:
             return None
         with torch.no_grad():
-            apart = [self.layout.unpack(t.detach().reshape(t.shape[0] * self.joint, -1)) for t in (z, fz)]
+            rows, numbers = z.shape[0] * self.joint, z.shape[1] // self.joint
+            apart = [self.layout.unpack(t.detach().reshape(rows, numbers)) for t in (z, fz)]
             stopped = self.stop.when(*apart)
-        rows = z.shape[0] * self.joint
         if not isinstance(stopped, Tensor) or stopped.dtype != torch.bool or stopped.shape != (rows,):
             given = f"{stopped.dtype} of shape {tuple(stopped.shape)}" if isinstance(stopped, Tensor) else repr(stopped)
             raise ValueError(

@@ -119,7 +119,7 @@ def summary(t: Tensor, widths: tuple[int, ...] = ()) -> Tensor:
     if not (t.is_floating_point() or t.is_complex()):
         return torch.zeros(1, 2, device=t.device)
     t = torch.view_as_real(t) if t.is_complex() else t
-    rows = t.reshape(len(t), -1) if t.ndim > 1 else t.reshape(1, -1)
+    rows = t.flatten(1) if t.ndim > 1 else t.reshape(1, -1)
     if len(widths) > 1:
         return torch.stack([summary(part) for part in rows.split(list(widths), dim=1)], dim=1)
     w = torch.arange(rows.shape[1], dtype=torch.float32, device=t.device).square().cos().to(t.dtype)

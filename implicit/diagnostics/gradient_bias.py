@@ -13,14 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from implicit.diagnostics.gradient_problem import GradientProblem
+from implicit.argument_types import check_arguments
+from implicit.diagnostics.gradient_problem import GradientProblem, require_samples
 from implicit.diagnostics.profiling import Measured, measure, paced
 from implicit.diagnostics.reference_gradient import Loss, exact_gradient
 from implicit.fixed_point import check_types
 from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, Reversible, StochasticJFB, Unrolled
 from implicit.options import Problem
 from implicit.pytree import Layout, Map, State, map_tensors
-from implicit.solvers import AbstractSolver, Multisecant
+from implicit.solvers import AbstractSolver, Multisecant, Picard
 from implicit.stopping import Stop
 
 
@@ -128,11 +129,16 @@ def gradient_bias(
         >>> round(table["JFB"].error, 6)  # 1 / (1 - w) is dropped
         0.5
     """
+    given = {"f": f, "estimators": estimators, "params": params, "loss": loss, "draws": draws, "repeats": repeats}
+    check_arguments(gradient_bias, given)
+    if draws < 1 or repeats < 0:
+        raise ValueError(f"draws must be at least 1 and repeats at least 0, got {draws} and {repeats}.")
     chosen = labeled(every_estimator() if estimators is None else estimators)
     for grad in chosen.values():
         check_types(solver, grad, stop)
     z0 = map_tensors(Tensor.detach, z0)
     layout = Layout.of(z0, batch_dims)
+    require_samples(z0, layout)
     problem = GradientProblem.of(Problem(f, z0, args), solver, stop, layout, loss, params)
     wanted = problem.wanted
     if not wanted or not all(p.requires_grad for p in wanted):
@@ -173,6 +179,7 @@ def labeled(estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad]) -> 
         return {str(name): grad for name, grad in estimators.items()}
     labeled: dict[str, AbstractGrad] = {}
     for grad in estimators:
+        check_types(Picard(), grad, Stop())
         name, count = label(grad), 2
         while name in labeled:  # estimators whose labels are the same, such as two that differ in a generator only
             name, count = f"{label(grad)} #{count}", count + 1

@@ -14,7 +14,7 @@ from implicit.diagnostics.reference_gradient import Loss
 from implicit.fixed_point import fixed_point
 from implicit.grads import IFT, AbstractGrad, StochasticJFB
 from implicit.options import Problem
-from implicit.pytree import Layout, Map, State, tensors
+from implicit.pytree import Layout, Map, State, leaves, tensors
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
@@ -43,6 +43,9 @@ class GradientProblem:
     ) -> "GradientProblem":
         """The problem; a missing loss is a random projection, missing tensors are traced in one evaluation of f."""
         wanted = differentiable_tensors(problem) if params is None else tuple(params)
+        other = next((p for p in wanted if not isinstance(p, Tensor)), None)
+        if other is not None:
+            raise TypeError(f"params must be tensors, got a {type(other).__name__}.")
         return cls(problem, solver, stop, layout, loss or partial(random_projection, layout), wanted)
 
     def forward(self, grad: AbstractGrad, f: Map) -> Tensor:
@@ -73,6 +76,16 @@ class GradientProblem:
             stop=self.stop,
             batch_dims=self.layout.batch_dims,
         )
+
+
+def require_samples(z0: State, layout: Layout) -> None:
+    """Refuse an empty batch.
+
+    Raises:
+        ValueError: z0 has no sample.
+    """
+    if layout.batch_dims and not len(leaves(z0)[0]):
+        raise ValueError("z0 has no sample to measure: pass a batch of at least one.")
 
 
 def warn_how_it_ended(solution: Solution) -> None:

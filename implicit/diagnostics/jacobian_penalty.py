@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from implicit.argument_types import check_arguments
 from implicit.autodiff.vjp import pullback
 from implicit.evaluation import FlatMap
 from implicit.pytree import Layout, Map, State
@@ -51,6 +52,7 @@ def jacobian_penalty(
     Raises:
         ValueError: `fixed_point` would refuse f or z, or `probes` is out of range.
     """
+    check_arguments(jacobian_penalty, {"f": f, "generator": generator, "probes": probes})
     if probes < 1:
         raise ValueError(f"probes must be at least 1, got {probes}.")
     keep = torch.is_grad_enabled()

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from implicit.argument_types import check_arguments
 from implicit.fixed_point import fixed_point
 from implicit.pytree import Layout, Map, State, norm
 from implicit.solution import Solution
@@ -71,6 +72,7 @@ def path_independence(
     Raises:
         ValueError: the batch has one sample and `start` is not given, or `fixed_point` would refuse f or z0.
     """
+    check_arguments(path_independence, {"f": f})
     layout = Layout.of(z0, batch_dims)
     if start is None and (batch_dims == 0 or layout.pack(z0).shape[0] < 2):
         raise ValueError("With a single system there is no other sample's solution to start from: pass start=.")

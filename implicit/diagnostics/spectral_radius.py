@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
+from implicit.argument_types import check_arguments
 from implicit.autodiff.vjp import linearize
 from implicit.evaluation import FlatMap
 from implicit.linear.arnoldi import orthogonalize
@@ -108,6 +109,7 @@ def spectrum(
     Raises:
         ValueError: `fixed_point` would refuse f or z, or an argument is out of range.
     """
+    check_arguments(spectrum, {"f": f, "products": products, "tol": tol, "generator": generator})
     if products < 1:
         raise ValueError(f"products must be at least 1, got {products}.")
     if not tol > 0:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from implicit.argument_types import check_fields
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.detached_solve import solve_detached
 from implicit.autodiff.functorch import active, solve
@@ -18,7 +19,7 @@ from implicit.grads.base import AbstractGrad
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.linear.gmres import GMRES
 from implicit.options import Problem, SolveOptions
-from implicit.pytree import Flat, Layout, Map, State
+from implicit.pytree import Flat, Layout, Map, State, leaves
 from implicit.solution import Adjoint, Solution
 from implicit.solvers.base import AbstractSolver, check_one_of
 from implicit.stopping import Stop
@@ -73,6 +74,7 @@ class IFT(AbstractGrad):
     preconditioner: Callable[[State], State] | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_one_of(self, "on_failure", "warn", "raise", "ignore")
 
     def __call__(
@@ -110,12 +112,7 @@ class IFT(AbstractGrad):
             solve = replace(solve, preconditioner=lambda g: layout.pack(precondition(layout.unpack(g))))
         if kept is None:
             return solve
-        guess = None if kept.value is None else layout.pack(kept.value).detach()
-        if guess is not None and (guess.shape, guess.device) != (z.shape, z.device):
-            raise ValueError(
-                f"adjoint has the shape {tuple(guess.shape)} as a matrix on {guess.device}, and the state "
-                f"{tuple(z.shape)} on {z.device}: pass the adjoint of the same samples, or implicit.Adjoint()."
-            )
+        guess = None if kept.value is None else layout.pack(_like_state(kept.value, layout)).detach()
 
         def keep(u: Flat) -> None:
             kept.value = layout.unpack(u)
@@ -132,3 +129,23 @@ class IFT(AbstractGrad):
             report=self.report,
             eps=eps,
         )
+
+
+def _like_state(guess: State, layout: Layout) -> State:
+    """`guess`, the value of an `Adjoint`.
+
+    Raises:
+        ValueError: it has not the structure, shapes and device of the state.
+    """
+    want = [tuple(t.shape) for t in leaves(layout.like)]
+    try:
+        found = leaves(guess, layout.like)
+    except ValueError:
+        found = None
+    got = f"a {type(guess).__name__}" if found is None else [tuple(t.shape) for t in found]
+    if found is None or got != want or any(t.device != layout.device for t in found):
+        raise ValueError(
+            f"adjoint must be like the state, tensors of shapes {want} on {layout.device}, got {got}: pass the adjoint "
+            "of the same samples, or implicit.Adjoint()."
+        )
+    return guess

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from implicit.argument_types import check_fields
 from implicit.autodiff.detached_solve import solve_detached
 from implicit.autodiff.tracked_steps import track
 from implicit.grads.base import AbstractGrad
@@ -33,6 +34,7 @@ class JFB(AbstractGrad):
     steps: int = 1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(self, 1, "steps")
 
     def __call__(

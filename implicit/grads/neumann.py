@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from implicit.argument_types import check_fields
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.detached_solve import solve_detached
 from implicit.autodiff.functorch import refuse_transforms
@@ -42,6 +43,7 @@ class Neumann(AbstractGrad):
     terms: int = 5
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(self, 1, "terms")
 
     def __call__(

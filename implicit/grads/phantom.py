@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from implicit.argument_types import check_fields
 from implicit.autodiff.detached_solve import solve_detached
 from implicit.autodiff.tracked_steps import track
 from implicit.grads.base import AbstractGrad
@@ -37,6 +38,7 @@ class Phantom(AbstractGrad):
     damping: float = 0.5
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(self, 1, "steps")
         check_share(self, "damping")
 

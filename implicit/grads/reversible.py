@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from implicit.argument_types import check_fields
 from implicit.autodiff.functorch import refuse_transforms
 from implicit.autodiff.reversible_iteration import ReversibleIteration
 from implicit.evaluation import FlatMap
@@ -66,6 +67,7 @@ class Reversible(AbstractGrad):
     anchor: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 < self.beta < 1:
             raise ValueError(f"Reversible.beta must lie in (0, 1), got {self.beta}.")
         check_one_of(self, "on_drift", "warn", "raise", "ignore")

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from implicit.argument_types import check_fields
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.detached_solve import solve_detached
 from implicit.autodiff.functorch import refuse_transforms
@@ -62,6 +63,7 @@ class SHINE(AbstractGrad):
     fallback: float | None = 1.3
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(self, 0, "refine")
         if self.fallback is not None and not self.fallback > 0:
             raise ValueError(f"SHINE.fallback must be positive or None, got {self.fallback}.")

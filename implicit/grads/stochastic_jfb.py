@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from implicit.argument_types import check_fields
 from implicit.autodiff.detached_solve import solve_detached
 from implicit.autodiff.tracked_steps import track, unsolved
 from implicit.grads.base import AbstractGrad
@@ -41,6 +42,7 @@ class StochasticJFB(AbstractGrad):
     generator: torch.Generator | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(self, 0, "N")
         check_at_least(self, 1, "M")
 

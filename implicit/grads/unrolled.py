@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from implicit.argument_types import check_fields
 from implicit.autodiff.closure_convert import SameReads
 from implicit.autodiff.failed_samples import failed, without
 from implicit.autodiff.functorch import refuse_threads
@@ -55,6 +56,7 @@ class Unrolled(AbstractGrad):
     checkpoint: bool | int = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not isinstance(self.checkpoint, bool) and self.checkpoint < 1:
             raise ValueError(f"Unrolled.checkpoint must be True, False or at least 1, got {self.checkpoint}.")
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from implicit.argument_types import check_fields
 from implicit.linear.arnoldi import orthogonalize
 from implicit.linear.hessenberg import HessenbergSystem
 from implicit.pytree import Flat, PerSample, norm, to_device, to_host
@@ -57,6 +58,7 @@ class GMRES:
     rate: float = 0.7
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(self, 1, "memory", "short")
         if not 0 <= self.rate <= 1:
             raise ValueError(f"GMRES.rate must lie in [0, 1], got {self.rate}.")

@@ -73,7 +73,7 @@ class BestIterates:
         self, rows: np.ndarray, better: np.ndarray, point: Point, r: np.ndarray, s: np.ndarray, calls: int
     ) -> None:
         """Take `point`, which holds the samples `rows`, as the best iterate of the samples marked in `better`."""
-        if not better.any():
+        if not better.any() and len(self.since):  # an empty batch takes the point for its graph
             return
         device = self.z.device
         if len(rows) < len(self.since):

@@ -27,11 +27,14 @@ COUPLED = (
 
 
 def is_noise(f: FlatMap | JointMap, monitor: ConvergenceMonitor, point: Point) -> bool:
-    """Whether f gives another value at the z of `point` than before; a batch of one sample has no other cause."""
+    """Whether f gives another value at the z of `point` than before; a batch of one sample has no other cause.
+
+    The evaluation is outside of the budget.
+    """
     if len(monitor.code) == 1:
         return True
     with torch.no_grad():
-        return differs(monitor.criterion, f.evaluate(point.z).fz, point.fz)
+        return differs(monitor.criterion, f.repeat(point.z).fz, point.fz)
 
 
 def must_continue(f: FlatMap, monitor: ConvergenceMonitor, compact: bool, image: bool = False) -> bool:

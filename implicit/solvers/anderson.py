@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from implicit.argument_types import check_fields
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history, check_share
 from implicit.solvers.history_buffer import dots, put, put_difference, put_dots
@@ -61,10 +62,11 @@ class Anderson(AbstractSolver[AndersonState]):
     safeguard: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(self, 1, "memory", "start")
         check_share(self, "damping")
-        if self.ridge is not None and not self.ridge > 0:
-            raise ValueError(f"Anderson.ridge must be positive, got {self.ridge}.")
+        if self.ridge is not None and not 0 < self.ridge < float("inf"):
+            raise ValueError(f"Anderson.ridge must be positive and finite, got {self.ridge}.")
 
     def init(self, point: Point) -> AndersonState:
         rows, numbers = point.z.shape

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from implicit.argument_types import check_fields
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history
 from implicit.solvers.history_buffer import HistoryBuffer, dots
@@ -64,6 +65,7 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
     safeguard: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(self, 1, "memory")
         if self.drop is not None and not 0 <= self.drop < 1:
             raise ValueError(f"AndersonGS.drop must lie in [0, 1), got {self.drop}.")

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from implicit.argument_types import check_fields
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history
 from implicit.solvers.history_buffer import HistoryBuffer
@@ -47,6 +48,7 @@ class BadBroyden(AbstractSolver[BadBroydenState]):
     safeguard: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(self, 1, "memory")
 
     def init(self, point: Point) -> BadBroydenState:

@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from implicit.argument_types import check_fields
 from implicit.pytree import Flat, norm
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history
 from implicit.solvers.history_buffer import HistoryBuffer, put
@@ -73,6 +74,7 @@ class Broyden(AbstractSolver[BroydenState]):
     search: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(self, 1, "memory")
         check_at_least(self, 0, "search")
 

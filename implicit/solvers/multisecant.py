@@ -44,6 +44,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from implicit.argument_types import check_fields
 from implicit.linear.secant_systems import mixtures, pairs_in_use, put_cross
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history
@@ -111,6 +112,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
     safeguard: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(self, 1, "memory")
         if self.filter is not None and not 0 < self.filter < 1:
             raise ValueError(f"Multisecant.filter must lie in (0, 1), got {self.filter}.")

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from implicit.argument_types import check_fields
 from implicit.linear.arnoldi import orthogonalize
 from implicit.linear.hessenberg import HessenbergSystem
 from implicit.pytree import Flat, norm, scaled_norm
@@ -59,6 +60,7 @@ class NewtonKrylov(AbstractSolver[NewtonKrylovState]):
     safeguard: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_at_least(self, 1, "inner")
         if not 0 < self.forcing < 1:
             raise ValueError(f"NewtonKrylov.forcing must lie in (0, 1), got {self.forcing}.")

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from implicit.argument_types import check_fields
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_share
 
@@ -22,6 +23,7 @@ class Picard(AbstractSolver[None]):
     damping: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_share(self, "damping")
 
     def init(self, point: Point) -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from implicit import Anderson, NotConverged, Picard, Result, Stop
+from implicit import Anderson, NotConverged, Picard, Result, Stop, fixed_point
 from implicit.testing import problem
-from tests.helpers import SOLVERS, half, solve
+from tests.helpers import SOLVERS, each_estimator, half, solve, solver_and
 from tests.helpers import each_solver as each
 
 F64 = torch.float64
@@ -194,3 +194,14 @@ def test_bad_stops_are_named():
     for kwargs in ({"rtol": -1.0}, {"atol": float("nan")}, {"max_evals": 0}, {"check_every": 0}):
         with pytest.raises(ValueError, match=next(iter(kwargs))):
             Stop(**kwargs)
+
+
+@each_estimator
+@pytest.mark.parametrize("stop", [Stop(), Stop(rtol=0, max_evals=4), Stop(late=True, check_every=2), Stop(norm="leaf")])
+def test_an_empty_batch_has_a_gradient_of_zero(estimator, stop):
+    w = torch.ones(3, requires_grad=True)
+    start = (torch.zeros(0, 3), torch.zeros(0, 2, 1))
+    ways = solver_and(estimator)
+    found = fixed_point(lambda s: (torch.tanh(w * s[0]), 0.5 * s[1]), start, stop=stop, trace=True, **ways)
+    found.check().value[0].sum().backward()
+    assert w.grad is not None and w.grad.eq(0).all() and found.trace.shape[1] == 0

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicit.argument_types import check_arguments
 from implicit.diagnostics.diagnose import jacobian, map_checks, solutions, solver_trials
 from implicit.diagnostics.diagnose.budget import Budget, BudgetSpent
 from implicit.diagnostics.diagnose.condition import Condition, Finding
@@ -16,7 +17,7 @@ from implicit.diagnostics.diagnose.recommendation import recommend
 from implicit.diagnostics.diagnose.report import Diagnosis
 from implicit.diagnostics.diagnose.restore import restored
 from implicit.diagnostics.diagnose.solver_trials import SolverTrials, Trial
-from implicit.diagnostics.gradient_problem import GradientProblem, differentiable_tensors
+from implicit.diagnostics.gradient_problem import GradientProblem, differentiable_tensors, require_samples
 from implicit.diagnostics.reference_gradient import Loss
 from implicit.diagnostics.spectral_radius import Spectrum, spectrum
 from implicit.evaluation import FlatMap
@@ -81,6 +82,9 @@ def diagnose(
         >>> [finding.condition.value for finding in report.findings]
         ['oscillating']
     """
+    numbers = {"gradient_error": gradient_error, "budget": budget, "repeats": repeats}
+    others = {"solvers": solvers, "estimators": estimators, "params": params, "loss": loss}
+    check_arguments(diagnose, {"f": f, **numbers, **others})
     candidates = solver_trials.CANDIDATES if solvers is None else tuple(solvers)
     chosen = default_estimators() if estimators is None else list(estimators)
     for solver in candidates or (Picard(),):
@@ -89,11 +93,15 @@ def diagnose(
         check_types(Picard(), grad, stop)
     if not (stop.rtol or stop.atol):
         raise ValueError("stop must have a tolerance to be met, got rtol = atol = 0: pass Stop(rtol=1e-4).")
+    if not gradient_error >= 0:
+        raise ValueError(f"gradient_error must be at least 0, got {gradient_error}.")
     if budget < 1 or repeats < 0:
         raise ValueError(f"budget must be at least 1 and repeats at least 0, got {budget} and {repeats}.")
     z0, stop = map_tensors(Tensor.detach, z0), replace(stop, when=None)
+    layout = Layout.of(z0, batch_dims)
+    require_samples(z0, layout)
     with restored(f, args, solvers, estimators, loss):
-        run = _Run(Problem(f, z0, args), stop, Layout.of(z0, batch_dims), Budget(limit=budget))
+        run = _Run(Problem(f, z0, args), stop, layout, Budget(limit=budget))
         try:
             run.check_map()
             if not run.has(Condition.NONFINITE):
