@@ -11,6 +11,7 @@ from torch import Tensor
 from implicit import grads, solvers
 from implicit.argument_types import check_arguments
 from implicit.autodiff.autocast import as_now
+from implicit.autodiff.detached_solve import own_memory
 from implicit.autodiff.parametrizations import weights_once
 from implicit.grads.base import AbstractGrad
 from implicit.grads.ift import IFT
@@ -127,7 +128,9 @@ def _solve(
     off = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
     with off:
         start, before = best_start(flow, z0s, args, solver, stop, options)
-        solution = grad(Problem(flow, start, args), solver, stop, options)
+        problem = Problem(flow, start, args)
+        solution = grad(problem, solver, stop, options)
+        solution = replace(solution, value=own_memory(solution.value, problem))
     if len(z0s) > 1:
         solution = replace(solution, evals=solution.evals + before)
     return main.with_aux(solution, args) if isinstance(main, Main) else solution

@@ -16,17 +16,20 @@ from implicit.torch_internals import memory
 
 
 def solve_detached(problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions) -> Solution:
-    """The solution without derivatives, inside or outside of a transform, in memory that it does not share with z0."""
+    """The solution without derivatives, inside or outside of a transform, in memory of its own, see `own_memory`."""
     if functorch.active():
         return functorch.solve(problem, solver, stop, options).solution
     with torch.no_grad():
         solved = iterate(problem.f, problem.z0, solver, stop, args=problem.args, options=options)
-        return replace(solved, value=_own_memory(solved.value, problem.z0))
+        return replace(solved, value=own_memory(solved.value, problem))
 
 
-def _own_memory(value: State, z0: State) -> State:
-    """The value; a tensor of it that is z0 itself, as in a solve that begins at its answer, is copied."""
-    if torch.compiler.is_compiling():
+def own_memory(value: State, problem: Problem) -> State:
+    """The value; a tensor of it in the memory of z0 or args is copied.
+
+    f may return its input, as in a solve that begins at its answer, or one of its arguments.
+    """
+    if torch.compiler.is_compiling() or functorch.active():
         return value
-    starts = {memory(t) for t in tensors(z0)}
-    return map_tensors(lambda t: t.clone() if memory(t) in starts else t, value)
+    others = {memory(t) for t in tensors((problem.z0, problem.args)) if t.layout is torch.strided}
+    return map_tensors(lambda t: t.clone() if memory(t) in others else t, value)

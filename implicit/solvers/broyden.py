@@ -143,6 +143,8 @@ class Broyden(AbstractSolver[BroydenState]):
         grown = ~(norm(point.r) <= norm(state.r)).unsqueeze(1) & (part > 0.5**self.search)
         z = torch.where(grown, point.z - 0.5 * part * d, point.z + s)
         s, r = torch.where(grown, d, s), torch.where(grown, state.r, point.r)
+        # the graph of earlier steps holds `short`, which has no gradient itself
+        short = short.clone() if _recorded(state, point.r) else short
         now = put(short.mT, last + 1, torch.where(grown, 0.5 * part - 1, 0)).mT
         return z, replace(_append(_drop_pair(state, grown, r), s, r), short=now)
 
@@ -196,7 +198,11 @@ def _append(state: BroydenState, s: Flat, r: Flat) -> BroydenState:
 def _drop_pair(state: BroydenState, mask: Bool[Tensor, "B 1"], r: Flat) -> BroydenState:
     """The solver state without the pair that begins with the newest step, for the samples in `mask`: its c is 0."""
     slot = state.count - 1
-    recorded = torch.is_grad_enabled() and (r.requires_grad or state.system.requires_grad)
-    system = state.system.clone() if recorded else state.system
+    system = state.system.clone() if _recorded(state, r) else state.system
     system[:, slot, slot + 1 : slot + 2].masked_fill_(mask, -torch.finfo(system.dtype).max)
     return BroydenState(state.r, state.steps, system, state.count, state.short)
+
+
+def _recorded(state: BroydenState, r: Flat) -> bool:
+    """Whether autograd records the step from the residual r."""
+    return torch.is_grad_enabled() and (r.requires_grad or state.system.requires_grad)

@@ -304,6 +304,22 @@ def test_a_map_that_settles_while_it_is_solved_is_no_coupling():
 
 
 @each_solver
+@pytest.mark.filterwarnings("ignore:f takes one sample")
+def test_every_call_of_a_map_that_couples_samples_is_counted(solver):
+    x = torch.tensor([[0.1], [-0.7], [0.4]], dtype=F64)
+    for budget in (5, 9, 14, 25, 40):
+        calls = 0
+
+        def f(z):
+            nonlocal calls
+            calls += 1
+            return 0.8 * z.roll(1, 0) + x
+
+        found = solve(f, torch.zeros_like(x), solver=solver, stop=Stop(rtol=1e-3, max_evals=budget, check_every=2))
+        assert int(found.evals.max()) == calls
+
+
+@each_solver
 def test_no_more_calls_than_the_budget(solver):
     rate = torch.tensor([[0.3], [0.9], [0.99]], dtype=F64)
     for evals in range(1, 25):

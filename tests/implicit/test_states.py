@@ -23,8 +23,8 @@ from implicit import (
 from implicit.evaluation import FlatMap
 from implicit.pytree import Layout
 from implicit.testing import problem
+from tests.helpers import ESTIMATORS, each_estimator, half, solve
 from tests.helpers import each_solver as each
-from tests.helpers import half, solve
 
 F64 = torch.float64
 
@@ -198,3 +198,12 @@ def test_settings_are_frozen_and_misspelt_ones_refused():
     for thing, name in ((Stop(), "rtol"), (Anderson(), "memory"), (IFT(), "stop")):
         with pytest.raises(AttributeError):
             setattr(thing, name, None)
+
+
+@each_estimator
+@pytest.mark.parametrize("stop", [Stop(), Stop(rtol=0, max_evals=2)], ids=["rtol", "count"])
+def test_the_value_shares_no_memory_with_arguments_that_f_returns(estimator, stop):
+    z0, x = torch.ones(2, 3, dtype=F64), torch.ones(2, 3, dtype=F64)
+    for f in (lambda z, x: z, lambda z, x: x, lambda z, x: x[:1].expand(2, 3)):
+        value = fixed_point(f, z0, x, solver=Broyden(), grad=ESTIMATORS[estimator](), stop=stop).value
+        assert value.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in (z0, x)}

@@ -295,3 +295,19 @@ def test_many_samples_of_which_some_fail_have_one_answer_with_and_without_a_grap
     quiet = solve(f, z0, x, solver=solver, grad=Unrolled(), stop=stop)
     assert torch.equal(recorded.value, quiet.value) and torch.equal(recorded.result, quiet.result)
     torch.testing.assert_close(recorded.residual, quiet.residual, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("solver", [Broyden(5, search=3), Broyden(2, search=1)], ids=str)
+def test_the_gradient_through_a_line_search_is_that_of_finite_differences(solver):
+    generator = torch.Generator().manual_seed(0)
+    w, along, x = torch.randn(3, 6, 6, generator=generator, dtype=torch.float64)
+    w, count = (0.6 * w).requires_grad_(), Stop(rtol=0, max_evals=9)
+
+    def loss(w):
+        f, z0 = (lambda z: 1.3 * torch.sin(z @ w) + x), torch.zeros_like(x)
+        return fixed_point(f, z0, solver=solver, grad=Unrolled(), stop=count).value.square().sum()
+
+    (g,) = torch.autograd.grad(loss(w), w)
+    with torch.no_grad():
+        slope = (loss(w + 1e-6 * along) - loss(w - 1e-6 * along)) / 2e-6
+    assert float((g * along).sum() / slope) == pytest.approx(1, abs=1e-5)
