@@ -15,7 +15,8 @@ Triangular Anderson acceleration (ParaTAA, section 3.2) mixes the last rounds wi
     F_k - dF_k gamma_k,     gamma_k = argmin sum_{i <= k} || r_i - dR_i gamma ||^2,     r = F(X) - X
 
 with dF and dR the differences of successive rounds. The new x_k then depends on x_1 ... x_k only, as in the Picard
-iteration, and x_1 is exact from the first round on.
+iteration. In round j the timesteps up to j are not mixed: their F_k is exact, as after j Picard rounds, and a mixture
+with earlier rounds is not.
 
 Shapes: X (B, K, C, H, W), a system for each sample; solvers see (B, K N) with N = C H W.
 """
@@ -157,7 +158,8 @@ class TriangularAnderson(AbstractSolver[_TriangularState]):
         gram = gram + torch.diag_embed((self.ridge * diagonal).masked_fill(unused, 1))
         gamma = torch.linalg.solve(gram, rhs.unsqueeze(3)).squeeze(3)
         z = f - torch.einsum("bki,bikn->bkn", gamma, df)
-        z[:, 0] = f[:, 0]  # x_0 is known, so x_1 is exact
+        exact = state.rounds + 1  # F_1 ... F_j of round j depend on exact timesteps only
+        z[:, :exact] = f[:, :exact]
         return z.flatten(1), None, replace(state, f=f, r=r, df=df, dr=dr, rounds=state.rounds + 1)
 
     def _rows(self, flat: Tensor) -> Tensor:

@@ -59,6 +59,15 @@ def test_the_image_is_the_sequential_one(kind, scheduler, solver):
     assert found.effort.evaluations.sum(1).tolist() == [calls * each] * 3
 
 
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_few_timesteps_are_exact_within_the_rounds_of_picard(steps, window):
+    model, chosen = network("dit").double(), options("dit", "ddpm", timesteps=timesteps(steps))
+    sequential = sample_by(model, range(3), **chosen)
+    found = sample_by(model, range(3), parallel=Parallel(solver="anderson", rtol=1e-9, window=window), **chosen)
+    torch.testing.assert_close(found.samples, sequential.samples, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("solver", ["picard", "anderson"])
 def test_a_loose_tolerance_takes_fewer_rounds_than_timesteps(solver):
     model, chosen = network("dit"), options("dit", timesteps=timesteps(40), dtype=torch.float32)
