@@ -3,11 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/digits
-# tests that run with every declared shape and type checked, which takes three times as long: each function once
-TYPED := $(addprefix tests/implicit/,diagnostics/test_small_matrices.py interop \
-	$(addprefix grads/test_,shine.py stochastic_jfb.py) $(addprefix linear/test_,adjoint_solve.py gmres.py) \
-	$(addprefix solvers/test_,anderson.py broyden.py) \
-	$(addprefix test_,api.py best_iterates.py deq.py iterate.py plotting.py problem_forms.py starts.py states.py))
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 # pip would compile every module, which takes a minute and a half: Python compiles and keeps those that are imported
 export PYTHONDONTWRITEBYTECODE :=
@@ -25,8 +20,7 @@ test: $(VENV)/.installed-test ## environment, installation, linters, types and t
 	$(MAKE) -j 2 lint fast
 
 fast: $(VENV)/.installed-test ## the tests of `make test`
-	$(PYTEST) -m "not slow" $(TYPED)
-	CHECK_TYPES=0 $(PYTEST) -m "not slow" $(addprefix --ignore=,$(TYPED))
+	$(PYTEST) -m "not slow"
 
 slow: $(VENV)/.installed-test ## the tests of more than ten seconds each that `make test` leaves out: tutorials, recipes at a small scale
 	$(PYTEST) -m slow

@@ -206,7 +206,7 @@ def _chandrasekhar(c: float, n: int = 100) -> Made:
         return 1 / (1 - h @ kernel.to(h).T)
 
     start = torch.ones(1, n, dtype=F64)
-    return f, start, _iterated(f, start, (), 20000), ()
+    return f, start, _iterated(f, start, (), 200), ()
 
 
 def _adaln(tokens: int = 8, width: int = 16, batch: int = 2) -> Made:

@@ -15,6 +15,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+# the values of the suite's generator after each of its 32768 states
+SUCCESSOR = [(r * 3685477807 + 12345) // 65536 % 32768 for r in range(32768)]
+
 
 class PortableRandom:
     """The generator of FixedPointTestProblems.jl."""
@@ -24,11 +27,11 @@ class PortableRandom:
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform numbers, in column-major order as Julia fills arrays."""
-        numbers = np.empty(math.prod(shape))
-        for i in range(len(numbers)):
-            self._r = (self._r * 3685477807 + 12345) // 65536 % 32768
-            numbers[i] = self._r / 32768
-        return torch.from_numpy(numbers.reshape(shape, order="F").copy())
+        drawn = []
+        for _ in range(math.prod(shape)):
+            self._r = SUCCESSOR[self._r]
+            drawn.append(self._r)
+        return torch.from_numpy((np.array(drawn) / 32768).reshape(shape, order="F").copy())
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers."""
