@@ -4,6 +4,7 @@ solver, estimator and diagnostic. CHECK_TYPES=1 checks them in all tests, CHECK_
 All tests run on one thread, and so do the processes they start: sums are then the same to the last bit everywhere.
 """
 
+import gc
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -28,3 +29,7 @@ if CHECK_TYPES != "0":
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     shape_checks.turn_on(CHECK_TYPES == "1" or item.path.name in SHAPES_CHECKED)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules and tests stay in memory: garbage collections leave them out

@@ -46,20 +46,21 @@ def checked_once_a_kind(jaxtyped: Callable, target: Any = None, **options: Any) 
     if isinstance(target, classmethod | staticmethod):
         return type(target)(check(target.__func__))
 
-    checked = jaxtyped(target, **options)
+    checked = functools.cache(lambda: jaxtyped(target, **options))  # a typechecker takes milliseconds a function
     seen: set[Hashable] = set()
 
     @functools.wraps(target)
     def call(*args: Any, **kwargs: Any) -> Any:
         if not _on or torch.compiler.is_compiling():
             return target(*args, **kwargs)
-        kind = (*map(_kind, args), *kwargs, *map(_kind, kwargs.values()))
         try:
+            with torch._C.DisableTorchFunction():  # a mode of the caller does not see these reads
+                kind = (*map(_kind, args), *kwargs, *map(_kind, kwargs.values()))
             new = kind not in seen
             seen.add(kind)
-        except TypeError:  # symbolic sizes have no hash
+        except (TypeError, RuntimeError):  # symbolic sizes have no hash, lazy parameters no shape
             new = True
-        return checked(*args, **kwargs) if new else target(*args, **kwargs)
+        return checked()(*args, **kwargs) if new else target(*args, **kwargs)
 
     return call
 

