@@ -114,6 +114,16 @@ def test_the_forward_mode_of_autograd_under_its_own_vmap_is_refused():
         torch.autograd.functional.jacobian(solve, W, vectorize=True, strategy="forward-mode")
 
 
+def test_parameters_of_a_functional_call_that_has_ended_are_refused():
+    class Layer(nn.Linear):
+        def forward(self, x):
+            return fixed_point(lambda z: f(z, self.weight, x), ZERO, stop=TIGHT, grad=EXACT).value
+
+    layer = Layer(3, 3, bias=False, dtype=F64)
+    with pytest.raises(RuntimeError, match="functional_call"):
+        grad(lambda w: functional_call(layer, {"weight": w}, B).sum())(W)
+
+
 def test_vmap_over_the_parameters_of_a_module():
     layers = [nn.Linear(3, 3, dtype=torch.float64) for _ in range(4)]
     for i, layer in enumerate(layers):
