@@ -90,10 +90,21 @@ class ConvergenceMonitor:
         seen = Observation(point, self.rows, self._held[self.rows], calls, sizes, ready, stopped)
         due, self._pending = self._pending, seen
         if due is not None:
-            self._read(due, calls)
+            self._read_before(seen, due, calls)
         if (last or not self.stop.late) and not first:
             self._read(self._pending, calls)
             self._pending = None
+
+    def _read_before(self, seen: Observation, due: Observation, calls: int) -> None:
+        """Read `due`; a sample whose best iterate changes by it was not at its best iterate in `seen`."""
+        if not seen.held.any():
+            self._read(due, calls)
+            return
+        self.best.flush()
+        since = self.best.since.copy()
+        self._read(due, calls)
+        self.best.flush()
+        seen.held &= (self.best.since == since)[seen.rows]
 
     def next_iterate(self, z: Flat, point: Point, last: bool) -> Flat:
         """The z to evaluate next: the solver's z, or a step of the safeguard; finished samples keep their final z.

@@ -202,7 +202,7 @@ class Layout:
 
     def _rows(self, t: Tensor) -> Flat:
         if t.is_complex():
-            t = torch.view_as_real(t.resolve_conj())
+            t = torch.stack((t.real, t.imag), dim=-1)  # view_as_real has no gradient at odd storage offsets
         rows = t.shape[0] if self.batch_dims else 1
         return t.reshape(rows, math.prod(t.shape[self.batch_dims :])).to(self.dtype)
 
@@ -219,7 +219,7 @@ class Layout:
         lead = rows.shape[:1] if self.batch_dims else ()
         rows = rows.to(real(dtype))
         if dtype.is_complex:
-            return torch.view_as_complex(rows.reshape((*lead, *shape, 2)).contiguous())
+            return torch.complex(*rows.reshape((*lead, *shape, 2)).unbind(dim=-1))
         return rows.reshape((*lead, *shape))
 
     def round(self, flat: Flat) -> Flat:

@@ -319,6 +319,20 @@ def test_every_call_of_a_map_that_couples_samples_is_counted(solver):
         assert int(found.evals.max()) == calls
 
 
+@pytest.mark.parametrize("seed", [8, 9, 12])
+@pytest.mark.filterwarnings("ignore:f takes one sample")
+def test_the_residual_is_that_of_the_value_where_late_readings_end_with_the_budget(seed):
+    """The last evaluation is at a best iterate that the reading before it replaces."""
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+    def f(z):
+        return 0.7 * torch.tanh((z - z.mean(0)) / (z.var(0, unbiased=False) + 0.1).sqrt()) + x
+
+    stop = Stop(rtol=0.1, max_evals=9, late=True, check_every=7)
+    found = solve(f, torch.zeros(5, 2, dtype=F64), solver=Broyden(5, search=3), stop=stop)
+    torch.testing.assert_close(found.residual, (f(found.value) - found.value).norm(dim=1))
+
+
 @each_solver
 def test_no_more_calls_than_the_budget(solver):
     rate = torch.tensor([[0.3], [0.9], [0.99]], dtype=F64)

@@ -207,3 +207,19 @@ def test_the_value_shares_no_memory_with_arguments_that_f_returns(estimator, sto
     for f in (lambda z, x: z, lambda z, x: x, lambda z, x: x[:1].expand(2, 3)):
         value = fixed_point(f, z0, x, solver=Broyden(), grad=ESTIMATORS[estimator](), stop=stop).value
         assert value.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in (z0, x)}
+
+
+@each_estimator
+@pytest.mark.parametrize("batch_dims", [0, 1])
+@pytest.mark.parametrize("turn", [1, -1])
+def test_complex_numbers_beside_an_odd_number_of_real_ones(estimator, batch_dims, turn):
+    w = torch.ones(3, dtype=F64, requires_grad=True)
+    z0 = (torch.zeros(1, 3, dtype=torch.complex128), torch.zeros(1, 1, dtype=F64))[::turn]
+
+    def f(state):
+        a, b = state[::turn]
+        return (0.3 * a * w + (0.5 + 0.2j), 0.5 * b + a.real.sum(1, keepdim=True))[::turn]
+
+    value = fixed_point(f, z0, solver=Broyden(), grad=ESTIMATORS[estimator](), batch_dims=batch_dims).value[::turn]
+    value[1].sum().backward()
+    assert w.grad is not None and w.grad.isfinite().all() and value[0].isfinite().all()
