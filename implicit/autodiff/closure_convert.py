@@ -39,8 +39,7 @@ from implicit.torch_internals import (
 UNTRACED = (
     "Inside a torch.func transform, and for second derivatives, IFT needs every tensor that f closes over. It cannot "
     "find a tensor that f uses in TorchScript, in another thread or in a custom operator, or at the solution but not "
-    "at the start, nor parameters of a module's functional_call that has ended before the backward pass: pass "
-    "these tensors to fixed_point through `args`, with the functional_call inside f, or use JFB or Phantom."
+    "at the start: pass this tensor to fixed_point through `args`, or use JFB or Phantom."
 )
 THREAD = (
     "Inside a torch.func transform f uses a tensor that was made in another thread (or by torch.Tensor(...), which no "

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from implicit.autodiff.closure_convert import THREAD, UNTRACED, ClosureTracer, closure_convert, own_view
 from implicit.autodiff.jvp import functional_jvp
+from implicit.autodiff.reachable_modules import with_parameters_of_now
 from implicit.autodiff.transposable_solve import Jacobian, Pure, TransposableSolve, mapped
 from implicit.autodiff.vjp import functional_vjp
 from implicit.evaluation import FlatMap
@@ -132,7 +133,7 @@ def _purify(problem: Problem, layout: Layout, attached: bool) -> tuple[Pure, tup
     f runs on views of z0 and args: if f also closes over one of these tensors, that use is a separate argument. The
     traced tensors are constants in this run, so the result has a derivative only if f uses a tensor untraced.
     """
-    f, args = problem.f, problem.args
+    f, args = with_parameters_of_now(problem.f), problem.args
     given = tensors(args)
     views = tuple(own_view(t.detach()) for t in given)
     z = own_view(layout.pack(problem.z0).detach())

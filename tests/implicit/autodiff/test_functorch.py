@@ -114,14 +114,18 @@ def test_the_forward_mode_of_autograd_under_its_own_vmap_is_refused():
         torch.autograd.functional.jacobian(solve, W, vectorize=True, strategy="forward-mode")
 
 
-def test_parameters_of_a_functional_call_that_has_ended_are_refused():
+@pytest.mark.parametrize("estimator", [EXACT, JFB()], ids=["IFT", "JFB"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_parameters_of_a_functional_call_around_the_solve(name, estimator):
     class Layer(nn.Linear):
-        def forward(self, x):
-            return fixed_point(lambda z: f(z, self.weight, x), ZERO, stop=TIGHT, grad=EXACT).value
+        def forward(self, input):
+            return fixed_point(lambda z: f(z, self.weight, input), ZERO, stop=TIGHT, grad=estimator).value
 
     layer = Layer(3, 3, bias=False, dtype=F64)
-    with pytest.raises(RuntimeError, match="functional_call"):
-        grad(lambda w: functional_call(layer, {"weight": w}, B).sum())(W)
+    own = layer.weight
+    around = _flat(TRANSFORMS[name](lambda w, b: functional_call(layer, {"weight": w}, (b,))))
+    torch.testing.assert_close(around, _flat(TRANSFORMS[name](through_args(estimator))), rtol=1e-9, atol=1e-9)
+    assert layer.weight is own
 
 
 def test_vmap_over_the_parameters_of_a_module():
