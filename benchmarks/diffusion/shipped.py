@@ -5,6 +5,8 @@ python -m benchmarks.diffusion.shipped          writes benchmarks/results/shippe
 quality        the same samples (seed 0, classes in turn) by the network's own settings in float32, under autocast to
                bfloat16 and compiled: right labels and Fréchet distance by a LeNet of the held-out digits, and the
                root mean square difference of pixels in 0..1 from those of float32
+guidance       right labels and Fréchet distance without guidance, with guidance at all timesteps, and in an interval
+               (arXiv 2404.07724), of samples of several seeds, with block passes per image
 reproducible   CPU time with --reproducible divided by that without, for 1, 16 and 100 images, in pairs
 floor          CPU time and kernels of a timestep of the sampler, and of its blocks and iterations in a bare loop
 """
@@ -30,6 +32,14 @@ from benchmarks.harness import RESULTS, OperatorCounter, paired, provenance, rat
 from benchmarks.image_scorer import ImageScorer
 
 NETWORKS = ("mnist-fpdm", "mnist-dit")
+INTERVAL = (200, 800)
+GUIDANCE: dict[str, SamplingOptions] = {
+    "none": SamplingOptions(guidance=1),
+    "1.5": SamplingOptions(guidance=1.5),
+    "1.5 at 200 to 800": SamplingOptions(guidance=1.5, guidance_interval=INTERVAL),
+    "2 at 200 to 800": SamplingOptions(guidance=2, guidance_interval=INTERVAL),
+}
+"""Name -> sampling options, compared by `guidance`."""
 BATCH = 16
 """Number of images with which the sampler is compared with a bare loop."""
 
@@ -65,6 +75,22 @@ def quality(opened: OpenedNetwork, scorer: ImageScorer, count: int, backend: Bac
                 "largest difference": difference.abs().max().item(),
             }
         )
+    return rows
+
+
+def guidance(opened: OpenedNetwork, scorer: ImageScorer, count: int, seeds: range) -> list[dict[str, Any]]:
+    """Scores of `count` samples of each seed and block passes per image, by the options of `GUIDANCE`."""
+    rows, labels = [], torch.tensor(_labels(count))
+    for name, options in GUIDANCE.items():
+        chosen = plan(opened.model, opened.scheduler, options, defaults=opened.options)
+        row: dict[str, Any] = {"guidance": name, "samples": count, "commit": provenance("cpu")["commit"]}
+        for seed in seeds:
+            found = sample(opened.model, range(count), _labels(count), plan=chosen, seed=seed, reproducible=False)
+            score = scorer.score(found.samples.clamp(-1, 1), labels)
+            row.setdefault("right label", []).append(score.accuracy)
+            row.setdefault("Fréchet distance", []).append(score.frechet)
+            row["block passes"] = found.effort.summary()["block_passes"]
+        rows.append(row)
     return rows
 
 
@@ -142,6 +168,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "shipped.json", help="result file; resumed if it exists")
     parser.add_argument("--samples", type=int, default=300, help="of every row of quality")
+    parser.add_argument("--guided", type=int, default=500, help="samples of each seed in rows of guidance")
     parser.add_argument("--backend", choices=("inductor", "aot_eager"), default="inductor", help="of torch.compile")
     parser.add_argument(
         "--repeats", type=int, default=5, help="repeats of each timed pair; half as many for 100 images"
@@ -163,6 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
     scores = {"images": seen.images, "right label": seen.accuracy, "Fréchet distance": seen.frechet}
     result["real training digits"] = scores
     measure(result, "quality", lambda opened: quality(opened, scorer, given.samples, given.backend), save)
+    measure(result, "guidance", lambda opened: guidance(opened, scorer, given.guided, range(3)), save)
 
 
 if __name__ == "__main__":
