@@ -26,11 +26,10 @@ class Observation:
 
 def fetch(criterion: Criterion, point: Point) -> tuple[tuple[Tensor, Tensor], "torch.cuda.Event | None"]:
     """The norms of f(z) - z and f(z), being copied to the host, and the event that marks their arrival."""
-    r, fz = point.r.detach(), point.fz.detach()
-    if criterion.whole_rows:  # norms that solvers use too
-        sizes = point.r_size, point.fz_size
-    else:
-        sizes = criterion.measure(r), criterion.measure(fz)
+    r, fz = point.r, point.fz
+    if r.requires_grad or fz.requires_grad:
+        r, fz = r.detach(), fz.detach()
+    sizes = criterion.measure(r), criterion.measure(fz)
     if fz.device.type == "cpu":
         return sizes, None
     r_size, fz_size = torch.stack(sizes).to("cpu", non_blocking=fz.is_cuda).unbind()

@@ -6,15 +6,12 @@ operation of a solver may mix rows.
 """
 
 import abc
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 from jaxtyping import Bool
 from torch import Tensor
 
-from implicit.pytree import Flat, PerSample, norm, to_device, to_host
-from implicit.torch_internals import host_readable
+from implicit.pytree import Flat
 
 S = TypeVar("S")
 
@@ -29,13 +26,11 @@ class Point:
         remaining: evaluations left in the budget after this one.
     """
 
-    __slots__ = ("_fz_size", "_r", "_r_size", "fz", "product", "remaining", "z")
+    __slots__ = ("_r", "fz", "product", "remaining", "z")
 
     def __init__(self, z: Flat, fz: Flat, product: Flat | None = None, remaining: int = 2**31) -> None:
         self.z, self.fz, self.product, self.remaining = z, fz, product, remaining
         self._r: Flat | None = None
-        self._r_size: PerSample | None = None
-        self._fz_size: PerSample | None = None
 
     @property
     def r(self) -> Flat:
@@ -43,20 +38,6 @@ class Point:
         if self._r is None:
             self._r = self.fz - self.z
         return self._r
-
-    @property
-    def r_size(self) -> PerSample:
-        """Euclidean norms of r, (B,), without a derivative."""
-        if self._r_size is None:
-            self._r_size = norm(self.r.detach())
-        return self._r_size
-
-    @property
-    def fz_size(self) -> PerSample:
-        """Euclidean norms of f(z), (B,), without a derivative."""
-        if self._fz_size is None:
-            self._fz_size = norm(self.fz.detach())
-        return self._fz_size
 
 
 class AbstractSolver(abc.ABC, Generic[S]):
@@ -154,24 +135,3 @@ def check_one_of(settings: Any, name: str, *words: str) -> None:
 
 def _setting(settings: Any, name: str) -> str:
     return f"{type(settings).__name__}.{name}"
-
-
-def on_host(*values: Tensor) -> tuple[Any, ...]:
-    """The values as host arrays if the host can read them without waiting for a device, else as they are.
-
-    A formula of these values decides which samples a rare case concerns; where `to_mask` finds none, the operators for
-    that case are left out.
-    """
-    return tuple(map(to_host, values)) if all(map(host_readable, values)) else values
-
-
-def to_mask(found: Any, like: Tensor) -> Tensor | None:
-    """The samples that a formula of `on_host` values found, as a mask; None if the host sees that there are none."""
-    if isinstance(found, Tensor):
-        return found
-    return to_device(found, like.device) if found.any() else None
-
-
-def quiet(value: Any) -> AbstractContextManager[Any]:
-    """No warnings from a formula of `on_host` values that are not finite."""
-    return np.errstate(all="ignore") if isinstance(value, np.ndarray) else nullcontext()
