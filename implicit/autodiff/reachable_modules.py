@@ -7,6 +7,7 @@ the first evaluation.
 
 import functools
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def _parts(thing: Any) -> list[Any]:
         return [thing.func, *thing.args, *thing.keywords.values()]
     parts = [getattr(thing, "__self__", None), getattr(thing, "__wrapped__", None), getattr(thing, "__func__", None)]
     code = getattr(thing, "__code__", None)
-    if code is not None:
+    if isinstance(code, CodeType):  # a class may hold a descriptor of this name
         for cell in getattr(thing, "__closure__", None) or ():
             try:
                 parts.append(cell.cell_contents)
