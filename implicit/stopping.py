@@ -173,6 +173,20 @@ def classify(residual: np.ndarray, tolerance: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(residual), code, np.int8(Result.NONFINITE))
 
 
+def require_tolerance_alone(stop: Stop, function: str) -> None:
+    """Refuse what a function that compares Euclidean residuals with `rtol` and `atol` would ignore.
+
+    Raises:
+        ValueError: `stop` has another norm, or a test of the caller.
+    """
+    if stop.norm != "euclidean" or stop.when is not None:
+        name = "norm" if stop.norm != "euclidean" else "when"
+        raise ValueError(
+            f"{function} tests Euclidean residuals against rtol and atol alone: leave Stop.{name} at its default, or "
+            "use fixed_point."
+        )
+
+
 def classify_count(fixed: Bool[Tensor, " B"], failed: Bool[Tensor, " B"]) -> Tensor:
     """(B,) `Result` codes of a solve without a tolerance, whose value is f(z) of the last evaluation.
 

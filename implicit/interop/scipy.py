@@ -13,7 +13,7 @@ from scipy import optimize
 from implicit.evaluation import FlatMap
 from implicit.pytree import Layout, Map, State, norm, to_device, to_host
 from implicit.solution import Solution
-from implicit.stopping import Stop, classify
+from implicit.stopping import Stop, classify, require_tolerance_alone
 
 # scipy declares no types; without the cast, pyright infers that of the result from all solvers, for half a minute
 _root = cast(Callable[..., Any], optimize.root)
@@ -30,8 +30,9 @@ def root(f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(
         options: passed to scipy as its ``options``; scipy refuses unknown names.
 
     Raises:
-        ValueError: `fixed_point` would refuse f or z0.
+        ValueError: `fixed_point` would refuse f or z0, or `stop` has a norm or a test that is not used here.
     """
+    require_tolerance_alone(stop, "interop.scipy.root")
     layout = Layout.of(z0)
     packed = layout.pack(z0)
     options = {**_difference_step(method, layout.eps), **options}

@@ -19,7 +19,7 @@ from implicit.options import SolveOptions
 from implicit.pytree import Layout, Map, State, norm, to_device, to_host
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
-from implicit.stopping import Stop, classify
+from implicit.stopping import Stop, classify, require_tolerance_alone
 
 
 def register(name: str, solver: AbstractSolver[Any]) -> None:
@@ -70,8 +70,9 @@ def solve(f: Map, z0: State, *args: Any, method: str = "broyden", stop: Stop = S
     torchdeq stops the whole batch at once, so every sample reports the same number of evaluations, as counted by f.
 
     Raises:
-        ValueError: `fixed_point` would refuse f or z0.
+        ValueError: `fixed_point` would refuse f or z0, or `stop` has a norm or a test that is not used here.
     """
+    require_tolerance_alone(stop, "interop.torchdeq.solve")
     layout = Layout.of(z0)
     counted = FlatMap(f, args, layout, stop.max_evals)
     tolerance = dict(tol=stop.rtol, stop_mode="rel") if stop.rtol else dict(tol=stop.atol, stop_mode="abs")

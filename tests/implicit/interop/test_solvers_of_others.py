@@ -62,3 +62,10 @@ def test_torchdeqs_answers_are_classified_by_the_same_rule(method):
 def test_differences_of_float32_maps_have_a_step_that_they_can_see(method):
     scipy = pytest.importorskip("implicit.interop.scipy")
     assert scipy.root(lambda z: 0.5 * torch.cos(z), torch.zeros(2, 3), method=method).converged.all()
+
+
+@pytest.mark.parametrize("solve", [from_scipy.root, from_torchdeq.solve])
+@pytest.mark.parametrize(("stop", "name"), [(Stop(norm="max"), "norm"), (Stop(when=lambda z, f: z > 0), "when")])
+def test_criteria_that_are_not_used_are_refused_by_name(solve, stop, name):
+    with pytest.raises(ValueError, match=f"Stop.{name}"):
+        solve(torch.cos, torch.zeros(2, 3), stop=stop)
