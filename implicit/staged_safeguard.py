@@ -147,7 +147,9 @@ class StagedSafeguard:
         marks the samples whose r meets the tolerance.
         """
         newton = self.stage[rows] == Stage.NEWTON
-        return (r > best) & (met | newton) & (s > np.where(met, _RUN_AWAY, _NEWTON_AWAY) * size)
+        with np.errstate(over="ignore"):  # no number exceeds a limit that is out of range
+            limit = np.where(met, _RUN_AWAY, _NEWTON_AWAY) * size
+        return (r > best) & (met | newton) & (s > limit)
 
     def allow_retry(self, rows: np.ndarray, broken: np.ndarray, best: np.ndarray) -> np.ndarray:
         """Which of the samples `broken`, whose f(z) is not finite, are reset to their best iterate; the rest failed."""

@@ -42,7 +42,8 @@ def compare_repeats(
     """
     (r, s, tolerance), rows, stop = measured, seen.rows, criterion.stop
     converged, residual = code == Result.CONVERGED, best.residual[rows]
-    same = np.abs(r - residual) <= REPEATABLE * criterion.layout.eps * np.maximum(s, best.size[rows])
+    with np.errstate(invalid="ignore"):  # two residuals may both be infinite
+        same = np.abs(r - residual) <= REPEATABLE * criterion.layout.eps * np.maximum(s, best.size[rows])
     # with `Stop.late` a better iterate may have been read after this point was made
     held = seen.held & (best.since[rows] < seen.calls - (stop.check_every if stop.late else 0))
     above = held & ~(r <= tolerance) & converged

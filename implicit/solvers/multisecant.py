@@ -62,6 +62,7 @@ _PLAIN_STEPS = 15  # largest number of plain steps at the start that gain more e
 _SETTLING = 256  # largest number of plain steps at the start that each settle a number
 _CONTRACTION, _FAST = 0.9, 0.65  # largest rho for a second plain step, and for the steps after the second
 _FALL, _QUICK, _QUICK_FALL = 1e-3, 0.3, 0.1  # least fall 1 - rho_k / rho_{k-1}; for a rho below _QUICK, _QUICK_FALL
+_SAFE_EXPONENT = 20  # the unit is 1 for numbers between 2^-20 and 2^20
 _KEPT = 0.4  # share of the last fall that the next one must reach
 
 
@@ -70,6 +71,7 @@ class MultisecantState:
     """The last point, the pairs of differences, and the two small systems.
 
     A row of `df` and of `dr` is a pair dF_i and dR_i; `inverse` holds 1 / ||dR_i||, or 0 for a pair that is not in use.
+    Norms and products are those of vectors multiplied by `unit`, a power of two that keeps their squares in range.
     `systems` holds <dZ_i, dR_j> and <dR_i, dR_j> of the pairs divided by ||dR_i||. `size` is ||r|| of the last point,
     `bound` the ||r|| of the next point above which the model has failed, `mu` the ridge; `ratio` and `fall` are rho_k
     and 1 - rho_k / rho_{k-1} of the plain steps at the start, for the samples marked in `plain`.
@@ -88,6 +90,7 @@ class MultisecantState:
     plain: Bool[Tensor, "B 1"]
     ratio: Float[Tensor, "B 1"]
     fall: Float[Tensor, "B 1"]
+    unit: Float[Tensor, "B 1"]
     count: int = 0
     fresh: bool = True  # before the first step of a solve, when no pair can be formed yet
     retreated: Bool[Tensor, "B 1"] | None = None  # samples reset just before, whose ||r|| gives no rho_k
@@ -136,7 +139,8 @@ class Multisecant(AbstractSolver[MultisecantState]):
     def init(self, point: Point) -> MultisecantState:
         rows, numbers = point.z.shape
         window = min(self.memory, numbers)
-        size = _norm(point.r)
+        unit = _unit(point)
+        size = _norm(unit * point.r)
         zero, one = torch.zeros_like(size), torch.ones_like(size)
         return MultisecantState(
             fz=point.fz,
@@ -152,6 +156,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
             plain=one > 0,
             ratio=one,
             fall=zero,
+            unit=unit,
         )
 
     def resume(self, point: Point, state: MultisecantState) -> MultisecantState:
@@ -189,25 +194,28 @@ class Multisecant(AbstractSolver[MultisecantState]):
             state = self.restart(point, state, mask & ~(state.df.is_finite() & state.dr.is_finite()))
         seen = mask & failed.fz.isfinite().all(dim=1, keepdim=True) & failed.z.isfinite().all(dim=1, keepdim=True)
         fz, r = torch.where(mask, point.fz, state.fz), torch.where(mask, point.r, state.r)
+        size = _norm(state.unit * point.r)
         return replace(
             state,
             fz=torch.where(seen, failed.fz, fz),
             r=torch.where(seen, failed.r, r),
             strict=cautious,
-            size=torch.where(mask, _norm(point.r), state.size),
+            size=torch.where(mask, size, state.size),
             bound=state.bound.masked_fill(mask, torch.inf),
             mu=torch.where(mask, (_RESET * state.mu).clamp_min(_AFTER), state.mu),
-            plain=state.plain & (~mask | (_norm(failed.r) <= _norm(point.r))),
+            plain=state.plain & (~mask | (_norm(state.unit * failed.r) <= size)),
             retreated=mask,
         )
 
     def step(self, point: Point, state: MultisecantState) -> tuple[Flat, None, MultisecantState]:
         if state.fresh and not state.count:
-            return point.fz, None, replace(state, fz=point.fz, r=point.r, size=_norm(point.r), fresh=False)
+            size = _norm(state.unit * point.r)
+            return point.fz, None, replace(state, fz=point.fz, r=point.r, size=size, fresh=False)
         before = state
         if state.fresh:
-            products = _products(state, point.r.unsqueeze(1))[:, 0]
-            state = replace(state, fz=point.fz, r=point.r, size=_norm(point.r), fresh=False)
+            scaled = state.unit * point.r
+            products = _products(state, scaled.unsqueeze(1))[:, 0]
+            state = replace(state, fz=point.fz, r=point.r, size=_norm(scaled), fresh=False)
         else:
             products, state = self._append(point, state)
         # the ridge grows if the residual is above the bound that the last mixture promised, else it decays
@@ -239,10 +247,10 @@ class Multisecant(AbstractSolver[MultisecantState]):
         df = state.df.reserve(slot, point.r).set_difference(slot, point.fz, state.fz)
         dr = state.dr.reserve(slot, point.r).set_difference(slot, point.r, state.r)
         # a pair that consists of rounding errors is not used
-        vectors = torch.stack((point.r, df.row(slot), dr.row(slot)), dim=1)
+        vectors = state.unit.unsqueeze(2) * torch.stack((point.r, df.row(slot), dr.row(slot)), dim=1)
         size, far, own = torch.linalg.vector_norm(vectors.detach(), dim=2, keepdim=True).unbind(dim=1)
         eps = torch.finfo(own.dtype).eps
-        noise = own <= torch.maximum(_NOISE * eps * _norm(point.fz), eps**_FLAT * far)
+        noise = own <= torch.maximum(_NOISE * eps * _norm(state.unit * point.fz), eps**_FLAT * far)
         if torch.is_grad_enabled() and vectors.requires_grad:
             # the same norm, with a derivative
             length = vectors[:, 2].square().sum(dim=1, keepdim=True).masked_fill(noise, 1)
@@ -287,7 +295,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
         rows = torch.where(rows > 0, rows, 1)
         matrix = matrix / rows + torch.diag_embed(left_out.to(matrix.dtype))
         # dF^T g
-        inverse = state.inverse[:, :used].unsqueeze(2)
+        inverse = (state.unit * state.inverse[:, :used]).unsqueeze(2)
         right = state.df.products(g.unsqueeze(1), used).mT * inverse
         right = right.masked_fill(left_out.unsqueeze(2), 0)
         y = torch.linalg.solve_ex(matrix.mT, right)[0] / rows * inverse
@@ -296,14 +304,24 @@ class Multisecant(AbstractSolver[MultisecantState]):
 
 
 def _products(state: MultisecantState, x: Float[Tensor, "B P N"]) -> Float[Tensor, "B P 2 K"]:
-    """<x_p, dZ_i> and <x_p, dR_i>, reading the pairs once."""
+    """<x_p, dZ_i> and <x_p, dR_i> in units, reading the pairs once; x is multiplied by the unit already."""
     used = min(state.count, state.dr.capacity)
     by_df, by_dr = state.df.products(x, used), state.dr.products(x, used)
-    return torch.stack((by_df - by_dr, by_dr), dim=2)
+    return torch.stack((by_df - by_dr, by_dr), dim=2) * state.unit[:, :, None, None]
 
 
 def _norm(x: Flat) -> Float[Tensor, "B 1"]:
     return torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
+
+
+def _unit(point: Point) -> Float[Tensor, "B 1"]:
+    """A power of two near 1 / max(|r|, |f(z)|), or 1 for numbers whose squares are far from the ends of the range."""
+    vectors = torch.cat((point.r.detach(), point.fz.detach(), point.z.new_zeros(point.z.shape[0], 1)), dim=1)
+    tiny = torch.finfo(vectors.dtype).tiny
+    largest = vectors.abs().amax(dim=1, keepdim=True)
+    exponent = torch.log2(largest.clamp(tiny, 1 / tiny)).round()
+    safe = (exponent.abs() <= _SAFE_EXPONENT) | ~largest.isfinite()
+    return torch.exp2(-exponent.masked_fill(safe, 0))
 
 
 def _still_plain(point: Point, state: MultisecantState, before: MultisecantState) -> MultisecantState:

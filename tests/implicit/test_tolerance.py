@@ -30,6 +30,24 @@ def test_rtol_alone_decides_at_every_size(solver, size):
 
 
 @each_solver
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 1e30), (torch.float32, 1e-30), (F64, 1e250), (F64, 1e-250)]
+)
+def test_states_at_the_ends_of_the_range(solver, dtype, size):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(6, 6, dtype=F64, generator=generator), torch.randn(2, 6, dtype=F64, generator=generator)
+    a *= 0.8 / torch.linalg.matrix_norm(a, 2)
+
+    def f(z):
+        return z @ a.T.to(dtype) + (b * size).to(dtype)
+
+    found = solve(f, torch.zeros(2, 6, dtype=dtype), solver=solver, stop=Stop(rtol=1e-5, max_evals=200))
+    assert found.converged.all()
+    exact = torch.linalg.solve(torch.eye(6, dtype=F64) - a, b.T).T
+    torch.testing.assert_close(found.value.double() / size, exact, rtol=1e-3, atol=1e-3)
+
+
+@each_solver
 def test_a_solution_of_zero_is_found(solver):
     for dtype in (F64, torch.float32):
         found = solve(

@@ -275,3 +275,17 @@ def test_it_resumes_and_differentiates():
     ).value.sum().backward()
     z = torch.tensor(0.7390851332151607, dtype=F64)
     torch.testing.assert_close(x.grad, torch.full_like(x, float(1 / (1 + torch.sin(z)))))
+
+
+@pytest.mark.parametrize(("dtype", "exponent"), [(torch.float32, 100), (torch.float32, -100), (F64, 900), (F64, -900)])
+def test_steps_do_not_depend_on_the_unit_of_the_state(dtype, exponent):
+    w = torch.randn(6, 6, dtype=dtype, generator=torch.Generator().manual_seed(3)) / 3
+
+    def ended(unit):
+        def f(z):
+            return unit * torch.tanh(z / unit @ w + 1)
+
+        return fixed_point(f, torch.zeros(2, 6, dtype=dtype), solver=Multisecant(), stop=Stop(rtol=1e-5)).check()
+
+    found, usual = ended(2.0**exponent), ended(1.0)
+    assert torch.equal(found.value, usual.value * 2.0**exponent) and torch.equal(found.evals, usual.evals)
