@@ -22,7 +22,7 @@ _on = False
 def install(package: str) -> None:
     """Make the functions of a package ready for checks; call it before the package is imported."""
     # jaxtyping's import hook decorates every function and class with `jaxtyping.jaxtyped`
-    jaxtyping.jaxtyped = functools.partial(checked_once_a_kind, jaxtyping.jaxtyped)  # pyright: ignore
+    jaxtyping.__dict__["jaxtyped"] = functools.partial(checked_once_a_kind, jaxtyping.jaxtyped)
     jaxtyping.install_import_hook(package, TYPECHECKER)
 
 
