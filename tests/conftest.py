@@ -28,6 +28,8 @@ if CHECK_TYPES != "0":
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     shape_checks.turn_on(CHECK_TYPES == "1" or item.path.name in SHAPES_CHECKED)
 
 
