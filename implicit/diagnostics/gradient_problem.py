@@ -108,5 +108,6 @@ def differentiable_tensors(problem: Problem) -> tuple[Tensor, ...]:
 def random_projection(layout: Layout, value: State) -> Tensor:
     """Mean over the samples of <v, z> / sqrt(N), for a fixed random v."""
     z = layout.pack(value)
-    v = torch.randn(z.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(z.dtype).to(z.device)
+    rng = torch.Generator().manual_seed(0)
+    v = torch.randn(z.shape, generator=rng, dtype=torch.float64, device=rng.device).to(z.dtype).to(z.device)
     return (v * z).sum(dim=1).mean() / z.shape[1] ** 0.5

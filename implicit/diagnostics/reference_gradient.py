@@ -78,7 +78,8 @@ def _directly(act: Callable[[Flat], Flat], g: Flat) -> Flat:
         e[:, i] = 1
         columns.append(act(e))
     transposed = torch.stack(columns, dim=2).cpu().double()  # (B, N, N), column i is J^T e_i
-    u = torch.linalg.solve(torch.eye(n, dtype=torch.float64) - transposed, g.cpu().double().unsqueeze(2))
+    eye = torch.eye(n, dtype=torch.float64, device=transposed.device)
+    u = torch.linalg.solve(eye - transposed, g.cpu().double().unsqueeze(2))
     return u.squeeze(2).to(g)
 
 

@@ -126,12 +126,12 @@ def spectrum(
 def _arnoldi(act: Callable[[Flat], Flat], start: Flat, products: int, tol: float) -> Spectrum:
     rows, eps = start.shape[0], torch.finfo(start.dtype).eps
     basis, q = HistoryBuffer(products), start
-    # H, Ritz values and errors on the host
-    h = torch.zeros(rows, products + 1, products, dtype=torch.float64)
-    values = torch.full((rows, products), torch.nan, dtype=torch.complex128)
-    error = torch.full((rows,), torch.inf, dtype=torch.float64)
-    size = torch.zeros(rows, dtype=torch.int64)  # dimension reached
-    running = torch.ones(rows, dtype=torch.bool)
+    host: dict[str, Any] = {"device": "cpu"}  # where H, Ritz values and errors are
+    h = torch.zeros(rows, products + 1, products, dtype=torch.float64, **host)
+    values = torch.full((rows, products), torch.nan, dtype=torch.complex128, **host)
+    error = torch.full((rows,), torch.inf, dtype=torch.float64, **host)
+    size = torch.zeros(rows, dtype=torch.int64, **host)  # dimension reached
+    running = torch.ones(rows, dtype=torch.bool, **host)
     made = 0
     for k in range(products):
         made = k + 1
@@ -184,6 +184,6 @@ def _ritz(h: Float[Tensor, "B m1 m"], size: Tensor) -> tuple[Complex[Tensor, "B 
     theta = theta.gather(1, order)
     residual = h[:, m, m - 1] * s[:, -1].gather(1, order)[:, 0].abs()
     error = torch.where(residual > 0, residual / theta[:, 0].abs(), 0.0)
-    known = torch.arange(m) < size.unsqueeze(1)
+    known = torch.arange(m, device=size.device) < size.unsqueeze(1)
     theta = torch.where(known & good.unsqueeze(1), theta, torch.nan)
     return theta, torch.where(good, error, torch.nan)

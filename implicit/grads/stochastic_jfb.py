@@ -62,8 +62,9 @@ class StochasticJFB(AbstractGrad):
                 "StochasticJFB(generator=...) inside torch.utils.checkpoint would draw another (n, m) when the forward "
                 "pass is run again: leave generator=None, whose state checkpoint restores, or checkpoint f instead."
             )
-        n = torch.randint(0, self.N + 1, (), generator=self.generator)
-        m = torch.randint(1, self.M + 1, (), generator=self.generator)
+        device = "cpu" if self.generator is None else self.generator.device  # whatever torch.set_default_device says
+        n = torch.randint(0, self.N + 1, (), generator=self.generator, device=device)
+        m = torch.randint(1, self.M + 1, (), generator=self.generator, device=device)
         return int(n), int(m)
 
     def __call__(

@@ -50,7 +50,7 @@ def root(f: Map, z0: State, *args: Any, method: str = "hybr", stop: Stop = Stop(
         value=layout.unpack(value),
         residual=residual,
         result=to_device(result, layout.device),
-        evals=torch.tensor(evals),
+        evals=torch.tensor(evals, device=layout.device),
     )
 
 

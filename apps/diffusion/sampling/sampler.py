@@ -227,7 +227,7 @@ def sample(
     trajectory = _Trajectory(
         model=model, plan=plan, solve=solve, shape=size, device=torch.device(device), dtype=dtype, precision=precision
     )
-    labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+    labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64, device="cpu")
     groups, steps = batches(indices, labels, chunk, reproducible), len(plan.timesteps)
     total, parts, efforts = steps * len(groups), [], []
     for number, batch in enumerate(groups):
@@ -237,7 +237,7 @@ def sample(
         x, effort = trajectory.run([generator(seed, Stream.SAMPLE, i) for i in batch.samples], y, tick)
         parts.append(x[batch.rows])
         efforts.append(effort.of(batch.rows))
-    order = torch.tensor([p for batch in groups for p in batch.positions]).argsort()
+    order = torch.tensor([p for batch in groups for p in batch.positions], device="cpu").argsort()
     effort = replace(Effort.joined(efforts).of(order), seconds=time.perf_counter() - began)
     return SampleResult(samples=torch.cat(parts)[order], indices=tuple(indices), labels=labels, effort=effort)
 

@@ -63,7 +63,7 @@ class Reverse:
         flow = is_flow(scheduler)
         self.closed_form = flow or isinstance(scheduler, DDIMScheduler | DDPMScheduler)
         self.eta = eta if flow or isinstance(scheduler, DDIMScheduler) else 1.0
-        visited = torch.tensor(self.timesteps)
+        visited = torch.tensor(self.timesteps, device="cpu")
         self.times: Sequence[float] = network_time(scheduler, visited).tolist() if flow else self.timesteps
         if self.closed_form:
             a, b = torch.stack(levels(scheduler, visited, torch.float64)).tolist()
@@ -170,5 +170,5 @@ def fresh_noise(x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Standard normal noise with the shape, dtype and device of x (B, C, H, W); the noise of sample b comes from
     generator b. The noise is drawn on the CPU in float32 and copied to the device asynchronously.
     """
-    noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
+    noise = torch.stack([torch.randn(x.shape[1:], generator=g, device=g.device) for g in generators])
     return (noise.pin_memory() if x.is_cuda else noise).to(x.device, x.dtype, non_blocking=True)

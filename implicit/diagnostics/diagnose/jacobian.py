@@ -9,6 +9,7 @@ The first three kinds are defined in `condition`. Two more conditions are measur
                   slopes. If f is differentiable D(h) falls like h; at a kink D(h) does not fall.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -55,12 +56,12 @@ def _transient(growth: Tensor) -> Tensor:
     known = growth[torch.isfinite(growth)]
     count = len(known)
     if count < 2:
-        return torch.ones((), dtype=growth.dtype)
+        return growth.new_ones(())
     final = max(1, count // 4)
     vanishes = count < len(growth) and bool(torch.isneginf(growth[count]))
-    rate = torch.full((), -torch.inf) if vanishes else (known[-1] - known[-1 - final]) / final
-    rate = rate.clamp_min(torch.tensor(_SLOWEST).log())
-    steps = torch.arange(1, count + 1, dtype=growth.dtype)
+    rate = growth.new_full((), -torch.inf) if vanishes else (known[-1] - known[-1 - final]) / final
+    rate = rate.clamp_min(math.log(_SLOWEST))
+    steps = torch.arange(1, count + 1, dtype=growth.dtype, device=growth.device)
     return (known - steps * rate).amax().clamp_min(0).exp()
 
 

@@ -31,7 +31,7 @@ class GenericPoint:
 def normal(like: Flat, seed: int) -> Flat:
     """Standard normal numbers, the same for every sample, device and dtype."""
     rng = torch.Generator().manual_seed(seed)
-    return torch.randn(like.shape[1], generator=rng, dtype=torch.float64).to(like).expand_as(like)
+    return torch.randn(like.shape[1], generator=rng, dtype=torch.float64, device=rng.device).to(like).expand_as(like)
 
 
 def root_mean_square(flat: Flat) -> PerSample:

@@ -129,7 +129,7 @@ class SolverTrials:
 
 
 def _failed(solver: AbstractSolver[Any], note: str) -> SolverRow:
-    none = torch.zeros(0, dtype=torch.int64)
+    none = torch.zeros(0, dtype=torch.int64, device="cpu")
     return SolverRow(solver, 0, 0, none, math.nan, (), None, note=note)
 
 
