@@ -85,9 +85,9 @@ class ConvergenceMonitor:
         first = self._looks == 1 and self.stop.check_every > 1 and not last  # read along with the first reading
         if self._looks % self.stop.check_every and not last and not first:
             return
-        sizes, ready = fetch(self.criterion, point)
+        norms = fetch(self.criterion, point)
         stopped = self.criterion.stopped(point.z, point.fz)
-        seen = Observation(point, self.rows, self._held[self.rows], calls, sizes, ready, stopped)
+        seen = Observation(point, self.rows, self._held[self.rows], calls, norms, stopped)
         due, self._pending = self._pending, seen
         if due is not None:
             self._read_before(seen, due, calls)
@@ -178,8 +178,6 @@ class ConvergenceMonitor:
 
     def _read(self, seen: Observation, calls: int) -> None:
         self.calls = calls
-        if seen.ready is not None:
-            seen.ready.synchronize()
         if self._new:
             set_first(self.criterion, seen)
             self._quick = None if self.criterion.grouped or self.callback is not None else QuickReading(self.criterion)

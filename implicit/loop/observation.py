@@ -11,6 +11,21 @@ from implicit.solvers.base import Point
 from implicit.stopping import Criterion
 
 
+class Norms:
+    """The norms of f(z) - z and f(z), on their way to the host."""
+
+    def __init__(self, sizes: tuple[Tensor, Tensor], ready: "torch.cuda.Event | None" = None) -> None:
+        self._sizes = sizes
+        self._ready = ready  # marks the arrival of `sizes`; None: they have arrived
+
+    def arrived(self) -> tuple[Tensor, Tensor]:
+        """The norms on the host. Waits for them: before their arrival the host's memory holds other numbers."""
+        if self._ready is not None:
+            self._ready.synchronize()
+            self._ready = None
+        return self._sizes
+
+
 @dataclass
 class Observation:
     """A point whose norms are being copied to the host."""
@@ -19,25 +34,40 @@ class Observation:
     rows: np.ndarray  # numbers of the samples in `point`
     held: np.ndarray  # (rows,) whether the sample was evaluated at its best iterate, as finished samples are
     calls: int  # number of the evaluation
-    sizes: tuple[Tensor, Tensor]  # norms of f(z) - z and f(z), on the host
-    ready: "torch.cuda.Event | None"  # marks the arrival of `sizes`; None: they have arrived
+    norms: Norms
     stopped: Tensor | None = None  # (rows,) where `Stop.when` is True; None without `when`
 
+    @property
+    def sizes(self) -> tuple[Tensor, Tensor]:
+        """The norms of f(z) - z and f(z) on the host."""
+        return self.norms.arrived()
 
-def fetch(criterion: Criterion, point: Point) -> tuple[tuple[Tensor, Tensor], "torch.cuda.Event | None"]:
-    """The norms of f(z) - z and f(z), being copied to the host, and the event that marks their arrival."""
+
+def fetch(criterion: Criterion, point: Point) -> Norms:
+    """The norms of f(z) - z and f(z), being copied to the host."""
     r, fz = point.r, point.fz
     if r.requires_grad or fz.requires_grad:
         r, fz = r.detach(), fz.detach()
     sizes = criterion.measure(r), criterion.measure(fz)
-    if fz.device.type == "cpu":
-        return sizes, None
-    r_size, fz_size = torch.stack(sizes).to("cpu", non_blocking=fz.is_cuda).unbind()
-    if not fz.is_cuda:
-        return (r_size, fz_size), None
-    ready = torch.cuda.Event()
-    ready.record()
-    return (r_size, fz_size), ready
+    if on_host(fz):
+        return Norms(sizes)
+    host, ready = copy_to_host(torch.stack(sizes))
+    r_size, fz_size = host.unbind()
+    return Norms((r_size, fz_size), ready)
+
+
+def on_host(t: Tensor) -> bool:
+    """Whether the host reads the tensor without a copy."""
+    return t.device.type == "cpu"
+
+
+def copy_to_host(t: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:
+    """A copy of `t` on the host, and the event that marks its arrival; None: it has arrived."""
+    if not t.is_cuda:
+        return t.to("cpu"), None
+    host, ready = t.to("cpu", non_blocking=True), torch.cuda.Event()
+    ready.record(torch.cuda.current_stream(t.device))
+    return host, ready
 
 
 def as_array(host: Tensor) -> np.ndarray:

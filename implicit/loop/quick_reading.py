@@ -30,11 +30,11 @@ class QuickReading:
         """
         count = len(seen.rows)
         if count <= LISTS:
-            r, s = seen.sizes[0].tolist(), seen.sizes[1].tolist()
+            r, s = (t.tolist() for t in seen.sizes)
             clear = all([new > self.rtol * size + low for new, size, low in zip(r, s, self.low, strict=True)])
             gained = sum([new < old for new, old in zip(r, best.least, strict=True)])
         else:
-            r, s = as_array(seen.sizes[0]), as_array(seen.sizes[1])
+            r, s = (as_array(t) for t in seen.sizes)
             clear = bool((r > self.rtol * s + self.low).all())
             gained = int(np.count_nonzero(r < best.least))
         if not clear or not quiet or seen.calls <= best.begun_at.max(initial=0):

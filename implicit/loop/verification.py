@@ -117,7 +117,7 @@ def measure_claims(monitor: ConvergenceMonitor, point: Point) -> tuple[np.ndarra
         Which converged samples miss the tolerance at `point`, and which residuals are finite.
     """
     rows = np.arange(len(monitor.code))
-    r, _, tolerance = compare(monitor.criterion, point, fetch(monitor.criterion, point)[0], rows)
+    r, _, tolerance = compare(monitor.criterion, point, fetch(monitor.criterion, point).arrived(), rows)
     finite = np.isfinite(r)
     met, code = classify(r, tolerance) == Result.CONVERGED, monitor.code
     lost = (code == Result.CONVERGED) & ~met
@@ -132,7 +132,8 @@ def enter_joint(monitor: ConvergenceMonitor, joint: ConvergenceMonitor, calls: i
     best, rows = monitor.best, len(monitor.code)
     best.z, best.fz = joint.best.z.reshape(rows, -1), joint.best.fz.reshape(rows, -1)
     point = Point(best.z, best.fz)
-    best.residual, _, tolerance = compare(monitor.criterion, point, fetch(monitor.criterion, point)[0], np.arange(rows))
+    sizes = fetch(monitor.criterion, point).arrived()
+    best.residual, _, tolerance = compare(monitor.criterion, point, sizes, np.arange(rows))
     found = classify(best.residual, tolerance)
     monitor.evals[:], monitor.code = calls, np.where(found == Result.CONVERGED, found, joint.code[0])
 

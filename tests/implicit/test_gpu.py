@@ -49,6 +49,7 @@ def test_gradients_are_those_of_the_cpu(estimator, dtype):
         stop = Stop(rtol=tolerance, atol=0, max_evals=60)
         value = fixed_point(f, z0, x, stop=stop, **solver_and(estimator)).value
         found[device] = [g.cpu() for g in torch.autograd.grad(value.square().sum(), (w, x))] + [value.detach().cpu()]
+    tolerance *= 1e3 if estimator == "SHINE" else 1  # the inverse that a solver leaves depends on its rounding errors
     for ours, cpu in zip(found[CUDA], found["cpu"], strict=True):
         torch.testing.assert_close(ours, cpu, rtol=2e3 * tolerance, atol=2e2 * tolerance)
 
