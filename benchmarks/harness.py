@@ -6,6 +6,7 @@ both.
 
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -108,6 +109,14 @@ def provenance(device: str, *packages: str) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("torch", *packages)}},
         "commit": found.stdout.strip() or None,
     }
+
+
+def processor() -> str:
+    """Name and number of this machine's processors."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} x {named[0] if named else platform.machine()}"
 
 
 def read_result(path: Path) -> dict[str, Any]:

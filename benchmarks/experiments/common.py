@@ -20,7 +20,7 @@ from apps.diffusion.sampling.sampler import SamplingPlan, Solve, sample
 from apps.diffusion.schedulers import noise_schedule as schedule
 from apps.diffusion.schedulers.timesteps import timesteps
 from apps.diffusion.training.trainer import Trainer
-from benchmarks.harness import peak_bytes, provenance
+from benchmarks.harness import peak_bytes, processor, provenance
 from benchmarks.image_scorer import ImageScorer
 from implicit import StochasticJFB
 
@@ -32,6 +32,7 @@ SCALES: Sizes = {  # CPU seconds of training by study, and samples per score
         "iteration-split": 60,
         "outer-blocks": 60,
         "depth": 120,
+        "settings": 120,
         "objectives": 120,
         "samples": 500,
     },
@@ -41,6 +42,7 @@ SCALES: Sizes = {  # CPU seconds of training by study, and samples per score
         "iteration-split": 1,
         "outer-blocks": 0.3,
         "depth": 0.2,
+        "settings": 0.2,
         "objectives": 0.2,
         "samples": 20,
     },
@@ -149,6 +151,7 @@ def train(config: Config) -> tuple[nn.Module, dict[str, Any]]:
         "step_peak_bytes": step_peak_bytes(config),
         "loss": sum(losses[-100:]) / len(losses[-100:]),
         "commit": provenance("cpu")["commit"],
+        "machine": f"{processor()}, torch {torch.__version__}",
     }
     return trainer.ema.module.eval(), facts
 

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.harness import RESULTS
 
 NETWORKS = Path(__file__).parents[2] / "runs" / "studies"
-NAMES = ("sampling", "estimators", "outer-blocks", "iteration-split", "depth", "objectives")
+NAMES = ("sampling", "estimators", "outer-blocks", "iteration-split", "depth", "settings", "objectives")
 
 
 def study(name: str) -> ModuleType:

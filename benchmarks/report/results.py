@@ -28,6 +28,10 @@ class Study:
         values = self.values(cell, way, what)
         return statistics.fmean(values) if values else None
 
+    def cells_of(self, task: str) -> list[dict[str, Any]]:
+        """The records of all cells whose names begin with `task`."""
+        return [c for name, c in self.found.get("cells", {}).items() if name.startswith(f"{task}: ")]
+
     def cells(self) -> list[str]:
         return list(dict.fromkeys(name.rsplit(", seed ", 1)[0] for name in self.found.get("cells", {})))
 
