@@ -140,19 +140,18 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     old = json.loads(options.out.read_text()) if options.out.exists() else {}
     tables = dict(old.get("tables", {}))
-    for name in options.tables:
-        rows = TABLES[name](scale, options.repeats)
-        tables[name] = provenance(scale.device, "diffusers", "torchdeq") | {"repeats": options.repeats, "rows": rows}
-        print(json.dumps({name: rows}, indent=1), flush=True)
-    result = {
+    about = {
         "command": "python -m benchmarks.diffusion.run"
         + (f" --scale {options.scale} --precision {scale.precision} --batch {scale.batch}" if scale != CPU else ""),
         "config": asdict(scale),
         "memory": "peak bytes that a step allocates (benchmarks.harness.MemoryTracker); on CUDA the allocator's count",
         "time": "CPU time of the process, steps in turn, on CUDA until it is done; ratios are medians of the pairs",
-        "tables": {name: tables[name] for name in TABLES if name in tables},
     }
-    write_result(options.out, result)
+    for name in options.tables:
+        rows = TABLES[name](scale, options.repeats)
+        tables[name] = provenance(scale.device, "diffusers", "torchdeq") | {"repeats": options.repeats, "rows": rows}
+        print(json.dumps({name: rows}, indent=1), flush=True)
+        write_result(options.out, about | {"tables": {name: tables[name] for name in TABLES if name in tables}})
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ EVALS = 30
 REPEATS = {"(1, 64)": 201, "(32, 1024)": 41, "(8, 294912)": 5}
 
 
-def layer(batch, numbers, width):
+def layer(batch, numbers, width, device="cpu"):
     rng = torch.Generator().manual_seed(0)
-    w = 0.5 * torch.linalg.qr(torch.randn(width, width, generator=rng))[0]
-    return lambda z: torch.tanh(z.reshape(-1, width) @ w + 0.1).view(batch, numbers), torch.zeros(batch, numbers)
+    w = 0.5 * torch.linalg.qr(torch.randn(width, width, generator=rng))[0].to(device)
+    z0 = torch.zeros(batch, numbers, device=device)
+    return lambda z: torch.tanh(z.reshape(-1, width) @ w + 0.1).view(batch, numbers), z0
 
 
 def contenders(f, z0):

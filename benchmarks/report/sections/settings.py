@@ -9,10 +9,10 @@ from benchmarks.report.significance import decision
 
 ABOUT = (
     "S-JFB (N, M) trains with at most N iterations without and M with a graph. *contractive*: the recurrent weights "
-    "are initialized with 0. *growing*: N and M rise from 1 over training. Networks predict the image. Fréchet distances "
-    "of 20 timesteps by DDIM, with 2, 5 and 12 iterations at each. All networks of one task and training "
-    f"time were trained on one machine. The last column compares the distances at 12 iterations with those of "
-    f"{PRESET}, the setting of the presets: is the row better?"
+    "are initialized with 0. *growing*: N and M rise from 1 over the whole training. Networks predict the image. "
+    "Fréchet distances of 20 timesteps by DDIM, with 2, 5 and 12 iterations at each. A table names the machine that "
+    "trained its networks: a CPU minute is another number of steps on another machine. The last column compares the "
+    f"distances at 12 iterations with those of {PRESET}: is the row better?"
 )
 
 

@@ -1,0 +1,79 @@
+"""Seconds of sampling the networks in the repository on a CUDA device, one timestep after another and in parallel.
+
+python -m benchmarks.diffusion.gpu_sampling     writes benchmarks/results/gpu_sampling.json
+
+20 timesteps of DDIM with the networks' own guidance and iterations. The root mean square difference is that of pixels
+in 0..1 from the sequential sampler.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apps.diffusion.checkpoint.open_network import OpenedNetwork, open_network
+from apps.diffusion.config.sampling import SamplingOptions
+from apps.diffusion.sampling.plan import plan
+from apps.diffusion.sampling.sampler import SampleResult, sample
+from benchmarks.diffusion.shipped_sampling import STEPS, rms
+from benchmarks.harness import RESULTS, paired, provenance, write_result
+
+WAYS: dict[str, dict[str, Any]] = {
+    "sequential": {},
+    "parallel, picard": {"parallel": "picard", "parallel_rtol": 1e-3},
+    "parallel, anderson": {"parallel": "anderson", "parallel_rtol": 1e-3},
+}
+BATCHES = (1, 16, 128)
+
+
+def draw(opened: OpenedNetwork, count: int, **options: Any) -> SampleResult:
+    """`count` samples of the seed 0, classes in turn."""
+    given = SamplingOptions(**({"sampler": "ddim", "steps": STEPS} | options))
+    chosen = plan(opened.model, opened.scheduler, given, defaults=opened.options)
+    labels = [i % 10 for i in range(count)]
+    return sample(
+        opened.model, range(count), labels, plan=chosen, seed=0, chunk=count, reproducible=False, device="cuda"
+    )
+
+
+def rows(name: str, repeats: int) -> list[dict[str, Any]]:
+    """One row for each batch size and way of sampling."""
+    opened, found = open_network(name), []
+    opened.to("cuda")
+    for count in BATCHES:
+        drawn = {way: draw(opened, count, **options) for way, options in WAYS.items()}
+        times = paired({w: lambda o=o, n=count: draw(opened, n, **o) for w, o in WAYS.items()}, repeats, "cuda")
+        for way, result in drawn.items():
+            rounds = result.effort.rounds
+            pairs = zip(times["sequential"], times[way], strict=True)
+            found.append(
+                {
+                    "network": name,
+                    "samples": count,
+                    "sampling": way,
+                    "rounds": STEPS if rounds is None else int(rounds.max()),
+                    "seconds": round(statistics.median(times[way]), 4),
+                    "times faster": round(statistics.median(one / other for one, other in pairs), 2),
+                    "RMS": round(rms(result.samples.cpu(), drawn["sequential"].samples.cpu()), 5),
+                }
+            )
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_sampling.json", help="result file")
+    parser.add_argument("--repeats", type=int, default=7)
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA device, and there is none here.")
+    table = [row for name in ("mnist-dit", "mnist-fpdm") for row in rows(name, options.repeats)]
+    about = provenance("cuda", "diffusers") | {"repeats": options.repeats, "rows": table}
+    tables = {"sampling the networks in the repository": about}
+    write_result(options.out, {"command": "python -m benchmarks.diffusion.gpu_sampling", "tables": tables})
+
+
+if __name__ == "__main__":
+    main()
