@@ -43,6 +43,22 @@ def warn_of_another_target(path: Path, scheduler: Any) -> None:
         )
 
 
+# an argument of a network that the shapes of its tensors do not determine alone, and the flag of `train` that sets it
+_FLAGS = {
+    "in_channels": "--data.channels of a folder",
+    "input_size": "--data.size of a folder",
+    "patch_size": "--model.patch",
+    "hidden_size": "--model.hidden",
+    "num_heads": "--model.heads",
+    "mlp_ratio": "--model.mlp-ratio",
+    "learn_sigma": "--model.learn-sigma",
+    "depth": "--model.depth",
+    "pre": "--model.pre",
+    "post": "--model.post",
+    "condition_on_time": "--model.condition-on-time",
+}
+
+
 def initialize(model: DiT | FPDM, path: Path) -> DiT | FPDM:
     """Load the weights at `path` into a new network; returns the network that was read.
 
@@ -51,11 +67,16 @@ def initialize(model: DiT | FPDM, path: Path) -> DiT | FPDM:
         path: a run, a model or pipeline folder, a network by name, or a checkpoint file in a published layout.
 
     Raises:
-        ValueError: the weights cannot be read, or their shapes do not fit the new network.
+        ValueError: the weights cannot be read, or belong to a network of another architecture.
     """
     path = pretrained.locate(path)
-    options = ReadOptions(heads=model.config["num_heads"]) if path.is_file() else ReadOptions()
-    source = read_network(path, options)
+    # a checkpoint file does not determine the number of heads and the grid of the position embedding
+    unknown = ReadOptions(heads=model.config["num_heads"], input_size=model.latent[1:])
+    try:
+        source = read_network(path, unknown if path.is_file() else ReadOptions())
+    except ValueError as error:
+        raise ValueError(f"--init: {str(error).replace('--input-size', '--data.size')}") from None
+    _check_architecture(model, source, path)
     weights: dict[str, Tensor] = dict(source.state_dict())
     if isinstance(source, DiT) and isinstance(model, FPDM):
         weights = _fixed_point_weights(model, source)
@@ -64,6 +85,26 @@ def initialize(model: DiT | FPDM, path: Path) -> DiT | FPDM:
         weights = {name: value for name, value in weights.items() if not name.startswith("y_embedder")} | own
     load_weights(model, weights, path)
     return source
+
+
+def _check_architecture(model: DiT | FPDM, source: DiT | FPDM, path: Path) -> None:
+    """Raises ValueError if an argument of `source` that changes its function differs from that of `model`; the message
+    names the flags. Weights of equal shapes may belong to different networks: to other numbers of heads, to another
+    grid of the position embedding.
+    """
+    if isinstance(source, FPDM) and isinstance(model, DiT):
+        raise ValueError(f"--init {path} holds an FPDM, which cannot start a DiT; give a DiT, or --model.kind fpdm.")
+    theirs, ours = _architecture(source), _architecture(model)
+    shared = [name for name in _FLAGS if name in theirs and name in ours]
+    if type(source) is not type(model) or path.is_file():  # a file does not determine condition_on_time
+        shared = [name for name in shared if name != "condition_on_time"]
+    if different := [name for name in shared if theirs[name] != ours[name]]:
+        values = "; ".join(f"{n} is {theirs[n]} there and {ours[n]} in this run ({_FLAGS[n]})" for n in different)
+        raise ValueError(f"--init {path} holds another network: {values}. Change the flags, or give other weights.")
+
+
+def _architecture(network: DiT | FPDM) -> dict[str, Any]:
+    return {**network.config, "input_size": network.latent[1:], "mlp_ratio": float(network.mlp_ratio)}
 
 
 def _fixed_point_weights(model: FPDM, source: DiT) -> dict[str, Tensor]:

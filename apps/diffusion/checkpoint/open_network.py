@@ -12,7 +12,6 @@ with the linear schedule, an FPDM predicts v with the same schedule rescaled to 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -28,9 +27,12 @@ from apps.diffusion.checkpoint.readers import Weights, read_model_folder
 from apps.diffusion.checkpoint.trained_run import read_config
 from apps.diffusion.config.network import Prediction
 from apps.diffusion.config.sampling import SamplingOptions
+from apps.diffusion.config.serialization import from_plain, to_plain
 from apps.diffusion.config.training import Config, DataConfig
 from apps.diffusion.data.latents import read_index
 from apps.diffusion.files import hashing
+from apps.diffusion.files.json_file import read_object
+from apps.diffusion.files.names import reason
 from apps.diffusion.models import build
 from apps.diffusion.models.autoencoder import open_decoder, open_vae
 from apps.diffusion.models.dit import DiT
@@ -147,7 +149,8 @@ def open_run(run: str | Path, weights: Weights = "ema") -> OpenedNetwork:
         if weights != "ema":
             raise ValueError(f"weights={weights!r} are not in {run}, which holds averaged weights only; give ema.")
         config, images = pretrained.read_record(run)
-        model, classes = read_model_folder(run / "model").float(), ()
+        model = read_model_folder(run / "model").float()
+        classes = _read_index(run)[1] if (run / "model_index.json").is_file() else ()
     else:
         config, state = read_config(run), training_state.newest(run, tensors=(weights,))
         try:
@@ -194,26 +197,46 @@ def _decoder_of_run(data: DataConfig, channels: int, name: str | None, device: s
 
 
 def _of_pipeline(folder: Path) -> OpenedNetwork:
-    file = folder / "model_index.json"
+    index, classes = _read_index(folder)
     try:
-        index = json.loads(file.read_text())
         noise = getattr(diffusers, index["scheduler"][1])
         own = {name: index[name] for name in _PIPELINE if name in index}
         options = pipeline_options(own | (index.get("sampling") or {}))
+        options = from_plain(SamplingOptions, to_plain(options), "sampling")  # raises for a value of another type
         vae = folder / "vae" if index["vae"][0] else None
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not the index of a FixedPointPipeline ({error!r}).") from None
+        raise _no_index(folder, error) from None
+    file = folder / "scheduler" / "scheduler_config.json"
     try:
-        scheduler = noise.from_pretrained(folder / "scheduler")
-    except OSError as error:
-        raise ValueError(f"The pipeline in {folder} cannot be read ({error}); save it again.") from None
+        scheduler = noise.from_config(read_object(file))
+    except Exception as error:  # diffusers computes with values of any type, and raises errors of many types
+        raise ValueError(f"{file} describes no {index['scheduler'][1]} ({reason(error)}); save it again.") from None
     model = read_model_folder(folder / "model").float()
     return OpenedNetwork(
         model=model.eval(),
         scheduler=scheduler,
         options=replace(options, sampler="flow") if is_flow(scheduler) else options,
         decoder=partial(_decoder, model, vae),
-        classes=tuple(index.get("classes") or ()),
+        classes=classes,
+    )
+
+
+def _read_index(folder: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The content of model_index.json of a pipeline folder, and the names of the classes in it.
+
+    Raises:
+        ValueError: the file holds no JSON object, or the classes are no names.
+    """
+    try:
+        index = read_object(folder / "model_index.json")
+        return index, from_plain(tuple[str, ...], index.get("classes") or [], "classes")
+    except ValueError as error:
+        raise _no_index(folder, error) from None
+
+
+def _no_index(folder: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{folder / 'model_index.json'} is not the index of a FixedPointPipeline ({error}); save the pipeline again."
     )
 
 

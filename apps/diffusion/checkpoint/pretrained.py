@@ -18,6 +18,7 @@ from typing import Any
 
 from apps.diffusion.config.training import Config
 from apps.diffusion.files.atomic import write_text
+from apps.diffusion.files.json_file import read_object
 
 SHIPPED = Path(__file__).resolve().parents[1] / "pretrained"
 RECORD = "training.json"
@@ -51,7 +52,7 @@ def read_record(folder: Path) -> tuple[Config, int]:
     """
     file = folder / RECORD
     try:
-        record = json.loads(file.read_text())
+        record = read_object(file)
         return Config.from_json(json.dumps(record["config"])), int(record["images"])
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{file} is not the record of a training run ({error}); convert the run again.") from None

@@ -9,7 +9,6 @@ Nothing in a checkpoint is executed. From Python, a published state dict is load
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import pickletools
 import re
@@ -28,12 +27,15 @@ from torch import Tensor
 
 from apps.diffusion.checkpoint import state_dicts, training_state
 from apps.diffusion.config.checks import at_least
+from apps.diffusion.files.json_file import read_object
+from apps.diffusion.files.names import reason
 from apps.diffusion.models import build
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 
 Weights = Literal["ema", "model"]
 _ALLOWED = ("torch._utils.", "collections.OrderedDict")  # objects of every state dict, which torch.load takes
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _WRAPPERS = ("module.", "_orig_mod.")  # prefixes that DistributedDataParallel and torch.compile add to names
 
 
@@ -82,7 +84,7 @@ def _read_folder(path: Path, options: ReadOptions) -> DiT | FPDM:
     if (path / "model.pt").is_file() and (path / "conversion.json").is_file():
         refuse(options, path, "heads", "input_size", "condition_on_time", "weights")
         try:
-            description = json.loads((path / "conversion.json").read_text())["network"]
+            description = read_object(path / "conversion.json")["network"]
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{path / 'conversion.json'} is damaged ({error!r}); convert again.") from None
         return _rebuilt(description, read_tensors(path / "model.pt"), str(path))
@@ -98,7 +100,7 @@ def _read_folder(path: Path, options: ReadOptions) -> DiT | FPDM:
     if not file.is_file() and (path / "model" / "config.json").is_file():
         return _read_folder(path / "model", options)
     try:
-        config = json.loads(file.read_text())
+        config = read_object(file)
         name = config["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(
@@ -121,6 +123,9 @@ def _read_folder(path: Path, options: ReadOptions) -> DiT | FPDM:
     ):
         if config.get(key, only) != only:
             raise ValueError(f"{path} is not a DiT, because its {key} is {config[key]!r} instead of {only!r}.")
+    for key in ("num_attention_heads", "sample_size"):
+        if config.get(key) is not None and type(config[key]) is not int:
+            raise ValueError(f"{file} is damaged: {key} is {config[key]!r}, which is no whole number; fetch it again.")
     return _assemble(tensors, options, config)
 
 
@@ -154,8 +159,10 @@ def _rebuilt(description: dict[str, Any], tensors: dict[str, Tensor], where: str
     try:
         with torch.device("meta"):
             model = build.rebuild(description)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{where} does not describe a network of this version ({error}); it cannot be read.") from None
+    except Exception as error:  # the constructors compute with values of any type, and raise errors of many types
+        raise ValueError(
+            f"{where} does not describe a network of this version ({reason(error)}); it cannot be read."
+        ) from None
     build.load_weights(model, tensors, where, assign=True)
     return model
 
@@ -183,7 +190,7 @@ def read_tensors(path: Path, which: str | None = None) -> dict[str, Tensor]:
         found = parts[wanted]
     elif which is not None:
         raise ValueError(f"{path} holds one set of weights only; leave out --weights.")
-    others = [name for name, value in found.items() if not isinstance(value, torch.Tensor)]
+    others = [n for n, value in found.items() if not (isinstance(n, str) and isinstance(value, torch.Tensor))]
     if others or not found:
         raise ValueError(
             f"{path} is no state dict: {', '.join(map(str, others)) or 'it is empty'}; give tensors by name."
@@ -191,8 +198,21 @@ def read_tensors(path: Path, which: str | None = None) -> dict[str, Tensor]:
     for prefix in _WRAPPERS:
         if all(name.startswith(prefix) for name in found):
             found = {name.removeprefix(prefix): value for name, value in found.items()}
+    _check_kinds(found, path)
     check_finite(found, path)
     return found
+
+
+def _check_kinds(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ValueError unless all tensors are dense, hold values, and have a dtype in which networks compute."""
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.dtype not in _DTYPES:
+            kind = "meta tensor" if value.is_meta else f"{value.layout} tensor of {value.dtype}".replace("torch.", "")
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise ValueError(
+                f"{path} holds {name} as a {kind}; weights are dense tensors of {allowed}: convert them to one of "
+                "these and save them again."
+            )
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -216,21 +236,27 @@ def _load_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = _refused_object(str(error), path)
+        refused = _refused_object(str(error), path)
         raise ValueError(
-            f"{path} is damaged, or holds objects other than tensors, which are never executed ({reason}). Save the "
+            f"{path} is damaged, or holds objects other than tensors, which are never executed ({refused}). Save the "
             "tensors only, with safetensors."
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = f"{type(error).__name__}: {str(error)[:300] or 'no tensors'}"
-        raise ValueError(f"{path} is no checkpoint that can be read ({reason}); fetch it again.") from None
+    except PermissionError:
+        raise
+    except Exception as error:  # torch.load raises errors of many classes for damaged files
+        found = f"{type(error).__name__}: {reason(error)}"
+        raise ValueError(f"{path} is no checkpoint that can be read ({found}); fetch it again.") from None
 
 
 def _refused_object(message: str, path: Path) -> str:
-    """The object that torch.load refused, such as posix.system, or else the first line of torch.load's message."""
+    """The object that torch.load refused, such as posix.system, or else the reason in torch.load's message."""
     found = re.search(r"GLOBAL ([\w.]+)|[Uu]nsupported (?:class|global)\w* ([\w.]+)", message)
     named = [found[1] or found[2]] if found else [name for name in _objects(path) if not name.startswith(_ALLOWED)]
-    return f"the object {named[0]}" if named else message.split("\n")[0][:300]
+    if named:
+        return f"the object {named[0]}"
+    # torch.load's message begins with the advice to execute the file
+    failed = re.search(r"WeightsUnpickler error:\s*(.+)", message)
+    return f"unpickling fails: {failed[1][:300]}" if failed else "it cannot be unpickled"
 
 
 def _objects(path: Path) -> list[str]:

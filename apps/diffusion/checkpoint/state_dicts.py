@@ -286,6 +286,17 @@ def _input_size(positions: Tensor, patch: int, given: tuple[int, int] | None) ->
 
 
 def _count(names: Iterable[str], stem: str) -> int:
-    """One more than the highest number of a block called `stem`.{number}."""
+    """The number of blocks called `stem`.{number}.
+
+    Raises:
+        ValueError: a number is missing.
+    """
     found = (re.match(rf"{re.escape(stem)}\.(\d+)\.", name) for name in names)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    numbers = {int(match[1]) for match in found if match}
+    count = max(numbers, default=-1) + 1
+    if len(numbers) < count:
+        first = next(i for i in range(count) if i not in numbers)
+        raise ValueError(
+            f"There are tensors of {stem}.{count - 1} and none of {stem}.{first}; give a complete checkpoint."
+        )
+    return count

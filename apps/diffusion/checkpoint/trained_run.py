@@ -33,7 +33,14 @@ def read_config(run: Path) -> Config:
             f"python -m apps.diffusion.train --out {quote(str(run))}, or take a trained network by its name "
             f"({shipped})."
         )
-    config = Config.from_json(file.read_text(), str(file))
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is damaged ({error.reason} at byte {error.start}); restore it from a copy, or train again into a "
+            "new folder."
+        ) from None
+    config = Config.from_json(text, str(file))
     path, vae = config.data.path, config.data.vae
     data = dataclasses.replace(
         config.data,

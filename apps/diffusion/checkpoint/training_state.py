@@ -24,6 +24,7 @@ from torch import Tensor
 
 from apps.diffusion.files import hashing
 from apps.diffusion.files.atomic import atomic_path, flush, remove_partial
+from apps.diffusion.files.json_file import read_object
 
 FORMAT = 2
 TENSORS = ("model", "ema", "optimizer")
@@ -171,7 +172,7 @@ def _state(file: Path) -> dict[str, Any]:
     Raises:
         ValueError, KeyError, TypeError: the file is damaged, or its format is unknown.
     """
-    state = json.loads(file.read_text())
+    state = read_object(file)
     version = state["format"]
     if version not in (1, FORMAT):
         raise ValueError(f"it has format {version}, and this version reads formats 1 and {FORMAT}")

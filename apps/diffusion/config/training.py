@@ -275,5 +275,7 @@ class Config:
             return from_plain(cls, upgraded(json.loads(text)), "config")
         except json.JSONDecodeError as error:
             raise ValueError(f"{source} is not the configuration of a run, because it is not JSON: {error}.") from None
+        except RecursionError:
+            raise ValueError(f"{source} is not the configuration of a run: its nesting is too deep.") from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{source}: {error}") from None

@@ -38,7 +38,14 @@ def datasets(
                 train = _conditional(config, idx(config.path, sha256=config.sha256))
                 if not has_split(config.path, "held-out"):
                     return train, None
-                return train, _conditional(config, idx(config.path, "held-out"))
+                held_out = idx(config.path, "held-out", least=train.num_classes)
+                if held_out.shape != train.shape:
+                    sizes = [" x ".join(map(str, images.shape[1:])) for images in (train, held_out)]
+                    raise ValueError(
+                        f"{config.path} holds training images (train-*) of {sizes[0]} pixels and held-out images "
+                        f"(t10k-*) of {sizes[1]}; give files of one data set, or leave the held-out files out."
+                    )
+                return train, _conditional(config, held_out)
             case "folder":
                 assert config.path is not None and config.size is not None
                 classes = "none" if config.unconditional else "folders"

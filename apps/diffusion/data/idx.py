@@ -34,13 +34,14 @@ UNSIGNED_BYTE = 8
 PREFIX = {"train": "train", "held-out": "t10k"}
 
 
-def idx(root: Path, split: Split = "train", *, sha256: Sequence[str] = ()) -> TensorDataset:
+def idx(root: Path, split: Split = "train", *, sha256: Sequence[str] = (), least: int = 1) -> TensorDataset:
     """The images of one split of a folder of IDX files, as float32 images (n, 1, H, W) in [-1, 1].
 
     Args:
         root: the folder.
         split: "train", the files train-*; "held-out", the files t10k-*.
         sha256: the expected SHA-256 of the stored file of images and of that of labels; empty: not checked.
+        least: smallest number of classes, so that a split without images of the last classes has these classes too.
 
     Raises:
         ValueError: the split is unknown, a file is missing or damaged or has another SHA-256, or the numbers of images
@@ -60,7 +61,7 @@ def idx(root: Path, split: Split = "train", *, sha256: Sequence[str] = ()) -> Te
     # intensities 0..255 to -1..1, in place to save memory
     x = torch.from_numpy(pixels[:, None].astype(np.float32)).div_(127.5).sub_(1)
     y = torch.from_numpy(labels.astype(np.int64))
-    return TensorDataset(x, y, num_classes=int(y.max()) + 1)
+    return TensorDataset(x, y, num_classes=max(least, int(y.max()) + 1))
 
 
 def has_split(root: Path, split: Split) -> bool:

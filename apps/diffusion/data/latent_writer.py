@@ -29,6 +29,7 @@ from apps.diffusion.data.image_folder import Listing, Skipped, attempt, skipped_
 from apps.diffusion.data.latents import FORMAT
 from apps.diffusion.files import hashing
 from apps.diffusion.files.atomic import atomic_path, make_folder, write_text
+from apps.diffusion.files.json_file import read_object
 from apps.diffusion.files.settings_file import write_or_compare
 from apps.diffusion.models import autoencoder
 
@@ -111,7 +112,7 @@ class LatentWriter:
         """
         tensors, file = self._paths(k)
         try:
-            found = json.loads(file.read_text())
+            found = read_object(file)
             if not hashing.fits_digest(found):
                 return None
             same = found["sources"] == self._sources(k) and tensors.stat().st_size == found["bytes"]

@@ -16,7 +16,6 @@ with its checksum.
 
 from __future__ import annotations
 
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,10 +26,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from apps.diffusion.config.serialization import from_plain
 from apps.diffusion.data.dataset import Key, augmentation_generator, index_and_epoch
 from apps.diffusion.files import hashing
+from apps.diffusion.files.json_file import read_object
 
 FORMAT = 1
+_ENTRIES = {
+    "shape": tuple[int, int, int],
+    "classes": tuple[str, ...],
+    "scaling_factor": float,
+    "shift_factor": float,
+    "shards": tuple[dict, ...],
+}
+_OF_SHARD = {"file": str, "images": int, "bytes": int, "sha256": str}
+_OF_VAE = {"name": str, "weights_sha256": str}
 
 
 class LatentDataset:
@@ -171,10 +181,12 @@ def read_index(root: Path) -> dict[str, Any]:
         ValueError: the file is missing or damaged, or has another format.
     """
     try:
-        index = json.loads((root / "index.json").read_text())
+        index = read_object(root / "index.json")
         version = index["format"]
         if not hashing.fits_digest(index):
             raise ValueError("its content does not fit its digest")
+        if version == FORMAT:
+            _check_types(index)
     except FileNotFoundError:
         started = (root / "settings.json").exists()
         raise ValueError(
@@ -192,3 +204,15 @@ def read_index(root: Path) -> dict[str, Any]:
     if version != FORMAT:
         raise ValueError(f"{root} has format {version}, and this version reads {FORMAT}; encode the images again.")
     return index
+
+
+def _check_types(index: dict[str, Any]) -> None:
+    """Raises KeyError or ValueError if an entry of an index is missing or of another type. An index of an earlier
+    version has no digest that would show the damage.
+    """
+    parts = [(_ENTRIES, index, ""), *((_OF_SHARD, shard, "shards.") for shard in list(index["shards"]))]
+    if "vae" in index:
+        parts.append((_OF_VAE, from_plain(dict, index["vae"], "vae"), "vae."))
+    for kinds, part, where in parts:
+        for name, kind in kinds.items():
+            from_plain(kind, part[name], where + name)

@@ -1,4 +1,4 @@
-"""Names of files and classes in messages, printed on one line for any characters."""
+"""Names of files and classes, and reasons of errors, in messages of one line for any characters."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def first_names(names: Iterable[object], count: int = 5) -> str:
     known = list(names)
     more = f" and {len(known) - count} more" if len(known) > count else ""
     return ", ".join(map(printable, known[:count])) + more
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters, or the name of its class if there is none."""
+    return next((printable(line)[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)

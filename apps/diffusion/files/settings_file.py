@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from apps.diffusion.files.atomic import write_text
+from apps.diffusion.files.json_file import read_object
 
 
 def write_or_compare(path: Path, settings: Mapping[str, Any], remedy: str, optional: tuple[str, ...] = ()) -> None:
@@ -43,6 +44,6 @@ def read(path: Path, remedy: str) -> dict[str, Any]:
         ValueError: the file holds no JSON object.
     """
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} is damaged: it holds no JSON object; {remedy}") from None
+        return read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; {remedy}") from None

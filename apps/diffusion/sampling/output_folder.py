@@ -25,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 
 from apps.diffusion.files.atomic import atomic_path, make_folder, write_text
 from apps.diffusion.files.images import columns_by_class, grid, read, to_pil
+from apps.diffusion.files.json_file import read_object
 from apps.diffusion.files.settings_file import write_or_compare
 from apps.diffusion.sampling.residual_curves import ResidualCurves
 from apps.diffusion.sampling.sampler import SampleResult
@@ -73,7 +74,7 @@ class OutputFolder:
         """The residual curves in allocation.json, by which an earlier command allocated iterations; None without it."""
         file = self.folder / CURVES
         try:
-            return ResidualCurves.from_json(json.loads(file.read_text())) if file.exists() else None
+            return ResidualCurves.from_json(read_object(file)) if file.exists() else None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is damaged ({error}); give another folder with --out.") from None
 

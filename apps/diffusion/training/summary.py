@@ -26,7 +26,7 @@ from apps.diffusion.config.sampling import OptionError, SamplingOptions
 from apps.diffusion.config.serialization import to_plain
 from apps.diffusion.config.training import Config
 from apps.diffusion.data import ImageDataset, TensorDataset
-from apps.diffusion.evaluation.feature_extractors import features_of
+from apps.diffusion.evaluation.feature_extractors import SMALLEST_SET, features_of
 from apps.diffusion.evaluation.feature_statistics import measure
 from apps.diffusion.evaluation.image_sources import of_tensors
 from apps.diffusion.evaluation.scores import Scores, evaluate, table
@@ -59,13 +59,17 @@ def summarize(
         trainer: the trainer, after training.
         network: the network with the averaged weights.
         images: the training images.
-        held_out: images that were not trained on; None: the source has no such images, and nothing is scored.
+        held_out: images that were not trained on; None: the source has no such images. Nothing is scored with fewer
+            than `SMALLEST_SET` of them.
         decoder: the VAE that decodes latents; None: the data are pixels, or samples of latents are not drawn.
         began: monotonic clock in seconds at the run's start.
     """
     real = None
     if isinstance(images, TensorDataset) and held_out is not None and images.num_classes:
-        real = (images, held_out)
+        if len(held_out) >= SMALLEST_SET:
+            real = (images, held_out)
+        else:
+            print(f"There are no scores: they need {SMALLEST_SET} held-out images, and the data have {len(held_out)}.")
     count = config.num_samples if real else min(config.num_samples, ROWS**2)
     result = draw_samples(config, network, images.num_classes, count, _time_limit(config))
     complete = 0 if result is None else len(result.samples)

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pickle
+import random
 from collections import OrderedDict
 from pathlib import Path
 
@@ -162,6 +163,11 @@ def _no_square(weights):
     weights["pos_embed"] = torch.zeros(1, 12, pub.D)
 
 
+def _every(change):
+    """Replaces every tensor of a state dict."""
+    return lambda weights: weights.update({name: change(value) for name, value in weights.items()})
+
+
 @pytest.mark.parametrize(
     ("change", "options", "name"),
     [
@@ -176,6 +182,13 @@ def _no_square(weights):
         (lambda w: None, [*HEADS, "--to", "fpdm"], "--to fpdm"),
         (lambda w: None, [*HEADS, "--weights", "ema"], "--weights"),
         (lambda w: w.update(y_embedder="text"), HEADS, "y_embedder"),
+        (lambda w: w.update({3: torch.ones(1)}), HEADS, "3"),
+        (lambda w: w.update({"blocks.99999999.attn.qkv.weight": torch.ones(1)}), HEADS, "blocks.99999999"),
+        (_every(torch.Tensor.to_sparse), HEADS, "sparse"),
+        (_every(lambda v: v.to("meta")), HEADS, "meta"),
+        (_every(lambda v: v.to(torch.int8)), HEADS, "int8"),
+        (_every(lambda v: v.to(torch.complex64)), HEADS, "complex64"),
+        (_every(lambda v: v.to(torch.float8_e4m3fn)), HEADS, "float8_e4m3fn"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, capsys, change, options, name):
@@ -237,6 +250,33 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, capsys, monkeypatch):
         said = capsys.readouterr().err
         assert "posix.mkdir" in said and said.count("\n") == 1
     assert not Path("executed").exists()
+
+
+def test_a_file_of_another_kind_is_no_reason_to_execute_it(tmp_path, capsys):
+    """torch.load's own message advises weights_only=False."""
+    for content in (b"{}", b"\x89PNG\r\n\x1a\n" + bytes(range(200)), b"PK\x03\x04" * 30, b"text " * 20):
+        (tmp_path / "a.pt").write_bytes(content)
+        assert call(tmp_path / "a.pt", tmp_path / "out", *HEADS) == 2
+        said = capsys.readouterr().err
+        assert "a.pt" in said and "weights_only" not in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("form", [True, False], ids=["zip", "legacy"])
+def test_a_damaged_file_is_a_sentence(tmp_path, capsys, form):
+    """Bytes flipped in the pickle and in the directory of the archive, where torch and zipfile raise errors of many
+    classes."""
+    state = {name: value[:1].clone() for name, value in pub.drawn(pub.dit_shapes()).items()}
+    torch.save(state, tmp_path / "whole.pt", _use_new_zipfile_serialization=form)
+    whole = (tmp_path / "whole.pt").read_bytes()
+    source = random.Random(0)
+    for _ in range(120):
+        damaged = bytearray(whole)
+        for _ in range(source.randint(1, 3)):
+            place = source.randrange(3000)
+            damaged[place if source.random() < 0.5 else -1 - place] ^= source.randint(1, 255)
+        (tmp_path / "a.pt").write_bytes(damaged)
+        assert call(tmp_path / "a.pt", tmp_path / "out", *HEADS) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])

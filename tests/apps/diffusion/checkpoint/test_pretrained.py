@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 from apps.diffusion import convert, sample
-from apps.diffusion.checkpoint import pretrained, trained_run
+from apps.diffusion.checkpoint import pretrained, trained_run, training_state
 from apps.diffusion.checkpoint.open_network import open_run
+from apps.diffusion.config.training import Config, DataConfig, ModelConfig, OptimizerConfig
+from apps.diffusion.data import ImageFolderDataset
 from apps.diffusion.files.images import read
 from apps.diffusion.pipeline import FixedPointPipeline
+from apps.diffusion.training.trainer import Trainer
+from tests.apps.diffusion.helpers import image_files
 
 RUN = Path(__file__).parents[1] / "fixtures" / "run"
 
@@ -92,3 +96,21 @@ def test_a_damaged_network_is_refused(shipped):
         open_run(Path("small"))
     shutil.rmtree(shipped)
     assert pretrained.names() == []
+
+
+def test_the_names_of_classes_are_kept(tmp_path, capsys):
+    """A run on a folder of images, written as a pipeline, takes the names that the run takes."""
+    image_files.tree(tmp_path / "images", classes=("10", "2", "owl"), each=2)
+    images = ImageFolderDataset(tmp_path / "images", 8)
+    config = Config(
+        model=ModelConfig(hidden=16, heads=2),
+        data=DataConfig(source="folder", path=tmp_path / "images", size=8),
+        optimizer=OptimizerConfig(images=16, batch=8),
+        out=tmp_path / "run",
+    )
+    Trainer(config, images).run(lambda state: training_state.save(tmp_path / "run", state))
+    (tmp_path / "run" / "config.json").write_text(config.to_json())
+    assert convert.main([str(tmp_path / "run"), "--to", "pipeline", "--out", str(tmp_path / "pipe")]) == 0
+    for folder in ("run", "pipe"):
+        assert open_run(tmp_path / folder).class_cycle(["owl", "2", "10"]) == [2, 1, 0]
+    assert FixedPointPipeline.from_pretrained(tmp_path / "pipe").config["classes"] == ["10", "2", "owl"]

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import json
 import struct
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from apps.diffusion import train
 from apps.diffusion.config.training import DataConfig
 from apps.diffusion.data import build as data
 from apps.diffusion.data.idx import has_split, idx, read_idx
@@ -119,3 +121,24 @@ def test_debian_s_fashion_mnist():
     held_out = idx(FASHION, "held-out")
     assert (len(held_out), held_out.shape, held_out.num_classes) == (10_000, (1, 28, 28), 10)
     assert held_out.y.bincount().tolist() == [1000] * 10
+
+
+def test_both_splits_have_the_classes_of_the_training_images(tmp_path):
+    write(tmp_path, "train", 7, compress=False)
+    write(tmp_path, "t10k", 2, compress=False)  # of the classes 0 and 1 only
+    images, held_out = data.datasets(DataConfig(source="idx", path=tmp_path))
+    assert held_out is not None and images.num_classes == held_out.num_classes == 3
+    write(tmp_path, "t10k", 2, compress=False, height=5)
+    with pytest.raises(ValueError, match=r"--data\.path.*6 x 4.*5 x 4"):
+        data.datasets(DataConfig(source="idx", path=tmp_path))
+
+
+def test_too_few_held_out_images_are_not_scored(tmp_path, capsys):
+    write(tmp_path, "train", 70, compress=False, height=4)
+    write(tmp_path, "t10k", 1, compress=False, height=4)
+    flags = "--data.source idx --model.hidden 16 --model.heads 2 --optimizer.images 16 --optimizer.batch 8 "
+    flags += "--sampling.steps 1 --sampling.iterations 1 --num-samples 4 --track none"
+    argv = ["digits", *flags.split(), "--data.path", str(tmp_path), "--out", str(tmp_path / "run")]
+    assert train.main(argv) == 0
+    assert "no scores" in capsys.readouterr().out
+    assert "generated" not in json.loads((tmp_path / "run" / "metrics.json").read_text())

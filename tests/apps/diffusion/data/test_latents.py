@@ -145,3 +145,32 @@ def test_a_foreign_index_is_refused(tmp_path, text, name):
 def test_a_folder_without_latents_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"index\.json"):
         LatentDataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [1, None, 2]},
+        {"shape": 3},
+        {"classes": [1]},
+        {"scaling_factor": "x"},
+        {"shards": {"a": 1}},
+        {"shards": [1.5]},
+        {"shards": [{"file": None, "images": 7, "bytes": 1, "sha256": ""}]},
+        {"vae": 3},
+        {"vae": {"name": None, "weights_sha256": ""}},
+    ],
+    ids=str,
+)
+def test_an_entry_of_another_type_is_refused(folder, change):
+    """The index of an earlier version has no digest."""
+    file = folder[0] / "index.json"
+    index = json.loads(file.read_text())
+    file.write_text(json.dumps(index | change))
+    with pytest.raises(ValueError, match=r"index\.json"):
+        LatentDataset(folder[0])
+    name = next(iter(change))
+    file.write_text(json.dumps({key: value for key, value in index.items() if key != name or name == "vae"}))
+    if name != "vae":
+        with pytest.raises(ValueError, match=r"index\.json"):
+            LatentDataset(folder[0])
