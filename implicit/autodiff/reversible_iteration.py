@@ -130,11 +130,9 @@ class ReversibleIteration:
         """Measure the residual and the `Result` at f(z_n), which is returned, by one more evaluation."""
         if not self.stop.has_tolerance:
             return
-        before = self.residual
         with torch.no_grad():
             code = self._codes(self.flat(value), value)
-        self.residual = torch.where(torch.isfinite(self.residual), self.residual, before)
-        code = torch.where(code == int(Result.CONVERGED), code, int(Result.MAX_EVALS))
+        self.residual = self.residual.nan_to_num(math.inf, math.inf)
         self.result = torch.where(self.result == int(Result.NONFINITE), self.result, code)
         self.verified = 1
 

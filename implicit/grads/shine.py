@@ -26,7 +26,6 @@ from implicit.pytree import Flat, Layout, map_tensors, norm
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, Point, check_at_least
 from implicit.stopping import Stop
-from implicit.torch_internals import is_abstract
 
 
 @dataclass(frozen=True)
@@ -77,13 +76,16 @@ class SHINE(AbstractGrad):
                 "that defines inverse_transpose, such as solver=Broyden()."
             )
         refuse_transforms(self)
-        if not torch.is_grad_enabled():
-            return solve_detached(problem, solver, stop, options)
-        # The solve, without a graph; the solver state of a sample remains as it was when the sample finished
+        # The solve, without a graph; the solver state of a sample remains as it was when the sample finished. Gradients
+        # off or on, the solver is the same, so that the value is. A fixed count finishes no sample before the end
         layout = Layout.of(problem.z0, options.batch_dims)
-        frozen = _Frozen(solver)
-        warm = None if options.state is None else frozen.wrap(options.state, layout.pack(problem.z0))
-        solved = solve_detached(problem, frozen, stop, replace(options, keep_state=True, compact=False, state=warm))
+        frozen = _Frozen(solver) if stop.has_tolerance else None
+        if frozen is not None and options.state is not None:
+            options = replace(options, state=frozen.wrap(options.state, layout.pack(problem.z0)))
+        if not torch.is_grad_enabled():
+            solved = solve_detached(problem, frozen or solver, stop, options)
+            return replace(solved, state=solved.state.state if frozen and options.keep_state else solved.state)
+        solved = solve_detached(problem, frozen or solver, stop, replace(options, keep_state=True, compact=False))
         # y = f(z*) with a graph; `state` is bound below, before the backward pass reads it
         flat, z = FlatMap(problem.f, problem.args, layout), layout.pack(solved.value)
         value, image = attach_approximately(
@@ -92,10 +94,11 @@ class SHINE(AbstractGrad):
         warn_learned_start(problem, value)
         # The secant to z* itself, which the loop did not add. Only a converged sample ended at the point that the
         # solver proposed; the value of any other sample is another point, to which the solver has no secant
-        with torch.no_grad():
-            proposed = solved.converged.unsqueeze(1)
-            last = replace(solved.state, z=torch.where(proposed, solved.state.z, z))
-            state = frozen.step(Point(z, image), last)[-1].state
+        state = solved.state
+        if frozen is not None:
+            with torch.no_grad():
+                last = replace(state, z=torch.where(solved.converged.unsqueeze(1), state.z, z))
+                state = frozen.step(Point(z, image), last)[-1].state
         return replace(
             solved,
             value=layout.unpack(value),
@@ -167,7 +170,7 @@ class _Frozen(AbstractSolver[_FrozenState]):
     def step(self, point: Point, state: _FrozenState) -> tuple[Flat, Flat | None, _FrozenState]:
         # frozen samples are at the z of the last step; their rows are copied, since histories are written in place
         same = (point.z == state.z).all(dim=1)
-        held = torch.nonzero(same).flatten() if not is_abstract(same) else same[:0]
+        held = torch.nonzero(same).flatten()
         size = len(point.z)
         before = map_tensors(lambda t: t[held] if t.shape[:1] == (size,) else t, state.state) if len(held) else None
         z, tangent, after = self.solver.step(point, state.state)

@@ -18,6 +18,7 @@ class QuickReading:
         # atol and what the first f(z) adds to the tolerance
         low = criterion.stop.atol + self.rtol * criterion.smallest * criterion.first + criterion.tiny
         self.low: list[float] | np.ndarray = low.tolist() if len(low) <= LISTS else low
+        self.high = 1 / criterion.tiny  # squares of larger numbers may leave the range of the dtype
 
     def take(self, seen: Observation, best: BestIterates, quiet: bool, safeguarded: bool) -> bool:
         """Enter `seen` into `best` and return True; or return False, without a change, if the whole reading is needed.
@@ -32,10 +33,11 @@ class QuickReading:
         if count <= LISTS:
             r, s = (t.tolist() for t in seen.sizes)
             clear = all([new > self.rtol * size + low for new, size, low in zip(r, s, self.low, strict=True)])
+            clear = clear and max(r, default=0.0) <= self.high and max(s, default=0.0) <= self.high
             gained = sum([new < old for new, old in zip(r, best.least, strict=True)])
         else:
             r, s = (as_array(t) for t in seen.sizes)
-            clear = bool((r > self.rtol * s + self.low).all())
+            clear = bool((r > self.rtol * s + self.low).all() and (np.maximum(r, s) <= self.high).all())
             gained = int(np.count_nonzero(r < best.least))
         if not clear or not quiet or seen.calls <= best.begun_at.max(initial=0):
             return False

@@ -21,10 +21,10 @@ class Repeats:
     """Samples that were evaluated at their best iterate again, sorted by the second residual.
 
     Attributes:
-        kept: converged samples that meet the tolerance again.
+        kept: converged samples that meet the tolerance again, and other finished samples with a finite residual.
         rounded: converged samples that miss the tolerance with the same residual up to rounding.
         lost: converged samples whose residual has changed and exceeds the tolerance.
-        moved: samples that had not converged and whose residual has changed.
+        moved: running and stalled samples whose residual has changed.
     """
 
     kept: Rows
@@ -42,13 +42,19 @@ def compare_repeats(
     """
     (r, s, tolerance), rows, stop = measured, seen.rows, criterion.stop
     converged, residual = code == Result.CONVERGED, best.residual[rows]
-    with np.errstate(invalid="ignore"):  # two residuals may both be infinite
-        same = np.abs(r - residual) <= REPEATABLE * criterion.layout.eps * np.maximum(s, best.size[rows])
+    same = repeats(criterion, residual, r, np.maximum(s, best.size[rows]))
     # with `Stop.late` a better iterate may have been read after this point was made
     held = seen.held & (best.since[rows] < seen.calls - (stop.check_every if stop.late else 0))
     above = held & ~(r <= tolerance) & converged
-    moved = held & ~same & (code < 0) & np.isfinite(residual)
-    return Repeats(seen.held & (r <= tolerance) & converged, above & same, above & ~same, moved)
+    moved = held & ~same & ((code < 0) | (code == Result.STALLED)) & np.isfinite(residual)
+    finished = (code > 0) & np.isfinite(r)
+    return Repeats(seen.held & ((r <= tolerance) & converged | finished), above & same, above & ~same, moved)
+
+
+def repeats(criterion: Criterion, before: np.ndarray, now: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Where two residuals at one z, with f(z) of this `size`, are the same up to rounding."""
+    with np.errstate(invalid="ignore"):  # two residuals may both be infinite
+        return np.abs(now - before) <= REPEATABLE * criterion.layout.eps * size
 
 
 def differs(criterion: Criterion, a: Flat, b: Flat) -> bool:

@@ -13,7 +13,7 @@ import torch
 from implicit.convergence import RUNNING, ConvergenceMonitor
 from implicit.evaluation import FlatMap, JointMap
 from implicit.loop.observation import compare, fetch
-from implicit.loop.repeated_points import differs
+from implicit.loop.repeated_points import differs, repeats
 from implicit.pytree import Flat, to_device
 from implicit.solution import Result
 from implicit.solvers.base import Point
@@ -53,7 +53,9 @@ def must_continue(f: FlatMap, monitor: ConvergenceMonitor, compact: bool, image:
         return False
     with torch.no_grad():
         point = f.evaluate(monitor.best.z)
+    before, stalled = monitor.best.residual.copy(), monitor.code == Result.STALLED
     lost, _ = measure_claims(monitor, point)
+    lost |= stalled & ~repeats(monitor.criterion, before, monitor.best.residual, monitor.best.size)
     if not lost.any() and not coupled:
         return False
     if not coupled and is_noise(f, monitor, point):

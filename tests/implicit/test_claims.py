@@ -366,3 +366,49 @@ def test_hooks_and_statistics_in_f_act_once_an_evaluation(solver, stop):
     assert seen == ["forward"] * evals and int(norm.num_batches_tracked or 0) <= evals
     if not isinstance(solver, NewtonKrylov):  # forward mode, which a layer with statistics refuses, is tried once
         assert int(norm.num_batches_tracked or 0) == evals
+
+
+@each_solver
+@pytest.mark.filterwarnings("ignore:f takes one sample")
+@pytest.mark.parametrize("max_evals", [30, 300])
+def test_a_sample_stalled_beside_others_that_move_has_the_residual_of_its_value(solver, max_evals):
+    def f(z):
+        return 0.9 * z.roll(1, 0) + x
+
+    for seed in range(8):
+        x = torch.randn(9, 1, generator=torch.Generator().manual_seed(seed)).half()
+        found = solve(f, torch.zeros_like(x), solver=solver, stop=Stop(rtol=1e-6, max_evals=max_evals))
+        if not (found.result == Result.STALLED).any():
+            continue  # where the budget ends before any sample does, residuals are not of the whole batch
+        v = found.value.double()
+        true = (f(found.value).double() - v)[:, 0].abs()
+        torch.testing.assert_close(found.residual.double(), true, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-24, 1e-12, 1.0, 1e12, 1e18, 1e20, 1e24])
+@pytest.mark.parametrize("solver", [Picard(), Anderson(), Broyden()], ids=repr)
+def test_a_callback_changes_no_bit_at_any_size_of_the_state(solver, scale):
+    def f(z, x):
+        return 0.7 * z.roll(1, 1) + x
+
+    for batch in (2, 80):
+        x = scale * torch.randn(batch, 3, generator=torch.Generator().manual_seed(0))
+        for evals in (3, 7, 40):
+            stop = Stop(rtol=1e-5, max_evals=evals)
+            plain = solve(f, torch.zeros_like(x), x, solver=solver, stop=stop)
+            seen = solve(f, torch.zeros_like(x), x, solver=solver, stop=stop, callback=lambda calls, residuals: None)
+            for name in ("value", "residual", "result", "evals"):
+                assert torch.equal(getattr(plain, name), getattr(seen, name)), name
+
+
+def test_reversible_claims_no_residual_of_a_value_at_which_f_is_not_finite():
+    x = torch.tensor([[1.0], [0.1], [-1.0]])
+
+    def f(z):
+        return torch.where(z.abs() > 2.5, torch.nan, 1.4 * z + x)
+
+    for evals in range(3, 12):
+        found = solve(f, torch.zeros(3, 1), grad=Reversible(), stop=Stop(rtol=1e-5, max_evals=evals))
+        true = (f(found.value) - found.value)[:, 0].abs()
+        torch.testing.assert_close(found.residual, true.nan_to_num(torch.inf))
+        assert torch.equal(found.result == Result.NONFINITE, true.isnan()) or evals == 3
