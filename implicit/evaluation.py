@@ -12,7 +12,7 @@ from torch import Tensor
 from implicit.autodiff.jvp import double_backward_jvp, forward_jvp
 from implicit.pytree import Flat, Layout, Map, State, leaves
 from implicit.solvers.base import Point
-from implicit.torch_internals import transforms_active, version
+from implicit.torch_internals import jit_traces, transforms_active, version
 
 _CHECKED = 3  # so many evaluations at the start are checked for writes into f's input and into inference tensors too
 _WATCHED = 32  # so many of the latest outputs of f are checked for later writes
@@ -94,6 +94,10 @@ class FlatMap:
         return Point(point.z, point.fz, point.product, self.remaining)
 
     def _jvp(self, z: Flat, tangent: Flat) -> tuple[Flat, Flat]:
+        if jit_traces():
+            raise NotImplementedError(
+                "torch.jit.trace cannot record Jacobian-vector products (NewtonKrylov): use another solver."
+            )
         if torch.compiler.is_exporting() and isinstance(z.shape[0], torch.SymInt):
             raise NotImplementedError(
                 "A solver with Jacobian-vector products (NewtonKrylov) cannot be exported with a dynamic batch, since "

@@ -15,12 +15,14 @@ from implicit.autodiff.detached_solve import own_memory
 from implicit.autodiff.parametrizations import weights_once
 from implicit.grads.base import AbstractGrad
 from implicit.grads.ift import IFT
+from implicit.grads.unrolled import Unrolled
 from implicit.options import Problem, SolveOptions
 from implicit.problem_forms import Main, all_starts, best_start
 from implicit.pytree import Map, State, leaves
 from implicit.solution import Adjoint, Solution
 from implicit.solvers import AbstractSolver, Multisecant
 from implicit.stopping import Stop
+from implicit.torch_internals import jit_traces
 
 
 def fixed_point(
@@ -119,6 +121,11 @@ def _solve(
     has_aux: bool,
 ) -> Solution:
     """The solution from the best of several starts; autocast and parametrized weights of f are as at this call."""
+    if jit_traces() and torch.is_grad_enabled() and not isinstance(grad, Unrolled):
+        raise NotImplementedError(
+            f"A graph of torch.jit.trace has the gradient of its operations, not that of {type(grad).__name__}: trace "
+            "under torch.no_grad(), or pass grad=Unrolled()."
+        )
     if options.adjoint is not None and not isinstance(grad, IFT):
         raise ValueError(f"adjoint is a first guess for the linear solve of IFT, got grad={grad!r}: leave it unset.")
     devices = (t.device.type for t in leaves(z0s[0]) if t.device.type != "meta")  # autocast has no meta device

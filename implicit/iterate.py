@@ -37,7 +37,7 @@ from implicit.solvers.base import AbstractSolver, Point
 from implicit.solvers.newton_krylov import NewtonKrylov
 from implicit.staged_safeguard import CAUTIOUS, HISTORY_LOST, Stage, StagedSafeguard
 from implicit.stopping import Criterion, Stop
-from implicit.torch_internals import is_abstract, not_compiled, transforms_active
+from implicit.torch_internals import is_abstract, jit_traces, not_compiled, transforms_active
 
 _NEWTON = NewtonKrylov(60, safeguard=False)  # the steps of the safeguard's last stage
 
@@ -80,11 +80,17 @@ def iterate(
 
 
 def require_numbers(z0: State, stop: Stop) -> None:
-    """Refuse a tolerance for a state on the meta device or a state of fake tensors.
+    """Refuse a tolerance for a state on the meta device, for a state of fake tensors, and under torch.jit.trace.
 
     Raises:
         ValueError: naming the criterion to pass.
+        NotImplementedError: under torch.jit.trace.
     """
+    if stop.has_tolerance and jit_traces():
+        raise NotImplementedError(
+            "torch.jit.trace records the evaluations that this input needs, and another input may need more: pass "
+            "stop=Stop(rtol=0, atol=0, max_evals=n), or use torch.compile, which keeps the loop."
+        )
     if stop.has_tolerance and is_abstract(leaves(z0)[0]):
         raise ValueError(
             "A state on the meta device, or of fake tensors, has no residual to compare with a tolerance: pass "

@@ -280,9 +280,14 @@ def register_pytree(kind: type, flatten: Callable[[Any], Any], unflatten: Callab
     _pytree.register_pytree_node(kind, flatten, unflatten, serialized_type_name=f"implicit.{kind.__name__}")
 
 
+def jit_traces() -> bool:
+    """Whether torch.jit.trace records (`torch._C._get_tracing_state`, 2.13.0)."""
+    return torch._C._get_tracing_state() is not None
+
+
 def traced() -> bool:
-    """Whether torch.compile or torch.jit records (`torch._C._get_tracing_state`, 2.13.0)."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    """Whether torch.compile or torch.jit.trace records."""
+    return torch.compiler.is_compiling() or jit_traces()
 
 
 class _Eager:

@@ -126,7 +126,7 @@ class HistoryBuffer:
         parts = []
         for block in self.blocks:
             parts.append(torch.bmm(xs, block[:, :count].mT))
-            count -= block.shape[1]
+            count = count - block.shape[1]  # under torch.jit.trace `count` may be a tensor, which -= would write to
             if count <= 0:
                 break
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -94,3 +94,31 @@ def test_memory_of_many_scalars_is_that_of_their_states(solver):
     with Bytes() as bytes, torch.no_grad():
         fixed_point(lambda z: 0.9 * torch.tanh(2 * z) + x, torch.zeros_like(x), solver=solver, stop=Stop(max_evals=30))
     assert bytes.peak < 100 * 2**20
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if not isinstance(s, NewtonKrylov)], ids=repr)
+def test_a_fixed_count_is_traced_by_jit(solver):
+    layer, x = Layer(solver, Unrolled()), torch.randn(4, 6)
+    traced = torch.jit.trace(layer, torch.zeros(4, 6), check_trace=False)
+    torch.testing.assert_close(traced(x), layer(x))
+    weight = layer.linear.weight
+    found, right = (torch.autograd.grad(f(x).sum(), weight)[0] for f in (traced, layer))
+    torch.testing.assert_close(found, right)
+    for grad in (IFT(), JFB(), Neumann(), Phantom(), Reversible()):
+        layer = Layer(Picard() if isinstance(grad, Reversible) else solver, grad)
+        with torch.no_grad():
+            traced = torch.jit.trace(layer, torch.zeros(4, 6), check_trace=False)
+            torch.testing.assert_close(traced(x), layer(x))
+        with pytest.raises(NotImplementedError, match="no_grad"):
+            torch.jit.trace(layer, x, check_trace=False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_refuses_a_tolerance_and_jacobian_vector_products():
+    with torch.no_grad():
+        for solver in SOLVERS:
+            with pytest.raises(NotImplementedError, match="rtol=0"):
+                torch.jit.trace(lambda z, s=solver: fixed_point(torch.cos, z, solver=s).value, torch.zeros(2, 3))
+        with pytest.raises(NotImplementedError, match="NewtonKrylov"):
+            torch.jit.trace(Layer(NewtonKrylov()), torch.zeros(4, 6))
