@@ -6,6 +6,7 @@ from typing import Any
 from benchmarks.diffusion.compute import BARE, OURS
 from benchmarks.harness import read_result
 from benchmarks.report.formatting import NOTHING, table
+from benchmarks.report.sections import gpu
 
 HEAD = "## Compute at XL/2"
 
@@ -21,7 +22,7 @@ def section(results: Path, images: Path) -> str:
             "Counted multiply-accumulates; the sum of the bytes that each operator reads and writes; and the "
             "roofline time, the longer of the times at a GPU's peak arithmetic and at its peak bandwidth, which is a "
             "lower bound for eager kernels. bf16: weights and activations in bfloat16 (float16 on a T4). Training "
-            f"steps leave out the optimizer. Times on a GPU: {NOTHING}.",
+            f"steps leave out the optimizer. Times on a GPU: {gpu.where(results)}.",
             _counts(found, [card["name"] for card in cards]) if cards else NOTHING,
             f"Data sheets, without sparsity: {sources or NOTHING}.",
             _kernels(found.get("kernels", {})),

@@ -7,6 +7,7 @@ from benchmarks.diffusion.largest_batch import CARDS, GIB, Case
 from benchmarks.diffusion.memory_tables import by_row, fits, markdown
 from benchmarks.harness import read_result
 from benchmarks.report.formatting import NOTHING, table
+from benchmarks.report.sections import gpu
 
 EXPECTED = "S-JFB (6, 6), near the expected draw"
 WORST = "S-JFB (12, 12), the worst draw"
@@ -38,7 +39,7 @@ def section(results: Path, images: Path) -> str:
             markdown(found.get("peaks", []), found.get("largest", [])),
             f"IFT takes one product of its linear solve here; the counts below are of whole solves. {_short(found)}",
             f"Predicted peak over the count of a real step on the CPU: {'; '.join(checks) or NOTHING}.",
-            f"On a GPU: {NOTHING}. `{path.name}`: {_source(found)}.",
+            f"On a GPU: {gpu.where(results)}. `{path.name}`: {_source(found)}.",
         )
     )
 
