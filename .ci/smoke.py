@@ -34,6 +34,14 @@ def main() -> None:
     # derivatives of derivatives inside torch.func
     second = torch.func.grad(torch.func.grad(lambda a: root(a)))(torch.tensor(4.0, dtype=torch.float64))
     assert abs(second + 1 / 32) < 1e-6
+    # weights that autocast has cast without a graph before
+    layer = torch.nn.Linear(3, 3)
+    with torch.no_grad():
+        layer.weight.mul_(0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        solution = fixed_point(lambda z: torch.tanh(layer(z)).float(), torch.zeros(2, 3), stop=Stop(rtol=1e-2))
+    solution.value.sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.isfinite().all()
     try:
         installed = version("implicit-fixed-points")
     except PackageNotFoundError:
