@@ -96,8 +96,8 @@ def validate_warm_start(state: Any, like: Any) -> Any:
     Raises:
         ValueError: the state does not fit.
     """
-    if type(state) is not type(like):
-        raise ValueError(f"state must be Solution.state of an earlier solve by this solver, got {_name(state)}.")
+    if (other := _of_another_type(state, like)) is not None:
+        raise ValueError(f"state must be Solution.state of an earlier solve by this solver, got {_name(other)}.")
     old, new = tensors(state), tensors(like)
     same = all(
         (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) for a, b in zip(old[:1], new[:1], strict=True)
@@ -105,6 +105,20 @@ def validate_warm_start(state: Any, like: Any) -> Any:
     if not same or any(t.shape[0] != new[0].shape[0] for t in old):
         raise ValueError("state must come from a solve with the same solver, batch size, shapes, dtype and device.")
     return map_tensors(lambda t: t.detach().clone(), state)
+
+
+def _of_another_type(state: Any, like: Any) -> Any:
+    """The first part of `state` whose type differs from that of the same part of the dataclass `like`, or None.
+
+    An optional part, which is None in `state`, fits.
+    """
+    if type(state) is not type(like):
+        return state
+    if not is_dataclass(like):
+        return None
+    parts = [(getattr(state, field.name), getattr(like, field.name)) for field in fields(like)]
+    found = (_of_another_type(a, b) for a, b in parts if is_dataclass(b) and a is not None)
+    return next((other for other in found if other is not None), None)
 
 
 def tensors(thing: Any) -> list[Tensor]:

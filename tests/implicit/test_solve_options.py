@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from implicit import DEQ, Anderson, AndersonGS, Broyden, Picard, Stop, Unrolled, fixed_point
+from implicit import DEQ, IFT, SHINE, Anderson, AndersonGS, Broyden, Picard, Stop, Unrolled, fixed_point
 from implicit.testing import problem
 from tests.helpers import F64, half, solve
 from tests.helpers import each_solver as each
@@ -94,6 +94,16 @@ def _tensors(thing):
 
 def test_a_memory_that_does_not_fit_is_refused():
     kept = solve(half, torch.zeros(2, 3), solver=Broyden(), keep_state=True).state
+    for stop in (Stop(rtol=1e-4), Stop(rtol=0, max_evals=3)):
+        for graph in (True, False):
+            for grad, solver, other in (
+                (SHINE(), Broyden(), object()),
+                (SHINE(), AndersonGS(), kept),
+                (IFT(), AndersonGS(), kept),
+                (IFT(), Picard(), kept),
+            ):
+                with torch.set_grad_enabled(graph), pytest.raises(ValueError, match="state"):
+                    fixed_point(half, torch.zeros(2, 3), solver=solver, grad=grad, stop=stop, state=other)
     for z0, solver in (
         (torch.zeros(2, 4), Broyden()),
         (torch.zeros(3, 3), Broyden()),
