@@ -102,8 +102,19 @@ AFTER_TRAINING = "Saved checkpoints are intact; --resume continues a run whose c
 
 
 def run_training(config: Config, resume: bool) -> int:
-    """Train in the run's folder, which is locked against a second command; returns the exit code."""
-    first = int(os.environ.get("RANK", 0)) == 0
+    """Train in the run's folder, which is locked against a second command; returns the exit code.
+
+    Raises:
+        ValueError: RANK and WORLD_SIZE name no process. With a RANK left over from another program, the only process
+            would neither lock the folder nor check that it is empty.
+    """
+    rank, world = from_environment("RANK", 0), from_environment("WORLD_SIZE", 1)
+    if not 0 <= rank < world:
+        raise ValueError(
+            f"The environment has RANK={rank} and WORLD_SIZE={world}; start several processes with torchrun or "
+            "accelerate launch, and for one process unset both variables."
+        )
+    first = rank == 0
     with exclusive(config.out) if first else nullcontext():
         from apps.diffusion.training import run
 
@@ -121,11 +132,27 @@ def rank_and_world(rank: int | None = None, world: int | None = None) -> tuple[i
     Raises:
         ValueError: the number of this process is not below the number of processes.
     """
-    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-    world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
+    rank = from_environment("RANK", 0) if rank is None else rank
+    world = from_environment("WORLD_SIZE", 1) if world is None else world
     if not 0 <= rank < world:
-        raise ValueError(f"--rank {rank} must lie between 0 and --world {world} minus 1.")
+        raise ValueError(
+            f"--rank {rank} must lie between 0 and --world {world} minus 1; without the flags, RANK and WORLD_SIZE in "
+            "the environment are used."
+        )
     return rank, world
+
+
+def from_environment(name: str, default: int) -> int:
+    """The whole number in a variable of the environment, which launchers set.
+
+    Raises:
+        ValueError: the variable holds no whole number.
+    """
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"The environment has {name}={text!r}, which is no whole number; unset it.") from None
 
 
 def device_of(name: str) -> str:

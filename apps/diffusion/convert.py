@@ -16,8 +16,9 @@ is executed. DIR is written completely or not at all, and must be new or empty.
 from __future__ import annotations
 
 import json
+import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,11 +29,13 @@ from apps.diffusion.checkpoint import pretrained, state_dicts, trained_run, trai
 from apps.diffusion.checkpoint.readers import ReadOptions, read_network, refuse
 from apps.diffusion.cli import run_request
 from apps.diffusion.files import hashing
-from apps.diffusion.files.atomic import atomic_path
+from apps.diffusion.files.atomic import atomic_path, make_folder
 from apps.diffusion.models import build
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
 from apps.diffusion.pipeline import FixedPointPipeline
+
+_AFTER = "Nothing was written. If the folder of --out cannot be written to, give another one."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +57,23 @@ def main(argv: list[str] | None = None) -> int:
 
     def command(request: Request) -> None:
         check_out(request.out)
+        make_folder(request.out.parent)
+        request = replace(request, out=Path(os.path.realpath(request.out)))  # a link is kept, and its target written
         if request.to == "pipeline":
             print(write_pipeline(request))
         else:
             print(write(read_network(pretrained.locate(request.checkpoint), request.options), request))
 
-    return run_request(Request, "convert", command, argv, after="Nothing was written.")
+    return run_request(Request, "convert", command, argv, after=_AFTER)
 
 
 def check_out(out: Path) -> None:
-    """Raises ValueError if the output folder exists and is not an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Raises ValueError if the output folder exists and is not an empty folder, or is the working directory, which
+    would be replaced.
+    """
+    if out.resolve() == Path.cwd():
+        raise ValueError(f"--out {out} is the working directory; give the name of a new folder.")
+    if os.path.exists(out) and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists, and nothing is overwritten; give another folder with --out.")
 
 

@@ -26,6 +26,8 @@ from apps.diffusion.files.plots import timestep_curves
 from apps.diffusion.sampling.diagnosis import TimestepDiagnosis, diagnose_timesteps, table
 from apps.diffusion.sampling.plan import plan
 
+_FILES = ("diagnosis.md", "diagnosis.json", "diagnosis.png")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -73,6 +75,9 @@ def run(request: Request) -> None:
     Raises:
         ValueError: the folder holds no FPDM, or an option does not fit the network.
     """
+    out = request.out or output_folder(request.run, "diagnosis")
+    if found := [name for name in _FILES if (out / name).exists()]:
+        raise ValueError(f"{out} holds {found[0]} already, and nothing is overwritten; give another folder with --out.")
     device = device_of(request.device)
     opened = open_network(request.run, request.weights)
     opened.to(device)
@@ -88,7 +93,6 @@ def run(request: Request) -> None:
         budget=request.budget,
         device=device,
     )
-    out = request.out or output_folder(request.run, "diagnosis")
     _write(out, request, rows)
     print(table(rows))
     print(

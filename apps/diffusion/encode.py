@@ -117,6 +117,11 @@ def run(request: Request) -> None:
 
         for k in todo:
             writer.write(k, pool, progress)
+    if changed := [k for k in todo if writer.record(k) is None]:
+        raise ValueError(
+            f"Image files of {len(changed)} of {len(todo)} shards changed while they were encoded; give the same "
+            "command again, which encodes these shards again."
+        )
     print(writer.finish(request.images))
 
 

@@ -83,11 +83,9 @@ class Request:
                     f"--{name} {getattr(self, name)} is for --features inception only; leave it out for "
                     f"--features {self.features}."
                 )
-        if self.neighbors is not None and self.neighbors.suffix != ".png":
-            raise ValueError(f"--neighbors {self.neighbors} must name a .png file.")
-        if self.save is not None and (self.save.suffix != ".safetensors" or self.save.exists()):
-            raise ValueError(f"--save {self.save} must be a new file whose name ends in .safetensors.")
-        for name, file in (("save", self.save), ("neighbors", self.neighbors)):
+        for name, file, suffix in (("save", self.save, ".safetensors"), ("neighbors", self.neighbors, ".png")):
+            if file is not None and (file.suffix != suffix or file.exists()):
+                raise ValueError(f"--{name} {file} must be a new file whose name ends in {suffix}.")
             if file is not None and not file.parent.is_dir():
                 raise ValueError(f"--{name} {file}: the folder {file.parent} does not exist; make it, or give another.")
 
@@ -102,7 +100,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             _print(report)
 
-    return run_request(Request, "evaluate", command, argv)
+    after = "If the file of --save or --neighbors cannot be written there, give another place."
+    return run_request(Request, "evaluate", command, argv, after=after)
 
 
 def run(request: Request) -> dict[str, Any]:

@@ -233,10 +233,13 @@ def _print_effort(effort: dict[str, Any]) -> None:
     if one["rounds"] not in (0, len(by["timestep"])):
         print(f"{len(by['timestep'])} timesteps took {one['rounds']:.1f} rounds (successive calls of the network).")
     if one["evaluations"]:
-        mean = sum(by["residual_mean"]) / len(by["residual_mean"])
+        residual = "the residual overflows"
+        if "residual_mean" in by:
+            mean = sum(by["residual_mean"]) / len(by["residual_mean"])
+            residual = f"relative residual {mean:.2e} on average, at most {max(by['residual_max']):.2e}"
         print(
-            f"The fixed-point layer was evaluated {one['evaluations']:.1f} times per image; relative residual "
-            f"{mean:.2e} on average, at most {max(by['residual_max']):.2e}. effort.json lists it by timestep."
+            f"The fixed-point layer was evaluated {one['evaluations']:.1f} times per image; {residual}. effort.json "
+            "lists it by timestep."
         )
 
 

@@ -74,11 +74,13 @@ def parse(argv: Sequence[str]) -> tuple[Config, bool]:
     extended["data"] = dataclasses.replace(
         saved.data, path=config.data.path, vae=config.data.vae, workers=config.data.workers
     )
+    if saved.teacher is not None and config.teacher is not None:
+        extended["teacher"] = config.teacher  # a copy; the checkpoint knows its weights
     if dataclasses.replace(saved, **extended) != config:
         flags = ", ".join(flag(name) for name in _EXTENDABLE)
         raise ValueError(
             f"A run is resumed with the settings it was started with ({config.out / 'config.json'}); only "
-            f"--optimizer.images, --data.path, --data.vae, --data.workers, {flags} may be changed. Give "
+            f"--optimizer.images, --data.path, --data.vae, --data.workers, --teacher, {flags} may be changed. Give "
             "another --out for another run."
         )
     return config, True

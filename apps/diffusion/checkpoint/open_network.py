@@ -23,7 +23,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from apps.diffusion.checkpoint import pretrained, training_state
-from apps.diffusion.checkpoint.readers import Weights, read_model_folder
+from apps.diffusion.checkpoint.readers import Weights, check_finite, read_model_folder
 from apps.diffusion.checkpoint.trained_run import read_config
 from apps.diffusion.config.network import Prediction
 from apps.diffusion.config.sampling import SamplingOptions
@@ -157,7 +157,9 @@ def open_run(run: str | Path, weights: Weights = "ema") -> OpenedNetwork:
             model = build.rebuild(state.network)
         except (LookupError, TypeError, ValueError) as error:
             raise ValueError(f"The checkpoint in {run} describes no network of this version ({error!r}).") from None
-        build.load_weights(model, state.ema if weights == "ema" else state.model, run)
+        chosen = state.ema if weights == "ema" else state.model
+        check_finite(chosen, run)
+        build.load_weights(model, chosen, run)
         images, classes = state.progress.images, state.classes
     return OpenedNetwork(
         model=model.eval(),

@@ -59,6 +59,7 @@ class Checkpoint:
         optimizer: torch's optimizer state by parameter number: {0: {"step": ..., "exp_avg": ..., ...}, ...}.
         progress: counts of the run.
         classes: names of the classes; empty if there are no classes, and in format 1.
+        teacher: SHA-256 of the teacher's weights; empty without a teacher, and in earlier versions.
     """
 
     network: dict[str, Any]
@@ -67,6 +68,7 @@ class Checkpoint:
     optimizer: Mapping[int, Mapping[str, Tensor]]
     progress: Progress
     classes: tuple[str, ...] = ()
+    teacher: str = ""
 
 
 class Unreadable(ValueError):
@@ -101,6 +103,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 1) -> Path:
             "network": checkpoint.network,
             "progress": asdict(checkpoint.progress),
             "classes": list(checkpoint.classes),
+            "teacher": checkpoint.teacher,
             "files": {f"{name}.safetensors": hashing.of_file(partial / f"{name}.safetensors") for name in TENSORS},
         }
         state = json.loads(json.dumps(state))
@@ -163,6 +166,7 @@ def load(path: Path, tensors: Sequence[str] = TENSORS) -> Checkpoint:
         optimizer=optimizer,
         progress=state["progress"],
         classes=tuple(state.get("classes", ())),
+        teacher=state.get("teacher", ""),
     )
 
 

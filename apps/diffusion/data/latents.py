@@ -77,7 +77,7 @@ class LatentDataset:
         verify: bool = True,
     ) -> None:
         self.root, self.mirror, self.sample, self.seed = Path(path), mirror, sample, seed
-        self.index = read_index(self.root)
+        self.index = read_index(self.root, latents=True)
         self.classes: tuple[str, ...] = tuple(self.index["classes"] if labels else ())
         self.shape: tuple[int, int, int] = tuple(self.index["shape"])
         self._starts = np.cumsum([0, *(shard["images"] for shard in self.index["shards"])])
@@ -174,8 +174,12 @@ class LatentDataset:
             ) from None
 
 
-def read_index(root: Path) -> dict[str, Any]:
+def read_index(root: Path, *, latents: bool = False) -> dict[str, Any]:
     """index.json of a folder of latents.
+
+    Args:
+        root: the folder.
+        latents: whether the entries from which latents are read must be there; false: that of the VAE only.
 
     Raises:
         ValueError: the file is missing or damaged, or has another format.
@@ -186,7 +190,7 @@ def read_index(root: Path) -> dict[str, Any]:
         if not hashing.fits_digest(index):
             raise ValueError("its content does not fit its digest")
         if version == FORMAT:
-            _check_types(index)
+            _check_types(index, latents)
     except FileNotFoundError:
         started = (root / "settings.json").exists()
         raise ValueError(
@@ -206,11 +210,13 @@ def read_index(root: Path) -> dict[str, Any]:
     return index
 
 
-def _check_types(index: dict[str, Any]) -> None:
-    """Raises KeyError or ValueError if an entry of an index is missing or of another type. An index of an earlier
-    version has no digest that would show the damage.
+def _check_types(index: dict[str, Any], latents: bool) -> None:
+    """Raises KeyError, TypeError or ValueError if an entry of an index is missing or of another type. An index of an
+    earlier version has no digest that would show the damage.
     """
-    parts = [(_ENTRIES, index, ""), *((_OF_SHARD, shard, "shards.") for shard in list(index["shards"]))]
+    parts: list[tuple[dict[str, Any], dict[str, Any], str]] = []
+    if latents:
+        parts = [(_ENTRIES, index, ""), *((_OF_SHARD, shard, "shards.") for shard in list(index["shards"]))]
     if "vae" in index:
         parts.append((_OF_VAE, from_plain(dict, index["vae"], "vae"), "vae."))
     for kinds, part, where in parts:

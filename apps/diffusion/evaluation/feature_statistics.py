@@ -186,11 +186,16 @@ def load(file: Path, extractor: Extractor) -> Statistics:
 
 
 def _gaussian(mean: Tensor, cov: Tensor) -> Gaussian:
-    """The Gaussian; raises ValueError unless `mean` is (D,), `cov` is (D, D), and both are finite."""
+    """The Gaussian; raises ValueError unless `mean` is (D,), `cov` is (D, D), both are finite, and `cov` is symmetric
+    (to rounding) without a negative variance.
+    """
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
         raise ValueError(f"a mean {tuple(mean.shape)} and a covariance {tuple(cov.shape)} are not (D,) and (D, D)")
     if not (mean.isfinite().all() and cov.isfinite().all()):
         raise ValueError("its mean or its covariance is not finite")
+    size = cov.abs().max()
+    if (cov - cov.T).abs().max() > 1e-3 * size or cov.diagonal().min() < -1e-6 * size:
+        raise ValueError("its covariance is not symmetric, or has a negative variance")
     return Gaussian(mean, cov)
 
 
@@ -205,10 +210,16 @@ def is_statistics(file: Path) -> bool:
     return file.suffix == ".safetensors"
 
 
+def _real(values: Any) -> Tensor:
+    if values.dtype.kind not in "fiu":
+        raise ValueError(f"its values are {values.dtype}, not real numbers")
+    return torch.from_numpy(values).double()
+
+
 def _published(file: Path) -> Statistics:
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            held = {name: torch.from_numpy(arrays[name]).double() for name in arrays.files if name[0] in "ms"}
+            held = {name: _real(arrays[name]) for name in arrays.files if name in ("mu", "sigma", "mu_s", "sigma_s")}
         pooled = _gaussian(held["mu"], held["sigma"])
         spatial = _gaussian(held["mu_s"], held["sigma_s"]) if "mu_s" in held else None
     except (*DAMAGED, TypeError) as error:

@@ -109,7 +109,7 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
     found = sorted((p, m[1]) for p in root.iterdir() if (m := _NAME.fullmatch(p.name)))
     files, classes = [p for p, _ in found], [c for _, c in found]
     remarks: list[str] = []
-    labels = torch.tensor([int(c) for c in classes]) if classes and None not in classes else None
+    labels = torch.tensor([_label(p) for p in files]) if classes and None not in classes else None
     if files:
         own = {file.name for file in files} | {"grid.png"}
         others = [file for file in listing(root, "none").files if file not in own]
@@ -145,6 +145,15 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
             yield torch.from_numpy(np.stack(rows))
 
     return Source(str(root), len(files), labels, hashing.of_parts(parts), batches, tuple(remarks))
+
+
+def _label(file: Path) -> int:
+    """The class in the name of a sample."""
+    match = _NAME.fullmatch(file.name)
+    assert match is not None
+    if len(match[1]) > 9:
+        raise ValueError(f"{printable(file)} names the class {match[1]}, which no network has; rename the file.")
+    return int(match[1])
 
 
 def _read(file: Path, size: int | None, channels: int) -> np.ndarray:

@@ -7,6 +7,7 @@ is an OSError, also where safetensors or torch.save raise errors of their own cl
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -83,29 +84,39 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Holds the lock of a folder. The folder is made, and removed again if nothing was written into it.
 
     Raises:
-        ValueError: another process holds the lock, or `folder` is a file.
-        OSError: the folder cannot be made or written to.
+        ValueError: another process holds the lock, or the folder cannot be made or written to.
+        OSError: the disk is full or fails.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():
         raise ValueError(f"--out {folder} is a file; give a folder.")
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    # os.path.exists, unlike Path.exists, is false for a name that is too long
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    make_folder(folder)
     lock = FileLock(folder / LOCK, timeout=0)
     try:
-        with lock:
-            try:
-                yield
-            finally:
-                # after locking, filelock checks that the file still exists, so two processes cannot both hold the lock
-                (folder / LOCK).unlink(missing_ok=True)
-    except Timeout:
-        raise ValueError(
-            f"Another process is training into {folder}; wait until it ends, or give another folder with --out."
-        ) from None
+        _acquire(lock, folder)
+        try:
+            yield
+        finally:
+            # after locking, filelock checks that the file still exists, so two processes cannot both hold the lock
+            (folder / LOCK).unlink(missing_ok=True)
+            lock.release()
     finally:
         for path in made:
             with suppress(OSError):  # not empty
                 path.rmdir()
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"Another process is training into {folder}; wait until it ends, or give another folder with --out."
+        ) from None
+    except OSError as error:
+        remedy = "make it writable, or give another folder with --out; a copy of a run can be resumed"
+        raise _other_place(error, f"{folder} cannot be written to", remedy) from None
 
 
 def _raise_as_os_error(error: Exception, path: Path) -> None:
@@ -123,9 +134,18 @@ def make_folder(folder: Path) -> None:
     """Makes a folder for the output of a command.
 
     Raises:
-        ValueError: there is a file at this path, or the permission to make the folder is missing.
+        ValueError: the folder cannot be there: a file is in its place, the permission is missing, the file system is
+            read-only, or the name is too long.
+        OSError: the disk is full or fails.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise ValueError(f"{folder} cannot be made ({error.strerror}); give another folder with --out.") from None
+    except OSError as error:
+        raise _other_place(error, f"{folder} cannot be made", "give another folder with --out") from None
+
+
+def _other_place(error: OSError, what: str, remedy: str) -> Exception:
+    """`error` if the disk is full or fails, else a ValueError that names the reason and the remedy."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return error
+    return ValueError(f"{what} ({error.strerror}); {remedy}.")

@@ -15,7 +15,16 @@ MAX_COLUMNS = 20  # largest number of classes for which a sample grid has a colu
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """Images with values in [-1, 1] as uint8 on the CPU; values outside [-1, 1] are clipped."""
+    """Images with values in [-1, 1] as uint8 on the CPU; values outside [-1, 1] are clipped.
+
+    Raises:
+        ValueError: a value is NaN, which has no color.
+    """
+    if x.isnan().any():
+        raise ValueError(
+            "An image holds NaN: the network or the VAE overflows, or its weights are damaged; compute in float32, or "
+            "sample from other weights."
+        )
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
 
@@ -109,7 +118,7 @@ def _with_head(page: Image.Image, head: Sequence[str], pitch: int, enlarge: int)
     for column, text in enumerate(head):
         size = 0.7 * band
         length = ImageFont.load_default(size).getlength(text)
-        font = ImageFont.load_default(size * min(1.0, 0.95 * pitch / max(length, 1)))
+        font = ImageFont.load_default(max(1.0, size * min(1.0, 0.95 * pitch / max(length, 1))))
         center = GAP * enlarge + column * pitch + (pitch - GAP * enlarge) / 2
         draw.text((center, band / 2), text, fill=_gray(whole, 0), font=font, anchor="mm")
     return whole

@@ -15,6 +15,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 from apps.diffusion.files import hashing
+from apps.diffusion.files.names import first_names
 
 
 def open_vae(
@@ -52,6 +53,8 @@ def open_vae(
     lacking = [*info["missing_keys"], *info["mismatched_keys"]]
     if lacking:
         raise ValueError(f"The VAE {title} is incomplete: {', '.join(map(str, lacking))}; fetch it again.")
+    if bad := [name for name, value in vae.state_dict().items() if not value.isfinite().all()]:
+        raise ValueError(f"The VAE {title} holds NaN or infinity in {first_names(bad, 3)}; fetch it again.")
     if channels is not None and vae.config.latent_channels != channels:
         raise ValueError(
             f"The VAE {title} decodes latents of {vae.config.latent_channels} channels, and this network generates "

@@ -17,6 +17,7 @@ from apps.diffusion.checkpoint.open_network import open_network
 from apps.diffusion.checkpoint.readers import read_network
 from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.config.training import Config, LossConfig, ModelConfig, NoiseSchedule
+from apps.diffusion.files import hashing
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.schedulers.noise_levels import is_flow
 from implicit import StochasticJFB
@@ -79,13 +80,31 @@ def _schedule(scheduler: Any) -> NoiseSchedule:
     )
 
 
-def open_teacher(path: Path, shape: tuple[int, int, int], num_classes: int, device: torch.device) -> torch.nn.Module:
+def open_teacher(
+    path: Path, shape: tuple[int, int, int], num_classes: int, device: torch.device, known: str = ""
+) -> torch.nn.Module:
     """The teacher at `path`, in evaluation mode, without gradients.
 
+    Args:
+        path: a run, a model or pipeline folder, a network by name, or a checkpoint file in a published layout.
+        shape: (C, H, W) of the images.
+        num_classes: number of classes of the data.
+        device: device of the teacher.
+        known: SHA-256 of the weights of the run's teacher; empty: unknown.
+
     Raises:
-        ValueError: the teacher cannot be read, or its image shape or number of classes differs from that of the data.
+        ValueError: the teacher cannot be read, it has other weights than the run's teacher, or its image shape or
+            number of classes differs from that of the data.
     """
-    teacher = read_network(pretrained.locate(path))
+    try:
+        teacher = read_network(pretrained.locate(path))
+    except ValueError as error:
+        raise ValueError(f"--teacher: {error}") from None
+    if known not in ("", hashing.of_tensors(teacher.state_dict())):
+        raise ValueError(
+            f"--teacher {path} has other weights now than the teacher that this run was started with, for example "
+            "because it was trained on; give a copy of the latter with --teacher, or another --out for another run."
+        )
     if teacher.latent != shape or teacher.num_classes != num_classes:
         raise ValueError(
             f"--teacher {path} takes images {teacher.latent} of {teacher.num_classes} classes, and the data have "

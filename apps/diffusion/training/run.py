@@ -52,7 +52,7 @@ def start_of(config: Config, resume: bool) -> Checkpoint | None:
         what, remedy = ("a run", "continue it with --resume, ") if "config.json" in found else ("files", "")
         raise ValueError(
             f"{out} holds {what} already, and nothing is overwritten: {remedy}give another folder with --out, or "
-            f"delete {out}."
+            f"delete {out.absolute()}."
         )
     return None
 

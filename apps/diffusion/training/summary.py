@@ -72,6 +72,9 @@ def summarize(
             print(f"There are no scores: they need {SMALLEST_SET} held-out images, and the data have {len(held_out)}.")
     count = config.num_samples if real else min(config.num_samples, ROWS**2)
     result = draw_samples(config, network, images.num_classes, count, _time_limit(config))
+    if result is not None and result.samples.isnan().any():
+        print("The samples hold NaN, because the network overflows, and are neither scored nor drawn.")
+        result, count = None, 0
     complete = 0 if result is None else len(result.samples)
     if complete < count:
         print(

@@ -24,11 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from apps.diffusion.checkpoint.initialization import initialize, warn_of_another_target
+from apps.diffusion.checkpoint.readers import check_finite
 from apps.diffusion.checkpoint.trained_run import check_start
 from apps.diffusion.checkpoint.training_state import Checkpoint, Progress
 from apps.diffusion.config.training import Config
 from apps.diffusion.data import BatchSampler, ImageDataset
 from apps.diffusion.data.batch_sampler import training_batches
+from apps.diffusion.files import hashing
 from apps.diffusion.models import build
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
@@ -86,6 +88,8 @@ class Trainer:
         self.progress = Progress()
         if start is not None:
             check_start(start, model, self.network, config.out)
+            for tensors in (start.model, start.ema):
+                check_finite(tensors, config.out)
             build.load_weights(model, start.model, config.out)
             build.load_weights(self.ema.module, start.ema, config.out)
             self.progress = start.progress
@@ -105,7 +109,8 @@ class Trainer:
         self.teacher = None
         if config.teacher is not None:
             device = self.accelerator.device
-            self.teacher = open_teacher(config.teacher, images.shape, images.num_classes, device)
+            known = "" if start is None else start.teacher
+            self.teacher = open_teacher(config.teacher, images.shape, images.num_classes, device, known)
         self.metrics = StepMetrics()
         self.saved = -1  # images seen at the last checkpoint
         self.stop_requested = False
@@ -326,4 +331,5 @@ class Trainer:
             optimizer=distributed.optimizer_state(self.model, self.optimizer.optimizer, self.names),
             progress=self.progress,
             classes=tuple(self.images.classes),
+            teacher="" if self.teacher is None else hashing.of_tensors(self.teacher.state_dict()),
         )

@@ -69,6 +69,11 @@ def test_a_dit_and_impossible_options_are_refused(tmp_path, capsys):
         diagnose.main(["mnist-fpdm", "--tolerance", "0"])
     assert "--tolerance" in capsys.readouterr().err
     assert diagnose.main([str(tmp_path / "nothing")]) == 2
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "diagnosis.md").write_text("an earlier diagnosis")
+    assert diagnose.main(["mnist-fpdm", "--out", str(tmp_path / "old")]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert (tmp_path / "old" / "diagnosis.md").read_text() == "an earlier diagnosis"
     assert diagnose.main(["mnist-fpdm", "--parallel", "picard", "--steps", "2", "--out", str(tmp_path / "new")]) == 2
     assert "parallel" in capsys.readouterr().err and not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="FPDM"):

@@ -1,6 +1,7 @@
 """The encoding command: latents equal the VAE's, on any number of processes, after interruptions; bad input raises."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -348,3 +349,19 @@ def test_an_interrupt_is_one_line_and_code_130(images, vae_folder, tmp_path, mon
     assert call(images, vae_folder, tmp_path / "out") == 130
     said = capsys.readouterr().err.rstrip().split("\n")[-1]
     assert said.startswith("encode: ") and "Traceback" not in said
+
+
+def test_images_that_change_meanwhile_are_no_success(images, vae_folder, tmp_path, monkeypatch, capsys):
+    """The shard is incomplete, and no other process will write it."""
+    write = LatentWriter._write_shard
+
+    def change(self, *arguments):
+        os.utime(images / "dog" / "1.jpg", ns=(0, 0))
+        write(self, *arguments)
+
+    monkeypatch.setattr(LatentWriter, "_write_shard", change)
+    command = [str(images), "--vae", str(vae_folder), "--size", "16", "--out", str(tmp_path / "out")]
+    assert encode.main(command) == 2
+    assert "same command" in capsys.readouterr().err and not (tmp_path / "out" / "index.json").exists()
+    monkeypatch.setattr(LatentWriter, "_write_shard", write)
+    assert encode.main(command) == 0

@@ -154,8 +154,11 @@ def test_saved_statistics_and_published_ones(folder, quick, tmp_path, capsys):
     assert evaluate.main([str(folder), "--reference", str(kept), "--json"]) == 0
     loaded = json.loads(capsys.readouterr().out)
     assert loaded == {name: direct[name] for name in ("generated", "reference")}
-    with pytest.raises(SystemExit, match="2"):
-        evaluate.main([str(folder), "--save", str(kept)])
+    (tmp_path / "mine.png").write_bytes(b"an image of the user")
+    for flag, file in (("--save", kept), ("--neighbors", tmp_path / "mine.png")):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main([str(folder), flag, str(file)])
+    assert (tmp_path / "mine.png").read_bytes() == b"an image of the user"
     held = reference.load(kept, quick)
     published = tmp_path / "published.npz"
     np.savez(published, mu=held.pooled.mean.numpy(), sigma=held.pooled.cov.numpy(), arr_0=np.zeros((2, 8, 8, 3), "u1"))
@@ -209,6 +212,13 @@ def arrange(what, folder, root) -> list[str]:
         sigma = {"narrow": np.eye(5), "nan": np.full((32, 32), np.nan), "spatial": np.eye(32)}[what]
         np.savez(root / "a.npz", mu=np.zeros(32), sigma=sigma, mu_s=np.zeros(7), sigma_s=np.zeros(7))
         return [str(folder), "--reference", str(root / "a.npz")]
+    if what in ("negative variance", "asymmetric", "complex"):
+        sigma = {"negative variance": -np.eye(32), "asymmetric": np.tri(32), "complex": np.eye(32) * 1j}[what]
+        np.savez(root / "a.npz", mu=np.zeros(32), sigma=sigma)
+        return [str(folder), "--reference", str(root / "a.npz")]
+    if what == "huge class":
+        to_pil(torch.zeros(1, 8, 8)).save(root / f"00000-class-{9**30}.png")
+        return [str(root)]
     if what == "pickle":
         np.savez(root / "a.npz", mu=np.array([{}], dtype=object), sigma=np.eye(2))
         return [str(folder), "--reference", str(root / "a.npz")]
@@ -238,6 +248,10 @@ def arrange(what, folder, root) -> list[str]:
         ("halves", "float64"),
         ("narrow", "(5, 5)"),
         ("nan", "a.npz"),
+        ("negative variance", "a.npz"),
+        ("asymmetric", "a.npz"),
+        ("complex", "complex128"),
+        ("huge class", f"{9**30}"),
         ("spatial", "(7,)"),
         ("pickle", "a.npz"),
         ("statistics", "a.safetensors"),

@@ -10,7 +10,7 @@ import torch
 
 from apps.diffusion import sample
 from apps.diffusion.checkpoint.open_network import open_run
-from apps.diffusion.files.images import columns_by_class, grid, read, to_pil
+from apps.diffusion.files.images import columns_by_class, grid, read, sample_grid, to_pil
 from apps.diffusion.files.plots import loss_curve
 from tests.apps.diffusion.helpers.training_runs import barely_trained
 
@@ -248,6 +248,13 @@ def test_images_hold_their_pixels():
     assert to_pil(torch.zeros(3, 2, 2)).mode == "RGB"
     with pytest.raises(ValueError, match="4"):
         to_pil(torch.zeros(4, 2, 2))
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "", "x" * 255, "\udcff", "\u05e2\u05d1\u05e8", "\0"])
+@pytest.mark.parametrize("side", [2, 8])
+def test_a_grid_has_any_class_names(name, side):
+    page = sample_grid(torch.zeros(4, 3, side, side), [0, 0, 1, 1], ["a", name])
+    assert page.width >= 2 * side
 
 
 def test_columns_are_classes():

@@ -1,5 +1,6 @@
 """Runs of latents and runs without classes are sampled by the command and opened as pipelines; errors of such runs."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,17 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from apps.diffusion import sample
+from apps.diffusion import convert, sample, train
 from apps.diffusion.checkpoint import training_state as checkpoint
 from apps.diffusion.checkpoint.open_network import open_run
 from apps.diffusion.config import training as c
 from apps.diffusion.files import hashing
 from apps.diffusion.files.images import read
-from apps.diffusion.models import DiT, build
+from apps.diffusion.models import FPDM, DiT, build
 from apps.diffusion.models.autoencoder import digests
 from apps.diffusion.pipeline import FixedPointPipeline
 from tests.apps.diffusion.helpers import image_files
 from tests.apps.diffusion.helpers.small_models import randomized
+from tests.apps.diffusion.helpers.training_runs import barely_trained
 
 SMALL: dict[str, Any] = {"in_channels": 4, "input_size": 4, "hidden_size": 16, "num_heads": 2, "depth": 1}
 
@@ -196,3 +198,30 @@ def test_a_folder_with_samples_of_another_run_is_left_as_it_is(runs, tmp_path, c
     assert sample.main([str(runs / "classes"), "--out", str(tmp_path / "file")]) == 2
     (out / "settings.json").write_text("{")
     assert sample.main([str(runs / "classes"), "--num", "2", "--out", str(out)]) == 2
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, capsys, weights):
+    """The checksums fit, because training wrote them so; NaN would become black images."""
+    run = barely_trained(tmp_path / "run", 32)
+    state = checkpoint.newest(run)
+    spoilt = dict(getattr(state, weights))
+    spoilt["final_layer.linear.bias"] = spoilt["final_layer.linear.bias"] * float("nan")
+    progress = dataclasses.replace(state.progress, images=48)
+    checkpoint.save(run, dataclasses.replace(state, progress=progress, **{weights: spoilt}))
+    for command, argv in (
+        (sample.main, [str(run), "--weights", weights, "--num", "1", "--out", str(tmp_path / "samples")]),
+        (convert.main, [str(run), "--weights", weights, "--out", str(tmp_path / "converted")]),
+        (train.main, ["--resume", "--out", str(run), "--optimizer.images", "64"]),
+    ):
+        assert command(argv) == 2
+        assert "final_layer.linear.bias" in capsys.readouterr().err
+    assert not (tmp_path / "samples").exists() and not (tmp_path / "converted").exists()
+
+
+def test_a_sample_that_is_not_a_number_is_no_black_image(tmp_path, capsys, monkeypatch):
+    run = barely_trained(tmp_path / "run", 32)
+    output = FPDM.output
+    monkeypatch.setattr(FPDM, "output", lambda *args: output(*args) * float("nan"))
+    assert sample.main([str(run), "--num", "2", "--steps", "1", "--out", str(tmp_path / "out")]) == 2
+    assert "NaN" in capsys.readouterr().err and not list((tmp_path / "out").glob("*.png"))

@@ -59,3 +59,12 @@ def test_a_folder_that_is_not_there_is_refused_without_a_look_at_the_hub(tmp_pat
     for name, subfolder in (("vae", "decoder"), ("vea", None)):
         with pytest.raises(ValueError, match=subfolder or name):
             open_vae(name, subfolder)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    vae = image_files.tiny_vae()
+    with torch.no_grad():
+        next(vae.decoder.parameters()).fill_(float("nan"))
+    vae.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"NaN.*decoder"):
+        open_vae(tmp_path)

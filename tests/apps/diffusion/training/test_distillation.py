@@ -1,19 +1,21 @@
 """Distillation of a DiT into an FPDM: the loss, the configuration, and a run of the command."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from apps.diffusion import distill
+from apps.diffusion import distill, train
 from apps.diffusion.checkpoint import training_state as checkpoint
 from apps.diffusion.checkpoint.open_network import open_run
 from apps.diffusion.config import training as c
 from apps.diffusion.data import digits
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.schedulers.noise_schedule import make_scheduler
+from apps.diffusion.training import run as training_run
 from apps.diffusion.training.distillation import open_teacher, student_config
 from apps.diffusion.training.loss import TrainingNoise, TrainingSolve, loss
 from apps.diffusion.training.trainer import Trainer
@@ -97,3 +99,25 @@ def test_a_network_of_other_data_is_no_teacher(tmp_path):
     config = dataclasses.replace(c.Config(), model=c.ModelConfig(hidden=16, heads=2), teacher=tmp_path / "other")
     with pytest.raises(ValueError, match="--teacher"):
         Trainer(config, digits("train"))
+
+
+def test_a_run_goes_on_with_its_own_teacher_alone(run, tmp_path, capsys, monkeypatch):
+    """The teacher may be moved, and is refused after it was trained on."""
+    monkeypatch.setattr(training_run, "summarize", lambda *_: None)
+    shutil.copytree(run, tmp_path / "dit")
+    out = ["--out", str(tmp_path / "student")]
+    flags = "--optimizer.images 64 --optimizer.batch 16 --track none".split()
+    assert distill.main([str(tmp_path / "dit"), *out, *flags]) == 0
+    (tmp_path / "dit").rename(tmp_path / "moved")
+    more = ["--resume", *out, "--optimizer.images"]
+    assert train.main([*more, "96"]) == 2
+    assert "--teacher" in capsys.readouterr().err
+    assert train.main([*more, "96", "--teacher", str(tmp_path / "moved")]) == 0
+    state = checkpoint.newest(tmp_path / "moved")
+    changed = {name: value + 1 for name, value in state.ema.items()}
+    progress = dataclasses.replace(state.progress, images=state.progress.images + 16)
+    checkpoint.save(tmp_path / "moved", dataclasses.replace(state, ema=changed, progress=progress))
+    capsys.readouterr()
+    assert train.main([*more, "128", "--teacher", str(tmp_path / "moved")]) == 2
+    assert "--teacher" in capsys.readouterr().err
+    assert checkpoint.newest(tmp_path / "student").progress.images == 96
