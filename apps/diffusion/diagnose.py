@@ -104,6 +104,15 @@ def run(request: Request) -> None:
 
 def _write(out: Path, request: Request, rows: list[TimestepDiagnosis]) -> None:
     make_folder(out)
+    try:
+        _write_files(out, request, rows)
+    except BaseException:  # the same command would refuse the files that were written before the disk was full
+        for name in _FILES:
+            (out / name).unlink(missing_ok=True)
+        raise
+
+
+def _write_files(out: Path, request: Request, rows: list[TimestepDiagnosis]) -> None:
     settings = {"num": request.num, "seed": request.seed, "tolerance": request.tolerance, "budget": request.budget}
     content = {"settings": settings, "timesteps": [row.summary() for row in rows]}
     write_text(out / "diagnosis.json", json.dumps(content, indent=1) + "\n")

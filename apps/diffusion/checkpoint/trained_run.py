@@ -29,8 +29,7 @@ def read_config(run: Path) -> Config:
     if not file.is_file():
         shipped = ", ".join(pretrained.names()) or "only in the repository; a wheel does not contain these networks"
         raise ValueError(
-            f"{run} holds no run (it has no config.json); train one: "
-            f"python -m apps.diffusion.train --out {quote(str(run))}, or take a trained network by its name "
+            f"{run} holds no run (it has no config.json); {_remedy(run)}, or take a trained network by its name "
             f"({shipped})."
         )
     try:
@@ -48,6 +47,16 @@ def read_config(run: Path) -> Config:
         vae=None if vae is None else str(located(Path(vae), run)),
     )
     return dataclasses.replace(config, data=data)
+
+
+def _remedy(folder: Path) -> str:
+    """What to do if a folder holds no run: give the run above it, or train into it if it is new or empty."""
+    for above in folder.absolute().parents:
+        if (above / "config.json").is_file() and (above / "checkpoints").is_dir():
+            return f"give the folder of the run, {above}"
+    if folder.is_dir() and any(folder.iterdir()):
+        return "give the folder of a run"
+    return f"train one: python -m apps.diffusion.train --out {quote(str(folder))}"
 
 
 def located(path: Path, run: Path) -> Path:

@@ -214,4 +214,9 @@ def newest(run: Path, tensors: Sequence[str] = TENSORS) -> Checkpoint:
         raise Unreadable(
             f"{run} holds no checkpoint; give the folder of a run, as printed by `python -m apps.diffusion.train`."
         )
-    return load(found[-1], tensors)
+    try:
+        return load(found[-1], tensors)
+    except Unreadable:
+        if found[-1].exists() or not all_of(run):
+            raise
+    return newest(run, tensors)  # training has written newer checkpoints meanwhile, and deleted this one

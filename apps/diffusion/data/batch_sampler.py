@@ -82,6 +82,9 @@ def training_batches(
         batches: the sampler of the batches.
         workers: number of processes that read ahead of time; 0: this process reads a batch when it is needed.
         pin_memory: whether batches are in page-locked memory, from which a GPU copies asynchronously.
+
+    Raises:
+        ValueError, OSError: an image cannot be read, in this process or in a worker.
     """
     loader = DataLoader(
         dataset,  # pyright: ignore[reportArgumentType]
@@ -90,4 +93,23 @@ def training_batches(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # for the workers' seeds, which otherwise come from the global generator
     )
-    return iter(loader)
+    return _plain_errors(iter(loader))
+
+
+def _plain_errors(batches: Iterator[list[Tensor]]) -> Iterator[list[Tensor]]:
+    """The batches; an error of a worker has the worker's message, to which DataLoader adds the worker's traceback."""
+    while True:
+        try:
+            batch = next(batches)
+        except (ValueError, OSError) as error:
+            kind, text = type(error), str(error)
+            if "DataLoader worker" not in text:
+                raise
+            raise kind(text.strip().splitlines()[-1].removeprefix(f"{kind.__name__}: ")) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError(
+                "A process of --data.workers ended unexpectedly, perhaps for lack of memory; lower --data.workers"
+            ) from None
+        yield batch

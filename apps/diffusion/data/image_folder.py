@@ -89,7 +89,8 @@ class Listing:
         if empty:
             lines.append(f"{len(empty)} classes have no image and keep their numbers: {first_names(empty)}.")
         if self.classes and {name.lower() for name in self.classes} <= SPLITS:
-            inner = printable(self.root / self.classes[0])
+            train = [name for name in self.classes if name.lower().startswith("train")]
+            inner = printable(self.root / (train or self.classes)[0])
             lines.append(
                 f"The names of the classes, {first_names(self.classes, 9)}, are names of splits; give {inner} if its "
                 "subfolders are the classes."

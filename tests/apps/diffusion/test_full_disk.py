@@ -74,10 +74,7 @@ def test_what_a_killed_process_leaves_does_not_hinder_a_run(tmp_path):
     assert "--resume" not in str(refused.value)
 
 
-def test_figures_take_the_place_of_others_when_they_are_whole(tmp_path, fail_at, capsys):
-    (tmp_path / "out").mkdir()
-    for name in ("out/diagnosis.png", "near.png"):
-        (tmp_path / name).write_bytes(b"good")
+def test_a_figure_is_whole_or_not_there_and_the_command_can_be_given_again(tmp_path, fail_at, capsys):
     draw = np.random.default_rng(0)
     for i in range(64):
         (tmp_path / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
@@ -91,7 +88,10 @@ def test_figures_take_the_place_of_others_when_they_are_whole(tmp_path, fail_at,
     cache = ["--cache", str(tmp_path / "cache")]
     assert evaluate.main([*scored, *cache, "--neighbors", str(tmp_path / "near.png")]) == 1
     one_line(capsys, "evaluate")
-    assert (tmp_path / "out" / "diagnosis.png").read_bytes() == (tmp_path / "near.png").read_bytes() == b"good"
+    assert not (tmp_path / "near.png").exists() and not list((tmp_path / "out").iterdir())
+    fail_at(None)
+    assert diagnose.main(["mnist-fpdm", *options]) == 0
+    assert evaluate.main([*scored, *cache, "--neighbors", str(tmp_path / "near.png")]) == 0
 
 
 @pytest.mark.parametrize("message", ["basic_ios::clear: iostream error", "[enforce fail at inline_container.cc:1]"])

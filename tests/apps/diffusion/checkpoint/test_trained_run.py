@@ -225,3 +225,19 @@ def test_a_sample_that_is_not_a_number_is_no_black_image(tmp_path, capsys, monke
     monkeypatch.setattr(FPDM, "output", lambda *args: output(*args) * float("nan"))
     assert sample.main([str(run), "--num", "2", "--steps", "1", "--out", str(tmp_path / "out")]) == 2
     assert "NaN" in capsys.readouterr().err and not list((tmp_path / "out").glob("*.png"))
+
+
+def test_a_folder_without_a_run_has_a_remedy_that_works(tmp_path, capsys):
+    """Training refuses a folder with files, and a checkpoint lies in its run."""
+    run = barely_trained(tmp_path / "run", 32)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "mine.txt").touch()
+    for folder, remedy in (
+        (checkpoint.all_of(run)[0], str(run)),
+        (run / "checkpoints", str(run)),
+        (tmp_path / "files", "folder of a run"),
+        (tmp_path / "new", "apps.diffusion.train --out"),
+    ):
+        assert sample.main([str(folder), "--out", str(tmp_path / "out")]) == 2
+        printed = capsys.readouterr().err
+        assert remedy in printed and (folder == tmp_path / "new") == ("apps.diffusion.train" in printed)

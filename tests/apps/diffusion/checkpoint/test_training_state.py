@@ -10,6 +10,7 @@ import torch
 
 from apps.diffusion.checkpoint import training_state as checkpoint
 from apps.diffusion.checkpoint.training_state import Checkpoint, Progress, Unreadable
+from apps.diffusion.files import hashing
 
 
 def _state(images, value=1.0):
@@ -175,3 +176,19 @@ def test_values_of_format_1_that_make_no_sense_are_refused(tmp_path, name, value
 def test_class_names_come_back(tmp_path):
     checkpoint.save(tmp_path, dataclasses.replace(_state(64), classes=("ant", "Bär")))
     assert checkpoint.newest(tmp_path).classes == ("ant", "Bär")
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read(tmp_path, monkeypatch):
+    """Training deletes the checkpoint that sampling has begun to read."""
+    checkpoint.save(tmp_path, _state(64))
+    of_file, calls = hashing.of_file, []
+
+    def replaced(path):
+        calls.append(path)
+        if len(calls) == 2:
+            monkeypatch.setattr(hashing, "of_file", of_file)
+            checkpoint.save(tmp_path, _state(128))
+        return of_file(path)
+
+    monkeypatch.setattr(hashing, "of_file", replaced)
+    assert checkpoint.newest(tmp_path).progress.images == 128

@@ -1,11 +1,15 @@
 """The order of a run's images; batches do not depend on the number of workers and processes."""
 
+import os
+import signal
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from apps.diffusion.data import BatchSampler, TensorDataset
 from apps.diffusion.data.batch_sampler import order, training_batches
+from apps.diffusion.data.dataset import index_and_epoch
 
 IMAGES = TensorDataset(torch.linspace(-1, 1, 13 * 4).view(13, 1, 2, 2), torch.arange(13) % 3)
 
@@ -67,3 +71,32 @@ def test_workers_change_no_bit_and_leave_the_global_generator():
 def test_impossible_batches_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BatchSampler(**{"n": 13, "batch": 4, **wrong})
+
+
+class Damaged(TensorDataset):
+    """Image 5 cannot be read, or ends the process."""
+
+    how = ""
+
+    def __getitem__(self, key):
+        number, _ = index_and_epoch(key)
+        if number == 5 and self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if number == 5:
+            raise {"ValueError": ValueError, "OSError": OSError}[self.how]("5.png is damaged; restore the file.")
+        return super().__getitem__(key)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("how", ["ValueError", "OSError", "killed"])
+def test_the_error_of_a_worker_is_one_sentence(how, workers):
+    if how == "killed" and not workers:
+        pytest.skip("that would be this process")
+    images = Damaged(torch.zeros(8, 1, 2, 2))
+    images.how = how
+    loaded = training_batches(images, BatchSampler(8, 4), workers=workers)
+    with pytest.raises((ValueError, OSError)) as error:
+        for _ in range(4):
+            next(loaded)
+    assert len(str(error.value).splitlines()) == 1 and "Traceback" not in str(error.value)
+    assert ("--data.workers" if how == "killed" else "5.png") in str(error.value)

@@ -208,9 +208,9 @@ def test_folders_of_the_operating_system_are_no_classes(tmp_path):
 
 
 def test_folders_that_are_splits_are_mentioned(tmp_path):
-    colors(tmp_path, "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
+    colors(tmp_path, "test/cat/0.png", "train/cat/0.png", "train/dog/0.png", "val/cat/0.png")
     images = ImageFolderDataset(tmp_path, 16)
-    assert images.classes == ("train", "val") and str(tmp_path / "train") in " ".join(images.remarks())
+    assert images.classes == ("test", "train", "val") and str(tmp_path / "train") in " ".join(images.remarks())
     assert not ImageFolderDataset(tmp_path / "train", 16).remarks()
 
 

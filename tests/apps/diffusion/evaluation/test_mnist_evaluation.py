@@ -52,7 +52,9 @@ def test_real_digits_are_right_and_near_and_copies_are_found(samples, capsys):
     copies = scores(capsys, samples / "samples.npz", "--reference", "mnist", "--neighbors", file)
     assert copies["nearest"]["median"] < 1e-3 and "real_training" not in copies
     assert read(file).size == ((10 * 29 + 1) * 2, (4 * 29 + 1) * 2)
-    apart = scores(capsys, samples / "samples.npz", "--reference", "mnist:held-out", "--neighbors", file)
+    apart = scores(
+        capsys, samples / "samples.npz", "--reference", "mnist:held-out", "--neighbors", samples / "apart.png"
+    )
     assert apart["nearest"]["median"] > 0.1
 
 
