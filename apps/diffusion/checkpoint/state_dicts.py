@@ -217,7 +217,8 @@ def _sizes(
             f"The sizes of the network cannot be determined, missing: {', '.join(missing)}. Give a complete checkpoint."
         )
     patches, positions, inner, last = (tensors[name] for name in needed)
-    if patches.ndim != 4 or positions.ndim != 3 or inner.ndim != 2 or last.ndim != 2:
+    ranks = [tensors[name].ndim for name in needed]
+    if ranks != [4, 3, 2, 2] or 0 in (*patches.shape, *positions.shape):
         shapes = [f"{name} {tuple(tensors[name].shape)}" for name in needed]
         raise ValueError(f"The shapes {', '.join(shapes)} are not those of a DiT or FPDM; give one of these.")
     hidden, channels, patch, _ = patches.shape
