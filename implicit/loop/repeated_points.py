@@ -21,7 +21,7 @@ class Repeats:
     """Samples that were evaluated at their best iterate again, sorted by the second residual.
 
     Attributes:
-        kept: converged samples that meet the tolerance again, and other finished samples with a finite residual.
+        kept: converged samples that meet the tolerance again, and other samples with a finite residual.
         rounded: converged samples that miss the tolerance with the same residual up to rounding.
         lost: converged samples whose residual has changed and exceeds the tolerance.
         moved: running and stalled samples whose residual has changed.
@@ -47,8 +47,8 @@ def compare_repeats(
     held = seen.held & (best.since[rows] < seen.calls - (stop.check_every if stop.late else 0))
     above = held & ~(r <= tolerance) & converged
     moved = held & ~same & ((code < 0) | (code == Result.STALLED)) & np.isfinite(residual)
-    finished = (code > 0) & np.isfinite(r)
-    return Repeats(seen.held & ((r <= tolerance) & converged | finished), above & same, above & ~same, moved)
+    kept = seen.held & np.where(converged, r <= tolerance, np.isfinite(r))
+    return Repeats(kept, above & same, above & ~same, moved)
 
 
 def repeats(criterion: Criterion, before: np.ndarray, now: np.ndarray, size: np.ndarray) -> np.ndarray:

@@ -370,19 +370,39 @@ def test_hooks_and_statistics_in_f_act_once_an_evaluation(solver, stop):
 
 @each_solver
 @pytest.mark.filterwarnings("ignore:f takes one sample")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("max_evals", [30, 300])
-def test_a_sample_stalled_beside_others_that_move_has_the_residual_of_its_value(solver, max_evals):
+def test_a_sample_stalled_beside_others_that_move_has_the_residual_of_its_value(solver, max_evals, dtype):
     def f(z):
         return 0.9 * z.roll(1, 0) + x
 
     for seed in range(8):
-        x = torch.randn(9, 1, generator=torch.Generator().manual_seed(seed)).half()
+        x = torch.randn(9, 1, generator=torch.Generator().manual_seed(seed)).to(dtype)
         found = solve(f, torch.zeros_like(x), solver=solver, stop=Stop(rtol=1e-6, max_evals=max_evals))
         if not (found.result == Result.STALLED).any():
             continue  # where the budget ends before any sample does, residuals are not of the whole batch
         v = found.value.double()
         true = (f(found.value).double() - v)[:, 0].abs()
         torch.testing.assert_close(found.residual.double(), true, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:f takes one sample")
+@pytest.mark.parametrize("stop", [{}, {"late": True}, {"check_every": 3}], ids=str)
+@pytest.mark.parametrize("solver", [AndersonGS(), Broyden()], ids=repr)
+def test_residuals_beside_a_converged_sample_are_those_of_the_values_in_half_precision(solver, stop):
+    seen = 0
+    for seed in range(24):
+        x = torch.randn(9, 1, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+        def f(z, x=x):
+            return 0.9 * z[:1] * torch.linspace(0, 1, 9).bfloat16().unsqueeze(1) + 0.1 * z + x
+
+        found = solve(f, torch.zeros_like(x), solver=solver, stop=Stop(rtol=3e-2, max_evals=4 + seed % 6, **stop))
+        if found.converged.any():
+            seen += 1
+            true = (f(found.value).double() - found.value.double()).norm(dim=1)
+            torch.testing.assert_close(found.residual.double(), true, rtol=2e-2, atol=1e-3)
+    assert seen
 
 
 @pytest.mark.parametrize("scale", [1e-24, 1e-12, 1.0, 1e12, 1e18, 1e20, 1e24])
