@@ -7,7 +7,7 @@ import functools
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -56,6 +56,12 @@ def is_abstract(t: Tensor) -> bool:
     """Whether a tensor has no numbers: on the meta device, or a `FakeTensor` (`torch._subclasses`, 2.13.0)."""
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     return t.is_meta or (fake is not None and isinstance(t, fake.FakeTensor))
+
+
+def fake_tensors_paused() -> AbstractContextManager[None]:
+    """A context in which new tensors have numbers also under a `FakeTensorMode` (`torch._subclasses`, 2.13.0)."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return nullcontext() if fake is None or torch.compiler.is_compiling() else fake.unset_fake_temporarily()
 
 
 def forward_levels() -> int:

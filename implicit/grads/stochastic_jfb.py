@@ -14,7 +14,7 @@ from implicit.options import Problem, SolveOptions
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, check_at_least
 from implicit.stopping import Stop
-from implicit.torch_internals import inside_backward
+from implicit.torch_internals import fake_tensors_paused, inside_backward
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,10 @@ class StochasticJFB(AbstractGrad):
                 "pass is run again: leave generator=None, whose state checkpoint restores, or checkpoint f instead."
             )
         device = "cpu" if self.generator is None else self.generator.device  # whatever torch.set_default_device says
-        n = torch.randint(0, self.N + 1, (), generator=self.generator, device=device)
-        m = torch.randint(1, self.M + 1, (), generator=self.generator, device=device)
-        return int(n), int(m)
+        with fake_tensors_paused():
+            n = torch.randint(0, self.N + 1, (), generator=self.generator, device=device)
+            m = torch.randint(1, self.M + 1, (), generator=self.generator, device=device)
+            return int(n), int(m)
 
     def __call__(
         self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions = SolveOptions()

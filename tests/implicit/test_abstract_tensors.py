@@ -17,6 +17,7 @@ from implicit import (
     Phantom,
     Picard,
     Reversible,
+    StochasticJFB,
     Stop,
     Unrolled,
     fixed_point,
@@ -43,7 +44,7 @@ class Layer(torch.nn.Module):
     ("solver", "grad"),
     [
         *((solver, IFT()) for solver in SOLVERS[1:]),
-        *((AndersonGS(), grad) for grad in (JFB(), Neumann(), Phantom())),
+        *((AndersonGS(), grad) for grad in (JFB(), Neumann(), Phantom(), StochasticJFB(N=3, M=2))),
         *((solver, Unrolled()) for solver in SOLVERS[1:] if not isinstance(solver, NewtonKrylov)),
         *((solver, SHINE()) for solver in SOLVERS[1:] if not isinstance(solver, (Picard, NewtonKrylov))),
         (Picard(), Reversible()),
