@@ -25,7 +25,7 @@ from implicit.diagnostics.profiling import Bytes as MemoryTracker
 RESULTS = Path(__file__).parent / "results"
 VIEWS = frozenset(
     "view unsqueeze squeeze select slice transpose t expand detach _unsafe_view alias as_strided permute unbind "
-    "diagonal split split_with_sizes".split()
+    "diagonal split split_with_sizes lift_fresh".split()
 )
 """Operators that move no data."""
 

@@ -98,12 +98,14 @@ class Criterion:
 
     Attributes:
         first: (B, groups) norm of the first f(z), zeros until it is set.
+        whole_rows: whether the norms are the Euclidean norms of whole rows.
     """
 
     def __init__(self, stop: Stop, layout: Layout, joint: int = 1, first: np.ndarray | float = 0.0) -> None:
         self.stop, self.layout, self.joint, self.first = stop, layout, joint, first
         self.widths = layout.widths if stop.norm == "leaf" and len(layout.widths) > 1 else None
         self.grouped = joint > 1 or self.widths is not None
+        self.whole_rows = not self.grouped and stop.norm in ("euclidean", "leaf")
         self.smallest = layout.eps**0.5  # share of the first ||f(z)|| below which a state counts as zero
         self.tiny = _SAFE[layout.dtype]
 

@@ -49,7 +49,7 @@ def host_readable(t: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or transforms_active() or torch._C._get_tracing_state() is not None:
         return False
-    return type(t) is Tensor and t.device.type == "cpu"
+    return type(t) is Tensor and t.is_cpu
 
 
 def is_abstract(t: Tensor) -> bool:

@@ -45,10 +45,11 @@ class Observation:
 
 def fetch(criterion: Criterion, point: Point) -> Norms:
     """The norms of f(z) - z and f(z), being copied to the host."""
-    r, fz = point.r, point.fz
-    if r.requires_grad or fz.requires_grad:
-        r, fz = r.detach(), fz.detach()
-    sizes = criterion.measure(r), criterion.measure(fz)
+    r, fz = point.r.detach(), point.fz.detach()
+    if criterion.whole_rows:  # norms that solvers use too
+        sizes = point.r_size, point.fz_size
+    else:
+        sizes = criterion.measure(r), criterion.measure(fz)
     if on_host(fz):
         return Norms(sizes)
     host, ready = copy_to_host(torch.stack(sizes))

@@ -6,12 +6,16 @@ operation of a solver may mix rows.
 """
 
 import abc
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
+import numpy as np
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from implicit.pytree import Flat
+from implicit.pytree import Flat, PerSample, norm, to_device, to_host
+from implicit.torch_internals import host_readable
 
 S = TypeVar("S")
 
@@ -26,11 +30,13 @@ class Point:
         remaining: evaluations left in the budget after this one.
     """
 
-    __slots__ = ("_r", "fz", "product", "remaining", "z")
+    __slots__ = ("_fz_size", "_r", "_r_size", "fz", "product", "remaining", "z")
 
     def __init__(self, z: Flat, fz: Flat, product: Flat | None = None, remaining: int = 2**31) -> None:
         self.z, self.fz, self.product, self.remaining = z, fz, product, remaining
         self._r: Flat | None = None
+        self._r_size: PerSample | None = None
+        self._fz_size: PerSample | None = None
 
     @property
     def r(self) -> Flat:
@@ -38,6 +44,20 @@ class Point:
         if self._r is None:
             self._r = self.fz - self.z
         return self._r
+
+    @property
+    def r_size(self) -> PerSample:
+        """Euclidean norms of r, (B,), without a derivative."""
+        if self._r_size is None:
+            self._r_size = norm(self.r.detach())
+        return self._r_size
+
+    @property
+    def fz_size(self) -> PerSample:
+        """Euclidean norms of f(z), (B,), without a derivative."""
+        if self._fz_size is None:
+            self._fz_size = norm(self.fz.detach())
+        return self._fz_size
 
 
 class AbstractSolver(abc.ABC, Generic[S]):
@@ -135,3 +155,46 @@ def check_one_of(settings: Any, name: str, *words: str) -> None:
 
 def _setting(settings: Any, name: str) -> str:
     return f"{type(settings).__name__}.{name}"
+
+
+def on_host(*values: Tensor) -> tuple[Any, ...]:
+    """The values as host arrays if the host can read them without waiting for a device, else as they are."""
+    return tuple(map(to_host, values)) if all(map(host_readable, values)) else values
+
+
+def may_skip(like: Tensor) -> bool:
+    """Whether operators for rare cases may be left out where the host sees that no sample needs them.
+
+    Not while autograd records: a recomputation, as in `torch.utils.checkpoint`, has to find the same operators.
+    """
+    return host_readable(like) and not torch.is_grad_enabled()
+
+
+def to_mask(found: Any, like: Tensor) -> Tensor | None:
+    """The samples that a formula of `on_host` values found, as a mask; None if there are none and `may_skip` allows."""
+    if isinstance(found, Tensor):
+        return found
+    return to_device(found, like.device) if found.any() or not may_skip(like) else None
+
+
+def where(found: Any, a: Any, b: Any) -> Any:
+    """`torch.where` for values as `on_host` gives them."""
+    return torch.where(found, a, b) if isinstance(found, Tensor) else np.where(found, a, b)
+
+
+def power_of_two(size: Any, least: float) -> Any:
+    """The power of two nearest to 1 / size or 1 / least, the smaller one, for values as `on_host` gives them."""
+    if isinstance(size, Tensor):
+        return torch.exp2(-torch.log2(size.clamp_min(least)).round())
+    with quiet(size):
+        return np.exp2(-np.log2(np.maximum(size, least)).round())
+
+
+def to_tensor(value: Any, like: Tensor) -> Tensor:
+    """A value as `on_host` gives it, as a tensor of the dtype and device of `like`."""
+    return value if isinstance(value, Tensor) else to_device(value, like.device, like.dtype)
+
+
+def quiet(value: Any) -> AbstractContextManager[Any]:
+    """No warnings from a formula of `on_host` values that are not finite."""
+    return np.errstate(all="ignore") if isinstance(value, np.ndarray) else nullcontext()

@@ -60,6 +60,44 @@ def put_dots(
     return matrix
 
 
+def put_products(
+    gram: Float[Tensor, "B K K"], first: int, rows: Float[Tensor, "B P M"], history: "HistoryBuffer"
+) -> Float[Tensor, "B K K"]:
+    """`gram` with the rows from `first` on replaced by the products of `rows` with those of the history."""
+    end, start = first + rows.shape[1], 0
+    if torch.compiler.is_compiling() or not _in_place(gram, rows, *history.blocks):
+        products = torch.cat([torch.bmm(rows, block.mT) for block in history.blocks], dim=2)
+        return torch.cat((gram[:, :first], products, gram[:, end:]), dim=1)
+    for block in history.blocks:
+        stop = start + block.shape[1]
+        torch.bmm(rows, block.mT, out=gram[:, first:end, start:stop])
+        start = stop
+    return gram
+
+
+def clear_products(
+    gram: Float[Tensor, "B K K"], mask: Bool[Tensor, "B 1"], first: int, end: int
+) -> Float[Tensor, "B K K"]:
+    """`gram` with the rows and columns from `first` to `end` - 1 of the samples in `mask` zero."""
+    mask = mask.unsqueeze(2)
+    if _in_place(gram, mask):
+        gram[:, first:end].masked_fill_(mask, 0)
+        gram[:, :, first:end].masked_fill_(mask, 0)
+        return gram
+    gram = torch.cat((gram[:, :first], gram[:, first:end].masked_fill(mask, 0), gram[:, end:]), dim=1)
+    return torch.cat((gram[:, :, :first], gram[:, :, first:end].masked_fill(mask, 0), gram[:, :, end:]), dim=2)
+
+
+def add_diagonal(gram: Float[Tensor, "B K K"], mask: Bool[Tensor, "B 1"], slot: int) -> Float[Tensor, "B K K"]:
+    """`gram` with 1 added to entry `slot` of the diagonal, for the samples in `mask`."""
+    if _in_place(gram, mask):
+        gram[:, slot, slot].add_(mask[:, 0])
+        return gram
+    one = torch.zeros(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    one[slot] = 1
+    return gram + torch.diag(one) * mask.unsqueeze(2)
+
+
 @dataclass(frozen=True)
 class HistoryBuffer:
     """At most `capacity` rows of N numbers per sample; unused rows are zero."""
@@ -68,6 +106,8 @@ class HistoryBuffer:
     blocks: tuple[Float[Tensor, "B _ N"], ...] = ()
     first: int = 0
     """Rows of the first block, if so few usually suffice; 0: a first block as in any history."""
+    backward: bool = False
+    """Whether new blocks take their place before the others, for a history that is filled from its last row."""
 
     @property
     def rows(self) -> int:
@@ -104,31 +144,50 @@ class HistoryBuffer:
         else:
             small = self.capacity * like.numel() * like.element_size() < _SMALL
             more = min(self.capacity if small else max(_FIRST, self.rows), self.capacity - self.rows)
-        return replace(self, blocks=(*self.blocks, like.new_zeros(like.shape[0], more, like.shape[1])))
+        new = like.new_zeros(like.shape[0], more, like.shape[1])
+        return replace(self, blocks=(new, *self.blocks) if self.backward else (*self.blocks, new))
+
+    def part(self, first: int, end: int) -> Float[Tensor, "B P N"]:
+        """Rows `first` to `end` - 1; a view if they lie in one block."""
+        parts, start = [], 0
+        for block in self.blocks:
+            low, high = max(first - start, 0), min(end - start, block.shape[1])
+            if low < high:
+                parts.append(block[:, low:high])
+            start += block.shape[1]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def set(self, slot: int, value: Flat) -> "HistoryBuffer":
         """The history with row `slot` replaced by `value`."""
         i, slot = self._place(slot)
         return self._with(i, put(self.blocks[i], slot, value))
 
-    def set_difference(self, slot: int, a: Flat, b: Flat) -> "HistoryBuffer":
-        """The history with row `slot` replaced by a - b."""
-        i, slot = self._place(slot)
-        return self._with(i, put_difference(self.blocks[i], slot, a, b))
+    def set_rows(self, first: int, *values: Flat) -> "HistoryBuffer":
+        """The history with the rows from `first` on, which lie in one block, replaced by some values."""
+        i, first = self._place(first)
+        block, end = self.blocks[i], first + len(values)
+        if torch.compiler.is_compiling() or not _in_place(block, *values):
+            return self._with(i, torch.cat((block[:, :first], torch.stack(values, dim=1), block[:, end:]), dim=1))
+        torch.stack(values, dim=1, out=block[:, first:end])
+        return self
+
+    def set_scaled_difference(self, row: int, other: int, count: int, scale: Float[Tensor, "B 1"]) -> "HistoryBuffer":
+        """The history with the rows from `row` on replaced by `scale` times the rows from `other` on minus these.
+
+        Both are `count` rows of one block.
+        """
+        new = self.part(other, other + count)
+        i, row = self._place(row)
+        block, end = self.blocks[i], row + count
+        if torch.compiler.is_compiling() or not _in_place(block, new, scale):
+            value = (new - block[:, row:end]) * scale.unsqueeze(2)
+            return self._with(i, torch.cat((block[:, :row], value, block[:, end:]), dim=1))
+        torch.sub(new, block[:, row:end], out=block[:, row:end]).mul_(scale.unsqueeze(2))
+        return self
 
     def dot(self, x: Flat) -> Coefficients:
         """<row_i, x> for every row."""
         parts = [dots(block, x) for block in self.blocks]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-    def products(self, xs: Float[Tensor, "B P N"], count: int) -> Float[Tensor, "B P K"]:
-        """<row_i, x> for the first `count` rows and each of P vectors x, reading the rows once."""
-        parts = []
-        for block in self.blocks:
-            parts.append(torch.bmm(xs, block[:, :count].mT))
-            count = count - block.shape[1]  # under torch.jit.trace `count` may be a tensor, which -= would write to
-            if count <= 0:
-                break
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def is_finite(self) -> Bool[Tensor, "B 1"]:
@@ -136,23 +195,31 @@ class HistoryBuffer:
         parts = [block.isfinite().all(dim=2).all(dim=1, keepdim=True) for block in self.blocks]
         return torch.cat(parts, dim=1).all(dim=1, keepdim=True)
 
-    def clear(self, mask: Bool[Tensor, "B 1"]) -> "HistoryBuffer":
-        """The history with all rows of the samples in `mask` zero."""
-        cleared = mask.unsqueeze(2)
-        if torch.is_grad_enabled() and any(block.requires_grad for block in self.blocks):
-            return replace(self, blocks=tuple(block.masked_fill(cleared, 0) for block in self.blocks))
-        for block in self.blocks:  # in place, since a copy would double the memory of the history
-            block.masked_fill_(cleared, 0)
-        return self
-
-    def add(self, x: Flat, c: Coefficients, sign: int = 1, first: int = 0) -> Flat:
-        """x + sign sum_i c_i row_{first + i}."""
-        out, start, count = x.unsqueeze(1), -first, c.shape[2]
+    def clear(self, mask: Bool[Tensor, "B 1"], first: int = 0, end: int | None = None) -> "HistoryBuffer":
+        """The history with the rows from `first` to `end` - 1 of the samples in `mask` zero; by default all rows."""
+        cleared, blocks = mask.unsqueeze(2), []
         for block in self.blocks:
-            low, high = max(0, -start), min(block.shape[1], count - start)
+            low, high = max(first, 0), block.shape[1] if end is None else min(end, block.shape[1])
             if low < high:
-                rows = block if (low, high) == (0, block.shape[1]) else block[:, low:high]
-                part = c if high - low == count else c[:, :, start + low : start + high]
+                if _in_place(block, mask):  # a copy would double the memory of the history
+                    block[:, low:high].masked_fill_(cleared, 0)
+                else:
+                    part = block[:, low:high].masked_fill(cleared, 0)
+                    block = torch.cat((block[:, :low], part, block[:, high:]), dim=1)
+            blocks.append(block)
+            first, end = first - block.shape[1], None if end is None else end - block.shape[1]
+        return replace(self, blocks=tuple(blocks))
+
+    def add(self, x: Flat, c: Coefficients, sign: int = 1, first: int = 0, stride: int = 1) -> Flat:
+        """x + sign sum_i c_i row_{first + stride i}."""
+        out, taken, start = x.unsqueeze(1), 0, first
+        for block in self.blocks:
+            rows = block[:, start::stride] if start or stride > 1 else block
+            count = min(rows.shape[1], c.shape[2] - taken)
+            if count > 0:
+                rows = rows if count == rows.shape[1] else rows[:, :count]
+                part = c if count == c.shape[2] else c[:, :, taken : taken + count]
                 out = torch.baddbmm(out, part, rows, alpha=sign)
-            start += block.shape[1]
+                taken += count
+            start = (start - block.shape[1]) % stride if start < block.shape[1] else start - block.shape[1]
         return out.squeeze(1)

@@ -40,15 +40,37 @@ taken for this reason, and numbers that settle at 0 do not count, since ReLU and
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit.argument_types import check_fields
-from implicit.linear.secant_systems import mixtures, pairs_in_use, put_cross
-from implicit.pytree import Flat
-from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history
-from implicit.solvers.history_buffer import HistoryBuffer, put
+from implicit.linear.secant_systems import (
+    all_independent,
+    dependent,
+    leave_out,
+    not_finite,
+    promised,
+    solution,
+    split,
+    with_diagonal,
+)
+from implicit.linear.secant_window import SecantWindow
+from implicit.pytree import Flat, to_device, to_host
+from implicit.solvers.base import (
+    AbstractSolver,
+    Point,
+    check_at_least,
+    check_history,
+    may_skip,
+    on_host,
+    power_of_two,
+    quiet,
+    to_mask,
+    to_tensor,
+    where,
+)
 
 _NOISE = 2  # a difference of residuals of at most this many eps ||f(z)|| consists of rounding errors
 _FLAT = 0.75  # as does one of at most eps to this power times the difference of f(z): f is a translation along it
@@ -62,37 +84,36 @@ _PLAIN_STEPS = 15  # largest number of plain steps at the start that gain more e
 _SETTLING = 256  # largest number of plain steps at the start that each settle a number
 _CONTRACTION, _FAST = 0.9, 0.65  # largest rho for a second plain step, and for the steps after the second
 _FALL, _QUICK, _QUICK_FALL = 1e-3, 0.3, 0.1  # least fall 1 - rho_k / rho_{k-1}; for a rho below _QUICK, _QUICK_FALL
-_SAFE_EXPONENT = 20  # the unit is 1 for numbers between 2^-20 and 2^20
 _KEPT = 0.4  # share of the last fall that the next one must reach
+_SAFE_EXPONENT = 20  # the unit is 1 for numbers between 2^-20 and 2^20
 
 
 @dataclass(frozen=True)
 class MultisecantState:
-    """The last point, the pairs of differences, and the two small systems.
+    """The last point, the pairs of differences, and what the next step compares its residual with.
 
-    A row of `df` and of `dr` is a pair dF_i and dR_i; `inverse` holds 1 / ||dR_i||, or 0 for a pair that is not in use.
-    Norms and products are those of vectors multiplied by `unit`, a power of two that keeps their squares in range.
-    `systems` holds <dZ_i, dR_j> and <dR_i, dR_j> of the pairs divided by ||dR_i||. `size` is ||r|| of the last point,
-    `bound` the ||r|| of the next point above which the model has failed, `mu` the ridge; `ratio` and `fall` are rho_k
-    and 1 - rho_k / rho_{k-1} of the plain steps at the start, for the samples marked in `plain`.
+    All vectors are multiplied by `unit`, a power of two that keeps their squares in range; None: all units are 1.
+    `size` is ||r|| of the last point, `promise` the ||r||^2 that its mixture promised, `mu` the ridge; `ratio` and
+    `fall` are rho_k and 1 - rho_k / rho_{k-1} of the plain steps at the start, for the samples marked in `plain`.
+
+    On a CPU, unless autograd records, the operators for rare cases are left out where no sample needs them: `eased` if
+    no sample has a ridge or is in the cautious stage, `settled` if none is in its plain steps.
     """
 
     fz: Flat
     r: Flat
-    df: HistoryBuffer
-    dr: HistoryBuffer
-    inverse: Float[Tensor, "B K"]
-    systems: Float[Tensor, "B 2 K K"]
+    window: SecantWindow
     strict: Bool[Tensor, "B 1"]
     size: Float[Tensor, "B 1"]
-    bound: Float[Tensor, "B 1"]
+    promise: Float[Tensor, "B 1"]
     mu: Float[Tensor, "B 1"]
     plain: Bool[Tensor, "B 1"]
     ratio: Float[Tensor, "B 1"]
     fall: Float[Tensor, "B 1"]
-    unit: Float[Tensor, "B 1"]
-    count: int = 0
+    unit: Float[Tensor, "B 1"] | None
     fresh: bool = True  # before the first step of a solve, when no pair can be formed yet
+    eased: bool = True
+    settled: bool = False
     retreated: Bool[Tensor, "B 1"] | None = None  # samples reset just before, whose ||r|| gives no rho_k
 
 
@@ -137,21 +158,17 @@ class Multisecant(AbstractSolver[MultisecantState]):
         return True
 
     def init(self, point: Point) -> MultisecantState:
-        rows, numbers = point.z.shape
-        window = min(self.memory, numbers)
         unit = _unit(point)
-        size = _norm(unit * point.r)
+        point = _in_unit(point, unit)
+        size = point.r_size.unsqueeze(1)
         zero, one = torch.zeros_like(size), torch.ones_like(size)
         return MultisecantState(
             fz=point.fz,
             r=point.r,
-            df=HistoryBuffer(window),
-            dr=HistoryBuffer(window),
-            inverse=point.z.new_zeros(rows, window),
-            systems=point.z.new_zeros(rows, 2, window, window),
+            window=SecantWindow.empty(min(self.memory, point.z.shape[1]), point.z).at_point(point.fz, point.r),
             strict=zero > 0,
             size=size,
-            bound=torch.full_like(size, torch.inf),
+            promise=torch.full_like(size, torch.inf),
             mu=zero,
             plain=one > 0,
             ratio=one,
@@ -160,20 +177,21 @@ class Multisecant(AbstractSolver[MultisecantState]):
         )
 
     def resume(self, point: Point, state: MultisecantState) -> MultisecantState:
-        check_history(state.dr.capacity, min(self.memory, point.z.shape[1]))
-        no = torch.zeros_like(state.strict)
-        return replace(state, fz=point.fz, r=point.r, strict=no, plain=no, fresh=True)
+        check_history(state.window.pairs, min(self.memory, point.z.shape[1]))
+        no, point = torch.zeros_like(state.strict), _in_unit(point, state.unit)
+        return replace(state, fz=point.fz, r=point.r, strict=no, plain=no, settled=True, fresh=True)
 
     def restart(self, point: Point, state: MultisecantState, mask: Bool[Tensor, "B 1"]) -> MultisecantState:
+        return self._without_pairs(_in_unit(point, state.unit), state, mask)
+
+    def _without_pairs(self, point: Point, state: MultisecantState, mask: Bool[Tensor, "B 1"]) -> MultisecantState:
+        fz, r = torch.where(mask, point.fz, state.fz), torch.where(mask, point.r, state.r)
         return replace(
             state,
-            fz=torch.where(mask, point.fz, state.fz),
-            r=torch.where(mask, point.r, state.r),
-            df=state.df.clear(mask),
-            dr=state.dr.clear(mask),
-            inverse=state.inverse.masked_fill(mask, 0),
-            systems=state.systems.masked_fill(mask[:, :, None, None], 0),
-            bound=state.bound.masked_fill(mask, torch.inf),
+            fz=fz,
+            r=r,
+            window=state.window.clear(mask).at_point(fz, r),
+            promise=state.promise.masked_fill(mask, torch.inf),
             mu=state.mu.masked_fill(mask, 0),
             plain=state.plain & ~mask,
         )
@@ -190,154 +208,180 @@ class Multisecant(AbstractSolver[MultisecantState]):
 
         With `Stop.late` the history may hold pairs of a point that is not finite: then it is cleared.
         """
-        if state.count:
-            state = self.restart(point, state, mask & ~(state.df.is_finite() & state.dr.is_finite()))
+        point, failed = _in_unit(point, state.unit), _in_unit(failed, state.unit)
+        if state.window.count:
+            state = self._without_pairs(point, state, mask & ~state.window.rows.is_finite())
         seen = mask & failed.fz.isfinite().all(dim=1, keepdim=True) & failed.z.isfinite().all(dim=1, keepdim=True)
         fz, r = torch.where(mask, point.fz, state.fz), torch.where(mask, point.r, state.r)
-        size = _norm(state.unit * point.r)
+        fz, r = torch.where(seen, failed.fz, fz), torch.where(seen, failed.r, r)
+        size, before = point.r_size.unsqueeze(1), failed.r_size.unsqueeze(1)
         return replace(
             state,
-            fz=torch.where(seen, failed.fz, fz),
-            r=torch.where(seen, failed.r, r),
+            fz=fz,
+            r=r,
+            window=state.window.at_point(fz, r),
             strict=cautious,
             size=torch.where(mask, size, state.size),
-            bound=state.bound.masked_fill(mask, torch.inf),
+            promise=state.promise.masked_fill(mask, torch.inf),
             mu=torch.where(mask, (_RESET * state.mu).clamp_min(_AFTER), state.mu),
-            plain=state.plain & (~mask | (_norm(state.unit * failed.r) <= size)),
+            plain=state.plain & (~mask | (before <= size)),
+            eased=False,
             retreated=mask,
         )
 
     def step(self, point: Point, state: MultisecantState) -> tuple[Flat, None, MultisecantState]:
-        if state.fresh and not state.count:
-            size = _norm(state.unit * point.r)
-            return point.fz, None, replace(state, fz=point.fz, r=point.r, size=size, fresh=False)
-        before = state
-        if state.fresh:
-            scaled = state.unit * point.r
-            products = _products(state, scaled.unsqueeze(1))[:, 0]
-            state = replace(state, fz=point.fz, r=point.r, size=_norm(scaled), fresh=False)
+        before, plain_step, point = state, point.fz, _in_unit(point, state.unit)
+        size = point.r_size.unsqueeze(1)
+        state = replace(state, fz=point.fz, r=point.r, size=size, fresh=False, retreated=None)
+        if before.fresh and not before.window.count:
+            return plain_step, None, replace(state, retreated=before.retreated)
+        if before.fresh:
+            state = replace(state, window=state.window.resumed(point.fz, point.r))
         else:
-            products, state = self._append(point, state)
-        # the ridge grows if the residual is above the bound that the last mixture promised, else it decays
-        mu = torch.where(state.size > before.bound, (_UP * state.mu).clamp_min(_LOW), _DOWN * state.mu)
-        systems = state.systems.masked_fill((mu > 1)[:, :, None, None], 0)
-        state = replace(state, systems=systems, mu=torch.threshold(mu.clamp_max(1), _NONE, 0))
-        # the mixture; r and the columns have norm 1 here
-        used = products.shape[2]
-        # (a residual of 0 is divided by 1, since the derivative of a division by 0 would be NaN)
-        size = state.size.masked_fill(state.size <= torch.finfo(mu.dtype).tiny ** 0.5, 1)
-        inverse = state.inverse[:, :used]
-        cosines = products * (inverse / size).unsqueeze(1)
-        y, promised = mixtures(systems[:, :, :used, :used], cosines, self._in_use(state, used), state.mu)
-        # type II where the model has failed, and where the residual of type I is far from the smallest
-        one, two = promised[:, :1], promised[:, 1:]
-        far = one - _FAR**2 * two > torch.finfo(mu.dtype).eps
-        second = (state.size > before.size) | ((state.mu > _LOW) & ~state.strict) | far
-        gamma = torch.where(second, y[:, 1], y[:, 0])
-        bound = (_TRUST**2 * torch.where(second, two, one)).clamp_min(_STILL**2).sqrt()
-        if state.count <= max(_PLAIN_STEPS, min(_SETTLING, point.z.shape[1])):
+            state = self._append(point, state, before)
+        state = _ridge(state, before)
+        if not state.settled and state.window.count <= max(_PLAIN_STEPS, min(_SETTLING, point.z.shape[1])):
             state = _still_plain(point, state, before)
-            gamma, bound = gamma.masked_fill(state.plain, 0), bound.masked_fill(state.plain, torch.inf)
-        z = state.df.add(point.fz, (size * inverse * gamma).unsqueeze(1), -1)
-        return z, None, replace(state, bound=bound * size, retreated=None)
+            if may_skip(size):
+                plain = to_host(state.plain)
+                state = replace(state, settled=not plain.any())
+                if plain.all():
+                    return plain_step, None, replace(state, promise=torch.full_like(size, torch.inf))
+        elif not state.settled:
+            state = replace(state, settled=True)
+        gamma, promise = self._mixture(state, before)
+        z = state.window.add(point.fz, gamma, -1)
+        z = z if state.unit is None else z / state.unit
+        if not state.settled:
+            z, promise = torch.where(state.plain, plain_step, z), promise.masked_fill(state.plain, torch.inf)
+        return z, None, replace(state, promise=promise)
 
-    def _append(self, point: Point, state: MultisecantState) -> tuple[Float[Tensor, "B 2 K"], MultisecantState]:
-        """The products of r with dZ and dR, and the state with the newest pair in the place of the oldest."""
-        slot = state.count % state.dr.capacity
-        df = state.df.reserve(slot, point.r).set_difference(slot, point.fz, state.fz)
-        dr = state.dr.reserve(slot, point.r).set_difference(slot, point.r, state.r)
-        # a pair that consists of rounding errors is not used
-        vectors = state.unit.unsqueeze(2) * torch.stack((point.r, df.row(slot), dr.row(slot)), dim=1)
-        size, far, own = torch.linalg.vector_norm(vectors.detach(), dim=2, keepdim=True).unbind(dim=1)
-        eps = torch.finfo(own.dtype).eps
-        noise = own <= torch.maximum(_NOISE * eps * _norm(state.unit * point.fz), eps**_FLAT * far)
-        if torch.is_grad_enabled() and vectors.requires_grad:
-            # the same norm, with a derivative
-            length = vectors[:, 2].square().sum(dim=1, keepdim=True).masked_fill(noise, 1)
-            length = length.clamp_min(torch.finfo(own.dtype).tiny).sqrt()
-            own = own * (length / length.detach())
-        own = own.masked_fill(noise, torch.inf).reciprocal()
-        inverse = put(state.inverse.unsqueeze(2), slot, own).squeeze(2)
-        new = replace(
-            state,
-            fz=point.fz,
-            r=point.r,
-            df=df,
-            dr=dr,
-            inverse=inverse,
-            size=size,
-            count=state.count + 1,
-            fresh=False,
-        )
-        # products of r, dF and dR with dZ and dR, in one pass over the window
-        products = _products(new, vectors)
-        scale = (own * inverse[:, : products.shape[3]]).unsqueeze(1)
-        column, by_dr = products[:, 2] * scale, products[:, 1, 1] * scale[:, 0]
-        row = torch.stack((by_dr - column[:, 1], column[:, 1]), dim=1)
-        return products[:, 0], replace(new, systems=put_cross(state.systems, slot, row, column))
+    def _append(self, point: Point, state: MultisecantState, before: MultisecantState) -> MultisecantState:
+        """The state with the newest pair, which is erased if it consists of rounding errors."""
+        info = torch.finfo(point.r.dtype)
+        # about 1 / ||r||; a power of two makes its product with the pair exact, and the limit keeps squares in range
+        size, last, fz_size = on_host(state.size, before.size, point.fz_size.unsqueeze(1))
+        scale = power_of_two(where(size > info.eps * last, size, info.eps * last), info.tiny**0.5)
+        window = state.window.append(point.fz, point.r, to_tensor(scale, before.size))
+        _, far, own = window.squares()
+        found, far = on_host(own, far)
+        with quiet(found):
+            noise = (found <= (_NOISE * info.eps * fz_size * scale) ** 2) | (found <= info.eps ** (2 * _FLAT) * far)
+        noise = to_mask(noise, own)
+        return replace(state, window=window if noise is None else window.erase_newest(noise))
 
-    def _in_use(self, state: MultisecantState, used: int) -> Bool[Tensor, "B K"]:
-        """Which pairs pass the filter."""
-        gram = state.systems[:, 1, :used, :used]
+    def _left_out(self, state: MultisecantState, gram: Float[Tensor, "B K K"]) -> Bool[Tensor, "B K"] | None:
+        """The pairs that do not pass the filter; None if all pass."""
         tolerance = self.filter or torch.finfo(gram.dtype).eps ** (1 / 6)
-        least = torch.where(state.strict | (state.mu > 0), max(tolerance, _STRICT), tolerance)
-        return pairs_in_use(gram, state.count % used, tolerance, least)
+        usual = state.eased and state.window.whole and may_skip(gram)
+        if usual and all_independent(gram, tolerance):
+            return None
+        least = tolerance
+        if not state.eased:
+            least = torch.where(state.strict | (state.mu > 0), max(tolerance, _STRICT), tolerance)
+        return dependent(gram, state.window.left_out(), tolerance, least)
+
+    def _mixture(
+        self, state: MultisecantState, before: MultisecantState
+    ) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B 1"]]:
+        """The coefficients of the step, and the squared residual that they promise."""
+        systems = state.window.systems()
+        out = self._left_out(state, systems[:, :, 1, 1:])
+        if out is not None:
+            systems = leave_out(systems, out)
+        right, pairs = split(systems)
+        y = solution(with_diagonal(pairs, out, None if state.eased else state.mu), right)
+        square, eps = state.window.squares()[0], torch.finfo(y.dtype).eps
+        promise = promised(pairs, right, y, square) if may_skip(y) else None
+        if promise is None or not np.isfinite(promise).all():
+            y = y.masked_fill(not_finite(y), 0)
+            promise = promised(pairs, right, y, square)
+        # type II where the model has failed, and where the residual of type I is far from the smallest
+        size, last, least, mu, strict = on_host(state.size, before.size, square, state.mu, state.strict)
+        one, two = promise[:, :1], promise[:, 1:]
+        with quiet(one):
+            second = (size > last) | (one - _FAR**2 * two > eps * least)
+        if not state.eased:
+            second = second | ((mu > _LOW) & (strict == 0))
+        promise = to_tensor(where(second, two, one), state.promise)
+        if may_skip(y) and second.all():
+            return y[:, 1], promise
+        mask = to_mask(second, promise)
+        return y[:, 0] if mask is None else torch.where(mask, y[:, 1], y[:, 0]), promise
 
     def inverse_transpose(self, state: MultisecantState, g: Flat) -> Flat:
         """H^T g, with H r = r - dF gamma(r): g - dZ (dZ^T dR)^-T dF^T g."""
-        if not state.count:
+        if not state.window.count:
             return g
-        used = min(state.count, state.dr.capacity)
-        left_out = ~self._in_use(state, used)
-        matrix = state.systems[:, 0, :used, :used]
-        matrix = matrix.masked_fill(left_out.unsqueeze(1) | left_out.unsqueeze(2), 0)
-        rows = matrix.abs().amax(dim=2, keepdim=True)
-        rows = torch.where(rows > 0, rows, 1)
-        matrix = matrix / rows + torch.diag_embed(left_out.to(matrix.dtype))
+        systems = state.window.systems()
+        if (out := self._left_out(state, systems[:, :, 1, 1:])) is not None:
+            systems = leave_out(systems, out)
+        _, pairs = split(systems)
         # dF^T g
-        inverse = (state.unit * state.inverse[:, :used]).unsqueeze(2)
-        right = state.df.products(g.unsqueeze(1), used).mT * inverse
-        right = right.masked_fill(left_out.unsqueeze(2), 0)
-        y = torch.linalg.solve_ex(matrix.mT, right)[0] / rows * inverse
-        c = torch.where(y.isfinite().all(dim=1, keepdim=True), y, 0).mT
-        return state.dr.add(state.df.add(g, c, -1), c)
+        right = state.window.products(g)
+        right = right if out is None else right.masked_fill(out, 0)
+        y = solution(with_diagonal(pairs, out, None).mT, torch.stack((right, right), dim=1))[:, 0]
+        c = torch.where(y.isfinite().all(dim=1, keepdim=True), y, 0)
+        return state.window.add(state.window.add(g, c, -1), c, 1, part=1)
 
 
-def _products(state: MultisecantState, x: Float[Tensor, "B P N"]) -> Float[Tensor, "B P 2 K"]:
-    """<x_p, dZ_i> and <x_p, dR_i> in units, reading the pairs once; x is multiplied by the unit already."""
-    used = min(state.count, state.dr.capacity)
-    by_df, by_dr = state.df.products(x, used), state.dr.products(x, used)
-    return torch.stack((by_df - by_dr, by_dr), dim=2) * state.unit[:, :, None, None]
+def _in_unit(point: Point, unit: Float[Tensor, "B 1"] | None) -> Point:
+    """The point with all vectors multiplied by the unit."""
+    return point if unit is None else Point(unit * point.z, unit * point.fz)
 
 
-def _norm(x: Flat) -> Float[Tensor, "B 1"]:
-    return torch.linalg.vector_norm(x.detach(), dim=1, keepdim=True)
-
-
-def _unit(point: Point) -> Float[Tensor, "B 1"]:
-    """A power of two near 1 / max(|r|, |f(z)|), or 1 for numbers whose squares are far from the ends of the range."""
+def _unit(point: Point) -> Float[Tensor, "B 1"] | None:
+    """A power of two near 1 / max(|r|, |f(z)|), or 1 for vectors whose squares are far from the ends of the range."""
+    limit = 2.0**_SAFE_EXPONENT
+    r_size, fz_size = on_host(point.r_size, point.fz_size)
+    size = where(r_size > fz_size, r_size, fz_size)
+    unusual = to_mask(~((size >= 1 / limit) & (size <= limit)), point.r_size)
+    if unusual is None:
+        return None
     vectors = torch.cat((point.r.detach(), point.fz.detach(), point.z.new_zeros(point.z.shape[0], 1)), dim=1)
     tiny = torch.finfo(vectors.dtype).tiny
     largest = vectors.abs().amax(dim=1, keepdim=True)
     exponent = torch.log2(largest.clamp(tiny, 1 / tiny)).round()
-    safe = (exponent.abs() <= _SAFE_EXPONENT) | ~largest.isfinite()
-    return torch.exp2(-exponent.masked_fill(safe, 0))
+    return torch.exp2(-exponent.masked_fill(~(unusual.unsqueeze(1) & largest.isfinite()), 0))
+
+
+def _ridge(state: MultisecantState, before: MultisecantState) -> MultisecantState:
+    """The state with the next mu, which grows where the residual exceeds the bound of the last mixture, else decays."""
+    size, last, promise = on_host(state.size, before.size, before.promise)
+    with quiet(size):
+        failed = to_mask((size > _STILL * last) & (size**2 > _TRUST**2 * promise), state.size)
+    if failed is None and state.eased:
+        return state
+    mu, window = _DOWN * state.mu, state.window
+    if failed is not None:
+        mu = torch.where(failed, (_UP * state.mu).clamp_min(_LOW), mu)
+    if (gone := to_mask(on_host(mu)[0] > 1, mu)) is not None:
+        window = window.drop(gone)
+    mu = torch.threshold(mu.clamp_max(1), _NONE, 0)
+    eased = may_skip(mu) and not any(v.any() for v in on_host(mu, state.strict))
+    return replace(state, window=window, mu=mu, eased=eased)
 
 
 def _still_plain(point: Point, state: MultisecantState, before: MultisecantState) -> MultisecantState:
     """The state with `plain`, which marks the samples whose steps remain plain, `ratio` and `fall`."""
-    settles = ((point.r == 0) & (before.r * point.z != 0)).any(dim=1, keepdim=True)
-    settles = settles & (state.size <= before.size)
+    count = state.window.count
     # rho_k and its fall
     ratio = state.size / before.size
-    fall = 1 - ratio / state.ratio
-    if state.count > _PLAIN_STEPS:
+    fall = state.fall if count == 1 else 1 - ratio / state.ratio
+    size, last, rho, new, old = on_host(state.size, before.size, ratio, fall, state.fall)
+    settles = False
+    if not may_skip(point.r) or int(torch.count_nonzero(point.r)) < point.r.numel():
+        settles = on_host(((point.r == 0) & (before.r * point.z != 0)).any(dim=1, keepdim=True))[0]
+        settles = (settles != 0) & (size <= last)
+    if count > _PLAIN_STEPS:
         stays = settles
-    elif state.count == 1:
-        stays, fall = settles | (ratio <= _CONTRACTION), state.fall
+    elif count == 1:
+        stays = settles | (rho <= _CONTRACTION)
     else:
-        least = torch.where(ratio < _QUICK, _QUICK_FALL, _FALL)
-        stays = settles | (ratio <= _FAST) & (fall >= torch.maximum(_KEPT * state.fall, least))
+        least = (new >= _FALL) & ((rho >= _QUICK) | (new >= _QUICK_FALL))
+        stays = settles | (rho <= _FAST) & least & (new >= _KEPT * old)
+    if isinstance(stays, np.ndarray):
+        stays = to_device(stays, ratio.device)
     if (same := before.retreated) is not None:
         stays, ratio, fall = stays | same, torch.where(same, state.ratio, ratio), torch.where(same, state.fall, fall)
     return replace(state, plain=state.plain & stays, ratio=ratio, fall=fall)

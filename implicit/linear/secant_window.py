@@ -1,0 +1,159 @@
+"""The pairs of differences of a multisecant method, and their Gram matrix.
+
+A slot is two rows, dF_i and dR_i, which a caller divides by about ||r_i|| so that pairs of different steps are of one
+size. Slots are filled from the last to the first, so slots of growing number hold pairs of growing age, and the slot
+before the newest pair holds the last point, f(z) and r. The rows r, dF, dR lie side by side, so that one product with
+the window gives their products with all older rows. A full window is a ring of one slot more than it has pairs.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from implicit.linear.secant_systems import Systems
+from implicit.pytree import Flat
+from implicit.solvers.history_buffer import HistoryBuffer, add_diagonal, clear_products, put_products
+
+
+@dataclass(frozen=True)
+class SecantWindow:
+    """At most `pairs` pairs of (B, N) differences, and r.
+
+    Attributes:
+        pairs: number of pairs kept.
+        rows: the rows of all slots.
+        gram: products of every row with the older ones; those with newer rows are out of date.
+        kept: at least as many of the newest pairs as are in use.
+        newer: [i, j] whether the slot of age j is newer than that of age i + 1.
+        signs: -1 and 0, which take products with dF to products with dZ = dF - dR.
+        count: number of pairs added so far.
+        whole: whether all pairs are in use; False if the host does not know.
+    """
+
+    pairs: int
+    rows: HistoryBuffer
+    gram: Float[Tensor, "B R R"]
+    kept: Int[Tensor, "B 1"]
+    newer: Bool[Tensor, "B K 1 1+K"]
+    signs: Float[Tensor, "B 1 2 1"]
+    count: int = 0
+    whole: bool = True
+
+    @classmethod
+    def empty(cls, pairs: int, like: Flat) -> "SecantWindow":
+        """A window without pairs for states like this one."""
+        size = like.shape[0]
+        signs = like.new_zeros(size, 1, 2, 1)
+        signs[:, :, 0] = -1
+        kept = torch.full((size, 1), 2**31, device=like.device)
+        newer = torch.ones(size, pairs, 1, pairs + 1, dtype=torch.bool, device=like.device)
+        newer = newer.transpose(1, 2).tril().transpose(1, 2)
+        rows = HistoryBuffer(2 * pairs + 2, backward=True)
+        return cls(pairs, rows, like.new_zeros(size, 0, 0), kept, newer, signs)
+
+    @property
+    def used(self) -> int:
+        """Number of pairs in the window."""
+        return min(self.count, self.pairs)
+
+    @property
+    def newest(self) -> int:
+        """Slot of the newest pair."""
+        return self.rows.rows // 2 - 1 - (self.count - 1) % (self.pairs + 1)
+
+    def append(self, fz: Flat, r: Flat, scale: Float[Tensor, "B 1"]) -> "SecantWindow":
+        """The window with the point f(z), r and `scale` times the pair of its differences to the last point."""
+        window = replace(self, kept=self.kept if self.whole else self.kept + 1, count=self.count + 1)
+        window = window.at_point(fz, r)
+        slot, next_slot = window.newest, window._next
+        rows = window.rows.set_scaled_difference(2 * slot, 2 * next_slot, 2, scale)
+        return replace(window, rows=rows)._renew(3)
+
+    def at_point(self, fz: Flat, r: Flat) -> "SecantWindow":
+        """The window with another last point, but for its products."""
+        rows, gram, had = self.rows.reserve(2 * min(self.count + 1, self.pairs + 1) - 1, r), self.gram, self.rows.rows
+        if more := rows.rows - had:
+            gram = torch.nn.functional.pad(gram, (more, 0, more, 0))
+        window = replace(self, rows=rows, gram=gram)
+        return replace(window, rows=rows.set_rows(2 * window._next, fz, r))
+
+    def resumed(self, fz: Flat, r: Flat) -> "SecantWindow":
+        """The window with another last point, to mix its r with the pairs of earlier ones."""
+        return self.at_point(fz, r)._renew(1)
+
+    @property
+    def _next(self) -> int:
+        """Slot of the last point."""
+        return self.rows.rows // 2 - 1 - self.count % (self.pairs + 1)
+
+    def _renew(self, changed: int) -> "SecantWindow":
+        """The window with new products of r and of the rows behind it, `changed` rows in all."""
+        first = 2 * self._next + 1
+        around = first + changed - self.rows.rows
+        parts = [(first, first + changed)] if around <= 0 else [(first, first + 1), (0, around)]
+        gram = self.gram
+        for low, high in parts:
+            gram = put_products(gram, low, self.rows.part(low, high), self.rows)
+        return replace(self, gram=gram)
+
+    def squares(self) -> tuple[Float[Tensor, "B 1"], Float[Tensor, "B 1"], Float[Tensor, "B 1"]]:
+        """||r||^2, and ||dF||^2 and ||dR||^2 of the newest pair."""
+        diagonal, row = self.gram.detach().diagonal(dim1=1, dim2=2), 2 * self.newest
+        r, df, dr = (diagonal[:, i % self.rows.rows].unsqueeze(1) for i in (row - 1, row, row + 1))
+        return r, df, dr
+
+    def systems(self) -> Systems:
+        """Products of dZ_i and dR_i with r and with dR_j, newest first."""
+        turn, used = 2 * self._next, self.used
+        gram = self.gram
+        if self.count > self.pairs and turn:
+            gram, turn = gram.roll((-turn, -turn), (1, 2)), 0
+        # by slot: the point, then the pairs
+        gram = gram[:, turn:, turn:].unflatten(1, (1 + used, 2)).unflatten(3, (1 + used, 2))
+        # products of dF_i and dR_i with r and dR_j, taken from the newer one of the rows
+        newer, older = gram[:, :, 1, 1:].permute(0, 2, 3, 1), gram[:, 1:, :, :, 1]
+        by_dr = torch.where(self.newer[:, :used, :, : 1 + used], newer, older)
+        return torch.addcmul(by_dr, by_dr[:, :, 1:], self.signs)
+
+    def drop(self, mask: Bool[Tensor, "B 1"]) -> "SecantWindow":
+        """The window without the pairs of the samples in `mask`."""
+        return replace(self, kept=self.kept.masked_fill(mask, 0), whole=False)
+
+    def left_out(self) -> Bool[Tensor, "B K"]:
+        """Which pairs are not in use, newest first."""
+        return torch.arange(self.used, device=self.kept.device) >= self.kept
+
+    def erase_newest(self, mask: Bool[Tensor, "B 1"]) -> "SecantWindow":
+        """The window with the newest pair of the samples in `mask` zero, which gives it coefficient 0 in both systems.
+
+        The square of its dR counts as 1, so that the systems are not singular.
+        """
+        first = 2 * self.newest
+        gram = add_diagonal(clear_products(self.gram, mask, first, first + 2), mask, first + 1)
+        return replace(self, rows=self.rows.clear(mask, first, first + 2), gram=gram)
+
+    def products(self, x: Flat) -> Float[Tensor, "B K"]:
+        """<dF_i, x>, newest first."""
+        parts = [torch.bmm(x.unsqueeze(1), block[:, ::2].mT).squeeze(1) for block in self.rows.blocks]
+        return self._newest_first(torch.cat(parts, dim=1))
+
+    def _newest_first(self, of_slots: Tensor) -> Tensor:
+        slot = self.newest
+        if slot and self.count > self.pairs:
+            of_slots, slot = of_slots.roll(-slot, 1), 0
+        return of_slots[:, slot : slot + self.used]
+
+    def add(self, x: Flat, c: Float[Tensor, "B K"], sign: int = 1, part: int = 0) -> Flat:
+        """x + sign sum_i c_i dF_i, or dR_i with `part` 1; the pairs newest first."""
+        slot, slots = self.newest, self.rows.rows // 2
+        first = min(self.used, slots - slot)
+        out = self.rows.add(x, c[:, :first].unsqueeze(1), sign, 2 * slot + part, 2)
+        return out if first == self.used else self.rows.add(out, c[:, first:].unsqueeze(1), sign, part, 2)
+
+    def clear(self, mask: Bool[Tensor, "B 1"]) -> "SecantWindow":
+        """The window with all rows of the samples in `mask` zero, as `erase_newest` leaves them."""
+        odd = (torch.arange(self.rows.rows, device=mask.device) % 2).to(self.gram.dtype)
+        gram = torch.where(mask.unsqueeze(2), torch.diag(odd), self.gram)
+        return replace(self, rows=self.rows.clear(mask), gram=gram)
