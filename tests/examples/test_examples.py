@@ -35,7 +35,7 @@ def test_hartree_fock_energies_and_forces(program, tmp_path):
 
 
 def test_deep_equilibrium_classifier(program):
-    found = program("deq_digits").main(["--steps", "25"])
+    found = program("deq_digits").main(["--steps", "40"])
     assert found["right"] > 0.8 and found["converged"] == 1 and found["radius"] < 1
 
 
