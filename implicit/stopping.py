@@ -163,10 +163,9 @@ class Criterion:
         first = self.samples(self.first) if isinstance(self.first, np.ndarray) else self.first
         return Criterion(self.stop, self.layout, 1, first)
 
-    def unsafe(self, r: np.ndarray, s: np.ndarray) -> np.ndarray:
-        """Where squares in the plain norms r and s may have left the range of the dtype."""
-        low, high = np.minimum(r, s), np.maximum(r, s)
-        return ~((low >= self.tiny) & (high <= 1 / self.tiny)) & (self.stop.norm != "max")
+    def unsafe(self, sizes: np.ndarray) -> np.ndarray:
+        """Where squares in plain norms may have left the range of the dtype."""
+        return ~((sizes >= self.tiny) & (sizes <= 1 / self.tiny)) & (self.stop.norm != "max")
 
 
 def classify(residual: np.ndarray, tolerance: np.ndarray) -> np.ndarray:

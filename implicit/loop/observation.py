@@ -88,13 +88,14 @@ def compare(
     `solved` marks samples whose residual was 0 before: a norm of 0 is not measured again there.
     """
     r, s = as_array(sizes[0]), as_array(sizes[1])
-    unsafe = criterion.unsafe(r, s)
+    unsafe = [criterion.unsafe(size) for size in (r, s)]  # each by itself: r keeps its bits where f(z) is 0
     if solved is not None:
-        unsafe[solved & (r == 0 if r.ndim == 1 else (r == 0).all(axis=1))] = False
-    if unsafe.any():
+        for which in unsafe:
+            which[solved & (r == 0 if r.ndim == 1 else (r == 0).all(axis=1))] = False
+    if any(which.any() for which in unsafe):
         with torch.no_grad():
             again = [to_host(criterion.measure(x, scaled=True)) for x in (point.r.detach(), point.fz.detach())]
-        r, s = np.where(unsafe, again[0], r), np.where(unsafe, again[1], s)
+        r, s = np.where(unsafe[0], again[0], r), np.where(unsafe[1], again[1], s)
     first = criterion.first
     return criterion.compare(r, s, first[rows] if isinstance(first, np.ndarray) else first)
 
@@ -114,7 +115,7 @@ def set_first(criterion: Criterion, seen: Observation) -> None:
     if isinstance(criterion.first, np.ndarray):
         return
     s = as_array(seen.sizes[1])
-    unsafe = criterion.unsafe(s, s)
+    unsafe = criterion.unsafe(s)
     if unsafe.any():
         s = np.where(unsafe, to_host(criterion.measure(seen.point.fz.detach(), scaled=True)), s)
     criterion.first = np.where(np.isfinite(s), s, 0.0)

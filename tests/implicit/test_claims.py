@@ -421,6 +421,21 @@ def test_a_callback_changes_no_bit_at_any_size_of_the_state(solver, scale):
                 assert torch.equal(getattr(plain, name), getattr(seen, name)), name
 
 
+@pytest.mark.parametrize("options", [{}, {"norm": "rms"}, {"norm": "leaf"}, {"check_every": 2}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_callback_changes_no_bit_where_f_is_zero_on_the_way(dtype, options):
+    """A cycle through z with f(z) = 0 has equal residuals: a last bit would decide which z is returned."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 7, generator=rng).to(dtype)
+
+    def run(callback):
+        stop = Stop(**{"rtol": 1e-3, "atol": 0, "max_evals": 12, **options})
+        return fixed_point(lambda z: x - z, torch.zeros_like(x) + x, solver=Picard(), stop=stop, callback=callback)
+
+    plain, watched = run(None), run(lambda calls, residual: None)
+    assert torch.equal(plain.value, watched.value) and torch.equal(plain.residual, watched.residual)
+
+
 def test_reversible_claims_no_residual_of_a_value_at_which_f_is_not_finite():
     x = torch.tensor([[1.0], [0.1], [-1.0]])
 
