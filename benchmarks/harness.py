@@ -4,6 +4,7 @@ Times are compared as ratios of runs that alternate in one process, so that a ch
 both.
 """
 
+import argparse
 import gc
 import json
 import os
@@ -117,6 +118,17 @@ def processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{os.cpu_count()} x {named[0] if named else platform.machine()}"
+
+
+def gpu_options(description: str | None, out: Path, repeats: int, arguments: list[str] | None) -> argparse.Namespace:
+    """The options `out` and `repeats` of a benchmark of a CUDA device, which ends with a sentence without one."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=out, help="result file")
+    parser.add_argument("--repeats", type=int, default=repeats, help="number of timed runs, the median of which counts")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA device, and there is none here.")
+    return options
 
 
 def read_result(path: Path) -> dict[str, Any]:

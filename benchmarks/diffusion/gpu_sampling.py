@@ -6,19 +6,15 @@ python -m benchmarks.diffusion.gpu_sampling     writes benchmarks/results/gpu_sa
 in 0..1 from the sequential sampler.
 """
 
-import argparse
 import statistics
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from apps.diffusion.checkpoint.open_network import OpenedNetwork, open_network
 from apps.diffusion.config.sampling import SamplingOptions
 from apps.diffusion.sampling.plan import plan
 from apps.diffusion.sampling.sampler import SampleResult, sample
 from benchmarks.diffusion.shipped_sampling import STEPS, rms
-from benchmarks.harness import RESULTS, paired, provenance, write_result
+from benchmarks.harness import RESULTS, gpu_options, paired, provenance, write_result
 
 WAYS: dict[str, dict[str, Any]] = {
     "sequential": {},
@@ -63,12 +59,7 @@ def rows(name: str, repeats: int) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_sampling.json", help="result file")
-    parser.add_argument("--repeats", type=int, default=7)
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.error("this benchmark needs a CUDA device, and there is none here.")
+    options = gpu_options(__doc__, RESULTS / "gpu_sampling.json", 7, arguments)
     table = [row for name in ("mnist-dit", "mnist-fpdm") for row in rows(name, options.repeats)]
     about = provenance("cuda", "diffusers") | {"repeats": options.repeats, "rows": table}
     tables = {"sampling the networks in the repository": about}

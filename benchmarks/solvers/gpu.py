@@ -5,14 +5,12 @@ python -m benchmarks.solvers.gpu     writes benchmarks/results/gpu_solvers.json
 f = tanh(z W + b), and every solve has 30 evaluations and a tolerance, for which the host waits at every evaluation.
 """
 
-import argparse
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import RESULTS, paired, provenance, write_result
+from benchmarks.harness import RESULTS, gpu_options, paired, provenance, write_result
 from benchmarks.solvers.overhead import EVALS, TRAFFIC_SHAPES, contenders, layer
 
 
@@ -36,12 +34,7 @@ def eager(shape: str, repeats: int) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu_solvers.json", help="result file")
-    parser.add_argument("--repeats", type=int, default=15)
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.error("this benchmark needs a CUDA device, and there is none here.")
+    options = gpu_options(__doc__, RESULTS / "gpu_solvers.json", 15, arguments)
     rows = [row for shape in TRAFFIC_SHAPES for row in eager(shape, options.repeats)]
     about = provenance("cuda", "torchdeq") | {"repeats": options.repeats, "rows": rows}
     tables = {"eager, with a tolerance": about}

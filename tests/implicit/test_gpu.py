@@ -66,9 +66,10 @@ def test_a_fixed_count_never_waits_for_the_device(solver):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            fixed_point(f, z0, x, solver=solver, stop=Stop(max_evals=12, **FREE))
+            found = fixed_point(f, z0, x, solver=solver, stop=Stop(max_evals=12, **FREE))  # a wait raises
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    assert found.value.isfinite().all() and (found.evals == 12).all()
 
 
 @each_solver
@@ -153,7 +154,9 @@ def test_transforms_of_functorch():
     f, z0, w, x = layer(CUDA, F64)
 
     def value(weight, row):
-        g = lambda z, r: torch.tanh(z @ weight + r)  # noqa: E731
+        def g(z, r):
+            return torch.tanh(z @ weight + r)
+
         stop = Stop(rtol=1e-10, atol=0, max_evals=80)
         return fixed_point(g, torch.zeros_like(row), row, stop=stop, batch_dims=0).value
 

@@ -71,9 +71,10 @@ def test_a_step_waits_for_the_device_at_most_once_in_several():
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.step()
+        loss = trainer.step()[0]  # a wait raises
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
 
 
 def finished(folder, images):
