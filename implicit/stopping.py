@@ -34,7 +34,8 @@ class Stop:
     """A sample ends when ``||f(z) - z|| <= atol + rtol ||f(z)||``, or after `max_evals` evaluations.
 
     ``rtol = atol = 0`` means no tolerance: exactly `max_evals` evaluations, with no synchronization between host and
-    device. A fixed point of zero meets any `rtol` once ||f(z)|| is below sqrt(eps) of its first value.
+    device. Where autograd records the solve, one boolean is read after it, whether a sample failed, unless `late` is
+    set. A fixed point of zero meets any `rtol` once ||f(z)|| is below sqrt(eps) of its first value.
 
     ============  =======================================================  ==========================================
     norm          of the numbers x_1 .. x_N of a sample                    use it where
@@ -56,7 +57,8 @@ class Stop:
             the host wait for the device. A sample may run up to k - 1 evaluations past its tolerance. The safeguard
             acts at readings alone: a sample that enters a region where f is NaN may fail, though k = 1 would reset it.
         late: read each residual one evaluation after it was computed, when the device has finished it, so that the
-            host does not wait; a finished sample costs one evaluation more.
+            host does not wait; a finished sample costs one evaluation more. Without a tolerance: the host reads
+            nothing, so on a device a failed sample may put NaN into the gradients of parameters that samples share.
         norm: the norm of residuals and of f(z), see the table.
         when: a test of the caller beside the residual, such as a halting head or the divergence of two outputs: called
             with (z, f(z)), detached states, at every reading; returns (B,) booleans. A sample for which it returns True

@@ -127,6 +127,13 @@ def wrap(t: Tensor, layers: Layers) -> Tensor:
     return t
 
 
+def unwrap_all(t: Tensor) -> Tensor:
+    """The tensor beneath all wrappers of transforms (`is_functorch_wrapped_tensor`, `get_unwrapped`, 2.13.0)."""
+    while _functorch.is_functorch_wrapped_tensor(t):
+        t = _functorch.get_unwrapped(t)
+    return t
+
+
 def alive(t: Tensor) -> Tensor:
     """The tensor that t wraps, where t is a wrapper of transforms that have ended; else t.
 

@@ -18,6 +18,7 @@ CORE = (
     ("autodiff.vjp", "autodiff.jvp"),
     (
         "evaluation",
+        "autodiff.failed_samples",
         "autodiff.recomputation",
         "staged_safeguard",
         "loop.observation",

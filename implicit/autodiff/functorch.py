@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from implicit.autodiff.closure_convert import THREAD, UNTRACED, ClosureTracer, closure_convert, own_view
+from implicit.autodiff.failed_samples import failed, finite, without
 from implicit.autodiff.jvp import functional_jvp
 from implicit.autodiff.reachable_modules import with_parameters_of_now
 from implicit.autodiff.transposable_solve import Jacobian, Pure, TransposableSolve, mapped
@@ -69,11 +70,13 @@ class Solved:
     pure: Pure
     theta: tuple[Tensor, ...]
     image: Tensor  # `recomputation.summary` of F at the value, to compare a second evaluation with
+    lost: Tensor | None = None  # (B, 1) samples of which F is a constant, since f is not finite at their value
 
     def attach(self, linear_solve: LinearSolve) -> Tensor:
         """The value, a (B, N) matrix, with the derivatives of the fixed point."""
         z = self.layout.pack(self.solution.value)
-        return _Attach.apply(self.pure, linear_solve, z, self.image, *self.theta)
+        value = _Attach.apply(self.pure, linear_solve, z, self.image, *self.theta)
+        return value if self.lost is None else torch.where(self.lost, z, value)
 
 
 def solve(
@@ -102,7 +105,21 @@ def solve(
     task = _Task(pure, layout, solver, stop, options, attached)
     value, residual, result, evals, image = _Search.apply(task, layout.pack(problem.z0).detach(), *theta)
     solution = Solution(value=layout.unpack(value), residual=residual, result=result, evals=evals + 1)
+    if attached and not stop.has_tolerance and failed(~image.isfinite(), stop):
+        return _without_failed(problem, solution, layout, options)
     return Solved(solution, layout, pure, theta, image)
+
+
+def _without_failed(problem: Problem, solution: Solution, layout: Layout, options: SolveOptions) -> Solved:
+    """The solution of a fixed count, with a constant F for the samples whose f is not finite at their value."""
+    value = layout.pack(solution.value)
+    with torch.no_grad():
+        lost = ~finite(FlatMap(problem.f, problem.args, layout)(value))
+    rest = without(problem, lost[:, 0], options.batch_dims)
+    pure, theta = _purify(rest, layout, True)
+    image = _Search.apply(_Image(pure), value.detach(), *theta)[-1]
+    solution = replace(solution, evals=solution.evals + 3)
+    return Solved(solution, layout, pure, theta, image, lost)
 
 
 def refuse_threads(problem: Problem, layout: Layout) -> None:
@@ -194,11 +211,26 @@ class _Task:
         )
 
 
+@dataclass(frozen=True)
+class _Image:
+    """In place of a solve: the summary of F at a given point."""
+
+    pure: Pure
+
+    def __call__(self, z: Tensor, theta: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        none = torch.zeros(len(z), device=z.device)
+        return z.clone(), none, none.to(torch.int8), none.to(torch.int64), self.pure.first(z, *theta)
+
+    def fold(self, size: int, dims: tuple[int | None, ...]) -> "_Image":
+        """`size` such points in one batch."""
+        return _Image(self.pure.fold(size, dims))
+
+
 class _Search(torch.autograd.Function):
     """(z*, residual, result, evaluations, summary of F at z*), without derivatives."""
 
     @staticmethod
-    def forward(task: _Task, z0: Tensor, *theta: Tensor) -> tuple[Tensor, ...]:
+    def forward(task: _Task | _Image, z0: Tensor, *theta: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
             return task(z0, theta)
 

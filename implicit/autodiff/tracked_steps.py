@@ -19,6 +19,7 @@ from implicit.options import Problem, SolveOptions
 from implicit.pytree import Flat, Layout, PerSample, scaled_norm
 from implicit.solution import Result, Solution
 from implicit.stopping import Stop, classify_count
+from implicit.torch_internals import has_derivative
 
 
 def track(
@@ -34,7 +35,7 @@ def track(
     start = layout.pack(solved.value)
     z, residual = _steps(problem, layout, start, steps, damping)
     lost = ~torch.isfinite(residual)
-    if z.requires_grad and failed(lost, stop):
+    if has_derivative(z) and failed(lost, stop):
         z, _ = _steps(without(problem, lost, options.batch_dims), layout, start, steps, damping)
         solved = replace(solved, evals=solved.evals + steps)
     z = torch.where(lost.unsqueeze(1), start.detach(), z)

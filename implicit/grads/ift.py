@@ -12,9 +12,9 @@ import torch
 from implicit.argument_types import check_fields
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.detached_solve import solve_detached
+from implicit.autodiff.failed_samples import attach_finite
 from implicit.autodiff.functorch import active, solve
 from implicit.autodiff.implicit_diff import attach, warn_learned_start
-from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.linear.gmres import GMRES
@@ -91,11 +91,11 @@ class IFT(AbstractGrad):
         if not torch.is_grad_enabled():
             return solved
         layout = Layout.of(solved.value, options.batch_dims)
-        flat = FlatMap(problem.f, problem.args, layout)
         z = layout.pack(solved.value)
-        value, _ = attach(flat, z, self._with_hints(self._linear_solve(problem.f, layout), layout, z, kept))
+        linear = self._with_hints(self._linear_solve(problem.f, layout), layout, z, kept)
+        value, _, evals = attach_finite(lambda f, z: attach(f, z, linear), problem, z, stop, layout)
         warn_learned_start(problem, value)
-        return replace(solved, value=layout.unpack(value), evals=solved.evals + 1)
+        return replace(solved, value=layout.unpack(value), evals=solved.evals + evals)
 
     def _refuse_hints(self, options: SolveOptions) -> None:
         """Refuse a guess and a preconditioner in a transform, which solves with J and with J^T at several levels."""

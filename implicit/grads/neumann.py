@@ -9,9 +9,9 @@ import torch
 from implicit.argument_types import check_fields
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.detached_solve import solve_detached
+from implicit.autodiff.failed_samples import attach_finite
 from implicit.autodiff.functorch import refuse_transforms
 from implicit.autodiff.implicit_diff import attach_approximately, warn_learned_start
-from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Flat, Layout
@@ -54,11 +54,12 @@ class Neumann(AbstractGrad):
         if not torch.is_grad_enabled():
             return solved
         layout = Layout.of(solved.value, options.batch_dims)
-        flat = FlatMap(problem.f, problem.args, layout)
         eps = rounding(problem.f, layout)
-        value, _ = attach_approximately(flat, layout.pack(solved.value), self._series, eps)
+        value, _, evals = attach_finite(
+            lambda f, z: attach_approximately(f, z, self._series, eps), problem, layout.pack(solved.value), stop, layout
+        )
         warn_learned_start(problem, value)
-        return replace(solved, value=layout.unpack(value), evals=solved.evals + 1)
+        return replace(solved, value=layout.unpack(value), evals=solved.evals + evals)
 
     def _series(self, act: Callable[[Flat], Flat], g: Flat) -> Flat:
         term, u = g, g

@@ -17,6 +17,7 @@ from torch import Tensor
 from implicit.argument_types import check_fields
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.detached_solve import solve_detached
+from implicit.autodiff.failed_samples import attach_finite
 from implicit.autodiff.functorch import refuse_transforms
 from implicit.autodiff.implicit_diff import attach_approximately, warn_learned_start
 from implicit.evaluation import FlatMap
@@ -87,10 +88,12 @@ class SHINE(AbstractGrad):
             return replace(solved, state=solved.state.state if frozen and options.keep_state else solved.state)
         solved = solve_detached(problem, frozen or solver, stop, replace(options, keep_state=True, compact=False))
         # y = f(z*) with a graph; `state` is bound below, before the backward pass reads it
-        flat, z = FlatMap(problem.f, problem.args, layout), layout.pack(solved.value)
-        value, image = attach_approximately(
-            flat, z, lambda act, g: self._estimate(solver, state, act, g), rounding(problem.f, layout)
-        )
+        z, eps = layout.pack(solved.value), rounding(problem.f, layout)
+
+        def attach(f: FlatMap, z: Flat) -> tuple[Flat, Flat]:
+            return attach_approximately(f, z, lambda act, g: self._estimate(solver, state, act, g), eps)
+
+        value, image, evals = attach_finite(attach, problem, z, stop, layout)
         warn_learned_start(problem, value)
         # The secant to z* itself, which the loop did not add. Only a converged sample ended at the point that the
         # solver proposed; the value of any other sample is another point, to which the solver has no secant
@@ -102,7 +105,7 @@ class SHINE(AbstractGrad):
         return replace(
             solved,
             value=layout.unpack(value),
-            evals=solved.evals + 1,
+            evals=solved.evals + evals,
             state=state if options.keep_state else None,
         )
 

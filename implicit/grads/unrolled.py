@@ -18,7 +18,7 @@ from implicit.pytree import Layout, Map, State, tensors
 from implicit.solution import Result, Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
-from implicit.torch_internals import transforms_active
+from implicit.torch_internals import has_derivative, transforms_active
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class Unrolled(AbstractGrad):
             stop = replace(stop, check_every=1, late=False)
         solved = self._solve(problem, solver, stop, options)
         if transforms_active():
-            return replace(solved, evals=solved.evals + 1)
+            solved = replace(solved, evals=solved.evals + 1)  # of `refuse_threads`
         lost = solved.result == int(Result.NONFINITE)
-        if not any(t.requires_grad for t in tensors(solved.value)) or not failed(lost, stop):
+        if not any(map(has_derivative, tensors(solved.value))) or not failed(lost, stop):
             return solved
         # once more, with the failed samples out of the graph
         helped = self._solve(without(problem, lost, options.batch_dims), solver, stop, options)

@@ -4,6 +4,11 @@ The host reads no number of the device, so the device never waits, and the loop 
 f(z) is not finite is reset to the point before it, and takes plain steps z' = f(z) from there until f is finite again,
 as the safeguard of a solve with a tolerance does; with a solver that has no safeguard the sample stays at that point.
 
+If autograd records the loop, an f(z) of NaN must not stay in the graph: 0 times NaN in the backward pass would reach
+the parameters that samples share. A CPU repeats such an evaluation at once. On a device, and inside torch.func, the
+host learns after the loop whether there was one (`implicit.autodiff.failed_samples`), and if so the loop runs once more
+and the host reads at every evaluation.
+
 The value is f(z) of the last evaluation. f is not evaluated at the value, so its residual is not known. CONVERGED is
 therefore given only to a batch of one sample with f(z) = z: in a larger batch f may couple that sample to others, which
 moved in the same step.
@@ -20,6 +25,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from implicit.autodiff.failed_samples import failed, finite
 from implicit.autodiff.recomputation import SameValue, Segments
 from implicit.evaluation import FlatMap
 from implicit.loop.progress import Report, progress_callback, recorded
@@ -28,15 +34,19 @@ from implicit.pytree import Flat, State, map_tensors, to_host, validate_warm_sta
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, Point
 from implicit.stopping import Criterion, Stop, classify_count
-from implicit.torch_internals import has_derivative, host_readable, not_compiled
+from implicit.torch_internals import has_derivative, host_readable, not_compiled, unwrap_all
 
 
 @dataclass(frozen=True)
 class _Position:
-    """The last point with a finite f(z) of every sample; `failed` where the evaluation after it was not finite."""
+    """The last point with a finite f(z) of every sample; `failed` where the evaluation after it was not finite.
+
+    `spoiled` marks samples with an f(z) in the graph that is not finite; None: the host looks, and leaves none there.
+    """
 
     point: Point
     failed: Bool[Tensor, "B 1"]
+    spoiled: Bool[Tensor, "B 1"] | None
 
 
 def begin(solver: AbstractSolver[Any], point: Point, options: SolveOptions) -> Any:
@@ -61,9 +71,14 @@ def fixed_count(
     """`stop.max_evals` evaluations; with `segments`, autograd keeps only the point and state at the end of each."""
     criterion, fold = Criterion(stop, f.layout), options.fold()
     if not options.observed:
-        return _evaluations(f, z0, solver, options, segments, _Observer(criterion, None, fold))
+        solution, spoiled = _evaluations(f, z0, solver, options, segments, _Observer(criterion, None, fold))
+        if spoiled is None or not failed(spoiled, stop):
+            return solution
+        del solution  # frees its graph
+        f.repeats, f.calls = f.repeats + f.calls, 0
+        return _evaluations(f, z0, solver, options, segments, _Observer(criterion, None, options.fold()), True)[0]
     with progress_callback(options, stop) as callback:
-        return _evaluations(f, z0, solver, options, segments, _Observer(criterion, callback, fold))
+        return _evaluations(f, z0, solver, options, segments, _Observer(criterion, callback, fold), True)[0]
 
 
 def _evaluations(
@@ -73,10 +88,13 @@ def _evaluations(
     options: SolveOptions,
     segments: Segments | None,
     observer: "_Observer",
-) -> Solution:
+    reads: bool = False,
+) -> tuple[Solution, Bool[Tensor, "B 1"] | None]:
+    """(solution, `_Position.spoiled` of a recorded loop); `reads` lets the host read whether f(z) is finite."""
     point = f.evaluate(f.layout.pack(z0))
-    began = _finite(point)
-    at, state = _Position(point, ~began), begin(solver, point, options)
+    began = finite(point.fz)
+    spoiled = None if reads or host_readable(began) else torch.zeros_like(began)
+    at, state = _Position(point, ~began, spoiled), begin(solver, point, options)
     observer(at, f)
     del point  # frees a state
     while f.remaining > 0 and segments is None:  # inline: a function's caller would hold the first point and state
@@ -86,7 +104,8 @@ def _evaluations(
         del z, tangent  # the point has a copy
     while segments is not None and f.remaining > 0:
         at, state = _checkpointed(f, solver, segments, at, state)
-    return _solution(f, at, began, state if options.keep_state else None, observer, options)
+    spoiled = at.spoiled if has_derivative(at.point.fz) else None
+    return _solution(f, at, began, state if options.keep_state else None, observer, options), spoiled
 
 
 def _solution(
@@ -113,20 +132,16 @@ def _next(f: FlatMap, z: Flat, tangent: Flat | None, at: _Position, retry: bool)
     point = at.point
     z = torch.where(at.failed, point.fz if retry else point.z, z)
     new = f.evaluate(z, tangent)
-    finite = _finite(new)
-    if new.fz.requires_grad and host_readable(finite) and not finite.all():
-        # no NaN in the graph: 0 times NaN in the backward pass would reach the parameters that samples share
-        new = f.repeat(torch.where(finite, new.z, point.z), tangent)
-    fz, z, product = torch.where(finite, new.fz, point.fz), new.z, new.product
+    good, spoiled = finite(new.fz), at.spoiled
+    if has_derivative(new.fz):
+        if spoiled is not None:
+            spoiled = spoiled | ~good
+        elif not unwrap_all(good).all():
+            new = f.repeat(torch.where(good, new.z, point.z), tangent)
+    fz, z, product = torch.where(good, new.fz, point.fz), new.z, new.product
     del new  # frees a state
-    point = Point(torch.where(finite, z, point.z), fz, product, f.remaining)
-    return _Position(point, ~finite if retry else at.failed | ~finite)
-
-
-def _finite(point: Point) -> Bool[Tensor, "B 1"]:
-    """Whether f(z) of each sample is finite."""
-    low, high = torch.aminmax(point.fz.detach(), dim=1, keepdim=True)  # unlike isfinite, allocates no copy of f(z)
-    return (low > -torch.inf) & (high < torch.inf)
+    point = Point(torch.where(good, z, point.z), fz, product, f.remaining)
+    return _Position(point, ~good if retry else at.failed | ~good, spoiled)
 
 
 def _checkpointed(
@@ -137,10 +152,10 @@ def _checkpointed(
     run = SameValue(segments.compare(part) if f.calls == 1 else part, parts=2)
     point = at.point
     with set_checkpoint_early_stop(False):  # the second run must reach the values that are compared
-        z, fz, product, failed, state, f.calls, f.repeats = checkpoint(
-            run, point.z, point.fz, point.product, at.failed, state, use_reentrant=False
+        z, fz, product, marks, state, f.calls, f.repeats = checkpoint(
+            run, point.z, point.fz, point.product, (at.failed, at.spoiled), state, use_reentrant=False
         )
-    return _Position(Point(z, fz, product, f.remaining), failed), state
+    return _Position(Point(z, fz, product, f.remaining), *marks), state
 
 
 def _segment(
@@ -151,17 +166,17 @@ def _segment(
     z: Flat,
     fz: Flat,
     product: Flat | None,
-    failed: Bool[Tensor, "B 1"],
+    marks: tuple[Tensor, Tensor | None],
     state: Any,
-) -> tuple[Flat, Flat, Flat | None, Bool[Tensor, "B 1"], Any, int, int]:
+) -> tuple[Flat, Flat, Flat | None, tuple[Tensor, Tensor | None], Any, int, int]:
     """`evals` evaluations that change no argument, so that they may run twice; the last results are calls, repeats."""
     f = replace(f, calls=calls, _outputs=deque(), _copies=[])
     state = map_tensors(torch.clone, state)  # histories may be written in place
-    at, end = _Position(Point(z, fz, product, f.remaining), failed), f.remaining - evals
+    at, end = _Position(Point(z, fz, product, f.remaining), *marks), f.remaining - evals
     while f.remaining > end:
         z, tangent, state = solver.step(at.point, state)
         at = _next(f, z, tangent, at, bool(solver.patience))
-    return at.point.z, at.point.fz, at.point.product, at.failed, state, f.calls, f.repeats
+    return at.point.z, at.point.fz, at.point.product, (at.failed, at.spoiled), state, f.calls, f.repeats
 
 
 class _Observer:

@@ -123,6 +123,42 @@ def test_late_and_seldom_readings_change_no_answer(options):
     assert (relative(lambda z: f(z, x), other.value) <= 1.001e-9).all()
 
 
+def beside(mate, estimator, late=False):
+    """The gradient of shared weights, of five evaluations of f on four samples of which the last is left out."""
+    torch.manual_seed(0)
+    w = (0.3 * torch.randn(24, 24)).to(CUDA).requires_grad_()
+    x = torch.randn(4, 24).to(CUDA)
+
+    def f(z):
+        h = z @ w + x
+        return torch.cat((torch.tanh(h[:3]), mate(h[3:] + z[3:])))
+
+    stop = Stop(max_evals=5, late=late, **FREE)
+    value = fixed_point(f, torch.zeros_like(x), stop=stop, **solver_and(estimator)).value
+    return torch.autograd.grad(value[:3].square().sum(), w)[0]
+
+
+@each_estimator
+@pytest.mark.parametrize("mate", [lambda h: torch.exp(9 * h + 9), lambda h: h.abs().sqrt() / (h < 1)], ids=["", "nan"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_failed_sample_reaches_no_gradient_of_a_fixed_count(estimator, mate):
+    torch.testing.assert_close(beside(mate, estimator), beside(torch.tanh, estimator), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["JFB", "JFB(3)", "Phantom", "Unrolled"])
+def test_a_recorded_fixed_count_that_is_late_never_waits(estimator):
+    expected = beside(torch.tanh, estimator)
+    torch.cuda.synchronize()
+    w = torch.eye(24, device=CUDA, requires_grad=True)
+    z0, stop = torch.zeros(4, 24, device=CUDA), Stop(max_evals=5, late=True, **FREE)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fixed_point(lambda z: torch.tanh(z @ w + 1), z0, stop=stop, **solver_and(estimator))  # a wait raises
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(beside(torch.tanh, estimator, late=True), expected)
+
+
 def test_memory_of_ift_does_not_grow_with_the_evaluations():
     def peak(count):
         f, _, w, _ = layer(CUDA, torch.float32)

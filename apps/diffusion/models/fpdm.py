@@ -245,7 +245,7 @@ class FPDM(LatentTransformer):
             count = self.iterations if iterations is None else iterations
             if count < 1:
                 raise ValueError(f"iterations={count} leaves the fixed point unsolved; give at least 1.")
-            return Stop(rtol=0.0, atol=0.0, max_evals=count)
+            return Stop(rtol=0.0, atol=0.0, max_evals=count, late=True)  # training never waits for the device
         if iterations is not None:
             raise ValueError("iterations and stop were both given; give one of them (see also Stop.max_evals).")
         return stop

@@ -9,7 +9,7 @@ from apps.diffusion.config.training import Config
 from apps.diffusion.rng import Stream, generator
 from apps.diffusion.training.loss import TrainingNoise, TrainingSolve
 from apps.diffusion.training.penalties import NoisyStart, Penalties, earlier_timesteps
-from implicit import AbstractGrad, StochasticJFB
+from implicit import AbstractGrad, StochasticJFB, Stop
 
 
 def training_solve(config: Config, noise: TrainingNoise, images: int, done: float) -> TrainingSolve | None:
@@ -41,7 +41,7 @@ def training_solve(config: Config, noise: TrainingNoise, images: int, done: floa
     return TrainingSolve(
         solver=config.solver,
         grad=_estimator(config, images, done),
-        stop=config.stop,
+        stop=_stop(config),
         start=start,
         penalty=penalty,
         earlier=earlier,
@@ -64,6 +64,12 @@ def grown(grad: StochasticJFB, done: float, growth: float) -> StochasticJFB:
     """
     ratio = min(1.0, done / growth) if growth else 1.0
     return replace(grad, N=round(ratio * grad.N), M=max(1, round(ratio * grad.M)))
+
+
+def _stop(config: Config) -> Stop:
+    """The stopping criterion. A fixed count reads nothing from the device: the loss has no sample to leave out."""
+    fixed = isinstance(config.grad, StochasticJFB) or not config.stop.has_tolerance
+    return replace(config.stop, late=True) if fixed else config.stop
 
 
 def _estimator(config: Config, images: int, done: float) -> AbstractGrad:

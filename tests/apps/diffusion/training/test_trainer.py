@@ -17,7 +17,6 @@ from apps.diffusion.models import latent_transformer
 from apps.diffusion.training import distributed as sharding
 from apps.diffusion.training import trainer as t
 from apps.diffusion.training.noise import training_noise
-from implicit.autodiff import tracked_steps
 from tests.helpers import Waits, watching
 
 SMALL = c.Config(
@@ -183,11 +182,10 @@ def test_a_device_that_is_not_there_is_refused():
 def test_a_step_never_waits_for_the_device(options, monkeypatch):
     """On the emulated device of `tests.helpers`, which counts reads of values; logging reads once every few steps.
 
-    The loader, which computes on the host, has done its part before. Two checks of values are made on a CPU alone, by
+    The loader, which computes on the host, has done its part before. A check of values is made on a CPU alone, by
     `device.type`, which is a CPU's here.
     """
     monkeypatch.setattr(latent_transformer, "check_inputs", lambda *args, **kwargs: None)
-    monkeypatch.setattr(tracked_steps, "failed", lambda lost, stop: False)
     trainer, _ = trained(steps=2, **options)
     mode, batch = Waits(), trainer._batch()
     monkeypatch.setattr(trainer, "_batch", lambda: batch)
