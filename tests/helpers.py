@@ -3,6 +3,7 @@
 A new solver or estimator is entered here once; the tests that hold for all of them go through these lists.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -162,6 +163,18 @@ class Waits(TorchFunctionMode):
         self.busy = False
         self.counts[self.evals] += 1
         self.fresh += born == self.evals
+
+
+@contextmanager
+def synchronizations(mode: str):
+    """PyTorch's check of calls that wait for a CUDA device: "error" makes them raise, "warn" makes them warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode(mode)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 
 from implicit import DEQ, IFT, Anderson, NewtonKrylov, Picard, Stop, fixed_point
 from implicit.testing import problems
-from tests.helpers import ESTIMATORS, F64, FREE, each_estimator, each_solver, relative, solver_and
+from tests.helpers import ESTIMATORS, F64, FREE, each_estimator, each_solver, relative, solver_and, synchronizations
 
 pytestmark = pytest.mark.gpu
 CUDA = "cuda"
@@ -64,11 +64,8 @@ def test_a_fixed_count_never_waits_for_the_device(solver):
     with torch.no_grad():
         fixed_point(f, z0, x, solver=solver, stop=Stop(max_evals=12, **FREE))  # first use of kernels
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with synchronizations("error"):
             found = fixed_point(f, z0, x, solver=solver, stop=Stop(max_evals=12, **FREE))  # a wait raises
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     assert found.value.isfinite().all() and (found.evals == 12).all()
 
 
@@ -77,11 +74,8 @@ def test_a_tolerance_waits_at_most_once_an_evaluation(solver):
     f, z0, _, x = layer(CUDA, F64)
     with torch.no_grad(), warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
+        with synchronizations("warn"):
             found = fixed_point(f, z0, x, solver=solver, stop=Stop(rtol=1e-8, atol=0, max_evals=60))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     waits = [w for w in seen if "synchronizing" in str(w.message)]
     assert bool(found.converged.all()) and len(waits) <= int(found.evals.max()) + 3
 
@@ -155,11 +149,8 @@ def test_a_recorded_fixed_count_that_is_late_never_waits(estimator):
     torch.cuda.synchronize()
     w = torch.eye(24, device=CUDA, requires_grad=True)
     z0, stop = torch.zeros(4, 24, device=CUDA), Stop(max_evals=5, late=True, **FREE)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronizations("error"):
         fixed_point(lambda z: torch.tanh(z @ w + 1), z0, stop=stop, **solver_and(estimator))  # a wait raises
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(beside(torch.tanh, estimator, late=True), expected)
 
 

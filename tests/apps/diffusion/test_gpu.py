@@ -17,6 +17,7 @@ from apps.diffusion.files.hashing import of_tensors as digest
 from apps.diffusion.pipeline import FixedPointPipeline
 from apps.diffusion.training.trainer import Trainer
 from tests.apps.diffusion.helpers.training_runs import barely_trained
+from tests.helpers import synchronizations
 
 pytestmark = pytest.mark.gpu
 CUDA = "cuda"
@@ -69,11 +70,8 @@ def test_options_of_the_optimizer_train(options):
 def test_a_step_waits_for_the_device_at_most_once_in_several():
     trainer, _ = trained(SMALL, steps=6)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronizations("error"):
         loss = trainer.step()[0]  # a wait raises
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
 
 
