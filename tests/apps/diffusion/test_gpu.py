@@ -87,7 +87,7 @@ def finished(folder, images):
 
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path):
-    """Training on CUDA is deterministic here with PyTorch's deterministic algorithms and the math kernel of attention."""
+    """Training on CUDA is deterministic with the deterministic algorithms and the math kernel of attention."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with sdpa_kernel(SDPBackend.MATH):
