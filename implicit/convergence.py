@@ -77,23 +77,33 @@ class ConvergenceMonitor:
     # ---- the loop's calls
 
     def observe(self, point: Point, calls: int, last: bool) -> None:
-        """Enter the point of evaluation number `calls`; norms are read now or, with `Stop.late`, at the next call."""
+        """Enter the point of evaluation number `calls`; norms are read now or, with `Stop.late`, at the next call.
+
+        A sample that the safeguard retries, since its f(z) was not finite, is read at every evaluation and at once: it
+        has failed after several such evaluations in a row. The other samples are read as if it were not there.
+        """
         self._looks += 1
         self._made = calls
         if self.fold is not None:
             self.fold.add(self.layout, point.z, point.fz, self.criterion.joint)
         first = self._looks == 1 and self.stop.check_every > 1 and not last  # read along with the first reading
-        if self._looks % self.stop.check_every and not last and not first:
+        regular = self._looks % self.stop.check_every == 0 or last or first
+        if not regular and not self._retrying:
             return
         norms = fetch(self.criterion, point)
         stopped = self.criterion.stopped(point.z, point.fz)
         seen = Observation(point, self.rows, self._held[self.rows], calls, norms, stopped)
+        if not regular:
+            self._read(seen, calls, early=True)
+            return
         due, self._pending = self._pending, seen
         if due is not None:
             self._read_before(seen, due, calls)
         if (last or not self.stop.late) and not first:
             self._read(self._pending, calls)
             self._pending = None
+        elif self._retrying:
+            self._read(seen, calls, early=True)
 
     def _read_before(self, seen: Observation, due: Observation, calls: int) -> None:
         """Read `due`; a sample whose best iterate changes by it was not at its best iterate in `seen`."""
@@ -173,25 +183,37 @@ class ConvergenceMonitor:
         """The best iterates of `rows`."""
         return self.best.of(self.rows)
 
+    @property
+    def _retrying(self) -> bool:
+        return self.safeguard is not None and self.safeguard.retrying
+
     def _mask(self, which: np.ndarray) -> Tensor:
         return to_device(which[self.rows], self.layout.device).unsqueeze(1)
 
-    def _read(self, seen: Observation, calls: int) -> None:
+    def _read(self, seen: Observation, calls: int, early: bool = False) -> None:
+        """Read a point; `early`: for the samples alone that the safeguard retries."""
         self.calls = calls
         if self._new:
             set_first(self.criterion, seen)
             self._quick = None if self.criterion.grouped or self.callback is not None else QuickReading(self.criterion)
             self._new = False
-        if self._read_quickly(seen):
+        if not early and self._read_quickly(seen):
             return
-        best, rows, self.last = self.best, seen.rows, (seen.rows, seen.held, seen.calls)
+        best, rows = self.best, seen.rows
         best.flush()
         solved = seen.held & (best.residual[rows] == 0)
         r, s, tolerance = compare(self.criterion, seen.point, seen.sizes, rows, solved)
-        self._check_repeats(seen, (r, s, tolerance))
+        if not early:
+            self.last = rows, seen.held, seen.calls
+            self._check_repeats(seen, (r, s, tolerance))
+
+        # which samples are read; a point made before a reset is not part of the retry
+        running, fresh = self.code[rows] == RUNNING, seen.calls > self.reset_at[rows]
+        if self.safeguard is not None:
+            fresh &= ~self.safeguard.resets[rows]
+            running = seen.to_read(running, running & fresh & (self.safeguard.broken[rows] > 0) if early else None)
 
         # which samples converge here, and which have a new best iterate
-        running = self.code[rows] == RUNNING
         finite = np.isfinite(r) & np.isfinite(s)
         live = running & finite
         converged = live & (classify(r, tolerance) == Result.CONVERGED)
@@ -207,15 +229,15 @@ class ConvergenceMonitor:
         best.update_absolute(rows, counts, *whole)
         best.update(rows, (counts & (r < best.residual[rows])) | converged | stopped, seen.point, r, s, seen.calls)
 
-        # which samples stall at rounding error or have failed; a point made before a reset is not part of the retry
+        # which samples stall at rounding error or have failed
         stalled = live & ~converged & ~stopped & best.at_rounding(rows, seen.calls, self.layout.eps)
-        fresh = seen.calls > self.reset_at[rows]
+        fresh &= running
         broken = running & ~finite & fresh
         if self.safeguard is not None:
             broken[fresh] &= ~self.safeguard.allow_retry(rows[fresh], broken[fresh], best.residual)
             still = live & ~converged & ~stopped & ~stalled & fresh
             self.safeguard.update(rows[still], r[still], best.residual, before, seen.calls - self.begin, away[still])
-        if self.callback is not None:
+        if self.callback is not None and not early:
             self.trace.append(of_every_sample(self.criterion, seen, np.where(running, r, np.nan), len(self.code)))
             self.callback(seen.calls, self.trace[-1])
 
@@ -235,7 +257,7 @@ class ConvergenceMonitor:
         """Read by the quick reading if that suffices; returns whether it did."""
         if self._quick is None or self.masks.running is not None or seen.stopped is not None:
             return False
-        if len(seen.rows) < len(self.code) or seen.held.any():
+        if len(seen.rows) < len(self.code) or seen.held.any() or seen.read_early is not None:
             return False
         safeguard, calls = self.safeguard, seen.calls - self.begin
         quiet = safeguard is None or (safeguard.begun and calls < safeguard.next_due and not safeguard.failing)

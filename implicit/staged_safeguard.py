@@ -101,6 +101,7 @@ class StagedSafeguard:
         self.pending = False  # whether a sample in `resets` is True
         self.failures = np.zeros(size, dtype=np.int64)  # blow-ups without a smaller residual in between
         self.broken = np.zeros(size, dtype=np.int64)  # evaluations in a row whose f(z) was not finite
+        self.retrying = False  # whether a sample was reset since its last f(z) was not finite
         self.failing = False  # whether a sample in `failures` is above 0
         self.blown = np.zeros(size, dtype=np.int64)  # blow-ups of the whole solve
         self.rounds = np.zeros(size, dtype=np.int64)  # completed rounds
@@ -156,6 +157,8 @@ class StagedSafeguard:
         self.broken[rows] = np.where(broken, self.broken[rows] + 1, 0)
         again = broken & (self.broken[rows] < self.limits.tries) & np.isfinite(best[rows])
         self._fail(rows[again])
+        self.broken[rows[broken & ~again]] = self.limits.tries
+        self.retrying = bool(((self.broken > 0) & (self.broken < self.limits.tries)).any())
         return again
 
     def _fail(self, rows: np.ndarray) -> None:

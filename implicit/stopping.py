@@ -55,7 +55,7 @@ class Stop:
         max_evals: budget of evaluations of f, >= 1.
         check_every: k, to read the residual at every k-th evaluation and the last one only, since each reading makes
             the host wait for the device. A sample may run up to k - 1 evaluations past its tolerance. The safeguard
-            acts at readings alone: a sample that enters a region where f is NaN may fail, though k = 1 would reset it.
+            acts at readings. A sample whose f(z) is not finite there is read at every evaluation until it is finite.
         late: read each residual one evaluation after it was computed, when the device has finished it, so that the
             host does not wait; a finished sample costs one evaluation more. Without a tolerance: the host reads
             nothing, so on a device a failed sample may put NaN into the gradients of parameters that samples share.

@@ -36,11 +36,19 @@ class Observation:
     calls: int  # number of the evaluation
     norms: Norms
     stopped: Tensor | None = None  # (rows,) where `Stop.when` is True; None without `when`
+    read_early: np.ndarray | None = None  # (rows,) samples of which this point was read before the others
 
     @property
     def sizes(self) -> tuple[Tensor, Tensor]:
         """The norms of f(z) - z and f(z) on the host."""
         return self.norms.arrived()
+
+    def to_read(self, running: np.ndarray, early: np.ndarray | None) -> np.ndarray:
+        """(rows,) the samples to read now: those in `early`, or of the `running` ones those not read early."""
+        if early is not None:
+            self.read_early = early
+            return early
+        return running if self.read_early is None else running & ~self.read_early
 
 
 def fetch(criterion: Criterion, point: Point) -> Norms:

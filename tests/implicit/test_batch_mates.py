@@ -27,6 +27,25 @@ def test_mates_change_no_bit_at_one_batch_size(solver, dtype):
         assert torch.equal(found.residual[1::2], plain.residual[1::2])
 
 
+@each_solver
+@pytest.mark.parametrize("reading", [{"check_every": 3}, {"late": True}, {"late": True, "check_every": 2}], ids=str)
+def test_mates_whose_f_is_nan_on_the_way_do_not_change_when_a_sample_is_read(solver, reading):
+    x = torch.linspace(0.3, 2, 12, dtype=F64).reshape(3, 4)
+
+    def path(mate):
+        def f(z):
+            return torch.cat((torch.sin(0.9 * z[:3]) + 0.6 * z[:3].roll(1, 1) + x, mate(z[3:])))
+
+        stop = Stop(rtol=1e-9, max_evals=60, **reading)
+        return solve(f, torch.zeros(6, 4, dtype=F64), solver=solver, stop=stop)
+
+    calm = path(lambda z: 0.5 * torch.cos(z) + 1)
+    for edge in (1.5, 2.5, 4.0):
+        nan = path(lambda z, edge=edge: torch.where(z.abs().amax(1, keepdim=True) > edge, torch.nan, 1.3 * z + 0.4))
+        assert torch.equal(nan.value[:3], calm.value[:3]) and torch.equal(nan.evals[:3], calm.evals[:3])
+        assert torch.equal(nan.residual[:3], calm.residual[:3]) and torch.equal(nan.result[:3], calm.result[:3])
+
+
 @pytest.mark.parametrize("solver", [solver for solver in SOLVERS if solver.differentiable], ids=repr)
 @pytest.mark.parametrize("max_evals", [3, 4, 8])
 def test_mates_change_no_bit_of_the_gradient_of_the_iterations(solver, max_evals):

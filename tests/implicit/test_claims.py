@@ -251,6 +251,20 @@ def map_with_a_hole(rows, seed):
     return f, (2.5 * torch.rand(rows, 1, generator=rng, dtype=F64), torch.randn(rows, 6, generator=rng, dtype=F64))
 
 
+@each_solver
+@pytest.mark.parametrize("seed", [0, 2, 3, 8])
+def test_a_nan_on_the_way_is_forgiven_however_residuals_are_read(solver, seed):
+    f, args = map_with_a_hole(6, seed)
+    results = [
+        solve(
+            f, torch.zeros(6, 6, dtype=F64), *args, solver=solver, stop=Stop(rtol=1e-8, max_evals=70, **reading)
+        ).result
+        for reading in ({}, {"check_every": 2}, {"check_every": 3}, {"late": True}, {"late": True, "check_every": 3})
+    ]
+    for result in results[1:]:
+        assert not ((results[0] == Result.CONVERGED) & (result == Result.NONFINITE)).any()
+
+
 def test_readings_that_are_late_and_seldom_are_no_coupling():
     """The last evaluation is at the best iterate of an older reading: a difference there is no influence of mates."""
     f, args = map_with_a_hole(4, 8)
