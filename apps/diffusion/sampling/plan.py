@@ -15,7 +15,7 @@ from typing import Any, cast
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from apps.diffusion.config.network import check_zero_snr
-from apps.diffusion.config.sampling import OptionError, SamplingOptions
+from apps.diffusion.config.sampling import OptionError, SamplingOptions, Spacing
 from apps.diffusion.files.names import first_names
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
@@ -73,11 +73,13 @@ def plan(
         raise OptionError(f"A DiT has no fixed-point layer; leave out {names}, or use an FPDM.", *given)
     steps, options = options.steps, options.over(defaults)
     guidance = _guidance(model, options)
+    # read before the sampler is made, whose class may have no spacing (dpm++-single, flow)
+    spacing = options.spacing or scheduler.config.get("timestep_spacing", options.value("spacing"))
     scheduler = _scheduler(scheduler, options)
-    visited = options.timesteps or _timesteps(model, scheduler, options, guidance, steps)
+    visited = options.timesteps or _timesteps(model, scheduler, options, guidance, steps, spacing)
     noise, zero_snr = scheduler.config, starts_at_noise(scheduler)
     if not options.timesteps and not is_flow(scheduler):
-        check_zero_snr(zero_snr, noise["prediction_type"], noise["timestep_spacing"])
+        check_zero_snr(zero_snr, noise["prediction_type"], spacing)
     check_start(visited, zero_snr, noise["num_train_timesteps"])
     reverse = Reverse(scheduler, visited, eta=options.value("eta"))  # raises if timesteps or eta do not fit
     solve = _solve(model, options, len(visited), guidance, stop, warm_start) if model.has_fixed_point else None
@@ -171,12 +173,12 @@ def _measured(
 
 
 def _timesteps(
-    model: DiT | FPDM, scheduler: Any, options: SamplingOptions, guidance: Guidance, given: int | None
+    model: DiT | FPDM, scheduler: Any, options: SamplingOptions, guidance: Guidance, given: int | None, spacing: Spacing
 ) -> tuple[int, ...]:
     """The timesteps by number and spacing. For a DiT, a budget of block passes determines the number; `given` is the
     number that the caller gives.
     """
-    noise, steps, budget = scheduler.config, options.value("steps"), options.block_passes
+    steps, budget = options.value("steps"), options.block_passes
     if budget is not None and not model.has_fixed_point:
         each = model.block_passes() * (2 if guidance.doubles else 1)
         if budget % each or not budget:
@@ -189,10 +191,10 @@ def _timesteps(
             message = f"{{0}} = {budget} means {budget // each} timesteps; leave out {{1}}."
             raise OptionError(message, "block_passes", "steps")
         steps = budget // each
-    most = noise["num_train_timesteps"]
+    most = scheduler.config["num_train_timesteps"]
     if steps > most:
         raise OptionError(f"{{0}} = {steps} exceeds the {most} timesteps of the noise schedule; take fewer.", "steps")
-    return timesteps(steps, "trailing" if is_flow(scheduler) else noise["timestep_spacing"], most)
+    return timesteps(steps, spacing, most)
 
 
 def _solve(

@@ -25,7 +25,7 @@ from apps.diffusion.config.checks import check_word
 from apps.diffusion.config.network import Betas, Prediction, check_zero_snr
 from apps.diffusion.config.sampling import Spacing
 from apps.diffusion.config.training import Config
-from apps.diffusion.schedulers.noise_levels import is_flow
+from apps.diffusion.schedulers.noise_levels import is_flow, starts_at_noise
 
 Kind = Literal["ddim", "ddpm", "dpm++", "flow"]
 
@@ -137,10 +137,10 @@ def scheduler_of(config: Config) -> Any:
 
 def same_noise(scheduler: Any, name: str) -> Any:
     """The scheduler of the sampler `name` with the noise schedule, prediction and spacing of `scheduler`, and for
-    "ddim" and "ddpm" its bound of |x_0| and learned variance.
+    "ddim" and "ddpm" its bound of |x_0| (none, if its class has no such option) and learned variance.
 
     Args:
-        scheduler: a scheduler from `make_scheduler`.
+        scheduler: a scheduler from `make_scheduler` or from this function.
         name: one of SAMPLERS, or "flow" for the scheduler of a rectified flow.
 
     Raises:
@@ -155,18 +155,20 @@ def same_noise(scheduler: Any, name: str) -> Any:
         return FlowMatchEulerDiscreteScheduler.from_config(config)
     kind = getattr(diffusers, SAMPLERS[name])
     accepted = inspect.signature(kind.__init__).parameters
-    if config["rescale_betas_zero_snr"] and "rescale_betas_zero_snr" not in accepted:
+    if starts_at_noise(scheduler) and "rescale_betas_zero_snr" not in accepted:
         raise ValueError(
             f"The sampler {name} divides by zero at a timestep of pure noise, which this network was trained with "
             "(zero_snr); choose ddim, ddpm, dpm++, unipc or euler."
         )
     shared = ["num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"]
     shared += ["rescale_betas_zero_snr", "timestep_spacing"]
+    options: dict[str, Any] = {}
     if name in ("ddim", "ddpm"):
+        options["clip_sample"] = False  # the default of diffusers, True, is wrong for latents
         shared += ["clip_sample", "clip_sample_range"]
         if config.get("variance_type") == "learned_range":
             shared += ["variance_type"]
-    options = {key: config[key] for key in shared if key in accepted and key in config}
+    options |= {key: config[key] for key in shared if key in accepted and key in config}
     if name == "dpm++-single":
         options["lower_order_final"] = True
     with warnings.catch_warnings():

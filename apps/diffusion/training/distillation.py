@@ -19,7 +19,7 @@ from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.config.training import Config, LossConfig, ModelConfig, NoiseSchedule
 from apps.diffusion.files import hashing
 from apps.diffusion.models.dit import DiT
-from apps.diffusion.schedulers.noise_levels import is_flow
+from apps.diffusion.schedulers.noise_levels import is_flow, starts_at_noise
 from implicit import StochasticJFB
 
 _ITERATIONS = 5  # fixed-point iterations of the student at each timestep of sampling
@@ -76,7 +76,7 @@ def _schedule(scheduler: Any) -> NoiseSchedule:
         beta_end=noise["beta_end"],
         timesteps=noise["num_train_timesteps"],
         prediction=noise["prediction_type"],
-        zero_snr=bool(noise["rescale_betas_zero_snr"]),
+        zero_snr=starts_at_noise(scheduler),
     )
 
 

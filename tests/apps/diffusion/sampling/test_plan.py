@@ -202,6 +202,30 @@ def test_every_sampler_has_the_networks_noise():
         same_noise(base, "heun")
 
 
+def test_a_sampler_changes_into_every_other_sampler():
+    """Also from a class that has no option for zero terminal SNR, or none for a bound of x_0: then there is neither."""
+    base = make_scheduler("ddpm", zero_snr=False, prediction="epsilon", spacing="linspace", clip=1.0)
+    for one in SAMPLERS:
+        for name in SAMPLERS:
+            before = same_noise(base, one)
+            other = same_noise(before, name)
+            assert torch.equal(other.alphas_cumprod, base.alphas_cumprod), (one, name)
+            if "clip_sample" in other.config:
+                assert other.config["clip_sample"] == before.config.get("clip_sample", False), (one, name)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_takes_a_number_of_steps(name):
+    """By name, and as the scheduler of a pipeline that was saved with this sampler."""
+    base = make_scheduler("ddpm", zero_snr=False, prediction="epsilon")
+    model, options = fpdm(num_classes=0), SamplingOptions(steps=4, iterations=(1,))
+    for scheduler, given in ((base, replace(options, sampler=name)), (same_noise(base, name), options)):
+        assert translate(model, scheduler, given).timesteps == (999, 749, 499, 249)
+        assert draw(translate(model, scheduler, given), model, range(1), None, seed=0).samples.isfinite().all()
+        if name != "unipc":  # it takes a number of steps only
+            assert translate(model, scheduler, replace(given, spacing="linspace")).timesteps == (999, 666, 333, 0)
+
+
 def test_recipes_are_checked():
     config = replace(CONFIG, schedule=c.NoiseSchedule(zero_snr=False))
     assert plan(fpdm(), config, SamplingOptions(spacing="leading")).timesteps == (750, 500, 250, 0)
