@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from apps.diffusion.data import digits
-from apps.diffusion.data.dataset import Split
+from apps.diffusion.data.dataset import Split, TensorDataset
 from apps.diffusion.data.image_folder import listing
 from apps.diffusion.data.mnist import mnist
 from apps.diffusion.data.preprocessing import Unusable, header, minimal_side, read
@@ -34,7 +34,7 @@ BATCH = 64
 NAMED = {"digits": digits, "mnist": mnist}
 # errors that a damaged .npz file raises while it is opened or read
 DAMAGED = (OSError, KeyError, ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
-_NAME = re.compile(r"\d{5,}(?:-class-(\d+))?\.png")
+_NAME = re.compile(r"(\d{5,})(?:-class-(\d+))?\.png")
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,15 @@ def open_source(name: str, size: int | None = None, batch: int = BATCH) -> Sourc
 
 
 def of_named(name: str, split: Split, count: int | None = None, batch: int = BATCH) -> Source:
-    """The images of one split of `digits` or `mnist`, or `count` evenly spaced images of the split (which may be sorted
-    by class).
-    """
-    held = NAMED[name](split)
+    """The images of one split of `digits` or `mnist`; `count` as in `of_dataset`."""
+    return of_dataset(f"{name} ({split})", NAMED[name](split), count, batch)
+
+
+def of_dataset(name: str, held: TensorDataset, count: int | None = None, batch: int = BATCH) -> Source:
+    """The images of a dataset, or at most `count` evenly spaced ones, since a dataset may be sorted by class."""
     count = min(len(held), count or len(held))
     chosen = torch.arange(count) * len(held) // count
-    return of_tensors(f"{name} ({split})", held.x[chosen], held.y[chosen], batch)
+    return of_tensors(name, held.x[chosen], held.y[chosen], batch)
 
 
 def of_tensors(name: str, x: Tensor, labels: Tensor | None, batch: int = BATCH) -> Source:
@@ -106,10 +108,10 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
     Raises:
         ValueError: there are no images, an image cannot be read, or sizes differ and `size` is None.
     """
-    found = sorted((p, m[1]) for p in root.iterdir() if (m := _NAME.fullmatch(p.name)))
-    files, classes = [p for p, _ in found], [c for _, c in found]
+    found = sorted((int(m[1]), p, m[2]) for p in root.iterdir() if (m := _NAME.fullmatch(p.name)))
+    files, classes = [p for _, p, _ in found], [c for _, _, c in found]
     remarks: list[str] = []
-    labels = torch.tensor([_label(p) for p in files]) if classes and None not in classes else None
+    labels = torch.tensor(list(map(_label, files, classes))) if classes and None not in classes else None
     if files:
         own = {file.name for file in files} | {"grid.png"}
         others = [file for file in listing(root, "none").files if file not in own]
@@ -147,13 +149,11 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
     return Source(str(root), len(files), labels, hashing.of_parts(parts), batches, tuple(remarks))
 
 
-def _label(file: Path) -> int:
+def _label(file: Path, digits: str) -> int:
     """The class in the name of a sample."""
-    match = _NAME.fullmatch(file.name)
-    assert match is not None
-    if len(match[1]) > 9:
-        raise ValueError(f"{printable(file)} names the class {match[1]}, which no network has; rename the file.")
-    return int(match[1])
+    if len(digits) > 9:
+        raise ValueError(f"{printable(file)} names the class {digits}, which no network has; rename the file.")
+    return int(digits)
 
 
 def _read(file: Path, size: int | None, channels: int) -> np.ndarray:

@@ -118,13 +118,13 @@ def precision_recall(generated: Tensor, real: Tensor, k: int = 3) -> tuple[float
 
 def _covered(points: Tensor, centers: Tensor, k: int) -> float:
     """The share of points within the manifold of the centers."""
-    radii = torch.cat([_squared(rows, centers).kthvalue(k + 1, dim=1).values for rows in centers.split(ROWS)])
-    inside = [(_squared(rows, centers) <= radii).any(1) for rows in points.split(ROWS)]
+    radii = torch.cat([squared_distances(rows, centers).kthvalue(k + 1, dim=1).values for rows in centers.split(ROWS)])
+    inside = [(squared_distances(rows, centers) <= radii).any(1) for rows in points.split(ROWS)]
     return float(torch.cat(inside).double().mean())
 
 
-def _squared(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distances (n, m)."""
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Squared distances (n, m) of x (n, D) and y (m, D): |a - b|^2 = |a|^2 + |b|^2 - 2 a.b."""
     return ((x**2).sum(1)[:, None] + (y**2).sum(1) - 2 * x @ y.T).clamp_min(0)
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from apps.diffusion.evaluation.metrics import squared_distances
 from apps.diffusion.files.images import grid, to_pil
 
 ROWS = 256  # rows of the distance matrix that are computed at a time
@@ -28,12 +29,11 @@ def nearest(x: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
             f"The images have the shape {' x '.join(map(str, x.shape[1:]))} and the real images "
             f"{' x '.join(map(str, real.shape[1:]))}; give images of one shape."
         )
-    # |a - b|^2 = |a|^2 + |b|^2 - 2 a.b in float32, which is accurate enough for 8-bit values
+    # float32 is accurate enough for 8-bit values
     rows, others = x.flatten(1).float() / 255, real.flatten(1).float() / 255
-    norms = (others**2).sum(1)
-    found = [((part**2).sum(1)[:, None] + norms - 2 * part @ others.T).min(1) for part in rows.split(ROWS)]
+    found = [squared_distances(part, others).min(1) for part in rows.split(ROWS)]
     squared, index = torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
-    return index, (squared.clamp_min(0) / rows.shape[1]).sqrt()
+    return index, (squared / rows.shape[1]).sqrt()
 
 
 def neighbor_grid(x: Tensor, real: Tensor, columns: int = 10) -> Image.Image:

@@ -12,23 +12,24 @@ import platform
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from PIL import Image
 from tqdm import tqdm
 
+from apps.diffusion.config.checks import flag
 from apps.diffusion.config.sampling import OptionError, SamplingOptions
 from apps.diffusion.config.serialization import to_plain
 from apps.diffusion.config.training import Config
 from apps.diffusion.data import ImageDataset, TensorDataset
 from apps.diffusion.evaluation.feature_extractors import SMALLEST_SET, features_of
 from apps.diffusion.evaluation.feature_statistics import measure
-from apps.diffusion.evaluation.image_sources import of_tensors
+from apps.diffusion.evaluation.image_sources import of_dataset, of_tensors
 from apps.diffusion.evaluation.scores import Scores, evaluate, table
 from apps.diffusion.files.atomic import atomic_path, write_text
 from apps.diffusion.files.images import ROWS, class_labels, sample_grid
@@ -118,7 +119,7 @@ def check_sampling(config: Config, network: DiT | FPDM) -> None:
     try:
         plan(network, scheduler_of(config), SamplingOptions(), defaults=options)
     except OptionError as error:
-        raise ValueError(error.spelled(lambda name: f"--sampling.{name.replace('_', '-')}")) from None
+        raise ValueError(error.spelled(partial(flag, options))) from None
 
 
 def _time_limit(config: Config) -> float:
@@ -198,14 +199,10 @@ def _scores(config: Config, result: SampleResult, images: TensorDataset, held_ou
     assert result.labels is not None
     known, unseen = (images, held_out) if config.data.source == "digits" else (held_out, images)
     extractor = features_of(known)
-    reference = measure(of_tensors("reference", known.x, known.y), extractor)
-    count = min(len(unseen), len(result.samples))
-    chosen = torch.arange(count) * len(unseen) // count  # evenly spaced, because files are often sorted by class
+    reference = measure(of_dataset("reference", known), extractor)
     sets = {
         "generated": of_tensors("generated", result.samples, result.labels),
-        "real_held_out" if unseen is held_out else "real_training": of_tensors(
-            "real", unseen.x[chosen], unseen.y[chosen]
-        ),
+        "real_held_out" if unseen is held_out else "real_training": of_dataset("real", unseen, len(result.samples)),
     }
     return {name: evaluate(source, reference, extractor) for name, source in sets.items()}
 

@@ -70,3 +70,13 @@ def test_subfolders_of_a_folder_are_its_classes(tmp_path):
     assert [int(x.max()) // 100 for x in torch.cat(list(source.batches()))] == source.labels.tolist()
     Image.new("L", (4, 4)).save(tmp_path / "loose.png")
     assert of_folder(tmp_path).labels is None and of_folder(tmp_path).count == 8
+
+
+def test_samples_are_in_the_order_of_their_numbers(tmp_path):
+    """Also from number 100000 on, whose names are longer."""
+    numbers = (7, 99_999, 100_000, 100_001)
+    for i, number in enumerate(numbers):
+        Image.new("L", (4, 4), i).save(tmp_path / f"{number:05d}-class-{number % 4}.png")
+    source = of_folder(tmp_path)
+    assert source.labels is not None and source.labels.tolist() == [number % 4 for number in numbers]
+    assert torch.cat(list(source.batches()))[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
