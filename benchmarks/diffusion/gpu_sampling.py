@@ -9,11 +9,8 @@ in 0..1 from the sequential sampler.
 import statistics
 from typing import Any
 
-from apps.diffusion.checkpoint.open_network import OpenedNetwork, open_network
-from apps.diffusion.config.sampling import SamplingOptions
-from apps.diffusion.sampling.plan import plan
-from apps.diffusion.sampling.sampler import SampleResult, sample
-from benchmarks.diffusion.shipped_sampling import STEPS, rms
+from apps.diffusion.checkpoint.open_network import open_network
+from benchmarks.diffusion.shipped_sampling import STEPS, draw, rms
 from benchmarks.harness import RESULTS, gpu_options, paired, provenance, write_result
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -22,16 +19,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "parallel, anderson": {"parallel": "anderson", "parallel_rtol": 1e-3},
 }
 BATCHES = (1, 16, 128)
-
-
-def draw(opened: OpenedNetwork, count: int, **options: Any) -> SampleResult:
-    """`count` samples of the seed 0, classes in turn."""
-    given = SamplingOptions(**({"sampler": "ddim", "steps": STEPS} | options))
-    chosen = plan(opened.model, opened.scheduler, given, defaults=opened.options)
-    labels = [i % 10 for i in range(count)]
-    return sample(
-        opened.model, range(count), labels, plan=chosen, seed=0, chunk=count, reproducible=False, device="cuda"
-    )
 
 
 def rows(name: str, repeats: int) -> list[dict[str, Any]]:

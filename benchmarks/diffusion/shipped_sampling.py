@@ -30,12 +30,14 @@ STARTS = {"fresh start": "off", "previous solution": "on", "previous solution an
 TOLERANCES = (1e-2, 1e-3, 1e-4)
 
 
-def draw(opened: OpenedNetwork, **options: Any) -> SampleResult:
-    """`IMAGES` samples with these sampling options and the network's guidance."""
+def draw(opened: OpenedNetwork, count: int = IMAGES, **options: Any) -> SampleResult:
+    """`count` samples of the seed 0, classes in turn, with these sampling options and the network's guidance."""
     given = SamplingOptions(**({"sampler": "ddim", "steps": STEPS} | options))
     chosen = plan(opened.model, opened.scheduler, given, defaults=opened.options)
-    labels = [i % 10 for i in range(IMAGES)]
-    return sample(opened.model, range(IMAGES), labels, plan=chosen, seed=0, chunk=IMAGES, reproducible=False)
+    labels, device = [i % 10 for i in range(count)], opened.model.device
+    return sample(
+        opened.model, range(count), labels, plan=chosen, seed=0, chunk=count, reproducible=False, device=device
+    )
 
 
 def distance(one: Tensor, other: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ f = tanh(z W + b), and every solve has 30 evaluations. Times are divided by that
 
 import multiprocessing
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -64,14 +64,15 @@ def over_bare(shape: str, name: str) -> float:
 
 
 def overhead() -> dict[str, dict[str, float]]:
-    """`over_bare` of every contender, each in a separate process, because the allocator's state slows later ones."""
-    table = {}
+    """`over_bare` of every contender."""
+    return each_apart(over_bare, SHAPES, list(contenders(*layer(1, 64, 64))))
+
+
+def each_apart(measure: Callable[[str, str], Any], shapes: Iterable[str], names: list[str]) -> dict[str, Any]:
+    """`measure` of every shape and name, each in a separate process, because the allocator's state slows later ones."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        for shape in SHAPES:
-            names = contenders(*layer(1, 64, 64))
-            table[shape] = {name: pool.submit(over_bare, shape, name).result() for name in names}
-    return table
+        return {shape: {name: pool.submit(measure, shape, name).result() for name in names} for shape in shapes}
 
 
 def operators() -> dict[str, float]:
@@ -120,14 +121,8 @@ def traffic_of(shape: str, name: str) -> dict[str, float]:
 
 
 def traffic() -> dict[str, dict[str, dict[str, float]]]:
-    """`traffic_of` every contender but the bare loop, each in a separate process."""
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-        for shape in TRAFFIC_SHAPES:
-            names = [name for name in contenders(*layer(1, 64, 64)) if name != "bare"]
-            table[shape] = {name: pool.submit(traffic_of, shape, name).result() for name in names}
-    return table
+    """`traffic_of` every contender but the bare loop."""
+    return each_apart(traffic_of, TRAFFIC_SHAPES, [name for name in contenders(*layer(1, 64, 64)) if name != "bare"])
 
 
 def memory() -> dict[str, float]:
