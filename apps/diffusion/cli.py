@@ -17,13 +17,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 import tyro
 
 from apps.diffusion import missing_packages
+from apps.diffusion.config.checks import flag
 from apps.diffusion.files.atomic import exclusive
+from apps.diffusion.files.names import reason
 
 if TYPE_CHECKING:
     from apps.diffusion.config.training import Config
@@ -54,7 +57,7 @@ def run_command(
         message, code = missing_packages() or f"the package {error.name} is not installed.", 2
     except ValueError as error:
         spelled = getattr(error, "spelled", None)  # a method of OptionError, which puts flags into the message
-        message, code = spelled(flag) if spelled else str(error), 2
+        message, code = spelled(partial(flag, None)) if spelled else str(error), 2
     except OSError as error:
         message, code = f"{error}. {after}".strip(), 1
     print(f"{name}: {message}", file=sys.stderr)
@@ -121,11 +124,6 @@ def run_training(config: Config, resume: bool) -> int:
         return run.run(config, run.start_of(config, resume))
 
 
-def flag(name: str) -> str:
-    """The flag of an option; the flag of max_evals is --max-evals."""
-    return "--" + name.replace("_", "-")
-
-
 def rank_and_world(rank: int | None = None, world: int | None = None) -> tuple[int, int]:
     """Number of this process and number of processes; where an argument is None, RANK or WORLD_SIZE of torchrun.
 
@@ -171,6 +169,5 @@ def device_of(name: str) -> str:
     try:
         torch.ones(1, device=device).sum().item()
     except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0][:200]
-        raise ValueError(f"--device {name} is not available ({reason}); use cpu, or another device.") from None
+        raise ValueError(f"--device {name} is not available ({reason(error)}); use cpu, or another device.") from None
     return device

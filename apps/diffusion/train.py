@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from apps.diffusion.cli import AFTER_TRAINING, flag, run_command, run_training
+from apps.diffusion.cli import AFTER_TRAINING, run_command, run_training
+from apps.diffusion.config.checks import flag
 from apps.diffusion.config.command_line import parse_flags, with_absolute_paths
 from apps.diffusion.config.presets import PRESETS
 from apps.diffusion.config.training import Config
@@ -77,7 +78,7 @@ def parse(argv: Sequence[str]) -> tuple[Config, bool]:
     if saved.teacher is not None and config.teacher is not None:
         extended["teacher"] = config.teacher  # a copy; the checkpoint knows its weights
     if dataclasses.replace(saved, **extended) != config:
-        flags = ", ".join(flag(name) for name in _EXTENDABLE)
+        flags = ", ".join(flag(config, name) for name in _EXTENDABLE)
         raise ValueError(
             f"A run is resumed with the settings it was started with ({config.out / 'config.json'}); only "
             f"--optimizer.images, --data.path, --data.vae, --data.workers, --teacher, {flags} may be changed. Give "

@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from apps.diffusion.checkpoint import state_dicts, training_state
-from apps.diffusion.config.checks import at_least
+from apps.diffusion.config.checks import at_least, flag
 from apps.diffusion.files.json_file import read_object
-from apps.diffusion.files.names import reason
+from apps.diffusion.files.names import first_names, reason
 from apps.diffusion.models import build
 from apps.diffusion.models.dit import DiT
 from apps.diffusion.models.fpdm import FPDM
@@ -131,7 +131,7 @@ def _read_folder(path: Path, options: ReadOptions) -> DiT | FPDM:
 
 def refuse(options: ReadOptions, path: Path, *names: str) -> None:
     """Raises ValueError if one of the options `names` is given although the folder determines it."""
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(options, name)]
+    given = [flag(options, name) for name in names if getattr(options, name)]
     if given:
         raise ValueError(f"{path} determines {', '.join(given)}; leave it out.")
 
@@ -219,8 +219,7 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raises ValueError if a tensor holds NaN or infinity."""
     bad = [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        raise ValueError(f"{path} holds NaN or infinity in {', '.join(bad[:3])}{more}; fetch or train it again.")
+        raise ValueError(f"{path} holds NaN or infinity in {first_names(bad, 3)}; fetch or train it again.")
 
 
 def _load_safetensors(path: Path) -> dict[str, Tensor]:

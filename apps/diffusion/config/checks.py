@@ -37,6 +37,6 @@ def within(where: object, low: float, high: float, *names: str) -> None:
 
 
 def flag(where: object, name: str) -> str:
-    """The flag of the training command for a field; its section is the attribute SECTION of the field's class."""
+    """The flag of a field, in the section that the attribute SECTION of the field's class names, if it has one."""
     section = getattr(where, "SECTION", "")
     return "--" + (section + "." if section else "") + name.replace("_", "-")

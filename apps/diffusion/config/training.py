@@ -204,7 +204,7 @@ class Config:
         if self.model.kind == "fpdm":
             check_pair(self.grad, self.solver)
         elif used := [name for name in self.loss.FIXED_POINT if getattr(self.loss, name)]:
-            flags = ", ".join(f"--loss.{name.replace('_', '-')}" for name in used)
+            flags = ", ".join(flag(self.loss, name) for name in used)
             raise ValueError(f"{flags}: a DiT has no fixed point; leave these flags out, or train an FPDM.")
         if self.teacher is not None and self.loss.weighting != "uniform":
             raise ValueError(

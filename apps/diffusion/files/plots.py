@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 
 def loss_curve(history: Sequence[tuple[int, float]], path: Path, title: str) -> None:
@@ -17,7 +17,7 @@ def loss_curve(history: Sequence[tuple[int, float]], path: Path, title: str) -> 
         path: path of the PNG file.
         title: title of the figure.
     """
-    figure = _figure(7, 4)
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     images, losses = (np.array(column, dtype=float) for column in zip(*history, strict=True))
     axes.plot(images, losses, color="tab:blue", alpha=0.35, linewidth=1, marker=".", label="mean of 25 steps")
@@ -42,7 +42,7 @@ def timestep_curves(timesteps: Sequence[int], panels: Mapping[str, Mapping[str, 
         panels: quantity -> name of a curve -> values at the timesteps, NaN for a missing value.
         path: path of the PNG file.
     """
-    figure = _figure(6 * len(panels), 4)
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
     for axes, (quantity, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for name, values in curves.items():
             axes.plot(timesteps, values, marker=".", label=name)
@@ -52,13 +52,3 @@ def timestep_curves(timesteps: Sequence[int], panels: Mapping[str, Mapping[str, 
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
-
-
-def _figure(width: float, height: float) -> Any:
-    """An empty figure that is drawn to a file, without a window."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

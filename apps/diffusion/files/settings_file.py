@@ -25,7 +25,10 @@ def write_or_compare(path: Path, settings: Mapping[str, Any], remedy: str, optio
     """
     now = json.loads(json.dumps(settings))
     if path.exists():
-        before = read(path, remedy)
+        try:
+            before = read_object(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}; {remedy}") from None
         known = {key: value for key, value in before.items() if not (key in optional and value is None)}
         filled = {**{key: now[key] for key in optional if key in now}, **known}
         names = [key for key in {**filled, **now} if filled.get(key) != now.get(key)]
@@ -35,15 +38,3 @@ def write_or_compare(path: Path, settings: Mapping[str, Any], remedy: str, optio
         if filled == before:
             return
     write_text(path, json.dumps(now, indent=2) + "\n")
-
-
-def read(path: Path, remedy: str) -> dict[str, Any]:
-    """The settings in a file.
-
-    Raises:
-        ValueError: the file holds no JSON object.
-    """
-    try:
-        return read_object(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; {remedy}") from None

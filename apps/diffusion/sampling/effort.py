@@ -124,14 +124,11 @@ class EffortRecord:
 
     def close(self, model: Any) -> Effort:
         """The effort of all samples of the batch, on the CPU, with 0 seconds."""
-        host = torch.device("cpu")
-        none = (
-            torch.zeros(self.batch, dtype=torch.int64, device=host),
-            torch.full((self.batch,), float("nan"), device=host),
-        )
-        evaluations = torch.stack([self.evaluations.get(k, none[0]).cpu() for k in range(self.steps)], dim=1)
-        residuals = torch.stack([self.residuals.get(k, none[1]).cpu() for k in range(self.steps)], dim=1)
-        block_passes, macs = cost(model, evaluations, torch.full((self.batch,), self.calls, device=host))
+        zero = torch.zeros(self.batch, dtype=torch.int64, device="cpu")
+        nan = torch.full((self.batch,), torch.nan, device="cpu")
+        evaluations = torch.stack([self.evaluations.get(k, zero).cpu() for k in range(self.steps)], dim=1)
+        residuals = torch.stack([self.residuals.get(k, nan).cpu() for k in range(self.steps)], dim=1)
+        block_passes, macs = cost(model, evaluations, zero + self.calls)
         traces = [self.traces[k].mT.cpu() for k in sorted(self.traces)]
         return Effort(
             evaluations=evaluations,
@@ -140,6 +137,6 @@ class EffortRecord:
             macs=macs,
             seconds=0.0,
             computed=int(self.ran) + self.batch * self.calls * explicit_blocks(model),
-            rounds=torch.full((self.batch,), self.rounds, device=host),
+            rounds=zero + self.rounds,
             traces=torch.stack(traces, dim=1) if traces else None,
         )

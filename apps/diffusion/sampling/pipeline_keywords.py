@@ -86,16 +86,13 @@ def options_of(**keywords: Unpack[SamplingKeywords]) -> SamplingOptions:
     for name in ("guidance", "macs", "seconds", "eta", "parallel_rtol"):
         if name in given:
             given[name] = as_number(keyword(name), given[name])
-    interval = given.get("guidance_interval")
-    if interval is not None:
-        given["guidance_interval"] = as_integers("guidance_interval", interval, 0)
-        if len(given["guidance_interval"]) != 2:
-            raise ValueError(f"guidance_interval={interval!r} must be two timesteps, low and high.")
-    for name, least in (("iterations", 1), ("timesteps", 0)):
+    for name, least in (("iterations", 1), ("timesteps", 0), ("guidance_interval", 0)):
         if name in given:
             given[name] = as_integers(name, given[name], least)
             if not given[name]:
                 raise ValueError(f"{name} is an empty list; leave it out.")
+    if len(interval := given.get("guidance_interval", (0, 0))) != 2:
+        raise ValueError(f"guidance_interval={interval} must be two timesteps, low and high.")
     reuse = given.get("reuse")
     if isinstance(reuse, bool):
         given["reuse"] = "on" if reuse else "off"

@@ -53,16 +53,12 @@ class Reuse:
         return lambda fresh: (1 - self.share) * fresh + self.share * guess
 
 
-def reuse_rule(start: bool | str | Reuse, share: float = 0.5, extrapolation: float = 1.0) -> Reuse | None:
-    """The rule of an option: False or "off", True or "on", "blended", "extrapolated", "history". The rule None starts
-    every solve from x.
+def reuse_rule(word: str, share: float, extrapolation: float) -> Reuse | None:
+    """The rule of the option `reuse`. The rule None starts every solve from x.
 
     Raises:
         ValueError: the word is unknown.
     """
-    if isinstance(start, Reuse):
-        return start
-    word = ("off", "on")[start] if isinstance(start, bool) else start
     rules = {
         "off": None,
         "on": Reuse(),
@@ -71,5 +67,5 @@ def reuse_rule(start: bool | str | Reuse, share: float = 0.5, extrapolation: flo
         "history": Reuse(history=True),
     }
     if word not in rules:
-        raise ValueError(f"reuse={start!r} is unknown; choose one of {', '.join(rules)}.")
+        raise ValueError(f"reuse={word!r} is unknown; choose one of {', '.join(rules)}.")
     return rules[word]

@@ -23,21 +23,13 @@ def training_solve(config: Config, noise: TrainingNoise, images: int, done: floa
     """
     if config.model.kind == "dit":
         return None
-    terms, start, penalty, earlier = config.loss, None, None, None
-    if terms.start_noise or terms.reuse:
-        assert noise.positions is not None
-        if terms.start_noise:
-            start = NoisyStart(scale=terms.start_noise, seed=config.seed, positions=noise.positions)
-        if terms.reuse:
-            earlier = earlier_timesteps(config.seed, noise.positions, noise.t, config.schedule.timesteps)
-    if terms.residual or terms.jacobian or terms.early or terms.reuse:
-        penalty = Penalties(
-            residual=terms.residual,
-            jacobian=terms.jacobian,
-            early=terms.early,
-            reuse=terms.reuse,
-            generator=generator(config.seed, Stream.PROBES, images),
-        )
+    terms, seed, positions = config.loss, config.seed, noise.positions
+    assert positions is not None
+    start = NoisyStart(scale=terms.start_noise, seed=seed, positions=positions) if terms.start_noise else None
+    earlier = earlier_timesteps(seed, positions, noise.t, config.schedule.timesteps) if terms.reuse else None
+    weights = {name: getattr(terms, name) for name in ("residual", "jacobian", "early", "reuse")}
+    probes = generator(seed, Stream.PROBES, images)
+    penalty = Penalties(**weights, generator=probes) if any(weights.values()) else None
     return TrainingSolve(
         solver=config.solver,
         grad=_estimator(config, images, done),

@@ -224,8 +224,7 @@ class Trainer:
             len(self.images), size, config.seed, self.progress.images, rank, self.accelerator.num_processes
         )
         if self._batches is None:
-            workers = 0 if config.data.workers is None else config.data.workers
-            pin = device.type == "cuda"
+            workers, pin = config.data.workers or 0, device.type == "cuda"
             self._batches = training_batches(self.images, sampler, workers=workers, pin_memory=pin)
         x, y = (value.to(device, non_blocking=True) for value in next(self._batches))
         noise = training_noise(config, self.images.shape, self.progress.images, sampler.part, device)
