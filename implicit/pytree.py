@@ -42,12 +42,7 @@ def leaves(state: State, like: State = None) -> list[Tensor]:
 
 def rebuild(like: State, tensors: Iterator[Tensor]) -> State:
     """The inverse of `leaves`: the structure of `like`, filled from `tensors`."""
-    if isinstance(like, Tensor):
-        return next(tensors)
-    if isinstance(like, dict):
-        return type(like)((key, rebuild(part, tensors)) for key, part in like.items())
-    parts = [rebuild(part, tensors) for part in like]
-    return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
+    return map_tensors(lambda _: next(tensors), like)
 
 
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}

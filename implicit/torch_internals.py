@@ -43,13 +43,8 @@ def forward_mode_active() -> bool:
 
 
 def host_readable(t: Tensor) -> bool:
-    """Whether the numbers of `t` are known and on the CPU: no torch.func transform, no traced graph, no device.
-
-    `torch._C._get_tracing_state`, 2.13.0.
-    """
-    if torch.compiler.is_compiling() or transforms_active() or torch._C._get_tracing_state() is not None:
-        return False
-    return type(t) is Tensor and t.is_cpu
+    """Whether the numbers of `t` are known and on the CPU: no torch.func transform, no traced graph, no device."""
+    return not (traced() or transforms_active()) and type(t) is Tensor and t.is_cpu
 
 
 def is_abstract(t: Tensor) -> bool:

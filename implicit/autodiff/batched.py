@@ -35,8 +35,3 @@ def each_cotangent(backward: Callable[..., Grads]) -> Callable[..., Grads]:
 def _stack(parts: Sequence[Tensor | None], batch: Callable[[Tensor], Tensor]) -> Tensor | None:
     given = [t for t in parts if t is not None]
     return batch(torch.stack(given)) if given else None
-
-
-def is_batched(g: Tensor) -> bool:
-    """Whether g holds several cotangents."""
-    return split_batched(g) is not None

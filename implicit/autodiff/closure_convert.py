@@ -13,7 +13,7 @@ result only if a tensor was not traced.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard
 
@@ -234,23 +234,18 @@ def has_untraced_leaf(y: Tensor, traced: Iterable[Tensor]) -> bool:
     """Whether y depends on a leaf of the graph by a path that meets none of `traced`."""
     edges = [get_gradient_edge(t) for t in traced if t.requires_grad]
     stops = {(edge.node, edge.output_nr) for edge in edges}
-    todo, done = [y.grad_fn], set()
+    # a barrier is an evaluation in a solve within f: that solve traces its own closure
+    below = graph_nodes([y.grad_fn], lambda edge: edge not in stops and edge[0].name() != "BarrierBackward")
+    return any(hasattr(node, "variable") for node in below)
+
+
+def graph_nodes(roots: Iterable[Any], follow: Callable[[Any], bool] = lambda edge: True) -> Iterator[Any]:
+    """Yields every node of the graph below `roots` once, along the edges (node, number of the output) to `follow`."""
+    todo, done = list(roots), set()
     while todo:
         node = todo.pop()
         if node is None or node in done:
             continue
         done.add(node)
-        for edge in node.next_functions:
-            if edge[0] is None or edge in stops:
-                continue
-            if edge[0].name() == "BarrierBackward":
-                continue  # an evaluation in a solve within f: that solve traces its own closure
-            if hasattr(edge[0], "variable"):
-                return True
-            todo.append(edge[0])
-    return False
-
-
-def is_untraced(t: Tensor, traced: Iterable[Tensor]) -> bool:
-    """Whether t, used in an evaluation of plain tensors, has a derivative that does not come from `traced`."""
-    return t.grad_fn is None or has_untraced_leaf(t, traced)
+        yield node
+        todo += [edge[0] for edge in node.next_functions if edge[0] is not None and follow(edge)]

@@ -134,9 +134,8 @@ def refuse_threads(problem: Problem, layout: Layout) -> None:
 
 def _refuse_options(options: SolveOptions) -> None:
     """Refuse options whose results have no fixed shape, and `compact`, which cuts the tensors in args."""
-    given = {"trace": options.trace, "state": options.state is not None, "keep_state": options.keep_state}
-    given["compact"] = bool(options.compact)
-    for name, on in given.items():
+    given = {name: getattr(options, name) for name in ("trace", "keep_state", "compact")}
+    for name, on in {**given, "state": options.state is not None}.items():
         if on:
             raise NotImplementedError(
                 f"{name} is not possible inside a torch.func transform or forward mode: leave it unset there."

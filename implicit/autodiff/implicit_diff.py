@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeAlias
 
 import torch
@@ -35,10 +36,18 @@ from implicit.autodiff.closure_convert import (
     ClosureTracer,
     Reads,
     closure_convert,
+    graph_nodes,
     has_untraced_leaf,
     own_view,
 )
-from implicit.autodiff.recomputation import CHANGED, record, require_same_image, require_same_summary, summary
+from implicit.autodiff.recomputation import (
+    CHANGED,
+    fixed_weights,
+    record,
+    require_same_image,
+    require_same_summary,
+    summary,
+)
 from implicit.autodiff.vjp import edge, pullback, vjp
 from implicit.evaluation import FlatMap
 from implicit.linear.adjoint_solve import LinearSolve
@@ -112,7 +121,7 @@ def _evaluate(phi: FlatMap, x: Flat, mode: AbstractContextManager[Any]) -> tuple
 
 def _probe(product: Product, z: Flat) -> Tensor | None:
     """The record of (I - J^T) w for a fixed w; it distinguishes maps of one value at z, such as two dampings."""
-    w = torch.arange(z.shape[1], dtype=torch.float32, device=z.device).square().cos().to(z.dtype).expand_as(z)
+    w = fixed_weights(z).expand_as(z)
     return record(w - product(w))
 
 
@@ -254,21 +263,9 @@ def warn_learned_start(problem: Problem, value: State) -> None:
 
 def _parameters(roots: Iterable[Tensor], most: int | None = None) -> set[int]:
     """The ids of the parameters in the graph of `roots`; at most `most` nodes are searched."""
-    found: set[int] = set()
-    todo: list[Any] = []
-    for t in roots:
-        if t.requires_grad:
-            todo.append(get_gradient_edge(t).node)
-    done: set[Any] = set()
-    while todo and (most is None or len(done) < most):
-        node = todo.pop()
-        if node is None or node in done:
-            continue
-        done.add(node)
-        if isinstance(getattr(node, "variable", None), torch.nn.Parameter):
-            found.add(id(node.variable))
-        todo += [following for following, _ in node.next_functions]
-    return found
+    nodes = islice(graph_nodes(get_gradient_edge(t).node for t in roots if t.requires_grad), most)
+    found = (getattr(node, "variable", None) for node in nodes)
+    return {id(variable) for variable in found if isinstance(variable, torch.nn.Parameter)}
 
 
 def _evaluated_again(phi: First, z: Flat, *theta: Tensor) -> Product:

@@ -46,7 +46,8 @@ def functional_jvp(f: Callable[..., Tensor], at: tuple[Tensor, ...], moves: tupl
 
     The product is taken in forward mode or, if an operator of f lacks it, by two vector-Jacobian products.
     """
-    moved = {i: move for i, move in enumerate(moves) if move is not None and _has_derivative(at[i])}
+    numbers = (t.is_floating_point() or t.is_complex() for t in at)
+    moved = {i: move for i, (move, able) in enumerate(zip(moves, numbers, strict=True)) if able and move is not None}
     if not moved:
         return torch.zeros_like(f(*at))
 
@@ -65,10 +66,6 @@ def functional_jvp(f: Callable[..., Tensor], at: tuple[Tensor, ...], moves: tupl
         return sum((found[i] * move).sum() for i, move in moved.items())
 
     return torch.func.grad(paired)(torch.zeros_like(out))
-
-
-def _has_derivative(t: Tensor) -> bool:
-    return t.is_floating_point() or t.is_complex()
 
 
 def _math_attention() -> Any:

@@ -61,14 +61,10 @@ def require_same_summary(now: Tensor, recorded: Tensor, eps: float) -> None:
     """
     if is_abstract(now):
         return
-    allowed = rounding_of_repetition(max(eps, torch.finfo(recorded.dtype).eps)) * recorded[..., :1]
+    eps = max(eps, torch.finfo(recorded.dtype).eps)
+    allowed = (_ROUNDING if eps < 1e-6 else _COARSE) * eps * recorded[..., :1]
     if bool(((now - recorded).abs() > allowed).any()):
         raise RuntimeError(CHANGED)
-
-
-def rounding_of_repetition(eps: float) -> float:
-    """Largest relative difference between two values of a function whose relative rounding error is eps."""
-    return (_ROUNDING if eps < 1e-6 else _COARSE) * eps
 
 
 @dataclass(frozen=True)
@@ -122,5 +118,9 @@ def summary(t: Tensor, widths: tuple[int, ...] = ()) -> Tensor:
     rows = t.flatten(1) if t.ndim > 1 else t.reshape(1, -1)
     if len(widths) > 1:
         return torch.stack([summary(part) for part in rows.split(list(widths), dim=1)], dim=1)
-    w = torch.arange(rows.shape[1], dtype=torch.float32, device=t.device).square().cos().to(t.dtype)
-    return torch.stack((torch.linalg.vector_norm(rows, dim=1), rows @ w), dim=1)
+    return torch.stack((torch.linalg.vector_norm(rows, dim=1), rows @ fixed_weights(rows)), dim=1)
+
+
+def fixed_weights(rows: Tensor) -> Tensor:
+    """The vector w, in the dtype of the rows x and on their device."""
+    return torch.arange(rows.shape[1], dtype=torch.float32, device=rows.device).square().cos().to(rows.dtype)

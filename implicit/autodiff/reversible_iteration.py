@@ -19,14 +19,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from implicit.autodiff.autocast import rounding
-from implicit.autodiff.batched import is_batched
 from implicit.autodiff.closure_convert import SameReads
 from implicit.autodiff.recomputation import repeated_inexactly, require_same_image, summary
 from implicit.evaluation import FlatMap
 from implicit.pytree import Flat, norm, to_device, to_host
 from implicit.solution import Result
 from implicit.stopping import Criterion, Stop, classify, classify_count
-from implicit.torch_internals import is_abstract
+from implicit.torch_internals import is_abstract, split_batched
 
 _RUNNING = -1
 _FAR = 1e4  # a larger relative error does not tell at which step the backward run has diverged
@@ -286,7 +285,7 @@ class _End(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("Reversible cannot be differentiated twice (create_graph=True): use IFT or Unrolled.")
-        if is_batched(grads[0]):
+        if split_batched(grads[0]) is not None:
             raise NotImplementedError(
                 "Reversible takes one cotangent at a time, since it runs backwards once: pass vectorize=False and "
                 "is_grads_batched=False, or use IFT."

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from implicit.autodiff.closure_convert import UNTRACED, ClosureTracer, Reads, is_untraced
+from implicit.autodiff.closure_convert import UNTRACED, ClosureTracer, Reads, has_untraced_leaf
 from implicit.autodiff.jvp import functional_jvp, pushforward
 from implicit.autodiff.recomputation import CHANGED, require_same_image, summary
 from implicit.autodiff.vjp import functional_vjp, linearize
@@ -62,7 +62,7 @@ class Pure:
             image = self.function(z, *theta)
         if first is not None and tracer.contradicts(first, gone):
             raise RuntimeError(CHANGED)
-        if any(is_untraced(t, (z, *theta)) for t in tracer.tensors):
+        if any(t.grad_fn is None or has_untraced_leaf(t, (z, *theta)) for t in tracer.tensors):
             raise RuntimeError(UNTRACED)
         return image
 

@@ -1,6 +1,5 @@
 """Budget of a diagnosis: evaluations of f and products with its Jacobian, counted together."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,10 +40,3 @@ class Budget(Counter):
             return f(z, *args)
 
         return counted
-
-    def attempt(self, run: Callable[[], Any]) -> Any:
-        """The result of `run`, or None if the budget ends first."""
-        try:
-            return run()
-        except BudgetSpent:
-            return None
