@@ -96,7 +96,9 @@ def write(model: DiT | FPDM, request: Request) -> str:
             torch.save(state, partial / "model.pt")
         else:
             result.save_pretrained(partial, max_shard_size="50GB")
-        note = {"source": _provenance(request), "to": request.to, "network": build.describe(model)}
+        note: dict[str, Any] = {"source": _provenance(request), "to": request.to, "network": build.describe(model)}
+        if (partial / "model.pt").exists():
+            note["sha256"] = hashing.of_file(partial / "model.pt")
         (partial / "conversion.json").write_text(json.dumps(note, indent=2) + "\n")
     text = f"{type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters is in {request.out}."
     if request.to == "diffusers":

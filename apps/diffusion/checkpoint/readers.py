@@ -27,6 +27,7 @@ from torch import Tensor
 
 from apps.diffusion.checkpoint import state_dicts, training_state
 from apps.diffusion.config.checks import at_least, flag
+from apps.diffusion.files.hashing import check_model_checksums, of_file
 from apps.diffusion.files.json_file import read_object
 from apps.diffusion.files.names import first_names, reason
 from apps.diffusion.models import build
@@ -84,9 +85,14 @@ def _read_folder(path: Path, options: ReadOptions) -> DiT | FPDM:
     if (path / "model.pt").is_file() and (path / "conversion.json").is_file():
         refuse(options, path, "heads", "input_size", "condition_on_time", "weights")
         try:
-            description = read_object(path / "conversion.json")["network"]
+            note = read_object(path / "conversion.json")
+            description, expected = note["network"], note.get("sha256")
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{path / 'conversion.json'} is damaged ({error!r}); convert again.") from None
+        if expected is not None and of_file(path / "model.pt") != expected:
+            raise ValueError(
+                f"{path / 'model.pt'} is damaged: its SHA-256 is not that in conversion.json; convert again."
+            )
         return _rebuilt(description, read_tensors(path / "model.pt"), str(path))
     if (path / "checkpoints").is_dir() or (path / "state.json").is_file():
         refuse(options, path, "heads", "input_size", "condition_on_time")
@@ -112,7 +118,9 @@ def _read_folder(path: Path, options: ReadOptions) -> DiT | FPDM:
     if name in ("DiT", "FPDM"):
         refuse(options, path, "heads", "input_size", "condition_on_time")
         arguments = {key: value for key, value in config.items() if not key.startswith("_")}
-        return _rebuilt({"class": name, "config": arguments}, tensors, str(path))
+        model = _rebuilt({"class": name, "config": arguments}, tensors, str(path))
+        check_model_checksums(path)  # last, since a tensor that does not fit is a better message
+        return model
     if name != "DiTTransformer2DModel":
         raise ValueError(f"{path} holds a {name}; only DiTTransformer2DModel, DiT and FPDM can be converted.")
     for key, only in (

@@ -1,6 +1,7 @@
 """Base class of DiT and FPDM: embeddings, output layer, and checks of the inputs."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int, Num
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from apps.diffusion.files.hashing import check_model_checksums, write_model_checksums
 from apps.diffusion.models import layers
 
 
@@ -63,7 +65,8 @@ class LatentTransformer(ModelMixin, ConfigMixin):
         """The network in a folder that `save_pretrained` wrote; `options` are those of diffusers.
 
         Raises:
-            ValueError: tensors are missing, which diffusers would leave undefined, or unknown.
+            ValueError: tensors are missing, which diffusers would leave undefined, or unknown, or a file of a local
+                folder has changed since it was written.
         """
         with_info = options.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(source, **options, output_loading_info=True)
@@ -75,7 +78,16 @@ class LatentTransformer(ModelMixin, ConfigMixin):
                 f"The weights in {source} are not those of this {cls.__name__} ({'; '.join(wrong)}); save or download "
                 "the network again."
             )
+        folder = Path(source, options.get("subfolder") or "")
+        if folder.is_dir():  # not a name on the hub
+            check_model_checksums(folder)
         return (model, info) if with_info else model
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Write the folder of the network, with the SHA-256 of its files; `options` are those of diffusers."""
+        super().save_pretrained(save_directory, **options)
+        if options.get("is_main_process", True):
+            write_model_checksums(Path(save_directory))
 
     @property
     def null_class(self) -> int | None:

@@ -293,6 +293,20 @@ def test_a_truncated_file_is_refused(tmp_path, capsys, name, share):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("layout", ["dit", "ours"])
+def test_a_flipped_bit_of_what_it_wrote_is_noticed(tmp_path, capsys, layout):
+    file = saved(pub.drawn(pub.dit_shapes()), tmp_path, "pt")
+    assert call(file, tmp_path / "out", *HEADS, "--to", layout) == 0
+    (written,) = [*(tmp_path / "out").glob("*.pt"), *(tmp_path / "out").glob("*.safetensors")]
+    content = bytearray(written.read_bytes())
+    content[len(content) // 2] ^= 1
+    written.write_bytes(content)
+    capsys.readouterr()
+    assert call(tmp_path / "out", tmp_path / "again", "--to", "dit") == 2
+    error = capsys.readouterr().err
+    assert written.name in error and "SHA-256" in error and error.count("\n") == 1
+
+
 def test_nothing_is_overwritten(tmp_path, capsys):
     file = saved(pub.drawn(pub.dit_shapes()), tmp_path, "pt")
     (tmp_path / "full").mkdir()

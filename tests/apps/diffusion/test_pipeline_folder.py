@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from huggingface_hub import HfApi
 
+from apps.diffusion.checkpoint.readers import read_network
 from apps.diffusion.checkpoint.single_file import single_file
 from apps.diffusion.models import FPDM, DiT
 from apps.diffusion.pipeline import FixedPointPipeline
@@ -154,3 +155,37 @@ def test_two_definitions_of_one_name_in_one_file_are_refused(tmp_path, monkeypat
     monkeypatch.setattr(module, "ROOT", tmp_path)
     with pytest.raises(ValueError, match="size"):
         single_file("apps.diffusion.b", "B")
+
+
+def _flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content))] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("place", [0.3, 0.6, 0.99])
+def test_a_flipped_bit_of_the_weights_is_noticed(tmp_path, place):
+    pipe = pipeline()
+    pipe.save_pretrained(tmp_path / "pipe")
+    pipe.model.save_pretrained(tmp_path / "model")
+    weights = "diffusion_pytorch_model.safetensors"
+    for folder in (tmp_path / "pipe" / "model", tmp_path / "model"):
+        for read in (FPDM.from_pretrained, read_network):
+            assert isinstance(read(folder), FPDM)
+        _flip(folder / weights, place)
+        for read in (FPDM.from_pretrained, read_network):
+            with pytest.raises(ValueError, match=rf"{weights} is damaged: its SHA-256"):
+                read(folder)
+    for opened in (tmp_path / "pipe", tmp_path / "model"):
+        with pytest.raises(ValueError, match=rf"{weights} is damaged: its SHA-256"):
+            FixedPointPipeline.from_pretrained(opened)
+
+
+def test_checksums_are_those_of_what_is_saved_last(tmp_path):
+    """A model that was read from a folder holds the checksums of that folder in its configuration."""
+    pipeline().model.save_pretrained(tmp_path / "first")
+    model = FPDM.from_pretrained(tmp_path / "first")
+    model.final_layer.linear.bias.data += 1
+    model.save_pretrained(tmp_path / "second")
+    again = FPDM.from_pretrained(tmp_path / "second")
+    assert all(map(np.array_equal, again.state_dict().values(), model.state_dict().values()))
