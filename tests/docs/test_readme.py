@@ -18,8 +18,14 @@ HELD_BY = {
     "At one batch size": (
         "implicit/test_batch_mates.py::test_mates_change_no_bit_at_one_batch_size",
         "implicit/test_batch_mates.py::test_mates_change_no_step_of_a_sample_that_is_reset",
+        "implicit/test_batch_mates.py::test_mates_whose_f_is_nan_on_the_way_do_not_change_when_a_sample_is_read",
     ),
     "At another batch size": ("implicit/test_problem_set.py::test_an_answer_does_not_depend_on_batch_mates",),
+    "A sample that fails and is left out": (
+        "implicit/autodiff/test_failed_samples.py"
+        "::test_the_gradient_of_shared_weights_is_that_beside_a_sample_that_does_not_fail",
+        "implicit/test_gpu.py::test_a_failed_sample_reaches_no_gradient_of_a_fixed_count",
+    ),
     "Failure is a value": (
         "implicit/test_iterate.py::test_nan_later_in_one_sample_ends_that_sample_alone",
         "implicit/test_iterate.py::test_a_tolerance_out_of_reach_ends_early_with_advice",
