@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from implicit.autodiff.failed_samples import failed, without
@@ -27,16 +28,16 @@ def track(
 ) -> Solution:
     """Take `steps` more steps from the value of `solved`, which autograd records if gradients are enabled.
 
-    A sample whose steps are not finite keeps its value of `solved`, without a gradient.
+    A sample with a step that is not finite keeps its value of `solved`, without a gradient, even if later steps are
+    finite: f may take infinity to a number.
     """
     if stop.has_tolerance and not torch.is_grad_enabled() and not active():
         return solved
     layout = Layout.of(solved.value, options.batch_dims)
     start = layout.pack(solved.value)
-    z, residual = _steps(problem, layout, start, steps, damping)
-    lost = ~torch.isfinite(residual)
+    z, residual, lost = _steps(problem, layout, start, steps, damping)
     if has_derivative(z) and failed(lost, stop):
-        z, _ = _steps(without(problem, lost, options.batch_dims), layout, start, steps, damping)
+        z, _, _ = _steps(without(problem, lost, options.batch_dims), layout, start, steps, damping)
         solved = replace(solved, evals=solved.evals + steps)
     z = torch.where(lost.unsqueeze(1), start.detach(), z)
     solved = replace(solved, evals=solved.evals + steps)
@@ -48,16 +49,20 @@ def track(
     return replace(solved, value=layout.unpack(z), residual=residual, result=result)
 
 
-def _steps(problem: Problem, layout: Layout, z: Flat, steps: int, damping: float) -> tuple[Flat, PerSample]:
-    """(z after the steps, residual at the z before the last step)."""
+def _steps(
+    problem: Problem, layout: Layout, z: Flat, steps: int, damping: float
+) -> tuple[Flat, PerSample, Bool[Tensor, " B"]]:
+    """(z after the steps, residual at the z before the last step, samples with a residual that was not finite)."""
     flat = FlatMap(problem.f, problem.args, layout)
     residual = torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
+    lost = torch.zeros(z.shape[0], dtype=torch.bool, device=z.device)
     for _ in range(steps):
         fz = flat(z)
         with torch.no_grad():
             residual = scaled_norm(fz - z)
+            lost = lost | ~torch.isfinite(residual)
         z = torch.lerp(fz, z, damping) if damping else fz
-    return z, residual
+    return z, residual, lost
 
 
 def unsolved(problem: Problem, options: SolveOptions) -> Solution:
