@@ -66,14 +66,16 @@ def fixed_point(
             detects this and continues with the whole batch as one system, with a warning; with 0 it takes fewer
             evaluations.
         has_aux: f returns (f(z), aux). One more evaluation at the value gives ``Solution.aux``, with the graph that
-            the value and f's parameters have.
+            the value and f's parameters have. After a fixed count that autograd records, a sample whose f is not finite
+            at its value has the aux of its start, and f is evaluated once more.
         starts: number of starts per sample: z0 has a leading axis of this length, or is drawn that many times. The
             problem is solved from every start without a graph, then once more with `grad` from the start of smallest
             residual; ``Solution.evals`` counts all of these solves.
         generator: passed to z0 if z0 is a function.
         trace: record the residual at every evaluation; or a function ``(carry, z, f(z)) -> carry``, folded over the
             evaluations of the solve from the carry None on, for example to collect states or to add a loss on each.
-            With `Unrolled` these states have a graph; with the other estimators they are detached.
+            With `Unrolled` these states have a graph, and those of a sample that fails are its start; with the other
+            estimators they are detached.
         state: solver state to continue with, from ``Solution.state`` of an earlier, related solve.
         keep_state: put the solver state into ``Solution.state``.
         compact: evaluate f on the running samples only; see `SolveOptions` for how `args` are cut.
@@ -140,7 +142,7 @@ def _solve(
         solution = replace(solution, value=own_memory(solution.value, problem))
     if len(z0s) > 1:
         solution = replace(solution, evals=solution.evals + before)
-    return main.with_aux(solution, args) if isinstance(main, Main) else solution
+    return main.with_aux(solution, problem, stop, options.batch_dims) if isinstance(main, Main) else solution
 
 
 def check_types(solver: object, grad: object, stop: object) -> None:

@@ -1,7 +1,8 @@
 """Forms in which a problem may be given: f with a second output, and several starts a sample.
 
 `has_aux`   f returns (f(z), aux). The solve uses f(z) alone. f is evaluated once more at the value returned, so that
-            aux belongs to exactly that value and has the graph of the value and of f's parameters.
+            aux belongs to exactly that value and has the graph of the value and of f's parameters. A sample of a
+            fixed count whose f is not finite at its value would put NaN into that graph: its aux is that of its start.
 `starts`    z0 has S starts for every sample. The problem is solved from each start without a graph, and then with the
             gradient estimator from the start whose answer has the smallest residual.
 """
@@ -14,11 +15,13 @@ import torch
 from torch import Tensor
 
 from implicit.autodiff.detached_solve import solve_detached
+from implicit.autodiff.failed_samples import failed, finite
 from implicit.options import Problem, SolveOptions
-from implicit.pytree import Layout, Map, State, leaves, map_tensors, rebuild
+from implicit.pytree import Layout, Map, State, leaves, map_tensors, rebuild, tensors
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
+from implicit.torch_internals import has_derivative
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,21 @@ class Main:
             raise ValueError(f"With has_aux f must return a tuple (f(z), aux), got {given}.")
         return out
 
-    def with_aux(self, solution: Solution, args: tuple[Any, ...]) -> Solution:
-        """The solution with the second output of f at its value, which takes one more evaluation."""
-        return replace(solution, aux=self.both(solution.value, *args)[1], evals=solution.evals + 1)
+    def with_aux(self, solution: Solution, problem: Problem, stop: Stop, batch_dims: int) -> Solution:
+        """The solution with the second output of f at its value, which takes one more evaluation.
+
+        f was not evaluated at the value of a fixed count. Where it is not finite there, aux is that of the start.
+        """
+        image, aux = self.both(solution.value, *problem.args)
+        solution = replace(solution, aux=aux, evals=solution.evals + 1)
+        if not any(map(has_derivative, tensors(aux))):
+            return solution
+        layout = Layout.of(problem.z0, batch_dims)
+        lost = ~finite(layout.pack(image))
+        if not failed(lost, stop):
+            return solution
+        z = torch.where(lost, layout.pack(problem.z0).detach(), layout.pack(solution.value))
+        return replace(solution, aux=self.both(layout.unpack(z), *problem.args)[1], evals=solution.evals + 1)
 
 
 def all_starts(
