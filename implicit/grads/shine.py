@@ -7,11 +7,11 @@ Setting: a solver's step is z' = z + H r with H ~ (I - J)^-1. The backward pass 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from implicit.argument_types import check_fields
@@ -46,17 +46,19 @@ class SHINE(AbstractGrad):
         tanh (0.94)               0.78 (0.78)   0.59 (0.59)   0.53 (0.54)   0.31 (0.31)
 
     On the last layer u falls back to g: without `fallback` the error is 0.57 at 0 products. Memory: one evaluation of
-    f, and until the backward pass the solver's history, which its `memory` bounds. Cost: one evaluation, `refine`
-    products v^T J and one v^T df/dtheta. The starting state gets no gradient. Second derivatives are
-    those of this formula at constant z* and H. When to use: with Broyden and many evaluations forward, if the backward
-    pass must cost next to nothing. With ``refine=1`` SHINE is about as accurate as `Neumann` with two products.
+    f, and until the backward pass the solver's history, which its `memory` bounds, and once more its rows for samples
+    that finish before others or not at all. Cost: one evaluation, `refine` products v^T J and one v^T df/dtheta. The
+    starting state gets no gradient. Second derivatives are those of this formula at constant z* and H. When to use:
+    with Broyden and many evaluations forward, if the backward pass must cost next to nothing. With ``refine=1`` SHINE
+    is about as accurate as `Neumann` with two products.
 
     Source: Ramzi et al., "SHINE: SHaring the INverse Estimate from the forward pass for bi-level optimization and
     implicit models", ICLR 2022, arXiv 2106.00553, section 2 and the fallback of section 3.
 
     Args:
         refine: number of steps u <- g + J^T u after the estimate, >= 0.
-        fallback: largest ||H^T g|| / ||g|| of a sample before its u falls back to g; None: u is always H^T g.
+        fallback: largest ||H^T g|| / ||g|| of a sample before its u falls back to g; None: u is H^T g wherever that is
+            finite, which it need not be for a sample that failed.
     """
 
     refine: int = 0
@@ -77,44 +79,44 @@ class SHINE(AbstractGrad):
                 "that defines inverse_transpose, such as solver=Broyden()."
             )
         refuse_transforms(self)
-        # The solve, without a graph; the solver state of a sample remains as it was when the sample finished. Gradients
-        # off or on, the solver is the same, so that the value is. A fixed count finishes no sample before the end
-        layout = Layout.of(problem.z0, options.batch_dims)
-        frozen = _Frozen(solver) if stop.has_tolerance else None
-        if frozen is not None and options.state is not None:
-            options = replace(options, state=frozen.wrap(options.state, layout.pack(problem.z0)))
         if not torch.is_grad_enabled():
-            solved = solve_detached(problem, frozen or solver, stop, options)
-            return replace(solved, state=solved.state.state if frozen and options.keep_state else solved.state)
-        solved = solve_detached(problem, frozen or solver, stop, replace(options, keep_state=True, compact=False))
+            return solve_detached(problem, solver, stop, options)
+        # The solve, without a graph. A fixed count finishes no sample before the end
+        layout = Layout.of(problem.z0, options.batch_dims)
+        kept = _Kept(solver) if stop.has_tolerance else None
+        if kept is not None and options.state is not None:
+            options = replace(options, state=kept.wrap(options.state, layout.pack(problem.z0)))
+        solved = solve_detached(problem, kept or solver, stop, replace(options, keep_state=True, compact=False))
         # y = f(z*) with a graph; `state` is bound below, before the backward pass reads it
         z, eps = layout.pack(solved.value), rounding(problem.f, layout)
 
         def attach(f: FlatMap, z: Flat) -> tuple[Flat, Flat]:
-            return attach_approximately(f, z, lambda act, g: self._estimate(solver, state, act, g), eps)
+            return attach_approximately(f, z, lambda act, g: self._estimate(kept or solver, state, act, g), eps)
 
         value, image, evals = attach_finite(attach, problem, z, stop, layout)
         warn_learned_start(problem, value)
         # The secant to z* itself, which the loop did not add. Only a converged sample ended at the point that the
         # solver proposed; the value of any other sample is another point, to which the solver has no secant
         state = solved.state
-        if frozen is not None:
+        if kept is not None:
             with torch.no_grad():
                 last = replace(state, z=torch.where(solved.converged.unsqueeze(1), state.z, z))
-                state = frozen.step(Point(z, image), last)[-1].state
+                state = kept.step(Point(z, image), last)[-1]
         return replace(
             solved,
             value=layout.unpack(value),
             evals=solved.evals + evals,
-            state=state if options.keep_state else None,
+            state=None if not options.keep_state else state.state if kept else state,
         )
 
     def _estimate(self, solver: AbstractSolver[Any], state: Any, act: Callable[[Flat], Flat], g: Flat) -> Flat:
-        # u = H^T g, or g if ||H^T g|| exceeds the fallback
+        # u = H^T g, or g if ||H^T g|| exceeds the fallback or, after a failed solve, H is not finite
         estimate = solver.inverse_transpose(state, g)
-        u = g if estimate is None else estimate
+        u, limit = g if estimate is None else estimate, torch.inf
         if self.fallback is not None:
-            u = torch.where((norm(u) <= self.fallback * norm(g)).unsqueeze(1), u, g)
+            limit = self.fallback * norm(g)
+        size = norm(u)
+        u = torch.where(((size <= limit) & size.isfinite()).unsqueeze(1), u, g)
         # fixed-point steps u <- g + J^T u
         for _ in range(self.refine):
             u = g + act(u)
@@ -122,19 +124,28 @@ class SHINE(AbstractGrad):
 
 
 @dataclass(frozen=True)
-class _FrozenState:
-    """The state of the wrapped solver, and the z of its last step; z is NaN before the first step and after a reset."""
+class _KeptState:
+    """The state of the wrapped solver, and copies of its rows for samples that have finished.
+
+    Attributes:
+        state: of the wrapped solver, which goes on as without the wrapper.
+        z: the z of the last step; NaN before the first step and after a reset.
+        finished: samples whose z has not changed since an earlier step.
+        copies: (numbers of samples, their rows of the state when they finished); a later copy replaces an earlier one.
+    """
 
     state: Any
     z: Flat
+    finished: Bool[Tensor, " B"]
+    copies: tuple[tuple[Int[Tensor, " rows"], Any], ...] = ()
 
 
 @dataclass(frozen=True)
-class _Frozen(AbstractSolver[_FrozenState]):
-    """A wrapped solver that keeps the state of a sample as it was when the loop froze the sample.
+class _Kept(AbstractSolver[_KeptState]):
+    """A wrapped solver with the inverse estimate that each sample had when the loop froze it.
 
-    The solver itself would overwrite the history of a frozen sample by differences of zero. The safeguard settings are
-    those of the solver, so the iterates are the same.
+    The loop goes on with the other samples, and the differences of a frozen sample, which are zero, take the place of
+    its pairs in the history. The slots of a history are shared by all samples, so its rows cannot be put back.
     """
 
     solver: AbstractSolver[Any]
@@ -150,51 +161,44 @@ class _Frozen(AbstractSolver[_FrozenState]):
     def has_cautious_stage(self) -> bool:
         return self.solver.has_cautious_stage
 
-    def wrap(self, state: Any, z: Flat) -> _FrozenState:
+    def wrap(self, state: Any, z: Flat) -> _KeptState:
         """The state of the solver, with no sample frozen."""
-        return _FrozenState(state, torch.full_like(z, torch.nan))
+        return _KeptState(state, torch.full_like(z, torch.nan), torch.zeros(len(z), dtype=torch.bool, device=z.device))
 
-    def init(self, point: Point) -> _FrozenState:
+    def init(self, point: Point) -> _KeptState:
         return self.wrap(self.solver.init(point), point.z)
 
-    def resume(self, point: Point, state: _FrozenState) -> _FrozenState:
-        return _FrozenState(self.solver.resume(point, state.state), state.z)
+    def resume(self, point: Point, state: _KeptState) -> _KeptState:
+        return replace(state, state=self.solver.resume(point, state.state))
 
-    def restart(self, point: Point, state: _FrozenState, mask: Bool[Tensor, "B 1"]) -> _FrozenState:
-        # a sample reset to its best iterate may be at the z of the last step, and must not count as frozen
-        return _FrozenState(self.solver.restart(point, state.state, mask), state.z.masked_fill(mask, torch.nan))
+    def restart(self, point: Point, state: _KeptState, mask: Bool[Tensor, "B 1"]) -> _KeptState:
+        return self._running(state, mask, self.solver.restart(point, state.state, mask))
 
     def retreat(
-        self, point: Point, failed: Point, state: _FrozenState, mask: Bool[Tensor, "B 1"], cautious: Bool[Tensor, "B 1"]
-    ) -> _FrozenState:
-        after = self.solver.retreat(point, failed, state.state, mask, cautious)
-        return _FrozenState(after, state.z.masked_fill(mask, torch.nan))
+        self, point: Point, failed: Point, state: _KeptState, mask: Bool[Tensor, "B 1"], cautious: Bool[Tensor, "B 1"]
+    ) -> _KeptState:
+        return self._running(state, mask, self.solver.retreat(point, failed, state.state, mask, cautious))
 
-    def step(self, point: Point, state: _FrozenState) -> tuple[Flat, Flat | None, _FrozenState]:
-        # frozen samples are at the z of the last step; their rows are copied, since histories are written in place
-        same = (point.z == state.z).all(dim=1)
-        held = torch.nonzero(same).flatten()
-        size = len(point.z)
-        before = map_tensors(lambda t: t[held] if t.shape[:1] == (size,) else t, state.state) if len(held) else None
+    def _running(self, state: _KeptState, mask: Bool[Tensor, "B 1"], after: Any) -> _KeptState:
+        # a sample reset to its best iterate may be at the z of the last step, and must not count as frozen
+        return replace(state, state=after, z=state.z.masked_fill(mask, torch.nan))
+
+    def step(self, point: Point, state: _KeptState) -> tuple[Flat, Flat | None, _KeptState]:
+        # frozen samples are at the z of the last step; their rows are copied once, since histories are written in place
+        same, size = (point.z == state.z).all(dim=1), len(point.z)
+        rows, copies = torch.nonzero(same & ~state.finished).flatten(), state.copies
+        if len(rows):
+            before = map_tensors(lambda t: t[rows] if t.shape[:1] == (size,) else t, state.state)
+            copies = (*copies, (rows, before))
         z, tangent, after = self.solver.step(point, state.state)
-        if before is not None:
-            # a solver never writes to the tensors of the point, so these need no restoring
-            own = {t.untyped_storage().data_ptr() for t in (point.z, point.fz, point.r)}
-            _restore(after, before, held, size, own)
-        return z, tangent, _FrozenState(after, point.z)
+        return z, tangent, _KeptState(after, point.z, same, copies)
 
-
-def _restore(after: Any, before: Any, held: Tensor, size: int, own: set[int]) -> None:
-    """Write the rows `before` of the frozen samples back into the state, whose histories may have grown."""
-    if isinstance(after, Tensor):
-        if isinstance(before, Tensor) and after.shape[:1] == (size,) and after.untyped_storage().data_ptr() not in own:
-            after[held] = before
-    elif is_dataclass(after):
-        for field in fields(after):
-            _restore(getattr(after, field.name), getattr(before, field.name), held, size, own)
-    elif isinstance(after, dict):
-        for key in before:
-            _restore(after[key], before[key], held, size, own)
-    elif isinstance(after, tuple | list):
-        for new, old in zip(after, before, strict=False):
-            _restore(new, old, held, size, own)
+    def inverse_transpose(self, state: _KeptState, g: Flat) -> Flat | None:
+        """H^T g, for the finished samples with H as it was when they finished."""
+        u = self.solver.inverse_transpose(state.state, g)
+        u = g if u is None else u
+        for rows, copy in state.copies:
+            found = self.solver.inverse_transpose(copy, g[rows])
+            kept = state.finished[rows].unsqueeze(1)
+            u = u.index_copy(0, rows, torch.where(kept, g[rows] if found is None else found, u[rows]))
+        return u
