@@ -84,11 +84,15 @@ class Unrolled(AbstractGrad):
         if not any(map(has_derivative, tensors(solved.value))) or not failed(lost, stop):
             return solved
         # once more, with the failed samples out of the graph
-        helped = self._solve(without(problem, lost, options.batch_dims), solver, stop, options)
+        folded = replace(
+            options, callback=None, progress=False, trace=options.trace if callable(options.trace) else False
+        )
+        helped = self._solve(without(problem, lost, options.batch_dims), solver, stop, folded)
         layout = Layout.of(problem.z0, options.batch_dims)
         first, second = layout.pack(solved.value).detach(), layout.pack(helped.value)
         value = layout.unpack(torch.where(lost.unsqueeze(1), first, second))
-        return replace(solved, value=value, evals=solved.evals + helped.evals, trace=helped.trace)
+        trace = helped.trace if callable(options.trace) else solved.trace
+        return replace(solved, value=value, evals=solved.evals + helped.evals, trace=trace)
 
     def _solve(self, problem: Problem, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions) -> Solution:
         f, segments = problem.f, None
