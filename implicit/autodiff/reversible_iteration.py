@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from implicit.autodiff.autocast import rounding
 from implicit.autodiff.closure_convert import SameReads
+from implicit.autodiff.failed_samples import failed, finite
 from implicit.autodiff.recomputation import repeated_inexactly, require_same_image, summary
 from implicit.evaluation import FlatMap
 from implicit.pytree import Flat, norm, to_device, to_host
@@ -98,7 +100,7 @@ class ReversibleIteration:
             self.steps = self.steps + go.squeeze(1)
             self._classify(fz, z, trace)
         self.result = torch.where(self.result == _RUNNING, int(Result.MAX_EVALS), self.result)
-        value = torch.where(torch.isfinite(norm(fz)).unsqueeze(1), fz, self.start.detach())
+        value = torch.where(finite(fz), fz, self.start.detach())  # a norm may overflow where f(z) does not
         self._verify(value)
         if f_node.requires_grad:
             value = _End.apply(f_node, value, y, z, self.start.detach(), self, *self.anchors)
@@ -231,10 +233,29 @@ class _Evaluation:
                 "f takes a derivative of its own (torch.autograd.grad), and Reversible keeps no graph while it runs "
                 "forward: use IFT, or Unrolled."
             )
-        at = self.run.rewind(self.index).to(self.run.narrow)
-        image = self.flat(at.detach().clone().requires_grad_(self.differentiated))
+        at = self.run.rewind(self.index).to(self.run.narrow).detach()
+        kept: list[Tensor] = []  # the saved tensors of this evaluation, which the checkpoint gets only if they are used
+        with saved_tensors_hooks(lambda t: kept.append(t.detach()), lambda none: none):
+            image = self.flat(at.clone().requires_grad_(self.differentiated))
         self.run.evaluated(self.index, image.detach())
-        return image
+        # a sample whose backward run has left the domain of f must not put NaN into the gradients of shared parameters
+        lost = ~(finite(at) & finite(image))
+        if not failed(lost, self.run.stop):
+            return _Save.apply(image, *kept)
+        return self.flat(torch.where(lost, self.run.first, at).requires_grad_(self.differentiated))
+
+
+class _Save(torch.autograd.Function):
+    """Identity that saves the tensors `kept`, in the same order; the checkpoint differentiates none of its values."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, *kept: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)
+        return image.view_as(image)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], *[None] * len(ctx.saved_tensors)
 
 
 class _Step(torch.autograd.Function):
