@@ -45,6 +45,14 @@ def _in_place(*given: Tensor) -> bool:
     return torch.compiler.is_compiling() or not (transforms_active() and any(map(depends_on_transform, given)))
 
 
+def _may_clear(rows: Tensor, mask: Tensor) -> bool:
+    """Whether entries of `rows` may be cleared in place.
+
+    Autograd saves rows that it does not record, those of a warm start, for the derivatives of their products.
+    """
+    return _in_place(rows, mask) and not torch.is_grad_enabled()
+
+
 def dots(rows: Float[Tensor, "B K M"], x: Float[Tensor, "B M"]) -> Float[Tensor, "B 1 K"]:
     """<row_i, x> for every row, as x^T rows^T: rows x is an order of magnitude slower on a CPU."""
     return torch.bmm(x.unsqueeze(1), rows.mT)
@@ -80,7 +88,7 @@ def clear_products(
 ) -> Float[Tensor, "B K K"]:
     """`gram` with the rows and columns from `first` to `end` - 1 of the samples in `mask` zero."""
     mask = mask.unsqueeze(2)
-    if _in_place(gram, mask):
+    if _may_clear(gram, mask):
         gram[:, first:end].masked_fill_(mask, 0)
         gram[:, :, first:end].masked_fill_(mask, 0)
         return gram
@@ -90,7 +98,7 @@ def clear_products(
 
 def add_diagonal(gram: Float[Tensor, "B K K"], mask: Bool[Tensor, "B 1"], slot: int) -> Float[Tensor, "B K K"]:
     """`gram` with 1 added to entry `slot` of the diagonal, for the samples in `mask`."""
-    if _in_place(gram, mask):
+    if _may_clear(gram, mask):
         gram[:, slot, slot].add_(mask[:, 0])
         return gram
     one = torch.zeros(gram.shape[1], dtype=gram.dtype, device=gram.device)
@@ -201,7 +209,7 @@ class HistoryBuffer:
         for block in self.blocks:
             low, high = max(first, 0), block.shape[1] if end is None else min(end, block.shape[1])
             if low < high:
-                if _in_place(block, mask):  # a copy would double the memory of the history
+                if _may_clear(block, mask):  # a copy would double the memory of the history
                     block[:, low:high].masked_fill_(cleared, 0)
                 else:
                     part = block[:, low:high].masked_fill(cleared, 0)
