@@ -52,6 +52,9 @@ class SHINE(AbstractGrad):
     with Broyden and many evaluations forward, if the backward pass must cost next to nothing. With ``refine=1`` SHINE
     is about as accurate as `Neumann` with two products.
 
+    With `Stop.late` or `Stop.check_every` a sample is evaluated beyond its value before it is frozen, and these
+    evaluations enter H only if other samples run on: H, and so the gradient, depends on the batch-mates there.
+
     Source: Ramzi et al., "SHINE: SHaring the INverse Estimate from the forward pass for bi-level optimization and
     implicit models", ICLR 2022, arXiv 2106.00553, section 2 and the fallback of section 3.
 
