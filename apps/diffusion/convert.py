@@ -13,8 +13,6 @@ All layouts but pipeline add conversion.json, with the source and a description 
 is executed. DIR is written completely or not at all, and must be new or empty.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -5,8 +5,6 @@ iterations of the plain iteration to each tolerance, evaluations of f by each so
 numbers, and diagnosis.png.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass, field

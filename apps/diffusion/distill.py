@@ -7,8 +7,6 @@ training run; without a run they are latents, given by --data.path. RUN becomes 
 `python -m apps.diffusion.train --resume --out RUN` continues.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

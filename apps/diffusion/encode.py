@@ -8,8 +8,6 @@ After an interruption, the same command continues. Several processes share the s
 and WORLD_SIZE as torchrun sets them; the process that finishes last writes the index.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass
 from pathlib import Path

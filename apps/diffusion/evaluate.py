@@ -10,8 +10,6 @@ the network predicts. Label accuracy is measured if the classes of the network a
 reference are cached in ~/.cache/implicit, by the checksums of the images and of the network.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass

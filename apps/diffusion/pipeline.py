@@ -11,8 +11,6 @@ image i of `python -m apps.diffusion.sample RUN --seed s` for the same class and
 is not installed, `DiffusionPipeline.from_pretrained(DIR, trust_remote_code=True)` opens DIR.
 """
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 
@@ -42,7 +40,7 @@ class FixedPointPipeline(SamplingPipeline):
         vae: AutoencoderKL | str | Path | None = None,
         scheduler: SchedulerMixin | None = None,
         torch_dtype: torch.dtype | None = None,
-    ) -> FixedPointPipeline:
+    ) -> "FixedPointPipeline":
         """The pipeline of a trained network.
 
         Args:
@@ -68,7 +66,7 @@ class FixedPointPipeline(SamplingPipeline):
         vae: AutoencoderKL | str | Path | None = None,
         weights: Weights = "ema",
         sampler: Sampler | None = None,
-    ) -> FixedPointPipeline:
+    ) -> "FixedPointPipeline":
         """The pipeline of a training run's newest checkpoint.
 
         Args:
@@ -91,7 +89,7 @@ class FixedPointPipeline(SamplingPipeline):
         weights: Weights = "ema",
         sampler: Sampler | None = None,
         scheduler: SchedulerMixin | None = None,
-    ) -> FixedPointPipeline:
+    ) -> "FixedPointPipeline":
         opened = open_network(source, weights)
         own = opened.options
         chosen = sampler or own.sampler

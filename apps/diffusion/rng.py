@@ -14,8 +14,6 @@ them the uniform numbers, are equal on all devices; normal numbers (by Box and M
 log, cos and sin.
 """
 
-from __future__ import annotations
-
 import enum
 import math
 from collections.abc import Iterator, Sequence

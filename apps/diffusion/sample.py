@@ -7,8 +7,6 @@ processes share the images by RANK and WORLD_SIZE, as `accelerate launch` and to
 --world; the files do not depend on the number of processes, and the process that finishes last writes the grid.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

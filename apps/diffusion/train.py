@@ -5,8 +5,6 @@ A run writes config.json, data.json, checkpoints/, logs/, grids/, metrics.json, 
 (`--out`). `--resume` continues the run in that folder.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import sys

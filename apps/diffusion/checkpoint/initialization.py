@@ -8,8 +8,6 @@ block of the others for the fixed-point layer. The injection before that block s
 because gelu(a) - gelu(-a) = a.
 """
 
-from __future__ import annotations
-
 import warnings
 from pathlib import Path
 from typing import Any

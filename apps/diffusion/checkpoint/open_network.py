@@ -10,8 +10,6 @@ with the linear schedule, an FPDM predicts v with the same schedule rescaled to 
 `zero_snr` override these assumptions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial

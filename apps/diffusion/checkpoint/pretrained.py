@@ -10,8 +10,6 @@ argument RUN of a command may be NAME; a folder NAME in the working directory ta
 these folders.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ Nothing in a checkpoint is executed. From Python, a published state dict is load
     model = state_dicts.network(tensors)
 """
 
-from __future__ import annotations
-
 import argparse
 import pickle
 import pickletools

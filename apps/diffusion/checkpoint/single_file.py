@@ -5,8 +5,6 @@ definitions of this package that a class uses, directly or through other definit
 into one file. Imports of other packages stay imports.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from dataclasses import dataclass, field

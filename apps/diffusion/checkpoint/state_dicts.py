@@ -10,8 +10,6 @@ not determine the number of heads. diffusers splits qkv into three tensors and s
 embedders in every block.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """The configuration of a trained run, and whether a run can continue from a checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from shlex import quote

@@ -10,8 +10,6 @@ number of a run is a function of the seed and the number of images seen. Format 
 read too.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

@@ -1,7 +1,5 @@
 """Checks of fields and arguments; only the standard library is imported, so that --help of a command is quick."""
 
-from __future__ import annotations
-
 import math
 import typing
 from typing import Any

@@ -1,7 +1,5 @@
 """The flags of the commands `train` and `distill`, made from the fields of `Config`."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise

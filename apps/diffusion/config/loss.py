@@ -1,7 +1,5 @@
 """Options of the training loss: timesteps, weights, and the terms of a fixed-point layer."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal

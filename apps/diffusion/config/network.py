@@ -1,7 +1,5 @@
 """The configuration of a network and of its noise schedule; a part of `training.Config`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 

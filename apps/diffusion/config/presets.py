@@ -1,7 +1,5 @@
 """Configurations by name: a preset is a function that returns a whole `Config`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

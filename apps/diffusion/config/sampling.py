@@ -4,8 +4,6 @@ An option that is None is left open: `over` fills it from the options of the run
 the value if those leave it open too. `sampling/plan.py` turns the options into the arguments of the sampling loop.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -206,7 +204,7 @@ class SamplingOptions:
         """Names of the given options that apply to an FPDM only."""
         return [name for name in self.given() if name in _FIXED_POINT]
 
-    def replaced_by(self, names: Collection[str]) -> SamplingOptions:
+    def replaced_by(self, names: Collection[str]) -> "SamplingOptions":
         """These options without the ones that the options `names` replace (`_GROUPS`)."""
         own = self.given()
         for leading, group in _GROUPS:
@@ -214,7 +212,7 @@ class SamplingOptions:
                 own = {name: value for name, value in own.items() if name not in group}
         return SamplingOptions(**own)
 
-    def over(self, other: SamplingOptions) -> SamplingOptions:
+    def over(self, other: "SamplingOptions") -> "SamplingOptions":
         """These options; an option left open is that of `other`, unless a given option replaces it (`_GROUPS`)."""
         mine = self.given()
         return SamplingOptions(**other.replaced_by(mine).given() | mine)

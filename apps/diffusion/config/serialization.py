@@ -4,8 +4,6 @@ A dataclass becomes a dict of its fields, with the name of its class under "type
 of an earlier format, which had other names of classes and fields, one number of iterations, and `IFT.rtol`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import types

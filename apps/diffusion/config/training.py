@@ -6,8 +6,6 @@ other. Unknown or unused fields raise. `grad`, `solver` and `stop` are `implicit
 images, so that a configuration means the same training on any number of processes.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from functools import partial
@@ -261,7 +259,7 @@ class Config:
         return json.dumps(to_plain(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, source: str = "config") -> Config:
+    def from_json(cls, text: str, source: str = "config") -> "Config":
         """The configuration that `to_json` wrote, in the current or the earlier format.
 
         Args:

@@ -5,8 +5,6 @@ continue at any image, on any number of processes, although no state of the load
 part of a batch only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """The datasets of a configuration, and the identity of a dataset, which resumed runs compare."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

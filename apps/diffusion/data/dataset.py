@@ -6,8 +6,6 @@ of (seed, epoch, i): `dataset[i, epoch]` is image i as augmented in that epoch, 
 `batch_sampler.BatchSampler` yields keys (i, epoch).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -106,7 +104,7 @@ class TensorDataset:
         """Number of classes; 0 without classes."""
         return len(self.classes)
 
-    def unconditional(self) -> TensorDataset:
+    def unconditional(self) -> "TensorDataset":
         """The same images without classes."""
         return TensorDataset(self.x)
 

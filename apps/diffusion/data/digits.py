@@ -5,8 +5,6 @@ Intensities 0..16 become -1..1. The split is fixed: 300 images, 30 of each class
 diffusion model nor the classifier that scores it is trained on the held-out images.
 """
 
-from __future__ import annotations
-
 import torch
 
 from apps.diffusion.config.checks import check_word

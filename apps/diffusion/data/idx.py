@@ -14,8 +14,6 @@ A dataset is a folder of four files, gzip-compressed (with the suffix .gz) or pl
 Debian's package dataset-fashion-mnist installs such a folder, /usr/share/datasets/fashion-mnist.
 """
 
-from __future__ import annotations
-
 import gzip
 import math
 import zlib

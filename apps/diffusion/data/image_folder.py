@@ -4,8 +4,6 @@ The classes are the subfolders in alphabetical order, also those without images.
 class of the subfolder. Images in the folder itself have no class. Images are numbered in the sorted list of files.
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -10,8 +10,6 @@ processes.
 A shard is complete if its record exists and fits the image files; an incomplete shard is encoded again.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -14,8 +14,6 @@ with k and eps a function of (seed, epoch, number of the image). The shards are 
 with its checksum.
 """
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

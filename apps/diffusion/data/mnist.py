@@ -8,8 +8,6 @@ The split is fixed: images 4, 9, 14, ... of each class, in the file's order, are
 that scores generated digits is trained on the held-out images, none of which a diffusion model is trained on.
 """
 
-from __future__ import annotations
-
 import gzip
 import importlib.util
 from pathlib import Path

@@ -12,8 +12,6 @@
 Training, encoding and scoring all read image files by `read`, which reads the first frame of an animation.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ The features are the activations before the last layer, each standardized over t
 is `Classifier` for images below 12 x 12 pixels, else LeNet (lenet.py).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeVar

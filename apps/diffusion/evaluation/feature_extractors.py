@@ -5,8 +5,6 @@ the 8 x 8 digits, of MNIST and of the reference images, which this module trains
 scores, which torch-fidelity provides (installed by the extra `inception`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol

@@ -10,8 +10,6 @@ and the checksum of the tensors. A cached file is used only if the checksums of 
 that the ADM evaluation suite publishes (.npz with mu, sigma, mu_s, sigma_s) are read too; they have no checksum.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import warnings

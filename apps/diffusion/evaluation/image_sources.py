@@ -6,8 +6,6 @@ a folder                    samples (00042-class-7.png, 00042.png), or any image
 an .npz file                arr_0 (n, H, W, C) uint8, and optionally the classes arr_1 (n,)
 """
 
-from __future__ import annotations
-
 import math
 import re
 import zipfile

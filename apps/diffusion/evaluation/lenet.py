@@ -8,8 +8,6 @@ random affine map (rotation, scale, shear, shift) augments each image: trained o
 data/mnist.py, the classifier is right on about 98 % of the other 4000 digits.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

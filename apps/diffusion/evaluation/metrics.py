@@ -22,8 +22,6 @@ generated points within the manifold of the real points, recall the share of rea
 generated points.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,7 +47,7 @@ class Gaussian:
     cov: Tensor
 
     @classmethod
-    def of(cls, features: Tensor) -> Gaussian:
+    def of(cls, features: Tensor) -> "Gaussian":
         """The Gaussian with the mean and the unbiased covariance of features (n, D), n >= 2."""
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(

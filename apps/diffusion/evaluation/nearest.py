@@ -6,8 +6,6 @@ Samples of a network that copies training images have distances near 0 from thes
 copy are about as far from the training images as held-out real images are.
 """
 
-from __future__ import annotations
-
 import torch
 from PIL import Image
 from torch import Tensor

@@ -3,8 +3,6 @@
 A metric is a function of `metrics.py` and an entry of `METRICS`; command and summary compute and print every entry.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ finds the old or the new content, never a part of it, and several processes may 
 is an OSError, also where safetensors or torch.save raise errors of their own classes.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

@@ -1,7 +1,5 @@
 """PNG files: single images and image grids. Images are (C, H, W) in [-1, 1]."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Reading a JSON object from a file."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Names of files and classes, and reasons of errors, in messages of one line for any characters."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 

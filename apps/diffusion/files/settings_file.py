@@ -1,7 +1,5 @@
 """A JSON file with the settings of all other files in a folder, so that files of other settings are not added later."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

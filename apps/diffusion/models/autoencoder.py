@@ -4,8 +4,6 @@ Latents are scaled for the diffusion model with the constants in the VAE's confi
 or z = scaling (latent - latents_mean) / latents_std per channel if the configuration has latents_mean and latents_std.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

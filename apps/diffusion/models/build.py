@@ -1,7 +1,5 @@
 """Builds networks from a configuration, or from the description in a checkpoint."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext

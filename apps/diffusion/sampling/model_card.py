@@ -1,7 +1,5 @@
 """The model card and the code in the folder of a pipeline."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

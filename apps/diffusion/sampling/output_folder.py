@@ -10,8 +10,6 @@
 The content, apart from the cost, does not depend on the number of processes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import zipfile

@@ -1,7 +1,5 @@
 """The keywords of the diffusers pipeline as sampling options, and its generator as a seed."""
 
-from __future__ import annotations
-
 import secrets
 from collections.abc import Sequence
 from typing import Any, TypedDict, Unpack

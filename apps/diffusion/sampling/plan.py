@@ -3,8 +3,6 @@
 The training summary, the sampling command and the pipeline call `plan`. This file checks class labels too.
 """
 
-from __future__ import annotations
-
 import copy
 import operator
 import unicodedata

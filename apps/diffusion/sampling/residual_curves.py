@@ -13,8 +13,6 @@ For convex decreasing curves the result is that of the greedy rule, which gives 
 whose residual it reduces most.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -42,7 +40,7 @@ class ResidualCurves:
     images: int
 
     @classmethod
-    def from_json(cls, plain: dict[str, Any]) -> ResidualCurves:
+    def from_json(cls, plain: dict[str, Any]) -> "ResidualCurves":
         """The curves in a JSON object.
 
         Raises:

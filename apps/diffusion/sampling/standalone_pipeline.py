@@ -6,8 +6,6 @@ where `implicit` is installed and this application is not. `FixedPointPipeline` 
 and model folders too.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

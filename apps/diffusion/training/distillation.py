@@ -4,8 +4,6 @@ The loss is at the top of loss.py. The student of `student_config` is an FPDM th
 DiT (checkpoint/initialization.py) and has the noise schedule and the prediction target of the DiT.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -11,8 +11,6 @@ Averaged weights and the optimizer's moments are sharded like the weights. Check
 hold whole tensors; `torch.distributed.checkpoint.state_dict` converts between shards and whole tensors.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Mapping, Sequence

@@ -12,8 +12,6 @@
 The horizontal axis is the number of images seen.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -8,8 +8,6 @@ so that the timesteps of a batch are stratified. Its label is dropped where v is
 process computes the random numbers of its own images only; they do not depend on the number of processes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

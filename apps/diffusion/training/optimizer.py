@@ -7,8 +7,6 @@ A step whose gradient is not finite changes neither weights nor moments. The tes
 of this file waits for its result.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 from copy import deepcopy

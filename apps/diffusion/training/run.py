@@ -7,8 +7,6 @@
 The first process writes; a second process that trains into the same folder is refused.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """How a training step of an FPDM solves its fixed point: estimator, start and penalty, from the configuration."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -4,8 +4,6 @@ scores of the samples and of held-out images.
 With --max-time, sampling ends after a quarter of that time; the samples complete by then are scored and drawn.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import platform

@@ -9,8 +9,6 @@ A step does not wait for the device: the test for a finite gradient stays on the
 every `LOG_EVERY` steps.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import time
@@ -265,7 +263,7 @@ class Trainer:
         self.progress.steps, self.progress.skipped, failures = self.counts.tolist()
         return failures
 
-    def _log(self, log: Log | None, bar: tqdm[Any] | None = None) -> None:
+    def _log(self, log: Log | None, bar: "tqdm[Any] | None" = None) -> None:
         """Reads the counts from the device, and logs an entry for the steps since the previous entry.
 
         Raises:
@@ -313,7 +311,7 @@ class Trainer:
         network.load_state_dict(weights, assign=True)
         return network.to(self.accelerator.device).eval()
 
-    def _save(self, save: Callable[[Checkpoint], Any], log: Log | None = None, bar: tqdm[Any] | None = None) -> None:
+    def _save(self, save: Callable[[Checkpoint], Any], log: Log | None = None, bar: "tqdm[Any] | None" = None) -> None:
         self._log(log, bar)
         state = self.checkpoint()
         if self.accelerator.is_main_process:

@@ -16,8 +16,6 @@ rectified flow, and b^2 = 1 / (SNR + 1) in diffusion. The weight of the squared 
     x_0: min(SNR, g)        eps: min(SNR, g) / SNR        v, u: min(SNR, g) b^2
 """
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
