@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from apps.diffusion.config.serialization import to_plain
 from apps.diffusion.config.training import Config
-from apps.diffusion.files.atomic import write_text
-from apps.diffusion.files.json_file import read_object
+from apps.diffusion.files.json_file import read_object, write_object
 
 SHIPPED = Path(__file__).resolve().parents[1] / "pretrained"
 RECORD = "training.json"
@@ -38,8 +38,7 @@ def write_record(folder: Path, config: Config, progress: dict[str, Any]) -> None
     """Write training.json into a pipeline folder: the run's configuration, and `progress`, the numbers of images, steps
     and seconds of training.
     """
-    record = {**progress, "config": json.loads(config.to_json())}
-    write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
+    write_object(folder / RECORD, {**progress, "config": to_plain(config)})
 
 
 def read_record(folder: Path) -> tuple[Config, int]:

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from apps.diffusion.files import hashing
@@ -82,8 +84,6 @@ def save(run: Path, checkpoint: Checkpoint, keep: int = 1) -> Path:
     Raises:
         OSError: the checkpoint cannot be written, for example because the disk is full; earlier checkpoints are intact.
     """
-    from safetensors.torch import save_file
-
     folder = run / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"{checkpoint.progress.images:012d}"
@@ -129,9 +129,6 @@ def load(path: Path, tensors: Sequence[str] = TENSORS) -> Checkpoint:
         Unreadable: a file is missing, damaged, or of another format.
         PermissionError: this user may not read a file.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     file = path / "state.json"
     found: dict[str, dict[str, Tensor]] = {name: {} for name in TENSORS}
     try:

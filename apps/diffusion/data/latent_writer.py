@@ -26,9 +26,8 @@ from torch import Tensor
 from apps.diffusion.data.image_folder import Listing, Skipped, attempt, skipped_text
 from apps.diffusion.data.latents import FORMAT
 from apps.diffusion.files import hashing
-from apps.diffusion.files.atomic import atomic_path, make_folder, write_text
-from apps.diffusion.files.json_file import read_object
-from apps.diffusion.files.settings_file import write_or_compare
+from apps.diffusion.files.atomic import atomic_path, make_folder
+from apps.diffusion.files.json_file import read_object, write_object, write_or_compare
 from apps.diffusion.models import autoencoder
 
 PREPROCESSING = 2
@@ -179,7 +178,7 @@ class LatentWriter:
             "skipped": [image._asdict() for image in skipped],
             "shards": [{key: found[key] for key in ("file", "images", "bytes", "sha256")} for found in records],
         }
-        write_text(self.out / "index.json", json.dumps(hashing.with_digest(index), indent=2) + "\n")
+        write_object(self.out / "index.json", hashing.with_digest(index))
         summary = f"{index['images']} images in {len(self.listed.classes)} classes are in {self.out}."
         return f"{summary} {skipped_text(skipped, total)}".rstrip()
 
@@ -247,7 +246,7 @@ class LatentWriter:
             "bytes": file.stat().st_size,
             "sha256": hashing.of_file(file),
         }
-        write_text(record, json.dumps(hashing.with_digest(found), indent=2) + "\n")
+        write_object(record, hashing.with_digest(found))
 
 
 def check_out(out: Path) -> None:

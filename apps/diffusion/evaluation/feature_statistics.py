@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from apps.diffusion.evaluation.feature_extractors import Extractor
@@ -138,8 +140,6 @@ def cached(source: Source, extractor: Extractor, folder: Path | None = None) -> 
 
 def save(statistics: Statistics, file: Path) -> None:
     """Write the statistics as safetensors; an interruption leaves no incomplete file."""
-    from safetensors.torch import save_file
-
     tensors = {"mean": statistics.pooled.mean, "cov": statistics.pooled.cov}
     if statistics.spatial is not None:
         tensors |= {"spatial_mean": statistics.spatial.mean, "spatial_cov": statistics.spatial.cov}
@@ -159,8 +159,6 @@ def load(file: Path, extractor: Extractor) -> Statistics:
     Raises:
         ValueError: the file cannot be read, or holds statistics of other features than the extractor's.
     """
-    from safetensors import SafetensorError, safe_open
-
     if file.suffix == ".npz":
         return _published(file)
     try:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP = 1  # pixels between the images of a grid, before it is enlarged
@@ -107,8 +107,6 @@ def grid(
 
 def _with_head(page: Image.Image, head: Sequence[str], pitch: int, enlarge: int) -> Image.Image:
     """The grid `page` under a band with a text above each column; the distance of columns is `pitch` pixels."""
-    from PIL import ImageDraw, ImageFont
-
     band = max(20, 3 * enlarge)
     whole = Image.new(page.mode, (page.width, page.height + band), _gray(page, 255))
     whole.paste(page, (0, band))

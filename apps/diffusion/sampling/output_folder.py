@@ -23,8 +23,7 @@ from PIL import Image, UnidentifiedImageError
 
 from apps.diffusion.files.atomic import atomic_path, make_folder, write_text
 from apps.diffusion.files.images import columns_by_class, grid, read, to_pil
-from apps.diffusion.files.json_file import read_object
-from apps.diffusion.files.settings_file import write_or_compare
+from apps.diffusion.files.json_file import read_object, write_object, write_or_compare
 from apps.diffusion.sampling.residual_curves import ResidualCurves
 from apps.diffusion.sampling.sampler import SampleResult
 
@@ -162,7 +161,7 @@ class OutputFolder:
         texts = [text for file in files for text in file.read_text(errors="replace").splitlines()]
         lines = [line for text in texts if (line := _effort_line(text, len(timesteps))) is not None]
         total = summed(lines, timesteps)
-        write_text(self.folder / "effort.json", json.dumps(total, indent=2) + "\n")
+        write_object(self.folder / "effort.json", total)
         return total
 
 

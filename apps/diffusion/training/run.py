@@ -29,7 +29,7 @@ from apps.diffusion.data import ImageDataset, ImageFolderDataset, TensorDataset
 from apps.diffusion.data import build as data
 from apps.diffusion.data.latents import read_index
 from apps.diffusion.files.atomic import LOCK, PARTIAL, write_text
-from apps.diffusion.files.settings_file import write_or_compare
+from apps.diffusion.files.json_file import write_or_compare
 from apps.diffusion.models.autoencoder import open_decoder
 from apps.diffusion.training.metric_logger import MetricLogger
 from apps.diffusion.training.summary import check_sampling, image_grid, summarize

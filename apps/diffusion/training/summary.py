@@ -4,7 +4,6 @@ scores of the samples and of held-out images.
 With --max-time, sampling ends after a quarter of that time; the samples complete by then are scored and drawn.
 """
 
-import json
 import math
 import platform
 import sys
@@ -29,8 +28,9 @@ from apps.diffusion.evaluation.feature_extractors import SMALLEST_SET, features_
 from apps.diffusion.evaluation.feature_statistics import measure
 from apps.diffusion.evaluation.image_sources import of_dataset, of_tensors
 from apps.diffusion.evaluation.scores import Scores, evaluate, table
-from apps.diffusion.files.atomic import atomic_path, write_text
+from apps.diffusion.files.atomic import atomic_path
 from apps.diffusion.files.images import ROWS, class_labels, sample_grid
+from apps.diffusion.files.json_file import write_object
 from apps.diffusion.files.plots import loss_curve
 from apps.diffusion.models.autoencoder import decode
 from apps.diffusion.models.dit import DiT
@@ -103,7 +103,7 @@ def summarize(
         "seconds_in_all": time.monotonic() - began,
         "versions": _versions(trainer),
     }
-    write_text(config.out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_object(config.out / "metrics.json", metrics)
     _print(config, metrics, scores)
 
 

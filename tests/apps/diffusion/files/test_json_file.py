@@ -10,8 +10,7 @@ from apps.diffusion import convert, sample
 from apps.diffusion.checkpoint.open_network import open_network
 from apps.diffusion.checkpoint.readers import read_model_folder
 from apps.diffusion.data.latents import read_index
-from apps.diffusion.files.json_file import read_object
-from apps.diffusion.files.settings_file import write_or_compare
+from apps.diffusion.files.json_file import read_object, write_or_compare
 from apps.diffusion.models import DiT
 
 RUN = Path(__file__).parents[1] / "fixtures" / "run"
