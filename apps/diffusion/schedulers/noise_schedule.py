@@ -173,4 +173,7 @@ def same_noise(scheduler: Any, name: str) -> Any:
         options["lower_order_final"] = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # numpy 2 warns about np.array(tensor) in diffusers
-        return kind(**options)
+        made = kind(**options)
+    if "timestep_spacing" in config:  # dpm++-single has no such option, and a saved pipeline keeps the spacing
+        made.register_to_config(timestep_spacing=config["timestep_spacing"])
+    return made

@@ -210,8 +210,11 @@ def test_a_sampler_changes_into_every_other_sampler():
             before = same_noise(base, one)
             other = same_noise(before, name)
             assert torch.equal(other.alphas_cumprod, base.alphas_cumprod), (one, name)
+            assert other.config["timestep_spacing"] == "linspace", (one, name)
             if "clip_sample" in other.config:
                 assert other.config["clip_sample"] == before.config.get("clip_sample", False), (one, name)
+    single = same_noise(base, "dpm++-single")
+    assert type(single).from_config(dict(single.config)).config["timestep_spacing"] == "linspace"
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
