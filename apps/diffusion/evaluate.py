@@ -122,10 +122,7 @@ def run(request: Request) -> dict[str, Any]:
         for remark in source.remarks if source is not None else ():
             print(f"evaluate: {remark}", file=sys.stderr)
     extractor = _extractor(request, real)
-    if real is None:
-        reference = load(Path(request.reference), extractor)
-    else:
-        reference = cached(real, extractor, request.cache)
+    reference = load(Path(request.reference), extractor) if real is None else cached(real, extractor, request.cache)
     report: dict[str, Any] = {"generated": evaluate(samples, reference, extractor, request.nearest)}
     # real images that the classifier was not trained on; as many as samples, because distances fall with the number
     others: dict[str, tuple[str, Split]] = {"digits": ("digits", "held-out"), "mnist:held-out": ("mnist", "train")}

@@ -91,8 +91,7 @@ class IFT(AbstractGrad):
         if not torch.is_grad_enabled():
             return solved
         layout = Layout.of(solved.value, options.batch_dims)
-        z = layout.pack(solved.value)
-        linear = self._with_hints(self._linear_solve(problem.f, layout), layout, z, kept)
+        linear, z = self._with_hints(self._linear_solve(problem.f, layout), layout, kept), layout.pack(solved.value)
         value, _, evals = attach_finite(lambda f, z: attach(f, z, linear), problem, z, stop, layout)
         warn_learned_start(problem, value)
         return replace(solved, value=layout.unpack(value), evals=solved.evals + evals)
@@ -105,7 +104,7 @@ class IFT(AbstractGrad):
                 "or forward mode: leave them unset there."
             )
 
-    def _with_hints(self, solve: LinearSolve, layout: Layout, z: Flat, kept: Adjoint | None) -> LinearSolve:
+    def _with_hints(self, solve: LinearSolve, layout: Layout, kept: Adjoint | None) -> LinearSolve:
         """The linear solve with the preconditioner, and with the guess in `kept`, in which the solve stores u."""
         precondition = self.preconditioner
         if precondition is not None:

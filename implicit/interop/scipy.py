@@ -4,6 +4,7 @@ Every sample is solved by itself, as g(z) = f(z) - z = 0, and scipy computes in 
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import numpy as np
@@ -82,8 +83,6 @@ def _one(f: FlatMap, z0: torch.Tensor, method: str, options: dict[str, Any]) -> 
             best, smallest = z, np.linalg.norm(r)
         return r
 
-    try:
+    with suppress(_Spent):
         _root(g, z0.cpu().double().numpy().ravel(), method=method, options=options)
-    except _Spent:
-        pass
     return best, f.calls

@@ -19,21 +19,9 @@ class DiT(LatentTransformer):
     """The diffusion transformer: prediction = model(x, t, y).
 
     Args:
-        input_size: height and width of the latent in pixels; an int for a square. Multiples of `patch_size`.
-        in_channels: C, the latent's channels.
-        patch_size: side of a patch in pixels; T = (H / patch_size)(W / patch_size) tokens.
-        hidden_size: D, a multiple of `num_heads` and of 4. `layers.SIZES` has the published sizes.
-        depth: number of blocks.
-        num_heads: number of attention heads.
-        mlp_ratio: inner size of a block's MLP, divided by D.
-        num_classes: number of classes; labels are 0 ... num_classes - 1, and the label num_classes is the null class.
-            0: the model is unconditional.
-        learn_sigma: predict 2C channels, of which the second C are the variance's interpolation coefficient.
+        depth: number of blocks, at least 1. The other arguments are those of `LatentTransformer`.
 
     `layers.initialize` sets the initial weights. State-dict keys are those of the published DiT checkpoints.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
     """
 
     @register_to_config

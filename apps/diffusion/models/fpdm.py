@@ -33,26 +33,15 @@ class FPDM(LatentTransformer):
     """The fixed-point diffusion model: prediction = model(x, t, y).
 
     Args:
-        input_size: height and width of the latent in pixels; an int for a square. Multiples of `patch_size`.
-        in_channels: C, the latent's channels.
-        patch_size: side of a patch in pixels; T = (H / patch_size)(W / patch_size) tokens.
-        hidden_size: D, a multiple of `num_heads` and of 4. `layers.SIZES` has the published sizes.
         pre: number of explicit blocks before the fixed-point layer.
         post: number of explicit blocks after the fixed-point layer.
         iterations: number of evaluations of f in a call without `iterations` and `stop`.
         condition_on_time: whether pre-blocks, post-blocks and output layer are conditioned on t_emb + y_emb; false: on
             y_emb only, as in the published training. The fixed-point layer is conditioned on t_emb + y_emb in both
             cases. In an unconditional model all blocks are conditioned on t_emb.
-        num_heads: number of attention heads.
-        mlp_ratio: inner size of a block's MLP, divided by D.
-        num_classes: number of classes; labels are 0 ... num_classes - 1, and the label num_classes is the null class.
-            0: the model is unconditional.
-        learn_sigma: predict 2C channels, of which the second C are the variance's interpolation coefficient.
 
-    `layers.initialize` sets the initial weights. State-dict keys are those of the published FPDM code.
-
-    Raises:
-        ValueError: an argument does not fit; the message names it.
+    The other arguments are those of `LatentTransformer`. `layers.initialize` sets the initial weights. State-dict keys
+    are those of the published FPDM code.
     """
 
     # the complete network is one unit of sharding and device placement, because a solve calls the parts of a block and

@@ -20,6 +20,20 @@ class LatentTransformer(ModelMixin, ConfigMixin):
 
     A subclass adds the blocks, calls `layers.initialize(self)` and defines `forward`, `block_passes` and `macs`.
     `pos_embed` is a persistent buffer: it is not trained, but state dicts contain it, as in the published checkpoints.
+
+    Args:
+        input_size: height and width of the latent in pixels; an int for a square. Multiples of `patch_size`.
+        in_channels: C, the latent's channels.
+        patch_size: side of a patch in pixels; T = (H / patch_size)(W / patch_size) tokens.
+        hidden_size: D, a multiple of `num_heads` and of 4. `layers.SIZES` has the published sizes.
+        num_heads: number of attention heads.
+        mlp_ratio: inner size of a block's MLP, divided by D.
+        num_classes: number of classes; labels are 0 ... num_classes - 1, and the label num_classes is the null class.
+            0: the model is unconditional.
+        learn_sigma: predict 2C channels, of which the second C are the variance's interpolation coefficient.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
     """
 
     _supports_gradient_checkpointing = True
