@@ -9,10 +9,19 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float, Int, Num
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from apps.diffusion.files.hashing import check_model_checksums, write_model_checksums
 from apps.diffusion.models import layers
+
+# kernel of attention -> whether it is allowed, by `sdpa_kernel` for example
+_KERNELS = {
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+}
 
 
 class LatentTransformer(ModelMixin, ConfigMixin):
@@ -132,10 +141,18 @@ class LatentTransformer(ModelMixin, ConfigMixin):
         return layers.unpatchify(self.final_layer(h, c), height, width, self.patch_size)
 
     def checkpointed(self, function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-        """function(*args); with gradient checkpointing, the backward pass computes the activations again."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
+        """function(*args); with gradient checkpointing, the backward pass computes the activations again, and attention
+        by the kernels that are allowed now: a Jacobian penalty, for example, allows the unfused one alone.
+        """
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return function(*args)
+        kernels = [kernel for kernel, allowed in _KERNELS.items() if allowed()]
+
+        def run(*args: Tensor) -> Tensor:
+            with sdpa_kernel(kernels):
+                return function(*args)
+
+        return checkpoint(run, *args, use_reentrant=False)
 
     def compile_blocks(self, **options: Any) -> None:
         """Compiles every block by torch.compile, whose `options` these are. State-dict keys stay the same."""

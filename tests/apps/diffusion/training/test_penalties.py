@@ -61,6 +61,23 @@ def test_each_term_is_its_formula():
             torch.testing.assert_close(term(*arguments), 2 * value)
 
 
+@pytest.mark.parametrize("name", ["residual", "jacobian", "early", "reuse"])
+def test_gradient_checkpointing_changes_no_term_and_no_gradient(name):
+    """Also for a term that evaluates attention by another kernel than the backward pass would."""
+
+    def found(checkpointing):
+        model = randomized(FPDM(**SMALL))
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        earlier = torch.ones(3, 4, 16) if name == "reuse" else None
+        prediction, _, value = model(*batch(model), iterations=3, penalty=penalties(**{name: 1.0}, earlier=earlier))
+        (prediction.square().mean() + value).backward()
+        return [value.detach(), *(p.grad for p in model.parameters())]
+
+    for one, other in zip(found(False), found(True), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_target_of_the_early_prediction_has_no_gradient():
     _, (prediction, _, value) = called(penalties(early=1.0))
     assert value.requires_grad and prediction.requires_grad
