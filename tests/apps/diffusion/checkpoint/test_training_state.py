@@ -74,9 +74,9 @@ def test_a_failed_write_leaves_the_one_before(tmp_path, monkeypatch, fails_at):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    target = "safetensors.torch.save_file" if fails_at == "save_file" else f"apps.diffusion.files.atomic.os.{fails_at}"
+    module = checkpoint.__name__ if fails_at == "save_file" else "apps.diffusion.files.atomic.os"
     with monkeypatch.context() as patch:
-        patch.setattr(target, full)
+        patch.setattr(f"{module}.{fails_at}", full)
         with pytest.raises(OSError) as failed:
             checkpoint.save(tmp_path, _state(128))
         assert failed.value.errno == 28
