@@ -188,6 +188,7 @@ def test_aux_of_a_failed_sample_reaches_no_gradient_of_shared_weights(way, failu
 @pytest.mark.filterwarnings("ignore")
 def test_an_inverse_estimate_of_a_failed_sample_that_is_not_finite_is_not_used(solver, failure):
     stops = (Stop(max_evals=4, **FREE), *(Stop(rtol=1e-8, max_evals=n) for n in (3, 5, 9, 20)))
+    stops += tuple(Stop(rtol=1e-8, max_evals=40, **reading) for reading in ({"late": True}, {"check_every": 3}))
     for stop, refine in itertools.product(stops, (0, 1)):
         one = partial(loss, grad=SHINE(refine, fallback=None), stop=stop, solver=solver)
         alone, beside = backward(one), backward(partial(one, failure=failure))
