@@ -20,9 +20,11 @@ For each sample the host decides from the residuals that the loop reads for the 
                doubles.
     new start  the stages after the first accelerated one have not halved the smallest residual: the next round begins
                at the start of the solve, with plain steps, and the round after that at the best iterate of both
-               attempts (`implicit.loop.best_iterates`). The gain of these plain steps (for states of at most 20
-               numbers, from the fourth round on) is measured every 6 patiences. The first measurement always passes,
-               because a residual may stay or rise long before it falls; every later one must reach `gain`.
+               attempts (`implicit.loop.best_iterates`). In this round plain and accelerated stages alternate, two
+               patiences each, since accelerated steps may need few evaluations from the iterate that plain steps have
+               reached. The alternation ends with accelerated steps that reach `gain`, which go on, or with plain steps
+               that miss it. The first plain stage always passes, because a residual may stay or rise long before it
+               falls. States of at most 20 numbers alternate from the fourth round on, six patiences each.
 
 The Newton-Krylov stage lasts two patiences plus the evaluations of 12 Newton steps of a small state, 4 of a large one.
 States of more than 20 numbers skip this stage in the first round. If the solver has a cautious stage, a sample that has
@@ -40,8 +42,8 @@ _SHORTER = 0.25  # factor on the length of the next step, for each blow-up in a 
 _RUN_AWAY = 1e4  # ||f(z)|| above this multiple of that of the best iterate, with r within the tolerance, is a run-away
 _NEWTON_AWAY = 1e8  # likewise in the Newton-Krylov stage, with r above the tolerance
 _NO_GAIN = 0.5  # stages after the accelerated one that leave more than this share of the residual cause a new start
-_LONG = 6  # evaluations between two measurements of the plain steps from a new start, in units of `patience`
-_LATE = 3  # completed rounds before a small state's new start has such a long plain stage; large states: 1
+_TURN, _SMALL_TURN = 2, 6  # length of the alternating stages from a new start, in units of `patience`; of small states
+_LATE = 3  # completed rounds before the stages from a small state's new start alternate; large states: 1
 _SMALL = 20  # largest number of entries N of a small state
 
 
@@ -92,13 +94,14 @@ class StagedSafeguard:
     def __init__(self, size: int, patience: int, numbers: int, limits: Limits = CAUTIOUS) -> None:
         self.limits = limits
         self.small = numbers <= _SMALL
+        self.turn = _SMALL_TURN if self.small else _TURN
         self.newton_length = max(12 * (min(numbers, 10) + 1), 4 * (min(numbers, 60) + 1))
         self.stages = list(Stage)
         self.patience = np.full(size, patience)
         self.stage = np.zeros(size, dtype=np.int8)
         self.scale = np.ones(size)  # share of the next step to take
         self.resets = np.zeros(size, dtype=bool)
-        self.pending = False  # whether a sample in `resets` is True
+        self.pending = False  # whether a sample in `resets` is True or has changed its stage
         self.failures = np.zeros(size, dtype=np.int64)  # blow-ups without a smaller residual in between
         self.broken = np.zeros(size, dtype=np.int64)  # evaluations in a row whose f(z) was not finite
         self.retrying = False  # whether a sample was reset since its last f(z) was not finite
@@ -107,7 +110,7 @@ class StagedSafeguard:
         self.rounds = np.zeros(size, dtype=np.int64)  # completed rounds
         self.starting_over = np.zeros(size, dtype=bool)  # samples that begin again at the start of the solve
         self.returning = np.zeros(size, dtype=bool)  # samples that end such an attempt and return to their best iterate
-        self.long_plain = np.zeros(size, dtype=bool)  # samples whose plain stage is measured every `_LONG` patiences
+        self.alternating = np.zeros(size, dtype=bool)  # samples in plain and accelerated stages that take turns
         self.accelerated_end = np.full(size, np.inf)  # smallest residual at the end of this round's accelerated stage
         self.stage_begin = np.full(size, np.inf)  # smallest residual when the present stage began
         self.begun = False  # whether `stage_begin` is set
@@ -204,21 +207,39 @@ class StagedSafeguard:
         # a plain trial must reach the share of `gain` that belongs to its part of the whole stage
         plain = self.limits.plain * self.patience[due]
         share = np.where((self.stage[due] == Stage.PLAIN) & (self.limits.trial > 0), self.limits.trial / plain, 1.0)
-        share = np.where(self.long_plain[due], 1.0, share)
-        stuck = due[~(best[due] <= self.limits.gain**share * self.stage_begin[due])]
+        share = np.where(self.alternating[due], 1.0, share)
+        gained = best[due] <= self.limits.gain**share * self.stage_begin[due]
+        changed = self._alternate(due, gained)
+        stuck = due[~changed & ~gained]
         first, before = stuck[self.stage[stuck] == Stage.ACCELERATED], self.rounds[stuck].copy()
         self.accelerated_end[first] = best[first]
-        self.long_plain[stuck] = False
         self.stage[stuck] = self._following(stuck)
         self._start_over(stuck[self.rounds[stuck] > before], best)
-        self.scale[stuck], self.failures[stuck] = 1.0, 0
+        moved = due[changed | ~gained]
+        self.scale[moved], self.failures[moved] = 1.0, 0
         self._schedule_reset(stuck)
         self.stage_begin[due] = best[due]
-        self.stage_begin[due[self.starting_over[due] & self.long_plain[due]]] = np.inf
+        self.stage_begin[due[self.starting_over[due] & self.alternating[due]]] = np.inf
         patience = self.patience[due]
         trial = np.full(len(due), self.limits.trial) if self.limits.trial else self.limits.plain * patience
         lengths = [patience, patience, trial, 2 * patience + self.newton_length]
-        self.due[due] = calls + np.where(self.long_plain[due], _LONG * patience, np.choose(self.stage[due], lengths))
+        length = np.where(self.alternating[due], self.turn * patience, np.choose(self.stage[due], lengths))
+        self.due[due] = calls + length
+
+    def _alternate(self, due: np.ndarray, gained: np.ndarray) -> np.ndarray:
+        """Which of the samples `due` change between the plain and the accelerated stage of a new start.
+
+        The alternation ends for those whose accelerated steps have `gained`, or whose plain steps have not.
+        """
+        plain = self.stage[due] == Stage.PLAIN
+        change = self.alternating[due] & (plain == gained)
+        self.alternating[due] &= change
+        # accelerated steps begin at the present iterate, plain ones at the best
+        self.stage[due[change & plain]] = Stage.ACCELERATED
+        self.stage[due[change & ~plain]] = Stage.PLAIN
+        self._schedule_reset(due[change & ~plain])
+        self.pending |= bool(change.any())
+        return change
 
     def _start_over(self, wrapped: np.ndarray, best: np.ndarray) -> None:
         """Of samples that have completed a round, mark those that begin at the start, and those that return from it."""
@@ -227,7 +248,7 @@ class StagedSafeguard:
         odd = self.rounds[wrapped] % 2 == 1
         over = wrapped[odd & (best[wrapped] > _NO_GAIN * self.accelerated_end[wrapped])]
         self.starting_over[over], self.stage[over] = True, Stage.PLAIN
-        self.long_plain[over] = self.rounds[over] >= (_LATE if self.small else 1)
+        self.alternating[over] = self.rounds[over] >= (_LATE if self.small else 1)
         self.returning[wrapped[~odd]] = True
 
     def _following(self, rows: np.ndarray) -> np.ndarray:
