@@ -272,7 +272,7 @@ def to_device(array: np.ndarray, device: torch.device, dtype: torch.dtype | None
 
 def to_host(t: Tensor) -> np.ndarray:
     """A float64 array on the host; the tensor itself keeps its device and dtype."""
-    return t.detach().cpu().numpy().astype(np.float64)
+    return t.numpy(force=True).astype(np.float64)
 
 
 def scaled_norm(flat: Flat, ord: float = 2, *, overwrite: bool = False) -> PerSample:

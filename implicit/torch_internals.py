@@ -42,9 +42,9 @@ def forward_mode_active() -> bool:
     return forward_ad._current_level >= 0
 
 
-def host_readable(t: Tensor) -> bool:
-    """Whether the numbers of `t` are known and on the CPU: no torch.func transform, no traced graph, no device."""
-    return not (traced() or transforms_active()) and type(t) is Tensor and t.is_cpu
+def host_readable(*tensors: Tensor) -> bool:
+    """Whether the numbers of tensors are known and on the CPU: no torch.func transform, no traced graph, no device."""
+    return not (traced() or transforms_active()) and all([type(t) is Tensor and t.is_cpu for t in tensors])
 
 
 def is_abstract(t: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """Overhead of a solver, its cost without f, for our solvers and torchdeq's: CPU time, operators and states held.
 
-f = tanh(z W + b), and every solve has 30 evaluations. Times are divided by that of the bare loop z <- f(z).
+f = tanh(z W + b), and every solve has 30 evaluations without gradients, as estimators run a solve. Times are divided by
+that of the bare loop z <- f(z).
 `evaluations.py` writes the result file.
 """
 
@@ -59,7 +60,8 @@ def over_bare(shape: str, name: str) -> float:
     """
     torch.set_num_threads(1)
     runs = contenders(*layer(*SHAPES[shape]))
-    times = paired({"bare": runs["bare"], "contender": runs[name]}, REPEATS[shape])
+    with torch.no_grad():
+        times = paired({"bare": runs["bare"], "contender": runs[name]}, REPEATS[shape])
     return round(ratio(times, "contender", "bare")["median"], 2)
 
 
@@ -112,7 +114,8 @@ def traffic_of(shape: str, name: str) -> dict[str, float]:
             target.copy_(source)
 
     repeats = {"(32, 1024)": 31, "(8, 65536)": 7, "(8, 294912)": 5}[shape]
-    times = paired({"bare": runs["bare"], "contender": runs[name], "copy": copy}, repeats)
+    with torch.no_grad():
+        times = paired({"bare": runs["bare"], "contender": runs[name], "copy": copy}, repeats)
     ratios = [(c - b) / k for b, c, k in zip(times["bare"], times["contender"], times["copy"], strict=True)]
     return {
         "states moved": round(own / (z0.numel() * z0.element_size()), 1),

@@ -47,6 +47,7 @@ class BestIterates:
         self.least: list[float] | np.ndarray = [np.inf] * size
         self.oldest = 0
         self.begun_at = np.zeros(size, dtype=np.int64)  # evaluations made when the second attempt began
+        self.last_begun = 0  # the largest number in `begun_at`
         self._sizes: list[float] | np.ndarray | None = None  # ||f(z)|| that `flush` will write into `size`
         self._first: Point | None = None  # the best iterates of first attempts
         self._record: tuple[np.ndarray, ...] = ()  # `_arrays` of first attempts
@@ -125,7 +126,7 @@ class BestIterates:
         for kept, x in zip(self._record, self._arrays, strict=True):
             kept[which] = x[which]
         self.residual[which] = self.absolute[0][which] = np.inf
-        self.begun_at[which] = calls
+        self.begun_at[which] = self.last_begun = calls
 
     def take_back(self, which: np.ndarray) -> None:
         """End the second attempt of the samples in `which`: the best iterate of smaller residual of both is kept."""

@@ -39,7 +39,7 @@ class QuickReading:
             r, s = (as_array(t) for t in seen.sizes)
             clear = bool((r > self.rtol * s + self.low).all() and (np.maximum(r, s) <= self.high).all())
             gained = int(np.count_nonzero(r < best.least))
-        if not clear or not quiet or seen.calls <= best.begun_at.max(initial=0):
+        if not clear or not quiet or seen.calls <= best.last_begun:
             return False
         if gained < count:
             return not gained and not safeguarded and seen.calls - best.oldest < PATIENCE

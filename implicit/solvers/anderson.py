@@ -19,7 +19,7 @@ from torch import Tensor
 from implicit.argument_types import check_fields
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history, check_share
-from implicit.solvers.history_buffer import dots, put, put_difference, put_dots
+from implicit.solvers.history_buffer import dots, put, put_difference, put_product
 
 # a column whose squared norm is smaller gets diagonal 1, and so coefficient 0, since its products underflow
 _UNDERFLOW = {torch.float64: 1e-290, torch.float32: torch.finfo(torch.float32).tiny}
@@ -27,13 +27,17 @@ _UNDERFLOW = {torch.float64: 1e-290, torch.float32: torch.finfo(torch.float32).t
 
 @dataclass(frozen=True)
 class AndersonState:
-    """The last point, K = memory - 1 differences in a ring buffer, and the Gram matrix of dR with the ridge."""
+    """The last point, K = memory - 1 differences in a ring buffer, and the Gram matrix of dR with the ridge.
+
+    `ridge` has 1 + ridge on the diagonal and 1 elsewhere: a new row of the Gram matrix is multiplied by a row of it.
+    """
 
     fz: Flat
     r: Flat
     df: Float[Tensor, "B K N"]
     dr: Float[Tensor, "B K N"]
     gram: Float[Tensor, "B K K"]
+    ridge: Float[Tensor, "B K K"]
     steps: int = 0
     columns: int = 0
     fresh: bool = True  # before the first step of a solve, when no difference can be formed yet
@@ -72,7 +76,9 @@ class Anderson(AbstractSolver[AndersonState]):
         rows, numbers = point.z.shape
         k = self.memory - 1
         df, dr = point.z.new_zeros(rows, k, numbers), point.z.new_zeros(rows, k, numbers)
-        return AndersonState(point.fz, point.r, df, dr, _empty_gram(point.z.new_empty(rows, k, k)))
+        gram = _empty_gram(point.z.new_empty(rows, k, k))
+        ridge = self.ridge or (1e-14 if gram.dtype == torch.float64 else 1e-6)
+        return AndersonState(point.fz, point.r, df, dr, gram, 1 + ridge * gram)
 
     def resume(self, point: Point, state: AndersonState) -> AndersonState:
         check_history(state.dr.shape[1] + 1, self.memory)
@@ -101,9 +107,9 @@ class Anderson(AbstractSolver[AndersonState]):
             slot = columns % k
             df = put_difference(df, slot, point.fz, state.fz)
             dr = put_difference(dr, slot, r, state.r)
-            gram = self._renew(put_dots(gram, slot, dr, dr[:, slot]), slot)
+            gram = _renew(gram, slot, dots(dr, dr.select(1, slot)).squeeze(1), state.ridge)
             columns += 1
-        new = AndersonState(point.fz, r, df, dr, gram, steps, columns, False)
+        new = AndersonState(point.fz, r, df, dr, gram, state.ridge, steps, columns, False)
         if steps < self.start or not columns:
             return self._damp(point.fz, r), None, new
         # the mixture with the smallest residual
@@ -112,13 +118,6 @@ class Anderson(AbstractSolver[AndersonState]):
         if self.damping:
             z = self._damp(z, torch.baddbmm(r.unsqueeze(1), gamma, dr, alpha=-1).squeeze(1))
         return z, None, new
-
-    def _renew(self, gram: Float[Tensor, "B K K"], slot: int) -> Float[Tensor, "B K K"]:
-        """The Gram matrix with the ridge on its new row, and the column that belongs to it."""
-        ridge = self.ridge or (1e-14 if gram.dtype == torch.float64 else 1e-6)
-        new = gram[:, slot]
-        torch.threshold_(new[:, slot], _UNDERFLOW[gram.dtype], 1).mul_(1 + ridge)
-        return put(gram.mT, slot, new).mT
 
     def _damp(self, z: Flat, r: Flat) -> Flat:
         return z - self.damping * r if self.damping else z
@@ -134,6 +133,16 @@ class Anderson(AbstractSolver[AndersonState]):
 def _empty_gram(like: Float[Tensor, "B K K"]) -> Float[Tensor, "B K K"]:
     """The Gram matrix of columns of zeros."""
     return torch.eye(like.shape[1], dtype=like.dtype, device=like.device).repeat(like.shape[0], 1, 1)
+
+
+def _renew(
+    gram: Float[Tensor, "B K K"], slot: int, products: Float[Tensor, "B K"], ridge: Float[Tensor, "B K K"]
+) -> Float[Tensor, "B K K"]:
+    """The Gram matrix with new products in row and column `slot`, and the ridge on the diagonal."""
+    gram = put_product(gram, slot, products, ridge.select(1, slot))
+    row = gram.select(1, slot)
+    torch.threshold_(row.select(1, slot), _UNDERFLOW[gram.dtype], 1)
+    return put(gram.mT, slot, row).mT
 
 
 def _weights(gram: Float[Tensor, "B K K"], rhs: Float[Tensor, "B 1 K"]) -> Float[Tensor, "B 1 K"]:

@@ -26,22 +26,21 @@ from torch import Tensor
 
 from implicit.argument_types import check_fields
 from implicit.pytree import Flat
-from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history
-from implicit.solvers.history_buffer import HistoryBuffer, dots
+from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history, on_host, quiet, to_mask
+from implicit.solvers.history_buffer import HistoryBuffer, dots, put
 
 _NOISE = 2  # a difference of residuals of at most this many eps ||f(z)|| consists of rounding errors
 
 
 @dataclass(frozen=True)
 class AndersonGSState:
-    """The last point, the pairs, and 1 / <q_i, q_i>, 0 for pairs not in use."""
+    """The last point, the pairs (q_i, d_i), and <q_i, q_i>, infinite for pairs not in use: their coefficients are 0."""
 
     fz: Flat
     r: Flat
-    q: HistoryBuffer
-    d: HistoryBuffer
-    inverse: Float[Tensor, "B 1 K"]
-    pairs: int = 0
+    pairs: HistoryBuffer
+    square: Float[Tensor, "B 1 K"]
+    count: int = 0
     fresh: bool = True  # before the first step of a solve, when no pair can be formed yet
 
 
@@ -71,11 +70,11 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
             raise ValueError(f"AndersonGS.drop must lie in [0, 1), got {self.drop}.")
 
     def init(self, point: Point) -> AndersonGSState:
-        none = HistoryBuffer(self.memory)
-        return AndersonGSState(point.fz, point.r, none, none, point.z.new_zeros(point.z.shape[0], 1, self.memory))
+        square = point.z.new_empty(point.z.shape[0], 1, 0)
+        return AndersonGSState(point.fz, point.r, HistoryBuffer(self.memory, vectors=2), square)
 
     def resume(self, point: Point, state: AndersonGSState) -> AndersonGSState:
-        check_history(state.q.capacity, self.memory)
+        check_history(state.pairs.capacity, self.memory)
         return replace(state, fz=point.fz, r=point.r, fresh=True)
 
     @property
@@ -87,47 +86,66 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
             state,
             fz=torch.where(mask, point.fz, state.fz),
             r=torch.where(mask, point.r, state.r),
-            q=state.q.clear(mask),  # a weight of 0 would not do, since 0 times NaN is NaN
-            d=state.d.clear(mask),
-            inverse=state.inverse.masked_fill(mask.unsqueeze(2), 0),
+            pairs=state.pairs.clear(mask),  # a coefficient of 0 would not do, since 0 times NaN is NaN
+            square=state.square.masked_fill(mask.unsqueeze(2), torch.inf),
         )
 
     def step(self, point: Point, state: AndersonGSState) -> tuple[Flat, None, AndersonGSState]:
+        pairs, square, count = state.pairs, state.square, state.count
         if not state.fresh:
-            state = self._add_pair(point, state)
-        elif not state.pairs:
-            return point.fz, None, replace(state, fz=point.fz, r=point.r, fresh=False)
-        c = state.q.dot(point.r) * state.inverse[:, :, : state.q.rows]
-        return state.d.add(point.fz, c, -1), None, replace(state, fz=point.fz, r=point.r, fresh=False)
+            pairs, square = self._add_pair(point, state)
+            count += 1
+        new = AndersonGSState(point.fz, point.r, pairs, square, count, False)
+        if not count:
+            return point.fz, None, new
+        q, d = pairs.apart
+        return d.add(point.fz, q.dot(point.r) / square, -1), None, new
 
-    def _drop(self, dtype: torch.dtype) -> float:
-        return torch.finfo(dtype).eps ** 0.25 if self.drop is None else self.drop
-
-    def _add_pair(self, point: Point, state: AndersonGSState) -> AndersonGSState:
-        """The solver state with the newest pair."""
-        slot = state.pairs % self.memory
-        q, d = state.q.reserve(slot, point.r), state.d.reserve(slot, point.r)
-        inverse = state.inverse.clone()
-        inverse[:, :, slot] = 0  # the oldest pair is dropped
-        new, new_fz = point.r - state.r, point.fz - state.fz
-        # the part of the new q in the span of the old ones; if that is nearly all of q, the old pairs are dropped
-        square = dots(new.unsqueeze(1), new)  # a norm has no second derivative at zero
-        along = q.dot(new)
-        h = along * inverse[:, :, : q.rows]
-        inside = torch.bmm(h, along.mT)  # its squared length
-        stale = inside >= (1 - self._drop(point.r.dtype) ** 2) * square
-        h, inverse = h.masked_fill(stale, 0), inverse.masked_fill(stale, 0)
+    def _add_pair(self, point: Point, state: AndersonGSState) -> tuple[HistoryBuffer, Float[Tensor, "B 1 K"]]:
+        """The pairs with the newest one, and <q_i, q_i>."""
+        slot, square = state.count % self.memory, state.square
+        pairs = state.pairs.reserve(slot, point.r)
+        if more := pairs.rows - square.shape[2]:
+            square = torch.nn.functional.pad(square, (0, more), value=torch.inf)
+        pairs = pairs.set_differences(slot, (point.r, state.r), (point.fz, state.fz))
+        # the coefficients of the new q in the span of the others; the new pair has the place of the oldest one
+        q = pairs.apart[0]
+        along = q.dot(q.row(slot))
+        h = along / square
+        h.select(2, slot).zero_()
+        # if nearly all of q is in this span, the old pairs are dropped
+        if (stale := self._stale(h, along, slot)) is not None:
+            h, square = h.masked_fill(stale, 0), square.masked_fill(stale, torch.inf)
         # the new pair without this part
-        new, new_fz = q.add(new, h, -1), d.add(new_fz, h, -1)
-        # the weight of the pair; 0 if the pair consists of rounding errors
-        square = dots(new.unsqueeze(1), new).squeeze(2)
-        noise = (_NOISE * torch.finfo(square.dtype).eps) ** 2 * dots(point.fz.unsqueeze(1), point.fz).squeeze(2)
-        none = square <= noise.clamp_min(torch.finfo(square.dtype).tiny)
-        inverse[:, :, slot] = square.masked_fill(none, torch.inf).reciprocal()
-        return replace(state, q=q.set(slot, new), d=d.set(slot, new_fz), inverse=inverse, pairs=state.pairs + 1)
+        new = pairs.add(pairs.row(slot), h, -1)
+        own = new[:, : point.r.shape[1]]
+        length = dots(own.unsqueeze(1), own).squeeze(2)  # a norm has no second derivative at zero
+        if (noise := _noise(point, length)) is not None:
+            length = length.masked_fill(noise, torch.inf)
+        return pairs.set(slot, new), put(square.mT, slot, length).mT
+
+    def _stale(
+        self, h: Float[Tensor, "B 1 K"], along: Float[Tensor, "B 1 K"], slot: int
+    ) -> Bool[Tensor, "B 1 1"] | None:
+        """The samples in which at most the share `drop` of the new q lies outside of the span of the others."""
+        drop = torch.finfo(h.dtype).eps ** 0.25 if self.drop is None else self.drop
+        found, products = on_host(h, along)
+        with quiet(found):
+            # the squared lengths of the part inside the span and of all of q
+            inside, whole = (found * products).sum(2), products[:, :, slot]
+            mask = to_mask(inside >= (1 - drop**2) * whole, h)
+        return None if mask is None else mask.unsqueeze(2)
 
     def inverse_transpose(self, state: AndersonGSState, g: Flat) -> Flat:
         """H^T g, with H r = r - sum_i d_i <q_i, r> / <q_i, q_i>."""
-        if not state.pairs:
+        if not state.count:
             return g
-        return state.q.add(g, state.d.dot(g) * state.inverse[:, :, : state.q.rows], -1)
+        q, d = state.pairs.apart
+        return q.add(g, d.dot(g) / state.square, -1)
+
+
+def _noise(point: Point, square: Float[Tensor, "B 1"]) -> Bool[Tensor, "B 1"] | None:
+    """The samples whose new q, of squared length `square`, consists of rounding errors; their pair is not used."""
+    info = torch.finfo(square.dtype)
+    found, size = on_host(square, point.fz_size)
+    return to_mask((found**0.5 <= _NOISE * info.eps * size[:, None]) | (found <= info.tiny), square)

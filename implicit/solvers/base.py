@@ -159,7 +159,7 @@ def _setting(settings: Any, name: str) -> str:
 
 def on_host(*values: Tensor) -> tuple[Any, ...]:
     """The values as host arrays if the host can read them without waiting for a device, else as they are."""
-    return tuple(map(to_host, values)) if all(map(host_readable, values)) else values
+    return tuple(map(to_host, values)) if host_readable(*values) else values
 
 
 def may_skip(like: Tensor) -> bool:
@@ -174,7 +174,7 @@ def to_mask(found: Any, like: Tensor) -> Tensor | None:
     """The samples that a formula of `on_host` values found, as a mask; None if there are none and `may_skip` allows."""
     if isinstance(found, Tensor):
         return found
-    return to_device(found, like.device) if found.any() or not may_skip(like) else None
+    return to_device(found, like.device) if np.count_nonzero(found) or not may_skip(like) else None
 
 
 def where(found: Any, a: Any, b: Any) -> Any:

@@ -7,6 +7,8 @@ a torch.func transform maps them.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,7 +26,7 @@ def put(rows: Float[Tensor, "B K M"], slot: int, value: Float[Tensor, "B M"]) ->
     """`rows` with row `slot` of every sample replaced by `value`."""
     if not _in_place(rows, value):
         return torch.cat((rows[:, :slot], value.unsqueeze(1), rows[:, slot + 1 :]), dim=1)
-    rows[:, slot] = value
+    rows.select(1, slot).copy_(value)
     return rows
 
 
@@ -34,7 +36,17 @@ def put_difference(
     """`rows` with row `slot` of every sample replaced by a - b."""
     if torch.compiler.is_compiling() or not _in_place(rows, a, b):  # dynamo does not allow a view as out=
         return put(rows, slot, a - b)
-    torch.sub(a, b, out=rows[:, slot])
+    torch.sub(a, b, out=rows.select(1, slot))
+    return rows
+
+
+def put_product(
+    rows: Float[Tensor, "B K M"], slot: int, a: Float[Tensor, "B M"], b: Float[Tensor, "B M"]
+) -> Float[Tensor, "B K M"]:
+    """`rows` with row `slot` of every sample replaced by a b, number by number."""
+    if torch.compiler.is_compiling() or not _in_place(rows, a, b):
+        return put(rows, slot, a * b)
+    torch.mul(a, b, out=rows.select(1, slot))
     return rows
 
 
@@ -58,16 +70,6 @@ def dots(rows: Float[Tensor, "B K M"], x: Float[Tensor, "B M"]) -> Float[Tensor,
     return torch.bmm(x.unsqueeze(1), rows.mT)
 
 
-def put_dots(
-    matrix: Float[Tensor, "B K K"], slot: int, rows: Float[Tensor, "B K M"], x: Float[Tensor, "B M"]
-) -> Float[Tensor, "B K K"]:
-    """`matrix` with row `slot` of every sample replaced by the products <row_i, x>."""
-    if torch.compiler.is_compiling() or not _in_place(matrix, rows, x):
-        return put(matrix, slot, dots(rows, x).squeeze(1))
-    torch.bmm(x.unsqueeze(1), rows.mT, out=matrix[:, slot : slot + 1])
-    return matrix
-
-
 def put_products(
     gram: Float[Tensor, "B K K"], first: int, rows: Float[Tensor, "B P M"], history: "HistoryBuffer"
 ) -> Float[Tensor, "B K K"]:
@@ -78,7 +80,11 @@ def put_products(
         return torch.cat((gram[:, :first], products, gram[:, end:]), dim=1)
     for block in history.blocks:
         stop = start + block.shape[1]
-        torch.bmm(rows, block.mT, out=gram[:, first:end, start:stop])
+        out = gram[:, first:end, start:stop]
+        if out.is_contiguous():
+            torch.bmm(rows, block.mT, out=out)
+        else:  # into other memory bmm multiplies sample by sample
+            out.copy_(torch.bmm(rows, block.mT))
         start = stop
     return gram
 
@@ -108,12 +114,14 @@ def add_diagonal(gram: Float[Tensor, "B K K"], mask: Bool[Tensor, "B 1"], slot: 
 
 @dataclass(frozen=True)
 class HistoryBuffer:
-    """At most `capacity` rows of N numbers per sample; unused rows are zero."""
+    """At most `capacity` rows per sample, each of `vectors` vectors of N numbers; unused rows are zero."""
 
     capacity: int
     blocks: tuple[Float[Tensor, "B _ N"], ...] = ()
     first: int = 0
     """Rows of the first block, if so few usually suffice; 0: a first block as in any history."""
+    vectors: int = 1
+    """Vectors of a row, side by side."""
     backward: bool = False
     """Whether new blocks take their place before the others, for a history that is filled from its last row."""
 
@@ -140,7 +148,9 @@ class HistoryBuffer:
         raise IndexError(slot)
 
     def _with(self, i: int, block: Float[Tensor, "B _ N"]) -> "HistoryBuffer":
-        """The history with another block number i."""
+        """The history with another block number i; itself if the block was written in place."""
+        if block is self.blocks[i]:
+            return self
         return replace(self, blocks=(*self.blocks[:i], block, *self.blocks[i + 1 :]))
 
     def reserve(self, slot: int, like: Flat) -> "HistoryBuffer":
@@ -150,9 +160,9 @@ class HistoryBuffer:
         if self.first and not self.blocks:
             more = self.first
         else:
-            small = self.capacity * like.numel() * like.element_size() < _SMALL
+            small = self.capacity * self.vectors * like.numel() * like.element_size() < _SMALL
             more = min(self.capacity if small else max(_FIRST, self.rows), self.capacity - self.rows)
-        new = like.new_zeros(like.shape[0], more, like.shape[1])
+        new = like.new_zeros(like.shape[0], more, self.vectors * like.shape[1])
         return replace(self, blocks=(new, *self.blocks) if self.backward else (*self.blocks, new))
 
     def part(self, first: int, end: int) -> Float[Tensor, "B P N"]:
@@ -164,6 +174,28 @@ class HistoryBuffer:
                 parts.append(block[:, low:high])
             start += block.shape[1]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    @property
+    def apart(self) -> "tuple[HistoryBuffer, ...]":
+        """For each of the vectors of a row, the history of this vector, a view."""
+        return self._views() if torch.compiler.is_compiling() else self._kept_views  # dynamo takes no cached property
+
+    def _views(self) -> "tuple[HistoryBuffer, ...]":
+        blocks = [block.chunk(self.vectors, dim=2) for block in self.blocks]
+        return tuple([replace(self, vectors=1, blocks=views) for views in zip(*blocks, strict=True)])
+
+    @cached_property
+    def _kept_views(self) -> "tuple[HistoryBuffer, ...]":
+        return self._views()
+
+    def set_differences(self, slot: int, *pairs: tuple[Flat, Flat]) -> "HistoryBuffer":
+        """The history with the vectors of row `slot` replaced by the differences a - b of the pairs (a, b)."""
+        i, place = self._place(slot)
+        if torch.compiler.is_compiling() or not _in_place(self.blocks[i], *chain(*pairs)):
+            return self._with(i, put(self.blocks[i], place, torch.cat([a - b for a, b in pairs], dim=1)))
+        for vector, pair in zip(self.apart, pairs, strict=True):
+            put_difference(vector.blocks[i], place, *pair)
+        return self
 
     def set(self, slot: int, value: Flat) -> "HistoryBuffer":
         """The history with row `slot` replaced by `value`."""

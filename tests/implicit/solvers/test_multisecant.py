@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.harness import OperatorCounter
 from benchmarks.problems import acceleration
 from implicit import Multisecant, Picard, Result, SolveOptions, Stop, fixed_point, iterate
 from implicit.solvers.base import Point
 from implicit.staged_safeguard import Stage, StagedSafeguard
-from implicit.testing import problem, problems
+from implicit.testing import problem
 
 F64 = torch.float64
 MAPS = {p.name: p for p in acceleration()}
@@ -300,35 +299,6 @@ def test_steps_do_not_depend_on_the_unit_of_the_state(dtype, exponent):
 
     found, usual = ended(2.0**exponent), ended(1.0)
     assert torch.equal(found.value, usual.value * 2.0**exponent) and torch.equal(found.evals, usual.evals)
-
-
-@pytest.mark.parametrize("dtype", [F64, torch.float32])
-def test_operators_left_out_and_a_graph_change_no_bit(dtype, monkeypatch):
-    """On a CPU operators for rare cases are left out; on another device, or while autograd records, they all run."""
-    stop = Stop(rtol=0, atol=0, max_evals=40)
-
-    def seen(p):
-        return visited(lambda z: p(z, *p.args).detach(), p.z0, Multisecant(), stop.max_evals)
-
-    with torch.no_grad():
-        read = {p.name: seen(p) for p in problems(dtype)}
-    recorded = {p.name: seen(p) for p in problems(dtype)}
-    monkeypatch.setattr("implicit.solvers.base.host_readable", lambda t: False)
-    with torch.no_grad():
-        unread = {p.name: seen(p) for p in problems(dtype)}
-    for name, points in read.items():
-        torch.testing.assert_close(recorded[name], points, rtol=0, atol=0, equal_nan=True, msg=name)
-        torch.testing.assert_close(unread[name], points, rtol=0, atol=0, equal_nan=True, msg=name)
-
-
-def test_a_step_takes_few_operators_on_a_cpu():
-    """Besides the three of f, in a solve of a usual map; a third of the 45 that torchdeq's Anderson takes."""
-    w = 0.5 * torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
-    for solver in (Multisecant(), Multisecant(6, safeguard=False)):
-        with torch.no_grad(), OperatorCounter() as counter:
-            stop = Stop(rtol=1e-30, atol=0, max_evals=30)
-            iterate(lambda z: torch.tanh(z @ w + 0.1), torch.zeros(1, 64), solver, stop)
-        assert counter.count / 30 - 3 <= 15.2
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32])
