@@ -59,7 +59,12 @@ def test_losses_are_those_of_the_cpu(kind):
     [{"precision": "bf16"}, {"checkpointing": True}, {"compile": "inductor"}, {"accumulate": 2}],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:Profiler clears events")
+@pytest.mark.filterwarnings(  # the compiler's own
+    "ignore:`torch.jit:DeprecationWarning",
+    "ignore:Profiler clears events",
+    "ignore:TensorFloat32:UserWarning",
+    "ignore:The .grad attribute of a Tensor:UserWarning",
+)
 def test_options_of_the_optimizer_train(options):
     optimizer = dataclasses.replace(SMALL.optimizer, **options)
     trainer, losses = trained(dataclasses.replace(SMALL, optimizer=optimizer))
