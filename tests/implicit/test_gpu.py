@@ -197,7 +197,7 @@ def test_transforms_of_functorch():
     torch.testing.assert_close(per_sample[0].sum(0), first, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:TensorFloat32:UserWarning")  # the compiler's
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:TensorFloat32:UserWarning")
 def test_a_compiled_layer_trains():
     torch.manual_seed(0)
     block = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Tanh()).to(CUDA)
