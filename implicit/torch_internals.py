@@ -26,6 +26,7 @@ Layers: TypeAlias = tuple[tuple[int, int | None], ...]
 """(level, mapped dimension or None for a level of grad) of the wrappers around a tensor, outermost first."""
 Hooks: TypeAlias = list[tuple[Any, Any]]
 
+_HAS_REGIONS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]: no stub in PyTorch, as below
 _autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -296,6 +297,30 @@ def jit_traces() -> bool:
 def traced() -> bool:
     """Whether torch.compile or torch.jit.trace records."""
     return torch.compiler.is_compiling() or jit_traces()
+
+
+def nested_regions_supported(z: Tensor) -> bool:
+    """Whether dynamo traces a graph that may have nested regions that write into tensors like z (tested: 2.13.0).
+
+    Not for a size that the graph leaves open: dynamo fails there, since sizes in a region cannot be used outside of it
+    (`torch.fx.experimental.symbolic_shapes.has_static_value`).
+    """
+    if not _HAS_REGIONS or not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return all([has_static_value(size) for size in z.shape])
+
+
+def nested_region(body: Callable[..., R], *args: Any) -> R:
+    """body(*args) as a region of the graph that dynamo traces; regions with the same operators are compiled once.
+
+    This is `torch.compiler.nested_compile_region`, which imports the compiler where a function is marked, and not where
+    it is called (`torch._higher_order_ops.invoke_subgraph.invoke_subgraph_placeholder`, 2.13.0).
+    """
+    from torch._higher_order_ops.invoke_subgraph import invoke_subgraph_placeholder
+
+    return invoke_subgraph_placeholder(body, *args)
 
 
 class _Eager:

@@ -29,7 +29,7 @@ CORE = (
         "convergence",
         "loop.verification",
     ),
-    ("loop.progress", "loop.fixed_count", "iterate"),
+    ("loop.progress", "loop.step_region", "loop.fixed_count", "iterate"),
     ("linear",),
     ("autodiff",),
     ("grads",),

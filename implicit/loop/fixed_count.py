@@ -29,6 +29,7 @@ from implicit.autodiff.failed_samples import failed, finite
 from implicit.autodiff.recomputation import SameValue, Segments
 from implicit.evaluation import FlatMap
 from implicit.loop.progress import Report, progress_callback, recorded
+from implicit.loop.step_region import step
 from implicit.options import Fold, SolveOptions
 from implicit.pytree import Flat, State, map_tensors, to_host, validate_warm_start
 from implicit.solution import Solution
@@ -98,7 +99,7 @@ def _evaluations(
     observer(at, f)
     del point  # frees a state
     while f.remaining > 0 and segments is None:  # inline: a function's caller would hold the first point and state
-        z, tangent, state = solver.step(at.point, state)
+        z, tangent, state = step(solver, at.point, state, first=f.calls == 1)
         at = _next(f, z, tangent, at, bool(solver.patience))
         observer(at, f)
         del z, tangent  # the point has a copy

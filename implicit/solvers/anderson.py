@@ -13,13 +13,13 @@ Setting: r_k = f(z_k) - z_k. With the differences of the last m points as column
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from implicit.argument_types import check_fields
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history, check_share
-from implicit.solvers.history_buffer import dots, put, put_difference, put_product
+from implicit.solvers.history_buffer import Slot, dots, position, put, put_difference, put_product, row
 
 # a column whose squared norm is smaller gets diagonal 1, and so coefficient 0, since its products underflow
 _UNDERFLOW = {torch.float64: 1e-290, torch.float32: torch.finfo(torch.float32).tiny}
@@ -41,6 +41,7 @@ class AndersonState:
     steps: int = 0
     columns: int = 0
     fresh: bool = True  # before the first step of a solve, when no difference can be formed yet
+    position: Int[Tensor, "1"] | None = None  # the slot of the next difference, if it is a tensor
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,10 @@ class Anderson(AbstractSolver[AndersonState]):
         check_history(state.dr.shape[1] + 1, self.memory)
         return replace(state, fz=point.fz, r=point.r, fresh=True)
 
+    def region_state(self, state: AndersonState) -> AndersonState | None:
+        k = self.memory - 1
+        return replace(state, position=position(state.columns % k, state.r)) if k else None
+
     @property
     def patience(self) -> int:
         return min(2 * self.memory + 5, 30) if self.safeguard and self.memory > 1 else 0
@@ -104,10 +109,10 @@ class Anderson(AbstractSolver[AndersonState]):
         df, dr, gram, columns = state.df, state.dr, state.gram, state.columns
         # the newest differences take the place of the oldest
         if not state.fresh and k:
-            slot = columns % k
+            slot = columns % k if state.position is None else state.position
             df = put_difference(df, slot, point.fz, state.fz)
             dr = put_difference(dr, slot, r, state.r)
-            gram = _renew(gram, slot, dots(dr, dr.select(1, slot)).squeeze(1), state.ridge)
+            gram = _renew(gram, slot, dots(dr, row(dr, slot)).squeeze(1), state.ridge)
             columns += 1
         new = AndersonState(point.fz, r, df, dr, gram, state.ridge, steps, columns, False)
         if steps < self.start or not columns:
@@ -136,13 +141,16 @@ def _empty_gram(like: Float[Tensor, "B K K"]) -> Float[Tensor, "B K K"]:
 
 
 def _renew(
-    gram: Float[Tensor, "B K K"], slot: int, products: Float[Tensor, "B K"], ridge: Float[Tensor, "B K K"]
+    gram: Float[Tensor, "B K K"], slot: Slot, products: Float[Tensor, "B K"], ridge: Float[Tensor, "B K K"]
 ) -> Float[Tensor, "B K K"]:
     """The Gram matrix with new products in row and column `slot`, and the ridge on the diagonal."""
-    gram = put_product(gram, slot, products, ridge.select(1, slot))
-    row = gram.select(1, slot)
-    torch.threshold_(row.select(1, slot), _UNDERFLOW[gram.dtype], 1)
-    return put(gram.mT, slot, row).mT
+    gram = put_product(gram, slot, products, row(ridge, slot))
+    new = row(gram, slot)
+    own = torch.threshold_(row(new.unsqueeze(2), slot), _UNDERFLOW[gram.dtype], 1)
+    if isinstance(slot, Tensor):  # `new` and `own` are no views
+        new = new.index_copy(1, slot, own)
+        return gram.index_copy(1, slot, new.unsqueeze(1)).index_copy(2, slot, new.unsqueeze(2))
+    return put(gram.mT, slot, new).mT
 
 
 def _weights(gram: Float[Tensor, "B K K"], rhs: Float[Tensor, "B 1 K"]) -> Float[Tensor, "B 1 K"]:

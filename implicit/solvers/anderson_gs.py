@@ -21,13 +21,13 @@ one, as a secant method would.
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from implicit.argument_types import check_fields
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history, on_host, quiet, to_mask
-from implicit.solvers.history_buffer import HistoryBuffer, dots, put
+from implicit.solvers.history_buffer import HistoryBuffer, Slot, coefficient, dots, position, put, put_coefficient
 
 _NOISE = 2  # a difference of residuals of at most this many eps ||f(z)|| consists of rounding errors
 
@@ -42,6 +42,7 @@ class AndersonGSState:
     square: Float[Tensor, "B 1 K"]
     count: int = 0
     fresh: bool = True  # before the first step of a solve, when no pair can be formed yet
+    position: Int[Tensor, "1"] | None = None  # the slot of the next pair, if it is a tensor
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,13 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
         check_history(state.pairs.capacity, self.memory)
         return replace(state, fz=point.fz, r=point.r, fresh=True)
 
+    def region_state(self, state: AndersonGSState) -> AndersonGSState | None:
+        pairs = state.pairs.reserve(0, state.r)
+        if len(pairs.blocks) > 1 or pairs.rows < self.memory:
+            return None
+        square = _padded(state.square, pairs)
+        return replace(state, pairs=pairs, square=square, position=position(state.count % self.memory, state.r))
+
     @property
     def patience(self) -> int:
         return max(30, self.memory + 10) if self.safeguard else 0
@@ -103,16 +111,16 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
 
     def _add_pair(self, point: Point, state: AndersonGSState) -> tuple[HistoryBuffer, Float[Tensor, "B 1 K"]]:
         """The pairs with the newest one, and <q_i, q_i>."""
-        slot, square = state.count % self.memory, state.square
+        slot = state.count % self.memory
         pairs = state.pairs.reserve(slot, point.r)
-        if more := pairs.rows - square.shape[2]:
-            square = torch.nn.functional.pad(square, (0, more), value=torch.inf)
+        square = _padded(state.square, pairs)
+        slot = slot if state.position is None else state.position
         pairs = pairs.set_differences(slot, (point.r, state.r), (point.fz, state.fz))
         # the coefficients of the new q in the span of the others; the new pair has the place of the oldest one
         q = pairs.apart[0]
         along = q.dot(q.row(slot))
         h = along / square
-        h.select(2, slot).zero_()
+        put_coefficient(h, slot, 0)
         # if nearly all of q is in this span, the old pairs are dropped
         if (stale := self._stale(h, along, slot)) is not None:
             h, square = h.masked_fill(stale, 0), square.masked_fill(stale, torch.inf)
@@ -125,14 +133,15 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
         return pairs.set(slot, new), put(square.mT, slot, length).mT
 
     def _stale(
-        self, h: Float[Tensor, "B 1 K"], along: Float[Tensor, "B 1 K"], slot: int
+        self, h: Float[Tensor, "B 1 K"], along: Float[Tensor, "B 1 K"], slot: Slot
     ) -> Bool[Tensor, "B 1 1"] | None:
         """The samples in which at most the share `drop` of the new q lies outside of the span of the others."""
         drop = torch.finfo(h.dtype).eps ** 0.25 if self.drop is None else self.drop
         found, products = on_host(h, along)
         with quiet(found):
             # the squared lengths of the part inside the span and of all of q
-            inside, whole = (found * products).sum(2), products[:, :, slot]
+            inside = (found * products).sum(2)
+            whole = coefficient(products, slot) if isinstance(slot, Tensor) else products[:, :, slot]
             mask = to_mask(inside >= (1 - drop**2) * whole, h)
         return None if mask is None else mask.unsqueeze(2)
 
@@ -142,6 +151,12 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
             return g
         q, d = state.pairs.apart
         return q.add(g, d.dot(g) / state.square, -1)
+
+
+def _padded(square: Float[Tensor, "B 1 _"], pairs: HistoryBuffer) -> Float[Tensor, "B 1 K"]:
+    """<q_i, q_i> for all rows of the history, infinite for the new ones."""
+    more = pairs.rows - square.shape[2]
+    return torch.nn.functional.pad(square, (0, more), value=torch.inf) if more else square
 
 
 def _noise(point: Point, square: Float[Tensor, "B 1"]) -> Bool[Tensor, "B 1"] | None:

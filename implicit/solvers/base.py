@@ -99,6 +99,14 @@ class AbstractSolver(abc.ABC, Generic[S]):
         """Whether autograd can record the steps, as `Unrolled` needs."""
         return True
 
+    def region_state(self, state: S) -> S | None:
+        """The state for a step that torch.compile may compile as a region (`implicit.loop.step_region`), or None.
+
+        It has slots of histories as tensors, so that the steps with other slots have the same operators. No result of
+        such a step shares memory with another result, or with an input unless it is that input.
+        """
+        return None
+
     @property
     def has_cautious_stage(self) -> bool:
         """Whether the solver's `retreat` keeps its history and takes more careful steps in the cautious stage."""

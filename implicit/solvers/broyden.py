@@ -23,14 +23,22 @@ With a line search only the part t_j of s_j is taken, and s_{j+1} above becomes 
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
 from implicit.argument_types import check_fields
 from implicit.pytree import Flat, norm
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history
-from implicit.solvers.history_buffer import HistoryBuffer, put
+from implicit.solvers.history_buffer import (
+    HistoryBuffer,
+    Slot,
+    coefficient,
+    fill_entry,
+    position,
+    put,
+    put_coefficient,
+)
 
 _NOISE = 0.75  # a factor 1 - c up to eps to this power consists of rounding errors; division by it would blow them up
 
@@ -48,6 +56,17 @@ class BroydenState:
     count: int = 0
     short: Float[Tensor, "B 1 K"] | None = None  # t - 1 of every step; None: full steps
     fresh: bool = False  # after `resume`: the newest residual is not the result of the last step, which was not taken
+    position: Int[Tensor, "1"] | None = None  # `count`, if it is a tensor
+
+    @property
+    def slot(self) -> Slot:
+        """The row of the next step."""
+        return self.count if self.position is None else self.position
+
+    @property
+    def used(self) -> int:
+        """Rows that a step takes part in: those after `count` hold zeros, and their c is 0."""
+        return self.count if self.position is None else self.steps.rows
 
 
 @dataclass(frozen=True)
@@ -98,6 +117,12 @@ class Broyden(AbstractSolver[BroydenState]):
             short = point.r.new_zeros(point.r.shape[0], 1, self._rows)
         return replace(state, r=point.r, short=short, fresh=True)
 
+    def region_state(self, state: BroydenState) -> BroydenState | None:
+        steps = state.steps.reserve(0, state.r)
+        if self.search or len(steps.blocks) > 1 or steps.rows < self._rows:
+            return None
+        return replace(state, steps=steps, position=position(state.count, state.r))
+
     @property
     def patience(self) -> int:
         return max(25, self.memory + 5) if self.safeguard else 0
@@ -121,11 +146,12 @@ class Broyden(AbstractSolver[BroydenState]):
             return point.fz, None, _append(state, r, r)
         # H r with all factors but the newest
         c = _coefficients(state, r)
-        s = state.steps.add(r, c[:, :, :-1], -1, first=1)
+        others = c if state.position is None else c.index_fill(2, state.position - 1, 0)
+        s = state.steps.add(r, others[:, :, :-1], -1, first=1)
         if state.short is not None:
             s = state.steps.add(s, c * state.short[:, :, : state.count], -1)
         # the newest factor; its pair is dropped where the division would blow up rounding errors
-        share = 1 + c[:, :, -1]
+        share = 1 + coefficient(c, state.slot - 1)
         lost = share.abs() <= torch.finfo(r.dtype).eps ** _NOISE
         state = _drop_pair(state, lost, r)
         s = s / share.masked_fill(lost, 1)
@@ -177,30 +203,30 @@ class Broyden(AbstractSolver[BroydenState]):
 
 def _coefficients(state: BroydenState, x: Flat) -> Float[Tensor, "B 1 C"]:
     """-c, the solution of the triangular system."""
-    count = state.count
-    dots = state.steps.dot(x)[:, :, :count].mT
-    return torch.linalg.solve_triangular(state.system[:, :count, 1 : count + 1], dots, upper=False).mT
+    used = state.used
+    dots = state.steps.dot(x)[:, :, :used].mT
+    return torch.linalg.solve_triangular(state.system[:, :used, 1 : used + 1], dots, upper=False).mT
 
 
 def _append(state: BroydenState, s: Flat, r: Flat) -> BroydenState:
     """The solver state with one more step s, made at the residual r."""
-    count = state.count
-    steps = state.steps.reserve(count, s).set(count, s)
+    count, slot = state.count, state.slot
+    steps = state.steps.reserve(count, s).set(slot, s)
     dots = steps.dot(s).squeeze(1)
     row = pad(dots, (0, state.system.shape[2] - dots.shape[1]))
     if state.short is not None:
         row[:, 1 : count + 1] += state.short[:, 0, :count] * dots[:, :count]
-    row[:, count + 1] = -torch.finfo(s.dtype).tiny - dots[:, count]
-    system = put(state.system, count, row)
+    square = coefficient(dots.unsqueeze(1), slot)
+    put_coefficient(row.unsqueeze(1), slot + 1, -torch.finfo(s.dtype).tiny - square)
+    system = put(state.system, slot, row)
     return BroydenState(r, steps, system, count + 1, state.short)
 
 
 def _drop_pair(state: BroydenState, mask: Bool[Tensor, "B 1"], r: Flat) -> BroydenState:
     """The solver state without the pair that begins with the newest step, for the samples in `mask`: its c is 0."""
-    slot = state.count - 1
     system = state.system.clone() if _recorded(state, r) else state.system
-    system[:, slot, slot + 1 : slot + 2].masked_fill_(mask, -torch.finfo(system.dtype).max)
-    return BroydenState(state.r, state.steps, system, state.count, state.short)
+    fill_entry(system, state.slot - 1, state.slot, mask, -torch.finfo(system.dtype).max)
+    return replace(state, system=system, fresh=False)
 
 
 def _recorded(state: BroydenState, r: Flat) -> bool:

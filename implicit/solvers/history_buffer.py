@@ -9,9 +9,10 @@ a torch.func transform maps them.
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from implicit.pytree import Flat
@@ -20,31 +21,68 @@ from implicit.torch_internals import depends_on_transform, transforms_active
 _FIRST = 8  # rows of the first block
 _SMALL = 2**20  # a history of fewer bytes is one block
 Coefficients = Float[Tensor, "B 1 K"]
+Slot: TypeAlias = int | Int[Tensor, "1"]
 
 
-def put(rows: Float[Tensor, "B K M"], slot: int, value: Float[Tensor, "B M"]) -> Float[Tensor, "B K M"]:
+def position(slot: int, like: Tensor) -> Int[Tensor, "1"]:
+    """A slot as a tensor, so that one region of a compiled graph serves all slots (`implicit.loop.step_region`)."""
+    return torch.full((1,), slot, device=like.device)
+
+
+def row(rows: Float[Tensor, "B K M"], slot: Slot) -> Float[Tensor, "B M"]:
+    """Row `slot` of every sample; a view if the slot is a number."""
+    return rows.index_select(1, slot).squeeze(1) if isinstance(slot, Tensor) else rows[:, slot]
+
+
+def put(rows: Float[Tensor, "B K M"], slot: Slot, value: Float[Tensor, "B M"]) -> Float[Tensor, "B K M"]:
     """`rows` with row `slot` of every sample replaced by `value`."""
+    if isinstance(slot, Tensor):
+        return rows.index_copy_(1, slot, value.unsqueeze(1))
     if not _in_place(rows, value):
         return torch.cat((rows[:, :slot], value.unsqueeze(1), rows[:, slot + 1 :]), dim=1)
     rows.select(1, slot).copy_(value)
     return rows
 
 
+def coefficient(c: Coefficients, slot: Slot) -> Float[Tensor, "B 1"]:
+    """The coefficient of row `slot`; a view if the slot is a number."""
+    return row(c.transpose(1, 2), slot)
+
+
+def put_coefficient(c: Coefficients, slot: Slot, value: Float[Tensor, "B 1"] | float) -> None:
+    """Write the coefficient of row `slot`."""
+    if not isinstance(slot, Tensor):
+        c[:, :, slot] = value
+    elif isinstance(value, Tensor):
+        c.index_copy_(2, slot, value.unsqueeze(2))
+    else:
+        c.index_fill_(2, slot, value)
+
+
+def fill_entry(matrix: Float[Tensor, "B K M"], i: Slot, j: Slot, mask: Bool[Tensor, "B 1"], value: float) -> None:
+    """Write `value` into entry (i, j) of the samples in `mask`."""
+    line = row(matrix, i)
+    entry = row(line.unsqueeze(2), j).masked_fill_(mask, value)
+    if isinstance(i, Tensor) and isinstance(j, Tensor):  # `line` and `entry` are no views
+        matrix.index_copy_(1, i, line.index_copy(1, j, entry).unsqueeze(1))
+
+
 def put_difference(
-    rows: Float[Tensor, "B K M"], slot: int, a: Float[Tensor, "B M"], b: Float[Tensor, "B M"]
+    rows: Float[Tensor, "B K M"], slot: Slot, a: Float[Tensor, "B M"], b: Float[Tensor, "B M"]
 ) -> Float[Tensor, "B K M"]:
     """`rows` with row `slot` of every sample replaced by a - b."""
-    if torch.compiler.is_compiling() or not _in_place(rows, a, b):  # dynamo does not allow a view as out=
+    # dynamo does not allow a view as out=
+    if isinstance(slot, Tensor) or torch.compiler.is_compiling() or not _in_place(rows, a, b):
         return put(rows, slot, a - b)
     torch.sub(a, b, out=rows.select(1, slot))
     return rows
 
 
 def put_product(
-    rows: Float[Tensor, "B K M"], slot: int, a: Float[Tensor, "B M"], b: Float[Tensor, "B M"]
+    rows: Float[Tensor, "B K M"], slot: Slot, a: Float[Tensor, "B M"], b: Float[Tensor, "B M"]
 ) -> Float[Tensor, "B K M"]:
     """`rows` with row `slot` of every sample replaced by a b, number by number."""
-    if torch.compiler.is_compiling() or not _in_place(rows, a, b):
+    if isinstance(slot, Tensor) or torch.compiler.is_compiling() or not _in_place(rows, a, b):
         return put(rows, slot, a * b)
     torch.mul(a, b, out=rows.select(1, slot))
     return rows
@@ -67,7 +105,7 @@ def _may_clear(rows: Tensor, mask: Tensor) -> bool:
 
 def dots(rows: Float[Tensor, "B K M"], x: Float[Tensor, "B M"]) -> Float[Tensor, "B 1 K"]:
     """<row_i, x> for every row, as x^T rows^T: rows x is an order of magnitude slower on a CPU."""
-    return torch.bmm(x.unsqueeze(1), rows.mT)
+    return torch.bmm(x.unsqueeze(1), rows.transpose(1, 2))
 
 
 def put_products(
@@ -134,8 +172,10 @@ class HistoryBuffer:
         """The rows of one sample."""
         return torch.cat([block[sample] for block in self.blocks])
 
-    def row(self, slot: int) -> Flat:
+    def row(self, slot: Slot) -> Flat:
         """Row `slot` of every sample."""
+        if isinstance(slot, Tensor):
+            return row(self.blocks[0], slot)
         i, slot = self._place(slot)
         return self.blocks[i][:, slot]
 
@@ -188,18 +228,18 @@ class HistoryBuffer:
     def _kept_views(self) -> "tuple[HistoryBuffer, ...]":
         return self._views()
 
-    def set_differences(self, slot: int, *pairs: tuple[Flat, Flat]) -> "HistoryBuffer":
+    def set_differences(self, slot: Slot, *pairs: tuple[Flat, Flat]) -> "HistoryBuffer":
         """The history with the vectors of row `slot` replaced by the differences a - b of the pairs (a, b)."""
-        i, place = self._place(slot)
-        if torch.compiler.is_compiling() or not _in_place(self.blocks[i], *chain(*pairs)):
+        i, place = (0, slot) if isinstance(slot, Tensor) else self._place(slot)
+        if isinstance(place, Tensor) or torch.compiler.is_compiling() or not _in_place(self.blocks[i], *chain(*pairs)):
             return self._with(i, put(self.blocks[i], place, torch.cat([a - b for a, b in pairs], dim=1)))
         for vector, pair in zip(self.apart, pairs, strict=True):
             put_difference(vector.blocks[i], place, *pair)
         return self
 
-    def set(self, slot: int, value: Flat) -> "HistoryBuffer":
+    def set(self, slot: Slot, value: Flat) -> "HistoryBuffer":
         """The history with row `slot` replaced by `value`."""
-        i, slot = self._place(slot)
+        i, slot = (0, slot) if isinstance(slot, Tensor) else self._place(slot)
         return self._with(i, put(self.blocks[i], slot, value))
 
     def set_rows(self, first: int, *values: Flat) -> "HistoryBuffer":

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from implicit import IFT, JFB, SHINE, AndersonGS, Broyden, Neumann, Picard, Reversible, Stop, fixed_point
+from implicit import IFT, JFB, SHINE, Anderson, AndersonGS, Broyden, Neumann, Picard, Reversible, Stop, fixed_point
+from implicit.pytree import tensors
 from implicit.testing import problem
 from tests.helpers import SOLVERS
 
@@ -30,6 +31,7 @@ GRADS = {
     )
 }
 COMPILED = {type(s).__name__: s for s in SOLVERS}
+WINDOWS = {type(s).__name__: s for s in (Picard(), Anderson(5), AndersonGS(5), Broyden(5))}
 TO_TOLERANCE = ["Picard", "AndersonGS"]
 X = torch.linspace(-1, 1, 12).view(3, 4)
 
@@ -82,6 +84,59 @@ def gradient(grad):
     return {"off": float((compiled - eager).norm() / eager.norm())}
 
 
+def regions(solver):
+    """The nodes of the graphs of 9 and of 21 evaluations, outside of the solver's regions; and the bodies of these."""
+
+    def solve(z, x, evals):
+        stop = Stop(rtol=0, atol=0, max_evals=evals)
+        return fixed_point(lambda z, x: torch.tanh(0.5 * z) + x, z, x, solver=solver, grad=JFB(), stop=stop).value
+
+    def capture(graph, _):
+        bodies.append(sorted(name for name, part in graph.named_children() if isinstance(part, torch.fx.GraphModule)))
+        nodes.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
+        return graph
+
+    bodies, nodes, off = [], [], 0.0
+    z0, x = torch.zeros(3, 4, dtype=torch.float64), X.double()
+    for evals in (9, 21):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            got = torch.compile(solve, fullgraph=True, backend=capture)(z0, x, evals)
+            off = max(off, float((got - solve(z0, x, evals)).abs().max()))
+    return {"off": off, "bodies": bodies, "nodes": (nodes[1] - nodes[0]) / 12}
+
+
+def trained(solver):
+    """How far the gradient of the last evaluation is from the eager one, through AOTAutograd, and the state after."""
+    weight = torch.linspace(-0.4, 0.4, 16, dtype=torch.float64).view(4, 4).requires_grad_()
+    options = {"solver": solver, "grad": JFB(), "stop": Stop(rtol=0, atol=0, max_evals=9), "keep_state": True}
+
+    def solve(weight, x):
+        found = fixed_point(lambda z, x: torch.tanh(z @ weight) + x, torch.zeros_like(x), x, **options)
+        return found.value.square().sum(), found.state
+
+    run = torch.compile(solve, fullgraph=True, backend="aot_eager")
+    (loss, state), (expected, other) = run(weight, X.double()), solve(weight, X.double())
+    got, grad = (torch.autograd.grad(value, weight)[0] for value in (loss, expected))
+    kept = zip(tensors(state), tensors(other), strict=True)
+    return {"off": float((got - grad).norm() / grad.norm()), "state": max(float((a - b).abs().max()) for a, b in kept)}
+
+
+def any_batch(solver):
+    """A graph for any batch size: how far is it from the eager solve, and how many graphs are compiled?"""
+
+    def solve(z, x):
+        stop = Stop(rtol=0, atol=0, max_evals=8)
+        return fixed_point(lambda z, x: torch.tanh(0.5 * z) + x, z, x, solver=solver, grad=JFB(), stop=stop).value
+
+    run, off = torch.compile(solve, fullgraph=True, backend="eager", dynamic=True), 0.0
+    with torch.no_grad():
+        for rows in (3, 5):
+            z0, x = torch.zeros(rows, 4, dtype=torch.float64), X.double()[:1].expand(rows, 4)
+            off = max(off, float((run(z0, x) - solve(z0, x)).abs().max()))
+    return {"off": off, "graphs": counters["stats"]["unique_graphs"]}
+
+
 def map_alone(solver):
     """A compiled map inside an eager solve."""
     p = problem("tanh layers", torch.float32)
@@ -97,6 +152,9 @@ def map_alone(solver):
 def all_of_it():
     jobs = [("one_graph", name, one_graph, s) for name, s in COMPILED.items()]
     jobs += [("one_compilation", name, one_compilation, COMPILED[name]) for name in TO_TOLERANCE]
+    jobs += [("regions", name, regions, solver) for name, solver in WINDOWS.items()]
+    jobs += [("any_batch", name, any_batch, solver) for name, solver in WINDOWS.items()]
+    jobs += [("trained", name, trained, solver) for name, solver in WINDOWS.items() if name != "Picard"]
     jobs += [("map_alone", "", map_alone, AndersonGS())]
     jobs += [("gradient", name, gradient, grad) for name, grad in GRADS.items()]
     results = {}
@@ -119,6 +177,28 @@ def results():
 def test_a_fixed_count_is_one_graph_without_a_break(results, solver):
     found = results[f"one_graph {solver}"]
     assert found["off"] < 1e-10 and found["graphs"] == 1 and found["breaks"] == 0
+
+
+@pytest.mark.parametrize("solver", [name for name in WINDOWS if name != "Picard"])
+def test_steps_of_a_fixed_count_are_compiled_once_however_many(results, solver):
+    found, plain = results[f"regions {solver}"], results["regions Picard"]
+    assert found["off"] < 1e-10
+    few, many = found["bodies"]
+    assert few == many and 1 <= len(many) <= 2  # Broyden restarts from its newest pair in a step of its own
+    # an evaluation adds f, the tests that every solver has, and the call with its results
+    assert found["nodes"] <= plain["nodes"] + 12
+
+
+@pytest.mark.parametrize("solver", WINDOWS)
+def test_graphs_with_an_open_batch_size_are_those_of_plain_iteration(results, solver):
+    found = results[f"any_batch {solver}"]
+    assert found["off"] < 1e-10 and found["graphs"] == results["any_batch Picard"]["graphs"]
+
+
+@pytest.mark.parametrize("solver", [name for name in WINDOWS if name != "Picard"])
+def test_a_compiled_training_step_has_the_gradient_and_the_state_of_the_eager_one(results, solver):
+    found = results[f"trained {solver}"]
+    assert found["off"] < 1e-10 and found["state"] < 1e-10
 
 
 @pytest.mark.parametrize("solver", TO_TOLERANCE)
