@@ -5,8 +5,9 @@
 The state has the shape (1, 64), so that nearly all time of an eager solve is spent in Python. Measured is the CPU time
 per evaluation, with 30 evaluations of f and one thread, of our solvers eager and compiled to one graph by inductor, and
 of torchdeq, which cannot be compiled. jaxopt's jitted solvers alternate with them, in the environment of `--jax` (see
-`peers_jax.py`). Compiling takes minutes, because the graph contains every evaluation. One more row, plain iteration to
-a tolerance by torch.while_loop, shows the cost of a loop without Python.
+`peers_jax.py`). The graph contains every evaluation of f, and calls of one region for the steps of `Anderson`,
+`AndersonGS` and `Broyden` with a short window; the steps of the others are compiled one by one, which takes minutes.
+One more row, plain iteration to a tolerance by torch.while_loop, shows the cost of a loop without Python.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from torch._higher_order_ops import while_loop
 
 from benchmarks.harness import RESULTS, provenance, seconds, write_result
 from benchmarks.solvers.overhead import EVALS, PEERS, SHAPES, layer
-from implicit import Anderson, AndersonGS, Broyden, Picard, Stop, iterate
+from implicit import Anderson, AndersonGS, Broyden, Multisecant, Picard, Stop, iterate
 from implicit.pytree import norm
 
 ROUNDS = 3
@@ -32,7 +33,9 @@ OURS = {
     "Picard": Picard(),
     "Anderson(5)": Anderson(5, safeguard=False),
     "AndersonGS(5)": AndersonGS(5, safeguard=False),
+    "Broyden(5)": Broyden(5, safeguard=False),
     "Broyden(30)": Broyden(30, safeguard=False),
+    "Multisecant(5)": Multisecant(5, safeguard=False),
 }
 
 
