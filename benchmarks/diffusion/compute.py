@@ -42,7 +42,7 @@ from implicit import JFB, Unrolled
 
 XL = replace(steps.XL, device="cpu", batch=1)
 SOLVE = (21, 9)
-TRAINING = (40, 9, 13)
+TRAINING = (39, 9, 14)
 SAMPLED = 26
 """Iterations of the sampling step: 28 block passes, as many as the DiT's."""
 OURS = f"sampling step, FPDM, {SAMPLED} iterations"

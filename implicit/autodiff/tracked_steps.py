@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from implicit.autodiff.failed_samples import failed, without
@@ -35,7 +34,8 @@ def track(
         return solved
     layout = Layout.of(solved.value, options.batch_dims)
     start = layout.pack(solved.value)
-    z, residual, lost = _steps(problem, layout, start, steps, damping)
+    z, residual, largest = _steps(problem, layout, start, steps, damping)
+    lost = ~torch.isfinite(largest)
     if has_derivative(z) and failed(lost, stop):
         z, _, _ = _steps(without(problem, lost, options.batch_dims), layout, start, steps, damping)
         solved = replace(solved, evals=solved.evals + steps)
@@ -49,20 +49,17 @@ def track(
     return replace(solved, value=layout.unpack(z), residual=residual, result=result)
 
 
-def _steps(
-    problem: Problem, layout: Layout, z: Flat, steps: int, damping: float
-) -> tuple[Flat, PerSample, Bool[Tensor, " B"]]:
-    """(z after the steps, residual at the z before the last step, samples with a residual that was not finite)."""
+def _steps(problem: Problem, layout: Layout, z: Flat, steps: int, damping: float) -> tuple[Flat, PerSample, PerSample]:
+    """(z after the steps, residual at the z before the last step, the largest residual of the steps or NaN)."""
     flat = FlatMap(problem.f, problem.args, layout)
-    residual = torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
-    lost = torch.zeros(z.shape[0], dtype=torch.bool, device=z.device)
-    for _ in range(steps):
+    residual = largest = torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
+    for step in range(steps):
         fz = flat(z)
         with torch.no_grad():
             residual = scaled_norm(fz - z)
-            lost = lost | ~torch.isfinite(residual)
+            largest = torch.maximum(largest, residual) if step else residual  # keeps NaN
         z = torch.lerp(fz, z, damping) if damping else fz
-    return z, residual, lost
+    return z, residual, largest
 
 
 def unsolved(problem: Problem, options: SolveOptions) -> Solution:

@@ -42,12 +42,14 @@ from implicit.torch_internals import has_derivative, host_readable, not_compiled
 class _Position:
     """The last point with a finite f(z) of every sample; `failed` where the evaluation after it was not finite.
 
-    `spoiled` marks samples with an f(z) in the graph that is not finite; None: the host looks, and leaves none there.
+    `reads`: the host reads whether f(z) is finite, and leaves no other f(z) in the graph; else `spoiled` marks the
+    samples that have one, or is None while autograd has recorded nothing.
     """
 
     point: Point
     failed: Bool[Tensor, "B 1"]
-    spoiled: Bool[Tensor, "B 1"] | None
+    reads: bool
+    spoiled: Bool[Tensor, "B 1"] | None = None
 
 
 def begin(solver: AbstractSolver[Any], point: Point, options: SolveOptions) -> Any:
@@ -94,8 +96,7 @@ def _evaluations(
     """(solution, `_Position.spoiled` of a recorded loop); `reads` lets the host read whether f(z) is finite."""
     point = f.evaluate(f.layout.pack(z0))
     began = finite(point.fz)
-    spoiled = None if reads or host_readable(began) else torch.zeros_like(began)
-    at, state = _Position(point, ~began, spoiled), begin(solver, point, options)
+    at, state = _Position(point, ~began, reads or host_readable(began)), begin(solver, point, options)
     observer(at, f)
     del point  # frees a state
     while f.remaining > 0 and segments is None:  # inline: a function's caller would hold the first point and state
@@ -105,8 +106,7 @@ def _evaluations(
         del z, tangent  # the point has a copy
     while segments is not None and f.remaining > 0:
         at, state = _checkpointed(f, solver, segments, at, state)
-    spoiled = at.spoiled if has_derivative(at.point.fz) else None
-    return _solution(f, at, began, state if options.keep_state else None, observer, options), spoiled
+    return _solution(f, at, began, state if options.keep_state else None, observer, options), at.spoiled
 
 
 def _solution(
@@ -135,14 +135,14 @@ def _next(f: FlatMap, z: Flat, tangent: Flat | None, at: _Position, retry: bool)
     new = f.evaluate(z, tangent)
     good, spoiled = finite(new.fz), at.spoiled
     if has_derivative(new.fz):
-        if spoiled is not None:
-            spoiled = spoiled | ~good
+        if not at.reads:
+            spoiled = ~good if spoiled is None else spoiled | ~good
         elif not unwrap_all(good).all():
             new = f.repeat(torch.where(good, new.z, point.z), tangent)
     fz, z, product = torch.where(good, new.fz, point.fz), new.z, new.product
     del new  # frees a state
     point = Point(torch.where(good, z, point.z), fz, product, f.remaining)
-    return _Position(point, ~good if retry else at.failed | ~good, spoiled)
+    return _Position(point, ~good if retry else at.failed | ~good, at.reads, spoiled)
 
 
 def _checkpointed(
@@ -154,7 +154,7 @@ def _checkpointed(
     point = at.point
     with set_checkpoint_early_stop(False):  # the second run must reach the values that are compared
         z, fz, product, marks, state, f.calls, f.repeats = checkpoint(
-            run, point.z, point.fz, point.product, (at.failed, at.spoiled), state, use_reentrant=False
+            run, point.z, point.fz, point.product, (at.failed, at.reads, at.spoiled), state, use_reentrant=False
         )
     return _Position(Point(z, fz, product, f.remaining), *marks), state
 
@@ -167,9 +167,9 @@ def _segment(
     z: Flat,
     fz: Flat,
     product: Flat | None,
-    marks: tuple[Tensor, Tensor | None],
+    marks: tuple[Tensor, bool, Tensor | None],
     state: Any,
-) -> tuple[Flat, Flat, Flat | None, tuple[Tensor, Tensor | None], Any, int, int]:
+) -> tuple[Flat, Flat, Flat | None, tuple[Tensor, bool, Tensor | None], Any, int, int]:
     """`evals` evaluations that change no argument, so that they may run twice; the last results are calls, repeats."""
     f = replace(f, calls=calls, _outputs=deque(), _copies=[])
     state = map_tensors(torch.clone, state)  # histories may be written in place
@@ -177,7 +177,7 @@ def _segment(
     while f.remaining > end:
         z, tangent, state = solver.step(at.point, state)
         at = _next(f, z, tangent, at, bool(solver.patience))
-    return at.point.z, at.point.fz, at.point.product, (at.failed, at.spoiled), state, f.calls, f.repeats
+    return at.point.z, at.point.fz, at.point.product, (at.failed, at.reads, at.spoiled), state, f.calls, f.repeats
 
 
 class _Observer:

@@ -148,7 +148,8 @@ def test_claims_of_random_solves(solver):
                 case = Case(case.f, found.value, (x, case.args[1]), case.stop, case.options, False)
                 again = fixed_point(case.f, case.z0, *case.args, solver=solver, stop=case.stop, state=found.state)
                 claims += check(case, again)
-        assert found.evals.max() <= case.stop.max_evals + 2
+        # beyond the budget: two evaluations that tell noise from coupling, one that compares the bits of a product
+        assert found.evals.max() <= case.stop.max_evals + 3
     assert claims > 15
 
 
