@@ -238,7 +238,8 @@ class ConvergenceMonitor:
             still = live & ~converged & ~stopped & ~stalled & fresh
             self.safeguard.update(rows[still], r[still], best.residual, before, seen.calls - self.begin, away[still])
         if self.callback is not None and not early:
-            self.trace.append(of_every_sample(self.criterion, seen, np.where(running, r, np.nan), len(self.code)))
+            known = running if seen.read_early is None else running | seen.read_early
+            self.trace.append(of_every_sample(self.criterion, seen, np.where(known, r, np.nan), len(self.code)))
             self.callback(seen.calls, self.trace[-1])
 
         # how samples end here

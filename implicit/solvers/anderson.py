@@ -78,12 +78,17 @@ class Anderson(AbstractSolver[AndersonState]):
         k = self.memory - 1
         df, dr = point.z.new_zeros(rows, k, numbers), point.z.new_zeros(rows, k, numbers)
         gram = _empty_gram(point.z.new_empty(rows, k, k))
-        ridge = self.ridge or (1e-14 if gram.dtype == torch.float64 else 1e-6)
-        return AndersonState(point.fz, point.r, df, dr, gram, 1 + ridge * gram)
+        return AndersonState(point.fz, point.r, df, dr, gram, self._ridge(gram))
 
     def resume(self, point: Point, state: AndersonState) -> AndersonState:
         check_history(state.dr.shape[1] + 1, self.memory)
-        return replace(state, fz=point.fz, r=point.r, fresh=True)
+        # the state may come from a solver with another ridge
+        return replace(state, fz=point.fz, r=point.r, ridge=self._ridge(state.gram), fresh=True)
+
+    def _ridge(self, like: Float[Tensor, "B K K"]) -> Float[Tensor, "B K K"]:
+        """The factors of a Gram matrix that add the ridge to its diagonal."""
+        ridge = self.ridge or (1e-14 if like.dtype == torch.float64 else 1e-6)
+        return 1 + ridge * _empty_gram(like)
 
     def region_state(self, state: AndersonState) -> AndersonState | None:
         k = self.memory - 1

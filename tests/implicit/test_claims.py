@@ -201,7 +201,7 @@ def test_a_fixed_count_that_is_observed_has_the_same_answer(solver, grad):
 
 @each_solver
 @pytest.mark.parametrize("stop", [{}, {"late": True}, {"check_every": 2}, {"check_every": 3}], ids=str)
-def test_one_nan_on_the_way_is_forgiven_however_residuals_are_read(solver, stop):
+def test_one_nan_on_the_way_causes_a_reset_however_residuals_are_read(solver, stop):
     rng = torch.Generator().manual_seed(0)
     a = torch.randn(6, 6, generator=rng, dtype=F64)
     a = 0.9 * a / torch.linalg.eigvals(a).abs().max()
@@ -253,7 +253,7 @@ def map_with_a_hole(rows, seed):
 
 @each_solver
 @pytest.mark.parametrize("seed", [0, 2, 3, 8])
-def test_a_nan_on_the_way_is_forgiven_however_residuals_are_read(solver, seed):
+def test_samples_that_meet_nan_on_the_way_converge_however_residuals_are_read(solver, seed):
     f, args = map_with_a_hole(6, seed)
     results = [
         solve(
@@ -263,6 +263,30 @@ def test_a_nan_on_the_way_is_forgiven_however_residuals_are_read(solver, seed):
     ]
     for result in results[1:]:
         assert not ((results[0] == Result.CONVERGED) & (result == Result.NONFINITE)).any()
+
+
+@pytest.mark.parametrize("solver", [AndersonGS(), Anderson()], ids=repr)
+@pytest.mark.parametrize("late", [False, True])
+def test_the_trace_has_the_residuals_of_a_sample_that_is_reset_after_a_nan(solver, late):
+    """It is NaN where f(z) is not finite and after the end of the sample alone."""
+    f, args = map_with_a_hole(6, 8)
+    broken = []
+
+    def watched(z, *args):
+        out = f(z, *args)
+        broken.append(~out.isfinite().all(dim=1))
+        return out
+
+    stop = Stop(rtol=1e-8, max_evals=70, late=late)
+    found = solve(watched, torch.zeros(6, 6, dtype=F64), *args, solver=solver, stop=stop, trace=True)
+    assert found.converged.all()
+    missing = found.trace.isnan()
+    running = torch.flip(torch.flip(~missing, [0]).int().cummax(0).values, [0]).bool()
+    expected = torch.stack(broken[: len(missing)])
+    assert expected.any() and torch.equal(missing & running, expected & running)
+    # the last residual of a sample is that which met the tolerance
+    last = running.sum(0) - 1
+    assert (found.trace[last, torch.arange(6)] <= 1.01e-8 * found.value.norm(dim=1)).all()
 
 
 def test_readings_that_are_late_and_seldom_are_no_coupling():
@@ -282,7 +306,7 @@ def test_samples_that_finish_while_others_take_newton_steps_are_cut_out(solver):
 
 @pytest.mark.parametrize("stop", [Stop(rtol=1e-6, max_evals=60), Stop(rtol=0, max_evals=30)], ids=["rtol", "count"])
 @pytest.mark.parametrize("solver", [AndersonGS(), Anderson(), Broyden()], ids=repr)
-def test_a_nan_that_is_forgiven_leaves_the_gradient_of_shared_parameters_finite(stop, solver):
+def test_a_reset_after_a_nan_leaves_the_gradient_of_shared_parameters_finite(stop, solver):
     rate = torch.tensor(0.5, dtype=F64, requires_grad=True)
     calls = 0
 

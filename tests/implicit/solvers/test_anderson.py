@@ -78,6 +78,23 @@ def test_the_inverse_estimate_is_the_adjoint_of_what_a_step_does(solver):
     assert not torch.allclose(ha, a)
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (Anderson(4), Anderson(4, ridge=0.1)),
+        (Anderson(4), Anderson(4, damping=0.3)),
+        (AndersonGS(4), AndersonGS(4, drop=0.9)),
+    ],
+    ids=repr,
+)
+def test_a_warm_start_has_the_options_of_the_solver_that_continues(one, other):
+    f, z0 = smooth()
+    state = iterate(f, z0, one, Stop(max_evals=6, **FREE), options=SolveOptions(keep_state=True)).state
+    stop, options = Stop(max_evals=5, **FREE), SolveOptions(state=state)
+    same, changed = (iterate(f, z0, solver, stop, options=options).value for solver in (one, other))
+    assert not torch.equal(same, changed)
+
+
 def test_bad_arguments_are_named():
     for make, name in (
         (lambda: Anderson(0), "memory"),
