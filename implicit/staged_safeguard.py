@@ -101,7 +101,7 @@ class StagedSafeguard:
         self.stage = np.zeros(size, dtype=np.int8)
         self.scale = np.ones(size)  # share of the next step to take
         self.resets = np.zeros(size, dtype=bool)
-        self.pending = False  # whether a sample in `resets` is True or has changed its stage
+        self.pending = False  # whether a sample must be reset or has changed its stage
         self.failures = np.zeros(size, dtype=np.int64)  # blow-ups without a smaller residual in between
         self.broken = np.zeros(size, dtype=np.int64)  # evaluations in a row whose f(z) was not finite
         self.retrying = False  # whether a sample was reset since its last f(z) was not finite
@@ -203,7 +203,7 @@ class StagedSafeguard:
             self.next_due = int(self.due.min(initial=np.iinfo(np.int64).max))
 
     def _turn(self, due: np.ndarray, best: np.ndarray, calls: int) -> None:
-        """Move the samples of `due` that have not gained to their next stage."""
+        """Move the samples of `due` that have not gained, or that alternate, to their next stage."""
         # a plain trial must reach the share of `gain` that belongs to its part of the whole stage
         plain = self.limits.plain * self.patience[due]
         share = np.where((self.stage[due] == Stage.PLAIN) & (self.limits.trial > 0), self.limits.trial / plain, 1.0)

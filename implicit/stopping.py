@@ -34,8 +34,8 @@ class Stop:
     """A sample ends when ``||f(z) - z|| <= atol + rtol ||f(z)||``, or after `max_evals` evaluations.
 
     ``rtol = atol = 0`` means no tolerance: exactly `max_evals` evaluations, with no synchronization between host and
-    device. Where autograd records the solve, one boolean is read after it, whether a sample failed, unless `late` is
-    set. A fixed point of zero meets any `rtol` once ||f(z)|| is below sqrt(eps) of its first value.
+    device. Where autograd records the solve, one or two booleans are read after it, whether a sample failed, unless
+    `late` is set. A fixed point of zero meets any `rtol` once ||f(z)|| is below sqrt(eps) of its first value.
 
     ============  =======================================================  ==========================================
     norm          of the numbers x_1 .. x_N of a sample                    use it where

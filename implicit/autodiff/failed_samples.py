@@ -68,8 +68,7 @@ def attach_finite(
     The value of a solve with a tolerance has a finite f, so the question arises for a fixed count alone.
     """
     value, image = attach(FlatMap(problem.f, problem.args, layout), z)
-    lost = ~finite(image)
-    if stop.has_tolerance or not value.requires_grad or not failed(lost, stop):
+    if stop.has_tolerance or not value.requires_grad or not failed(lost := ~finite(image), stop):
         return value, image, 1
     rest = without(problem, lost[:, 0], layout.batch_dims)
     again, _ = attach(FlatMap(rest.f, rest.args, layout), z)

@@ -51,7 +51,8 @@ class SHINE(AbstractGrad):
     starting state gets no gradient. Second derivatives are those of this formula at constant z* and H. When to use:
     with Broyden and many evaluations forward, if the backward pass must cost next to nothing. With ``refine=1`` SHINE
     is about as accurate as `Neumann` with two products.
-    `Stop.late` has no effect with a tolerance, since the host waits for the device at every step anyway.
+    `Stop.late` has no effect with a tolerance: a sample that is read late is evaluated beyond its value, and its H
+    would depend on its batch-mates. The host waits for the device at every step.
 
     Source: Ramzi et al., "SHINE: SHaring the INverse Estimate from the forward pass for bi-level optimization and
     implicit models", ICLR 2022, arXiv 2106.00553, section 2 and the fallback of section 3.
@@ -80,7 +81,7 @@ class SHINE(AbstractGrad):
                 "that defines inverse_transpose, such as solver=Broyden()."
             )
         refuse_transforms(self)
-        if stop.has_tolerance:  # a sample read late is evaluated beyond its value, and H would depend on its mates
+        if stop.has_tolerance:  # see `Stop.late` above; without a graph too, so that the value is the same
             stop = replace(stop, late=False)
         if not torch.is_grad_enabled():
             return solve_detached(problem, solver, stop, options)

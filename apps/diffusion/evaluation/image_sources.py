@@ -147,11 +147,11 @@ def of_folder(root: Path, size: int | None = None, batch: int = BATCH) -> Source
     return Source(str(root), len(files), labels, hashing.of_parts(parts), batches, tuple(remarks))
 
 
-def _label(file: Path, digits: str) -> int:
+def _label(file: Path, number: str) -> int:
     """The class in the name of a sample."""
-    if len(digits) > 9:
-        raise ValueError(f"{printable(file)} names the class {digits}, which no network has; rename the file.")
-    return int(digits)
+    if len(number) > 9:
+        raise ValueError(f"{printable(file)} names the class {number}, which no network has; rename the file.")
+    return int(number)
 
 
 def _read(file: Path, size: int | None, channels: int) -> np.ndarray:
