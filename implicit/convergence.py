@@ -211,7 +211,11 @@ class ConvergenceMonitor:
         running, fresh = self.code[rows] == RUNNING, seen.calls > self.reset_at[rows]
         if self.safeguard is not None:
             fresh &= ~self.safeguard.resets[rows]
-            running = seen.to_read(running, running & fresh & (self.safeguard.broken[rows] > 0) if early else None)
+            if early:
+                running &= fresh & (self.safeguard.broken[rows] > 0)
+                seen.read_early = running.copy()
+            elif seen.read_early is not None:
+                running &= ~seen.read_early
 
         # which samples converge here, and which have a new best iterate
         finite = np.isfinite(r) & np.isfinite(s)

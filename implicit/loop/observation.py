@@ -43,13 +43,6 @@ class Observation:
         """The norms of f(z) - z and f(z) on the host."""
         return self.norms.arrived()
 
-    def to_read(self, running: np.ndarray, early: np.ndarray | None) -> np.ndarray:
-        """(rows,) the samples to read now: those in `early`, or of the `running` ones those not read early."""
-        if early is not None:
-            self.read_early = early
-            return early
-        return running if self.read_early is None else running & ~self.read_early
-
 
 def fetch(criterion: Criterion, point: Point) -> Norms:
     """The norms of f(z) - z and f(z), being copied to the host."""

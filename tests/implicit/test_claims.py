@@ -261,6 +261,7 @@ def test_samples_that_meet_nan_on_the_way_converge_however_residuals_are_read(so
         ).result
         for reading in ({}, {"check_every": 2}, {"check_every": 3}, {"late": True}, {"late": True, "check_every": 3})
     ]
+    assert (results[0] == Result.CONVERGED).any()
     for result in results[1:]:
         assert not ((results[0] == Result.CONVERGED) & (result == Result.NONFINITE)).any()
 

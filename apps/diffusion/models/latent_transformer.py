@@ -106,10 +106,10 @@ class LatentTransformer(ModelMixin, ConfigMixin):
             check_model_checksums(folder)
         return (model, info) if with_info else model
 
-    def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **options: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Write the folder of the network, with the SHA-256 of its files; `options` are those of diffusers."""
-        super().save_pretrained(save_directory, **options)
-        if options.get("is_main_process", True):
+        super().save_pretrained(save_directory, is_main_process, **options)
+        if is_main_process:
             write_model_checksums(Path(save_directory))
 
     @property
