@@ -101,6 +101,8 @@ def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
     """The image as viewers show it (steps 1 to 5), with mode L (1 channel) or RGB (3 channels)."""
     profile, kind = image.info.get("icc_profile"), image.format
     raw = _raw_mode(image)
+    # here, not at the first use of a pixel: a second attempt to load a damaged file gives black pixels without an error
+    image.load()
     # TIFF may store white as 0, XBM and PSD in 1 bit always do; of these Pillow inverts TIFF of 1 and 8 bits only
     white_is_zero = kind == "TIFF" and image.mode.startswith("I;16") and getattr(image, "tag_v2", {}).get(262) == 0
     white_is_zero |= kind in ("XBM", "PSD") and image.mode == "1"
@@ -112,6 +114,8 @@ def as_shown(image: Image.Image, channels: int = 3) -> Image.Image:
         image.info["transparency"] = tuple(level >> 8 for level in transparent)
     if isinstance(transparent, int) and raw in _LEVELS:
         image.info["transparency"] = transparent * 255 // _LEVELS[raw]
+    if raw == "LA;16B":  # Pillow reads it as RGBA, and its profile is one of gray
+        image = image.convert("LA")
     image = _without_palette(image)
     image = _to_srgb(image, profile)
     if image.mode == "LAB":  # Pillow converts Lab to RGB only
@@ -164,6 +168,8 @@ def _misread(image: Image.Image) -> str:
         return "FITS in 16 bits, whose bytes Pillow exchanges"
     if (image.mode in ("P", "PA") and image.palette is None) or _lost_palette(image):
         return "without its palette"
+    if _lost_tile(image):
+        return "cut off; Pillow would read the rest as black"
     return ""
 
 
@@ -176,6 +182,18 @@ def _lost_palette(image: Image.Image) -> bool:
         return False
     stream.seek(0)
     return stream.read()[-769:-768] != b"\x0c"
+
+
+def _lost_tile(image: Image.Image) -> bool:
+    """Whether a JPEG 2000 file ends within the marker segment that begins a tile (FF90), before the marker of the end
+    (FFD9); compressed data contain neither. Pillow then gives black for the tile, without an error.
+    """
+    stream = getattr(image, "fp", None)
+    if image.format != "JPEG2000" or stream is None:
+        return False
+    stream.seek(0)
+    content = stream.read()
+    return content.rfind(b"\xff\xd9") < content.rfind(b"\xff\x90")
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -201,7 +219,6 @@ def _upright(image: Image.Image) -> Image.Image:
         orientation = 1
     if orientation not in range(2, 9):
         return image
-    image.load()
     try:
         return ImageOps.exif_transpose(image)
     except Exception:  # exif_transpose rewrites all EXIF entries, and fails if another entry is damaged
@@ -244,7 +261,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         transform = _transform(profile, colors.mode)
         if transform is None:
             return image
-        colors = ImageCms.applyTransform(colors, transform)
+        colors = _gray_to_srgb(colors, transform) if colors.mode == "L" else ImageCms.applyTransform(colors, transform)
     except (ImageCms.PyCMSError, ValueError, OSError):
         return image
     assert colors is not None
@@ -253,11 +270,21 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return colors
 
 
+def _gray_to_srgb(gray: Image.Image, transform: Any) -> Image.Image:
+    """Gray in sRGB, by a table of its 256 levels."""
+    levels = ImageCms.applyTransform(Image.frombytes("L", (256, 1), bytes(range(256))), transform)
+    assert levels is not None
+    return Image.merge("RGB", [gray.point(list(channel.tobytes())) for channel in levels.split()])
+
+
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> Any:
     """The transform of images of this mode from the profile to sRGB; None if the profile has another color space."""
     source: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if source.profile.xcolor_space.strip() != {"L": "GRAY"}.get(mode, mode):
         return None
+    # the optimized transform of gray interpolates between some levels, up to 10 levels off near black
+    flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE
     intent = ImageCms.Intent.PERCEPTUAL
-    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", renderingIntent=intent)
+    target = ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(source, target, mode, "RGB", renderingIntent=intent, flags=flags)

@@ -1,6 +1,7 @@
 """TIFF files of many kinds are read as image viewers show them, or raise."""
 
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -8,15 +9,17 @@ from PIL import Image
 
 from apps.diffusion.data import preprocessing
 from apps.diffusion.data.preprocessing import Unusable, read
-from tests.apps.diffusion.data.test_preprocessing import ORIENTATIONS
+from tests.apps.diffusion.data.test_preprocessing import ORIENTATIONS, wide_gamut_profile
 
 
-def tiff(width, height, planes, tags):
+def tiff(width, height, planes, tags, pixels_last=False):
     """A TIFF file, written byte by byte: Pillow writes few of its kinds. All planes of the image have one length."""
     data, size = b"".join(planes), len(planes[0])
-    tags = {256: width, 257: height, 259: 1, 262: 1, 277: len(planes), 278: height, 284: 1} | tags
-    tags |= {273: tuple(8 + i * size for i in range(len(planes))), 279: (size,) * len(planes)}
-    start = 8 + len(data)
+    tags = {256: width, 257: height, 259: 1, 262: 1, 277: len(planes), 278: height, 284: 1, 273: 0, 279: 0} | tags
+    long = [value for value in tags.values() if isinstance(value, tuple) and len(value) > 1]
+    first = 14 + 12 * len(tags) + 4 * sum(map(len, long)) if pixels_last else 8
+    tags |= {273: tuple(first + i * size for i in range(len(planes))), 279: (size,) * len(planes)}
+    start = 8 if pixels_last else 8 + len(data)
     entries, tail, far = b"", b"", start + 6 + 12 * len(tags)
     for tag, value in sorted(tags.items()):
         values = value if isinstance(value, tuple) else (value,)
@@ -24,7 +27,8 @@ def tiff(width, height, planes, tags):
         entries += struct.pack("<HHI", tag, 4, len(values)) + (held if len(held) == 4 else struct.pack("<I", far))
         if len(held) > 4:
             far, tail = far + len(held), tail + held
-    return b"II*\0" + struct.pack("<I", start) + data + struct.pack("<H", len(tags)) + entries + bytes(4) + tail
+    head, table = b"II*\0" + struct.pack("<I", start), struct.pack("<H", len(tags)) + entries + bytes(4) + tail
+    return head + (table + data if pixels_last else data + table)
 
 
 @pytest.mark.parametrize(("bits", "photometric"), [(1, 0), (1, 1), (8, 0), (8, 1), (12, 1), (16, 0), (16, 1)])
@@ -68,6 +72,27 @@ def test_tiff_that_pillow_misreads_is_refused(tmp_path, planes, tags):
     for call in (lambda: read(tmp_path / "a.tif", None), lambda: preprocessing.header(tmp_path / "a.tif", 1)):
         with pytest.raises(Unusable, match="TIFF"):
             call()
+
+
+@pytest.mark.parametrize("compression", [1, 8])
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+def test_tiff_that_is_cut_off_within_the_pixels_is_refused(tmp_path, compression):
+    """With a profile, which is applied to pixels; the table of tags comes first, so that only pixels are missing."""
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8).tobytes()
+    data = zlib.compress(pixels) if compression == 8 else pixels
+    profile = wide_gamut_profile()
+    tags = {258: (8, 8, 8), 259: compression, 262: 2, 277: 3, 34675: (0,) * (-(-len(profile) // 4))}
+    content = bytearray(tiff(12, 12, [data], tags, pixels_last=True))
+    entry = content.index(struct.pack("<HH", 34675, 4))
+    content[entry + 2 : entry + 8] = struct.pack("<HI", 7, len(profile))
+    place = struct.unpack_from("<I", content, entry + 8)[0]
+    content[place : place + len(profile)] = profile
+    (tmp_path / "a.tif").write_bytes(content)
+    assert read(tmp_path / "a.tif", None).shape == (3, 12, 12)
+    for cut in range(1, len(data), 7):
+        (tmp_path / "a.tif").write_bytes(content[:-cut])
+        with pytest.raises(Unusable, match="unreadable"):
+            read(tmp_path / "a.tif", None)
 
 
 def test_planes_of_8_bits_are_read(tmp_path):
