@@ -6,9 +6,13 @@ Setting: 0 < b < 1 and y_0 = z_0. A step and its exact inverse are
     z' = (1 - b) z + b f(y')             y = (y' - b f(z)) / (1 - b)
 
 and the answer is f(z_n). The inverse divides errors by up to (1 - b)^2n, so y and z are kept in float64.
+
+A sample that has converged is frozen at its z while the others go on. If f gives another value there later, f couples
+the samples: all of them go on from their present pairs as one system, which ends in one evaluation.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +28,8 @@ from implicit.autodiff.closure_convert import SameReads
 from implicit.autodiff.failed_samples import failed, finite
 from implicit.autodiff.recomputation import repeated_inexactly, require_same_image, summary
 from implicit.evaluation import FlatMap
+from implicit.loop.repeated_points import REPEATABLE
+from implicit.loop.verification import COUPLED
 from implicit.pytree import Flat, norm, to_device, to_host
 from implicit.solution import Result
 from implicit.stopping import Criterion, Stop, classify, classify_count
@@ -64,8 +70,10 @@ class ReversibleIteration:
         self.flat, self.stop, self.beta, self.anchor, self.report = flat, stop, beta, anchor, report
         self.start, self.narrow = start, start.dtype
         self.criterion = Criterion(stop, flat.layout)
-        self.verified = 0  # evaluations at the value returned
+        self.verified = 0  # evaluations at the value returned, and those that distinguish coupling from noise
+        self.joint: bool | None = False  # whether the batch is one system; None: not looked for any more
         self.steps = torch.zeros(start.shape[0], dtype=torch.int64, device=start.device)
+        self.went: list[Tensor] = []  # (B,) which samples took each step
         self.result = torch.full_like(self.steps, _RUNNING, dtype=torch.int8)
         self.trace: list[Tensor] = []
         self.anchors: list[Tensor] = []  # y, z after every `anchor` steps
@@ -93,22 +101,47 @@ class ReversibleIteration:
             moved = f_node.detach()
             # samples with a value that is not finite have failed and stay where they were
             lost = ~(torch.isfinite(norm(fy)) & torch.isfinite(norm(moved)))
+            lost = (running & lost).any().expand_as(lost) if self.joint else lost
             self.result = torch.where(running & lost, int(Result.NONFINITE), self.result)
             go = (running & ~lost).unsqueeze(1)
             y, z = torch.where(go, y_node.detach(), y), torch.where(go, z_node.detach(), z)
-            fz = torch.where(go, moved, fz)
+            coupled = self._coupled(running, z, fz, moved)
+            fz = moved if coupled else torch.where(go, moved, fz)
             self.steps = self.steps + go.squeeze(1)
+            self.went.append(go.squeeze(1))
             self._classify(fz, z, trace)
         self.result = torch.where(self.result == _RUNNING, int(Result.MAX_EVALS), self.result)
-        value = torch.where(finite(fz), fz, self.start.detach())  # a norm may overflow where f(z) does not
+        self.answered = finite(fz)  # a norm may overflow where f(z) does not
+        value = torch.where(self.answered, fz, self.start.detach())
         self._verify(value)
         if f_node.requires_grad:
             value = _End.apply(f_node, value, y, z, self.start.detach(), self, *self.anchors)
         del self.start, self.anchors  # `_End` has saved them if there is a graph
         return value
 
+    def _coupled(self, running: Tensor, z: Float[Tensor, "B N"], fz: Flat, moved: Flat) -> bool:
+        """Whether f gives a frozen sample another value `moved` at its z than the `fz` before; if so the batch is one
+        system from here on, unless f gives two values at the same batch (noise).
+        """
+        if self.joint is not False or not self.stop.has_tolerance or len(running) < 2 or bool(running.all()):
+            return False
+        least = REPEATABLE * rounding(self.flat.f, self.flat.layout) * norm(fz)
+        if not bool((~running & (norm(moved - fz) > least)).any() and finite(moved).all()):
+            return False
+        with torch.no_grad():
+            again = self.flat(z.to(self.narrow))
+        self.verified += 1
+        if bool((norm(again - moved) > least).any()):
+            self.joint = None
+            return False
+        warnings.warn(COUPLED, RuntimeWarning, stacklevel=2)
+        self.joint, self.result = True, torch.full_like(self.result, _RUNNING)
+        return True
+
     def _classify(self, fz: Flat, z: Flat, trace: bool) -> None:
         code, running = self._codes(fz, z), self.result == _RUNNING
+        if self.joint and not bool((code == int(Result.CONVERGED)).all()):
+            code = torch.where(code == int(Result.CONVERGED), int(Result.MAX_EVALS), code)
         if trace:
             self.trace.append(torch.where(running, self.residual, torch.nan))
         self.result = torch.where(running & (code != int(Result.MAX_EVALS)), code, self.result)
@@ -135,7 +168,7 @@ class ReversibleIteration:
             code = self._codes(self.flat(value), value)
         self.residual = self.residual.nan_to_num(math.inf, math.inf)
         self.result = torch.where(self.result == int(Result.NONFINITE), self.result, code)
-        self.verified = 1
+        self.verified += 1
 
     def _evaluate(self, index: int, at: Float[Tensor, "B N"]) -> Flat:
         if not torch.is_grad_enabled():
@@ -155,10 +188,10 @@ class ReversibleIteration:
         self.drift = _Drift(self.steps, self.beta)
 
     def _most_steps(self) -> int:
-        """The largest number of steps of a sample; for abstract tensors, which never fail, the whole budget."""
+        """The number of the last step that a sample took; for abstract tensors, which never fail, the whole budget."""
         if is_abstract(self.steps):
             return (self.stop.max_evals - 1) // 2
-        return int(self.steps.max()) if len(self.steps) else 0
+        return max((k for k, went in enumerate(self.went, 1) if bool(went.any())), default=0)
 
     def rewind(self, index: int) -> Float[Tensor, "B N"]:
         """The input of evaluation `index`, found by running backwards; the input of evaluation 0 is known."""
@@ -175,11 +208,11 @@ class ReversibleIteration:
             self._restore_anchor(self.at // 2)
         elif self.at % 2:
             # z = (z' - b f(y')) / (1 - b) for the samples that took step k
-            go = (self.steps >= k).unsqueeze(1)
+            go = self.went[k - 1].unsqueeze(1)
             self.z = torch.where(go, (self.z - beta * self._value(self.y)) / (1 - beta), self.z)
         else:
             # y = (y' - b f(z)) / (1 - b), y' of step k + 1
-            go = (self.steps >= k + 1).unsqueeze(1)
+            go = self.went[k].unsqueeze(1)
             self.y = torch.where(go, (self.y - beta * self._value(self.z)) / (1 - beta), self.y)
             self._restore_anchor(k)
         self.at, self.image = self.at - 1, None
@@ -203,12 +236,14 @@ class ReversibleIteration:
         """Store the value of a repeated evaluation; the last one is checked, the first one ends the drift estimate."""
         if index == self.last:
             layout = self.flat.layout
-            require_same_image(image, summary(self.value, layout.widths), rounding(self.flat.f, layout), layout.widths)
+            # the value of a sample whose f is not finite at the start is the start
+            again = torch.where(self.answered, image, self.value.detach())
+            require_same_image(again, summary(self.value, layout.widths), rounding(self.flat.f, layout), layout.widths)
         self.image = image
         if index == 0 and self.last:
             # the start is known: y_0 = z_0
             y = (self.y - self.beta * image.double()) / (1 - self.beta)
-            y = torch.where((self.steps >= 1).unsqueeze(1), y, self.y)
+            y = torch.where(self.went[0].unsqueeze(1), y, self.y)
             self.drift.measure((self.first.double(), self.first.double()), (y, self.z))
             self.report(self.drift.error())
 
@@ -278,7 +313,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (g,) = grads
-        beta, go = ctx.run.beta, (ctx.run.steps >= ctx.k).unsqueeze(1)
+        beta, go = ctx.run.beta, ctx.run.went[ctx.k - 1].unsqueeze(1)
         ctx.run.drift.step(ctx.k, norm(g), go.squeeze(1))
         return torch.where(go, (1 - beta) * g, g), torch.where(go, beta * g, 0.0).to(ctx.dtype), *[None] * 5
 

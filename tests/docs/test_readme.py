@@ -14,7 +14,10 @@ HELD_BY = {
         "implicit/test_problem_set.py::test_no_false_claim_on_any_problem",
         "implicit/grads/test_contracts.py::test_a_claim_is_true_of_the_value_after_tracked_steps",
     ),
-    "Rows that f couples": ("implicit/test_claims.py::test_rows_that_reach_each_other_are_solved_as_one_system",),
+    "Rows that f couples": (
+        "implicit/test_claims.py::test_rows_that_reach_each_other_are_solved_as_one_system",
+        "implicit/grads/test_reversible.py::test_samples_that_f_couples_are_solved_as_one_system",
+    ),
     "At one batch size": (
         "implicit/test_batch_mates.py::test_mates_change_no_bit_at_one_batch_size",
         "implicit/test_batch_mates.py::test_mates_change_no_step_of_a_sample_that_is_reset",

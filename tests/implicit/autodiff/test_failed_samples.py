@@ -267,3 +267,27 @@ def test_unrolled_goes_on_from_a_warm_start_beside_a_sample_that_is_reset(solver
         return fixed_point(f, z0, solver=solver, stop=stop, grad=grad, state=warm.state).value[:3].square().sum()
 
     torch.testing.assert_close(backward(function), backward(partial(function, fails=False)), rtol=1e-10, atol=1e-12)
+
+
+PAIRS = [(grad, stop) for grad in ESTIMATORS for stop in STOPS[2:] if grad != Unrolled(2) or not stop.has_tolerance]
+
+
+@pytest.mark.parametrize("start", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("grad", "stop"), PAIRS, ids=str)
+def test_a_sample_whose_f_is_not_finite_at_its_start_leaves_the_inputs_of_the_others_their_gradients(start, grad, stop):
+    """The gradients of shared weights are NaN then, as documented; the input of a sample is its own."""
+    w, x = weights()
+
+    def slope(failing):
+        b = x.clone().requires_grad_()
+
+        def f(z, b):
+            return torch.cat((torch.tanh(z[:3] @ w + b[:3]), start + z[3:] if failing else torch.tanh(z[3:] + b[3:])))
+
+        torch.manual_seed(5)
+        solver = Broyden() if isinstance(grad, SHINE) else Picard()
+        found = fixed_point(f, torch.zeros_like(x), b, solver=solver, stop=stop, grad=grad)
+        assert not failing or found.result[3] == Result.NONFINITE
+        return torch.autograd.grad(found.value[:3].square().sum(), b)[0][:3]
+
+    assert torch.equal(slope(True), slope(False))

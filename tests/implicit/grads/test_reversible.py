@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from implicit import Picard, Result, Reversible, Stop, fixed_point
+from implicit import IFT, Picard, Result, Reversible, Stop, fixed_point
 from tests.layers import F64, dense_gradient, dense_solution, flat, layer, off
 
 
@@ -142,6 +142,7 @@ def test_refusals():
 
 @pytest.mark.parametrize("norm", ["euclidean", "rms", "max"])
 @pytest.mark.parametrize("budget", [5, 9, 200])
+@pytest.mark.filterwarnings("ignore:f takes one sample")
 def test_claims_hold_for_the_value(norm, budget):
     source = torch.zeros(12, 2)
     source[0] = 1
@@ -217,3 +218,45 @@ def test_an_f_that_takes_derivatives_itself_is_refused_by_name():
 
     with pytest.raises(NotImplementedError, match="Reversible"):
         fixed_point(f, torch.zeros(1, 2), grad=Reversible())
+
+
+@pytest.mark.parametrize("anchor", [None, 8])
+@pytest.mark.parametrize("reach", ["mean", "chain", "slow sample"])
+def test_samples_that_f_couples_are_solved_as_one_system(reach, anchor):
+    """Fast samples converge first, and miss the tolerance when slow ones move."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 4, generator=rng, dtype=F64).requires_grad_()
+    rate = torch.linspace(0.1, 0.7, 6, dtype=F64)[:, None]
+
+    def f(z, x):
+        others = {"mean": z.mean(0), "chain": z.roll(1, 0), "slow sample": z[-1]}[reach]
+        return rate * torch.tanh(z) + 0.2 * others + x
+
+    stop, z0 = Stop(rtol=1e-9, max_evals=400), torch.zeros(6, 4, dtype=F64)
+    with pytest.warns(RuntimeWarning, match="batch_dims=0"):
+        found = fixed_point(f, z0, x, grad=Reversible(anchor=anchor, on_drift="ignore"), stop=stop)
+    whole = fixed_point(f, z0, x, grad=IFT(), stop=stop, batch_dims=0)
+    assert found.converged.all()
+    torch.testing.assert_close(found.residual, (f(found.value, x) - found.value).norm(dim=1).detach())
+    torch.testing.assert_close(found.value, whole.value, rtol=1e-7, atol=1e-7)
+    assert found.evals.max() < stop.max_evals
+    got, true = (torch.autograd.grad(s.value.square().sum(), x)[0] for s in (found, whole))
+    assert off(got, true) < (1e-6 if anchor else 1e-2)
+
+
+def test_noise_and_samples_of_their_own_are_no_coupling(recwarn):
+    f, x = layer("easy")
+    stop = Stop(rtol=1e-8, max_evals=200)
+    slower = torch.linspace(0, 0.5, len(x), dtype=F64)[:, None]
+    found = fixed_point(
+        lambda z, x: slower * z + (1 - slower) * f(z, x), torch.zeros_like(x), x, grad=Reversible(), stop=stop
+    )
+    assert found.converged.all() and len(found.evals.unique()) > 1
+    draw = torch.Generator().manual_seed(0)
+
+    def noisy(z, x):
+        return slower * z + (1 - slower) * f(z, x) + 1e-4 * torch.randn(z.shape, generator=draw, dtype=F64)
+
+    with torch.no_grad():
+        fixed_point(noisy, torch.zeros_like(x), x, grad=Reversible(), stop=Stop(rtol=1e-4, max_evals=60))
+    assert not [w for w in recwarn if "batch_dims" in str(w.message)]
