@@ -19,7 +19,7 @@ from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.parameter import is_lazy
 
 from implicit.autodiff.function_mode import FunctionMode
@@ -237,6 +237,30 @@ def has_untraced_leaf(y: Tensor, traced: Iterable[Tensor]) -> bool:
     # a barrier is an evaluation in a solve within f: that solve traces its own closure
     below = graph_nodes([y.grad_fn], lambda edge: edge not in stops and edge[0].name() != "BarrierBackward")
     return any(hasattr(node, "variable") for node in below)
+
+
+def same_reach(
+    y: GradientEdge | None, x: GradientEdge | None, theta: Iterable[GradientEdge | None], again: Iterable[bool]
+) -> bool:
+    """Whether a second evaluation of phi(x, *theta) depends on the same tensors as the first, y.
+
+    Compared are the tensors that depend neither on x nor on another tensor of theta: one that does may have been made
+    by phi itself, in a transform that phi starts.
+
+    Args:
+        again: whether the second evaluation depends on each of theta directly.
+    """
+    ends = [None if edge is None else (edge.node, edge.output_nr) for edge in theta]
+    sources = {*ends, None if x is None else (x.node, x.output_nr)} - {None}
+
+    def below(edges: Iterable[Any]) -> set[Any]:
+        nodes = graph_nodes(edge[0] for edge in edges)
+        return {edge for node in nodes for edge in node.next_functions if edge in sources}
+
+    independent = {end for end in ends if end is not None and not below([end])}
+    direct = [end for end, used in zip(ends, again, strict=True) if used and end is not None]
+    first = () if y is None else ((y.node, y.output_nr),)
+    return all((end in below(first) or end in first) == (end in below(direct) or end in direct) for end in independent)
 
 
 def graph_nodes(roots: Iterable[Any], follow: Callable[[Any], bool] = lambda edge: True) -> Iterator[Any]:

@@ -165,7 +165,8 @@ def _purify(problem: Problem, layout: Layout, attached: bool) -> tuple[Pure, tup
         flat = FlatMap(f, _filled(args, theta[: len(given)]), layout)
         return closure_convert(flat, closed)(z, *theta[len(given) :])
 
-    return Pure(not_compiled(pure), layout.widths), (*given, *closed)
+    theta = (*given, *closed)
+    return Pure(not_compiled(pure), layout.widths, tuple(map(has_derivative, theta))), theta
 
 
 def _filled(args: tuple[Any, ...], others: tuple[Tensor, ...]) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from implicit.autodiff.batched import each_cotangent
 from implicit.autodiff.closure_convert import (
@@ -39,6 +39,7 @@ from implicit.autodiff.closure_convert import (
     graph_nodes,
     has_untraced_leaf,
     own_view,
+    same_reach,
 )
 from implicit.autodiff.recomputation import (
     CHANGED,
@@ -75,8 +76,10 @@ def attach(phi: FlatMap, z: Flat, solve: LinearSolve) -> tuple[Flat, Flat]:
             return z.detach(), image
         widths = phi.layout.widths
         explicit = not_compiled(closure_convert(phi, theta))
-        first = First(explicit, record(image, widths), reads, solve.eps, widths, probe)
-        return _FixedPoint.apply(y, x, z.detach(), first, solve, hooked, *map(own_view, theta)), image
+        views = [own_view(t) for t in theta]
+        edges = tuple(_edge_of(t, view) for t, view in zip(theta, views, strict=True))
+        first = First(explicit, record(image, widths), reads, solve.eps, widths, probe, edges)
+        return _FixedPoint.apply(y, x, z.detach(), first, solve, hooked, *views), image
 
 
 def attach_approximately(phi: FlatMap, z: Flat, rule: Rule, eps: float) -> tuple[Flat, Flat]:
@@ -91,6 +94,14 @@ def attach_approximately(phi: FlatMap, z: Flat, rule: Rule, eps: float) -> tuple
     if hooked:
         first = First(not_compiled(phi), record(image, widths), None, eps, widths, probe)
     return _Approximate.apply(y, x, z.detach(), first, rule), image
+
+
+def _edge_of(t: Tensor, view: Tensor) -> GradientEdge | None:
+    """The gradient edge of t, of which `view` is an `own_view`: PyTorch finds none of a leaf that is sparse."""
+    if t.layout == torch.strided or view.grad_fn is None or t.grad_fn is not None:
+        return edge(t)
+    node, number = view.grad_fn.next_functions[0]
+    return None if node is None else GradientEdge(node, number)
 
 
 class Barrier(torch.autograd.Function):
@@ -139,6 +150,7 @@ class First:
     eps: float  # relative rounding error of phi
     widths: tuple[int, ...] = ()  # columns of the tensors of the state
     probe: Tensor | None = None  # `_probe` of the Jacobian if the backward pass evaluates phi again
+    theta: tuple[GradientEdge | None, ...] = ()  # of the tensors that phi closes over
 
     def __call__(self, x: Flat, *theta: Tensor) -> Flat:
         """phi(x, *theta) of a second evaluation.
@@ -204,6 +216,9 @@ class _FixedPoint(torch.autograd.Function):
         if has_untraced_leaf(again, (point, *stands)):
             raise RuntimeError(UNTRACED)
         turned, *found = vjp(again, (point, *stands), u, create_graph=True)
+        # a map of the same value may be detached from a tensor: a weight that is frozen by now, or used under no_grad
+        if not same_reach(ctx.y, ctx.x, ctx.phi.theta, [t is not None for t in found]):
+            raise RuntimeError(CHANGED)
         # two maps, such as two dampings, may have the same value at z*, so u - J^T u is compared too: its rounding
         # error is relative to u even if J^T u is a small difference of large numbers, as behind a normalization
         require_same_image(u if turned is None else u - turned, summary(u - product(u)), ctx.solve.eps)
@@ -214,7 +229,8 @@ def _attach_explicit(phi: Callable[..., Flat], z: Flat, solve: LinearSolve, thet
     """The fixed point z of phi(z, *theta) as a differentiable function of theta; phi closes over no tensor."""
     x = Barrier.apply(z.detach().requires_grad_())
     y = phi(x, *theta)
-    return _FixedPoint.apply(y, x, z.detach(), First(phi, record(y), None, solve.eps), solve, False, *theta)
+    first = First(phi, record(y), None, solve.eps, theta=tuple(map(edge, theta)))
+    return _FixedPoint.apply(y, x, z.detach(), first, solve, False, *theta)
 
 
 class _Approximate(torch.autograd.Function):

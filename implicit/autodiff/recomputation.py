@@ -61,10 +61,35 @@ def require_same_summary(now: Tensor, recorded: Tensor, eps: float) -> None:
     """
     if is_abstract(now):
         return
-    eps = max(eps, torch.finfo(recorded.dtype).eps)
-    allowed = (_ROUNDING if eps < 1e-6 else _COARSE) * eps * recorded[..., :1]
+    allowed = _allowed(max(eps, torch.finfo(recorded.dtype).eps)) * recorded[..., :1]
     if bool(((now - recorded).abs() > allowed).any()):
         raise RuntimeError(CHANGED)
+
+
+def require_same_derivatives(now: list[Tensor | None], then: list[Tensor | None], eps: float) -> None:
+    """Compare the derivatives of two evaluations of a function, whose relative rounding error is eps.
+
+    Each derivative may differ by the rounding of the largest, since a single one may be zero but for rounding, as that
+    of a bias before a normalization. A transform may add an axis to a tensor, whose derivatives are not compared then.
+
+    Raises:
+        RuntimeError: they differ, so the function has changed.
+    """
+    if any((a is None) != (b is None) for a, b in zip(now, then, strict=True)):
+        raise RuntimeError(CHANGED)
+    pairs = [(a, b) for a, b in zip(now, then, strict=True) if a is not None and b is not None and a.shape == b.shape]
+    if not pairs or any(is_abstract(a) for a, _ in pairs):
+        return
+    eps = max(eps, *(torch.finfo(b.dtype).eps for _, b in pairs))
+    largest = torch.stack([b.abs().max().double() for _, b in pairs if b.numel()] or [torch.zeros(())]).max()
+    allowed = _allowed(eps) * largest
+    if any(bool(((a - b).abs() > allowed).any()) for a, b in pairs):
+        raise RuntimeError(CHANGED)
+
+
+def _allowed(eps: float) -> float:
+    """The largest relative difference of two values of one function with rounding error eps."""
+    return (_ROUNDING if eps < 1e-6 else _COARSE) * eps
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,95 @@ def test_a_map_that_changes_inside_a_transform_is_refused():
         torch.func.grad(loss)(weight().detach())
 
 
+class Switched(nn.Module):
+    """tanh(z w^T + b) with a flag that changes its derivatives, and not its value."""
+
+    def __init__(self, change: str, w: torch.Tensor, b: torch.Tensor) -> None:
+        super().__init__()
+        self.w, self.b, self.change, self.flag = w, b, change, False
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        change = self.change if self.flag else ""
+        w = self.w.detach() if change == "detached" else self.w
+        with torch.set_grad_enabled(torch.is_grad_enabled() and change != "no_grad"):
+            b = 1.0 * self.b
+        b = 2 * b - b.detach() if change == "scaled" else b
+        out = torch.tanh(z @ w.T + b)
+        return out + 0.4 * (z - z.detach()) if change == "state" else out
+
+
+def solve_and_switch(change, w, b, when=True):
+    f = Switched(change, w, b)
+    value = fixed_point(f, ZERO, stop=Stop(rtol=1e-11, max_evals=200)).value
+    f.flag = when
+    return value, f
+
+
+def second_in_time(change, w, b):
+    """The map changes between the first derivative and the second."""
+    value, f = solve_and_switch(change, w.requires_grad_(), b.requires_grad_(), when=False)
+    found = torch.autograd.grad(value.sum(), (w, b), create_graph=True)
+    f.flag = True
+    torch.autograd.grad(sum(t.square().sum() for t in found), (w, b), create_graph=True)
+
+
+def penalty(change, w, b):
+    """A derivative inside a transform, whose own derivative is taken after the transform has ended."""
+    w = w.requires_grad_()
+    maps = []
+
+    def loss(b):
+        value, f = solve_and_switch(change, w, b, when=False)
+        maps.append(f)
+        return value.sum()
+
+    found = torch.func.grad(loss)(b)
+    maps[0].flag = True
+    found.square().sum().backward()
+
+
+def mapped_backward(change, w, b):
+    w, b = w.requires_grad_(), b.requires_grad_()
+    torch.func.vmap(lambda b: solve_and_switch(change, w, b)[0])(torch.stack((b, -b))).sum().backward()
+
+
+def value_of(change):
+    return lambda w, b: solve_and_switch(change, w, b)[0]
+
+
+def total(change):
+    return lambda w, b: value_of(change)(w, b).sum()
+
+
+WAYS = {
+    "create_graph": lambda change, w, b: torch.autograd.grad(
+        value_of(change)(w.requires_grad_(), b.requires_grad_()).sum(), (w, b), create_graph=True, allow_unused=True
+    ),
+    "second": second_in_time,
+    "penalty": penalty,
+    "vmap": mapped_backward,
+    "vjp": lambda change, w, b: torch.func.vjp(value_of(change), w, b)[1](ZERO + 1),
+    "jacrev": lambda change, w, b: torch.func.jacrev(value_of(change), argnums=(0, 1))(w, b),
+    "mapped grad": lambda change, w, b: torch.func.vmap(torch.func.grad(total(change), argnums=(0, 1)))(
+        torch.stack((w, -w)), torch.stack((b, b))
+    ),
+}
+
+
+# outside of torch.func J is compared, and on which tensors f depends, but no factor of a gradient of theirs
+OUTSIDE = ("create_graph", "second")
+CHANGES = ["nothing", "detached", "no_grad", "state", "scaled"]
+
+
+@pytest.mark.parametrize(
+    ("way", "change"), [(w, c) for w in WAYS for c in CHANGES if w not in OUTSIDE or c != "scaled"]
+)
+def test_a_change_of_the_derivatives_alone_is_refused(way, change):
+    """A weight is frozen or used under no_grad, a gradient is scaled: the value of f is the same."""
+    with nullcontext() if change == "nothing" else pytest.raises(RuntimeError, match="args"):
+        WAYS[way](change, weight().detach(), X.clone())
+
+
 @named(IFT(), Neumann(60), SHINE(refine=3), JFB(5))
 def test_a_checkpoint_around_a_solve_repeats_it_once(grad):
     calls = [0]
