@@ -29,7 +29,7 @@ from implicit.autodiff.failed_samples import failed, finite
 from implicit.autodiff.recomputation import SameValue, Segments
 from implicit.evaluation import FlatMap
 from implicit.loop.progress import Report, progress_callback, recorded
-from implicit.loop.step_region import step
+from implicit.loop.step_region import in_region, left, region_state
 from implicit.options import Fold, SolveOptions
 from implicit.pytree import Flat, State, map_tensors, to_host, validate_warm_start
 from implicit.solution import Solution
@@ -100,7 +100,8 @@ def _evaluations(
     observer(at, f)
     del point  # frees a state
     while f.remaining > 0 and segments is None:  # inline: a function's caller would hold the first point and state
-        z, tangent, state = step(solver, at.point, state, first=f.calls == 1)
+        z, tangent, state = _step(solver, at, state)
+        at, (z, tangent, state) = _in_regions(f, solver, at, (z, tangent, state), observer)
         at = _next(f, z, tangent, at, bool(solver.patience))
         observer(at, f)
         del z, tangent  # the point has a copy
@@ -128,21 +129,80 @@ def _solution(
     )
 
 
+def _step(solver: AbstractSolver[Any], at: _Position, state: Any) -> tuple[Flat, Flat | None, Any]:
+    """(next z, tangent, solver state); a sample whose last f(z) was not finite takes a plain step, or stays."""
+    z, tangent, state = solver.step(at.point, state)
+    return torch.where(at.failed, at.point.fz if solver.patience else at.point.z, z), tangent, state
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """f at a new z, where it is finite, and `_Position.spoiled` after it."""
+
+    point: Point
+    good: Bool[Tensor, "B 1"]
+    spoiled: Bool[Tensor, "B 1"] | None = None
+
+
 def _next(f: FlatMap, z: Flat, tangent: Flat | None, at: _Position, retry: bool) -> _Position:
     """The point at z, or the point before for samples whose f(z) is not finite: with `retry` they step plainly next."""
-    point = at.point
-    z = torch.where(at.failed, point.fz if retry else point.z, z)
+    return _accept(_evaluate(f, z, tangent, at), at, retry)
+
+
+def _evaluate(f: FlatMap, z: Flat, tangent: Flat | None, at: _Position) -> _Evaluation:
+    """f at z; autograd keeps no f(z) that is not finite, or the evaluation marks it."""
     new = f.evaluate(z, tangent)
     good, spoiled = finite(new.fz), at.spoiled
     if has_derivative(new.fz):
         if not at.reads:
             spoiled = ~good if spoiled is None else spoiled | ~good
         elif not unwrap_all(good).all():
-            new = f.repeat(torch.where(good, new.z, point.z), tangent)
-    fz, z, product = torch.where(good, new.fz, point.fz), new.z, new.product
-    del new  # frees a state
-    point = Point(torch.where(good, z, point.z), fz, product, f.remaining)
+            new = f.repeat(torch.where(good, new.z, at.point.z), tangent)
+    return _Evaluation(new, good, spoiled)
+
+
+def _accept(new: _Evaluation, at: _Position, retry: bool) -> _Position:
+    """The position after an evaluation, see `_next`."""
+    point, good, spoiled = new.point, new.good, new.spoiled
+    fz, z, product, remaining = torch.where(good, point.fz, at.point.fz), point.z, point.product, point.remaining
+    del new, point  # frees a state
+    point = Point(torch.where(good, z, at.point.z), fz, product, remaining)
     return _Position(point, ~good if retry else at.failed | ~good, at.reads, spoiled)
+
+
+def _in_regions(
+    f: FlatMap,
+    solver: AbstractSolver[Any],
+    at: _Position,
+    step: tuple[Flat, Flat | None, Any],
+    observer: "_Observer",
+) -> tuple[_Position, tuple[Flat, Flat | None, Any]]:
+    """All evaluations but the last one and the steps after them, if a compiled graph may have regions between them."""
+    while f.remaining > 1 and (state := region_state(solver, step[0], step[2])) is not None:
+        before = at.point.z.clone() if f.calls == 1 else at.point.z, at.point.fz, at.failed
+        new = f.evaluate(*step[:2])
+        image = new.fz.clone()  # f, as at z0, may have returned a view of its argument
+        found, state = in_region(_next_and_step, state, solver, before, (new.z, image, new.product, new.remaining))
+        at = _Position(Point(*found[:3], f.remaining), found[3], False)
+        step = *found[4:], state
+        observer(at, f)
+    return at, (*step[:2], left(step[2]))
+
+
+def _next_and_step(
+    state: Any,
+    solver: AbstractSolver[Any],
+    before: tuple[Flat, Flat, Bool[Tensor, "B 1"]],
+    new: tuple[Flat, Flat, Flat | None, int],
+) -> tuple[tuple[Tensor | None, ...], Any]:
+    """`_accept` and `_step` after an evaluation that autograd does not record, with the fields of points and positions.
+
+    Returns z, f(z), product and failed of the position, the next z and its tangent; and the solver state.
+    """
+    at = _Position(Point(*before[:2]), before[2], False)
+    at = _accept(_Evaluation(Point(*new), finite(new[1])), at, bool(solver.patience))
+    z, tangent, state = _step(solver, at, state)
+    return (at.point.z, at.point.fz, at.point.product, at.failed, z, tangent), state
 
 
 def _checkpointed(
@@ -175,7 +235,7 @@ def _segment(
     state = map_tensors(torch.clone, state)  # histories may be written in place
     at, end = _Position(Point(z, fz, product, f.remaining), *marks), f.remaining - evals
     while f.remaining > end:
-        z, tangent, state = solver.step(at.point, state)
+        z, tangent, state = _step(solver, at, state)
         at = _next(f, z, tangent, at, bool(solver.patience))
     return at.point.z, at.point.fz, at.point.product, (at.failed, at.reads, at.spoiled), state, f.calls, f.repeats
 

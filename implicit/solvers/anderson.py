@@ -19,7 +19,7 @@ from torch import Tensor
 from implicit.argument_types import check_fields
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history, check_share
-from implicit.solvers.history_buffer import Slot, dots, position, put, put_difference, put_product, row
+from implicit.solvers.history_buffer import Slot, advanced, dots, position, put, put_difference, put_product, row
 
 # a column whose squared norm is smaller gets diagonal 1, and so coefficient 0, since its products underflow
 _UNDERFLOW = {torch.float64: 1e-290, torch.float32: torch.finfo(torch.float32).tiny}
@@ -92,7 +92,9 @@ class Anderson(AbstractSolver[AndersonState]):
 
     def region_state(self, state: AndersonState) -> AndersonState | None:
         k = self.memory - 1
-        return replace(state, position=position(state.columns % k, state.r)) if k else None
+        if not k or state.position is not None:
+            return state if k else None
+        return replace(state, position=position(state.columns % k, state.r))
 
     @property
     def patience(self) -> int:
@@ -111,15 +113,15 @@ class Anderson(AbstractSolver[AndersonState]):
 
     def step(self, point: Point, state: AndersonState) -> tuple[Flat, None, AndersonState]:
         steps, k, r = state.steps + 1, self.memory - 1, point.r
-        df, dr, gram, columns = state.df, state.dr, state.gram, state.columns
+        df, dr, gram, columns, where = state.df, state.dr, state.gram, state.columns, state.position
         # the newest differences take the place of the oldest
         if not state.fresh and k:
-            slot = columns % k if state.position is None else state.position
+            slot = columns % k if where is None else where
             df = put_difference(df, slot, point.fz, state.fz)
             dr = put_difference(dr, slot, r, state.r)
             gram = _renew(gram, slot, dots(dr, row(dr, slot)).squeeze(1), state.ridge)
-            columns += 1
-        new = AndersonState(point.fz, r, df, dr, gram, state.ridge, steps, columns, False)
+            columns, where = columns + 1, advanced(where, k)
+        new = AndersonState(point.fz, r, df, dr, gram, state.ridge, steps, columns, False, where)
         if steps < self.start or not columns:
             return self._damp(point.fz, r), None, new
         # the mixture with the smallest residual

@@ -27,7 +27,16 @@ from torch import Tensor
 from implicit.argument_types import check_fields
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history, on_host, quiet, to_mask
-from implicit.solvers.history_buffer import HistoryBuffer, Slot, coefficient, dots, position, put, put_coefficient
+from implicit.solvers.history_buffer import (
+    HistoryBuffer,
+    Slot,
+    advanced,
+    coefficient,
+    dots,
+    position,
+    put,
+    put_coefficient,
+)
 
 _NOISE = 2  # a difference of residuals of at most this many eps ||f(z)|| consists of rounding errors
 
@@ -79,6 +88,8 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
         return replace(state, fz=point.fz, r=point.r, fresh=True)
 
     def region_state(self, state: AndersonGSState) -> AndersonGSState | None:
+        if state.position is not None:
+            return state
         pairs = state.pairs.reserve(0, state.r)
         if len(pairs.blocks) > 1 or pairs.rows < self.memory:
             return None
@@ -99,11 +110,11 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
         )
 
     def step(self, point: Point, state: AndersonGSState) -> tuple[Flat, None, AndersonGSState]:
-        pairs, square, count = state.pairs, state.square, state.count
+        pairs, square, count, where = state.pairs, state.square, state.count, state.position
         if not state.fresh:
             pairs, square = self._add_pair(point, state)
-            count += 1
-        new = AndersonGSState(point.fz, point.r, pairs, square, count, False)
+            count, where = count + 1, advanced(where, self.memory)
+        new = AndersonGSState(point.fz, point.r, pairs, square, count, False, where)
         if not count:
             return point.fz, None, new
         q, d = pairs.apart

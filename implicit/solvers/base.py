@@ -102,8 +102,9 @@ class AbstractSolver(abc.ABC, Generic[S]):
     def region_state(self, state: S) -> S | None:
         """The state for a step that torch.compile may compile as a region (`implicit.loop.step_region`), or None.
 
-        It has slots of histories as tensors, so that the steps with other slots have the same operators. No result of
-        such a step shares memory with another result, or with an input unless it is that input.
+        It is a dataclass whose field `position` is a slot of the history as a tensor, so that the steps with other
+        slots have the same operators. No result of such a step shares memory with another result, or with an input,
+        unless it is that tensor.
         """
         return None
 

@@ -118,6 +118,8 @@ class Broyden(AbstractSolver[BroydenState]):
         return replace(state, r=point.r, short=short, fresh=True)
 
     def region_state(self, state: BroydenState) -> BroydenState | None:
+        if state.position is not None:
+            return state
         steps = state.steps.reserve(0, state.r)
         if self.search or len(steps.blocks) > 1 or steps.rows < self._rows:
             return None
@@ -219,7 +221,8 @@ def _append(state: BroydenState, s: Flat, r: Flat) -> BroydenState:
     square = coefficient(dots.unsqueeze(1), slot)
     put_coefficient(row.unsqueeze(1), slot + 1, -torch.finfo(s.dtype).tiny - square)
     system = put(state.system, slot, row)
-    return BroydenState(r, steps, system, count + 1, state.short)
+    after = None if state.position is None else state.position + 1
+    return BroydenState(r, steps, system, count + 1, state.short, position=after)
 
 
 def _drop_pair(state: BroydenState, mask: Bool[Tensor, "B 1"], r: Flat) -> BroydenState:

@@ -29,6 +29,11 @@ def position(slot: int, like: Tensor) -> Int[Tensor, "1"]:
     return torch.full((1,), slot, device=like.device)
 
 
+def advanced(slot: Int[Tensor, "1"] | None, rows: int) -> Int[Tensor, "1"] | None:
+    """The slot after a slot in a ring of `rows` rows."""
+    return None if slot is None else (slot + 1) % rows
+
+
 def row(rows: Float[Tensor, "B K M"], slot: Slot) -> Float[Tensor, "B M"]:
     """Row `slot` of every sample; a view if the slot is a number."""
     return rows.index_select(1, slot).squeeze(1) if isinstance(slot, Tensor) else rows[:, slot]
@@ -288,7 +293,8 @@ class HistoryBuffer:
                     block = torch.cat((block[:, :low], part, block[:, high:]), dim=1)
             blocks.append(block)
             first, end = first - block.shape[1], None if end is None else end - block.shape[1]
-        return replace(self, blocks=tuple(blocks))
+        unchanged = all([new is old for new, old in zip(blocks, self.blocks, strict=True)])
+        return self if unchanged else replace(self, blocks=tuple(blocks))
 
     def add(self, x: Flat, c: Coefficients, sign: int = 1, first: int = 0, stride: int = 1) -> Flat:
         """x + sign sum_i c_i row_{first + stride i}."""

@@ -185,8 +185,8 @@ def test_steps_of_a_fixed_count_are_compiled_once_however_many(results, solver):
     assert found["off"] < 1e-10
     few, many = found["bodies"]
     assert few == many and 1 <= len(many) <= 2  # Broyden restarts from its newest pair in a step of its own
-    # an evaluation adds f, the tests that every solver has, and the call with its results
-    assert found["nodes"] <= plain["nodes"] + 12
+    # an evaluation adds f and the call with its results; plain iteration has the tests of f(z) there
+    assert found["nodes"] <= plain["nodes"]
 
 
 @pytest.mark.parametrize("solver", WINDOWS)
