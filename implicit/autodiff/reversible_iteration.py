@@ -30,12 +30,13 @@ from implicit.autodiff.recomputation import repeated_inexactly, require_same_ima
 from implicit.evaluation import FlatMap
 from implicit.loop.repeated_points import REPEATABLE
 from implicit.loop.verification import COUPLED
-from implicit.pytree import Flat, norm, to_device, to_host
+from implicit.pytree import Flat, norm, scaled_norm, to_device, to_host
 from implicit.solution import Result
 from implicit.stopping import Criterion, Stop, classify, classify_count
 from implicit.torch_internals import is_abstract, split_batched
 
 _RUNNING = -1
+_COARSE = 4.0  # `REPEATABLE` in dtypes narrower than float32
 _FAR = 1e4  # a larger relative error does not tell at which step the backward run has diverged
 
 
@@ -125,13 +126,14 @@ class ReversibleIteration:
         """
         if self.joint is not False or not self.stop.has_tolerance or len(running) < 2 or bool(running.all()):
             return False
-        least = REPEATABLE * rounding(self.flat.f, self.flat.layout) * norm(fz)
-        if not bool((~running & (norm(moved - fz) > least)).any() and finite(moved).all()):
+        eps = rounding(self.flat.f, self.flat.layout)
+        least = (REPEATABLE if eps < 1e-6 else _COARSE) * eps * scaled_norm(fz)
+        if not bool((~running & (scaled_norm(moved - fz) > least)).any() and finite(moved).all()):
             return False
         with torch.no_grad():
             again = self.flat(z.to(self.narrow))
         self.verified += 1
-        if bool((norm(again - moved) > least).any()):
+        if bool((scaled_norm(again - moved) > least).any()):
             self.joint = None
             return False
         warnings.warn(COUPLED, RuntimeWarning, stacklevel=2)

@@ -244,6 +244,19 @@ def test_samples_that_f_couples_are_solved_as_one_system(reach, anchor):
     assert off(got, true) < (1e-6 if anchor else 1e-2)
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(F64, 1e-200), (torch.float32, 1e-30), (torch.bfloat16, 1.0)])
+def test_coupling_is_noticed_at_every_size_and_in_narrow_dtypes(dtype, size):
+    x = (size * torch.tensor([[0.0, 0.0], [3.0, 1.0], [1.0, 2.0]], dtype=dtype)).requires_grad_()
+
+    def f(z, x):  # the first row has converged at once, until the others reach it
+        return 0.5 * torch.roll(z, 1, 0) * torch.tensor([[1.0], [0.0], [1.0]], dtype=dtype) + 0.3 * z + x
+
+    stop = Stop(rtol=2e-2 if dtype == torch.bfloat16 else 1e-3, max_evals=100)
+    with pytest.warns(RuntimeWarning, match="batch_dims=0"):
+        found = fixed_point(f, torch.zeros_like(x), x, grad=Reversible(), stop=stop).check()
+    found.value.sum().backward()
+
+
 def test_noise_and_samples_of_their_own_are_no_coupling(recwarn):
     f, x = layer("easy")
     stop = Stop(rtol=1e-8, max_evals=200)
