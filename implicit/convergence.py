@@ -52,7 +52,8 @@ class ConvergenceMonitor:
     fold: Fold | None = None  # a function `SolveOptions.trace`, folded over the evaluations
     inconsistent: bool = False  # f gave two values at one z of a sample: coupling or noise
     noisy: bool = False  # noise was the cause
-    product_keeps_bits: bool = False  # f(z) had the same bits with a Jacobian-vector product as without one
+    product_keeps_bits: bool = False  # a Jacobian-vector product changes no bit of f(z), or f is noisy
+    product_rounds: bool = False  # a Jacobian-vector product changes bits of f(z)
 
     def __post_init__(self) -> None:
         size = self.z0.shape[0]

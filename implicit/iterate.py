@@ -29,6 +29,7 @@ from implicit.convergence import RUNNING, ConvergenceMonitor
 from implicit.evaluation import FlatMap, JointMap
 from implicit.loop.fixed_count import begin, fixed_count
 from implicit.loop.progress import progress_callback, recorded
+from implicit.loop.repeated_points import differs
 from implicit.loop.verification import COUPLED, enter_joint, image_of_best, is_noise, must_continue, spend_budget
 from implicit.options import SolveOptions
 from implicit.pytree import Flat, Layout, Map, State, leaves, map_tensors, to_device
@@ -240,7 +241,8 @@ def _evaluate(f: FlatMap | JointMap, z: Flat, tangent: Flat | None, monitor: Con
 
     PyTorch may choose another kernel for f(z), of attention for example, when the product is computed along with it.
     The samples in other stages must get the same bits as without the product, so f(z) is evaluated once more without
-    it, outside of the budget, until the bits have agreed once.
+    it, outside of the budget, until the bits have agreed once. If f gives two values at one z, they never agree: then
+    two evaluations without the product differ too, and no more of them are made.
     """
     if monitor.masks.newton is None or tangent is None:
         return f.evaluate(z, tangent)
@@ -252,8 +254,17 @@ def _evaluate(f: FlatMap | JointMap, z: Flat, tangent: Flat | None, monitor: Con
     if monitor.product_keeps_bits:
         return point
     fz = f.repeat(z).fz
-    monitor.product_keeps_bits = bool(((fz == point.fz) | fz.isnan()).all())
+    monitor.product_keeps_bits = _same_bits(point.fz, fz)
+    # a difference beyond rounding is tested again, since noise in a small state may give the same value twice
+    if not monitor.product_keeps_bits and (not monitor.product_rounds or differs(monitor.criterion, point.fz, fz)):
+        monitor.product_rounds = _same_bits(f.repeat(z).fz, fz)
+        monitor.product_keeps_bits = not monitor.product_rounds
     return Point(point.z, fz, point.product, point.remaining)
+
+
+def _same_bits(a: Flat, b: Flat) -> bool:
+    """Whether a and b have the same numbers; any number of a agrees with a NaN of b."""
+    return bool(((a == b) | b.isnan()).all())
 
 
 class _Compactor:

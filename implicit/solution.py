@@ -88,7 +88,8 @@ class Solution:
         result: (B,) a `Result` code for every sample (int8). Without tolerance no sample of a batch of several is
             CONVERGED, since f is not evaluated at the value.
         evals: (B,) how often f was evaluated for this sample (int64): at most `Stop.max_evals` times by the solve, plus
-            the evaluations that verify the answer and those of the estimator.
+            those that verify the answer or a difference (about five, and one for each Newton-Krylov step of the
+            safeguard if f is rounded otherwise beside a Jacobian-vector product) and those of the estimator.
         trace: (evaluations, B) residual at each evaluation, NaN once a sample has finished; the last carry if `trace`
             was a function; None unless requested.
         state: the solver state at the end, for a warm start of a related problem; None unless requested.

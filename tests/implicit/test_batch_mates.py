@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from implicit import Multisecant, Stop, Unrolled, fixed_point
+from implicit.torch_internals import transforms_active
 from tests.helpers import F64, SOLVERS, each_solver, solve
 
 
@@ -102,10 +103,16 @@ def test_mates_change_no_step_of_a_sample_that_is_reset(solver, wall):
 
 
 def test_newton_steps_of_mates_leave_attention_its_kernel():
-    """A Jacobian-vector product takes another kernel, which rounds otherwise."""
+    """A Jacobian-vector product takes another kernel, which rounds otherwise; one repeat a step replaces its value."""
+    products = repeats = 0
 
     def path(mate):
+        beside = False
+
         def f(z):
+            nonlocal beside, products, repeats
+            repeats, beside = repeats + beside, transforms_active()
+            products += beside
             attended = torch.nn.functional.scaled_dot_product_attention(z, z, z)
             return torch.cat(((torch.sin(3 * z) + attended)[:1], mate(z[1:])))
 
@@ -117,6 +124,7 @@ def test_newton_steps_of_mates_leave_attention_its_kernel():
     failing = path(lambda z: torch.where(z.abs().amax() > 2, 1e9 * z, z + 1 / (1 + z.square())))
     ending = path(lambda z: 0.5 * z + 1)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(failing.trace, ending.trace, strict=False))
+    assert 1 < products == repeats and int(failing.evals.max()) <= 40 + products + 3
 
 
 def test_a_mate_that_is_reset_leaves_plain_steps_as_they_are():

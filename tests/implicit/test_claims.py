@@ -10,7 +10,9 @@ from implicit import (
     JFB,
     Anderson,
     AndersonGS,
+    BadBroyden,
     Broyden,
+    Multisecant,
     NewtonKrylov,
     Picard,
     Result,
@@ -19,6 +21,7 @@ from implicit import (
     Unrolled,
     fixed_point,
 )
+from implicit.torch_internals import transforms_active
 from tests.helpers import F64, each_solver, relative, solve
 
 TIGHT = Stop(rtol=1e-6, max_evals=300)
@@ -386,6 +389,25 @@ def test_no_more_calls_than_the_budget(solver):
         found = solve(f, torch.zeros(3, 3, dtype=F64), solver=solver, stop=Stop(rtol=1e-7, max_evals=evals))
         added = int(found.evals.max()) - min(int(found.evals.max()), evals)
         assert calls <= evals + added and added <= 1
+
+
+@pytest.mark.parametrize("solver", [Multisecant(), Anderson(), AndersonGS(), Broyden(), BadBroyden()], ids=repr)
+def test_noise_in_newton_steps_of_the_safeguard_spends_no_more_than_the_budget(solver):
+    """Whether a Jacobian-vector product changes the bits of f(z) cannot be found out by repetition beside noise."""
+    calls = products = 0
+
+    def f(z):
+        nonlocal calls, products
+        calls, products = calls + 1, products + transforms_active()
+        return torch.nn.functional.dropout(torch.tanh(2.5 * z @ w) + 1, (0.1, 0.5)[seed % 2])
+
+    for seed in range(6):
+        calls = 0
+        torch.manual_seed(seed)
+        w = torch.randn(6, 6) / 6**0.5
+        found = solve(f, torch.zeros(3, 6), solver=solver, stop=Stop(rtol=1e-6, max_evals=120))
+        assert int(found.evals.max()) == calls <= 120 + 5
+    assert products > 9
 
 
 @each_solver
