@@ -13,31 +13,29 @@ Setting: r_k = f(z_k) - z_k. With the differences of the last m points as column
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from implicit.argument_types import check_fields
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history, check_share
-from implicit.solvers.history_buffer import Slot, advanced, dots, position, put, put_difference, put_product, row
-
-# a column whose squared norm is smaller gets diagonal 1, and so coefficient 0, since its products underflow
-_UNDERFLOW = {torch.float64: 1e-290, torch.float32: torch.finfo(torch.float32).tiny}
+from implicit.solvers.history_buffer import advanced, position
+from implicit.solvers.ring_buffer import GramMatrix, RingBuffer
 
 
 @dataclass(frozen=True)
 class AndersonState:
-    """The last point, K = memory - 1 differences in a ring buffer, and the Gram matrix of dR with the ridge.
+    """The last point, K = memory - 1 differences in ring buffers, and the Gram matrix of dR with the ridge.
 
     `ridge` has 1 + ridge on the diagonal and 1 elsewhere: a new row of the Gram matrix is multiplied by a row of it.
     """
 
     fz: Flat
     r: Flat
-    df: Float[Tensor, "B K N"]
-    dr: Float[Tensor, "B K N"]
-    gram: Float[Tensor, "B K K"]
-    ridge: Float[Tensor, "B K K"]
+    df: RingBuffer
+    dr: RingBuffer
+    gram: GramMatrix
+    ridge: RingBuffer
     steps: int = 0
     columns: int = 0
     fresh: bool = True  # before the first step of a solve, when no difference can be formed yet
@@ -75,20 +73,19 @@ class Anderson(AbstractSolver[AndersonState]):
 
     def init(self, point: Point) -> AndersonState:
         rows, numbers = point.z.shape
-        k = self.memory - 1
-        df, dr = point.z.new_zeros(rows, k, numbers), point.z.new_zeros(rows, k, numbers)
-        gram = _empty_gram(point.z.new_empty(rows, k, k))
+        df, dr = (RingBuffer(point.z.new_zeros(rows, self.memory - 1, numbers)) for _ in range(2))
+        gram = GramMatrix.empty(self.memory - 1, point.z)
         return AndersonState(point.fz, point.r, df, dr, gram, self._ridge(gram))
 
     def resume(self, point: Point, state: AndersonState) -> AndersonState:
-        check_history(state.dr.shape[1] + 1, self.memory)
+        check_history(state.dr.rows.shape[1] + 1, self.memory)
         # the state may come from a solver with another ridge
-        return replace(state, fz=point.fz, r=point.r, ridge=self._ridge(state.gram), fresh=True)
+        ridge = self._ridge(GramMatrix.empty(self.memory - 1, point.z))
+        return replace(state, fz=point.fz, r=point.r, ridge=ridge, fresh=True)
 
-    def _ridge(self, like: Float[Tensor, "B K K"]) -> Float[Tensor, "B K K"]:
-        """The factors of a Gram matrix that add the ridge to its diagonal."""
-        ridge = self.ridge or (1e-14 if like.dtype == torch.float64 else 1e-6)
-        return 1 + ridge * _empty_gram(like)
+    def _ridge(self, empty: GramMatrix) -> RingBuffer:
+        ridge = self.ridge or (1e-14 if empty.products.dtype == torch.float64 else 1e-6)
+        return RingBuffer(1 + ridge * empty.products)
 
     def region_state(self, state: AndersonState) -> AndersonState | None:
         k = self.memory - 1
@@ -101,14 +98,13 @@ class Anderson(AbstractSolver[AndersonState]):
         return min(2 * self.memory + 5, 30) if self.safeguard and self.memory > 1 else 0
 
     def restart(self, point: Point, state: AndersonState, mask: Bool[Tensor, "B 1"]) -> AndersonState:
-        cleared = mask.unsqueeze(2)
         return replace(
             state,
             fz=torch.where(mask, point.fz, state.fz),
             r=torch.where(mask, point.r, state.r),
-            df=state.df.masked_fill(cleared, 0),
-            dr=state.dr.masked_fill(cleared, 0),
-            gram=torch.where(cleared, _empty_gram(state.gram), state.gram),
+            df=state.df.clear(mask),
+            dr=state.dr.clear(mask),
+            gram=state.gram.clear(mask),
         )
 
     def step(self, point: Point, state: AndersonState) -> tuple[Flat, None, AndersonState]:
@@ -117,18 +113,18 @@ class Anderson(AbstractSolver[AndersonState]):
         # the newest differences take the place of the oldest
         if not state.fresh and k:
             slot = columns % k if where is None else where
-            df = put_difference(df, slot, point.fz, state.fz)
-            dr = put_difference(dr, slot, r, state.r)
-            gram = _renew(gram, slot, dots(dr, row(dr, slot)).squeeze(1), state.ridge)
+            df = df.set_difference(slot, point.fz, state.fz)
+            dr = dr.set_difference(slot, r, state.r)
+            gram = gram.set(slot, dr.dot(dr.row(slot)), state.ridge)
             columns, where = columns + 1, advanced(where, k)
         new = AndersonState(point.fz, r, df, dr, gram, state.ridge, steps, columns, False, where)
         if steps < self.start or not columns:
             return self._damp(point.fz, r), None, new
         # the mixture with the smallest residual
-        gamma = _weights(gram, dots(dr, r))
-        z = torch.baddbmm(point.fz.unsqueeze(1), gamma, df, alpha=-1).squeeze(1)
+        gamma = gram.solve(dr.dot(r))
+        z = df.add(point.fz, gamma, -1)
         if self.damping:
-            z = self._damp(z, torch.baddbmm(r.unsqueeze(1), gamma, dr, alpha=-1).squeeze(1))
+            z = self._damp(z, dr.add(r, gamma, -1))
         return z, None, new
 
     def _damp(self, z: Flat, r: Flat) -> Flat:
@@ -136,31 +132,4 @@ class Anderson(AbstractSolver[AndersonState]):
 
     def inverse_transpose(self, state: AndersonState, g: Flat) -> Flat:
         """H^T g, with H r = r - dF gamma(r)."""
-        if not state.columns:
-            return g
-        gamma = _weights(state.gram, dots(state.df, g))
-        return torch.baddbmm(g.unsqueeze(1), gamma, state.dr, alpha=-1).squeeze(1)
-
-
-def _empty_gram(like: Float[Tensor, "B K K"]) -> Float[Tensor, "B K K"]:
-    """The Gram matrix of columns of zeros."""
-    return torch.eye(like.shape[1], dtype=like.dtype, device=like.device).repeat(like.shape[0], 1, 1)
-
-
-def _renew(
-    gram: Float[Tensor, "B K K"], slot: Slot, products: Float[Tensor, "B K"], ridge: Float[Tensor, "B K K"]
-) -> Float[Tensor, "B K K"]:
-    """The Gram matrix with new products in row and column `slot`, and the ridge on the diagonal."""
-    gram = put_product(gram, slot, products, row(ridge, slot))
-    new = row(gram, slot)
-    own = torch.threshold_(row(new.unsqueeze(2), slot), _UNDERFLOW[gram.dtype], 1)
-    if isinstance(slot, Tensor):  # `new` and `own` are no views
-        new = new.index_copy(1, slot, own)
-        return gram.index_copy(1, slot, new.unsqueeze(1)).index_copy(2, slot, new.unsqueeze(2))
-    return put(gram.mT, slot, new).mT
-
-
-def _weights(gram: Float[Tensor, "B K K"], rhs: Float[Tensor, "B 1 K"]) -> Float[Tensor, "B 1 K"]:
-    """The solution of the small systems; rows are divided by ||dR_i||, since pivots are chosen by comparing rows."""
-    rows = gram.diagonal(dim1=1, dim2=2).rsqrt().unsqueeze(2)
-    return torch.linalg.solve_ex(gram * rows, rhs.mT * rows)[0].mT
+        return state.dr.add(g, state.gram.solve(state.df.dot(g)), -1) if state.columns else g

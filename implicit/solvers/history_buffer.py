@@ -43,7 +43,7 @@ def put(rows: Float[Tensor, "B K M"], slot: Slot, value: Float[Tensor, "B M"]) -
     """`rows` with row `slot` of every sample replaced by `value`."""
     if isinstance(slot, Tensor):
         return rows.index_copy_(1, slot, value.unsqueeze(1))
-    if not _in_place(rows, value):
+    if not in_place(rows, value):
         return torch.cat((rows[:, :slot], value.unsqueeze(1), rows[:, slot + 1 :]), dim=1)
     rows.select(1, slot).copy_(value)
     return rows
@@ -77,23 +77,13 @@ def put_difference(
 ) -> Float[Tensor, "B K M"]:
     """`rows` with row `slot` of every sample replaced by a - b."""
     # dynamo does not allow a view as out=
-    if isinstance(slot, Tensor) or torch.compiler.is_compiling() or not _in_place(rows, a, b):
+    if isinstance(slot, Tensor) or torch.compiler.is_compiling() or not in_place(rows, a, b):
         return put(rows, slot, a - b)
     torch.sub(a, b, out=rows.select(1, slot))
     return rows
 
 
-def put_product(
-    rows: Float[Tensor, "B K M"], slot: Slot, a: Float[Tensor, "B M"], b: Float[Tensor, "B M"]
-) -> Float[Tensor, "B K M"]:
-    """`rows` with row `slot` of every sample replaced by a b, number by number."""
-    if isinstance(slot, Tensor) or torch.compiler.is_compiling() or not _in_place(rows, a, b):
-        return put(rows, slot, a * b)
-    torch.mul(a, b, out=rows.select(1, slot))
-    return rows
-
-
-def _in_place(*given: Tensor) -> bool:
+def in_place(*given: Tensor) -> bool:
     """Whether rows may be written in place: autograd records none of `given`, and no transform maps one of them."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):
         return False
@@ -105,7 +95,7 @@ def _may_clear(rows: Tensor, mask: Tensor) -> bool:
 
     Autograd saves rows that it does not record, those of a warm start, for the derivatives of their products.
     """
-    return _in_place(rows, mask) and not torch.is_grad_enabled()
+    return in_place(rows, mask) and not torch.is_grad_enabled()
 
 
 def dots(rows: Float[Tensor, "B K M"], x: Float[Tensor, "B M"]) -> Float[Tensor, "B 1 K"]:
@@ -118,7 +108,7 @@ def put_products(
 ) -> Float[Tensor, "B K K"]:
     """`gram` with the rows from `first` on replaced by the products of `rows` with those of the history."""
     end, start = first + rows.shape[1], 0
-    if torch.compiler.is_compiling() or not _in_place(gram, rows, *history.blocks):
+    if torch.compiler.is_compiling() or not in_place(gram, rows, *history.blocks):
         products = torch.cat([torch.bmm(rows, block.mT) for block in history.blocks], dim=2)
         return torch.cat((gram[:, :first], products, gram[:, end:]), dim=1)
     for block in history.blocks:
@@ -236,7 +226,7 @@ class HistoryBuffer:
     def set_differences(self, slot: Slot, *pairs: tuple[Flat, Flat]) -> "HistoryBuffer":
         """The history with the vectors of row `slot` replaced by the differences a - b of the pairs (a, b)."""
         i, place = (0, slot) if isinstance(slot, Tensor) else self._place(slot)
-        if isinstance(place, Tensor) or torch.compiler.is_compiling() or not _in_place(self.blocks[i], *chain(*pairs)):
+        if isinstance(place, Tensor) or torch.compiler.is_compiling() or not in_place(self.blocks[i], *chain(*pairs)):
             return self._with(i, put(self.blocks[i], place, torch.cat([a - b for a, b in pairs], dim=1)))
         for vector, pair in zip(self.apart, pairs, strict=True):
             put_difference(vector.blocks[i], place, *pair)
@@ -251,7 +241,7 @@ class HistoryBuffer:
         """The history with the rows from `first` on, which lie in one block, replaced by some values."""
         i, first = self._place(first)
         block, end = self.blocks[i], first + len(values)
-        if torch.compiler.is_compiling() or not _in_place(block, *values):
+        if torch.compiler.is_compiling() or not in_place(block, *values):
             return self._with(i, torch.cat((block[:, :first], torch.stack(values, dim=1), block[:, end:]), dim=1))
         torch.stack(values, dim=1, out=block[:, first:end])
         return self
@@ -264,7 +254,7 @@ class HistoryBuffer:
         new = self.part(other, other + count)
         i, row = self._place(row)
         block, end = self.blocks[i], row + count
-        if torch.compiler.is_compiling() or not _in_place(block, new, scale):
+        if torch.compiler.is_compiling() or not in_place(block, new, scale):
             value = (new - block[:, row:end]) * scale.unsqueeze(2)
             return self._with(i, torch.cat((block[:, :row], value, block[:, end:]), dim=1))
         torch.sub(new, block[:, row:end], out=block[:, row:end]).mul_(scale.unsqueeze(2))

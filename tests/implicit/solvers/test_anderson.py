@@ -62,8 +62,8 @@ def test_memory_one_is_picard():
 def test_the_gram_matrix_is_that_of_the_columns():
     f, z0 = smooth()
     memory = iterate(f, z0, Anderson(4), Stop(max_evals=9, **FREE), options=SolveOptions(keep_state=True)).state
-    true = memory.dr @ memory.dr.mT
-    torch.testing.assert_close(memory.gram, true, rtol=1e-12, atol=1e-15)
+    true = memory.dr.rows @ memory.dr.rows.mT
+    torch.testing.assert_close(memory.gram.products, true, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("solver", [Anderson(6), AndersonGS(6), Broyden(6)], ids=lambda s: type(s).__name__)
