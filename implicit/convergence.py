@@ -67,7 +67,8 @@ class ConvergenceMonitor:
         self.done = size == 0
         self.last: tuple[np.ndarray, np.ndarray, int] | None = None  # rows, held, calls of the last whole reading
         self.observed: Point | None = None  # the point at which f gave another value than before
-        self._held = np.zeros(size, dtype=bool)  # samples whose present z is their best iterate
+        self._none = np.zeros(size, dtype=bool)
+        self._held = self._none  # samples whose present z is their best iterate
         self._lost = np.zeros(0, dtype=np.int64)  # converged samples that miss the tolerance in a later evaluation
         self._pending: Observation | None = None
         self._quick: QuickReading | None = None
@@ -127,7 +128,7 @@ class ConvergenceMonitor:
         if z is point.fz and z.requires_grad:
             z = z.view_as(z)
         z = self.masks.apply(z, point, self.best, self.rows)
-        self._held = self.code != RUNNING
+        self._held = self._none if self.masks.running is None else self.code != RUNNING
         if last and not self.noisy and self._made - self.best.oldest >= _AGED:
             self.best.flush()
             aged = (self._made - self.best.since >= _AGED) & np.isfinite(self.best.residual) & ~self._held
@@ -263,7 +264,7 @@ class ConvergenceMonitor:
         """Read by the quick reading if that suffices; returns whether it did."""
         if self._quick is None or self.masks.running is not None or seen.stopped is not None:
             return False
-        if len(seen.rows) < len(self.code) or seen.held.any() or seen.read_early is not None:
+        if len(seen.rows) < len(self.code) or seen.read_early is not None or seen.held.any():
             return False
         safeguard, calls = self.safeguard, seen.calls - self.begin
         quiet = safeguard is None or (safeguard.begun and calls < safeguard.next_due and not safeguard.failing)

@@ -61,16 +61,16 @@ class FlatMap:
         # versions of the input, and of earlier outputs, before and after the call
         first = self.calls <= _CHECKED
         before = _versions(state) if first else None
-        held = [(t, version(t)) for ref in self._outputs if (t := ref()) is not None]
+        held = [(ref, t, version(t)) for ref in self._outputs if (t := ref()) is not None]
         out = self.f(state, *self.args)
-        written = any(version(t) != then for t, then in held) or any(_written(then, t) for t, then in self._copies)
+        written = any([version(t) != then for _, t, then in held]) or any([_written(x, t) for t, x in self._copies])
         if written or _written(before, state):
             raise ValueError(
                 "f modifies its input in place, or writes its result into a tensor that it returned before, so z and "
                 "f(z) would be one tensor and every residual 0: use out-of-place operations in f, or clone its result."
             )
         flat = self.layout.pack(self.layout.check(out, state))
-        self._outputs = deque((weakref.ref(t) for t, _ in held), _WATCHED)
+        self._outputs = deque([ref for ref, _, _ in held], _WATCHED)
         if not first:
             self._copies = []
         elif flat.is_inference():

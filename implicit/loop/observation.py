@@ -46,12 +46,11 @@ class Observation:
 
 def fetch(criterion: Criterion, point: Point) -> Norms:
     """The norms of f(z) - z and f(z), being copied to the host."""
-    r, fz = point.r.detach(), point.fz.detach()
     if criterion.whole_rows:  # norms that solvers use too
         sizes = point.r_size, point.fz_size
     else:
-        sizes = criterion.measure(r), criterion.measure(fz)
-    if on_host(fz):
+        sizes = criterion.measure(point.r.detach()), criterion.measure(point.fz.detach())
+    if on_host(point.fz):
         return Norms(sizes)
     host, ready = copy_to_host(torch.stack(sizes))
     r_size, fz_size = host.unbind()

@@ -49,14 +49,14 @@ class Point:
     def r_size(self) -> PerSample:
         """Euclidean norms of r, (B,), without a derivative."""
         if self._r_size is None:
-            self._r_size = norm(self.r.detach())
+            self._r_size = norm(self.r.detach() if self.r.requires_grad else self.r)
         return self._r_size
 
     @property
     def fz_size(self) -> PerSample:
         """Euclidean norms of f(z), (B,), without a derivative."""
         if self._fz_size is None:
-            self._fz_size = norm(self.fz.detach())
+            self._fz_size = norm(self.fz.detach() if self.fz.requires_grad else self.fz)
         return self._fz_size
 
 

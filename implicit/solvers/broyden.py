@@ -29,12 +29,13 @@ from torch.nn.functional import pad
 
 from implicit.argument_types import check_fields
 from implicit.pytree import Flat, norm
-from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history
+from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history, on_host, to_mask
 from implicit.solvers.history_buffer import (
     HistoryBuffer,
     Slot,
     coefficient,
     fill_entry,
+    in_place,
     position,
     put,
     put_coefficient,
@@ -154,9 +155,9 @@ class Broyden(AbstractSolver[BroydenState]):
             s = state.steps.add(s, c * state.short[:, :, : state.count], -1)
         # the newest factor; its pair is dropped where the division would blow up rounding errors
         share = 1 + coefficient(c, state.slot - 1)
-        lost = share.abs() <= torch.finfo(r.dtype).eps ** _NOISE
-        state = _drop_pair(state, lost, r)
-        s = s / share.masked_fill(lost, 1)
+        if (lost := to_mask(abs(on_host(share)[0]) <= torch.finfo(r.dtype).eps ** _NOISE, share)) is not None:
+            state, share = _drop_pair(state, lost, r), share.masked_fill(lost, 1)
+        s = s / share
         if state.short is None:
             return point.z + s, None, _append(state, s, r)
         z, state = self._search(point, state, state.short, s)
@@ -215,12 +216,18 @@ def _append(state: BroydenState, s: Flat, r: Flat) -> BroydenState:
     count, slot = state.count, state.slot
     steps = state.steps.reserve(count, s).set(slot, s)
     dots = steps.dot(s).squeeze(1)
-    row = pad(dots, (0, state.system.shape[2] - dots.shape[1]))
+    # the row of the system, or a copy where it must not be written in place
+    copied = state.position is not None or torch.compiler.is_compiling() or not in_place(state.system, dots)
+    if copied:
+        row = pad(dots, (0, state.system.shape[2] - dots.shape[1]))
+    else:
+        row = state.system[:, count]
+        row[:, : dots.shape[1]] = dots
     if state.short is not None:
         row[:, 1 : count + 1] += state.short[:, 0, :count] * dots[:, :count]
     square = coefficient(dots.unsqueeze(1), slot)
     put_coefficient(row.unsqueeze(1), slot + 1, -torch.finfo(s.dtype).tiny - square)
-    system = put(state.system, slot, row)
+    system = put(state.system, slot, row) if copied else state.system
     after = None if state.position is None else state.position + 1
     return BroydenState(r, steps, system, count + 1, state.short, position=after)
 
