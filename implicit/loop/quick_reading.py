@@ -29,18 +29,20 @@ class QuickReading:
             quiet: whether no new smallest residual in this evaluation can change a decision of the safeguard.
             safeguarded: whether the solve has a safeguard.
         """
-        count = len(seen.rows)
-        if count <= LISTS:
-            r, s = (t.tolist() for t in seen.sizes)
-            clear = all([new > self.rtol * size + low for new, size, low in zip(r, s, self.low, strict=True)])
-            clear = clear and max(r, default=0.0) <= self.high and max(s, default=0.0) <= self.high
-            gained = sum([new < old for new, old in zip(r, best.least, strict=True)])
-        else:
-            r, s = (as_array(t) for t in seen.sizes)
-            clear = bool((r > self.rtol * s + self.low).all() and (np.maximum(r, s) <= self.high).all())
-            gained = int(np.count_nonzero(r < best.least))
-        if not clear or not quiet or seen.calls <= best.last_begun:
+        if not quiet or seen.calls <= best.last_begun:
             return False
+        count, gained, (r, s) = len(seen.rows), 0, seen.sizes
+        if count <= LISTS:
+            r, s = r.tolist(), s.tolist()
+            for new, size, low, old in zip(r, s, self.low, best.least, strict=True):
+                if not (self.rtol * size + low < new <= self.high and size <= self.high):
+                    return False
+                gained += new < old
+        else:
+            r, s = as_array(r), as_array(s)
+            if not ((r > self.rtol * s + self.low).all() and (np.maximum(r, s) <= self.high).all()):
+                return False
+            gained = int(np.count_nonzero(r < best.least))
         if gained < count:
             return not gained and not safeguarded and seen.calls - best.oldest < PATIENCE
         best.advance(seen.point, r, s, seen.calls)

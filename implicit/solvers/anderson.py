@@ -115,7 +115,7 @@ class Anderson(AbstractSolver[AndersonState]):
             slot = columns % k if where is None else where
             df = df.set_difference(slot, point.fz, state.fz)
             dr = dr.set_difference(slot, r, state.r)
-            gram = gram.set(slot, dr.dot(dr.row(slot)), state.ridge)
+            gram = gram.set(slot, dr.dot_row(slot), state.ridge)
             columns, where = columns + 1, advanced(where, k)
         new = AndersonState(point.fz, r, df, dr, gram, state.ridge, steps, columns, False, where)
         if steps < self.start or not columns:

@@ -150,12 +150,13 @@ class Broyden(AbstractSolver[BroydenState]):
         # H r with all factors but the newest
         c = _coefficients(state, r)
         others = c if state.position is None else c.index_fill(2, state.position - 1, 0)
-        s = state.steps.add(r, others[:, :, :-1], -1, first=1)
+        s = state.steps.add(r, others.narrow(2, 0, others.shape[2] - 1), -1, first=1)
         if state.short is not None:
             s = state.steps.add(s, c * state.short[:, :, : state.count], -1)
         # the newest factor; its pair is dropped where the division would blow up rounding errors
         share = 1 + coefficient(c, state.slot - 1)
-        if (lost := to_mask(abs(on_host(share)[0]) <= torch.finfo(r.dtype).eps ** _NOISE, share)) is not None:
+        (found,) = on_host(share.detach())
+        if (lost := to_mask(abs(found) <= torch.finfo(r.dtype).eps ** _NOISE, share)) is not None:
             state, share = _drop_pair(state, lost, r), share.masked_fill(lost, 1)
         s = s / share
         if state.short is None:
@@ -207,29 +208,35 @@ class Broyden(AbstractSolver[BroydenState]):
 def _coefficients(state: BroydenState, x: Flat) -> Float[Tensor, "B 1 C"]:
     """-c, the solution of the triangular system."""
     used = state.used
-    dots = state.steps.dot(x)[:, :, :used].mT
-    return torch.linalg.solve_triangular(state.system[:, :used, 1 : used + 1], dots, upper=False).mT
+    dots = state.steps.dot(x).narrow(2, 0, used).mT
+    system = state.system.narrow(1, 0, used).narrow(2, 1, used)
+    return torch.linalg.solve_triangular(system, dots, upper=False).mT
 
 
 def _append(state: BroydenState, s: Flat, r: Flat) -> BroydenState:
     """The solver state with one more step s, made at the residual r."""
     count, slot = state.count, state.slot
     steps = state.steps.reserve(count, s).set(slot, s)
+    after = None if state.position is None else state.position + 1
     dots = steps.dot(s).squeeze(1)
-    # the row of the system, or a copy where it must not be written in place
-    copied = state.position is not None or torch.compiler.is_compiling() or not in_place(state.system, dots)
-    if copied:
-        row = pad(dots, (0, state.system.shape[2] - dots.shape[1]))
+    return BroydenState(r, steps, _with_row(state, dots), count + 1, state.short, position=after)
+
+
+def _with_row(state: BroydenState, dots: Float[Tensor, "B K"]) -> Float[Tensor, "B K K+1"]:
+    """T - D with the row of a new step, of which `dots` are the products with all steps."""
+    count, slot, system = state.count, state.slot, state.system
+    in_row = state.position is None and not torch.compiler.is_compiling() and in_place(system, dots)
+    if in_row:  # the row holds 0 and -tiny, as `_blank` left it
+        row = system.select(1, count)
+        row.narrow(1, 0, count + 1).copy_(dots.narrow(1, 0, count + 1))
+        row.narrow(1, count + 1, 1).sub_(dots.narrow(1, count, 1))
     else:
-        row = state.system[:, count]
-        row[:, : dots.shape[1]] = dots
+        row = pad(dots, (0, system.shape[2] - dots.shape[1]))
+        square = coefficient(dots.unsqueeze(1), slot)
+        put_coefficient(row.unsqueeze(1), slot + 1, -torch.finfo(dots.dtype).tiny - square)
     if state.short is not None:
         row[:, 1 : count + 1] += state.short[:, 0, :count] * dots[:, :count]
-    square = coefficient(dots.unsqueeze(1), slot)
-    put_coefficient(row.unsqueeze(1), slot + 1, -torch.finfo(s.dtype).tiny - square)
-    system = put(state.system, slot, row) if copied else state.system
-    after = None if state.position is None else state.position + 1
-    return BroydenState(r, steps, system, count + 1, state.short, position=after)
+    return system if in_row else put(system, slot, row)
 
 
 def _drop_pair(state: BroydenState, mask: Bool[Tensor, "B 1"], r: Flat) -> BroydenState:

@@ -36,7 +36,7 @@ def advanced(slot: Int[Tensor, "1"] | None, rows: int) -> Int[Tensor, "1"] | Non
 
 def row(rows: Float[Tensor, "B K M"], slot: Slot) -> Float[Tensor, "B M"]:
     """Row `slot` of every sample; a view if the slot is a number."""
-    return rows.index_select(1, slot).squeeze(1) if isinstance(slot, Tensor) else rows[:, slot]
+    return rows.index_select(1, slot).squeeze(1) if isinstance(slot, Tensor) else rows.select(1, slot)
 
 
 def put(rows: Float[Tensor, "B K M"], slot: Slot, value: Float[Tensor, "B M"]) -> Float[Tensor, "B K M"]:
@@ -51,12 +51,14 @@ def put(rows: Float[Tensor, "B K M"], slot: Slot, value: Float[Tensor, "B M"]) -
 
 def coefficient(c: Coefficients, slot: Slot) -> Float[Tensor, "B 1"]:
     """The coefficient of row `slot`; a view if the slot is a number."""
-    return row(c.transpose(1, 2), slot)
+    return row(c.transpose(1, 2), slot) if isinstance(slot, Tensor) else c.select(2, slot)
 
 
 def put_coefficient(c: Coefficients, slot: Slot, value: Float[Tensor, "B 1"] | float) -> None:
     """Write the coefficient of row `slot`."""
-    if not isinstance(slot, Tensor):
+    if not isinstance(slot, Tensor) and isinstance(value, Tensor):
+        c.select(2, slot).copy_(value)
+    elif not isinstance(slot, Tensor):
         c[:, :, slot] = value
     elif isinstance(value, Tensor):
         c.index_copy_(2, slot, value.unsqueeze(2))
@@ -70,17 +72,6 @@ def fill_entry(matrix: Float[Tensor, "B K M"], i: Slot, j: Slot, mask: Bool[Tens
     entry = row(line.unsqueeze(2), j).masked_fill_(mask, value)
     if isinstance(i, Tensor) and isinstance(j, Tensor):  # `line` and `entry` are no views
         matrix.index_copy_(1, i, line.index_copy(1, j, entry).unsqueeze(1))
-
-
-def put_difference(
-    rows: Float[Tensor, "B K M"], slot: Slot, a: Float[Tensor, "B M"], b: Float[Tensor, "B M"]
-) -> Float[Tensor, "B K M"]:
-    """`rows` with row `slot` of every sample replaced by a - b."""
-    # dynamo does not allow a view as out=
-    if isinstance(slot, Tensor) or torch.compiler.is_compiling() or not in_place(rows, a, b):
-        return put(rows, slot, a - b)
-    torch.sub(a, b, out=rows.select(1, slot))
-    return rows
 
 
 def in_place(*given: Tensor) -> bool:
@@ -172,7 +163,7 @@ class HistoryBuffer:
         if isinstance(slot, Tensor):
             return row(self.blocks[0], slot)
         i, slot = self._place(slot)
-        return self.blocks[i][:, slot]
+        return self._rows[i][slot] if self._keeps_views else self.blocks[i][:, slot]
 
     def _place(self, slot: int) -> tuple[int, int]:
         """(number of the block that holds row `slot`, number of the row in this block)."""
@@ -223,18 +214,34 @@ class HistoryBuffer:
     def _kept_views(self) -> "tuple[HistoryBuffer, ...]":
         return self._views()
 
+    @property
+    def _keeps_views(self) -> bool:
+        """Whether views are kept from step to step: rows are written in place. A view costs as much as an operator."""
+        return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active())
+
+    @cached_property
+    def _rows(self) -> tuple[tuple[Flat, ...], ...]:
+        return tuple([block.unbind(1) for block in self.blocks])
+
+    @cached_property
+    def _columns(self) -> tuple[Float[Tensor, "B N _"], ...]:
+        return tuple([block.transpose(1, 2) for block in self.blocks])
+
     def set_differences(self, slot: Slot, *pairs: tuple[Flat, Flat]) -> "HistoryBuffer":
         """The history with the vectors of row `slot` replaced by the differences a - b of the pairs (a, b)."""
         i, place = (0, slot) if isinstance(slot, Tensor) else self._place(slot)
         if isinstance(place, Tensor) or torch.compiler.is_compiling() or not in_place(self.blocks[i], *chain(*pairs)):
             return self._with(i, put(self.blocks[i], place, torch.cat([a - b for a, b in pairs], dim=1)))
-        for vector, pair in zip(self.apart, pairs, strict=True):
-            put_difference(vector.blocks[i], place, *pair)
+        for vector, (a, b) in zip(self.apart, pairs, strict=True):
+            torch.sub(a, b, out=vector._rows[i][place] if self._keeps_views else vector.blocks[i][:, place])
         return self
 
     def set(self, slot: Slot, value: Flat) -> "HistoryBuffer":
         """The history with row `slot` replaced by `value`."""
         i, slot = (0, slot) if isinstance(slot, Tensor) else self._place(slot)
+        if self._keeps_views and not isinstance(slot, Tensor):
+            self._rows[i][slot].copy_(value)
+            return self
         return self._with(i, put(self.blocks[i], slot, value))
 
     def set_rows(self, first: int, *values: Flat) -> "HistoryBuffer":
@@ -262,7 +269,10 @@ class HistoryBuffer:
 
     def dot(self, x: Flat) -> Coefficients:
         """<row_i, x> for every row."""
-        parts = [dots(block, x) for block in self.blocks]
+        if self._keeps_views:
+            parts = [torch.bmm(x.unsqueeze(1), columns) for columns in self._columns]
+        else:
+            parts = [dots(block, x) for block in self.blocks]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def is_finite(self) -> Bool[Tensor, "B 1"]:
@@ -290,11 +300,10 @@ class HistoryBuffer:
         """x + sign sum_i c_i row_{first + stride i}."""
         out, taken, start = x.unsqueeze(1), 0, first
         for block in self.blocks:
-            rows = block[:, start::stride] if start or stride > 1 else block
-            count = min(rows.shape[1], c.shape[2] - taken)
+            count = min(-((start - block.shape[1]) // stride), c.shape[2] - taken)
             if count > 0:
-                rows = rows if count == rows.shape[1] else rows[:, :count]
-                part = c if count == c.shape[2] else c[:, :, taken : taken + count]
+                rows = block.narrow(1, start, count) if stride == 1 else block[:, start::stride][:, :count]
+                part = c if count == c.shape[2] else c.narrow(2, taken, count)
                 out = torch.baddbmm(out, part, rows, alpha=sign)
                 taken += count
             start = (start - block.shape[1]) % stride if start < block.shape[1] else start - block.shape[1]

@@ -39,10 +39,16 @@ class RingBuffer:
             return dots(self.rows, x)
         return torch.bmm(x.unsqueeze(1), self._columns)
 
-    def row(self, slot: Slot) -> Flat:
+    def dot_row(self, slot: Slot) -> Coefficients:
+        """<row_i, row_slot> for every row."""
+        columns = self.rows.transpose(1, 2) if torch.compiler.is_compiling() else self._columns
+        return torch.bmm(self.one_row(slot), columns)
+
+    def one_row(self, slot: Slot) -> Float[Tensor, "B 1 N"]:
         """Row `slot` of every sample."""
-        traced = isinstance(slot, Tensor) or torch.compiler.is_compiling()
-        return row(self.rows, slot) if traced else self._each[slot]
+        if isinstance(slot, Tensor) or torch.compiler.is_compiling():
+            return row(self.rows, slot).unsqueeze(1)
+        return self._slices[slot]
 
     def add(self, x: Flat, c: Coefficients, sign: int = 1) -> Flat:
         """x + sign sum_i c_i row_i."""
@@ -55,6 +61,10 @@ class RingBuffer:
     @cached_property
     def _each(self) -> tuple[Float[Tensor, "B N"], ...]:
         return self.rows.unbind(1)
+
+    @cached_property
+    def _slices(self) -> tuple[Float[Tensor, "B 1 N"], ...]:
+        return self.rows.split(1, dim=1)
 
     @cached_property
     def _columns(self) -> Float[Tensor, "B N K"]:
@@ -77,11 +87,11 @@ class GramMatrix:
         matrix, least = self.products, _UNDERFLOW[products.dtype]
         if not isinstance(slot, Tensor) and not torch.compiler.is_compiling() and in_place(matrix, products):
             own = self._rows[slot]
-            torch.mul(products, factors.row(slot).unsqueeze(1), out=own)
+            torch.mul(products, factors.one_row(slot), out=own)
             torch.threshold_(self._squares[slot], least, 1)
             self._columns[slot].copy_(own)
             return self
-        new = products.squeeze(1) * factors.row(slot)
+        new = (products * factors.one_row(slot)).squeeze(1)
         own = torch.threshold(row(new.unsqueeze(2), slot), least, 1)
         new = put(new.unsqueeze(2), slot, own).squeeze(2)
         return GramMatrix(put(put(matrix.clone(), slot, new).mT, slot, new).mT)
