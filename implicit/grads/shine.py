@@ -141,7 +141,7 @@ class _KeptState:
     state: Any
     z: Flat
     finished: Bool[Tensor, " B"]
-    copies: tuple[tuple[Int[Tensor, " rows"], Any], ...] = ()
+    copies: tuple[tuple[Int[Tensor, " _"], Any], ...] = ()
 
 
 @dataclass(frozen=True)
