@@ -6,10 +6,10 @@ take k to 2k states and at most `capacity`. A history of less than a mebibyte is
 a torch.func transform maps them.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import chain
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -136,8 +136,15 @@ def add_diagonal(gram: Float[Tensor, "B K K"], mask: Bool[Tensor, "B 1"], slot: 
     return gram + torch.diag(one) * mask.unsqueeze(2)
 
 
+class KeepsViews:
+    """A dataclass that keeps views of its tensors as cached properties. A pickle or a copy has none of them."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
-class HistoryBuffer:
+class HistoryBuffer(KeepsViews):
     """At most `capacity` rows per sample, each of `vectors` vectors of N numbers; unused rows are zero."""
 
     capacity: int

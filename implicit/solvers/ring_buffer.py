@@ -13,14 +13,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit.pytree import Flat
-from implicit.solvers.history_buffer import Coefficients, Slot, dots, in_place, put, row
+from implicit.solvers.history_buffer import Coefficients, KeepsViews, Slot, dots, in_place, put, row
 
 # a squared norm that is smaller counts as 1, which gives its vector coefficient 0, since its products underflow
 _UNDERFLOW = {torch.float64: 1e-290, torch.float32: torch.finfo(torch.float32).tiny}
 
 
 @dataclass(frozen=True)
-class RingBuffer:
+class RingBuffer(KeepsViews):
     """K vectors of N numbers per sample."""
 
     rows: Float[Tensor, "B K N"]
@@ -72,7 +72,7 @@ class RingBuffer:
 
 
 @dataclass(frozen=True)
-class GramMatrix:
+class GramMatrix(KeepsViews):
     """Products of K vectors per sample."""
 
     products: Float[Tensor, "B K K"]

@@ -1,6 +1,8 @@
 """Numerics of all solvers: values that are not finite, half precision, scale, short and full histories."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -10,13 +12,15 @@ from implicit import (
     AndersonGS,
     BadBroyden,
     Broyden,
+    Multisecant,
     NewtonKrylov,
     Picard,
     Result,
     Stop,
 )
+from implicit.solvers.base import Point
 from implicit.testing import problem
-from tests.helpers import SOLVERS, solve
+from tests.helpers import SOLVERS, smooth, solve
 from tests.helpers import each_solver as each
 
 F64 = torch.float64
@@ -191,3 +195,18 @@ def test_residuals_that_are_equal_make_no_singular_system(solver):
     """Identical differences, hence a singular Gram matrix, from a map that moves at constant speed."""
     found = solve(lambda z: z + 1, torch.zeros(2, 3), solver=solver, stop=Stop(max_evals=20))
     assert not found.converged.any() and torch.isfinite(found.value).all()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))])
+@pytest.mark.parametrize("solver", [Anderson(4), AndersonGS(4), Broyden(8), BadBroyden(8), Multisecant(4)], ids=repr)
+@torch.no_grad()
+def test_steps_from_a_copied_state_are_those_of_the_original(solver, copied):
+    f, z = smooth()
+    state = solver.init(Point(z, f(z)))
+    for _ in range(5):
+        z, _, state = solver.step(Point(z, f(z)), state)
+    other, w = copied(state), z
+    for _ in range(3):
+        z, _, state = solver.step(Point(z, f(z)), state)
+        w, _, other = solver.step(Point(w, f(w)), other)
+        assert torch.equal(w, z)
