@@ -14,6 +14,7 @@ from torch import Tensor
 from implicit.autodiff.failed_samples import failed, without
 from implicit.autodiff.functorch import active, refuse_threads
 from implicit.autodiff.implicit_diff import warn_learned_start
+from implicit.autodiff.solved_map import require_solved_map
 from implicit.evaluation import FlatMap
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Flat, Layout, PerSample, scaled_norm
@@ -34,10 +35,12 @@ def track(
         return solved
     layout = Layout.of(solved.value, options.batch_dims)
     start = layout.pack(solved.value)
-    z, residual, largest = _steps(problem, layout, start, steps, damping)
+    z, image, residual, largest = _steps(problem, layout, start, steps, damping)
+    if stop.has_tolerance:
+        solved = replace(solved, evals=solved.evals + require_solved_map(problem, solved, start, image, stop, layout))
     lost = ~torch.isfinite(largest)
     if has_derivative(z) and failed(lost, stop):
-        z, _, _ = _steps(without(problem, lost, options.batch_dims), layout, start, steps, damping)
+        z, *_ = _steps(without(problem, lost, options.batch_dims), layout, start, steps, damping)
         solved = replace(solved, evals=solved.evals + steps)
     z = torch.where(lost.unsqueeze(1), start.detach(), z)
     solved = replace(solved, evals=solved.evals + steps)
@@ -49,17 +52,21 @@ def track(
     return replace(solved, value=layout.unpack(z), residual=residual, result=result)
 
 
-def _steps(problem: Problem, layout: Layout, z: Flat, steps: int, damping: float) -> tuple[Flat, PerSample, PerSample]:
-    """(z after the steps, residual at the z before the last step, the largest residual of the steps or NaN)."""
+def _steps(
+    problem: Problem, layout: Layout, z: Flat, steps: int, damping: float
+) -> tuple[Flat, Flat, PerSample, PerSample]:
+    """(z after the steps, f(z) before, residual at the z before the last step, the largest residual or NaN)."""
     flat = FlatMap(problem.f, problem.args, layout)
     residual = largest = torch.zeros(z.shape[0], dtype=z.dtype, device=z.device)
+    image = z
     for step in range(steps):
         fz = flat(z)
+        image = image if step else fz.detach()
         with torch.no_grad():
             residual = scaled_norm(fz - z)
             largest = torch.maximum(largest, residual) if step else residual  # keeps NaN
         z = torch.lerp(fz, z, damping) if damping else fz
-    return z, residual, largest
+    return z, image, residual, largest
 
 
 def unsolved(problem: Problem, options: SolveOptions) -> Solution:

@@ -15,6 +15,7 @@ from implicit.autodiff.detached_solve import solve_detached
 from implicit.autodiff.failed_samples import attach_finite
 from implicit.autodiff.functorch import active, solve
 from implicit.autodiff.implicit_diff import attach, warn_learned_start
+from implicit.autodiff.solved_map import require_solved_map
 from implicit.grads.base import AbstractGrad
 from implicit.linear.adjoint_solve import LinearSolve
 from implicit.linear.gmres import GMRES
@@ -92,7 +93,8 @@ class IFT(AbstractGrad):
             return solved
         layout = Layout.of(solved.value, options.batch_dims)
         linear, z = self._with_hints(self._linear_solve(problem.f, layout), layout, kept), layout.pack(solved.value)
-        value, _, evals = attach_finite(lambda f, z: attach(f, z, linear), problem, z, stop, layout)
+        value, image, evals = attach_finite(lambda f, z: attach(f, z, linear), problem, z, stop, layout)
+        evals += require_solved_map(problem, solved, z, image, stop, layout)
         warn_learned_start(problem, value)
         return replace(solved, value=layout.unpack(value), evals=solved.evals + evals)
 

@@ -12,6 +12,7 @@ from implicit.autodiff.detached_solve import solve_detached
 from implicit.autodiff.failed_samples import attach_finite
 from implicit.autodiff.functorch import refuse_transforms
 from implicit.autodiff.implicit_diff import attach_approximately, warn_learned_start
+from implicit.autodiff.solved_map import require_solved_map
 from implicit.grads.base import AbstractGrad
 from implicit.options import Problem, SolveOptions
 from implicit.pytree import Flat, Layout
@@ -55,9 +56,11 @@ class Neumann(AbstractGrad):
             return solved
         layout = Layout.of(solved.value, options.batch_dims)
         eps = rounding(problem.f, layout)
-        value, _, evals = attach_finite(
-            lambda f, z: attach_approximately(f, z, self._series, eps), problem, layout.pack(solved.value), stop, layout
+        z = layout.pack(solved.value)
+        value, image, evals = attach_finite(
+            lambda f, z: attach_approximately(f, z, self._series, eps), problem, z, stop, layout
         )
+        evals += require_solved_map(problem, solved, z, image, stop, layout)
         warn_learned_start(problem, value)
         return replace(solved, value=layout.unpack(value), evals=solved.evals + evals)
 

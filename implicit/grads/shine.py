@@ -20,6 +20,7 @@ from implicit.autodiff.detached_solve import solve_detached
 from implicit.autodiff.failed_samples import attach_finite
 from implicit.autodiff.functorch import refuse_transforms
 from implicit.autodiff.implicit_diff import attach_approximately, warn_learned_start
+from implicit.autodiff.solved_map import require_solved_map
 from implicit.evaluation import FlatMap
 from implicit.grads.base import AbstractGrad
 from implicit.options import Problem, SolveOptions
@@ -98,6 +99,7 @@ class SHINE(AbstractGrad):
             return attach_approximately(f, z, lambda act, g: self._estimate(kept or solver, state, act, g), eps)
 
         value, image, evals = attach_finite(attach, problem, z, stop, layout)
+        evals += require_solved_map(problem, solved, z, image, stop, layout)
         warn_learned_start(problem, value)
         # The secant to z* itself, which the loop did not add. Only a converged sample ended at the point that the
         # solver proposed; the value of any other sample is another point, to which the solver has no secant

@@ -49,6 +49,77 @@ def test_a_map_that_changes_before_the_backward_pass_is_refused(grad, twice, cha
         torch.autograd.grad(value.sum(), f.w, create_graph=twice)
 
 
+RECORDED = [IFT(), JFB(), JFB(3), Phantom(), Neumann(), SHINE()]  # these record f for the first time at the solution
+
+
+@pytest.mark.parametrize("grad", RECORDED, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", ["euclidean", "leaf"])
+@pytest.mark.parametrize("way", ["gradient mode", "last call"])
+def test_a_map_that_is_another_where_autograd_records_it_is_refused(grad, dtype, norm, way):
+    calls, most = 0, 10**9
+    w, x = torch.full((4,), 0.5).to(dtype).requires_grad_(), torch.linspace(0, 1, 12).reshape(3, 4).to(dtype)
+
+    def f(state, x):
+        nonlocal calls
+        calls += 1
+        z, y = state
+        other = calls > most or (way == "gradient mode" and torch.is_grad_enabled())
+        return torch.cos(w * z + x) - 0.5 * other, 0.3 * y + w.detach()
+
+    def run():
+        stop = Stop(rtol=1e-3 if dtype != torch.bfloat16 else 0.02, norm=norm)
+        return fixed_point(f, (torch.zeros_like(x), torch.zeros_like(x)), x, solver=Broyden(), grad=grad, stop=stop)
+
+    if way == "last call":
+        assert run().converged.all()
+        calls, most = 0, calls - getattr(grad, "steps", 1)
+    with pytest.raises(RuntimeError, match="is_grad_enabled"):
+        run()
+
+
+def coupled(z, w):
+    return 0.5 * torch.tanh(z * w + z.mean(0)) + 0.1
+
+
+def attended(z, w):
+    return 0.5 * nn.functional.scaled_dot_product_attention(z * w, z, z) + torch.cos(3 * z)
+
+
+@pytest.mark.parametrize("grad", RECORDED, ids=repr)
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda z, w: nn.functional.dropout(torch.tanh(z * w) + 1, 0.1),  # converges by chance in a small state
+        lambda z, w: torch.tanh(z * w) + 1 + 1e-3 * torch.rand_like(z),
+        lambda z, w: 1e4 * (z * w).cos() - 1e4 + torch.sin(z),  # large terms cancel; does not converge
+        lambda z, w: torch.where(z > 1, torch.nan, z * w + 0.7),
+        lambda z, w: z * w,  # the fixed point is zero
+        coupled,
+        attended,
+    ],
+    ids=["dropout", "noise", "cancellation", "failed", "zero", "coupled", "attention"],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, "autocast"], ids=str)
+@pytest.mark.filterwarnings("ignore:f takes one sample", "ignore:The linear solve")
+def test_noise_rounding_and_unconverged_values_are_no_other_map(grad, f, dtype):
+    calls, own = 0, torch.float32 if dtype == "autocast" else dtype
+    w = torch.full((), 0.6).to(own).requires_grad_()
+
+    def counted(z):
+        nonlocal calls
+        calls += 1
+        return f(z, w).to(z.dtype)
+
+    for shape, rtol in (((1, 1, 1, 1), 1e-3), ((3, 1, 2, 4), 1e-5)):
+        for seed in range(12 if shape[0] == 1 else 2):
+            torch.manual_seed(seed)
+            calls, z0 = 0, torch.linspace(0.1, 0.9, 24)[: torch.Size(shape).numel()].reshape(shape).to(own)
+            with torch.autocast("cpu", torch.bfloat16) if dtype == "autocast" else nullcontext():
+                found = fixed_point(counted, z0, solver=Broyden(), grad=grad, stop=Stop(rtol=rtol, max_evals=30))
+            assert int(found.evals.max()) == calls
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, None], ids=str)
 @pytest.mark.parametrize("grad", [IFT(), Unrolled(checkpoint=True), Reversible()], ids=lambda g: type(g).__name__)
 @pytest.mark.parametrize("sign", [1, -1])
