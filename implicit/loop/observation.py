@@ -59,7 +59,7 @@ def fetch(criterion: Criterion, point: Point) -> Norms:
 
 def on_host(t: Tensor) -> bool:
     """Whether the host reads the tensor without a copy."""
-    return t.is_cpu
+    return t.device.type == "cpu"
 
 
 def copy_to_host(t: Tensor) -> tuple[Tensor, "torch.cuda.Event | None"]:

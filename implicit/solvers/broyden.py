@@ -222,7 +222,7 @@ def _append(state: BroydenState, s: Flat, r: Flat) -> BroydenState:
     return BroydenState(r, steps, _with_row(state, dots), count + 1, state.short, position=after)
 
 
-def _with_row(state: BroydenState, dots: Float[Tensor, "B K"]) -> Float[Tensor, "B K K+1"]:
+def _with_row(state: BroydenState, dots: Float[Tensor, "B _"]) -> Float[Tensor, "B K K+1"]:
     """T - D with the row of a new step, of which `dots` are the products with all steps."""
     count, slot, system = state.count, state.slot, state.system
     in_row = state.position is None and not torch.compiler.is_compiling() and in_place(system, dots)
