@@ -79,6 +79,10 @@ class SecantWindow:
         window = replace(self, rows=rows, gram=gram)
         return replace(window, rows=rows.set_rows(2 * window._next, fz, r))
 
+    def last(self, part: int) -> Flat:
+        """f(z) of the last point, or r with `part` 1."""
+        return self.rows.row(2 * self._next + part)
+
     def resumed(self, fz: Flat, r: Flat) -> "SecantWindow":
         """The window with another last point, to mix its r with the pairs of earlier ones."""
         return self.at_point(fz, r)._renew(1)

@@ -209,6 +209,9 @@ class Multisecant(AbstractSolver[MultisecantState]):
         With `Stop.late` the history may hold pairs of a point that is not finite: then it is cleared.
         """
         point, failed = _in_unit(point, state.unit), _in_unit(failed, state.unit)
+        # from the window, as without a reset: gradients are summed in one order, whatever batch-mates are reset
+        if state.fz.requires_grad and not state.fresh:
+            state = replace(state, fz=state.window.last(0), r=state.window.last(1))
         if state.window.count:
             state = self._without_pairs(point, state, mask & ~state.window.rows.is_finite())
         seen = mask & failed.fz.isfinite().all(dim=1, keepdim=True) & failed.z.isfinite().all(dim=1, keepdim=True)

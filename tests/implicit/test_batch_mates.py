@@ -70,6 +70,29 @@ def test_mates_change_no_bit_of_the_gradient_of_the_iterations(solver, max_evals
     assert torch.equal(slope(0.0), running) and torch.equal(slope(torch.nan), running)
 
 
+@pytest.mark.parametrize("solver", [s for s in SOLVERS if s.differentiable], ids=repr)
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_mates_that_are_reset_change_no_bit_of_the_gradient_of_the_iterations(solver, checkpoint):
+    """A reset adds nodes to the graphs of all samples; the terms of a gradient must be summed in the same order."""
+
+    def slope(seed, wall):
+        rng = torch.Generator().manual_seed(seed)
+        w, b = (torch.randn(*size, generator=rng, dtype=F64) for size in ((5, 5), (3, 5)))
+        b.requires_grad_()
+
+        def f(z):
+            own = torch.sin((0.7 * w * z.unsqueeze(1)).sum(2)) * z.cos() + b
+            return torch.cat((own[:2], torch.where(z > wall, 1e9 * z, z + 1)[2:]))
+
+        stop, grad = Stop(rtol=1e-12, max_evals=9), Unrolled(checkpoint=checkpoint)
+        value = fixed_point(f, torch.zeros(3, 5, dtype=F64), solver=solver, grad=grad, stop=stop).value
+        return torch.autograd.grad(value[:2].square().sum(), b)[0][:2]
+
+    for seed in range(3):
+        running = slope(seed, torch.inf)
+        assert all(torch.equal(slope(seed, wall), running) for wall in (2, 3, 5))
+
+
 MATES = {
     "gain": lambda z: z + torch.exp(-z.clamp(min=-50)),  # in every evaluation, so that residuals are read the quick way
     "stand still": lambda z: z + 1,
