@@ -67,7 +67,7 @@ class ConvergenceMonitor:
         self.done = size == 0
         self.last: tuple[np.ndarray, np.ndarray, int] | None = None  # rows, held, calls of the last whole reading
         self.observed: Point | None = None  # the point at which f gave another value than before
-        self._none = np.zeros(size, dtype=bool)
+        self._none = np.zeros(size, dtype=bool)  # no sample
         self._held = self._none  # samples whose present z is their best iterate
         self._lost = np.zeros(0, dtype=np.int64)  # converged samples that miss the tolerance in a later evaluation
         self._pending: Observation | None = None

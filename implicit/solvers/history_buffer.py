@@ -136,11 +136,12 @@ def add_diagonal(gram: Float[Tensor, "B K K"], mask: Bool[Tensor, "B 1"], slot: 
     return gram + torch.diag(one) * mask.unsqueeze(2)
 
 
+@dataclass(frozen=True)
 class KeepsViews:
     """A dataclass that keeps views of its tensors as cached properties. A pickle or a copy has none of them."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 @dataclass(frozen=True)

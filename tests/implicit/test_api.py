@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import implicit
 from implicit import DEQ, GMRES, IFT, Anderson, Broyden, Reversible, Stop, fixed_point
+from implicit.autodiff.recomputation import require_same_derivatives
 from tests.helpers import ESTIMATORS, Waits, each_solver, half, solve, watching
 
 IMPORT = """
@@ -105,6 +106,28 @@ def test_no_solve_of_a_float32_state_makes_float64_on_the_device(solver, stop):
     with torch.no_grad(), OneWidth():
         found = fixed_point(lambda z: rate * torch.tanh(z + 0.1) + 1, torch.zeros(3, 4), solver=solver, stop=stop)
     assert torch.isfinite(found.value).all()
+
+
+class NoFloat64(TorchDispatchMode):
+    """`OneWidth` that refuses tensors of one number too."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(isinstance(t, torch.Tensor) and t.dtype == torch.float64 for t in tree_leaves(out)):
+            raise TypeError(f"no such number on this device: {func}")
+        return out
+
+
+def test_derivatives_of_two_evaluations_are_compared_without_float64():
+    first = [torch.full((3,), 1e-4, dtype=dtype) for dtype in (torch.float32, torch.float16, torch.complex64)]
+    first += [None, torch.zeros(0)]
+    with NoFloat64():
+        require_same_derivatives([t if t is None else t.clone() for t in first], first, 1e-7)
+        for i in range(3):
+            other = [t if t is None else t.clone() for t in first]
+            other[i][1] *= 3
+            with pytest.raises(RuntimeError, match="another map"):
+                require_same_derivatives(other, first, 1e-7)
 
 
 class Accelerator(Waits):

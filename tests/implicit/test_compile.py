@@ -1,7 +1,7 @@
 """torch.compile: a solve of a fixed count is one graph, and one to a tolerance compiles once, however long it takes.
 
 Compiled in a process of its own, as users run it: dynamo cannot see through the type checks of the tests. The backend
-is "eager", which captures the same graphs as any other and makes no code of them.
+is "eager", which captures the same graphs as any other and makes no code of them, but for one test.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from shutil import which
 
 import pytest
 import torch
@@ -106,6 +107,19 @@ def regions(solver):
     return {"off": off, "bodies": bodies, "nodes": (nodes[1] - nodes[0]) / 12}
 
 
+def generated(solver):
+    """Code made by inductor, which asserts the strides of what goes from region to region."""
+
+    def solve(z, x):
+        stop = Stop(rtol=0, atol=0, max_evals=5)
+        return fixed_point(lambda z, x: torch.tanh(0.5 * z) + x, z, x, solver=solver, grad=JFB(), stop=stop).value
+
+    z0, x = torch.zeros(3, 4, dtype=torch.float64), X.double()
+    with torch.no_grad():
+        got = torch.compile(solve, fullgraph=True)(z0, x)
+        return {"off": float((got - solve(z0, x)).abs().max())}
+
+
 def trained(solver):
     """How far the gradient of the last evaluation is from the eager one, through AOTAutograd, and the state after."""
     weight = torch.linspace(-0.4, 0.4, 16, dtype=torch.float64).view(4, 4).requires_grad_()
@@ -154,7 +168,9 @@ def all_of_it():
     jobs += [("one_compilation", name, one_compilation, COMPILED[name]) for name in TO_TOLERANCE]
     jobs += [("regions", name, regions, solver) for name, solver in WINDOWS.items()]
     jobs += [("any_batch", name, any_batch, solver) for name, solver in WINDOWS.items()]
-    jobs += [("trained", name, trained, solver) for name, solver in WINDOWS.items() if name != "Picard"]
+    regional = {name: solver for name, solver in WINDOWS.items() if name != "Picard"}
+    jobs += [("generated", name, generated, solver) for name, solver in regional.items() if which("g++")]
+    jobs += [("trained", name, trained, solver) for name, solver in regional.items()]
     jobs += [("map_alone", "", map_alone, AndersonGS())]
     jobs += [("gradient", name, gradient, grad) for name, grad in GRADS.items()]
     results = {}
@@ -187,6 +203,12 @@ def test_steps_of_a_fixed_count_are_compiled_once_however_many(results, solver):
     assert few == many and 1 <= len(many) <= 2  # Broyden restarts from its newest pair in a step of its own
     # an evaluation adds f and the call with its results; plain iteration has the tests of f(z) there
     assert found["nodes"] <= plain["nodes"]
+
+
+@pytest.mark.skipif(which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("solver", [name for name in WINDOWS if name != "Picard"])
+def test_regions_pass_their_tensors_on_in_generated_code(results, solver):
+    assert results[f"generated {solver}"]["off"] < 1e-10
 
 
 @pytest.mark.parametrize("solver", WINDOWS)
