@@ -70,12 +70,10 @@ def with_diagonal(pairs: Pairs, out: Bool[Tensor, "B K"] | None, mu: Float[Tenso
     return pairs + torch.diag_embed(ridge)
 
 
-def promised(
-    pairs: Pairs, right: Float[Tensor, "B 2 K"], y: Float[Tensor, "B 2 K"], square: Float[Tensor, "B 1"]
-) -> Any:
-    """||r - dR y||^2 for both mixtures y, (B, 2), as `on_host` gives it."""
+def promised(pairs: Pairs, right: Float[Tensor, "B 2 K"], y: Float[Tensor, "B 2 K"], square: Any) -> Any:
+    """||r - dR y||^2 for both mixtures y, (B, 2), as `on_host` gives it; `square` is ||r||^2, likewise."""
     with torch.no_grad():
-        square, y, inner = on_host(square, y, torch.baddbmm(right[:, 1:], y, pairs[:, 1], beta=-2))
+        y, inner = on_host(y, torch.baddbmm(right[:, 1:], y, pairs[:, 1], beta=-2))
     with quiet(y):
         return square + (y * inner).sum(2)
 

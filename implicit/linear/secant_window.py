@@ -7,6 +7,7 @@ the window gives their products with all older rows. A full window is a ring of 
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from implicit.linear.secant_systems import Systems
 from implicit.pytree import Flat
+from implicit.solvers.base import on_host
 from implicit.solvers.history_buffer import HistoryBuffer, add_diagonal, clear_products, put_products
 
 
@@ -67,17 +69,20 @@ class SecantWindow:
         """The window with the point f(z), r and `scale` times the pair of its differences to the last point."""
         window = replace(self, kept=self.kept if self.whole else self.kept + 1, count=self.count + 1)
         window = window.at_point(fz, r)
-        slot, next_slot = window.newest, window._next
-        rows = window.rows.set_scaled_difference(2 * slot, 2 * next_slot, 2, scale)
-        return replace(window, rows=rows)._renew(3)
+        rows = window.rows.set_scaled_difference(2 * window.newest, 2 * window._next, 2, scale)
+        return window._with(rows, window.gram)._renew(3)
 
     def at_point(self, fz: Flat, r: Flat) -> "SecantWindow":
         """The window with another last point, but for its products."""
         rows, gram, had = self.rows.reserve(2 * min(self.count + 1, self.pairs + 1) - 1, r), self.gram, self.rows.rows
         if more := rows.rows - had:
             gram = torch.nn.functional.pad(gram, (more, 0, more, 0))
-        window = replace(self, rows=rows, gram=gram)
-        return replace(window, rows=rows.set_rows(2 * window._next, fz, r))
+        window = self._with(rows, gram)
+        return window._with(rows.set_rows(2 * window._next, fz, r), gram)
+
+    def _with(self, rows: HistoryBuffer, gram: Float[Tensor, "B R R"]) -> "SecantWindow":
+        """The window with these rows and products; itself if they were written in place."""
+        return self if rows is self.rows and gram is self.gram else replace(self, rows=rows, gram=gram)
 
     def last(self, part: int) -> Flat:
         """f(z) of the last point, or r with `part` 1."""
@@ -100,25 +105,24 @@ class SecantWindow:
         gram = self.gram
         for low, high in parts:
             gram = put_products(gram, low, self.rows.part(low, high), self.rows)
-        return replace(self, gram=gram)
+        return self._with(self.rows, gram)
 
-    def squares(self) -> tuple[Float[Tensor, "B 1"], Float[Tensor, "B 1"], Float[Tensor, "B 1"]]:
-        """||r||^2, and ||dF||^2 and ||dR||^2 of the newest pair."""
-        diagonal, row = self.gram.detach().diagonal(dim1=1, dim2=2), 2 * self.newest
-        r, df, dr = (diagonal[:, i % self.rows.rows].unsqueeze(1) for i in (row - 1, row, row + 1))
-        return r, df, dr
+    def squares(self) -> tuple[Any, Any, Any]:
+        """||r||^2, and ||dF||^2 and ||dR||^2 of the newest pair, (B, 1) as `on_host` gives them."""
+        (diagonal,) = on_host(self.gram.detach().diagonal(dim1=1, dim2=2))
+        r, df = 2 * self.newest - 1, 2 * self.newest
+        return diagonal[:, r, None], diagonal[:, df, None], diagonal[:, df + 1, None]
 
     def systems(self) -> Systems:
         """Products of dZ_i and dR_i with r and with dR_j, newest first."""
-        turn, used = 2 * self._next, self.used
-        gram = self.gram
+        turn, slots, gram = 2 * self._next, 1 + self.used, self.gram
         if self.count > self.pairs and turn:
             gram, turn = gram.roll((-turn, -turn), (1, 2)), 0
         # by slot: the point, then the pairs
-        gram = gram[:, turn:, turn:].unflatten(1, (1 + used, 2)).unflatten(3, (1 + used, 2))
+        gram = gram.narrow(1, turn, 2 * slots).narrow(2, turn, 2 * slots).view(-1, slots, 2, slots, 2)
         # products of dF_i and dR_i with r and dR_j, taken from the newer one of the rows
         newer, older = gram[:, :, 1, 1:].permute(0, 2, 3, 1), gram[:, 1:, :, :, 1]
-        by_dr = torch.where(self.newer[:, :used, :, : 1 + used], newer, older)
+        by_dr = torch.where(self.newer[:, : slots - 1, :, :slots], newer, older)
         return torch.addcmul(by_dr, by_dr[:, :, 1:], self.signs)
 
     def drop(self, mask: Bool[Tensor, "B 1"]) -> "SecantWindow":

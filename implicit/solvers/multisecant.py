@@ -39,6 +39,7 @@ taken for this reason, and numbers that settle at 0 do not count, since ReLU and
 """
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -115,6 +116,15 @@ class MultisecantState:
     eased: bool = True
     settled: bool = False
     retreated: Bool[Tensor, "B 1"] | None = None  # samples reset just before, whose ||r|| gives no rho_k
+
+
+class _Norms(NamedTuple):
+    """||r||, the last ||r||, ||f(z)||, and the ||r||^2 that the last mixture promised, as `on_host` gives them."""
+
+    size: Any
+    last: Any
+    fz: Any
+    promise: Any
 
 
 @dataclass(frozen=True)
@@ -235,14 +245,12 @@ class Multisecant(AbstractSolver[MultisecantState]):
     def step(self, point: Point, state: MultisecantState) -> tuple[Flat, None, MultisecantState]:
         before, plain_step, point = state, point.fz, _in_unit(point, state.unit)
         size = point.r_size.unsqueeze(1)
-        state = replace(state, fz=point.fz, r=point.r, size=size, fresh=False, retreated=None)
         if before.fresh and not before.window.count:
-            return plain_step, None, replace(state, retreated=before.retreated)
-        if before.fresh:
-            state = replace(state, window=state.window.resumed(point.fz, point.r))
-        else:
-            state = self._append(point, state, before)
-        state = _ridge(state, before)
+            return plain_step, None, replace(before, fz=point.fz, r=point.r, size=size, fresh=False)
+        norms = _Norms(*on_host(size, before.size, point.fz_size.unsqueeze(1), before.promise))
+        window, square = self._window(point, before, norms)
+        state = replace(before, fz=point.fz, r=point.r, window=window, size=size, fresh=False, retreated=None)
+        state = _ridge(state, norms)
         if not state.settled and state.window.count <= max(_PLAIN_STEPS, min(_SETTLING, point.z.shape[1])):
             state = _still_plain(point, state, before)
             if may_skip(size):
@@ -252,26 +260,28 @@ class Multisecant(AbstractSolver[MultisecantState]):
                     return plain_step, None, replace(state, promise=torch.full_like(size, torch.inf))
         elif not state.settled:
             state = replace(state, settled=True)
-        gamma, promise = self._mixture(state, before)
+        gamma, promise = self._mixture(state, norms, square)
         z = state.window.add(point.fz, gamma, -1)
         z = z if state.unit is None else z / state.unit
         if not state.settled:
             z, promise = torch.where(state.plain, plain_step, z), promise.masked_fill(state.plain, torch.inf)
         return z, None, replace(state, promise=promise)
 
-    def _append(self, point: Point, state: MultisecantState, before: MultisecantState) -> MultisecantState:
-        """The state with the newest pair, which is erased if it consists of rounding errors."""
+    def _window(self, point: Point, before: MultisecantState, norms: _Norms) -> tuple[SecantWindow, Any]:
+        """The window with the newest pair, which is erased if it consists of rounding errors; and ||r||^2."""
+        if before.fresh:
+            window = before.window.resumed(point.fz, point.r)
+            return window, window.squares()[0]
         info = torch.finfo(point.r.dtype)
         # about 1 / ||r||; a power of two makes its product with the pair exact, and the limit keeps squares in range
-        size, last, fz_size = on_host(state.size, before.size, point.fz_size.unsqueeze(1))
-        scale = power_of_two(where(size > info.eps * last, size, info.eps * last), info.tiny**0.5)
-        window = state.window.append(point.fz, point.r, to_tensor(scale, before.size))
-        _, far, own = window.squares()
-        found, far = on_host(own, far)
-        with quiet(found):
-            noise = (found <= (_NOISE * info.eps * fz_size * scale) ** 2) | (found <= info.eps ** (2 * _FLAT) * far)
-        noise = to_mask(noise, own)
-        return replace(state, window=window if noise is None else window.erase_newest(noise))
+        size, least = norms.size, info.eps * norms.last
+        scale = power_of_two(where(size > least, size, least), info.tiny**0.5)
+        window = before.window.append(point.fz, point.r, to_tensor(scale, before.size))
+        square, far, own = window.squares()
+        with quiet(own):
+            noise = (own <= (_NOISE * info.eps * norms.fz * scale) ** 2) | (own <= info.eps ** (2 * _FLAT) * far)
+        noise = to_mask(noise, before.size)
+        return window if noise is None else window.erase_newest(noise), square
 
     def _left_out(self, state: MultisecantState, gram: Float[Tensor, "B K K"]) -> Bool[Tensor, "B K"] | None:
         """The pairs that do not pass the filter; None if all pass."""
@@ -285,29 +295,29 @@ class Multisecant(AbstractSolver[MultisecantState]):
         return dependent(gram, state.window.left_out(), tolerance, least)
 
     def _mixture(
-        self, state: MultisecantState, before: MultisecantState
+        self, state: MultisecantState, norms: _Norms, square: Any
     ) -> tuple[Float[Tensor, "B K"], Float[Tensor, "B 1"]]:
-        """The coefficients of the step, and the squared residual that they promise."""
+        """The coefficients of the step, and the squared residual that they promise; `square` is ||r||^2."""
         systems = state.window.systems()
         out = self._left_out(state, systems[:, :, 1, 1:])
         if out is not None:
             systems = leave_out(systems, out)
         right, pairs = split(systems)
         y = solution(with_diagonal(pairs, out, None if state.eased else state.mu), right)
-        square, eps = state.window.squares()[0], torch.finfo(y.dtype).eps
-        promise = promised(pairs, right, y, square) if may_skip(y) else None
+        skips = may_skip(y)
+        promise = promised(pairs, right, y, square) if skips else None
         if promise is None or not np.isfinite(promise).all():
             y = y.masked_fill(not_finite(y), 0)
             promise = promised(pairs, right, y, square)
         # type II where the model has failed, and where the residual of type I is far from the smallest
-        size, last, least, mu, strict = on_host(state.size, before.size, square, state.mu, state.strict)
         one, two = promise[:, :1], promise[:, 1:]
         with quiet(one):
-            second = (size > last) | (one - _FAR**2 * two > eps * least)
+            second = (norms.size > norms.last) | (one - _FAR**2 * two > torch.finfo(y.dtype).eps * square)
         if not state.eased:
+            mu, strict = on_host(state.mu, state.strict)
             second = second | ((mu > _LOW) & (strict == 0))
         promise = to_tensor(where(second, two, one), state.promise)
-        if may_skip(y) and second.all():
+        if skips and second.all():
             return y[:, 1], promise
         mask = to_mask(second, promise)
         return y[:, 0] if mask is None else torch.where(mask, y[:, 1], y[:, 0]), promise
@@ -348,11 +358,11 @@ def _unit(point: Point) -> Float[Tensor, "B 1"] | None:
     return torch.exp2(-exponent.masked_fill(~(unusual.unsqueeze(1) & largest.isfinite()), 0))
 
 
-def _ridge(state: MultisecantState, before: MultisecantState) -> MultisecantState:
+def _ridge(state: MultisecantState, norms: _Norms) -> MultisecantState:
     """The state with the next mu, which grows where the residual exceeds the bound of the last mixture, else decays."""
-    size, last, promise = on_host(state.size, before.size, before.promise)
-    with quiet(size):
-        failed = to_mask((size > _STILL * last) & (size**2 > _TRUST**2 * promise), state.size)
+    with quiet(norms.size):
+        failed = (norms.size > _STILL * norms.last) & (norms.size**2 > _TRUST**2 * norms.promise)
+    failed = to_mask(failed, state.size)
     if failed is None and state.eased:
         return state
     mu, window = _DOWN * state.mu, state.window
