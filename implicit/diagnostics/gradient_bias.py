@@ -189,13 +189,19 @@ def labeled(estimators: Iterable[AbstractGrad] | Mapping[str, AbstractGrad]) -> 
 
 def label(grad: AbstractGrad | AbstractSolver[Any] | Stop) -> str:
     """The name of an estimator, solver or criterion with the settings that are not its defaults: ``JFB(steps=5)``."""
-    set_apart = []
+    settings = [f"{name}={value}" for name, value in changed(grad).items() if not isinstance(value, torch.Generator)]
+    return type(grad).__name__ + (f"({', '.join(settings)})" if settings else "")
+
+
+def changed(grad: AbstractGrad | AbstractSolver[Any] | Stop) -> dict[str, Any]:
+    """The settings that are not defaults."""
+    settings = {}
     for f in fields(grad):  # pyright: ignore[reportArgumentType]: estimators are dataclasses
         value = getattr(grad, f.name)
         default = f.default_factory() if f.default_factory is not MISSING else f.default
-        if value != default and not isinstance(value, torch.Generator):
-            set_apart.append(f"{f.name}={value}")
-    return type(grad).__name__ + (f"({', '.join(set_apart)})" if set_apart else "")
+        if value != default:
+            settings[f.name] = value
+    return settings
 
 
 HEAD = ("estimator", "cosine", "error", "saved", "peak", "f", "VJPs", "time", "note")

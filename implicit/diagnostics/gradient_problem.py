@@ -44,8 +44,12 @@ class GradientProblem:
         """The problem; a missing loss is a random projection, missing tensors are traced in one evaluation of f."""
         wanted = differentiable_tensors(problem) if params is None else tuple(params)
         other = next((p for p in wanted if not isinstance(p, Tensor)), None)
-        if other is not None:
-            raise TypeError(f"params must be tensors, got a {type(other).__name__}.")
+        if other is not None or isinstance(params, Tensor):
+            raise TypeError(
+                f"params must be an iterable of tensors, got a {type(other or params).__name__} in its place."
+            )
+        if not all(p.requires_grad for p in wanted):
+            raise ValueError("params must be tensors that require gradients: call requires_grad_() on them.")
         return cls(problem, solver, stop, layout, loss or partial(random_projection, layout), wanted)
 
     def forward(self, grad: AbstractGrad, f: Map) -> Tensor:

@@ -45,6 +45,7 @@ def exact_gradient(
     The Jacobian is formed if a sample has at most `dense` numbers; None: if all Jacobians fit `_DENSE`.
 
     Raises:
+        ValueError: the loss is no scalar, or a constant.
         NotConverged: the solution or the linear system was not found accurately enough to compare estimators with.
     """
     tight = Stop(rtol=2 * layout.eps, atol=0, max_evals=2000)
@@ -59,6 +60,11 @@ def exact_gradient(
         act = pullback(y, x)
         end = z.detach().requires_grad_()
         total = loss(layout.unpack(end))
+        if not isinstance(total, Tensor) or total.numel() != 1:
+            shape = tuple(total.shape) if isinstance(total, Tensor) else type(total).__name__
+            raise ValueError(f"loss must return a scalar tensor, got {shape}: sum or average it.")
+        if not total.requires_grad:
+            raise ValueError("loss must depend on the solution or on the parameters, and returned a constant.")
         g, *direct = torch.autograd.grad(total, (end, *wanted), allow_unused=True)
 
     g = torch.zeros_like(z) if g is None else g

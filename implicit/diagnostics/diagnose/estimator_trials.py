@@ -59,7 +59,7 @@ def try_estimators(
     counted = replace(problem.problem, f=budget.watch(f), z0=answer)
     try:
         truth, kind = exact_gradient(counted, problem.wanted, problem.loss, problem.solver, layout, dense=_DENSE)
-    except (NotConverged, BudgetSpent) as error:
+    except (NotConverged, BudgetSpent, RuntimeError, NotImplementedError) as error:  # such as an f without derivative
         return EstimatorTable(missing=f"the exact gradient was not found ({error})")
     if not bool(truth.norm() > 0):
         return EstimatorTable(missing="the exact gradient is 0")

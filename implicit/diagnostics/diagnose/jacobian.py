@@ -2,11 +2,14 @@
 
 The first three kinds are defined in `condition`. Two more conditions are measured:
 
-    non-normal    T = max_k ||(J^T)^k q|| / r^k, with q random and r the rate at which these norms grow for large k. For
-                  normal J the norms are log-convex in k, so that T <= 1; T is the factor by which a residual can grow
-                  beyond its final rate.
+    non-normal    T = max_k ||(J^T)^k q|| / r^k, with q random and r the rate at which these norms grow for large k, or
+                  about the spectral radius where that is known exactly. For normal J the norms are log-convex in k, so
+                  that T <= 1; T is the factor by which a residual can grow beyond its final rate.
     kinked        D(h) = ||f(z + h d) - 2 f(z) + f(z - h d)|| / (h ||d||) for random d, the difference of the one-sided
                   slopes. If f is differentiable D(h) falls like h; at a kink D(h) does not fall.
+
+Ritz values of a strongly non-normal J may be far outside its spectrum although their residuals are small. Hence a
+radius of at least 1 does not count where plain iteration from a point beside the solution comes nearer to it.
 """
 
 import math
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 
 from implicit.diagnostics.diagnose.condition import Condition, Finding
-from implicit.diagnostics.diagnose.map_checks import normal, root_mean_square
+from implicit.diagnostics.diagnose.map_checks import normal, size_or
 from implicit.diagnostics.diagnose.solver_trials import SolverRow
 from implicit.diagnostics.spectral_radius import Spectrum
 from implicit.evaluation import FlatMap
@@ -25,11 +28,15 @@ from implicit.pytree import Flat, PerSample, norm
 from implicit.solvers import Picard
 
 _BORDER = 0.02  # the kind is uncertain if the spectral radius or real part differs from 1 by at most this
-_LOOSE = 0.1  # the kind is uncertain if the relative error of the leading Ritz value is larger
+_LOOSE = 0.1  # a larger relative error of the leading Ritz value is added to the border
+_INSIDE = 1 - 1e-12  # the radius taken where plain iteration leads back to the solution
 _TRANSIENT, _CLEAR = 10.0, 20.0  # J is strongly non-normal from the first T on, and certainly from the second on
+_DEFECT = 0.05  # largest log-rate beyond the radius at k of about 60, which powers of a defective J reach: 3 / k
 _SLOWEST = 0.1  # smallest r: with a faster decay a transient ends within a few steps
-_STEPS = (1e-2, 1e-3)  # h, in units of the state's root mean square
-_KINK, _FALL = 0.05, 0.5  # at a kink D(1e-3) is at least this share of the slopes' sum, and this share of D(1e-2)
+_STEPS = (1e-2, 1e-4)  # h, in units of the state's root mean square
+_KINK, _FALL = 0.05, 0.5  # at a kink D(1e-4) is at least this share of the slopes' sum, and this share of D(1e-2)
+COARSEST = 1e-4  # largest rounding error of a dtype in which a kink can be seen
+_OVER = 10.0  # a second difference counts if it exceeds this multiple of the residual, which may be rounding of f
 _FLAT = 0.1  # the slopes' sum is taken to be at least this
 
 
@@ -48,11 +55,21 @@ class Kinds:
         values, growth = spectrum.values, spectrum.growth
         real = values.real.nan_to_num(nan=-torch.inf).amax(dim=1)
         gap = (1 - values).abs().nan_to_num(nan=torch.inf).amin(dim=1)
-        return cls(spectrum.radius, real, gap, torch.stack([_transient(row) for row in growth.cpu()]).to(real.device))
+        exact = torch.where(spectrum.error == 0, spectrum.radius.log(), torch.nan)
+        transient = torch.stack([_transient(*row) for row in zip(growth.cpu(), exact.tolist(), strict=True)])
+        return cls(spectrum.radius, real, gap, transient)
+
+    def attracting(self, mask: Tensor, growth: Tensor) -> "Kinds":
+        """The samples in `mask` attract plain iteration: the radius is below 1, and T is at least max ||(J^T)^k q||."""
+        radius = torch.where(mask, self.radius.clamp(max=_INSIDE), self.radius)
+        real = torch.where(mask, self.real.clamp(max=_INSIDE), self.real)
+        largest = growth.nan_to_num(nan=-torch.inf).amax(dim=1).clamp_min(0).exp()
+        transient = torch.where(mask, torch.maximum(self.transient, largest), self.transient)
+        return Kinds(radius, real, self.gap, transient)
 
 
-def _transient(growth: Tensor) -> Tensor:
-    """T of one sample from log ||(J^T)^k q||, k = 1 .. K."""
+def _transient(growth: Tensor, exact: float) -> Tensor:
+    """T of one sample from log ||(J^T)^k q||, k = 1 .. K, and the logarithm of the radius, NaN if that is not exact."""
     known = growth[torch.isfinite(growth)]
     count = len(known)
     if count < 2:
@@ -60,18 +77,20 @@ def _transient(growth: Tensor) -> Tensor:
     final = max(1, count // 4)
     vanishes = count < len(growth) and bool(torch.isneginf(growth[count]))
     rate = growth.new_full((), -torch.inf) if vanishes else (known[-1] - known[-1 - final]) / final
+    rate = rate if math.isnan(exact) else rate.clamp(exact, exact + _DEFECT)
     rate = rate.clamp_min(math.log(_SLOWEST))
     steps = torch.arange(1, count + 1, dtype=growth.dtype, device=growth.device)
     return (known - steps * rate).amax().clamp_min(0).exp()
 
 
-def kind(kinds: Kinds, spectrum: Spectrum, found: Tensor) -> list[Finding]:
+def kind(kinds: Kinds, spectrum: Spectrum, found: Tensor, attracted: Tensor) -> list[Finding]:
     """One finding per kind of fixed point in the batch, and one for the samples with a strongly non-normal J.
 
     Args:
         kinds: result of `Kinds.of` for the spectrum.
         spectrum: the spectrum of J at the best iterates.
         found: (B,) whether the best iterates are fixed points.
+        attracted: (B,) whether a radius of at least 1 was refuted by plain iteration.
     """
     known, found = torch.isfinite(kinds.radius), found.cpu()
     expanding = known & (kinds.real >= 1)
@@ -85,11 +104,15 @@ def kind(kinds: Kinds, spectrum: Spectrum, found: Tensor) -> list[Finding]:
     ):
         if not bool(mask.any()):
             continue
-        doubt = (number - 1).abs() <= _BORDER
+        # the leading Ritz value differs from an eigenvalue of a normal J by at most its residual
+        loose = torch.where(spectrum.error > _LOOSE, spectrum.error * spectrum.radius, 0.0)
+        doubt = (number - 1).abs() <= loose + _BORDER
         if condition is Condition.OSCILLATING:
-            doubt |= (kinds.real - 1).abs() <= _BORDER
-        certain = ~doubt & (spectrum.error <= _LOOSE) & found
-        evidence = f"{what} of df/dz {_span(number[mask])}"
+            doubt |= (kinds.real - 1).abs() <= loose + _BORDER
+        certain = ~doubt & found & ~attracted
+        evidence = f"{what} of df/dz {_span(spectrum.radius[mask] if number is kinds.radius else number[mask])}"
+        if bool(attracted[mask].any()):
+            evidence += ", and yet plain iteration beside the solution leads back to it or stays"
         if not bool(found[mask].all()):
             evidence += ", at the best iterate, which is no fixed point"
         findings.append(Finding.of(condition, evidence, mask, bool(certain[mask].all())))
@@ -115,21 +138,29 @@ def kind_from_iterations(rows: Sequence[SolverRow]) -> list[Finding]:
     return [Finding(Condition.EXPANDING, f"only {', '.join(r.name for r in able.values())} converged", samples, False)]
 
 
-def kinks(f: FlatMap, z: Flat, found: Tensor) -> list[Finding]:
-    """Whether f has a kink at z, by D(h) for two directions d and two steps h: nine evaluations."""
-    fz = f(z)
-    scale = root_mean_square(z)
-    scale = torch.where(scale > 10 * f.layout.eps, scale, root_mean_square(fz).clamp_min(1e-3)).unsqueeze(1)
+def kinks(f: FlatMap, z: Flat, found: Tensor, scale: Flat) -> list[Finding]:
+    """Whether f has a kink at z, by D(h) for two directions d and two steps h: nine evaluations.
+
+    Every tensor of the state is measured in units of its scale.
+
+    Args:
+        f: the map.
+        z: the best iterates.
+        found: (B,) whether they are fixed points.
+        scale: (B, N) root mean square of a typical state, taken where z is 0 beside it.
+    """
+    fz, scale = f(z), size_or(z, scale, f.layout)
+    rounding = 20 * f.layout.eps * (norm(fz / scale) + norm(z / scale)) + _OVER * norm((fz - z) / scale)
     differences, shares = [], []
     for h in _STEPS:
         worst = torch.zeros(len(z), dtype=z.dtype, device=z.device)
         share = torch.zeros_like(worst)
         for seed in (3, 4):
             # D(h), 0 if it is within the rounding error of f, and its share of the slopes on both sides
-            step = h * scale * normal(z, seed)
-            ahead, behind = f(z + step) - fz, f(z - step) - fz
+            step = h * normal(z, seed)
+            ahead, behind = ((f(z + side * scale * step) - fz) / scale for side in (1, -1))
             second = norm(ahead + behind)
-            second = torch.where(second > 20 * f.layout.eps * (norm(fz) + norm(z)), second, 0.0).nan_to_num(nan=0.0)
+            second = torch.where(second > rounding, second, 0.0).nan_to_num(nan=0.0)
             worst = torch.maximum(worst, second / norm(step))
             share = torch.maximum(share, second / (norm(ahead) + norm(behind)).clamp_min(_FLAT * norm(step)))
         differences.append(worst)

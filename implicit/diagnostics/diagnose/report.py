@@ -9,7 +9,7 @@ import torch
 from implicit.diagnostics.diagnose.condition import Condition, Finding
 from implicit.diagnostics.diagnose.estimator_trials import EstimatorTable
 from implicit.diagnostics.diagnose.solver_trials import SolverRow
-from implicit.diagnostics.gradient_bias import HEAD, GradientBias, cells, label, markdown
+from implicit.diagnostics.gradient_bias import HEAD, GradientBias, cells, changed, markdown
 from implicit.diagnostics.spectral_radius import Spectrum
 from implicit.grads.base import AbstractGrad
 from implicit.pytree import State
@@ -158,6 +158,11 @@ class Diagnosis:
         return GradientBias(rows=self.estimators.rows, truth=self.estimators.truth)
 
 
-def _constructor(thing: AbstractSolver[Any] | Stop | AbstractGrad) -> str:
-    name = label(thing)
-    return f"implicit.{name}" + ("" if name.endswith(")") else "()")
+def _constructor(thing: Any) -> str:
+    """The expression that makes a setting, in which functions and generators are names of the caller."""
+    if isinstance(thing, AbstractSolver | Stop | AbstractGrad):
+        settings = [f"{name}={_constructor(value)}" for name, value in changed(thing).items()]
+        return f"implicit.{type(thing).__name__}({', '.join(settings)})"
+    if isinstance(thing, torch.Generator):
+        return "generator"
+    return getattr(thing, "__name__", None) or repr(thing)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from implicit.argument_types import check_arguments
-from implicit.diagnostics.diagnose import jacobian, map_checks, solutions, solver_trials
+from implicit.diagnostics.diagnose import jacobian, map_checks, other_starts, solutions, solver_trials
 from implicit.diagnostics.diagnose.budget import Budget, BudgetSpent
 from implicit.diagnostics.diagnose.condition import Condition, Finding
 from implicit.diagnostics.diagnose.estimator_trials import EstimatorTable, default_estimators, try_estimators
 from implicit.diagnostics.diagnose.jacobian import Kinds
+from implicit.diagnostics.diagnose.other_starts import OtherStarts
 from implicit.diagnostics.diagnose.recommendation import recommend
 from implicit.diagnostics.diagnose.report import Diagnosis
 from implicit.diagnostics.diagnose.restore import restored
@@ -31,7 +32,8 @@ from implicit.solvers import Picard
 from implicit.solvers.base import AbstractSolver
 from implicit.stopping import Stop
 
-_PRODUCTS = 40  # largest number of Ritz values
+_PRODUCTS = 40  # largest number of Ritz values, or of all eigenvalues of samples of at most _WHOLE numbers
+_WHOLE = 100
 _TOL = 1e-6  # relative residual of the leading Ritz pair at which Arnoldi's method ends
 _DEEP = 200  # largest number of evaluations of the solve to rounding error
 _NOTHING = float("nan")
@@ -97,10 +99,12 @@ def diagnose(
         raise ValueError(f"gradient_error must be at least 0, got {gradient_error}.")
     if budget < 1 or repeats < 0:
         raise ValueError(f"budget must be at least 1 and repeats at least 0, got {budget} and {repeats}.")
-    z0, stop = map_tensors(Tensor.detach, z0), replace(stop, when=None)
-    layout = Layout.of(z0, batch_dims)
-    require_samples(z0, layout)
-    with restored(f, args, solvers, estimators, loss):
+    # the caller's gradient and inference mode do not change what is measured
+    with torch.inference_mode(False), torch.enable_grad(), restored(f, args, solvers, estimators, loss):
+        z0 = map_tensors(lambda t: _recordable(t).detach(), z0)
+        args, stop = tuple(map(_recordable, args)), replace(stop, when=None)
+        layout = Layout.of(z0, batch_dims)
+        require_samples(z0, layout)
         run = _Run(Problem(f, z0, args), stop, layout, Budget(limit=budget))
         try:
             run.check_map()
@@ -111,6 +115,11 @@ def diagnose(
         except BudgetSpent:
             run.missing.append("the measurements that the budget did not suffice for")
     return run.report(chosen, gradient_error)
+
+
+def _recordable(thing: Any) -> Any:
+    """A tensor of inference mode as one that autograd can record."""
+    return thing.clone() if isinstance(thing, Tensor) and thing.is_inference() else thing
 
 
 @dataclass(eq=False)
@@ -127,6 +136,7 @@ class _Run:
     best: Trial | None = None
     deep: Trial | None = None
     spectrum: Spectrum | None = None
+    scale: Tensor | None = None  # (B, N) root mean square of a typical state
     table: EstimatorTable = field(default_factory=EstimatorTable)
 
     def has(self, condition: Condition) -> bool:
@@ -155,9 +165,12 @@ class _Run:
         if noisy is not None:
             self.findings.append(noisy)
             self.missing.append("whether samples are coupled, eigenvalues, kinks and gradients, since f is noisy")
-        elif (coupled := map_checks.coupling(flat, point)) is not None:
+            return
+        self.scale, coupled = point.scale, map_checks.coupling(flat, point)
+        if coupled is not None:
             self.findings.append(coupled)
-            self.layout = Layout.of(self.problem.z0, 0)
+            apart, self.layout = self.layout, Layout.of(self.problem.z0, 0)
+            self.scale = self.layout.pack(apart.unpack(point.scale))
 
     def try_solvers(self, candidates: Sequence[AbstractSolver[Any]]) -> None:
         """Run the candidates, and the best of them down to rounding error."""
@@ -179,7 +192,9 @@ class _Run:
         deep = self.solves().run(self.best.row.solver, stop)
         better = deep.solution is not None and not deep.row.residual > self.best.row.residual
         self.deep = deep if better else self.best
-        self.findings += solutions.below_rounding(self.stop, self.best.solution.result, self.deep, self.layout)
+        with torch.no_grad():
+            left = self.budget.remaining
+            self.findings += solutions.below_rounding(self.stop, self.best, self.deep, self.flat(), left)
 
     def _note_noise(self) -> None:
         """Add the finding of noise if only a solve has shown the noise."""
@@ -193,22 +208,36 @@ class _Run:
 
     def look_at_solution(self) -> None:
         """Findings at the solution: the Jacobian, kinks, the distance to the start, and solutions from other starts."""
-        if self.deep is None or self.deep.solution is None or self.has(Condition.NOISY):
+        if self.deep is None or self.deep.solution is None or self.scale is None or self.has(Condition.NOISY):
             return
         z = self.layout.pack(self.deep.solution.value)
-        found = solver_trials.relative(self.deep.solution, self.layout) <= max(self.stop.rtol, 100 * self.layout.eps)
-        gap = self._eigenvalues(z, found)
-        with torch.no_grad():
-            self.findings += jacobian.kinks(self.flat(), z, found)
-        self.findings += solutions.at_start(self.problem.z0, self.deep, self.layout)
+        found = self._found(solver_trials.relative(self.deep.solution, self.layout, self.stop.norm))
+        kinds = self._eigenvalues(z, found)
+        if self.layout.eps > jacobian.COARSEST:
+            self.missing.append("kinks, which the rounding error of the state's dtype hides")
+        else:
+            with torch.no_grad():
+                self.findings += jacobian.kinks(self.flat(), z, found, self.scale)
+        self.findings += solutions.at_start(self.problem.z0, self.deep, self.layout, self.stop.norm)
         if bool(found.any()):
-            if self.budget.remaining < solutions.COST:
+            if self.budget.remaining < other_starts.COST:
                 self.missing.append("whether other starts give other answers, for lack of budget")
-            self.findings += solutions.several(self.solves(), self.stop, self.deep, gap)
+            gap, attracts = (None, ~found) if kinds is None else (kinds.gap, kinds.radius.to(z.device) < 1)
+            others = self.solves(), self.stop, self.deep.solution, found, gap, attracts, self.scale
+            self.findings += OtherStarts(*others).findings(self.deep)
 
-    def _eigenvalues(self, z: Tensor, found: Tensor) -> Tensor | None:
-        """Add the findings from the spectrum of df/dz at z; returns min |1 - lambda| of each sample (None: unknown)."""
-        products = min(_PRODUCTS, self.budget.remaining - 1)
+    def _found(self, relative: Tensor) -> Tensor:
+        """(B,) whether the best iterates are fixed points: up to the tolerance, or up to the rounding error of f."""
+        found = relative <= max(self.stop.rtol, solver_trials.attainable(self.layout))
+        for finding in self.findings:
+            if finding.condition is Condition.BELOW_ROUNDING:
+                found[list(finding.samples)] |= relative[list(finding.samples)] <= solutions.SMALL
+        return found
+
+    def _eigenvalues(self, z: Tensor, found: Tensor) -> Kinds | None:
+        """Add the findings from the spectrum of df/dz at z, and return what is known of it."""
+        most = z.shape[1] if z.shape[1] <= _WHOLE else _PRODUCTS
+        products = min(most, self.budget.remaining - 1)
         if products < 1:
             self.missing.append("eigenvalues, for lack of budget")
             return None
@@ -229,10 +258,26 @@ class _Run:
             self.findings = jacobian.kind_from_iterations([trial.row for trial in self.trials]) + self.findings
             return None
         self.budget.count(products=found_values.values.shape[1])
-        self.spectrum = found_values
-        kinds = Kinds.of(found_values)
-        self.findings = jacobian.kind(kinds, found_values, found) + self.findings
-        return kinds.gap
+        self.spectrum, kinds = found_values, Kinds.of(found_values)
+        attracted = self._attracted(kinds, z)
+        kinds = kinds.attracting(attracted, found_values.growth)
+        lost = ~torch.isfinite(kinds.radius)
+        if bool(lost.any()):
+            self.missing.append(f"eigenvalues of {int(lost.sum())} samples, since a derivative of f is NaN or infinite")
+        if bool(lost.all()):
+            self.findings = jacobian.kind_from_iterations([trial.row for trial in self.trials]) + self.findings
+        self.findings = jacobian.kind(kinds, found_values, found, attracted) + self.findings
+        return kinds
+
+    def _attracted(self, kinds: Kinds, z: Tensor) -> Tensor:
+        """(B,) on the host: a radius of at least 1 is refuted by plain iteration, also from beside the solution."""
+        doubt = kinds.radius >= 1
+        for trial in self.trials:
+            if trial.row.solver == Picard() and trial.solution is not None:
+                doubt &= trial.solution.converged.cpu()
+        if not bool(doubt.any()) or self.budget.remaining < solutions.PLAIN or self.scale is None:
+            return torch.zeros_like(doubt)
+        return doubt & solutions.attracted(self.solves(), z, self.scale).cpu()
 
     def measure_gradients(
         self,

@@ -1,82 +1,79 @@
-"""Findings about the solution: several fixed points, a start that is the solution, a tolerance below rounding."""
+"""Findings about the solution: a start that is the solution, a tolerance below rounding, attraction."""
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from implicit.diagnostics.diagnose.condition import Condition, Finding
-from implicit.diagnostics.diagnose.map_checks import normal, root_mean_square
+from implicit.diagnostics.diagnose.map_checks import normal, size_or
 from implicit.diagnostics.diagnose.solver_trials import SolverTrials, Trial, relative
-from implicit.pytree import Layout, PerSample, State, norm
+from implicit.evaluation import FlatMap
+from implicit.pytree import Flat, Layout, State, norm
 from implicit.solution import Result
-from implicit.stopping import Stop
+from implicit.solvers import Picard
+from implicit.stopping import Norm, Stop
 
-_PAIRS = 2  # pairs of opposite starts
-_EACH = 150  # largest number of evaluations from one start
-COST = 2 * _PAIRS * (_EACH + 5)  # largest number of evaluations from all starts
-_APART = 1e-2  # two answers differ if their relative distance exceeds this and their error
-_NEAR, _CLOSE = 1e-3, 1e-2  # the solution is the start up to the first relative distance; up to the second, uncertain
-
-
-def several(trials: SolverTrials, stop: Stop, first: Trial, gap: PerSample | None) -> list[Finding]:
-    """Solve from other starts, in pairs on opposite sides of z0, and compare the answers.
-
-    Each solve is to a hundredth of the tolerance, as far as rounding permits. Two answers differ if their relative
-    distance exceeds `_APART` plus ten times the error that their residuals allow, residual / min |1 - lambda|.
-    """
-    assert first.solution is not None
-    layout, budget, solver = trials.layout, trials.budget, first.row.solver
-    rtol = max(0.01 * stop.rtol, 100 * layout.eps)
-    stop = Stop(rtol=rtol, atol=0.01 * stop.atol, norm=stop.norm, max_evals=_EACH)
-    start, answer = layout.pack(trials.problem.z0), layout.pack(first.solution.value)
-    scale = 2 * (root_mean_square(answer) + root_mean_square(answer - start))
-    scale = torch.where(scale > 0, scale, 1.0).unsqueeze(1)
-    gap = torch.ones_like(scale[:, 0]) if gap is None else gap.to(answer).clamp_min(layout.eps)
-    most, seen = torch.zeros_like(scale[:, 0]), 0
-    for pair in range(_PAIRS):
-        for sign in (1.0, -1.0):
-            if budget.remaining < _EACH + 5:
-                break
-            other = start + sign * scale * normal(start, 10 + pair)
-            trial = trials.run(solver, stop, layout.unpack(other))
-            if trial.solution is None:
-                continue
-            seen += 1
-            two = layout.pack(trial.solution.value)
-            size = torch.maximum(norm(answer), norm(two)).clamp_min(torch.finfo(two.dtype).tiny)
-            size = torch.where(size > layout.eps**0.5 * scale[:, 0], size, scale[:, 0])
-            error = 10 * (relative(trial.solution, layout) + relative(first.solution, layout)) / gap
-            both = trial.solution.converged & first.solution.converged
-            apart = torch.where(both, norm(two - answer) / size / (_APART + error), 0.0)
-            most = torch.maximum(most, apart.nan_to_num(nan=0.0))
-    mask = most > 1
-    if not bool(mask.any()):
-        return []
-    evidence = f"{seen} other starts gave answers {float(most.max()) * _APART:.2g} of their norm away"
-    return [Finding.of(Condition.SEVERAL_FIXED_POINTS, evidence, mask, bool((most[mask] > 5).all()))]
+PLAIN = 300  # evaluations of plain iteration from a point beside the solution, at this relative distance:
+_BESIDE, _STAYS = 1e-3, 1.1  # it is attracted if at the end it is at most this share of the distance away
+_DIRECTIONS = 3  # second differences of f over `_SHORTER` residuals are rounding if they exceed `_LARGE` residuals,
+_SHORTER, _LARGE, SMALL = 0.2, 0.4, 1e-2  # at a residual of at most this share of the state
+_NEAR, _CLOSE = 1e-3, 2e-3  # the solution is the start up to the first relative distance; up to the second, uncertain
 
 
-def at_start(z0: State, answer: Trial, layout: Layout) -> list[Finding]:
+def at_start(z0: State, answer: Trial, layout: Layout, kind: Norm) -> list[Finding]:
     """Whether the solution is the start."""
     assert answer.solution is not None
     start, z = layout.pack(z0), layout.pack(answer.solution.value)
     size = torch.maximum(norm(start), norm(z))
     moved = torch.where(size > 0, norm(z - start) / size, 0.0)
     ended = answer.solution.result.to(moved.device) != Result.NONFINITE
-    mask = (moved <= _CLOSE) & ended & (relative(answer.solution, layout) <= _CLOSE)
+    near, close = max(_NEAR, layout.eps), max(_CLOSE, layout.eps)
+    mask = (moved <= close) & ended & (relative(answer.solution, layout, kind) <= close)
     if not bool(mask.any()):
         return []
     worst = float(moved[mask].max())
     evidence = f"the answer is within {worst:.1e} of its norm of z0"
-    return [Finding.of(Condition.STARTS_AT_EQUILIBRIUM, evidence, mask, worst <= _NEAR)]
+    return [Finding.of(Condition.STARTS_AT_EQUILIBRIUM, evidence, mask, worst <= near)]
 
 
-def below_rounding(stop: Stop, codes: Tensor, deep: Trial, layout: Layout) -> list[Finding]:
-    """Whether the tolerance is below the rounding error of f(z) - z."""
+def attracted(trials: SolverTrials, z: Flat, scale: Flat) -> Bool[Tensor, " B"]:
+    """Whether plain iteration from a point beside the solution z comes nearer to it, or stays where it is."""
+    layout = trials.layout
+    beside = layout.round(z + _BESIDE * size_or(z, scale, layout) * normal(z, seed=5))
+    stop = Stop(rtol=0.0, atol=0.0, max_evals=min(PLAIN, trials.budget.remaining))
+    trial = trials.run(Picard(), stop, layout.unpack(beside))
+    if trial.solution is None:
+        return torch.zeros_like(z[:, 0], dtype=torch.bool)
+    end = layout.pack(trial.solution.value)
+    return norm(end - z) <= _STAYS * norm(beside - z) + 10 * layout.eps * norm(z)
+
+
+def below_rounding(stop: Stop, best: Trial, deep: Trial, f: FlatMap, remaining: int) -> list[Finding]:
+    """Whether the tolerance is below the rounding error of f(z) - z, by the state's dtype or by f's own arithmetic."""
+    assert best.solution is not None and deep.solution is not None
+    layout = f.layout
     if stop.atol == 0 and stop.rtol < layout.eps:
         evidence = f"rtol {stop.rtol:.1e} is below the rounding error {layout.eps:.1e} of the state's dtype"
         return [Finding(Condition.BELOW_ROUNDING, evidence, tuple(range(len(deep.row.evals) or 1)))]
-    stalled = codes.cpu() == Result.STALLED
+    stalled = best.solution.result == Result.STALLED
+    short = ~(best.solution.converged | stalled)
+    if bool(short.any()) and remaining > 2 * _DIRECTIONS:
+        stalled |= short & _rounds(f, layout.pack(deep.solution.value))
     if not bool(stalled.any()):
         return []
     evidence = f"rtol {stop.rtol:.1e}, and residuals end at {deep.row.residual:.1e} of ||z||"
     return [Finding.of(Condition.BELOW_ROUNDING, evidence, stalled)]
+
+
+def _rounds(f: FlatMap, z: Flat) -> Bool[Tensor, " B"]:
+    """Whether the residual r = f(z) - z is the rounding error of f: second differences of f over steps shorter than r.
+
+    If f is differentiable they are of the order ||r||^2; where f rounds they are as large as r.
+    """
+    fz = f(z)
+    residual, most = norm(fz - z), torch.zeros_like(z[:, 0])
+    for seed in range(_DIRECTIONS):
+        d = normal(z, seed=20 + seed)
+        step = _SHORTER * (residual / norm(d)).unsqueeze(1) * d
+        most = torch.maximum(most, norm(f(z + step) - 2 * fz + f(z - step)).nan_to_num(nan=0.0))
+    return (most >= _LARGE * residual) & (residual <= SMALL * norm(z)) & (residual > 0)

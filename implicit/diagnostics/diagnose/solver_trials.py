@@ -18,7 +18,7 @@ from implicit.pytree import Layout, PerSample, State, norm
 from implicit.solution import Result, Solution
 from implicit.solvers import Anderson, AndersonGS, Broyden, Multisecant, NewtonKrylov, Picard
 from implicit.solvers.base import AbstractSolver
-from implicit.stopping import Stop
+from implicit.stopping import Norm, Stop
 
 # simplest first, since `best` takes the first one that is fast enough
 CANDIDATES: tuple[AbstractSolver[Any], ...] = (
@@ -115,10 +115,10 @@ class SolverTrials:
             converged=codes.count(Result.CONVERGED.name),
             samples=len(codes),
             evals=solution.evals.cpu(),
-            residual=float(relative(solution, self.layout).max()),
+            residual=float(relative(solution, self.layout, stop.norm).max()),
             ends=tuple((name, codes.count(name)) for name in dict.fromkeys(codes)),
             trace=None if solution.trace is None else solution.trace.cpu(),
-            tolerances=_tolerances(solution, self.layout),
+            tolerances=_tolerances(solution, self.layout, stop.norm),
         )
         return Trial(row, solution)
 
@@ -128,14 +128,21 @@ class SolverTrials:
         return [self.run(solver, patient) for solver in solvers]
 
 
+def attainable(layout: Layout) -> float:
+    """A relative residual that a solve reaches in the state's dtype."""
+    return min(100 * layout.eps, max(4 * layout.eps, 1e-4))
+
+
 def _failed(solver: AbstractSolver[Any], note: str) -> SolverRow:
     none = torch.zeros(0, dtype=torch.int64, device="cpu")
     return SolverRow(solver, 0, 0, none, math.nan, (), None, note=note)
 
 
-def relative(solution: Solution, layout: Layout) -> PerSample:
-    """(B,) ||f(z) - z|| / max(||z||, ||f(z) - z||, sqrt(eps) ||f(z0)||) at the value returned."""
-    size = torch.maximum(norm(layout.pack(solution.value)), solution.residual)
+def relative(solution: Solution, layout: Layout, kind: Norm) -> PerSample:
+    """(B,) ||f(z) - z|| / max(||z||, ||f(z) - z||, sqrt(eps) ||f(z0)||) at the value returned, in the solve's norm."""
+    if kind == "leaf" and len(layout.widths) > 1:  # the solve's residuals are relative to ||f(z)||
+        return solution.residual.nan_to_num(nan=torch.inf)
+    size = torch.maximum(_size(solution, layout, kind), solution.residual)
     if solution.scale is not None:
         first = solution.scale if solution.scale.ndim == 1 else solution.scale.amax(dim=1)
         size = torch.maximum(size, first.to(size) * layout.eps**0.5)
@@ -158,9 +165,19 @@ def best(trials: Sequence[Trial]) -> Trial | None:
     return next(t for t in able if t.row.most <= _WORTH * least + 1)
 
 
-def _tolerances(solution: Solution, layout: Layout) -> tuple[tuple[float, int], ...]:
+def _size(solution: Solution, layout: Layout, kind: Norm) -> PerSample:
+    """(B,) size of the value in the norm of the solve; 1 where its residuals are relative ones."""
+    z = layout.pack(solution.value)
+    if kind == "max":
+        return z.abs().amax(dim=1)
+    if kind == "leaf" and len(layout.widths) > 1:
+        return torch.ones_like(z[:, 0])
+    return norm(z) / (z.shape[1] ** 0.5 if kind == "rms" else 1.0)
+
+
+def _tolerances(solution: Solution, layout: Layout, kind: Norm) -> tuple[tuple[float, int], ...]:
     """(rtol, evaluations until every sample met rtol), from the trace."""
-    size = norm(layout.pack(solution.value)).cpu()
+    size = _size(solution, layout, kind).cpu()
     if solution.trace is None or not bool((size > 0).all()):
         return ()
     smallest = (solution.trace.cpu() / size).nan_to_num(nan=torch.inf).cummin(dim=0).values
