@@ -69,7 +69,7 @@ def all_starts(
 
     Raises:
         TypeError: z0 is a `Solution`.
-        ValueError: `starts` is below 1, or not the length of the leading axis.
+        ValueError: `starts` is below 1, or not the length of the leading axis; a generator without a function to draw.
     """
     if isinstance(z0, Solution):
         raise TypeError("z0 must be a tensor or a nest of tensors, got a Solution: pass solution.value.")
@@ -77,6 +77,8 @@ def all_starts(
         raise ValueError(f"starts must be at least 1, got {starts}.")
     if callable(z0) and not isinstance(z0, Tensor):
         return [z0(generator) for _ in range(starts)]
+    if generator is not None:
+        raise ValueError("generator is for a z0 that is a function of it, got a state: leave generator unset.")
     if starts == 1:
         return [z0]
     sizes = {t.shape[0] if t.ndim else 0 for t in leaves(z0)}

@@ -5,9 +5,11 @@ u = g + J^T u,     dL/dtheta = u^T df/dtheta,     J = df/dz at z*
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from implicit.argument_types import check_fields
 from implicit.autodiff.autocast import rounding
@@ -24,6 +26,7 @@ from implicit.pytree import Flat, Layout, Map, State, leaves
 from implicit.solution import Adjoint, Solution
 from implicit.solvers.base import AbstractSolver, check_one_of
 from implicit.stopping import Stop
+from implicit.torch_internals import tree_leaves
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class IFT(AbstractGrad):
         report: called with the `Solution` of every linear solve.
         preconditioner: linear function P with P g ~ (I - J^T)^-1 g, on states in the structure of the starting state,
             each sample by itself. The solve is for w with u = P w, and its residual is that of u. With a good P it
-            takes fewer products; with a poor P the gradient is the same.
+            takes fewer products; with a poor P the gradient is the same. A P that is not linear is left out, with a
+            warning.
 
     Example:
         The u of one training step as the first guess of the next (`Adjoint`)::
@@ -110,7 +114,7 @@ class IFT(AbstractGrad):
         """The linear solve with the preconditioner, and with the guess in `kept`, in which the solve stores u."""
         precondition = self.preconditioner
         if precondition is not None:
-            solve = replace(solve, preconditioner=lambda g: layout.pack(precondition(layout.unpack(g))))
+            solve = replace(solve, preconditioner=partial(_preconditioned, precondition, layout))
         if kept is None:
             return solve
         guess = None if kept.value is None else layout.pack(_like_state(kept.value, layout)).detach()
@@ -150,3 +154,26 @@ def _like_state(guess: State, layout: Layout) -> State:
             "of the same samples, or implicit.Adjoint()."
         )
     return guess
+
+
+def _preconditioned(precondition: Callable[[State], State], layout: Layout, g: Flat) -> Flat:
+    """P g on (B, N) matrices.
+
+    Raises:
+        ValueError: the result has another structure or shape than the state.
+    """
+    out = precondition(layout.unpack(g.clone()))  # a copy, since P may work in place
+    try:
+        flat = layout.pack(out)
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError):
+        flat = None
+    if flat is None or flat.shape != g.shape:
+        raise ValueError(
+            f"IFT.preconditioner must return tensors in the structure and shapes of the state, {_shapes(layout.like)}, "
+            f"got {_shapes(out)}."
+        )
+    return flat
+
+
+def _shapes(state: Any) -> str:
+    return str([tuple(t.shape) for t in tree_leaves(state) if isinstance(t, Tensor)] or type(state).__name__)

@@ -52,6 +52,10 @@ class LinearSolve:
             return g + act(g)
         with torch.no_grad(), torch.autocast(g.device.type, enabled=False):
             scale = _power_of_two(g)
+            if not self._is_linear(g / scale):
+                if self.on_failure != "ignore":
+                    warnings.warn(_NOT_LINEAR, RuntimeWarning, stacklevel=2)
+                return replace(self, preconditioner=None)(act, g)
             start = None if self.guess is None else self._start(act, g / scale, self.guess / scale)
             solution, apart = self._solve(act, g / scale, start)
             if apart is None and len(g) > 1:
@@ -67,6 +71,19 @@ class LinearSolve:
             if self.keep is not None:
                 self.keep(u)
             return u
+
+    def _is_linear(self, g: Flat) -> bool:
+        """Whether P (g - c q) = P g - c P q up to the tolerance, for q with the numbers of g in reverse order, c = 1.7.
+
+        The solve combines vectors P v and would report the residual of a linear P; no product with A is needed here.
+        """
+        precondition = self.preconditioner
+        if precondition is None:
+            return True
+        q = g.flip(1)
+        one, two, both = precondition(g), precondition(q), precondition(g - 1.7 * q)
+        allowed = max(self.stop.rtol, 100 * torch.finfo(g.dtype).eps) * (norm(one) + 1.7 * norm(two))
+        return bool((norm(both - one + 1.7 * two) <= allowed).all())
 
     def _start(self, act: Act, g: Flat, u: Flat) -> tuple[Flat, Flat]:
         """The guess u and its residual, by one product; zero and g for samples whose residual is not below ||g||."""
@@ -137,6 +154,10 @@ class LinearSolve:
             )
 
 
+_NOT_LINEAR = (
+    "IFT.preconditioner is not linear (or random, rounded to a narrower dtype, or not finite), so the backward pass "
+    "was solved without it: pass a linear function, such as the inverse of a matrix."
+)
 _INEXACT = "The linear solve of the IFT backward pass failed for some samples, so their gradient is inexact."
 _COUPLED = (
     "f takes one sample of the batch into another (batch normalization in training mode, a mean over the batch). The "

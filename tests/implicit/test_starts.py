@@ -82,6 +82,8 @@ def test_impossible_starts_are_refused():
         solve(half, z0, starts=0)
     with pytest.raises(ValueError, match="starts"):
         solve(half, z0.unsqueeze(0), starts=3)
+    with pytest.raises(ValueError, match="generator"):
+        solve(half, torch.stack([z0, z0]), starts=2, generator=torch.Generator())
     state = solve(half, z0, keep_state=True).state
     with pytest.raises(ValueError, match="state"):
         solve(half, torch.stack([z0, z0]), starts=2, state=state)

@@ -97,6 +97,29 @@ def test_an_exact_preconditioner_leaves_two_products():
         torch.testing.assert_close(bad, exact, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("solver", [None, Picard()])
+@pytest.mark.parametrize("n", [1, 10])
+def test_a_preconditioner_that_is_not_linear_changes_no_gradient_and_is_named(n, solver):
+    w, x, z0 = layer(n)
+    exact, _, _ = solve(w, x, z0, solver=solver)
+    rng = torch.Generator().manual_seed(1)
+    for wrong in (
+        torch.abs,
+        lambda g: g + 0.3 * torch.sin(10 * g),
+        lambda g: g + 0.1,
+        lambda g: g + 0.1 * torch.randn(g.shape, generator=rng, dtype=F64),
+        lambda g: g * torch.nan,
+    ):
+        with pytest.warns(RuntimeWarning, match="preconditioner"):
+            found, _, _ = solve(w, x, z0, preconditioner=wrong, solver=solver)
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9)
+    found, _, _ = solve(w, x, z0, preconditioner=lambda g: g.mul_(0.9), solver=solver)  # works in place
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-9)
+    for shape in (lambda g: g[:, :0], lambda g: None, lambda g: {"a": g}):
+        with pytest.raises(ValueError, match="preconditioner"):
+            solve(w, x, z0, preconditioner=shape)
+
+
 def test_second_derivatives_are_those_without_hints():
     w, x, z0 = layer(5, 2)
 
