@@ -26,7 +26,7 @@ from implicit.fixed_point import check_types
 from implicit.grads import IFT
 from implicit.grads.base import AbstractGrad
 from implicit.options import Problem
-from implicit.pytree import Layout, Map, State, map_tensors
+from implicit.pytree import Layout, Map, State, map_tensors, norm
 from implicit.solution import Result
 from implicit.solvers import Picard
 from implicit.solvers.base import AbstractSolver
@@ -271,7 +271,9 @@ class _Run:
 
     def _attracted(self, kinds: Kinds, z: Tensor) -> Tensor:
         """(B,) on the host: a radius of at least 1 is refuted by plain iteration, also from beside the solution."""
-        doubt = kinds.radius >= 1
+        start = self.layout.pack(self.problem.z0)
+        away = norm(z - start) > 0.01 * norm(z)  # from the solution itself every iteration converges
+        doubt = (kinds.radius >= 1) & away.cpu()
         for trial in self.trials:
             if trial.row.solver == Picard() and trial.solution is not None:
                 doubt &= trial.solution.converged.cpu()

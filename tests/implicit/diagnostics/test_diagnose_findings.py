@@ -126,6 +126,12 @@ def test_a_transient_is_not_taken_for_an_eigenvalue(n):
     assert {C.CONTRACTIVE, C.NON_NORMAL} <= set(found) and C.EXPANDING not in found
 
 
+@pytest.mark.parametrize("unit", [1e-6, 1.0])
+def test_an_iteration_that_starts_at_a_repelling_point_does_not_make_it_attract(unit):
+    found = conditions(lambda z: unit * torch.sin(2 * z / unit), torch.zeros(2, 5, dtype=F64))
+    assert C.EXPANDING in found and found[C.EXPANDING].certain and C.NON_NORMAL not in found
+
+
 def test_random_layers_are_not_called_non_normal():
     for seed in range(12):
         w, x = 0.8 * normal(10, 10, seed=seed) / 10**0.5, normal(16, 10, seed=seed + 100)
