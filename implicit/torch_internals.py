@@ -6,6 +6,7 @@ Checked with torch 2.13.0. If a later version drops a name, this file is the onl
 import functools
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -312,15 +313,37 @@ def nested_regions_supported(z: Tensor) -> bool:
     return all([has_static_value(size) for size in z.shape])
 
 
-def nested_region(body: Callable[..., R], *args: Any) -> R:
-    """body(*args) as a region of the graph that dynamo traces; regions with the same operators are compiled once.
+def nested_region(body: Callable[..., R], key: int, *args: Any) -> R:
+    """body(key, *args) as a region of the graph that dynamo traces; all with one key are traced and compiled once.
+
+    `body` is a method that `region_body` marks. Its results are tensors, new ones; `args` are tensors and numbers.
 
     This is `torch.compiler.nested_compile_region`, which imports the compiler where a function is marked, and not where
     it is called (`torch._higher_order_ops.invoke_subgraph.invoke_subgraph_placeholder`, 2.13.0).
     """
     from torch._higher_order_ops.invoke_subgraph import invoke_subgraph_placeholder
 
-    return invoke_subgraph_placeholder(body, *args)
+    return invoke_subgraph_placeholder(body, key, *args)
+
+
+def region_body(body: Callable[..., R]) -> Callable[..., R]:
+    """Marks a method for `nested_region` as `nested_compile_region(reuse_hash_fn=...)` does (2.13.0)."""
+    marked: Any = body
+    marked.__marked_compile_region_reuse_hash_fn__ = _first
+    marked.__marked_compile_region_max_reuse_entries__ = sys.maxsize
+    return body
+
+
+def _first(key: int, *_: Any) -> int:
+    return key
+
+
+def region_key() -> int:
+    """A number that no other region has; dynamo, which cannot trace this function, calls it."""
+    return uuid.uuid4().int
+
+
+region_key._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]: `assume_constant_result`, 2.13.0
 
 
 class _Eager:

@@ -29,7 +29,7 @@ from implicit.autodiff.failed_samples import failed, finite
 from implicit.autodiff.recomputation import SameValue, Segments
 from implicit.evaluation import FlatMap
 from implicit.loop.progress import Report, progress_callback, recorded
-from implicit.loop.step_region import in_region, left, region_state
+from implicit.loop.step_region import step_region
 from implicit.options import Fold, SolveOptions
 from implicit.pytree import Flat, State, map_tensors, to_host, validate_warm_start
 from implicit.solution import Solution
@@ -178,31 +178,31 @@ def _in_regions(
     observer: "_Observer",
 ) -> tuple[_Position, tuple[Flat, Flat | None, Any]]:
     """All evaluations but the last one and the steps after them, if a compiled graph may have regions between them."""
-    while f.remaining > 1 and (state := region_state(solver, step[0], step[2])) is not None:
-        before = at.point.z.clone() if f.calls == 1 else at.point.z, at.point.fz, at.failed
-        new = f.evaluate(*step[:2])
+    steps, z = f.remaining - 1, step[0]
+    region = step_region(partial(_next_and_step, solver), solver, z, step[2], steps) if steps > 0 else None
+    if region is None:
+        return at, step
+    values, before, failed = region.values(), at.point.z.clone(), at.failed  # f(z0) may be z0
+    for _ in range(steps):
+        new = f.evaluate(z)
         image = new.fz.clone()  # f, as at z0, may have returned a view of its argument
-        found, state = in_region(_next_and_step, state, solver, before, (new.z, image, new.product, new.remaining))
-        at = _Position(Point(*found[:3], f.remaining), found[3], False)
-        step = *found[4:], state
+        (before, fz, failed, z), values = region(before, at.point.fz, (failed, new.z, image), values)
+        at = _Position(Point(before, fz, None, f.remaining), failed, False)
         observer(at, f)
-    return at, (*step[:2], left(step[2]))
+    return at, (z, None, solver.after_regions(region.filled(at.point, values), steps))
 
 
 def _next_and_step(
-    state: Any,
-    solver: AbstractSolver[Any],
-    before: tuple[Flat, Flat, Bool[Tensor, "B 1"]],
-    new: tuple[Flat, Flat, Flat | None, int],
-) -> tuple[tuple[Tensor | None, ...], Any]:
-    """`_accept` and `_step` after an evaluation that autograd does not record, with the fields of points and positions.
+    solver: AbstractSolver[Any], state: Any, before: Point, failed: Bool[Tensor, "B 1"], z: Flat, fz: Flat
+) -> tuple[tuple[Tensor, ...], Any]:
+    """`_accept` and `_step` after an evaluation that autograd does not record.
 
-    Returns z, f(z), product and failed of the position, the next z and its tangent; and the solver state.
+    Returns z, f(z) and failed of the position, and the next z; and the solver state.
     """
-    at = _Position(Point(*before[:2]), before[2], False)
-    at = _accept(_Evaluation(Point(*new), finite(new[1])), at, bool(solver.patience))
-    z, tangent, state = _step(solver, at, state)
-    return (at.point.z, at.point.fz, at.point.product, at.failed, z, tangent), state
+    at = _Position(before, failed, False)
+    at = _accept(_Evaluation(Point(z, fz), finite(fz)), at, bool(solver.patience))
+    z, _, state = _step(solver, at, state)
+    return (at.point.z, at.point.fz, at.failed, z), state
 
 
 def _checkpointed(

@@ -87,11 +87,14 @@ class Anderson(AbstractSolver[AndersonState]):
         ridge = self.ridge or (1e-14 if empty.products.dtype == torch.float64 else 1e-6)
         return RingBuffer(1 + ridge * empty.products)
 
-    def region_state(self, state: AndersonState) -> AndersonState | None:
+    def region_state(self, state: AndersonState, steps: int) -> AndersonState | None:
         k = self.memory - 1
-        if not k or state.position is not None:
-            return state if k else None
+        if not k or state.steps + 1 < self.start:
+            return None
         return replace(state, position=position(state.columns % k, state.r))
+
+    def after_regions(self, state: AndersonState, steps: int) -> AndersonState:
+        return replace(state, steps=state.steps + steps, columns=state.columns + steps, position=None)
 
     @property
     def patience(self) -> int:

@@ -87,14 +87,15 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
         check_history(state.pairs.capacity, self.memory)
         return replace(state, fz=point.fz, r=point.r, fresh=True)
 
-    def region_state(self, state: AndersonGSState) -> AndersonGSState | None:
-        if state.position is not None:
-            return state
+    def region_state(self, state: AndersonGSState, steps: int) -> AndersonGSState | None:
         pairs = state.pairs.reserve(0, state.r)
         if len(pairs.blocks) > 1 or pairs.rows < self.memory:
             return None
         square = _padded(state.square, pairs)
         return replace(state, pairs=pairs, square=square, position=position(state.count % self.memory, state.r))
+
+    def after_regions(self, state: AndersonGSState, steps: int) -> AndersonGSState:
+        return replace(state, count=state.count + steps, position=None)
 
     @property
     def patience(self) -> int:

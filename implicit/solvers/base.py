@@ -99,14 +99,18 @@ class AbstractSolver(abc.ABC, Generic[S]):
         """Whether autograd can record the steps, as `Unrolled` needs."""
         return True
 
-    def region_state(self, state: S) -> S | None:
-        """The state for a step that torch.compile may compile as a region (`implicit.loop.step_region`), or None.
+    def region_state(self, state: S, steps: int) -> S | None:
+        """The state for `steps` steps that torch.compile may compile as one region, or None.
 
-        It is a dataclass whose field `position` is a slot of the history as a tensor, so that the steps with other
-        slots have the same operators. No result of such a step shares memory with another result, or with an input,
-        unless it is that tensor.
+        All these steps have the same operators and give no tangent; slots of a history are tensors. Of the fields of
+        the state, which is a dataclass, fz and r are those of the last point, a step replaces the other tensors, and
+        writes into the dataclasses, its histories (`implicit.loop.step_region`).
         """
         return None
+
+    def after_regions(self, state: S, steps: int) -> S:
+        """The state after so many steps from `region_state`, as without regions."""
+        return state
 
     @property
     def has_cautious_stage(self) -> bool:

@@ -34,11 +34,9 @@ from implicit.solvers.history_buffer import (
     HistoryBuffer,
     Slot,
     coefficient,
-    fill_entry,
     in_place,
     position,
     put,
-    put_coefficient,
 )
 
 _NOISE = 0.75  # a factor 1 - c up to eps to this power consists of rounding errors; division by it would blow them up
@@ -66,7 +64,7 @@ class BroydenState:
 
     @property
     def used(self) -> int:
-        """Rows that a step takes part in: those after `count` hold zeros, and their c is 0."""
+        """Rows that a step takes part in: those from `count` on are not in use, and their c is 0."""
         return self.count if self.position is None else self.steps.rows
 
 
@@ -118,13 +116,19 @@ class Broyden(AbstractSolver[BroydenState]):
             short = point.r.new_zeros(point.r.shape[0], 1, self._rows)
         return replace(state, r=point.r, short=short, fresh=True)
 
-    def region_state(self, state: BroydenState) -> BroydenState | None:
-        if state.position is not None:
-            return state
-        steps = state.steps.reserve(0, state.r)
-        if self.search or len(steps.blocks) > 1 or steps.rows < self._rows:
+    def region_state(self, state: BroydenState, steps: int) -> BroydenState | None:
+        history = state.steps.reserve(0, state.r)
+        if self.search or len(history.blocks) > 1 or history.rows < self._rows:
             return None
-        return replace(state, steps=steps, position=position(state.count, state.r))
+        return replace(state, steps=history, position=position(state.count, state.r))
+
+    def after_regions(self, state: BroydenState, steps: int) -> BroydenState:
+        count = state.count
+        for _ in range(steps):
+            count = 3 if count > self.memory else count + 1
+        unused = torch.arange(self._rows, device=state.r.device).unsqueeze(1) >= count
+        blocks = (state.steps.blocks[0].masked_fill(unused, 0),)
+        return replace(state, steps=replace(state.steps, blocks=blocks), count=count, position=None)
 
     @property
     def patience(self) -> int:
@@ -141,15 +145,18 @@ class Broyden(AbstractSolver[BroydenState]):
     def step(self, point: Point, state: BroydenState) -> tuple[Flat, None, BroydenState]:
         r = point.r
         # a full history restarts from the newest pair; a step that was not taken forms no pair
-        if state.count > self.memory:
+        if state.position is not None:
+            state = self._keep_newest_pair_if_full(r, state, state.position)
+        elif state.count > self.memory:
             state = self._keep_newest_pair(r, state)
         elif state.fresh and state.count:
             state = _drop_pair(state, torch.ones_like(r[:, :1], dtype=torch.bool), r)
         if not state.count:
             return point.fz, None, _append(state, r, r)
         # H r with all factors but the newest
-        c = _coefficients(state, r)
-        others = c if state.position is None else c.index_fill(2, state.position - 1, 0)
+        others = c = _coefficients(state, r)
+        if state.position is not None:
+            others = c.masked_fill(torch.arange(state.used, device=r.device) >= state.position - 1, 0)
         s = state.steps.add(r, others.narrow(2, 0, others.shape[2] - 1), -1, first=1)
         if state.short is not None:
             s = state.steps.add(s, c * state.short[:, :, : state.count], -1)
@@ -180,17 +187,27 @@ class Broyden(AbstractSolver[BroydenState]):
 
     def _keep_newest_pair(self, r: Flat, state: BroydenState) -> BroydenState:
         """The state with the newest secant pair alone, H_{k-1} = I; u takes a row, since it is not the next step."""
-        slot = state.count - 1
-        s, y = state.steps.row(slot).clone(), r - state.r  # clearing writes into the row
-        if state.short is not None:
-            s = s * (1 + state.short[:, :, slot])
-        scale = torch.linalg.vecdot(s, y).unsqueeze(1)
-        size = torch.linalg.vecdot(s, s).unsqueeze(1)
-        lost = scale.abs() <= torch.finfo(r.dtype).eps ** _NOISE * size
-        u = (s + y) * (size / scale.masked_fill(lost, -torch.inf).neg())
+        s, u = _newest_pair(r, state)
         short = None if state.short is None else torch.zeros_like(state.short)
-        blank = BroydenState(r, state.steps.clear(torch.ones_like(lost)), self._blank(r), short=short)
-        return _drop_pair(_append(_append(blank, s, r), u, r), torch.ones_like(lost), r)
+        every = torch.ones_like(r[:, :1], dtype=torch.bool)
+        blank = BroydenState(r, state.steps.clear(every), self._blank(r), short=short)
+        return _drop_pair(_append(_append(blank, s, r), u, r), every, r)
+
+    def _keep_newest_pair_if_full(self, r: Flat, state: BroydenState, count: Int[Tensor, "1"]) -> BroydenState:
+        """`_keep_newest_pair` where a tensor counts the steps; rows after the pair are not cleared, but not used."""
+        full, (s, u) = count > self.memory, _newest_pair(r, state)
+        # the rows of the pair, or the two after the newest step, which stay zero
+        rows = torch.cat((torch.where(full, 0, count), torch.where(full, 1, count + 1)))
+        pair = torch.stack((s, u), dim=1).masked_fill(~full, 0)
+        state.steps.blocks[0].index_copy_(1, rows, pair)
+        system = self._blank(r)
+        square = torch.linalg.vecdot(s, s)
+        system[:, 0, 0] = square
+        system[:, 0, 1] -= square
+        system[:, 1, 0] = torch.linalg.vecdot(u, s)
+        system[:, 1, 1] = torch.linalg.vecdot(u, u)
+        system[:, 1, 2] = -torch.finfo(r.dtype).max
+        return replace(state, system=torch.where(full, system, state.system), position=torch.where(full, 2, count))
 
     def inverse_transpose(self, state: BroydenState, g: Flat) -> Flat:
         """H^T g, without the pair of the last step, after which f was not evaluated yet."""
@@ -205,10 +222,23 @@ class Broyden(AbstractSolver[BroydenState]):
         return state.steps.add(g, c, -1)
 
 
+def _newest_pair(r: Flat, state: BroydenState) -> tuple[Flat, Flat]:
+    """s and u of the newest secant pair alone, H_{k-1} = I; u is 0 if the pair is lost to rounding."""
+    s, y = state.steps.row(state.slot - 1).clone(), r - state.r  # the row is written before s is read for the last time
+    if state.short is not None:
+        s = s * (1 + state.short[:, :, state.count - 1])
+    scale = torch.linalg.vecdot(s, y).unsqueeze(1)
+    size = torch.linalg.vecdot(s, s).unsqueeze(1)
+    lost = scale.abs() <= torch.finfo(r.dtype).eps ** _NOISE * size
+    return s, (s + y) * (size / scale.masked_fill(lost, -torch.inf).neg())
+
+
 def _coefficients(state: BroydenState, x: Flat) -> Float[Tensor, "B 1 C"]:
     """-c, the solution of the triangular system."""
     used = state.used
     dots = state.steps.dot(x).narrow(2, 0, used).mT
+    if state.position is not None:
+        dots = dots.masked_fill(torch.arange(used, device=x.device).unsqueeze(1) >= state.position, 0)
     system = state.system.narrow(1, 0, used).narrow(2, 1, used)
     return torch.linalg.solve_triangular(system, dots, upper=False).mT
 
@@ -224,26 +254,41 @@ def _append(state: BroydenState, s: Flat, r: Flat) -> BroydenState:
 
 def _with_row(state: BroydenState, dots: Float[Tensor, "B _"]) -> Float[Tensor, "B K K+1"]:
     """T - D with the row of a new step, of which `dots` are the products with all steps."""
-    count, slot, system = state.count, state.slot, state.system
-    in_row = state.position is None and not torch.compiler.is_compiling() and in_place(system, dots)
+    count, system, tiny = state.count, state.system, torch.finfo(dots.dtype).tiny
+    if state.position is not None:  # masks, which one loop of a compiled graph applies
+        rows, columns = _numbers(system)
+        row = pad(dots, (0, 1)).masked_fill(columns > state.position, 0)
+        row = torch.where(columns == state.position + 1, -tiny - dots.index_select(1, state.position), row)
+        return torch.where(rows == state.position, row.unsqueeze(1), system)
+    in_row = not torch.compiler.is_compiling() and in_place(system, dots)
     if in_row:  # the row holds 0 and -tiny, as `_blank` left it
         row = system.select(1, count)
         row.narrow(1, 0, count + 1).copy_(dots.narrow(1, 0, count + 1))
         row.narrow(1, count + 1, 1).sub_(dots.narrow(1, count, 1))
     else:
         row = pad(dots, (0, system.shape[2] - dots.shape[1]))
-        square = coefficient(dots.unsqueeze(1), slot)
-        put_coefficient(row.unsqueeze(1), slot + 1, -torch.finfo(dots.dtype).tiny - square)
+        row[:, count + 1] = -tiny - dots[:, count]
     if state.short is not None:
         row[:, 1 : count + 1] += state.short[:, 0, :count] * dots[:, :count]
-    return system if in_row else put(system, slot, row)
+    return system if in_row else put(system, count, row)
 
 
 def _drop_pair(state: BroydenState, mask: Bool[Tensor, "B 1"], r: Flat) -> BroydenState:
     """The solver state without the pair that begins with the newest step, for the samples in `mask`: its c is 0."""
-    system = state.system.clone() if _recorded(state, r) else state.system
-    fill_entry(system, state.slot - 1, state.slot, mask, -torch.finfo(system.dtype).max)
+    system, none = state.system, -torch.finfo(r.dtype).max
+    if state.position is not None:
+        rows, columns = _numbers(system)
+        newest = (rows == state.position - 1) & (columns == state.position)
+        return replace(state, system=system.masked_fill(newest & mask.unsqueeze(2), none))
+    system = system.clone() if _recorded(state, r) else system
+    system[:, state.count - 1, state.count].masked_fill_(mask[:, 0], none)
     return replace(state, system=system, fresh=False)
+
+
+def _numbers(system: Float[Tensor, "B K K+1"]) -> tuple[Int[Tensor, "K 1"], Int[Tensor, " K+1"]]:
+    """The numbers of the rows and columns of T - D."""
+    columns = torch.arange(system.shape[2], device=system.device)
+    return columns[:-1].unsqueeze(1), columns
 
 
 def _recorded(state: BroydenState, r: Flat) -> bool:

@@ -66,14 +66,6 @@ def put_coefficient(c: Coefficients, slot: Slot, value: Float[Tensor, "B 1"] | f
         c.index_fill_(2, slot, value)
 
 
-def fill_entry(matrix: Float[Tensor, "B K M"], i: Slot, j: Slot, mask: Bool[Tensor, "B 1"], value: float) -> None:
-    """Write `value` into entry (i, j) of the samples in `mask`."""
-    line = row(matrix, i)
-    entry = row(line.unsqueeze(2), j).masked_fill_(mask, value)
-    if isinstance(i, Tensor) and isinstance(j, Tensor):  # `line` and `entry` are no views
-        matrix.index_copy_(1, i, line.index_copy(1, j, entry).unsqueeze(1))
-
-
 def in_place(*given: Tensor) -> bool:
     """Whether rows may be written in place: autograd records none of `given`, and no transform maps one of them."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in given):

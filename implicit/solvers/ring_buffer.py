@@ -95,7 +95,8 @@ class GramMatrix(KeepsViews):
         own = torch.threshold(row(new.unsqueeze(2), slot), least, 1)
         new = put(new.unsqueeze(2), slot, own).squeeze(2)
         if isinstance(slot, Tensor):  # a view written in place may get other strides in a compiled graph
-            return GramMatrix(matrix.index_copy(1, slot, new.unsqueeze(1)).index_copy(2, slot, new.unsqueeze(2)))
+            matrix.index_copy_(1, slot, new.unsqueeze(1)).index_copy_(2, slot, new.unsqueeze(2))
+            return self
         return GramMatrix(put(put(matrix.clone(), slot, new).mT, slot, new).mT)
 
     def solve(self, right: Coefficients) -> Coefficients:

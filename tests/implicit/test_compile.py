@@ -5,18 +5,32 @@ is "eager", which captures the same graphs as any other and makes no code of the
 """
 
 import json
+import operator
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from shutil import which
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
+from torch._dynamo.utils import compilation_time_metrics, counters
 
-from implicit import IFT, JFB, SHINE, Anderson, AndersonGS, Broyden, Neumann, Picard, Reversible, Stop, fixed_point
-from implicit.pytree import tensors
+from implicit import (
+    IFT,
+    JFB,
+    SHINE,
+    Anderson,
+    AndersonGS,
+    Broyden,
+    Neumann,
+    Picard,
+    Reversible,
+    Stop,
+    fixed_point,
+)
 from implicit.testing import problem
 from tests.helpers import SOLVERS
 
@@ -33,6 +47,7 @@ GRADS = {
 }
 COMPILED = {type(s).__name__: s for s in SOLVERS}
 WINDOWS = {type(s).__name__: s for s in (Picard(), Anderson(5), AndersonGS(5), Broyden(5))}
+OPEN_BATCH = list(WINDOWS)
 TO_TOLERANCE = ["Picard", "AndersonGS"]
 X = torch.linspace(-1, 1, 12).view(3, 4)
 
@@ -86,7 +101,7 @@ def gradient(grad):
 
 
 def regions(solver):
-    """The nodes of the graphs of 9 and of 21 evaluations, outside of the solver's regions; and the bodies of these."""
+    """Graphs of 9 and of 21 evaluations: nodes outside of the solver's regions, bodies of regions, and their traces."""
 
     def solve(z, x, evals):
         stop = Stop(rtol=0, atol=0, max_evals=evals)
@@ -94,24 +109,52 @@ def regions(solver):
 
     def capture(graph, _):
         bodies.append(sorted(name for name, part in graph.named_children() if isinstance(part, torch.fx.GraphModule)))
-        nodes.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
+        called = [node for node in graph.graph.nodes if node.op.startswith("call")]
+        nodes.append(sum(node.target is not operator.getitem for node in called))  # not the results of a region
         return graph
 
-    bodies, nodes, off = [], [], 0.0
+    bodies, nodes, traces, off = [], [], [], 0.0
     z0, x = torch.zeros(3, 4, dtype=torch.float64), X.double()
     for evals in (9, 21):
         torch._dynamo.reset()
+        compilation_time_metrics.clear()
         with torch.no_grad():
             got = torch.compile(solve, fullgraph=True, backend=capture)(z0, x, evals)
             off = max(off, float((got - solve(z0, x, evals)).abs().max()))
-    return {"off": off, "bodies": bodies, "nodes": (nodes[1] - nodes[0]) / 12}
+        traces.append(len(compilation_time_metrics.get("invoke_subgraph_trace", ())))
+    return {"off": off, "bodies": bodies, "traces": traces, "nodes": (nodes[1] - nodes[0]) / 12}
+
+
+def many_solves(solver):
+    """More solves in a graph, of several windows, dtypes and maps, than regions of one function by PyTorch's default.
+
+    The last map gives NaN for some samples and evaluations.
+    """
+    cases = [(lambda z, x: torch.tanh(0.5 * z) + x, dtype) for dtype in (torch.float32, torch.float64)]
+    cases.append((lambda z, x: torch.sqrt(x + 0.4 - z.roll(1, dims=1)), torch.float64))
+
+    def solve(z, x):
+        values = []
+        for memory, (f, dtype) in product((1, 2, 5), cases):
+            stop, which = Stop(rtol=0, atol=0, max_evals=5 + memory), replace(solver, memory=memory)
+            found = fixed_point(f, z.to(dtype), x.to(dtype), solver=which, grad=JFB(), stop=stop)
+            values.append(found.value.double())
+        return torch.stack(values)
+
+    run, off = torch.compile(solve, fullgraph=True, backend="eager"), 0.0
+    with torch.no_grad():
+        for z0 in (torch.zeros(3, 4), torch.ones(3, 4)):
+            found = solve(z0, X)
+            assert found.isfinite().all()
+            off = max(off, float((run(z0, X) - found).abs().max()))
+    return {"off": off, "graphs": counters["stats"]["unique_graphs"]}
 
 
 def generated(solver):
     """Code made by inductor, which asserts the strides of what goes from region to region."""
 
     def solve(z, x):
-        stop = Stop(rtol=0, atol=0, max_evals=5)
+        stop = Stop(rtol=0, atol=0, max_evals=9)
         return fixed_point(lambda z, x: torch.tanh(0.5 * z) + x, z, x, solver=solver, grad=JFB(), stop=stop).value
 
     z0, x = torch.zeros(3, 4, dtype=torch.float64), X.double()
@@ -132,8 +175,9 @@ def trained(solver):
     run = torch.compile(solve, fullgraph=True, backend="aot_eager")
     (loss, state), (expected, other) = run(weight, X.double()), solve(weight, X.double())
     got, grad = (torch.autograd.grad(value, weight)[0] for value in (loss, expected))
-    kept = zip(tensors(state), tensors(other), strict=True)
-    return {"off": float((got - grad).norm() / grad.norm()), "state": max(float((a - b).abs().max()) for a, b in kept)}
+    # both states as the inverses of I - df/dz that they hold: what lies in unused rows may differ
+    kept, wanted = (solver.inverse_transpose(s, torch.ones_like(X.double())) for s in (state, other))
+    return {"off": float((got - grad).norm() / grad.norm()), "state": float((kept - wanted).abs().max())}
 
 
 def any_batch(solver):
@@ -167,9 +211,10 @@ def all_of_it():
     jobs = [("one_graph", name, one_graph, s) for name, s in COMPILED.items()]
     jobs += [("one_compilation", name, one_compilation, COMPILED[name]) for name in TO_TOLERANCE]
     jobs += [("regions", name, regions, solver) for name, solver in WINDOWS.items()]
-    jobs += [("any_batch", name, any_batch, solver) for name, solver in WINDOWS.items()]
+    jobs += [("any_batch", name, any_batch, WINDOWS[name]) for name in OPEN_BATCH]
     regional = {name: solver for name, solver in WINDOWS.items() if name != "Picard"}
     jobs += [("generated", name, generated, solver) for name, solver in regional.items() if which("g++")]
+    jobs += [("many_solves", name, many_solves, solver) for name, solver in regional.items()]
     jobs += [("trained", name, trained, solver) for name, solver in regional.items()]
     jobs += [("map_alone", "", map_alone, AndersonGS())]
     jobs += [("gradient", name, gradient, grad) for name, grad in GRADS.items()]
@@ -200,9 +245,15 @@ def test_steps_of_a_fixed_count_are_compiled_once_however_many(results, solver):
     found, plain = results[f"regions {solver}"], results["regions Picard"]
     assert found["off"] < 1e-10
     few, many = found["bodies"]
-    assert few == many and 1 <= len(many) <= 2  # Broyden restarts from its newest pair in a step of its own
+    assert few == many and len(many) == 1 and found["traces"] == [1, 1]
     # an evaluation adds f and the call with its results; plain iteration has the tests of f(z) there
     assert found["nodes"] <= plain["nodes"]
+
+
+@pytest.mark.parametrize("solver", [name for name in WINDOWS if name != "Picard"])
+def test_solves_of_one_graph_have_regions_of_their_own(results, solver):
+    found = results[f"many_solves {solver}"]
+    assert found["off"] < 1e-5 and found["graphs"] == 1
 
 
 @pytest.mark.skipif(which("g++") is None, reason="inductor needs a C++ compiler")
@@ -211,7 +262,7 @@ def test_regions_pass_their_tensors_on_in_generated_code(results, solver):
     assert results[f"generated {solver}"]["off"] < 1e-10
 
 
-@pytest.mark.parametrize("solver", WINDOWS)
+@pytest.mark.parametrize("solver", OPEN_BATCH)
 def test_graphs_with_an_open_batch_size_are_those_of_plain_iteration(results, solver):
     found = results[f"any_batch {solver}"]
     assert found["off"] < 1e-10 and found["graphs"] == results["any_batch Picard"]["graphs"]
@@ -220,7 +271,7 @@ def test_graphs_with_an_open_batch_size_are_those_of_plain_iteration(results, so
 @pytest.mark.parametrize("solver", [name for name in WINDOWS if name != "Picard"])
 def test_a_compiled_training_step_has_the_gradient_and_the_state_of_the_eager_one(results, solver):
     found = results[f"trained {solver}"]
-    assert found["off"] < 1e-10 and found["state"] < 1e-10
+    assert found["off"] < 1e-10 and found["state"] < 1e-5
 
 
 @pytest.mark.parametrize("solver", TO_TOLERANCE)
