@@ -16,7 +16,7 @@ from torch import Tensor
 from implicit.linear.secant_systems import Systems
 from implicit.pytree import Flat
 from implicit.solvers.base import on_host
-from implicit.solvers.history_buffer import HistoryBuffer, add_diagonal, clear_products, put_products
+from implicit.solvers.history_buffer import HistoryBuffer, Slot, add_diagonal, clear_products, put_products
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class SecantWindow:
         newer = newer.transpose(1, 2).tril().transpose(1, 2)
         rows = HistoryBuffer(2 * pairs + 2, backward=True)
         return cls(pairs, rows, like.new_zeros(size, 0, 0), kept, newer, signs)
+
+    @property
+    def pairs_added(self) -> Slot:
+        """`count`, or a tensor where it counts the pairs (`implicit.linear.secant_ring`)."""
+        return self.count
 
     @property
     def used(self) -> int:
@@ -115,15 +120,20 @@ class SecantWindow:
 
     def systems(self) -> Systems:
         """Products of dZ_i and dR_i with r and with dR_j, newest first."""
-        turn, slots, gram = 2 * self._next, 1 + self.used, self.gram
-        if self.count > self.pairs and turn:
-            gram, turn = gram.roll((-turn, -turn), (1, 2)), 0
+        slots = 1 + self.used
         # by slot: the point, then the pairs
-        gram = gram.narrow(1, turn, 2 * slots).narrow(2, turn, 2 * slots).view(-1, slots, 2, slots, 2)
+        gram = self._by_age().view(-1, slots, 2, slots, 2)
         # products of dF_i and dR_i with r and dR_j, taken from the newer one of the rows
         newer, older = gram[:, :, 1, 1:].permute(0, 2, 3, 1), gram[:, 1:, :, :, 1]
         by_dr = torch.where(self.newer[:, : slots - 1, :, :slots], newer, older)
         return torch.addcmul(by_dr, by_dr[:, :, 1:], self.signs)
+
+    def _by_age(self) -> Float[Tensor, "B P P"]:
+        """The products of f(z) and r of the last point, then of the rows of the pairs, newest first."""
+        turn, size, gram = 2 * self._next, 2 + 2 * self.used, self.gram
+        if self.count > self.pairs and turn:
+            gram, turn = gram.roll((-turn, -turn), (1, 2)), 0
+        return gram.narrow(1, turn, size).narrow(2, turn, size)
 
     def drop(self, mask: Bool[Tensor, "B 1"]) -> "SecantWindow":
         """The window without the pairs of the samples in `mask`."""

@@ -47,6 +47,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from implicit.argument_types import check_fields
+from implicit.linear.secant_ring import SecantRing
 from implicit.linear.secant_systems import (
     all_independent,
     dependent,
@@ -151,6 +152,14 @@ class Multisecant(AbstractSolver[MultisecantState]):
         if self.filter is not None and not 0 < self.filter < 1:
             raise ValueError(f"Multisecant.filter must lie in (0, 1), got {self.filter}.")
 
+    def region_state(self, state: MultisecantState, steps: int) -> MultisecantState | None:
+        ring = SecantRing.of(state.window, steps)
+        return None if ring is None else replace(state, window=ring)
+
+    def after_regions(self, state: MultisecantState, steps: int) -> MultisecantState:
+        window = state.window.window() if isinstance(state.window, SecantRing) else state.window
+        return replace(_last_in_unit(state), window=window, eased=False)
+
     @property
     def patience(self) -> int:
         return 25 if self.safeguard else 0
@@ -243,7 +252,8 @@ class Multisecant(AbstractSolver[MultisecantState]):
         )
 
     def step(self, point: Point, state: MultisecantState) -> tuple[Flat, None, MultisecantState]:
-        before, plain_step, point = state, point.fz, _in_unit(point, state.unit)
+        ring = isinstance(state.window, SecantRing)
+        before, plain_step, point = _last_in_unit(state) if ring else state, point.fz, _in_unit(point, state.unit)
         size = point.r_size.unsqueeze(1)
         if before.fresh and not before.window.count:
             return plain_step, None, replace(before, fz=point.fz, r=point.r, size=size, fresh=False)
@@ -251,7 +261,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
         window, square = self._window(point, before, norms)
         state = replace(before, fz=point.fz, r=point.r, window=window, size=size, fresh=False, retreated=None)
         state = _ridge(state, norms)
-        if not state.settled and state.window.count <= max(_PLAIN_STEPS, min(_SETTLING, point.z.shape[1])):
+        if not state.settled and (ring or state.window.count <= _longest_plain(point)):
             state = _still_plain(point, state, before)
             if may_skip(size):
                 plain = to_host(state.plain)
@@ -377,24 +387,43 @@ def _ridge(state: MultisecantState, norms: _Norms) -> MultisecantState:
 
 def _still_plain(point: Point, state: MultisecantState, before: MultisecantState) -> MultisecantState:
     """The state with `plain`, which marks the samples whose steps remain plain, `ratio` and `fall`."""
-    count = state.window.count
+    count = state.window.pairs_added
     # rho_k and its fall
     ratio = state.size / before.size
-    fall = state.fall if count == 1 else 1 - ratio / state.ratio
+    if isinstance(count, Tensor):
+        fall = torch.where(count == 1, state.fall, 1 - ratio / state.ratio)
+    else:
+        fall = state.fall if count == 1 else 1 - ratio / state.ratio
     size, last, rho, new, old = on_host(state.size, before.size, ratio, fall, state.fall)
     settles = False
     if not may_skip(point.r) or int(torch.count_nonzero(point.r)) < point.r.numel():
         settles = on_host(((point.r == 0) & (before.r * point.z != 0)).any(dim=1, keepdim=True))[0]
         settles = (settles != 0) & (size <= last)
-    if count > _PLAIN_STEPS:
-        stays = settles
-    elif count == 1:
-        stays = settles | (rho <= _CONTRACTION)
+    if isinstance(count, Tensor):
+        gains = torch.where(count == 1, _gains(1, rho, new, old), _gains(2, rho, new, old)) & (count <= _PLAIN_STEPS)
+        stays = (settles | gains) & (count <= _longest_plain(point))
     else:
-        least = (new >= _FALL) & ((rho >= _QUICK) | (new >= _QUICK_FALL))
-        stays = settles | (rho <= _FAST) & least & (new >= _KEPT * old)
+        stays = settles if count > _PLAIN_STEPS else settles | _gains(count, rho, new, old)
     if isinstance(stays, np.ndarray):
         stays = to_device(stays, ratio.device)
     if (same := before.retreated) is not None:
         stays, ratio, fall = stays | same, torch.where(same, state.ratio, ratio), torch.where(same, state.fall, fall)
     return replace(state, plain=state.plain & stays, ratio=ratio, fall=fall)
+
+
+def _gains(count: int, rho: Any, new: Any, old: Any) -> Any:
+    """Whether plain step number `count` + 1 gains enough more than the one before, from rho and the last two falls."""
+    if count == 1:
+        return rho <= _CONTRACTION
+    least = (new >= _FALL) & ((rho >= _QUICK) | (new >= _QUICK_FALL))
+    return (rho <= _FAST) & least & (new >= _KEPT * old)
+
+
+def _longest_plain(point: Point) -> int:
+    """The largest number of plain steps at the start."""
+    return max(_PLAIN_STEPS, min(_SETTLING, point.z.shape[1]))
+
+
+def _last_in_unit(state: MultisecantState) -> MultisecantState:
+    """The state with f(z) and r multiplied by the unit, which regions take from the loop."""
+    return state if state.unit is None else replace(state, fz=state.unit * state.fz, r=state.unit * state.r)

@@ -25,6 +25,7 @@ from implicit import (
     Anderson,
     AndersonGS,
     Broyden,
+    Multisecant,
     Neumann,
     Picard,
     Reversible,
@@ -46,8 +47,8 @@ GRADS = {
     )
 }
 COMPILED = {type(s).__name__: s for s in SOLVERS}
-WINDOWS = {type(s).__name__: s for s in (Picard(), Anderson(5), AndersonGS(5), Broyden(5))}
-OPEN_BATCH = list(WINDOWS)
+WINDOWS = {type(s).__name__: s for s in (Picard(), Anderson(5), AndersonGS(5), Broyden(5), Multisecant(5))}
+OPEN_BATCH = [name for name in WINDOWS if name != "Multisecant"]  # without regions that takes a minute
 TO_TOLERANCE = ["Picard", "AndersonGS"]
 X = torch.linspace(-1, 1, 12).view(3, 4)
 
@@ -163,6 +164,21 @@ def generated(solver):
         return {"off": float((got - solve(z0, x)).abs().max())}
 
 
+def phases(solver):
+    """Maps on which the first steps are plain: one is exact after few evaluations, one converges quadratically."""
+    upper, x = torch.linspace(-2, 2, 36, dtype=torch.float64).view(6, 6).triu(1), torch.linspace(0.5, 2, 18)
+
+    def solve(z, x):
+        stop = Stop(rtol=0, atol=0, max_evals=4)
+        maps = (lambda z, x: z @ upper + x, lambda z, x: z - (z * z - x) / (2 * z))
+        return torch.stack([fixed_point(f, z, x, solver=solver, grad=JFB(), stop=stop).value for f in maps])
+
+    z0, x = torch.full((3, 6), 0.7, dtype=torch.float64), x.double().view(3, 6)
+    with torch.no_grad():
+        got, expected = torch.compile(solve, fullgraph=True, backend="eager")(z0, x), solve(z0, x)
+    return {"off": float((got - expected).abs().max())}
+
+
 def trained(solver):
     """How far the gradient of the last evaluation is from the eager one, through AOTAutograd, and the state after."""
     weight = torch.linspace(-0.4, 0.4, 16, dtype=torch.float64).view(4, 4).requires_grad_()
@@ -216,6 +232,7 @@ def all_of_it():
     jobs += [("generated", name, generated, solver) for name, solver in regional.items() if which("g++")]
     jobs += [("many_solves", name, many_solves, solver) for name, solver in regional.items()]
     jobs += [("trained", name, trained, solver) for name, solver in regional.items()]
+    jobs += [("phases", "", phases, Multisecant(60))]
     jobs += [("map_alone", "", map_alone, AndersonGS())]
     jobs += [("gradient", name, gradient, grad) for name, grad in GRADS.items()]
     results = {}
@@ -272,6 +289,10 @@ def test_graphs_with_an_open_batch_size_are_those_of_plain_iteration(results, so
 def test_a_compiled_training_step_has_the_gradient_and_the_state_of_the_eager_one(results, solver):
     found = results[f"trained {solver}"]
     assert found["off"] < 1e-10 and found["state"] < 1e-5
+
+
+def test_plain_steps_at_the_start_are_masks_of_one_region(results):
+    assert results["phases "]["off"] < 1e-12
 
 
 @pytest.mark.parametrize("solver", TO_TOLERANCE)
