@@ -184,7 +184,7 @@ def test_a_derivative_that_is_nan_is_named_and_iterations_tell_the_kind():
         {"estimators": (StochasticJFB(generator=torch.Generator().manual_seed(0)),), "gradient_error": 10.0},
         {"estimators": (Unrolled(checkpoint=True),), "gradient_error": 10.0},
     ],
-    ids=str,
+    ids=("rms", "max", "leaf", "IFT", "StochasticJFB", "Unrolled"),
 )
 def test_the_recommended_code_runs_whatever_the_settings(options):
     w = (0.2 * normal(8, 8)).requires_grad_()
