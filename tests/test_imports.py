@@ -14,14 +14,7 @@ ROOT = Path(__file__).parents[1]
 # One tuple a level, lowest first. A name is a module or a package below the root package.
 CORE = (
     ("argument_types", "solution", "stopping", "options", "pytree", "torch_internals", "loop"),
-    (
-        "solvers",
-        "linear.arnoldi",
-        "linear.hessenberg",
-        "linear.secant_systems",
-        "linear.secant_window",
-        "linear.secant_ring",
-    ),
+    ("solvers", "linear.arnoldi", "linear.hessenberg", "linear.secant_systems", "linear.secant_window"),
     ("autodiff.vjp", "autodiff.jvp"),
     (
         "evaluation",

@@ -16,7 +16,7 @@ from torch import Tensor
 from implicit.linear.secant_systems import Systems
 from implicit.pytree import Flat
 from implicit.solvers.base import on_host
-from implicit.solvers.history_buffer import HistoryBuffer, Slot, add_diagonal, clear_products, put_products
+from implicit.solvers.history_buffer import HistoryBuffer, add_diagonal, clear_products, put_products
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,6 @@ class SecantWindow:
         return cls(pairs, rows, like.new_zeros(size, 0, 0), kept, newer, signs)
 
     @property
-    def pairs_added(self) -> Slot:
-        """`count`, or a tensor where it counts the pairs (`implicit.linear.secant_ring`)."""
-        return self.count
-
-    @property
     def used(self) -> int:
         """Number of pairs in the window."""
         return min(self.count, self.pairs)
@@ -93,6 +88,31 @@ class SecantWindow:
         """f(z) of the last point, or r with `part` 1."""
         return self.rows.row(2 * self._next + part)
 
+    def full(self, steps: int) -> "SecantWindow | None":
+        """The window with as many pairs as after `steps` further ones; those that it lacks are marked as not in use.
+
+        None if its rows are not one block.
+        """
+        if len(self.rows.blocks) != 1 or self.rows.rows < self.rows.capacity:
+            return None
+        count, kept = min(self.pairs, self.count + steps), self.kept.clamp_max(self.used)
+        window = replace(self, kept=kept, count=count, whole=False)
+        turn = 2 * (window._next - self._next)
+        rows = replace(self.rows, blocks=(self.rows.blocks[0].roll(turn, 1),))
+        return window._with(rows, self.gram.roll((turn, turn), (1, 2)))
+
+    def moved_up(self) -> "SecantWindow":
+        """A full window with its slots moved up by one, without the oldest pair, so that `append` fills it again."""
+        rows = replace(self.rows, blocks=(self.rows.blocks[0].roll(2, 1),))
+        return replace(self, rows=rows, gram=self.gram.roll((2, 2), (1, 2)), count=self.count - 1)
+
+    def written_into(self, window: "SecantWindow") -> "SecantWindow":
+        """The numbers of this full window in the tensors of another one."""
+        window.rows.blocks[0].copy_(self.rows.blocks[0])
+        window.gram.copy_(self.gram)
+        window.kept.copy_(self.kept)
+        return window
+
     def resumed(self, fz: Flat, r: Flat) -> "SecantWindow":
         """The window with another last point, to mix its r with the pairs of earlier ones."""
         return self.at_point(fz, r)._renew(1)
@@ -120,20 +140,15 @@ class SecantWindow:
 
     def systems(self) -> Systems:
         """Products of dZ_i and dR_i with r and with dR_j, newest first."""
-        slots = 1 + self.used
+        turn, slots, gram = 2 * self._next, 1 + self.used, self.gram
+        if self.count > self.pairs and turn:
+            gram, turn = gram.roll((-turn, -turn), (1, 2)), 0
         # by slot: the point, then the pairs
-        gram = self._by_age().view(-1, slots, 2, slots, 2)
+        gram = gram.narrow(1, turn, 2 * slots).narrow(2, turn, 2 * slots).view(-1, slots, 2, slots, 2)
         # products of dF_i and dR_i with r and dR_j, taken from the newer one of the rows
         newer, older = gram[:, :, 1, 1:].permute(0, 2, 3, 1), gram[:, 1:, :, :, 1]
         by_dr = torch.where(self.newer[:, : slots - 1, :, :slots], newer, older)
         return torch.addcmul(by_dr, by_dr[:, :, 1:], self.signs)
-
-    def _by_age(self) -> Float[Tensor, "B P P"]:
-        """The products of f(z) and r of the last point, then of the rows of the pairs, newest first."""
-        turn, size, gram = 2 * self._next, 2 + 2 * self.used, self.gram
-        if self.count > self.pairs and turn:
-            gram, turn = gram.roll((-turn, -turn), (1, 2)), 0
-        return gram.narrow(1, turn, size).narrow(2, turn, size)
 
     def drop(self, mask: Bool[Tensor, "B 1"]) -> "SecantWindow":
         """The window without the pairs of the samples in `mask`."""

@@ -43,11 +43,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from implicit.argument_types import check_fields
-from implicit.linear.secant_ring import SecantRing
 from implicit.linear.secant_systems import (
     all_independent,
     dependent,
@@ -73,6 +72,7 @@ from implicit.solvers.base import (
     to_tensor,
     where,
 )
+from implicit.solvers.history_buffer import position
 
 _NOISE = 2  # a difference of residuals of at most this many eps ||f(z)|| consists of rounding errors
 _FLAT = 0.75  # as does one of at most eps to this power times the difference of f(z): f is a translation along it
@@ -117,6 +117,7 @@ class MultisecantState:
     eased: bool = True
     settled: bool = False
     retreated: Bool[Tensor, "B 1"] | None = None  # samples reset just before, whose ||r|| gives no rho_k
+    position: Int[Tensor, "1"] | None = None  # the number of pairs so far, if it is a tensor: the window is full then
 
 
 class _Norms(NamedTuple):
@@ -151,14 +152,6 @@ class Multisecant(AbstractSolver[MultisecantState]):
         check_at_least(self, 1, "memory")
         if self.filter is not None and not 0 < self.filter < 1:
             raise ValueError(f"Multisecant.filter must lie in (0, 1), got {self.filter}.")
-
-    def region_state(self, state: MultisecantState, steps: int) -> MultisecantState | None:
-        ring = SecantRing.of(state.window, steps)
-        return None if ring is None else replace(state, window=ring)
-
-    def after_regions(self, state: MultisecantState, steps: int) -> MultisecantState:
-        window = state.window.window() if isinstance(state.window, SecantRing) else state.window
-        return replace(_last_in_unit(state), window=window, eased=False)
 
     @property
     def patience(self) -> int:
@@ -199,6 +192,17 @@ class Multisecant(AbstractSolver[MultisecantState]):
         check_history(state.window.pairs, min(self.memory, point.z.shape[1]))
         no, point = torch.zeros_like(state.strict), _in_unit(point, state.unit)
         return replace(state, fz=point.fz, r=point.r, strict=no, plain=no, settled=True, fresh=True)
+
+    def region_state(self, state: MultisecantState, steps: int) -> MultisecantState | None:
+        window = None if state.fresh else state.window.full(steps)
+        if window is None:
+            return None
+        return replace(state, window=window, eased=False, position=position(state.window.count, state.r))
+
+    def after_regions(self, state: MultisecantState, steps: int) -> MultisecantState:
+        if state.unit is not None:
+            state = replace(state, fz=state.unit * state.fz, r=state.unit * state.r)
+        return replace(state, position=None)
 
     def restart(self, point: Point, state: MultisecantState, mask: Bool[Tensor, "B 1"]) -> MultisecantState:
         return self._without_pairs(_in_unit(point, state.unit), state, mask)
@@ -252,8 +256,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
         )
 
     def step(self, point: Point, state: MultisecantState) -> tuple[Flat, None, MultisecantState]:
-        ring = isinstance(state.window, SecantRing)
-        before, plain_step, point = _last_in_unit(state) if ring else state, point.fz, _in_unit(point, state.unit)
+        before, plain_step, point = state, point.fz, _in_unit(point, state.unit)
         size = point.r_size.unsqueeze(1)
         if before.fresh and not before.window.count:
             return plain_step, None, replace(before, fz=point.fz, r=point.r, size=size, fresh=False)
@@ -261,7 +264,9 @@ class Multisecant(AbstractSolver[MultisecantState]):
         window, square = self._window(point, before, norms)
         state = replace(before, fz=point.fz, r=point.r, window=window, size=size, fresh=False, retreated=None)
         state = _ridge(state, norms)
-        if not state.settled and (ring or state.window.count <= _longest_plain(point)):
+        if state.position is not None:
+            state = replace(state, window=state.window.written_into(before.window), position=state.position + 1)
+        if not state.settled and (state.position is not None or state.window.count <= _longest(point)):
             state = _still_plain(point, state, before)
             if may_skip(size):
                 plain = to_host(state.plain)
@@ -286,7 +291,8 @@ class Multisecant(AbstractSolver[MultisecantState]):
         # about 1 / ||r||; a power of two makes its product with the pair exact, and the limit keeps squares in range
         size, least = norms.size, info.eps * norms.last
         scale = power_of_two(where(size > least, size, least), info.tiny**0.5)
-        window = before.window.append(point.fz, point.r, to_tensor(scale, before.size))
+        window = before.window if before.position is None else before.window.moved_up()
+        window = window.append(point.fz, point.r, to_tensor(scale, before.size))
         square, far, own = window.squares()
         with quiet(own):
             noise = (own <= (_NOISE * info.eps * norms.fz * scale) ** 2) | (own <= info.eps ** (2 * _FLAT) * far)
@@ -385,45 +391,32 @@ def _ridge(state: MultisecantState, norms: _Norms) -> MultisecantState:
     return replace(state, window=window, mu=mu, eased=eased)
 
 
+def _longest(point: Point) -> int:
+    """Largest number of plain steps at the start."""
+    return max(_PLAIN_STEPS, min(_SETTLING, point.z.shape[1]))
+
+
+def _choose(condition: Any, a: Any, b: Any) -> Any:
+    """a if the condition holds, else b, for a condition that is a tensor or not."""
+    return torch.where(condition, a, b) if isinstance(condition, Tensor) else a if condition else b
+
+
 def _still_plain(point: Point, state: MultisecantState, before: MultisecantState) -> MultisecantState:
     """The state with `plain`, which marks the samples whose steps remain plain, `ratio` and `fall`."""
-    count = state.window.pairs_added
+    count = state.window.count if state.position is None else state.position
+    first, early = count == 1, count <= _PLAIN_STEPS
     # rho_k and its fall
     ratio = state.size / before.size
-    if isinstance(count, Tensor):
-        fall = torch.where(count == 1, state.fall, 1 - ratio / state.ratio)
-    else:
-        fall = state.fall if count == 1 else 1 - ratio / state.ratio
+    fall = _choose(first, state.fall, 1 - ratio / state.ratio)
     size, last, rho, new, old = on_host(state.size, before.size, ratio, fall, state.fall)
     settles = False
     if not may_skip(point.r) or int(torch.count_nonzero(point.r)) < point.r.numel():
         settles = on_host(((point.r == 0) & (before.r * point.z != 0)).any(dim=1, keepdim=True))[0]
-        settles = (settles != 0) & (size <= last)
-    if isinstance(count, Tensor):
-        gains = torch.where(count == 1, _gains(1, rho, new, old), _gains(2, rho, new, old)) & (count <= _PLAIN_STEPS)
-        stays = (settles | gains) & (count <= _longest_plain(point))
-    else:
-        stays = settles if count > _PLAIN_STEPS else settles | _gains(count, rho, new, old)
+        settles = (settles != 0) & (size <= last) & (count <= _longest(point))
+    gains = (new >= _FALL) & ((rho >= _QUICK) | (new >= _QUICK_FALL)) & (new >= _KEPT * old)
+    stays = settles | (rho <= _choose(first, _CONTRACTION, _FAST)) & (first | gains) & early
     if isinstance(stays, np.ndarray):
         stays = to_device(stays, ratio.device)
     if (same := before.retreated) is not None:
         stays, ratio, fall = stays | same, torch.where(same, state.ratio, ratio), torch.where(same, state.fall, fall)
     return replace(state, plain=state.plain & stays, ratio=ratio, fall=fall)
-
-
-def _gains(count: int, rho: Any, new: Any, old: Any) -> Any:
-    """Whether plain step number `count` + 1 gains enough more than the one before, from rho and the last two falls."""
-    if count == 1:
-        return rho <= _CONTRACTION
-    least = (new >= _FALL) & ((rho >= _QUICK) | (new >= _QUICK_FALL))
-    return (rho <= _FAST) & least & (new >= _KEPT * old)
-
-
-def _longest_plain(point: Point) -> int:
-    """The largest number of plain steps at the start."""
-    return max(_PLAIN_STEPS, min(_SETTLING, point.z.shape[1]))
-
-
-def _last_in_unit(state: MultisecantState) -> MultisecantState:
-    """The state with f(z) and r multiplied by the unit, which regions take from the loop."""
-    return state if state.unit is None else replace(state, fz=state.unit * state.fz, r=state.unit * state.r)
