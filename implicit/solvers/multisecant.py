@@ -200,7 +200,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
         return replace(state, window=window, eased=False, position=position(state.window.count, state.r))
 
     def after_regions(self, state: MultisecantState, steps: int) -> MultisecantState:
-        if state.unit is not None:
+        if state.unit is not None:  # within regions f(z) and r are those of the point, in its own unit
             state = replace(state, fz=state.unit * state.fz, r=state.unit * state.r)
         return replace(state, position=None)
 
@@ -412,9 +412,9 @@ def _still_plain(point: Point, state: MultisecantState, before: MultisecantState
     settles = False
     if not may_skip(point.r) or int(torch.count_nonzero(point.r)) < point.r.numel():
         settles = on_host(((point.r == 0) & (before.r * point.z != 0)).any(dim=1, keepdim=True))[0]
-        settles = (settles != 0) & (size <= last) & (count <= _longest(point))
+        settles = _choose(count <= _longest(point), (settles != 0) & (size <= last), False)
     gains = (new >= _FALL) & ((rho >= _QUICK) | (new >= _QUICK_FALL)) & (new >= _KEPT * old)
-    stays = settles | (rho <= _choose(first, _CONTRACTION, _FAST)) & (first | gains) & early
+    stays = _choose(early, settles | _choose(first, rho <= _CONTRACTION, (rho <= _FAST) & gains), settles)
     if isinstance(stays, np.ndarray):
         stays = to_device(stays, ratio.device)
     if (same := before.retreated) is not None:
