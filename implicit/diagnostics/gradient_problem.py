@@ -43,11 +43,10 @@ class GradientProblem:
     ) -> "GradientProblem":
         """The problem; a missing loss is a random projection, missing tensors are traced in one evaluation of f."""
         wanted = differentiable_tensors(problem) if params is None else tuple(params)
-        other = next((p for p in wanted if not isinstance(p, Tensor)), None)
-        if other is not None or isinstance(params, Tensor):
-            raise TypeError(
-                f"params must be an iterable of tensors, got a {type(other or params).__name__} in its place."
-            )
+        others = [p for p in wanted if not isinstance(p, Tensor)]
+        if others or isinstance(params, Tensor):
+            found = type(others[0] if others else params).__name__
+            raise TypeError(f"params must be an iterable of tensors, got a {found} in its place.")
         if not all(p.requires_grad for p in wanted):
             raise ValueError("params must be tensors that require gradients: call requires_grad_() on them.")
         return cls(problem, solver, stop, layout, loss or partial(random_projection, layout), wanted)

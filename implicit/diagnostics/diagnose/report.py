@@ -158,11 +158,11 @@ class Diagnosis:
         return GradientBias(rows=self.estimators.rows, truth=self.estimators.truth)
 
 
-def _constructor(thing: Any) -> str:
-    """The expression that makes a setting, in which functions and generators are names of the caller."""
+def _constructor(thing: Any, name: str = "") -> str:
+    """The expression that makes a setting; functions are variables named like the setting, and so are generators."""
     if isinstance(thing, AbstractSolver | Stop | AbstractGrad):
-        settings = [f"{name}={_constructor(value)}" for name, value in changed(thing).items()]
+        settings = [f"{name}={_constructor(value, name)}" for name, value in changed(thing).items()]
         return f"implicit.{type(thing).__name__}({', '.join(settings)})"
     if isinstance(thing, torch.Generator):
         return "generator"
-    return getattr(thing, "__name__", None) or repr(thing)
+    return name if callable(thing) else repr(thing)

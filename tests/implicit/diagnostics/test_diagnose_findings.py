@@ -183,8 +183,10 @@ def test_a_derivative_that_is_nan_is_named_and_iterations_tell_the_kind():
         {"estimators": (IFT(stop=Stop(rtol=1e-9), solver=AndersonGS(5)),)},
         {"estimators": (StochasticJFB(generator=torch.Generator().manual_seed(0)),), "gradient_error": 10.0},
         {"estimators": (Unrolled(checkpoint=True),), "gradient_error": 10.0},
+        {"estimators": (IFT(preconditioner=lambda g: 0.9 * g),)},
+        {"stop": Stop(rtol=1e-6, when=lambda z, fz: (fz > 9).any(dim=1))},
     ],
-    ids=("rms", "max", "leaf", "IFT", "StochasticJFB", "Unrolled"),
+    ids=("rms", "max", "leaf", "IFT", "StochasticJFB", "Unrolled", "preconditioner", "when"),
 )
 def test_the_recommended_code_runs_whatever_the_settings(options):
     w = (0.2 * normal(8, 8)).requires_grad_()
@@ -192,6 +194,7 @@ def test_the_recommended_code_runs_whatever_the_settings(options):
     found = diagnose(f, z0, **{"repeats": 0, **options})
     generator = torch.Generator().manual_seed(0)
     names = {"implicit": implicit, "f": f, "z0": z0, "args": (), "generator": generator}
+    names |= {"preconditioner": lambda g: 0.9 * g, "when": lambda z, fz: (fz > 9).any(dim=1)}
     assert eval(found.recommendation.code, names).value.shape == z0.shape
     assert found.floor < 1e-12
     assert dict(found.tolerances)[1e-3] <= dict(found.tolerances)[1e-6]

@@ -120,6 +120,41 @@ def test_a_preconditioner_that_is_not_linear_changes_no_gradient_and_is_named(n,
             solve(w, x, z0, preconditioner=shape)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda g: g.sort(dim=1)[0],
+        lambda g: g * (g.abs().amax(dim=1) / g.norm(dim=1)).unsqueeze(1),
+        lambda g: torch.where(g.abs() >= 0.5 * g.abs().amax(dim=1, keepdim=True), g, 2 * g),
+        lambda g: g**3 / g.square().mean(dim=1, keepdim=True),
+    ],
+    ids=("sort", "norms", "threshold", "cube"),
+)
+def test_a_homogeneous_preconditioner_is_found_out_with_a_cotangent_of_ones(wrong):
+    w, x, z0 = layer()
+    grads = []
+    for precondition in (None, wrong):
+        value = fixed_point(
+            lambda z: torch.tanh(z @ w + x), z0, stop=TIGHT, grad=IFT(preconditioner=precondition, on_failure="ignore")
+        ).value
+        grads.append(torch.autograd.grad(value.sum(), w)[0])
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e30])
+def test_a_cotangent_of_one_sample_changes_no_bit_of_the_others_with_a_preconditioner(bad):
+    w, x, z0 = layer()
+    inputs = []
+    for first in (1.0, bad):
+        u = x.clone().requires_grad_()
+        grad = IFT(preconditioner=lambda g: 1.1 * g, on_failure="ignore")
+        value = fixed_point(lambda z, u: torch.tanh(z @ w.detach() + u), z0, u, stop=TIGHT, grad=grad).value
+        g = torch.ones_like(value)
+        g[0] = first
+        inputs.append(torch.autograd.grad(value, u, g)[0][1:])
+    assert torch.equal(*inputs)
+
+
 def test_second_derivatives_are_those_without_hints():
     w, x, z0 = layer(5, 2)
 
