@@ -4,9 +4,9 @@ Checked with torch 2.13.0. If a later version drops a name, this file is the onl
 """
 
 import functools
+import itertools
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -313,6 +313,9 @@ def nested_regions_supported(z: Tensor) -> bool:
     return all([has_static_value(size) for size in z.shape])
 
 
+_REGIONS = itertools.count()
+
+
 def nested_region(body: Callable[..., R], key: int, *args: Any) -> R:
     """body(key, *args) as a region of the graph that dynamo traces; all with one key are traced and compiled once.
 
@@ -338,12 +341,17 @@ def _first(key: int, *_: Any) -> int:
     return key
 
 
+def _constant(function: Callable[..., R]) -> Callable[..., R]:
+    """Marks a function that dynamo calls and does not trace, as `assume_constant_result` does (2.13.0)."""
+    marked: Any = function
+    marked._dynamo_marked_constant = True
+    return function
+
+
+@_constant
 def region_key() -> int:
-    """A number that no other region has; dynamo, which cannot trace this function, calls it."""
-    return uuid.uuid4().int
-
-
-region_key._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]: `assume_constant_result`, 2.13.0
+    """A number that no other region of this process has."""
+    return next(_REGIONS)
 
 
 class _Eager:

@@ -48,7 +48,6 @@ GRADS = {
 }
 COMPILED = {type(s).__name__: s for s in SOLVERS}
 WINDOWS = {type(s).__name__: s for s in (Picard(), Anderson(5), AndersonGS(5), Broyden(5), Multisecant(5))}
-OPEN_BATCH = [name for name in WINDOWS if name != "Multisecant"]  # without regions that takes a minute
 TO_TOLERANCE = ["Picard", "AndersonGS"]
 X = torch.linspace(-1, 1, 12).view(3, 4)
 
@@ -182,7 +181,8 @@ def phases(solver):
 def trained(solver):
     """How far the gradient of the last evaluation is from the eager one, through AOTAutograd, and the state after."""
     weight = torch.linspace(-0.4, 0.4, 16, dtype=torch.float64).view(4, 4).requires_grad_()
-    options = {"solver": solver, "grad": JFB(), "stop": Stop(rtol=0, atol=0, max_evals=9), "keep_state": True}
+    evals = 7 if isinstance(solver, Multisecant) else 9  # after 9 its newest pairs are rounding errors, and H with them
+    options = {"solver": solver, "grad": JFB(), "stop": Stop(rtol=0, atol=0, max_evals=evals), "keep_state": True}
 
     def solve(weight, x):
         found = fixed_point(lambda z, x: torch.tanh(z @ weight) + x, torch.zeros_like(x), x, **options)
@@ -197,10 +197,14 @@ def trained(solver):
 
 
 def any_batch(solver):
-    """A graph for any batch size: how far is it from the eager solve, and how many graphs are compiled?"""
+    """A graph for any batch size: how far is it from the eager solve, and how many graphs are compiled?
+
+    There are no regions at open sizes, so that a step of `Multisecant` is traced at every evaluation.
+    """
+    evals = 4 if isinstance(solver, Multisecant) else 8
 
     def solve(z, x):
-        stop = Stop(rtol=0, atol=0, max_evals=8)
+        stop = Stop(rtol=0, atol=0, max_evals=evals)
         return fixed_point(lambda z, x: torch.tanh(0.5 * z) + x, z, x, solver=solver, grad=JFB(), stop=stop).value
 
     run, off = torch.compile(solve, fullgraph=True, backend="eager", dynamic=True), 0.0
@@ -227,7 +231,7 @@ def all_of_it():
     jobs = [("one_graph", name, one_graph, s) for name, s in COMPILED.items()]
     jobs += [("one_compilation", name, one_compilation, COMPILED[name]) for name in TO_TOLERANCE]
     jobs += [("regions", name, regions, solver) for name, solver in WINDOWS.items()]
-    jobs += [("any_batch", name, any_batch, WINDOWS[name]) for name in OPEN_BATCH]
+    jobs += [("any_batch", name, any_batch, solver) for name, solver in WINDOWS.items()]
     regional = {name: solver for name, solver in WINDOWS.items() if name != "Picard"}
     jobs += [("generated", name, generated, solver) for name, solver in regional.items() if which("g++")]
     jobs += [("many_solves", name, many_solves, solver) for name, solver in regional.items()]
@@ -276,10 +280,11 @@ def test_solves_of_one_graph_have_regions_of_their_own(results, solver):
 @pytest.mark.skipif(which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("solver", [name for name in WINDOWS if name != "Picard"])
 def test_regions_pass_their_tensors_on_in_generated_code(results, solver):
-    assert results[f"generated {solver}"]["off"] < 1e-10
+    # near the end of the solve differences are nearly dependent, and rounding differs between compilers
+    assert results[f"generated {solver}"]["off"] < 1e-7
 
 
-@pytest.mark.parametrize("solver", OPEN_BATCH)
+@pytest.mark.parametrize("solver", WINDOWS)
 def test_graphs_with_an_open_batch_size_are_those_of_plain_iteration(results, solver):
     found = results[f"any_batch {solver}"]
     assert found["off"] < 1e-10 and found["graphs"] == results["any_batch Picard"]["graphs"]
@@ -288,7 +293,7 @@ def test_graphs_with_an_open_batch_size_are_those_of_plain_iteration(results, so
 @pytest.mark.parametrize("solver", [name for name in WINDOWS if name != "Picard"])
 def test_a_compiled_training_step_has_the_gradient_and_the_state_of_the_eager_one(results, solver):
     found = results[f"trained {solver}"]
-    assert found["off"] < 1e-10 and found["state"] < 1e-5
+    assert found["off"] < 1e-10 and found["state"] < 1e-10
 
 
 def test_plain_steps_at_the_start_are_masks_of_one_region(results):

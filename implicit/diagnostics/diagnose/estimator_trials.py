@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from implicit.diagnostics.diagnose.budget import Budget, BudgetSpent
 from implicit.diagnostics.gradient_bias import BiasRow, labeled, row
 from implicit.diagnostics.gradient_problem import GradientProblem
@@ -12,7 +14,6 @@ from implicit.diagnostics.profiling import Measured, measure, paced
 from implicit.diagnostics.reference_gradient import exact_gradient
 from implicit.grads import IFT, JFB, SHINE, AbstractGrad, Neumann, Phantom, Unrolled
 from implicit.pytree import State
-from implicit.solution import NotConverged
 
 _DENSE = 64  # for samples of at most so many numbers the exact gradient comes from a dense solve
 _FASTER = 0.8  # another estimator than IFT is chosen if it takes at most this share of IFT's time
@@ -59,7 +60,9 @@ def try_estimators(
     counted = replace(problem.problem, f=budget.watch(f), z0=answer)
     try:
         truth, kind = exact_gradient(counted, problem.wanted, problem.loss, problem.solver, layout, dense=_DENSE)
-    except (NotConverged, BudgetSpent, RuntimeError, NotImplementedError) as error:  # such as an f without derivative
+    except torch.OutOfMemoryError:
+        raise
+    except (BudgetSpent, RuntimeError) as error:  # NotConverged, or PyTorch's error for an f without a derivative
         return EstimatorTable(missing=f"the exact gradient was not found ({error})")
     if not bool(truth.norm() > 0):
         return EstimatorTable(missing="the exact gradient is 0")

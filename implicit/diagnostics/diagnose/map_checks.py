@@ -18,7 +18,7 @@ from implicit.evaluation import FlatMap
 from implicit.loop.repeated_points import REPEATABLE
 from implicit.pytree import Flat, Layout, PerSample, norm
 
-_COARSE = 2.0  # and the multiple of eps for dtypes with fewer digits than float32
+_COARSE = 2.0  # the threshold is at least this multiple of eps, which matters for dtypes with few digits
 _CERTAIN = 3.0  # a finding is certain if the difference exceeds this multiple of the threshold
 _MANY = 64  # in a batch of at least so many numbers one more evaluation shows noise; smaller batches take eight
 

@@ -251,7 +251,7 @@ class _Run:
 
         try:
             found_values = spectrum(watched, z, products=products, tol=_TOL)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             self.missing.append(f"a derivative of f ({str(error).splitlines()[0][:80]})")
         if found_values is None or not all(recorded):
             self.missing.append("eigenvalues, since autograd records no derivative of f")

@@ -13,10 +13,13 @@ from implicit.solution import Result
 from implicit.solvers import Picard
 from implicit.stopping import Norm, Stop
 
-PLAIN = 300  # evaluations of plain iteration from a point beside the solution, at this relative distance:
-_BESIDE, _STAYS = 1e-3, 1.1  # it is attracted if at the end it is at most this share of the distance away
-_DIRECTIONS = 3  # second differences of f over `_SHORTER` residuals are rounding if they exceed `_LARGE` residuals,
-_SHORTER, _LARGE, SMALL = 0.2, 0.4, 1e-2  # at a residual of at most this share of the state
+PLAIN = 300  # evaluations of plain iteration from a point beside the solution
+_BESIDE = 1e-3  # relative distance of that point
+_STAYS = 1.1  # the solution attracts if the iteration ends within this multiple of the distance
+_DIRECTIONS = 3  # number of directions in which second differences of f are taken
+_SHORTER = 0.2  # length of their steps, as a share of the residual
+_LARGE = 0.4  # a second difference above this share of the residual shows that the residual is rounding
+SMALL = 1e-2  # largest residual, relative to the state, that can be rounding
 _NEAR, _CLOSE = 1e-3, 2e-3  # the solution is the start up to the first relative distance; up to the second, uncertain
 
 

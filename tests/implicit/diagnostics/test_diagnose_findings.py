@@ -55,7 +55,11 @@ def test_coupling_of_any_two_samples_is_found(batch, dtype):
         for other in {(one + 1) % batch, (one + 2) % batch, batch - 1 - one} - {one}:
             takes = torch.zeros(batch, 1, dtype=dtype)
             takes[one] = 0.3
-            found = conditions(lambda z: 0.5 * z + x + takes * z[other], torch.zeros_like(x), stop=Stop(rtol=0.02))  # noqa: B023
+
+            def f(z, takes=takes, other=other):
+                return 0.5 * z + x + takes * z[other]
+
+            found = conditions(f, torch.zeros_like(x), stop=Stop(rtol=0.02))
             assert found[C.COUPLED].samples == (one,), (one, other)
 
 
@@ -121,7 +125,10 @@ def test_points_that_repel_and_gates_that_saturate_are_no_other_answers():
 @pytest.mark.parametrize("n", [30, 60, 120])
 def test_a_transient_is_not_taken_for_an_eigenvalue(n):
     """0.3 on the diagonal and 0.9 beside it: Ritz values are near 1.1 long before the basis is complete."""
-    f = lambda z, x: 0.3 * z + 0.9 * nn.functional.pad(z, (1, 0))[:, :-1] + x  # noqa: E731
+
+    def f(z, x):
+        return 0.3 * z + 0.9 * nn.functional.pad(z, (1, 0))[:, :-1] + x
+
     found = conditions(f, torch.zeros(2, n, dtype=F64), normal(2, n), stop=Stop(max_evals=400))
     assert {C.CONTRACTIVE, C.NON_NORMAL} <= set(found) and C.EXPANDING not in found
 
@@ -227,6 +234,7 @@ def test_losses_and_parameters_that_cannot_be_differentiated_are_refused():
         ({"loss": lambda z: torch.tensor(1.0)}, ValueError),
         ({"params": [torch.ones(3)]}, ValueError),
         ({"params": w}, TypeError),
+        ({"params": [None]}, TypeError),
     ):
         with pytest.raises(error, match=next(iter(options))):
             diagnose(f, z0, repeats=0, **options)
