@@ -5,11 +5,12 @@ Checked with torch 2.13.0. If a later version drops a name, this file is the onl
 
 import functools
 import itertools
+import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -311,6 +312,20 @@ def nested_regions_supported(z: Tensor) -> bool:
     from torch.fx.experimental.symbolic_shapes import has_static_value
 
     return all([has_static_value(size) for size in z.shape])
+
+
+def constant_numbers(settings: Any) -> Any:
+    """The dataclass with its integers as constants of the graph that dynamo traces.
+
+    Dynamo leaves an integer of an argument open once it has seen two values, and an open number may not be the size of
+    a region's input. operator.index closes it (tested: 2.13.0).
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return settings
+    names = [field.name for field in fields(settings) if field.init] if is_dataclass(settings) else []
+    values = [(name, getattr(settings, name)) for name in names]
+    closed = {name: operator.index(value) for name, value in values if type(value) is int}
+    return replace(settings, **closed) if closed else settings
 
 
 _REGIONS = itertools.count()

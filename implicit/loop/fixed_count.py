@@ -35,7 +35,7 @@ from implicit.pytree import Flat, State, map_tensors, to_host, validate_warm_sta
 from implicit.solution import Solution
 from implicit.solvers.base import AbstractSolver, Point
 from implicit.stopping import Criterion, Stop, classify_count
-from implicit.torch_internals import has_derivative, host_readable, not_compiled, unwrap_all
+from implicit.torch_internals import constant_numbers, has_derivative, host_readable, not_compiled, unwrap_all
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ def fixed_count(
     f: FlatMap, z0: State, solver: AbstractSolver[Any], stop: Stop, options: SolveOptions, segments: Segments | None
 ) -> Solution:
     """`stop.max_evals` evaluations; with `segments`, autograd keeps only the point and state at the end of each."""
+    solver = constant_numbers(solver)
     criterion, fold = Criterion(stop, f.layout), options.fold()
     if not options.observed:
         solution, spoiled = _evaluations(f, z0, solver, options, segments, _Observer(criterion, None, fold))

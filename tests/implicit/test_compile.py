@@ -215,6 +215,23 @@ def any_batch(solver):
     return {"off": off, "graphs": counters["stats"]["unique_graphs"]}
 
 
+def several_windows(solver):
+    """One function compiled for several windows, whose numbers dynamo leaves open from the second one on."""
+    f, z0, off = lambda z, x: torch.tanh(z.roll(1, dims=1) / 2) + x, torch.zeros(3, 12, dtype=torch.float64), 0.0
+    x = torch.linspace(0, 1, 36, dtype=torch.float64).view(3, 12)
+
+    def solve(z, solver):
+        stop = Stop(rtol=0, atol=0, max_evals=9)
+        return fixed_point(f, z, x, solver=solver, grad=JFB(), stop=stop).value
+
+    run = torch.compile(solve, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for memory in (3, 8, 5):
+            which = replace(solver, memory=memory)
+            off = max(off, float((run(z0, which) - solve(z0, which)).abs().max()))
+    return {"off": off}
+
+
 def map_alone(solver):
     """A compiled map inside an eager solve."""
     p = problem("tanh layers", torch.float32)
@@ -236,6 +253,7 @@ def all_of_it():
     jobs += [("generated", name, generated, solver) for name, solver in regional.items() if which("g++")]
     jobs += [("many_solves", name, many_solves, solver) for name, solver in regional.items()]
     jobs += [("trained", name, trained, solver) for name, solver in regional.items()]
+    jobs += [("several_windows", name, several_windows, solver) for name, solver in regional.items()]
     jobs += [("phases", "", phases, Multisecant(60))]
     jobs += [("map_alone", "", map_alone, AndersonGS())]
     jobs += [("gradient", name, gradient, grad) for name, grad in GRADS.items()]
@@ -288,6 +306,11 @@ def test_regions_pass_their_tensors_on_in_generated_code(results, solver):
 def test_graphs_with_an_open_batch_size_are_those_of_plain_iteration(results, solver):
     found = results[f"any_batch {solver}"]
     assert found["off"] < 1e-10 and found["graphs"] == results["any_batch Picard"]["graphs"]
+
+
+@pytest.mark.parametrize("solver", [name for name in WINDOWS if name != "Picard"])
+def test_a_function_compiled_for_one_window_takes_others(results, solver):
+    assert results[f"several_windows {solver}"]["off"] < 1e-10
 
 
 @pytest.mark.parametrize("solver", [name for name in WINDOWS if name != "Picard"])
