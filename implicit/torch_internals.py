@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -325,7 +325,7 @@ def constant_numbers(settings: Any) -> Any:
     names = [field.name for field in fields(settings) if field.init] if is_dataclass(settings) else []
     values = [(name, getattr(settings, name)) for name in names]
     closed = {name: operator.index(value) for name, value in values if type(value) is int}
-    return replace(settings, **closed) if closed else settings
+    return replace(cast(Any, settings), **closed) if closed else settings
 
 
 _REGIONS = itertools.count()
