@@ -166,6 +166,30 @@ def test_the_rounding_error_of_f_itself_is_below_rounding():
     assert bool(implicit.fixed_point(inside, torch.zeros(2, 100, dtype=F64), **how).converged.all())
 
 
+@pytest.mark.parametrize(("rows", "n"), [(10, 3), (30, 10), (30, 3), (3, 1000)])
+def test_the_rounding_error_of_an_argument_is_below_rounding(rows, n):
+    """f takes its argument to float32, and may be equal at all points around an iterate."""
+    torch.manual_seed(0)
+    w, x = (normal(n, n, seed=1) * 0.5 / n**0.5).float(), normal(rows, n, seed=2).float()
+    f, stop = lambda z: torch.tanh(z.float() @ w + x).double(), Stop(rtol=1e-11, max_evals=100)
+    found = diagnose(f, torch.zeros(rows, n, dtype=F64), stop=stop, estimators=(), solvers=QUICK)
+    short = min(row.samples - row.converged for row in found.solvers)
+    assert found.conditions == ({C.CONTRACTIVE, C.BELOW_ROUNDING} if short else {C.CONTRACTIVE})
+    if short:
+        assert found[C.CONTRACTIVE].certain and 1e-9 < found.recommendation.stop.rtol < 1e-5
+
+
+@pytest.mark.parametrize("evals", [4, 8, 16])
+def test_a_kink_or_a_curve_near_a_short_solve_is_no_rounding(evals):
+    x = normal(20, 30, seed=3)
+    maps = [lambda z, c=c: c * torch.relu(z - x) + x for c in (0.9, 0.99)]
+    maps += [lambda z: 0.97 * torch.sin(z) + x, lambda z: x - 0.95 * z.abs()]
+    for f in maps:
+        stop = Stop(rtol=1e-12, max_evals=evals)
+        found = conditions(f, torch.zeros_like(x), stop=stop, solvers=[implicit.Picard()])
+        assert C.BELOW_ROUNDING not in found
+
+
 def test_a_small_step_from_the_start_is_no_equilibrium():
     y = normal(3, 8)
     found = conditions(lambda z: y + 0.005 * (torch.sin(z) - 1), y)
