@@ -88,18 +88,21 @@ class SecantWindow:
         """f(z) of the last point, or r with `part` 1."""
         return self.rows.row(2 * self._next + part)
 
-    def full(self, steps: int) -> "SecantWindow | None":
-        """The window with as many pairs as after `steps` further ones; those that it lacks are marked as not in use.
-
-        None if its rows are not one block.
-        """
-        if len(self.rows.blocks) != 1 or self.rows.rows < self.rows.capacity:
-            return None
+    def full(self, steps: int) -> "SecantWindow":
+        """A window of the pairs after `steps` further ones; those that it lacks are marked as not in use."""
         count, kept = min(self.pairs, self.count + steps), self.kept.clamp_max(self.used)
-        window = replace(self, kept=kept, count=count, whole=False)
-        turn = 2 * (window._next - self._next)
-        rows = replace(self.rows, blocks=(self.rows.blocks[0].roll(turn, 1),))
-        return window._with(rows, self.gram.roll((turn, turn), (1, 2)))
+        window = self.with_pairs(count)
+        rows = window.rows.one_block(window.rows.capacity, window.last(0))
+        more = rows.rows - window.rows.rows
+        window = window._with(rows, torch.nn.functional.pad(window.gram, (more, 0, more, 0)))
+        full = replace(window, kept=kept, count=count, whole=False)
+        turn = 2 * (full._next - window._next)
+        rows = replace(rows, blocks=(rows.blocks[0].roll(turn, 1),))
+        return full._with(rows, window.gram.roll((turn, turn), (1, 2)))
+
+    def with_pairs(self, pairs: int) -> "SecantWindow":
+        """The window with room for so many pairs, at least as many as are in use."""
+        return replace(self, pairs=pairs, rows=replace(self.rows, capacity=2 * pairs + 2))
 
     def moved_up(self) -> "SecantWindow":
         """A full window with its slots moved up by one, without the oldest pair, so that `append` fills it again."""

@@ -87,10 +87,8 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
         check_history(state.pairs.capacity, self.memory)
         return replace(state, fz=point.fz, r=point.r, fresh=True)
 
-    def region_state(self, state: AndersonGSState, steps: int) -> AndersonGSState | None:
-        pairs = state.pairs.reserve(0, state.r)
-        if len(pairs.blocks) > 1 or pairs.rows < self.memory:
-            return None
+    def region_state(self, state: AndersonGSState, steps: int) -> AndersonGSState:
+        pairs = state.pairs.one_block(min(self.memory, state.count + steps), state.r)
         square = _padded(state.square, pairs)
         return replace(state, pairs=pairs, square=square, position=position(state.count % self.memory, state.r))
 

@@ -117,9 +117,9 @@ class Broyden(AbstractSolver[BroydenState]):
         return replace(state, r=point.r, short=short, fresh=True)
 
     def region_state(self, state: BroydenState, steps: int) -> BroydenState | None:
-        history = state.steps.reserve(0, state.r)
-        if self.search or len(history.blocks) > 1 or history.rows < self._rows:
+        if self.search:
             return None
+        history = state.steps.one_block(self._rows, state.r)
         return replace(state, steps=history, position=position(state.count, state.r))
 
     def after_regions(self, state: BroydenState, steps: int) -> BroydenState:

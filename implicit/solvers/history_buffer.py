@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from implicit.pytree import Flat
 from implicit.torch_internals import depends_on_transform, transforms_active
@@ -190,6 +191,12 @@ class HistoryBuffer(KeepsViews):
             more = min(self.capacity if small else max(_FIRST, self.rows), self.capacity - self.rows)
         new = like.new_zeros(like.shape[0], more, self.vectors * like.shape[1])
         return replace(self, blocks=(new, *self.blocks) if self.backward else (*self.blocks, new))
+
+    def one_block(self, rows: int, like: Flat) -> "HistoryBuffer":
+        """The history as one block of `rows` rows, for a region of a compiled graph; rows cut off are not in use."""
+        block = torch.cat((like.new_zeros(like.shape[0], 0, self.vectors * like.shape[1]), *self.blocks), dim=1)
+        more = rows - block.shape[1]  # a negative number cuts rows off
+        return replace(self, blocks=(pad(block, (0, 0, more, 0) if self.backward else (0, 0, 0, more)),))
 
     def part(self, first: int, end: int) -> Float[Tensor, "B P N"]:
         """Rows `first` to `end` - 1; a view if they lie in one block."""

@@ -194,15 +194,16 @@ class Multisecant(AbstractSolver[MultisecantState]):
         return replace(state, fz=point.fz, r=point.r, strict=no, plain=no, settled=True, fresh=True)
 
     def region_state(self, state: MultisecantState, steps: int) -> MultisecantState | None:
-        window = None if state.fresh else state.window.full(steps)
-        if window is None:
+        if state.fresh:
             return None
+        window = state.window.full(steps)
         return replace(state, window=window, eased=False, position=position(state.window.count, state.r))
 
     def after_regions(self, state: MultisecantState, steps: int) -> MultisecantState:
         if state.unit is not None:  # within regions f(z) and r are those of the point, in its own unit
             state = replace(state, fz=state.unit * state.fz, r=state.unit * state.r)
-        return replace(state, position=None)
+        window = state.window.with_pairs(min(self.memory, state.fz.shape[1]))
+        return replace(state, window=window, position=None)
 
     def restart(self, point: Point, state: MultisecantState, mask: Bool[Tensor, "B 1"]) -> MultisecantState:
         return self._without_pairs(_in_unit(point, state.unit), state, mask)

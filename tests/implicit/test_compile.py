@@ -215,6 +215,26 @@ def any_batch(solver):
     return {"off": off, "graphs": counters["stats"]["unique_graphs"]}
 
 
+def long_history(solver):
+    """A history that has several blocks in eager mode: nodes of the graph, and an eager solve from its state."""
+    x, stop = torch.linspace(-1, 1, 40_000, dtype=torch.float64).view(2, 20_000), Stop(rtol=0, atol=0, max_evals=8)
+    nodes, same = [], {"solver": solver, "grad": JFB(), "stop": stop, "keep_state": True}
+
+    def capture(graph, _):
+        nodes.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
+        return graph
+
+    def solve(z, state=None):
+        found = fixed_point(lambda z: torch.tanh(z.roll(1, dims=1) - z / 3) + x, z, state=state, **same)
+        return found.value, found.state
+
+    with torch.no_grad():
+        found = torch.compile(solve, fullgraph=True, backend=capture)(torch.zeros_like(x))
+        expected = solve(torch.zeros_like(x))
+        pairs = [(found[0], expected[0]), (solve(*found)[0], solve(*expected)[0])]
+    return {"off": max(float((a - b).abs().max()) for a, b in pairs), "nodes": nodes}
+
+
 def several_windows(solver):
     """One function compiled for several windows, whose numbers dynamo leaves open from the second one on."""
     f, z0, off = lambda z, x: torch.tanh(z.roll(1, dims=1) / 2) + x, torch.zeros(3, 12, dtype=torch.float64), 0.0
@@ -253,6 +273,7 @@ def all_of_it():
     jobs += [("generated", name, generated, solver) for name, solver in regional.items() if which("g++")]
     jobs += [("many_solves", name, many_solves, solver) for name, solver in regional.items()]
     jobs += [("trained", name, trained, solver) for name, solver in regional.items()]
+    jobs += [("long_history", name, long_history, type(solver)()) for name, solver in regional.items()]
     jobs += [("several_windows", name, several_windows, solver) for name, solver in regional.items()]
     jobs += [("phases", "", phases, Multisecant(60))]
     jobs += [("map_alone", "", map_alone, AndersonGS())]
@@ -306,6 +327,12 @@ def test_regions_pass_their_tensors_on_in_generated_code(results, solver):
 def test_graphs_with_an_open_batch_size_are_those_of_plain_iteration(results, solver):
     found = results[f"any_batch {solver}"]
     assert found["off"] < 1e-10 and found["graphs"] == results["any_batch Picard"]["graphs"]
+
+
+@pytest.mark.parametrize("solver", [name for name in WINDOWS if name != "Picard"])
+def test_long_histories_have_regions_and_eager_solves_continue_from_them(results, solver):
+    found = results[f"long_history {solver}"]
+    assert found["off"] < 1e-10 and len(found["nodes"]) == 1 and found["nodes"][0] < 300
 
 
 @pytest.mark.parametrize("solver", [name for name in WINDOWS if name != "Picard"])
