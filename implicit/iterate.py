@@ -38,7 +38,7 @@ from implicit.solvers.base import AbstractSolver, Point
 from implicit.solvers.newton_krylov import NewtonKrylov
 from implicit.staged_safeguard import CAUTIOUS, HISTORY_LOST, Stage, StagedSafeguard
 from implicit.stopping import Criterion, Stop
-from implicit.torch_internals import is_abstract, jit_traces, not_compiled, transforms_active
+from implicit.torch_internals import constant_numbers, is_abstract, jit_traces, not_compiled, transforms_active
 
 _NEWTON = NewtonKrylov(60, safeguard=False)  # the steps of the safeguard's last stage
 
@@ -73,6 +73,7 @@ def iterate(
             empty or not of floating point or complex tensors, or `options.state` belongs to another kind of solve.
     """
     layout = Layout.of(z0, options.batch_dims)
+    stop = stop if stop.has_tolerance else constant_numbers(stop)
     counted = FlatMap(f, args, layout, stop.max_evals)
     require_numbers(z0, stop)
     if stop.has_tolerance:

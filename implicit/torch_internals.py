@@ -5,7 +5,6 @@ Checked with torch 2.13.0. If a later version drops a name, this file is the onl
 
 import functools
 import itertools
-import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 
 R = TypeVar("R")
+S = TypeVar("S")
+N = TypeVar("N", int, float)
 Layers: TypeAlias = tuple[tuple[int, int | None], ...]
 """(level, mapped dimension or None for a level of grad) of the wrappers around a tensor, outermost first."""
 Hooks: TypeAlias = list[tuple[Any, Any]]
@@ -314,18 +315,27 @@ def nested_regions_supported(z: Tensor) -> bool:
     return all([has_static_value(size) for size in z.shape])
 
 
-def constant_numbers(settings: Any) -> Any:
-    """The dataclass with its integers as constants of the graph that dynamo traces.
+def constant(number: N) -> N:
+    """A number as a constant of the graph that dynamo traces.
 
-    Dynamo leaves an integer of an argument open once it has seen two values, and an open number may not be the size of
-    a region's input. operator.index closes it (tested: 2.13.0).
+    Dynamo leaves a size, or a number of an argument, open once it has seen two values. The keys of itertools.groupby
+    are constants (tested: 2.13.0).
     """
-    if not torch.compiler.is_dynamo_compiling():
+    return next(itertools.groupby((number,)))[0] if torch.compiler.is_dynamo_compiling() else number
+
+
+def constant_numbers(settings: S, kind: type = int) -> S:
+    """The dataclass with its numbers of a kind, int or float, as constants of the graph that dynamo traces.
+
+    Those of dataclasses in its fields too. An open integer may not be the size of a region's input, and the body of a
+    region may not read an open float.
+    """
+    if not torch.compiler.is_dynamo_compiling() or not is_dataclass(settings):
         return settings
-    names = [field.name for field in fields(settings) if field.init] if is_dataclass(settings) else []
-    values = [(name, getattr(settings, name)) for name in names]
-    closed = {name: operator.index(value) for name, value in values if type(value) is int}
-    return replace(cast(Any, settings), **closed) if closed else settings
+    values = [(field.name, getattr(settings, field.name)) for field in fields(settings) if field.init]
+    closed = {name: constant(value) for name, value in values if type(value) is kind}
+    closed |= {name: constant_numbers(value, kind) for name, value in values if is_dataclass(value)}
+    return cast(S, replace(cast(Any, settings), **closed)) if closed else settings
 
 
 _REGIONS = itertools.count()

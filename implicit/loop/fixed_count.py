@@ -180,7 +180,7 @@ def _in_regions(
 ) -> tuple[_Position, tuple[Flat, Flat | None, Any]]:
     """All evaluations but the last one and the steps after them, if a compiled graph may have regions between them."""
     steps, z = f.remaining - 1, step[0]
-    region = step_region(partial(_next_and_step, solver), solver, z, step[2], steps) if steps > 0 else None
+    region = step_region(_next_and_step, solver, z, step[2], steps) if steps > 0 else None
     if region is None:
         return at, step
     values, before, failed = region.values(), at.point.z.clone(), at.failed  # f(z0) may be z0

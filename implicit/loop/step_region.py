@@ -8,6 +8,7 @@ the solver's state it returns those that a step replaces, and writes into the hi
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from implicit.pytree import Flat, rebuild, tensors
 from implicit.solvers.base import AbstractSolver, Point
-from implicit.torch_internals import nested_region, nested_regions_supported, region_body, region_key
+from implicit.torch_internals import constant_numbers, nested_region, nested_regions_supported, region_body, region_key
 
 _OF_POINT = ("fz", "r")  # fields of a state which are those of the last point, so that a region need not return them
 
@@ -68,7 +69,7 @@ class StepRegion:
 def step_region(
     part: Callable[..., tuple[tuple[Tensor, ...], Any]], solver: AbstractSolver[Any], z: Tensor, state: Any, steps: int
 ) -> StepRegion | None:
-    """`part` as a region for `steps` steps, where a graph with regions is compiled and the solver has one; else None.
+    """`part(solver, ...)` as a region for `steps` steps, where a graph has regions and the solver has one; else None.
 
     A step that autograd may record is no region, since PyTorch cannot differentiate a region that writes into its
     inputs.
@@ -79,4 +80,5 @@ def step_region(
     if state is None:
         return None
     found = [field.name for field in fields(state) if isinstance(getattr(state, field.name), Tensor)]
+    part = partial(part, constant_numbers(solver, float))
     return StepRegion(part, state, tuple([name for name in found if name not in _OF_POINT]), region_key())

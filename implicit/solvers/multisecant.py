@@ -73,6 +73,7 @@ from implicit.solvers.base import (
     where,
 )
 from implicit.solvers.history_buffer import position
+from implicit.torch_internals import constant
 
 _NOISE = 2  # a difference of residuals of at most this many eps ||f(z)|| consists of rounding errors
 _FLAT = 0.75  # as does one of at most eps to this power times the difference of f(z): f is a translation along it
@@ -177,7 +178,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
         return MultisecantState(
             fz=point.fz,
             r=point.r,
-            window=SecantWindow.empty(min(self.memory, point.z.shape[1]), point.z).at_point(point.fz, point.r),
+            window=SecantWindow.empty(self._pairs(point), point.z).at_point(point.fz, point.r),
             strict=zero > 0,
             size=size,
             promise=torch.full_like(size, torch.inf),
@@ -189,9 +190,13 @@ class Multisecant(AbstractSolver[MultisecantState]):
         )
 
     def resume(self, point: Point, state: MultisecantState) -> MultisecantState:
-        check_history(state.window.pairs, min(self.memory, point.z.shape[1]))
+        check_history(state.window.pairs, self._pairs(point))
         no, point = torch.zeros_like(state.strict), _in_unit(point, state.unit)
         return replace(state, fz=point.fz, r=point.r, strict=no, plain=no, settled=True, fresh=True)
+
+    def _pairs(self, point: Point) -> int:
+        """The number of pairs kept; it is no open number of a compiled graph, which would not come to an end."""
+        return constant(min(self.memory, point.z.shape[1]))
 
     def region_state(self, state: MultisecantState, steps: int) -> MultisecantState | None:
         if state.fresh:

@@ -196,21 +196,20 @@ def trained(solver):
     return {"off": float((got - grad).norm() / grad.norm()), "state": float((kept - wanted).abs().max())}
 
 
-def any_batch(solver):
-    """A graph for any batch size: how far is it from the eager solve, and how many graphs are compiled?
+def any_size(solver):
+    """A graph for any batch size and numbers a sample: how far is it from the eager solve; the graphs compiled.
 
-    There are no regions at open sizes, so that a step of `Multisecant` is traced at every evaluation.
+    There are no regions at open sizes.
     """
-    evals = 4 if isinstance(solver, Multisecant) else 8
 
     def solve(z, x):
-        stop = Stop(rtol=0, atol=0, max_evals=evals)
+        stop = Stop(rtol=0, atol=0, max_evals=8)
         return fixed_point(lambda z, x: torch.tanh(0.5 * z) + x, z, x, solver=solver, grad=JFB(), stop=stop).value
 
     run, off = torch.compile(solve, fullgraph=True, backend="eager", dynamic=True), 0.0
     with torch.no_grad():
-        for rows in (3, 5):
-            z0, x = torch.zeros(rows, 4, dtype=torch.float64), X.double()[:1].expand(rows, 4)
+        for shape in ((3, 6), (5, 6), (5, 8)):
+            z0, x = torch.zeros(shape, dtype=torch.float64), torch.linspace(-1, 1, shape[1], dtype=torch.float64)
             off = max(off, float((run(z0, x) - solve(z0, x)).abs().max()))
     return {"off": off, "graphs": counters["stats"]["unique_graphs"]}
 
@@ -235,21 +234,45 @@ def long_history(solver):
     return {"off": max(float((a - b).abs().max()) for a, b in pairs), "nodes": nodes}
 
 
-def several_windows(solver):
-    """One function compiled for several windows, whose numbers dynamo leaves open from the second one on."""
-    f, z0, off = lambda z, x: torch.tanh(z.roll(1, dims=1) / 2) + x, torch.zeros(3, 12, dtype=torch.float64), 0.0
+def several_numbers(solver):
+    """One function compiled for several values of each number, which dynamo leaves open from the second one on."""
+    f, z0, off = lambda z, x: torch.tanh(z.roll(1, dims=1) / 2) + x, torch.zeros(3, 12, dtype=torch.float64), {}
     x = torch.linspace(0, 1, 36, dtype=torch.float64).view(3, 12)
 
-    def solve(z, solver):
-        stop = Stop(rtol=0, atol=0, max_evals=9)
+    def solve(z, solver, evals):
+        stop = Stop(rtol=0, atol=0, max_evals=evals)
         return fixed_point(f, z, x, solver=solver, grad=JFB(), stop=stop).value
 
-    run = torch.compile(solve, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        for memory in (3, 8, 5):
-            which = replace(solver, memory=memory)
-            off = max(off, float((run(z0, which) - solve(z0, which)).abs().max()))
+    named: dict[str, tuple] = {"memory": (3, 8), "damping": (0.1, 0.2), "ridge": (1e-8, 1e-6)}
+    named |= {"drop": (0.9, 0.8), "filter": (0.2, 0.1)}
+    named = {name: values for name, values in named.items() if hasattr(solver, name)}
+    cases = {name: [(replace(solver, **{name: v}), 9) for v in values] for name, values in named.items()}
+    cases["max_evals"] = [(replace(solver, memory=3), evals) for evals in (5, 9)]
+    for name, values in cases.items():
+        torch._dynamo.reset()
+        run = torch.compile(solve, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            off[name] = max([float((run(z0, *case) - solve(z0, *case)).abs().max()) for case in values])
     return {"off": off}
+
+
+def nested(solver):
+    """States in dicts, tuples and lists, and starts that are drawn, in one graph of a fixed count."""
+
+    def solve(z, x):
+        def f(z):
+            return {"a": [torch.tanh(0.5 * z["a"][0]) + x], "b": (z["a"][0].sum(dim=1, keepdim=True) / 9,)}
+
+        def drawn(_):
+            return {"a": [z], "b": (z[:, :1],)}
+
+        options = {"solver": solver, "grad": JFB(), "stop": COUNT}
+        found = [fixed_point(f, start, **options).value for start in (drawn(None), drawn)]
+        return torch.cat([torch.cat((value["a"][0], value["b"][0]), dim=1) for value in found])
+
+    z0, run = torch.zeros_like(X), torch.compile(solve, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        return {"off": max([float((run(z0, x) - solve(z0, x)).abs().max()) for x in (X, X.flip(0))])}
 
 
 def map_alone(solver):
@@ -268,13 +291,14 @@ def all_of_it():
     jobs = [("one_graph", name, one_graph, s) for name, s in COMPILED.items()]
     jobs += [("one_compilation", name, one_compilation, COMPILED[name]) for name in TO_TOLERANCE]
     jobs += [("regions", name, regions, solver) for name, solver in WINDOWS.items()]
-    jobs += [("any_batch", name, any_batch, solver) for name, solver in WINDOWS.items()]
+    jobs += [("any_size", name, any_size, solver) for name, solver in WINDOWS.items()]
     regional = {name: solver for name, solver in WINDOWS.items() if name != "Picard"}
     jobs += [("generated", name, generated, solver) for name, solver in regional.items() if which("g++")]
     jobs += [("many_solves", name, many_solves, solver) for name, solver in regional.items()]
     jobs += [("trained", name, trained, solver) for name, solver in regional.items()]
     jobs += [("long_history", name, long_history, type(solver)()) for name, solver in regional.items()]
-    jobs += [("several_windows", name, several_windows, solver) for name, solver in regional.items()]
+    jobs += [("several_numbers", name, several_numbers, solver) for name, solver in regional.items()]
+    jobs += [("nested", "", nested, Anderson())]
     jobs += [("phases", "", phases, Multisecant(60))]
     jobs += [("map_alone", "", map_alone, AndersonGS())]
     jobs += [("gradient", name, gradient, grad) for name, grad in GRADS.items()]
@@ -324,9 +348,9 @@ def test_regions_pass_their_tensors_on_in_generated_code(results, solver):
 
 
 @pytest.mark.parametrize("solver", WINDOWS)
-def test_graphs_with_an_open_batch_size_are_those_of_plain_iteration(results, solver):
-    found = results[f"any_batch {solver}"]
-    assert found["off"] < 1e-10 and found["graphs"] == results["any_batch Picard"]["graphs"]
+def test_graphs_with_open_sizes_are_those_of_plain_iteration(results, solver):
+    found = results[f"any_size {solver}"]
+    assert found["off"] < 1e-10 and found["graphs"] == results["any_size Picard"]["graphs"]
 
 
 @pytest.mark.parametrize("solver", [name for name in WINDOWS if name != "Picard"])
@@ -336,8 +360,13 @@ def test_long_histories_have_regions_and_eager_solves_continue_from_them(results
 
 
 @pytest.mark.parametrize("solver", [name for name in WINDOWS if name != "Picard"])
-def test_a_function_compiled_for_one_window_takes_others(results, solver):
-    assert results[f"several_windows {solver}"]["off"] < 1e-10
+def test_a_function_compiled_for_one_number_of_a_solver_takes_others(results, solver):
+    off = results[f"several_numbers {solver}"]["off"]
+    assert len(off) >= 2 and max(off.values()) < 1e-10
+
+
+def test_nested_and_drawn_states_are_one_graph(results):
+    assert results["nested "]["off"] < 1e-5
 
 
 @pytest.mark.parametrize("solver", [name for name in WINDOWS if name != "Picard"])
