@@ -58,19 +58,27 @@ def map_tensors(change: Callable[[Tensor], Tensor], thing: Any) -> Any:
 
     A part in which no tensor changes is returned as the same object, so it may be of a type that cannot be rebuilt.
     """
+    return _mapped(change, thing)[0]
+
+
+def _mapped(change: Callable[[Tensor], Tensor], thing: Any) -> tuple[Any, bool]:
+    """`map_tensors`, and whether a tensor has changed: dynamo cannot see whether two tuples are one object."""
     if isinstance(thing, Tensor):
-        return change(thing)
+        new = change(thing)
+        return new, new is not thing
     if is_dataclass(thing) and not isinstance(thing, type):
-        named = {f.name: getattr(thing, f.name) for f in fields(thing)}
-        parts = {name: map_tensors(change, part) for name, part in named.items()}
-        return replace(thing, **parts) if any(parts[name] is not named[name] for name in named) else thing
+        mapped = {f.name: _mapped(change, getattr(thing, f.name)) for f in fields(thing)}
+        changed = any([new for _, new in mapped.values()])
+        return (replace(thing, **{name: part for name, (part, _) in mapped.items()}) if changed else thing), changed
     if isinstance(thing, dict):
-        parts = {key: map_tensors(change, part) for key, part in thing.items()}
-        return _like(thing, parts) if any(parts[key] is not thing[key] for key in thing) else thing
+        mapped = {key: _mapped(change, part) for key, part in thing.items()}
+        changed = any([new for _, new in mapped.values()])
+        return (_like(thing, {key: part for key, (part, _) in mapped.items()}) if changed else thing), changed
     if isinstance(thing, (tuple, list)):
-        parts = [map_tensors(change, part) for part in thing]
-        return _like(thing, parts) if any(a is not b for a, b in zip(parts, thing, strict=True)) else thing
-    return thing
+        mapped = [_mapped(change, part) for part in thing]
+        changed = any([new for _, new in mapped])
+        return (_like(thing, [part for part, _ in mapped]) if changed else thing), changed
+    return thing, False
 
 
 def _like(thing: Any, parts: Any) -> Any:

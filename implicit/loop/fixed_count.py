@@ -65,7 +65,7 @@ def begin(solver: AbstractSolver[Any], point: Point, options: SolveOptions) -> A
         )
     if options.state is None:
         return solver.init(point)
-    return solver.resume(point, validate_warm_start(options.state, solver.init(point)))
+    return solver.resume(point, validate_warm_start(constant_numbers(options.state), solver.init(point)))
 
 
 def fixed_count(

@@ -19,7 +19,7 @@ from torch import Tensor
 from implicit.argument_types import check_fields
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history, check_share
-from implicit.solvers.history_buffer import advanced, position
+from implicit.solvers.history_buffer import advanced, position, rows_written
 from implicit.solvers.ring_buffer import GramMatrix, RingBuffer
 
 
@@ -81,7 +81,8 @@ class Anderson(AbstractSolver[AndersonState]):
         check_history(state.dr.rows.shape[1] + 1, self.memory)
         # the state may come from a solver with another ridge
         ridge = self._ridge(GramMatrix.empty(self.memory - 1, point.z))
-        return replace(state, fz=point.fz, r=point.r, ridge=ridge, fresh=True)
+        steps, columns = min(state.steps, self.start), rows_written(state.columns, max(self.memory - 1, 1))
+        return replace(state, fz=point.fz, r=point.r, ridge=ridge, steps=steps, columns=columns, fresh=True)
 
     def _ridge(self, empty: GramMatrix) -> RingBuffer:
         ridge = self.ridge or (1e-14 if empty.products.dtype == torch.float64 else 1e-6)

@@ -36,6 +36,7 @@ from implicit.solvers.history_buffer import (
     position,
     put,
     put_coefficient,
+    rows_written,
 )
 
 _NOISE = 2  # a difference of residuals of at most this many eps ||f(z)|| consists of rounding errors
@@ -85,7 +86,7 @@ class AndersonGS(AbstractSolver[AndersonGSState]):
 
     def resume(self, point: Point, state: AndersonGSState) -> AndersonGSState:
         check_history(state.pairs.capacity, self.memory)
-        return replace(state, fz=point.fz, r=point.r, fresh=True)
+        return replace(state, fz=point.fz, r=point.r, count=rows_written(state.count, self.memory), fresh=True)
 
     def region_state(self, state: AndersonGSState, steps: int) -> AndersonGSState:
         pairs = state.pairs.one_block(min(self.memory, state.count + steps), state.r)

@@ -16,7 +16,7 @@ from torch import Tensor
 from implicit.argument_types import check_fields
 from implicit.pytree import Flat
 from implicit.solvers.base import AbstractSolver, Point, check_at_least, check_history
-from implicit.solvers.history_buffer import HistoryBuffer
+from implicit.solvers.history_buffer import HistoryBuffer, rows_written
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class BadBroyden(AbstractSolver[BadBroydenState]):
 
     def resume(self, point: Point, state: BadBroydenState) -> BadBroydenState:
         check_history(state.u.capacity, self.memory)
-        return replace(state, z=point.z, r=point.r, fresh=True)
+        return replace(state, z=point.z, r=point.r, updates=rows_written(state.updates, self.memory), fresh=True)
 
     @property
     def patience(self) -> int:

@@ -30,6 +30,14 @@ def position(slot: int, like: Tensor) -> Int[Tensor, "1"]:
     return torch.full((1,), slot, device=like.device)
 
 
+def rows_written(count: int, rows: int) -> int:
+    """A number of rows written to a ring of so many rows, as the least one with the same slot and rows in use.
+
+    A compiled graph is one for each such number, so that it may not grow from solve to solve.
+    """
+    return count if count < rows else rows + count % rows
+
+
 def advanced(slot: Int[Tensor, "1"] | None, rows: int) -> Int[Tensor, "1"] | None:
     """The slot after a slot in a ring of `rows` rows."""
     return None if slot is None else (slot + 1) % rows

@@ -256,6 +256,25 @@ def several_numbers(solver):
     return {"off": off}
 
 
+def continued(solver):
+    """Solves that continue with the state of the one before: how far is each from the eager one; graphs after each."""
+    x, off, graphs = torch.linspace(0, 1, 36, dtype=torch.float64).view(3, 12), 0.0, []
+
+    def solve(z, x, state):
+        stop, f = Stop(rtol=0, atol=0, max_evals=5), lambda z, x: torch.tanh(z.roll(1, dims=1) / 2) + x
+        found = fixed_point(f, z, x, solver=solver, grad=JFB(), stop=stop, state=state, keep_state=True)
+        return found.value, found.state
+
+    run, compiled, eager = torch.compile(solve, fullgraph=True, backend="eager"), (x, None), (x, None)
+    with torch.no_grad():
+        for drift in torch.linspace(0, 1, 8).tolist():
+            (z, state), (z_eager, state_eager) = compiled, eager
+            compiled, eager = run(z, x + drift, state), solve(z_eager, x + drift, state_eager)
+            off = max(off, float((compiled[0] - eager[0]).abs().max()))
+            graphs.append(counters["stats"]["unique_graphs"])
+    return {"off": off, "graphs": graphs}
+
+
 def nested(solver):
     """States in dicts, tuples and lists, and starts that are drawn, in one graph of a fixed count."""
 
@@ -298,6 +317,7 @@ def all_of_it():
     jobs += [("trained", name, trained, solver) for name, solver in regional.items()]
     jobs += [("long_history", name, long_history, type(solver)()) for name, solver in regional.items()]
     jobs += [("several_numbers", name, several_numbers, solver) for name, solver in regional.items()]
+    jobs += [("continued", name, continued, replace(solver, memory=3)) for name, solver in regional.items()]
     jobs += [("nested", "", nested, Anderson())]
     jobs += [("phases", "", phases, Multisecant(60))]
     jobs += [("map_alone", "", map_alone, AndersonGS())]
@@ -363,6 +383,13 @@ def test_long_histories_have_regions_and_eager_solves_continue_from_them(results
 def test_a_function_compiled_for_one_number_of_a_solver_takes_others(results, solver):
     off = results[f"several_numbers {solver}"]["off"]
     assert len(off) >= 2 and max(off.values()) < 1e-10
+
+
+@pytest.mark.parametrize("solver", [name for name in WINDOWS if name != "Picard"])
+def test_compiled_solves_continue_with_the_state_of_the_one_before(results, solver):
+    found = results[f"continued {solver}"]
+    # once the window is full, a graph for each place of its newest pair
+    assert found["off"] < 1e-10 and found["graphs"][-1] == found["graphs"][5]
 
 
 def test_nested_and_drawn_states_are_one_graph(results):
