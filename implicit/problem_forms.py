@@ -75,7 +75,8 @@ def all_starts(
         raise TypeError("z0 must be a tensor or a nest of tensors, got a Solution: pass solution.value.")
     if starts < 1:
         raise ValueError(f"starts must be at least 1, got {starts}.")
-    if not isinstance(z0, (Tensor, tuple, list, dict)) and callable(z0):  # dynamo cannot ask whether a dict is callable
+    # dynamo cannot ask whether a dict is callable
+    if not isinstance(z0, Tensor) and type(z0) not in (tuple, list, dict) and callable(z0):
         return [z0(generator) for _ in range(starts)]
     if generator is not None:
         raise ValueError("generator is for a z0 that is a function of it, got a state: leave generator unset.")

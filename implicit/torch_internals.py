@@ -328,9 +328,11 @@ def constant_numbers(settings: S, kind: type = int) -> S:
     """The dataclass with its numbers of a kind, int or float, as constants of the graph that dynamo traces.
 
     Those of dataclasses in its fields too. An open integer may not be the size of a region's input, and the body of a
-    region may not read an open float.
+    region may not read an open float. A class of another package is returned as it is: it has no region, and may not
+    allow a copy by its fields.
     """
-    if not torch.compiler.is_dynamo_compiling() or not is_dataclass(settings):
+    own = type(settings).__module__.startswith("implicit.")
+    if not torch.compiler.is_dynamo_compiling() or not is_dataclass(settings) or not own:
         return settings
     values = [(field.name, getattr(settings, field.name)) for field in fields(settings) if field.init]
     closed = {name: constant(value) for name, value in values if type(value) is kind}

@@ -31,9 +31,9 @@ def position(slot: int, like: Tensor) -> Int[Tensor, "1"]:
 
 
 def rows_written(count: int, rows: int) -> int:
-    """A number of rows written to a ring of so many rows, as the least one with the same slot and rows in use.
+    """A number of rows written to a ring, less the whole turns after the first one, which change nothing.
 
-    A compiled graph is one for each such number, so that it may not grow from solve to solve.
+    Each number has a compiled graph of its own, so it must not grow from solve to solve.
     """
     return count if count < rows else rows + count % rows
 

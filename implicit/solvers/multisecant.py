@@ -72,7 +72,7 @@ from implicit.solvers.base import (
     to_tensor,
     where,
 )
-from implicit.solvers.history_buffer import position
+from implicit.solvers.history_buffer import position, rows_written
 from implicit.torch_internals import constant
 
 _NOISE = 2  # a difference of residuals of at most this many eps ||f(z)|| consists of rounding errors
@@ -178,7 +178,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
         return MultisecantState(
             fz=point.fz,
             r=point.r,
-            window=SecantWindow.empty(self._pairs(point), point.z).at_point(point.fz, point.r),
+            window=SecantWindow.empty(self._pairs(point.z), point.z).at_point(point.fz, point.r),
             strict=zero > 0,
             size=size,
             promise=torch.full_like(size, torch.inf),
@@ -190,13 +190,15 @@ class Multisecant(AbstractSolver[MultisecantState]):
         )
 
     def resume(self, point: Point, state: MultisecantState) -> MultisecantState:
-        check_history(state.window.pairs, self._pairs(point))
+        check_history(state.window.pairs, self._pairs(point.z))
         no, point = torch.zeros_like(state.strict), _in_unit(point, state.unit)
-        return replace(state, fz=point.fz, r=point.r, strict=no, plain=no, settled=True, fresh=True)
+        count = rows_written(state.window.count, state.window.pairs + 1)
+        window = replace(state.window, count=count)
+        return replace(state, fz=point.fz, r=point.r, window=window, strict=no, plain=no, settled=True, fresh=True)
 
-    def _pairs(self, point: Point) -> int:
-        """The number of pairs kept; it is no open number of a compiled graph, which would not come to an end."""
-        return constant(min(self.memory, point.z.shape[1]))
+    def _pairs(self, z: Flat) -> int:
+        """The number of pairs kept; as an open number of a graph it would make tracing the loop endless."""
+        return constant(min(self.memory, z.shape[1]))
 
     def region_state(self, state: MultisecantState, steps: int) -> MultisecantState | None:
         if state.fresh:
@@ -207,7 +209,7 @@ class Multisecant(AbstractSolver[MultisecantState]):
     def after_regions(self, state: MultisecantState, steps: int) -> MultisecantState:
         if state.unit is not None:  # within regions f(z) and r are those of the point, in its own unit
             state = replace(state, fz=state.unit * state.fz, r=state.unit * state.r)
-        window = state.window.with_pairs(min(self.memory, state.fz.shape[1]))
+        window = state.window.with_pairs(self._pairs(state.fz))
         return replace(state, window=window, position=None)
 
     def restart(self, point: Point, state: MultisecantState, mask: Bool[Tensor, "B 1"]) -> MultisecantState:

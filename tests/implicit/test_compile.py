@@ -9,7 +9,7 @@ import operator
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import InitVar, dataclass, replace
 from itertools import product
 from pathlib import Path
 from shutil import which
@@ -32,6 +32,7 @@ from implicit import (
     Stop,
     fixed_point,
 )
+from implicit.solvers import AbstractSolver
 from implicit.testing import problem
 from tests.helpers import SOLVERS
 
@@ -275,6 +276,38 @@ def continued(solver):
     return {"off": off, "graphs": graphs}
 
 
+@dataclass(frozen=True)
+class Damped(AbstractSolver):
+    """A user's solver that `dataclasses.replace` does not copy, with a counter in its state."""
+
+    memory: int = 3
+    share: InitVar[float] = 0.5
+
+    def __post_init__(self, share):
+        object.__setattr__(self, "kept", share)
+
+    def init(self, point):
+        return {"steps": 0, "last": point.fz}
+
+    def step(self, point, state):
+        z = (1 - self.kept) * point.z + self.kept * point.fz
+        return z, None, {"steps": state["steps"] + 1, "last": point.fz}
+
+
+def users_solver(solver):
+    x, off = torch.linspace(0, 1, 12, dtype=torch.float64).view(3, 4), 0.0
+
+    def solve(z, which):
+        stop = Stop(rtol=0, atol=0, max_evals=5)
+        return fixed_point(lambda z: torch.tanh(z) / 2 + x, z, solver=which, grad=JFB(), stop=stop).value
+
+    run = torch.compile(solve, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for which in (solver, Damped(share=0.25), Damped(4, share=0.75)):
+            off = max(off, float((run(x, which) - solve(x, which)).abs().max()))
+    return {"off": off}
+
+
 def nested(solver):
     """States in dicts, tuples and lists, and starts that are drawn, in one graph of a fixed count."""
 
@@ -319,6 +352,7 @@ def all_of_it():
     jobs += [("several_numbers", name, several_numbers, solver) for name, solver in regional.items()]
     jobs += [("continued", name, continued, replace(solver, memory=3)) for name, solver in regional.items()]
     jobs += [("nested", "", nested, Anderson())]
+    jobs += [("users_solver", "", users_solver, Damped())]
     jobs += [("phases", "", phases, Multisecant(60))]
     jobs += [("map_alone", "", map_alone, AndersonGS())]
     jobs += [("gradient", name, gradient, grad) for name, grad in GRADS.items()]
@@ -400,6 +434,10 @@ def test_nested_and_drawn_states_are_one_graph(results):
 def test_a_compiled_training_step_has_the_gradient_and_the_state_of_the_eager_one(results, solver):
     found = results[f"trained {solver}"]
     assert found["off"] < 1e-10 and found["state"] < 1e-10
+
+
+def test_the_solver_of_a_user_is_compiled_as_it_is(results):
+    assert results["users_solver "]["off"] < 1e-12
 
 
 def test_plain_steps_at_the_start_are_masks_of_one_region(results):

@@ -194,6 +194,8 @@ class _Run:
         self.deep = deep if better else self.best
         with torch.no_grad():
             left = self.budget.remaining
+            if left < solutions.ROUNDING and bool(solutions.unmet(self.stop, self.best, self.deep, self.layout).any()):
+                self.missing.append("whether f rounds coarser than the state's dtype, for lack of budget")
             self.findings += solutions.below_rounding(self.stop, self.best, self.deep, self.flat(), left)
 
     def _note_noise(self) -> None:

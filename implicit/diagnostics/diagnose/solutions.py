@@ -16,10 +16,13 @@ from implicit.stopping import Norm, Stop
 PLAIN = 300  # evaluations of plain iteration from a point beside the solution
 _BESIDE = 1e-3  # relative distance of that point
 _STAYS = 1.1  # the solution attracts if the iteration ends within this multiple of the distance
-_POINTS = 6  # number of points where second differences of f are taken
+_POINTS = 8  # number of points where second differences of f are taken
 _LENGTHS = (0.2, 2.0, 20.0)  # the lengths of their steps, as multiples of the residual
-_LARGE = 2.0  # a second difference that exceeds this multiple of its step is rounding, and so is the residual
-SMALL = 1e-2  # largest residual and step, relative to the state, that can be rounding
+_FINE = 1e-5  # residuals up to this share of the state have steps longer than themselves
+_LARGE = 2.0  # a second difference is rounding if it exceeds this multiple of the step times the slope, or of the step
+_LONG = 1e-3  # length of the step for the slope, as a share of the state
+ROUNDING = 1 + _POINTS * (3 + 2 * len(_LENGTHS))  # evaluations of the test
+SMALL = 1e-2  # largest residual, relative to the state, that can be rounding
 _NEAR, _CLOSE = 1e-3, 2e-3  # the solution is the start up to the first relative distance; up to the second, uncertain
 
 
@@ -59,33 +62,41 @@ def below_rounding(stop: Stop, best: Trial, deep: Trial, f: FlatMap, remaining: 
         evidence = f"rtol {stop.rtol:.1e} is below the rounding error {layout.eps:.1e} of the state's dtype"
         return [Finding(Condition.BELOW_ROUNDING, evidence, tuple(range(len(deep.row.evals) or 1)))]
     stalled = best.solution.result == Result.STALLED
-    short = ~(best.solution.converged | stalled)
-    if bool(short.any()) and remaining > 1 + _POINTS * (1 + 2 * len(_LENGTHS)):
+    short = unmet(stop, best, deep, layout)
+    if bool(short.any()) and remaining >= ROUNDING:
         stalled |= short & _rounds(f, layout.pack(deep.solution.value))
     if not bool(stalled.any()):
         return []
-    evidence = f"rtol {stop.rtol:.1e}, and residuals end at {deep.row.residual:.1e} of ||z||"
+    ends = float(relative(deep.solution, layout, stop.norm).to(stalled.device)[stalled].max())
+    evidence = f"rtol {stop.rtol:.1e}, and residuals end at {ends:.1e} of ||z||"
     return [Finding.of(Condition.BELOW_ROUNDING, evidence, stalled)]
 
 
-def _rounds(f: FlatMap, z: Flat) -> Bool[Tensor, " B"]:
-    """Whether the residual r = f(z) - z is the rounding error of f: second differences of f over steps as short as r.
+def unmet(stop: Stop, best: Trial, deep: Trial, layout: Layout) -> Bool[Tensor, " B"]:
+    """The samples whose solves ended by their budget, and whose residual has not met rtol down to rounding error."""
+    assert best.solution is not None and deep.solution is not None
+    ended = best.solution.converged | (best.solution.result == Result.STALLED)
+    return ~ended & (relative(deep.solution, layout, stop.norm) > stop.rtol).to(ended.device)
 
-    Where f has slopes they are at most the difference of two slopes times the step; where f rounds they do not become
-    smaller with the step. They are taken at points as far from z as r is long: if f rounds its argument, z itself may
-    be on its grid, and f equal around it.
+
+def _rounds(f: FlatMap, z: Flat) -> Bool[Tensor, " B"]:
+    """Whether the residual r = f(z) - z is the rounding error of f: second differences of f over short steps h.
+
+    They are at most h times the sum of two slopes, and where f rounds they do not become smaller with h. The slope is
+    that over a longer step, or 1. The points are as far from z as r is long: if f rounds its argument, z itself may be
+    on its grid, and f equal around it.
     """
     residual, size, most = norm(f(z) - z), norm(z), torch.zeros_like(z[:, 0])
     for seed in range(_POINTS):
         away, d = (x / norm(x).unsqueeze(1) for x in (normal(z, seed=20 + seed), normal(z, seed=40 + seed)))
         point = z + residual.unsqueeze(1) * away
-        image = f(point)
+        image, long = f(point), _LONG * size
+        ahead, behind = (f(point + sign * long.unsqueeze(1) * d) for sign in (1, -1))
+        slope = torch.maximum(norm(ahead - image), norm(image - behind)) / long
         for times in _LENGTHS:
-            length = (times * residual).clamp_max(SMALL * size)
+            length = times * residual
             step = length.unsqueeze(1) * d
-            second = norm(f(point + step) - 2 * image + f(point - step)) / length
-            most = torch.maximum(most, second.nan_to_num(nan=0.0, posinf=0.0))
-    small = (residual <= SMALL * size) & (residual > 0)
-    rounds, share = (most >= _LARGE) & small, residual / size
-    # f rounds alike in all samples, but second differences of a few numbers may meet no step of its grid
-    return small & (share <= share.masked_fill(~rounds, 0).max())
+            second = norm(f(point + step) - 2 * image + f(point - step)) / (length * slope.clamp_min(1))
+            seen = second.nan_to_num(nan=0.0, posinf=0.0)
+            most = torch.maximum(most, torch.where((times < 1) | (residual <= _FINE * size), seen, 0.0))
+    return (most >= _LARGE) & (residual <= SMALL * size) & (residual > 0)
