@@ -68,15 +68,15 @@ def _mapped(change: Callable[[Tensor], Tensor], thing: Any) -> tuple[Any, bool]:
         return new, new is not thing
     if is_dataclass(thing) and not isinstance(thing, type):
         mapped = {f.name: _mapped(change, getattr(thing, f.name)) for f in fields(thing)}
-        changed = any([new for _, new in mapped.values()])
+        changed = any([differs for _, differs in mapped.values()])
         return (replace(thing, **{name: part for name, (part, _) in mapped.items()}) if changed else thing), changed
     if isinstance(thing, dict):
         mapped = {key: _mapped(change, part) for key, part in thing.items()}
-        changed = any([new for _, new in mapped.values()])
+        changed = any([differs for _, differs in mapped.values()])
         return (_like(thing, {key: part for key, (part, _) in mapped.items()}) if changed else thing), changed
     if isinstance(thing, (tuple, list)):
         mapped = [_mapped(change, part) for part in thing]
-        changed = any([new for _, new in mapped])
+        changed = any([differs for _, differs in mapped])
         return (_like(thing, [part for part, _ in mapped]) if changed else thing), changed
     return thing, False
 

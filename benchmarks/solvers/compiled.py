@@ -5,9 +5,8 @@
 The state has the shape (1, 64), so that nearly all time of an eager solve is spent in Python. Measured is the CPU time
 per evaluation, with 30 evaluations of f and one thread, of our solvers eager and compiled to one graph by inductor, and
 of torchdeq, which cannot be compiled. jaxopt's jitted solvers alternate with them, in the environment of `--jax` (see
-`peers_jax.py`). The graph contains every evaluation of f, and calls of one region for the steps of a solver with
-a history.
-One more row, plain iteration to a tolerance by torch.while_loop, shows the cost of a loop without Python.
+`peers_jax.py`). The graph contains every evaluation of f, and calls of one region for the steps of a solver with a
+history. One more row, plain iteration to a tolerance by torch.while_loop, shows the cost of a loop without Python.
 """
 
 import argparse

@@ -59,9 +59,8 @@ class IFT(AbstractGrad):
         report: called with the `Solution` of every linear solve.
         preconditioner: linear function P with P g ~ (I - J^T)^-1 g, on states in the structure of the starting state,
             each sample by itself. The solve is for w with u = P w, and its residual is that of u. With a good P it
-            takes fewer products; with a poor P the gradient is the same. Three applications
-            of P and one host read in each backward pass test whether it is linear; where it is not, it is left out,
-            with a warning.
+            takes fewer products; with a poor P the gradient is the same. Three applications of P and one host read in
+            each backward pass test whether it is linear; where it is not, it is left out, with a warning.
 
     Example:
         The u of one training step as the first guess of the next (`Adjoint`)::

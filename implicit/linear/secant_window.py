@@ -101,7 +101,7 @@ class SecantWindow:
         return full._with(rows, window.gram.roll((turn, turn), (1, 2)))
 
     def with_pairs(self, pairs: int) -> "SecantWindow":
-        """The window with room for so many pairs, at least as many as are in use."""
+        """The window with a capacity of `pairs` pairs, which must not be less than `used`."""
         return replace(self, pairs=pairs, rows=replace(self.rows, capacity=2 * pairs + 2))
 
     def moved_up(self) -> "SecantWindow":
